@@ -1,0 +1,344 @@
+"""Sound: any file -> 16 kHz mono, log-mel and MFCC, which mel steps belong to a video frame, and the audio encoder.
+
+Papers: FC-TFG (arXiv 2304.03275) section 3: 16 kHz, window 800, hop 200, 80 mel bands, encoder after Wav2Lip
+(arXiv 2008.10010), whose published hparams give every number of the mel; SyncNet v2 (Chung & Zisserman 2016) for MFCC.
+Differs from them: the mel window of a frame is centred on the frame's middle (Wav2Lip's starts at int(80 k / 25), for
+the first of five frames); the encoder's norm is GroupNorm and its last layer is linear (why: see AudioEncoder).
+
+What every room needs at the bottom of the import order also lives here: InputError, run(), the way ffmpeg is called.
+"""
+
+import signal
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+SAMPLE_RATE = 16000  # Hz (FC-TFG)
+FPS = 25  # video frames a second, everywhere
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640: frame k is wav[640 k : 640 (k + 1)]
+
+# the mel, all from Wav2Lip's hparams
+N_FFT = 800  # samples: 50 ms, also the length of the Hann window
+HOP = 200  # samples: 12.5 ms
+N_MELS = 80
+MEL_LOW, MEL_HIGH = 55.0, 7600.0  # Hz
+PREEMPHASIS = 0.97
+REFERENCE_DB, FLOOR_DB = 20.0, -100.0  # this level is 0 dB; what lies below the floor is silence
+MEL_RATE = SAMPLE_RATE // HOP  # 80 steps a second, 3.2 a frame
+WINDOW = 16  # mel steps of one window: 0.2 s, five frames
+SILENCE = -4.0  # mel value of silence, and of everything outside the sound
+
+BLOCK = 4096  # ours: mel steps computed at once; bounds memory to 30 MB however long the sound
+
+# ffmpeg opens media containers only: its text and playlist formats (tty, hls, concat) can be made to read other files
+DEMUXERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,3gp,mp3,"
+    "mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,voc,w64,wav,webp_anim,wv,yuv4mpegpipe,apng"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the user got wrong, and ffmpeg
+
+
+class InputError(Exception):
+    """Something the user got wrong. str(e) is one line that names the file or option and what is wrong with it."""
+
+    def __str__(self):
+        return " ".join(super().__str__().split())
+
+
+def run(main):
+    """Runs a script's main(): InputError is one line on stderr and exit status 2, Ctrl-C 130, SIGTERM 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that `with` and `finally` clean up
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def check_file(path: str | Path) -> Path:
+    """The absolute path of a file that exists, is not empty and may be read; InputError otherwise.
+
+    Absolute, because '-i.wav' is an option to ffmpeg and 'http:x.wav' an address; '/here/-i.wav' is neither.
+    """
+    path = Path(path).absolute()
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a directory, expected a file")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise InputError(f"{path}: the file is empty")
+    except (OSError, ValueError) as error:  # no permission, name too long, NUL in the name
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return path
+
+
+@lru_cache
+def ffmpeg_path() -> str:
+    """Absolute path of an ffmpeg: the one imageio-ffmpeg brings, else the one on PATH."""
+    import shutil
+
+    import imageio_ffmpeg
+
+    try:
+        found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError:
+        found = shutil.which("ffmpeg")
+    if not found:
+        raise InputError("ffmpeg is missing: pip install imageio-ffmpeg, or install ffmpeg")
+    return str(Path(found).absolute())
+
+
+def decoder(path: str | Path, *output: str) -> list[str]:
+    """Argument list of an ffmpeg that reads `path` (a local media file and nothing else) and does `output` with it."""
+    quiet = ["-nostdin", "-hide_banner", "-loglevel", "error"]
+    local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
+    return [ffmpeg_path(), *quiet, *local, "-i", f"file:{check_file(path)}", *output]
+
+
+def why(log: str) -> str:
+    """The last line of ffmpeg's complaints, without its '[mov @ 0x55..]' prefixes: the reason for an InputError."""
+    lines = [line.split("] ")[-1].strip() for line in log.splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown format"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files -> samples
+
+
+def load_audio(path: str | Path) -> np.ndarray:
+    """Any sound file, or the sound track of a video -> float32 (n,) in [-1, 1], 16 kHz, mono.
+
+    Time 0 is the file's beginning: a track that starts late in a video is padded in front, so that frame k of
+    read_video and samples 640 k .. 640 (k + 1) belong together. More than one channel is mixed down.
+    Raises InputError: missing, directory, empty, not media, cut short, no sound, 0 s, NaN or infinite samples.
+    """
+    path = check_file(path)
+    # async=1 fills holes in the time stamps; first_pts=0 pads or trims at the beginning
+    args = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le"]
+    with tempfile.TemporaryFile() as log:  # a file: a full pipe for stderr would stop ffmpeg
+        done = subprocess.run(decoder(path, *args, "pipe:1"), stdout=subprocess.PIPE, stderr=log)
+        log.seek(0)
+        complaint = log.read().decode(errors="replace")
+    if "matches no streams" in complaint:
+        raise InputError(f"{path}: has no sound")
+    if done.returncode and not done.stdout:
+        raise InputError(f"{path}: is not a sound file or video that can be read ({why(complaint)})")
+    if done.returncode or "partial file" in complaint:
+        raise InputError(f"{path}: is damaged or cut short ({why(complaint)})")
+    wav = np.frombuffer(done.stdout, "<f4").astype(np.float32)
+    if not len(wav):
+        raise InputError(f"{path}: the sound is 0 s long")
+    if not np.isfinite(wav).all():
+        raise InputError(f"{path}: the sound holds NaN or infinite samples")
+    return np.clip(wav, -1, 1)
+
+
+def n_frames(n_samples: int) -> int:
+    """Video frames of a sound: round(25 x seconds), halves up, at least 1."""
+    assert n_samples > 0, "n_frames of an empty sound"
+    return max(1, (2 * n_samples + SAMPLES_PER_FRAME) // (2 * SAMPLES_PER_FRAME))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples -> mel -> windows of frames
+
+
+@lru_cache
+def filter_bank():
+    """Slaney's mel filters (librosa's default) as a sparse (80, 401) matrix."""
+    import librosa  # here, because importing it costs 1.5 s
+    from scipy.sparse import csr_array
+
+    return csr_array(librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=MEL_LOW, fmax=MEL_HIGH))
+
+
+@lru_cache
+def hann() -> np.ndarray:
+    """The periodic Hann window, (800,)."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
+
+
+def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
+    """Steps first .. stop-1 of the log-mel of wav (n,) -> float32 (80, stop - first). Step s is centred on sample 200 s.
+
+    Every step is computed alone and in the same order of operations, whatever the range: row-wise FFT, exactly
+    rounded arithmetic, sparse filter bank (a dense product's rounding depends on its shape). So any range of steps
+    equals that part of the whole, to the bit.
+    """
+    mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
+    for a in range(first, stop, BLOCK):
+        b = min(a + BLOCK, stop)
+        begin, end = a * HOP - N_FFT // 2, (b - 1) * HOP + N_FFT // 2  # samples that steps a .. b-1 see
+        lo, hi = max(begin - 1, 0), min(end, len(wav))  # one more in front, for the pre-emphasis
+        x = np.zeros(end - begin + 1)  # x[0] is sample begin-1; zeros outside, as librosa pads today
+        x[lo - begin + 1 : hi - begin + 1] = wav[lo:hi]
+        x = x[1:] - PREEMPHASIS * x[:-1]
+        if end > len(wav):  # padding comes after the pre-emphasis: no echo of the last sample
+            x[max(0, len(wav) - begin) :] = 0
+        frames = np.lib.stride_tricks.sliding_window_view(x, N_FFT)[::HOP]  # (b-a, 800)
+        spectrum = np.fft.rfft(frames * hann())  # (b-a, 401)
+        magnitude = np.sqrt(spectrum.real**2 + spectrum.imag**2)
+        power = filter_bank() @ np.ascontiguousarray(magnitude.T)  # (80, b-a)
+        db = 20 * np.log10(np.maximum(10 ** (FLOOR_DB / 20), power)) - REFERENCE_DB
+        mel[:, a - first : b - first] = np.clip(8 * (db - FLOOR_DB) / -FLOOR_DB - 4, -4, 4)  # symmetric, Wav2Lip
+    return mel
+
+
+def mel_length(n_samples: int) -> int:
+    """Mel steps of a sound: one on every 200th sample, the first on sample 0."""
+    return 1 + n_samples // HOP
+
+
+def log_mel(wav: np.ndarray) -> np.ndarray:
+    """Samples (n,) in [-1, 1] -> float32 (80, S) in [-4, 4], S = 1 + n // 200; silence is exactly -4. Wav2Lip's mel."""
+    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    return mel_steps(wav, 0, mel_length(len(wav)))
+
+
+def window_starts(frames) -> np.ndarray:
+    """First mel step of each frame's window: THE place that turns a frame index into a mel index. (T,) -> (T,).
+
+    The middle of frame k is (k + 1/2) 3.2 steps, the middle of 16 steps from s is s + 7.5 (a step is a point: the
+    centre of its 50 ms). The nearest s is round(3.2 k - 5.9), here in integers; at most 0.4 steps = 5 ms off.
+    """
+    return (16 * np.asarray(frames, np.int64) - 27) // 5
+
+
+def mel_windows(mel: np.ndarray, frames) -> np.ndarray:
+    """mel (80, S), T frame indices -> float32 (T, 1, 80, 16), centred on each frame's middle; outside is silence."""
+    assert mel.ndim == 2 and mel.shape[0] == N_MELS, f"mel is {mel.shape}, expected (80, S)"
+    return gather_windows(mel, 0, window_starts(frames))
+
+
+def gather_windows(mel: np.ndarray, first: int, starts: np.ndarray) -> np.ndarray:
+    """Windows from `starts` (T,) of a piece of mel (80, S) whose first step is number `first`."""
+    steps = starts[:, None] + np.arange(WINDOW) - first  # (T, 16)
+    inside = (steps >= 0) & (steps < mel.shape[1])
+    windows = mel[:, np.clip(steps, 0, mel.shape[1] - 1)]  # (80, T, 16)
+    return np.where(inside, windows, np.float32(SILENCE)).transpose(1, 0, 2)[:, None]  # (T, 1, 80, 16)
+
+
+def sound_windows(wav: np.ndarray, frames) -> np.ndarray:
+    """Equals mel_windows(log_mel(wav), frames) to the bit, but only the stretch from the first to the last is computed."""
+    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    starts = window_starts(frames)
+    first = int(np.clip(starts.min(), 0, mel_length(len(wav)) - 1))
+    stop = int(np.clip(starts.max() + WINDOW, first + 1, mel_length(len(wav))))
+    return gather_windows(mel_steps(wav, first, stop), first, starts)
+
+
+def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, steps: int = 3) -> np.ndarray:
+    """One frequency mask of 0..bands mel bands and one time mask of 0..steps mel steps, filled with silence.
+
+    mel (.., 80, S) -> a copy; all leading axes get the same masks. SpecAugment (Park et al. 2019) without time
+    warping; its widths (27 bands, 100 steps) are for utterances, ours are a fifth of the bands and of a window.
+    """
+    mel = mel.copy()
+    M, S = mel.shape[-2:]
+    height, width = rng.integers(0, min(bands, M) + 1), rng.integers(0, min(steps, S) + 1)
+    low, begin = rng.integers(0, M - height + 1), rng.integers(0, S - width + 1)
+    mel[..., low : low + height, :] = SILENCE
+    mel[..., begin : begin + width] = SILENCE
+    return mel
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MFCC, for SyncNet v2
+
+
+@lru_cache
+def mfcc_filters() -> np.ndarray:
+    """26 triangles on HTK's mel scale, corners on whole FFT bins: (26, 257), as python_speech_features lays them."""
+    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
+    corners = np.floor(513 * 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1) / SAMPLE_RATE)  # (28,)
+    bins = np.arange(257)
+    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (26, 1)
+    rising, falling = (bins - left) / (middle - left), (right - bins) / (right - middle)
+    return np.clip(np.minimum(rising, falling), 0, None)
+
+
+def mfcc(wav: np.ndarray) -> np.ndarray:
+    """Samples (n,) in [-1, 1] -> float64 (13, S) at 100 steps a second: SyncNet v2's input.
+
+    python_speech_features' defaults on int16 samples: 25 ms rectangular windows every 10 ms, 512-point FFT, 26
+    filters, DCT-II, lifter 22, first coefficient replaced by the log energy. S = 1 + ceil((n - 400) / 160).
+    """
+    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    from scipy.fft import dct
+
+    x = np.clip(np.round(wav.astype(np.float64) * 32768), -32768, 32767)
+    x = np.append(x[0], x[1:] - 0.97 * x[:-1])
+    S = 1 + max(0, -(-(len(x) - 400) // 160))
+    x = np.pad(x, (0, max(0, (S - 1) * 160 + 400 - len(x))))
+    frames = np.lib.stride_tricks.sliding_window_view(x, 400)[::160]  # (S, 400)
+    power = np.abs(np.fft.rfft(frames, 512)) ** 2 / 512  # (S, 257)
+    eps = np.finfo(float).eps  # stands in for zero energy
+    energy, bands = power.sum(1), power @ mfcc_filters().T  # (S,), (S, 26)
+    cepstrum = dct(np.log(np.where(bands == 0, eps, bands)), type=2, axis=1, norm="ortho")[:, :13]
+    cepstrum *= 1 + 11 * np.sin(np.pi * np.arange(13) / 22)  # lifter
+    cepstrum[:, 0] = np.log(np.where(energy == 0, eps, energy))
+    return cepstrum.T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the encoder
+
+
+class ConvBlock(nn.Module):
+    """Wav2Lip's building block: convolution, norm, (residual), ReLU. (N, C, M, S) -> (N, C', M', S')"""
+
+    def __init__(self, c_in, c_out, stride=1, padding=1, residual=False):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride, padding, bias=False)  # the norm has the bias
+        self.norm = nn.GroupNorm(c_out // 8, c_out)  # ours: groups of 8 channels
+        self.residual = residual
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return torch.relu(y + x if self.residual else y)
+
+
+class AudioEncoder(nn.Module):
+    """Mel window -> audio code z_a. Wav2Lip's layer plan (FC-TFG follows it), channels scaled by `width`.
+
+    Differs from Wav2Lip: GroupNorm for BatchNorm, because the windows of one batch are neighbours of a few clips: batch
+    statistics would tie them together and differ between training and sampling, where one photo speaks alone. And the
+    last layer is linear (there: norm and ReLU), because a code has both signs.
+    """
+
+    def __init__(self, dim: int, width: float = 1.0):
+        super().__init__()
+        c1, c2, c3, c4, c5 = (max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512))
+        self.body = nn.Sequential(  # (N, 1, 80, 16)
+            ConvBlock(1, c1),
+            ConvBlock(c1, c1, residual=True),
+            ConvBlock(c1, c1, residual=True),
+            ConvBlock(c1, c2, stride=(3, 1)),  # (N, c2, 27, 16)
+            ConvBlock(c2, c2, residual=True),
+            ConvBlock(c2, c2, residual=True),
+            ConvBlock(c2, c3, stride=3),  # (N, c3, 9, 6)
+            ConvBlock(c3, c3, residual=True),
+            ConvBlock(c3, c3, residual=True),
+            ConvBlock(c3, c4, stride=(3, 2)),  # (N, c4, 3, 3)
+            ConvBlock(c4, c4, residual=True),
+            ConvBlock(c4, c5, padding=0),  # (N, c5, 1, 1)
+        )
+        self.out = nn.Linear(c5, dim)
+
+    def forward(self, mel):
+        """mel (N, 1, 80, 16) in [-4, 4] -> z_a (N, dim)"""
+        assert mel.shape[1:] == (1, N_MELS, WINDOW), f"mel is {tuple(mel.shape)}, expected (N, 1, 80, 16)"
+        return self.out(self.body(mel / 4).flatten(1))

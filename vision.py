@@ -1,0 +1,451 @@
+"""Pictures: photos and videos in and out, where the face is and which square of the picture is used, and the networks
+that look at it.
+
+A photo becomes uint8 (H, W, 3) RGB as a person sees it (EXIF turned, alpha over white); a video becomes a stream of such
+frames at exactly 25 fps; frames become H.264 with sound, as a stream too: memory does not grow with length.
+Paper: FC-TFG (arXiv 2304.03275). Differs from it: the lips must come from the sound, so mask_mouth() hides the driving
+mouth before any network sees it.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import wave
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from audio import FPS, SAMPLE_RATE, InputError, check_file, decoder, ffmpeg_path, why
+
+# Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
+PHOTO_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")  # containers that hold H.264 and AAC
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# photos and tensors
+
+
+def load_photo(path: str | Path) -> np.ndarray:
+    """A picture file -> uint8 (H, W, 3) RGB, turned upright by its EXIF entry, transparent parts white.
+
+    Grey, 16-bit, palette and CMYK pictures are converted; of an animation the first frame is taken.
+    Raises InputError: missing, directory, empty, not a picture, truncated, larger than Pillow's pixel limit.
+    """
+    path = check_file(path)
+    try:
+        with Image.open(path, formats=PHOTO_FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise InputError(f"{path}: {image.width}x{image.height} pixels are too many; make the picture smaller")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow's own conversion would clip it
+                grey = np.asarray(image).astype(np.float64)
+                image = Image.fromarray((np.clip(grey / 65535, 0, 1) * 255).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
+        raise InputError(f"{path}: is not a picture that can be read ({error})") from None
+
+
+def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """uint8 (.., H, W, 3) -> float32 (.., 3, H, W) in [-1, 1]"""
+    images = torch.as_tensor(images)
+    assert images.dtype == torch.uint8 and images.shape[-1] == 3, f"{images.dtype} {tuple(images.shape)} is no uint8 HWC"
+    return images.movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped. NaN or inf is an error, not black."""
+    assert images.shape[-3] == 3, f"images are {tuple(images.shape)}, expected (.., 3, H, W)"
+    images = images.detach().float()
+    if not torch.isfinite(images).all():
+        raise FloatingPointError("a picture holds NaN or infinite values")
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# video in
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    width: int  # as shown: after rotation
+    height: int
+    fps: float
+    seconds: float  # of the container; 0 where it does not say
+    has_audio: bool
+    rotation: int  # degrees the stored picture is turned for showing: 0, 90, 180, 270
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """What a video says about itself, read from ffmpeg's description of it (no ffprobe needed). InputError: no video."""
+    path = check_file(path)
+    command = [word for word in decoder(path) if word not in ("-loglevel", "error")]
+    text = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
+    # stream lines are indented by exactly two spaces, tags by more: a title cannot pass for a stream
+    streams = re.findall(r"^  Stream #(.*?)(?=^  Stream #|\Z)", text, re.M | re.S)
+    videos = [s for s in streams if ": Video:" in s.splitlines()[0] and "(attached pic)" not in s.splitlines()[0]]
+    size = re.search(r", (\d+)x(\d+)", videos[0].splitlines()[0]) if videos else None
+    if not size:
+        sound = any(": Audio:" in s.splitlines()[0] for s in streams)
+        raise InputError(f"{path}: {'holds sound but no picture' if sound else f'is not a video ({why(text)})'}")
+    width, height = int(size[1]), int(size[2])
+    turn = re.search(r"^ +displaymatrix: rotation of (-?[\d.]+) degrees", videos[0], re.M)
+    rotation = round(-float(turn[1])) % 360 if turn else 0
+    if rotation in (90, 270):
+        width, height = height, width
+    fps = re.search(r", ([\d.]+)(k?) fps", videos[0].splitlines()[0])
+    length = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
+    return VideoInfo(
+        width=width,
+        height=height,
+        fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else float(FPS),
+        seconds=int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0,
+        has_audio=any(": Audio:" in s.splitlines()[0] for s in streams),
+        rotation=rotation,
+    )
+
+
+def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
+    """Frames of a video as uint8 (H, W, 3) RGB at exactly 25 fps, one at a time; frame k is what shows at (k + 1/2)/25 s.
+
+    Any frame rate, also a variable one, is resampled from the file's beginning on, so that samples 640 k .. 640 (k+1)
+    of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped. `height`: resized to
+    it. Raises InputError: not a video, damaged or cut short (for a cut: when the end is reached).
+    """
+    path = check_file(path)
+    probe(path)  # refuses what is no video
+    return decode_frames(path, height)
+
+
+def decode_frames(path: Path, height: int | None) -> Iterator[np.ndarray]:
+    """The generator behind read_video, which checks the file at once and not at the first frame."""
+    # start_time=0: a picture that starts late shows its first frame from 0 on; near: see the docstring above
+    fps = f"fps={FPS}:start_time=0:round=near"
+    scale = f"scale=w='max(1,round(iw*sar*{height or 'ih'}/ih))':h={height or 'ih'}:flags=area"
+    # PPM: every frame brings its own size, so rotation needs no arithmetic here
+    args = ["-map", "0:V:0", "-vf", f"{fps},{scale}", "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm"]
+    with tempfile.TemporaryFile() as log:
+        command = decoder(path, *args, "-f", "image2pipe", "pipe:1")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        count = 0
+        try:
+            while (frame := read_ppm(process.stdout)) is not None:
+                count += 1
+                yield frame
+            status = process.wait()
+        finally:  # also when the caller stops early
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        log.seek(0)
+        complaint = log.read().decode(errors="replace")
+    if status or not count or "partial file" in complaint:
+        raise InputError(f"{path}: is damaged or cut short: {count} frames could be read ({why(complaint)})")
+
+
+def read_ppm(stream) -> np.ndarray | None:
+    """One binary PPM picture from a stream -> uint8 (H, W, 3), None at the end."""
+    if stream.readline() != b"P6\n":
+        return None
+    width, height = map(int, stream.readline().split())
+    stream.readline()  # 255
+    data = stream.read(width * height * 3)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# video out
+
+
+def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
+    """The absolute path of a file that may be written; call it before anything slow.
+
+    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be written, its
+    name does not end in one of `suffixes`.
+    """
+    path = Path(path).absolute()
+    try:
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise InputError(f"{path}: the name of the output must end in {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise InputError(f"{path}: is a directory, expected the name of a file to write")
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such directory to write to")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: exists; give --overwrite to replace it")
+        with tempfile.TemporaryFile(dir=path.parent):  # permission bits do not tell of read-only disks
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
+
+
+class VideoWriter:
+    """Writes frames and sound as H.264 + AAC at 25 fps; frames go to ffmpeg as they come.
+
+    with VideoWriter("talk.mp4", 64, 64, wav) as video:
+        video.write(frame)                              # uint8 (H, W, 3)
+
+    wav: float (n,) in [-1, 1] at 16 kHz, or None; sample 0 is heard when frame 0 shows, the sound keeps its own length.
+    Odd sizes get one more row or column (players want even ones). The file appears whole, or, on an error, not at all:
+    ffmpeg works in a private directory of the system's temporary one. Raises InputError: see check_output; disk full.
+    """
+
+    def __init__(self, path, height: int, width: int, wav: np.ndarray | None = None, overwrite: bool = False):
+        self.path = check_output(path, overwrite, VIDEO_SUFFIXES)
+        self.overwrite = overwrite
+        self.shape = (height, width, 3)
+        self.count = 0
+        self.folder = tempfile.TemporaryDirectory(prefix="talk-")
+        folder = Path(self.folder.name)
+        self.draft = folder / f"video{self.path.suffix.lower()}"
+        self.log = open(folder / "log", "w+b")
+        sound = []
+        if wav is not None:
+            write_wav(folder / "sound.wav", wav)
+            sound = ["-i", str(folder / "sound.wav"), "-c:a", "aac", "-b:a", "128k"]
+        # the colours of HDTV, and said so: untagged video is shown differently by different players
+        colours = "scale=out_color_matrix=bt709:out_range=tv"
+        smear = f"fillborders=right={width % 2}:bottom={height % 2}:mode=smear"  # no black seam
+        tags = "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
+        command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+        command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound]
+        command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{smear},{colours},format=yuv420p,{tags}"]
+        command += ["-c:v", "libx264", "-crf", "16", "-preset", "medium"]  # ours: 16 keeps a 64 px portrait crisp
+        command += ["-movflags", "+faststart", str(self.draft)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log, start_new_session=True
+        )
+
+    def write(self, frame: np.ndarray):
+        """frame: uint8 (H, W, 3) RGB"""
+        assert frame.dtype == np.uint8 and frame.shape == self.shape, f"{frame.dtype} {frame.shape}, not {self.shape}"
+        try:
+            self.process.stdin.write(np.ascontiguousarray(frame).data)
+        except BrokenPipeError:
+            self.fail()
+        self.count += 1
+
+    def fail(self):
+        """ffmpeg gave up: clean away, and say why."""
+        self.process.wait()
+        self.log.seek(0)
+        reason = why(self.log.read().decode(errors="replace"))
+        self.discard()
+        raise InputError(f"{self.path}: could not be written ({reason})")
+
+    def discard(self):
+        """Ends ffmpeg and removes everything written so far."""
+        self.process.kill()
+        self.process.wait()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
+        self.log.close()
+        self.folder.cleanup()
+
+    def close(self):
+        """Finishes the file and moves it to its place in one step."""
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            self.fail()
+        if self.process.wait() or not self.count:
+            self.fail()
+        try:
+            check_output(self.path, self.overwrite)  # another run may have been faster
+            place(self.draft, self.path)
+        finally:
+            self.discard()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close() if kind is None else self.discard()
+
+
+def write_wav(path: str | Path, wav: np.ndarray):
+    """float (n,) in [-1, 1] at 16 kHz -> a 16-bit WAV file"""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2").tobytes())
+
+
+def place(draft: Path, path: Path):
+    """Moves a finished file to its place, perhaps on another disk; whoever looks sees the old one or the whole new one."""
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        shutil.copyfile(draft, beside)
+        os.chmod(beside, 0o666 & ~umask())  # mkstemp's files are private
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror})") from None
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The mask of new files' permissions; there is no way to read it but to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where the face is
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a square crop of a face looks like. Boxes are x0, y0, x1, y1 as fractions of the crop."""
+
+    mouth: tuple  # hidden from the motion encoder, and weighted in losses
+    eyes: tuple
+    # the crop in units of a detection's larger side: its side, and the shift of its centre (right, down)
+    side: float
+    shift: tuple
+
+
+TEMPLATES = {
+    "toy": Template(mouth=(0.25, 0.55, 0.75, 0.90), eyes=(0.22, 0.30, 0.78, 0.56), side=1.5, shift=(0.0, 0.0)),
+    # UTKFace's crop, measured on 100 of its portraits: blazeface's box is .99 of the crop, its centre .03 above the
+    # crop's; eyes at .29, mouth corners at .67, mouth centre at .72 of the height
+    "face": Template(mouth=(0.20, 0.55, 0.80, 0.97), eyes=(0.14, 0.18, 0.86, 0.42), side=1.0, shift=(0.0, 0.03)),
+}
+
+
+def mask_mouth(frames: torch.Tensor, template: str) -> torch.Tensor:
+    """frames (.., 3, H, W) -> a copy whose mouth box is grey (0): lips come from the sound, and this is where."""
+    H, W = frames.shape[-2:]
+    x0, y0, x1, y1 = TEMPLATES[template].mouth
+    frames = frames.clone()
+    frames[..., round(y0 * H) : round(y1 * H), round(x0 * W) : round(x1 * W)] = 0
+    return frames
+
+
+# hollance/BlazeFace-PyTorch, Apache-2.0; face-alignment fetches the same files but does not check them
+BLAZEFACE_URL = "https://github.com/hollance/BlazeFace-PyTorch/raw/master/"
+BLAZEFACE_SHA256 = {
+    "blazeface.pth": "54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4",
+    "anchors.npy": "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
+    "blazefaceback.pth": "e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
+    "anchorsback.npy": "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
+}
+S3FD = "s3fd-619a316812.pth"  # face-alignment's default, 90 MB: used where it lies, never fetched
+DETECT_SIDE = 640  # ours: pictures are shrunk to this for detection; s3fd takes 2 s at 640x360
+
+
+def checkpoints_dir() -> Path:
+    """Where face-alignment and torch.hub keep weights: $TORCH_HOME/hub/checkpoints."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+@lru_cache
+def face_detectors() -> list:
+    """face-alignment's detectors whose weights are at hand or can be fetched, one set per process; [] without any."""
+    folder = checkpoints_dir()
+    if (folder / S3FD).is_file():
+        from face_alignment.detection.sfd import FaceDetector
+
+        return [FaceDetector(device="cpu", path_to_detector=str(folder / S3FD))]
+    from face_alignment.detection.blazeface import FaceDetector
+
+    detectors = []
+    for weights, anchors in (("blazeface.pth", "anchors.npy"), ("blazefaceback.pth", "anchorsback.npy")):
+        if all((folder / name).is_file() or fetch(name, folder) for name in (weights, anchors)):
+            paths = dict(path_to_detector=str(folder / weights), path_to_anchor=str(folder / anchors))
+            detectors.append(FaceDetector(device="cpu", back_model="back" in weights, **paths))
+    return detectors
+
+
+def fetch(name: str, folder: Path) -> bool:
+    """One of blazeface's files (0.4 MB), checked by its SHA256 and moved into place whole; False without a network."""
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)  # seconds; ours: the way out, --box, needs no network
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(BLAZEFACE_URL + name, str(folder / name), BLAZEFACE_SHA256[name], progress=False)
+    except (OSError, RuntimeError):  # no network or no disk; wrong hash
+        return False
+    finally:
+        socket.setdefaulttimeout(patience)
+    return True
+
+
+def detect_faces(image: np.ndarray) -> list[tuple] | None:
+    """uint8 (H, W, 3) -> [(x0, y0, x1, y1, score), ..] in pixels, the largest first.
+
+    None when no detector's weights are at hand or can be fetched (the caller says what to do then).
+    """
+    detectors = face_detectors()
+    if not detectors:
+        return None
+    H, W = image.shape[:2]
+    # blazeface sees the centre square only: make the picture square, with a margin for faces that touch the border
+    side = round(1.2 * max(H, W))
+    left, top = (side - W) // 2, (side - H) // 2
+    canvas = Image.new("RGB", (side, side), (128, 128, 128))
+    canvas.paste(Image.fromarray(image), (left, top))
+    scale = min(1.0, DETECT_SIDE / side)
+    canvas = np.asarray(canvas.resize((round(side * scale),) * 2, Image.Resampling.BOX))
+    found = []
+    for detector in detectors:
+        for x0, y0, x1, y1, score in detector.detect_from_image(canvas):
+            box = (x0 / scale - left, y0 / scale - top, x1 / scale - left, y1 / scale - top, float(score))
+            if all(overlap(box, other) < 0.3 for other in found):  # ours: the front and back model agree on most faces
+                found.append(tuple(float(v) for v in box))
+    return sorted(found, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))
+
+
+def overlap(a, b) -> float:
+    """Intersection over union of two boxes."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, w) * max(0, h)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
+    """Detected faces, largest first -> the square crop (x0, y0, x1, y1) around face `number` (1: the largest)."""
+    if not 1 <= number <= len(faces):
+        raise InputError(f"--face {number}: {len(faces)} face{'s were' if len(faces) != 1 else ' was'} found")
+    x0, y0, x1, y1 = faces[number - 1][:4]
+    t = TEMPLATES[template]
+    unit = max(x1 - x0, y1 - y0)
+    x, y = (x0 + x1) / 2 + t.shift[0] * unit, (y0 + y1) / 2 + t.shift[1] * unit
+    half = t.side * unit / 2
+    return (x - half, y - half, x + half, y + half)
+
+
+def crop_face(image: np.ndarray, box: tuple, size: int) -> np.ndarray:
+    """uint8 (H, W, 3), box in pixels (may reach beyond the picture: the border is repeated) -> uint8 (size, size, 3)"""
+    H, W = image.shape[:2]
+    x0, y0, x1, y1 = box
+    assert x1 > x0 and y1 > y0, f"empty box {box}"
+    left, top = max(0, int(np.ceil(-x0))), max(0, int(np.ceil(-y0)))
+    right, bottom = max(0, int(np.ceil(x1)) - W), max(0, int(np.ceil(y1)) - H)
+    if left or top or right or bottom:
+        image = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    box = (x0 + left, y0 + top, x1 + left, y1 + top)
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the networks
