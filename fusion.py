@@ -1,0 +1,346 @@
+"""FC-TFG: canonical space, motion space, and the whole network.
+
+Jang et al., "That's What I Said: Fully-Controllable Talking Face Generation", ACM MM 2023 (arXiv 2304.03275), section 3.
+
+    symbol   shape          what it is
+    z_s      (B, L, D)      W+ code of the source picture            z_s   = VisualEncoder(source)
+    z_s2c    (B, L, D)      the same person in the canonical pose    z_s2c = CanonicalEncoder(z_s)
+    z_a      (B, T, D)      sound                                    z_a   = AudioEncoder(mel)
+    z_v      (B, T, L, D)   driving frames, mouths masked            z_v   = VisualEncoder(mask(driving))
+    z_c2d    (B, T, L, D)   motion, without a person                 z_c2d = MotionEncoder(TemporalFusion(z_a, z_v))
+    z_s2d    (B, T, L, D)   this person, so moved                    z_s2d = z_s2c + z_c2d
+    frames   (B, T, 3, H, W)                                         Generator(z_s2d, weights changed by HyperNetwork)
+
+B clips, T consecutive frames, N = B * T, L style layers, D latent width, P width of the pose code.
+
+What differs from the paper:
+- Two motion encoders behind `Config.motion`. "paper": a three-layer MLP over the fused modalities. "direct" (ours, the
+  default): head, eyes and brows of frame t are a linear map of that frame's normalised code down to P numbers and up to
+  W+; only the sound goes through an MLP. A nonlinear joint path learns the lips and never picks up the pose, or picks it
+  up with the driver's face: pairs from one clip never show it two people. README has the numbers of both.
+- IdentityMaps (ours): the code also feeds the generator's coarse features directly, which holds unseen faces.
+- The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from audio import AudioEncoder, InputError
+from data import load_checkpoint
+from stylegan2 import Generator, n_styles
+from vision import HyperNetwork, VisualEncoder, mask_mouth
+
+
+@dataclasses.dataclass
+class Config:
+    """Shape of the whole network; saved in every checkpoint as a plain dict. `Config.at(size)` is the dial."""
+    size: int = 256             # edge of a picture
+    template: str = "toy"       # crop template, see vision.TEMPLATES
+    dim: int = 512              # D
+    n_mlp: int = 8              # layers of the mapping network
+    base: int = 32768           # channels of generator and discriminator: min(cap, base / resolution)
+    cap: int = 512
+    encoder_width: int = 64
+    linear: int = 256           # numbers of the encoder's linear path; 0: none
+    map_code: int = 256         # numbers behind the identity maps; 0: none
+    map_channels: tuple = (256, 64, 16)  # at 4x4, 8x8, 16x16
+    audio_width: float = 1.0    # of Wav2Lip's channel counts
+    motion: str = "direct"      # or "paper"
+    pose_dim: int = 32          # P
+    hyper_rank: int = 2         # rank of a weight change; 0: no hypernetwork
+
+    @property
+    def L(self) -> int:
+        return n_styles(self.size)
+
+    @classmethod
+    def at(cls, size: int, **changes) -> "Config":
+        """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
+        small = dict(dim=128, n_mlp=4, cap=128, encoder_width=32, linear=192, map_code=128, map_channels=(128, 64, 16),
+                     audio_width=0.25)
+        dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048),
+                128: dict(dim=256, base=8192, cap=256, encoder_width=48, audio_width=0.5), 256: dict()}
+        assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
+        return cls(**(dict(size=size) | dial[size] | changes))
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the two spaces
+
+class Whiten(nn.Module):
+    """Fixed statistics of the encoder's codes: (z - mean) / std for each of the L x D numbers. See `FCTFG.set_statistics`."""
+
+    def __init__(self, L: int, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(L, dim))
+        self.register_buffer("std", torch.ones(L, dim))
+
+    def forward(self, z):  # (.., L, D) -> (.., L * D)
+        return ((z - self.mean) / self.std).flatten(-2)
+
+
+class CanonicalEncoder(nn.Module):
+    """z_s -> z_s2c: take the motion out, keep the person (paper, section 3.2: a two-layer MLP).
+
+    z_s2c = z_s + linear(z) + MLP(z), z the whitened code. The linear part is ours: it starts from the closed-form
+    regression in train.py, and the MLP from zero.
+    """
+
+    def __init__(self, L: int, dim: int, hidden: int, rank: int):
+        super().__init__()
+        self.L, self.dim = L, dim
+        self.whiten = Whiten(L, dim)
+        self.down, self.up = nn.Linear(L * dim, rank, bias=False), nn.Linear(rank, L * dim, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(L * dim, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, L * dim))
+        for layer in (self.up, self.mlp[2]):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, z_s):  # (B, L, D) -> (B, L, D)
+        z = self.whiten(z_s)
+        return z_s + (self.up(self.down(z)) + self.mlp(z)).unflatten(-1, (self.L, self.dim))
+
+
+class TemporalFusion(nn.Module):
+    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input.
+
+    Frame t sees frames t - 2 .. t + 2. In the "direct" form the driving frames keep to themselves: a pose needs no
+    neighbours, and the convolution would let the mouth's rhythm in.
+    """
+
+    def __init__(self, dim: int, visual: bool, kernel: int = 5):
+        super().__init__()
+        self.audio = nn.Conv1d(dim, dim, kernel, padding=kernel // 2)
+        self.visual = nn.Conv1d(dim, dim, kernel, padding=kernel // 2) if visual else None
+        self.reach = kernel // 2
+
+    def forward(self, z_a, z_v):
+        """z_a (B, T, D), z_v (B, T, L, D) -> the same shapes"""
+        z_a = z_a + self.audio(z_a.transpose(1, 2)).transpose(1, 2)              # time is the last axis inside
+        if self.visual is not None:
+            B, _, L, _ = z_v.shape
+            x = z_v.permute(0, 2, 3, 1).flatten(0, 1)                             # (B * L, D, T)
+            z_v = z_v + self.visual(x).unflatten(0, (B, L)).permute(0, 3, 1, 2)
+        return z_a, z_v
+
+
+class PaperMotion(nn.Module):
+    """Three-layer MLP over the fused modalities; its weights are shared by the style layers, which a learned
+    embedding tells apart (ours: flattened W+ at 256 px would cost 51 M weights a layer)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        L, D = config.L, config.dim
+        self.whiten = Whiten(L, D)
+        self.fusion = TemporalFusion(D, visual=True)
+        self.layer = nn.Parameter(0.1 * torch.randn(L, D))
+        self.mlp = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LeakyReLU(0.2), nn.Linear(2 * D, 2 * D), nn.LeakyReLU(0.2),
+                                 nn.Linear(2 * D, D))
+        nn.init.normal_(self.mlp[4].weight, std=0.01)
+        nn.init.zeros_(self.mlp[4].bias)
+
+    def forward(self, z_a, z_v, context=0):  # (B, T, D), (B, T, L, D) -> (B, T - 2 context, L, D)
+        z_v = self.whiten(z_v).unflatten(-1, z_v.shape[-2:])
+        z_a, z_v = (z[:, context:z.shape[1] - context] for z in self.fusion(z_a, z_v))
+        z_a, layer = z_a[:, :, None].expand_as(z_v), self.layer.expand_as(z_v)
+        return self.mlp(torch.cat([z_v, z_a, layer], -1))
+
+
+class DirectMotion(nn.Module):
+    """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear readings of its whitened code; the lips are an MLP
+    of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face."""
+
+    def __init__(self, config: Config, hidden: int = 256):
+        super().__init__()
+        L, D, P = config.L, config.dim, config.pose_dim
+        self.shape = (L, D)
+        self.whiten = Whiten(L, D)
+        self.fusion = TemporalFusion(D, visual=False)
+        self.pose_down, self.pose_up = nn.Linear(L * D, P), nn.Linear(P, L * D, bias=False)
+        self.lips = nn.Sequential(nn.Linear(D, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
+                                  nn.Linear(hidden, L * D))
+        nn.init.normal_(self.lips[4].weight, std=0.01)
+        nn.init.zeros_(self.lips[4].bias)
+        self.register_buffer("idle", torch.zeros(8, 75, P))                       # 8 clips of 3 s
+
+    def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
+        return self.pose_down(self.whiten(z_v))
+
+    def move(self, pose, z_a, context=0):  # (B, T, P), (B, T + 2 context, D) -> (B, T, L, D)
+        z_a, _ = self.fusion(z_a, None)
+        z_a = z_a[:, context:z_a.shape[1] - context]
+        return (self.pose_up(pose) + self.lips(z_a)).unflatten(-1, self.shape)
+
+    def forward(self, z_a, z_v, context=0):  # (B, T, D), (B, T, L, D) -> (B, T - 2 context, L, D)
+        return self.move(self.pose(z_v[:, context:z_v.shape[1] - context]), z_a, context)
+
+
+class IdentityMaps(nn.Module):
+    """W+ code (N, L, D) -> pictures (N, C', H, W) for the generator's 4x4, 8x8 and 16x16 features. Ours.
+
+    PC-AVS's generator starts from an identity map; here the map is a linear image of the moved code z_s2d, because one
+    of the source's own code would carry the source's pose and mouth past the motion space.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        resolutions = [r for r in (4, 8, 16) if r <= config.size // 2]
+        self.shapes = [(min(c, config.cap, config.base // r), r, r) for c, r in zip(config.map_channels, resolutions)]
+        self.down = nn.Linear(config.L * config.dim, config.map_code)
+        self.up = nn.ModuleList(nn.Linear(config.map_code, math.prod(s)) for s in self.shapes)
+        for layer in self.up:  # closed at first: a generator of stage 1 is met as it was trained
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, w_plus):
+        code = self.down(w_plus.flatten(1))
+        return [up(code).unflatten(1, s).contiguous(memory_format=torch.channels_last) for up, s in zip(self.up, self.shapes)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole
+
+class FCTFG(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.generator = Generator(c.size, c.dim, c.n_mlp, c.base, c.cap)
+        self.encoder = VisualEncoder(c.size, c.dim, c.L, c.encoder_width, c.linear)
+        self.maps = IdentityMaps(c) if c.map_code else None
+        layers = [tuple(layer.conv.weight.shape[1:3]) for layer in self.generator.styled_convs()]
+        self.hyper = HyperNetwork(c.size, layers, rank=c.hyper_rank) if c.hyper_rank else None
+        self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim, rank=2 * c.pose_dim)
+        self.audio = AudioEncoder(c.dim, c.audio_width)
+        self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
+
+    def decode(self, w_plus, deltas=None):
+        """w_plus (N, L, D), deltas as in Generator.forward -> (N, 3, H, W)"""
+        return self.generator(w_plus, maps=self.maps(w_plus) if self.maps else (), deltas=deltas)
+
+    def weight_changes(self, source, z_s):
+        """HyperStyle: source (B, 3, H, W), z_s (B, L, D) -> deltas, or None without a hypernetwork"""
+        return self.hyper(source, self.decode(z_s).detach()) if self.hyper else None
+
+    def encode_driving(self, driving):
+        """driving (B, T, 3, H, W) -> z_v (B, T, L, D). The mouths are masked here: the lips must come from the sound."""
+        B = len(driving)
+        return self.encoder(mask_mouth(driving.flatten(0, 1), self.config.template)).unflatten(0, (B, -1))
+
+    def encode_sound(self, mel):
+        """mel (B, T, 1, 80, 16) -> z_a (B, T, D)"""
+        return self.audio(mel.flatten(0, 1)).unflatten(0, (len(mel), -1))
+
+    def forward(self, source, driving, mel, context: int = 0):
+        """One window of each clip.
+
+        Args:
+            source: (B, 3, H, W) in [-1, 1].
+            driving: (B, T', 3, H, W), T' = T + 2 context.
+            mel: (B, T', 1, 80, 16).
+            context: frames at both ends that the temporal convolution may see and that are not decoded.
+
+        Returns:
+            frames (B, T, 3, H, W), z_s2c (B, L, D), z_c2d (B, T, L, D).
+        """
+        assert driving.shape[:2] == mel.shape[:2], f"{tuple(driving.shape[:2])} driving frames, {tuple(mel.shape[:2])} mel windows"
+        z_s = self.encoder(source)
+        z_s2c = self.canonical(z_s)
+        z_c2d = self.motion(self.encode_sound(mel), self.encode_driving(driving), context)
+        w_plus = (z_s2c[:, None] + z_c2d).flatten(0, 1)                           # (N, L, D)
+        frames = self.decode(w_plus, self.weight_changes(source, z_s))
+        return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
+
+    @torch.no_grad()
+    def set_statistics(self, z, z_masked):
+        """Set the whitening: z (n, L, D) codes of training frames, z_masked (n, L, D) of the same with masked mouths."""
+        for whiten, codes in ((self.canonical.whiten, z), (self.motion.whiten, z_masked)):
+            whiten.mean.copy_(codes.mean(0))
+            whiten.std.copy_(codes.std(0).clamp_min(0.05 * codes.std()))          # floor, ours: dead numbers stay quiet
+
+    @torch.inference_mode()
+    def animate(self, source, mel, driving=None, batch: int = 16):
+        """A talking clip, streamed.
+
+        Args:
+            source: (3, H, W) in [-1, 1].
+            mel: (n, 1, 80, 16), one window a frame.
+            driving: n frames (3, H, W) (a tensor or any iterable), or None: the photo's own pose with idle motion.
+            batch: frames decoded at a time; memory does not grow with n.
+
+        Yields:
+            (b, 3, H, W) in [-1, 1], n frames in all.
+        """
+        source = source[None]
+        z_s = self.encoder(source)
+        z_s2c, deltas = self.canonical(z_s), self.weight_changes(source, z_s)
+        z_a = torch.cat([self.audio(m) for m in mel.split(256)])                  # (n, D): the whole clip's sound in one go
+        for start, z_c2d in self.motion_stream(source, z_a, driving, batch):
+            yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
+
+    def motion_stream(self, source, z_a, driving, batch):
+        """(first frame, z_c2d (b, L, D)) in order. A batch is computed with the frames on both sides that the temporal
+        convolution reaches, so its numbers are those of the whole clip in one pass."""
+        n, reach = len(z_a), self.motion.fusion.reach
+        frames = iter(driving) if driving is not None else None
+        z_own = self.encode_driving(source[None])                                 # (1, 1, L, D)
+        codes, first = z_own.new_zeros(1, 0, *z_own.shape[2:]), 0                  # codes of frames first, first + 1, ..
+        for start in range(0, n, batch):
+            stop = min(start + batch, n)
+            lo, hi = max(0, start - reach), min(n, stop + reach)
+            if frames is not None:
+                while first + codes.shape[1] < hi:                                # encode what is new, forget what is past
+                    fresh = [next(frames).to(source) for _ in range(min(batch, hi - first - codes.shape[1]))]
+                    codes = torch.cat([codes, self.encode_driving(torch.stack(fresh)[None])], 1)
+                codes, first = codes[:, lo - first:], lo
+                z_v = codes[:, :hi - lo]
+            else:
+                z_v = z_own.expand(1, hi - lo, -1, -1)
+            if frames is None and self.config.motion == "direct":
+                pose = self.motion.pose(z_own) + idle_pose(self.motion.idle, lo, hi)[None]
+                z_c2d = self.motion.move(pose, z_a[None, lo:hi])
+            else:
+                z_c2d = self.motion(z_a[None, lo:hi], z_v)
+            yield start, z_c2d[0, start - lo:stop - lo]
+
+
+def idle_pose(idle, lo: int, hi: int):
+    """idle (n, T, P) -> (hi - lo, P): the stored clips one after another, each walked there and back, so nothing jumps.
+
+    Every clip begins at deviation zero (see train.py), so the joints do not jump either.
+    """
+    n, T, _ = idle.shape
+    k = torch.arange(lo, hi, device=idle.device)
+    clip, t = k // (2 * T) % n, k % (2 * T)
+    return idle[clip, torch.where(t < T, t, 2 * T - 1 - t)]
+
+
+def load_model(path: str, device="cpu") -> FCTFG:
+    """The EMA network of a "weights" or "stage3" file, in eval mode.
+
+    Raises:
+        InputError: missing, truncated, hostile or wrong-kind file; a network of another shape.
+    """
+    checkpoint = load_checkpoint(path, ("weights", "stage3"))
+    try:
+        config = dict(checkpoint["config"])
+        config["map_channels"] = tuple(config["map_channels"])
+        model = FCTFG(Config(**config))
+        state = checkpoint["ema" if checkpoint["kind"] == "stage3" else "networks"]["model"]
+        model.load_state_dict({k: v.float() for k, v in state.items()})
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as e:
+        raise InputError(f"{path}: not a network of this version ({str(e).splitlines()[0]})") from None
+    return model.to(device).eval()

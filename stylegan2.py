@@ -1,0 +1,337 @@
+"""StyleGAN2: MappingNetwork, Generator and Discriminator in plain PyTorch.
+
+Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020 (arXiv 1912.04958), sections 2-4.
+Layer names and parameter shapes are those of the public rosinality checkpoints, so that a published `g_ema` loads.
+
+What differs from the public code:
+- No CUDA extension, and no grouped convolution: modulation scales the activations and demodulation scales the result,
+  which is the same product in another order, so one convolution with shared weights serves the whole batch.
+- The tensors are kept in channels_last: on a CPU the depthwise blur is ten times faster there.
+- Generator.forward takes W+ codes; z -> w is a call of its own (`mapping`), and so is style mixing (`mix_styles`).
+- Two doors for the networks above it, both closed by default: `deltas` (HyperStyle's relative weight changes, one set
+  a clip) and `maps` (identity maps added to the coarse features, ours; see fusion.py).
+- Minibatch standard deviation accepts every batch size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def n_styles(size: int) -> int:
+    """L, the number of style vectors of a generator of that size: 8 at 32 px, 10 at 64, 14 at 256."""
+    return 2 * int(math.log2(size)) - 2
+
+
+def channels_at(res: int, base: int, cap: int) -> int:
+    """Feature channels at a resolution. Published networks: base 32768, cap 512 (512 up to 64 px, 128 at 256)."""
+    return min(cap, base // res)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers with an equalised learning rate: weights are N(0, 1) and scaled by He's constant at run time
+
+class EqualLinear(nn.Module):
+    def __init__(self, dim_in: int, dim_out: int, bias_init: float = 0.0, lr_mul: float = 1.0, activate: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim_out, dim_in) / lr_mul)
+        self.bias = nn.Parameter(torch.full((dim_out,), float(bias_init)))
+        self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(dim_in), lr_mul, activate
+
+    def forward(self, x):  # (.., dim_in) -> (.., dim_out)
+        y = F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
+        return F.leaky_relu(y, 0.2) * math.sqrt(2) if self.activate else y
+
+
+class EqualConv2d(nn.Module):
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.scale, self.stride, self.padding = 1 / math.sqrt(c_in * kernel ** 2), stride, padding
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+
+
+class BiasLeakyReLU(nn.Module):
+    """leaky_relu(x + bias, 0.2) * sqrt 2: the gain keeps unit variance."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):  # (N, C, H, W)
+        return F.leaky_relu(x + self.bias[:, None, None], 0.2) * math.sqrt(2)
+
+
+class Blur(nn.Module):
+    """Depthwise [1,3,3,1] low-pass filter, padded by (before, after); gain 4 makes up for the zeros of an upsampling."""
+
+    def __init__(self, pad: tuple[int, int], gain: float = 1.0):
+        super().__init__()
+        k = torch.tensor([1.0, 3.0, 3.0, 1.0])  # StyleGAN2 default
+        self.register_buffer("kernel", k[:, None] * k[None, :] / 64 * gain)
+        self.pad = (*pad, *pad)
+
+    def forward(self, x):
+        c = x.shape[1]
+        return F.conv2d(F.pad(x, self.pad), self.kernel.to(x.dtype).expand(c, 1, 4, 4), groups=c)
+
+
+class Upsample(Blur):
+    """Twice the size: zeros between the pixels, then the low-pass filter. The transposed depthwise form of that."""
+
+    def __init__(self):
+        super().__init__((2, 1), gain=4.0)
+
+    def forward(self, x):  # (N, 3, H, W) -> (N, 3, 2H, 2W)
+        c = x.shape[1]
+        y = F.conv_transpose2d(x, self.kernel.to(x.dtype).expand(c, 1, 4, 4), stride=2, groups=c)
+        return y[:, :, 1:-1, 1:-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generator
+
+class ModulatedConv2d(nn.Module):
+    """Convolution whose input channels are scaled by a style, and whose output is brought back to unit variance.
+
+    Paper, section 2.2: w'_oik = s_i w_oik, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + eps). As s does not depend on k,
+    conv(x, w'') = conv(s x, w) / sqrt(..): the weights are shared by the batch.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, dim: int, demodulate: bool = True, up: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, kernel, kernel))
+        self.modulation = EqualLinear(dim, c_in, bias_init=1)
+        self.scale, self.padding = 1 / math.sqrt(c_in * kernel ** 2), kernel // 2
+        self.demodulate, self.up = demodulate, up
+        if up:
+            self.blur = Blur((1, 1), gain=4.0)
+
+    def convolve(self, x, weight):  # (N, I, H, W), (O, I, k, k) -> (N, O, H, W) or (N, O, 2H+1, 2W+1) before the blur
+        if self.up:
+            return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        return F.conv2d(x, weight, padding=self.padding)
+
+    def forward(self, x, style, delta=None):
+        """x (N, I, H, W), style (N, D), delta (B, O, I) or None -> (N, O, H', W').
+
+        delta is HyperStyle's relative change of the weights, W (1 + delta), of B clips of N / B frames each.
+        """
+        s = self.modulation(style)                                              # (N, I)
+        weight = self.weight[0]                                                 # (O, I, k, k)
+        power = weight.square().sum((2, 3))                                     # (O, I)
+        x = x * (s * self.scale).to(x.dtype)[:, :, None, None]
+        if delta is None:
+            y = self.convolve(x, weight.to(x.dtype))
+            variance = s.square() @ power.t()                                   # (N, O)
+        else:
+            B = len(delta)
+            y = torch.cat([self.convolve(x_b, (weight * (1 + delta_b)[:, :, None, None]).to(x.dtype))
+                           for x_b, delta_b in zip(x.chunk(B), delta)])
+            per_clip = s.square().unflatten(0, (B, -1))                         # (B, T, I)
+            variance = (per_clip @ (power * (1 + delta).square()).transpose(1, 2)).flatten(0, 1)
+        if self.demodulate:
+            y = y * torch.rsqrt(self.scale ** 2 * variance + 1e-8).to(y.dtype)[:, :, None, None]
+        return self.blur(y) if self.up else y
+
+
+class NoiseInjection(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))  # one strength a layer
+
+    def forward(self, x, noise=None):
+        """noise (1 or N, 1, H, W), or None for a fresh draw"""
+        if noise is None:
+            noise = torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device, dtype=x.dtype)
+        return x + self.weight.to(x.dtype) * noise.to(x.dtype)
+
+
+class StyledConv(nn.Module):
+    def __init__(self, c_in: int, c_out: int, dim: int, up: bool = False):
+        super().__init__()
+        self.conv = ModulatedConv2d(c_in, c_out, 3, dim, up=up)
+        self.noise = NoiseInjection()
+        self.activate = BiasLeakyReLU(c_out)
+
+    def forward(self, x, style, noise=None, delta=None):
+        return self.activate(self.noise(self.conv(x, style, delta), noise))
+
+
+class ToRGB(nn.Module):
+    def __init__(self, c_in: int, dim: int, up: bool = True):
+        super().__init__()
+        self.conv = ModulatedConv2d(c_in, 3, 1, dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        if up:
+            self.upsample = Upsample()
+
+    def forward(self, x, style, skip=None):
+        rgb = self.conv(x, style).float() + self.bias  # the picture is summed in fp32
+        return rgb if skip is None else rgb + self.upsample(skip)
+
+
+class ConstantInput(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+
+class PixelNorm(nn.Module):
+    def forward(self, z):  # (N, D): to the sphere of radius sqrt D
+        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+
+
+class MappingNetwork(nn.Sequential):
+    """z (N, D) -> w (N, D): PixelNorm and n_mlp layers with a hundredth of the learning rate (StyleGAN2 default)."""
+
+    def __init__(self, dim: int, n_mlp: int = 8):
+        super().__init__(PixelNorm(), *(EqualLinear(dim, dim, lr_mul=0.01, activate=True) for _ in range(n_mlp)))
+
+
+class Generator(nn.Module):
+    """W+ code -> picture.
+
+    Args:
+        size: edge of the picture, a power of two from 8.
+        dim: D, width of a style vector.
+        n_mlp: layers of the mapping network.
+        base, cap: channels, see `channels_at`.
+    """
+
+    def __init__(self, size: int, dim: int = 512, n_mlp: int = 8, base: int = 32768, cap: int = 512):
+        super().__init__()
+        self.size, self.dim, self.L = size, dim, n_styles(size)
+        self.resolutions = [2 ** i for i in range(2, int(math.log2(size)) + 1)]  # 4, 8, .., size
+        ch = [channels_at(res, base, cap) for res in self.resolutions]
+        self.style = MappingNetwork(dim, n_mlp)
+        self.input = ConstantInput(ch[0])
+        self.conv1 = StyledConv(ch[0], ch[0], dim)
+        self.to_rgb1 = ToRGB(ch[0], dim, up=False)
+        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        for c_in, c_out in zip(ch, ch[1:]):
+            self.convs += [StyledConv(c_in, c_out, dim, up=True), StyledConv(c_out, c_out, dim)]
+            self.to_rgbs.append(ToRGB(c_out, dim))
+        for i in range(self.L - 1):  # one noise map for each 3x3 layer: 4x4, then two of each size
+            res = self.resolutions[(i + 1) // 2]
+            self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, res, res))
+
+    def mapping(self, z, truncation: float = 1.0, w_mean=None):
+        """z (N, D) -> w (N, D), pulled towards w_mean (D,) by the truncation trick where truncation < 1"""
+        w = self.style(z)
+        return w if truncation == 1.0 else w_mean + truncation * (w - w_mean)
+
+    def styled_convs(self):
+        """The 3x3 layers from coarse to fine, in the order of noise maps and of `deltas`."""
+        return [self.conv1, *self.convs]
+
+    def forward(self, w_plus, noise="fixed", maps=(), deltas=None):
+        """Decode.
+
+        Args:
+            w_plus: (N, L, D).
+            noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), or a list
+                of L - 1 maps (1 or N, 1, H, W).
+            maps: pictures (N, C', H, W) to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
+            deltas: list with a (B, O, I) relative weight change or None for each layer of `styled_convs`.
+
+        Returns:
+            (N, 3, size, size), about [-1, 1], unclamped.
+        """
+        assert w_plus.shape[1:] == (self.L, self.dim), f"W+ is {tuple(w_plus.shape)}, expected (N, {self.L}, {self.dim})"
+        n_convs = self.L - 1
+        if noise == "fixed":
+            noise = [getattr(self.noises, f"noise_{i}") for i in range(n_convs)]
+        elif noise == "random":
+            noise = [None] * n_convs
+        deltas = deltas or [None] * n_convs
+        w = w_plus.unbind(1)
+
+        x = self.input.input.to(memory_format=torch.channels_last).expand(len(w_plus), -1, -1, -1)
+        x = self.conv1(add_map(x, maps, 0), w[0], noise[0], deltas[0])                # (N, C, 4, 4)
+        rgb = self.to_rgb1(x, w[1])
+        for i, to_rgb in enumerate(self.to_rgbs):
+            a, b = 2 * i + 1, 2 * i + 2                                               # the two layers of this size
+            x = self.convs[2 * i](x, w[a], noise[a], deltas[a])                       # (N, C, 2H, 2W)
+            x = self.convs[2 * i + 1](add_map(x, maps, i + 1), w[b], noise[b], deltas[b])
+            rgb = to_rgb(x, w[b + 1], rgb)
+        return rgb
+
+
+def add_map(x, maps, i):
+    """Add the i-th map (N, C', H, W), where there is one, to the first C' channels of x (N, C, H, W)."""
+    if i >= len(maps):
+        return x
+    return x + F.pad(maps[i], (0, 0, 0, 0, 0, x.shape[1] - maps[i].shape[1])).to(x.dtype)
+
+
+def mix_styles(w1, w2, L: int, crossover: int):
+    """Style mixing: w1 (N, D) drives the layers before `crossover`, w2 (N, D) the rest -> (N, L, D)."""
+    first = torch.arange(L, device=w1.device)[None, :, None] < crossover
+    return torch.where(first, w1[:, None], w2[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# discriminator
+
+def conv_layer(c_in: int, c_out: int, kernel: int, down: bool = False, activate: bool = True) -> nn.Sequential:
+    """EqualConv2d, after a blur and with stride 2 where it halves the size, and bias + leaky ReLU where it activates."""
+    pad = (2, 2) if kernel == 3 else (1, 1)
+    conv = EqualConv2d(c_in, c_out, kernel, 2, 0) if down else EqualConv2d(c_in, c_out, kernel, 1, kernel // 2)
+    return nn.Sequential(*([Blur(pad)] if down else []), conv, *([BiasLeakyReLU(c_out)] if activate else []))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.conv1 = conv_layer(c_in, c_in, 3)
+        self.conv2 = conv_layer(c_in, c_out, 3, down=True)
+        self.skip = conv_layer(c_in, c_out, 1, down=True, activate=False)
+
+    def forward(self, x):  # (N, C, H, W) -> (N, C', H/2, W/2)
+        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+
+
+def minibatch_stddev(x, group: int = 4):
+    """Append one map with the deviation over groups of images: (N, C, H, W) -> (N, C + 1, H, W).
+
+    Groups are strided as in the published networks. Where N is no multiple of 4 the largest group of 3 or 2 that divides
+    it is taken, else the whole batch (ours: the public code fails there).
+    """
+    N, _, H, W = x.shape
+    if N % group:
+        group = next((g for g in (3, 2) if N % g == 0), N)
+    y = x.float().unflatten(0, (group, N // group))                                   # (g, N/g, C, H, W)
+    y = torch.sqrt(y.var(0, unbiased=False) + 1e-8).mean((1, 2, 3))                   # (N/g,)
+    y = y.repeat(group)[:, None, None, None].expand(N, 1, H, W)
+    return torch.cat([x, y.to(x.dtype)], 1)
+
+
+class Discriminator(nn.Module):
+    """Picture -> realness. size, base, cap as in Generator."""
+
+    def __init__(self, size: int, base: int = 32768, cap: int = 512):
+        super().__init__()
+        resolutions = [2 ** i for i in range(int(math.log2(size)), 1, -1)]            # size, .., 8, 4
+        ch = [channels_at(res, base, cap) for res in resolutions]
+        self.size = size
+        self.convs = nn.Sequential(conv_layer(3, ch[0], 1), *(ResBlock(a, b) for a, b in zip(ch, ch[1:])))
+        self.final_conv = conv_layer(ch[-1] + 1, ch[-1], 3)
+        self.final_linear = nn.Sequential(EqualLinear(ch[-1] * 16, ch[-1], activate=True), EqualLinear(ch[-1], 1))
+
+    def features(self, x) -> list:
+        """x (N, 3, size, size) -> the maps after each block, at size/2, .., 4"""
+        assert x.shape[1:] == (3, self.size, self.size), f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})"
+        x, maps = self.convs[0](x.contiguous(memory_format=torch.channels_last)), []
+        for block in self.convs[1:]:
+            x = block(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x):  # (N, 3, H, W) -> (N, 1)
+        x = self.final_conv(minibatch_stddev(self.features(x)[-1]))
+        return self.final_linear(x.flatten(1).float())
