@@ -185,8 +185,8 @@ class DirectMotion(nn.Module):
         z_a = z_a[:, context:z_a.shape[1] - context]
         return (self.pose_up(pose) + self.lips(z_a)).unflatten(-1, self.shape)
 
-    def forward(self, z_a, z_v, context=0):  # (B, T, D), (B, T, L, D) -> (B, T - 2 context, L, D)
-        return self.move(self.pose(z_v[:, context:z_v.shape[1] - context]), z_a, context)
+    def forward(self, z_a, z_v, context=0):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
+        return self.move(self.pose(z_v), z_a, context)
 
 
 class IdentityMaps(nn.Module):
@@ -259,6 +259,8 @@ class FCTFG(nn.Module):
         assert driving.shape[:2] == mel.shape[:2], f"{tuple(driving.shape[:2])} driving frames, {tuple(mel.shape[:2])} mel windows"
         z_s = self.encoder(source)
         z_s2c = self.canonical(z_s)
+        if self.config.motion == "direct":                                        # its poses know no neighbours
+            driving = driving[:, context:driving.shape[1] - context]
         z_c2d = self.motion(self.encode_sound(mel), self.encode_driving(driving), context)
         w_plus = (z_s2c[:, None] + z_c2d).flatten(0, 1)                           # (N, L, D)
         frames = self.decode(w_plus, self.weight_changes(source, z_s))

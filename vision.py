@@ -1,12 +1,12 @@
-"""Pictures: photos and videos in and out, where the face is and which square of the picture is used, and the networks
-that look at it.
+"""Pictures: photos and videos in and out, which square of them the face is, and the networks that look at it.
 
-A photo becomes uint8 (H, W, 3) RGB as a person sees it (EXIF turned, alpha over white); a video becomes a stream of such
+A photo becomes uint8 (H, W, 3) RGB as a person sees it (EXIF turned, alpha over white); a video a stream of such
 frames at exactly 25 fps; frames become H.264 with sound, as a stream too: memory does not grow with length.
-Paper: FC-TFG (arXiv 2304.03275). Differs from it: the lips must come from the sound, so mask_mouth() hides the driving
-mouth before any network sees it.
+Paper: FC-TFG (arXiv 2304.03275). Differs from it: lips must come from the sound, so mask_mouth() hides the
+driving mouth before any network sees it.
 """
 
+import math
 import os
 import re
 import shutil
@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import nn
 
 from audio import FPS, SAMPLE_RATE, InputError, check_file, decoder, ffmpeg_path, why
 
@@ -30,7 +32,7 @@ PHOTO_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVI
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")  # containers that hold H.264 and AAC
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # photos and tensors
 
 
@@ -44,9 +46,9 @@ def load_photo(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise InputError(f"{path}: {image.width}x{image.height} pixels are too many; make the picture smaller")
+                raise InputError(f"{path}: {image.width}x{image.height} pixels are too many, make it smaller")
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow's own conversion would clip it
+            if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow would clip at 255
                 grey = np.asarray(image).astype(np.float64)
                 image = Image.fromarray((np.clip(grey / 65535, 0, 1) * 255).round().astype(np.uint8))
             if image.has_transparency_data:
@@ -62,12 +64,12 @@ def load_photo(path: str | Path) -> np.ndarray:
 def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 (.., H, W, 3) -> float32 (.., 3, H, W) in [-1, 1]"""
     images = torch.as_tensor(images)
-    assert images.dtype == torch.uint8 and images.shape[-1] == 3, f"{images.dtype} {tuple(images.shape)} is no uint8 HWC"
+    assert images.dtype == torch.uint8 and images.shape[-1] == 3, f"{images.dtype} {tuple(images.shape)}"
     return images.movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped. NaN or inf is an error, not black."""
+    """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped; NaN and inf are errors, not black."""
     assert images.shape[-3] == 3, f"images are {tuple(images.shape)}, expected (.., 3, H, W)"
     images = images.detach().float()
     if not torch.isfinite(images).all():
@@ -75,7 +77,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # video in
 
 
@@ -90,7 +92,10 @@ class VideoInfo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """What a video says about itself, read from ffmpeg's description of it (no ffprobe needed). InputError: no video."""
+    """What a video says about itself, read from ffmpeg's description of it (there may be no ffprobe).
+
+    Raises InputError: missing, directory, empty, not a video.
+    """
     path = check_file(path)
     command = [word for word in decoder(path) if word not in ("-loglevel", "error")]
     text = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
@@ -119,11 +124,11 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
-    """Frames of a video as uint8 (H, W, 3) RGB at exactly 25 fps, one at a time; frame k is what shows at (k + 1/2)/25 s.
+    """Frames of a video as uint8 (H, W, 3) RGB at exactly 25 fps, as a stream; frame k shows at (k + 1/2)/25 s.
 
-    Any frame rate, also a variable one, is resampled from the file's beginning on, so that samples 640 k .. 640 (k+1)
-    of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped. `height`: resized to
-    it. Raises InputError: not a video, damaged or cut short (for a cut: when the end is reached).
+    Any frame rate, also a variable one, is resampled from the file's beginning on, so that samples 640 k ..
+    640 (k+1) of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped.
+    `height`: resized to it. Raises InputError: not a video; damaged or cut short (once the cut is reached).
     """
     path = check_file(path)
     probe(path)  # refuses what is no video
@@ -135,11 +140,11 @@ def decode_frames(path: Path, height: int | None) -> Iterator[np.ndarray]:
     # start_time=0: a picture that starts late shows its first frame from 0 on; near: see the docstring above
     fps = f"fps={FPS}:start_time=0:round=near"
     scale = f"scale=w='max(1,round(iw*sar*{height or 'ih'}/ih))':h={height or 'ih'}:flags=area"
+    args = ["-map", "0:V:0", "-vf", f"{fps},{scale}", "-fps_mode", "passthrough"]
     # PPM: every frame brings its own size, so rotation needs no arithmetic here
-    args = ["-map", "0:V:0", "-vf", f"{fps},{scale}", "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm"]
-    with tempfile.TemporaryFile() as log:
-        command = decoder(path, *args, "-f", "image2pipe", "pipe:1")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+    args += ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
+    with tempfile.TemporaryFile() as log:  # a file: a full pipe for stderr would stop ffmpeg
+        process = subprocess.Popen(decoder(path, *args), stdout=subprocess.PIPE, stderr=log)
         count = 0
         try:
             while (frame := read_ppm(process.stdout)) is not None:
@@ -162,19 +167,19 @@ def read_ppm(stream) -> np.ndarray | None:
         return None
     width, height = map(int, stream.readline().split())
     stream.readline()  # 255
-    data = stream.read(width * height * 3)
-    return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
+    data = np.frombuffer(stream.read(width * height * 3), np.uint8)
+    return data.reshape(height, width, 3) if len(data) == width * height * 3 else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # video out
 
 
 def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
     """The absolute path of a file that may be written; call it before anything slow.
 
-    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be written, its
-    name does not end in one of `suffixes`.
+    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be written,
+    its name does not end in one of `suffixes`.
     """
     path = Path(path).absolute()
     try:
@@ -199,9 +204,9 @@ class VideoWriter:
     with VideoWriter("talk.mp4", 64, 64, wav) as video:
         video.write(frame)                              # uint8 (H, W, 3)
 
-    wav: float (n,) in [-1, 1] at 16 kHz, or None; sample 0 is heard when frame 0 shows, the sound keeps its own length.
-    Odd sizes get one more row or column (players want even ones). The file appears whole, or, on an error, not at all:
-    ffmpeg works in a private directory of the system's temporary one. Raises InputError: see check_output; disk full.
+    wav: float (n,) in [-1, 1] at 16 kHz, or None; sample 0 is heard when frame 0 shows, and the sound keeps its
+    length. Odd sizes get one more row or column (players want even ones). The file appears whole, or, after an
+    error, not at all: ffmpeg works in a private temporary directory. Raises InputError: as check_output; disk full.
     """
 
     def __init__(self, path, height: int, width: int, wav: np.ndarray | None = None, overwrite: bool = False):
@@ -224,15 +229,15 @@ class VideoWriter:
         command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound]
         command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{smear},{colours},format=yuv420p,{tags}"]
-        command += ["-c:v", "libx264", "-crf", "16", "-preset", "medium"]  # ours: 16 keeps a 64 px portrait crisp
-        command += ["-movflags", "+faststart", str(self.draft)]
+        command += ["-c:v", "libx264", "-crf", "16", "-movflags", "+faststart"]  # ours: a 64 px face stays crisp
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log, start_new_session=True
+            [*command, str(self.draft)], stdin=subprocess.PIPE, stderr=self.log, start_new_session=True
         )
 
     def write(self, frame: np.ndarray):
         """frame: uint8 (H, W, 3) RGB"""
-        assert frame.dtype == np.uint8 and frame.shape == self.shape, f"{frame.dtype} {frame.shape}, not {self.shape}"
+        ok = frame.dtype == np.uint8 and frame.shape == self.shape
+        assert ok, f"frame is {frame.dtype} {frame.shape}, expected uint8 {self.shape}"
         try:
             self.process.stdin.write(np.ascontiguousarray(frame).data)
         except BrokenPipeError:
@@ -289,27 +294,18 @@ def write_wav(path: str | Path, wav: np.ndarray):
 
 
 def place(draft: Path, path: Path):
-    """Moves a finished file to its place, perhaps on another disk; whoever looks sees the old one or the whole new one."""
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    """Moves a finished file to its place, perhaps on another disk: there is the old file or the whole new one."""
+    beside = path.with_name(f".talk-{os.getpid()}{path.suffix}")
     try:
         shutil.copyfile(draft, beside)
-        os.chmod(beside, 0o666 & ~umask())  # mkstemp's files are private
         os.replace(beside, path)
     except OSError as error:
         raise InputError(f"{path}: could not be written ({error.strerror})") from None
     finally:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
-def umask() -> int:
-    """The mask of new files' permissions; there is no way to read it but to set it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # where the face is
 
 
@@ -325,15 +321,15 @@ class Template:
 
 
 TEMPLATES = {
-    "toy": Template(mouth=(0.25, 0.55, 0.75, 0.90), eyes=(0.22, 0.30, 0.78, 0.56), side=1.5, shift=(0.0, 0.0)),
-    # UTKFace's crop, measured on 100 of its portraits: blazeface's box is .99 of the crop, its centre .03 above the
-    # crop's; eyes at .29, mouth corners at .67, mouth centre at .72 of the height
-    "face": Template(mouth=(0.20, 0.55, 0.80, 0.97), eyes=(0.14, 0.18, 0.86, 0.42), side=1.0, shift=(0.0, 0.03)),
+    "toy": Template(mouth=(0.25, 0.55, 0.75, 0.90), eyes=(0.22, 0.30, 0.78, 0.56), side=1.5, shift=(0, 0)),
+    # UTKFace's crop. Measured on 100 of its portraits: the box of blazeface's back model is .99 of the crop, its
+    # centre .03 above the crop's; eyes at .29, mouth centre at .72 of the height
+    "face": Template(mouth=(0.20, 0.55, 0.80, 0.97), eyes=(0.14, 0.18, 0.86, 0.42), side=1.0, shift=(0, 0.03)),
 }
 
 
 def mask_mouth(frames: torch.Tensor, template: str) -> torch.Tensor:
-    """frames (.., 3, H, W) -> a copy whose mouth box is grey (0): lips come from the sound, and this is where."""
+    """frames (.., 3, H, W) -> a copy with the mouth box grey (0): THE place that makes lips come from the sound."""
     H, W = frames.shape[-2:]
     x0, y0, x1, y1 = TEMPLATES[template].mouth
     frames = frames.clone()
@@ -360,7 +356,7 @@ def checkpoints_dir() -> Path:
 
 @lru_cache
 def face_detectors() -> list:
-    """face-alignment's detectors whose weights are at hand or can be fetched, one set per process; [] without any."""
+    """face-alignment's detectors whose weights are at hand or can be fetched, one set a process; [] without any."""
     folder = checkpoints_dir()
     if (folder / S3FD).is_file():
         from face_alignment.detection.sfd import FaceDetector
@@ -377,12 +373,13 @@ def face_detectors() -> list:
 
 
 def fetch(name: str, folder: Path) -> bool:
-    """One of blazeface's files (0.4 MB), checked by its SHA256 and moved into place whole; False without a network."""
+    """One of blazeface's files (0.4 MB), checked by SHA256 and moved into place whole; False without a network."""
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # seconds; ours: the way out, --box, needs no network
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(BLAZEFACE_URL + name, str(folder / name), BLAZEFACE_SHA256[name], progress=False)
+        target, pin = str(folder / name), BLAZEFACE_SHA256[name]
+        torch.hub.download_url_to_file(BLAZEFACE_URL + name, target, pin, progress=False)
     except (OSError, RuntimeError):  # no network or no disk; wrong hash
         return False
     finally:
@@ -399,7 +396,7 @@ def detect_faces(image: np.ndarray) -> list[tuple] | None:
     if not detectors:
         return None
     H, W = image.shape[:2]
-    # blazeface sees the centre square only: make the picture square, with a margin for faces that touch the border
+    # blazeface sees the centre square only: make it all square, with a margin for faces that touch the border
     side = round(1.2 * max(H, W))
     left, top = (side - W) // 2, (side - H) // 2
     canvas = Image.new("RGB", (side, side), (128, 128, 128))
@@ -410,7 +407,7 @@ def detect_faces(image: np.ndarray) -> list[tuple] | None:
     for detector in detectors:
         for x0, y0, x1, y1, score in detector.detect_from_image(canvas):
             box = (x0 / scale - left, y0 / scale - top, x1 / scale - left, y1 / scale - top, float(score))
-            if all(overlap(box, other) < 0.3 for other in found):  # ours: the front and back model agree on most faces
+            if all(overlap(box, other) < 0.3 for other in found):  # ours: both models find most faces
                 found.append(tuple(float(v) for v in box))
     return sorted(found, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))
 
@@ -423,9 +420,9 @@ def overlap(a, b) -> float:
 
 
 def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
-    """Detected faces, largest first -> the square crop (x0, y0, x1, y1) around face `number` (1: the largest)."""
+    """Faces of detect_faces -> the square crop (x0, y0, x1, y1) around face `number`, 1 being the largest."""
     if not 1 <= number <= len(faces):
-        raise InputError(f"--face {number}: {len(faces)} face{'s were' if len(faces) != 1 else ' was'} found")
+        raise InputError(f"--face {number}: the number of faces found is {len(faces)}")
     x0, y0, x1, y1 = faces[number - 1][:4]
     t = TEMPLATES[template]
     unit = max(x1 - x0, y1 - y0)
@@ -435,7 +432,7 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
 
 
 def crop_face(image: np.ndarray, box: tuple, size: int) -> np.ndarray:
-    """uint8 (H, W, 3), box in pixels (may reach beyond the picture: the border is repeated) -> uint8 (size, size, 3)"""
+    """uint8 (H, W, 3), box in pixels -> uint8 (size, size, 3); beyond the picture its border is repeated."""
     H, W = image.shape[:2]
     x0, y0, x1, y1 = box
     assert x1 > x0 and y1 > y0, f"empty box {box}"
@@ -447,5 +444,111 @@ def crop_face(image: np.ndarray, box: tuple, size: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the networks
+
+
+class ResDown(nn.Module):
+    """Halve the size: two 3x3 convolutions beside a pooled 1x1 shortcut. No normalisation: batches may be of one."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_in, 3, padding=1), nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):  # (N, C, H, W) -> (N, C', H/2, W/2)
+        y = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
+        return (y + self.skip(F.avg_pool2d(x, 2))) / math.sqrt(2)
+
+
+class VisualEncoder(nn.Module):
+    """Picture -> W+ code: a feature pyramid with heads for coarse, middle and fine styles.
+
+    Richardson et al., "Encoding in Style: pSp", CVPR 2021, section 3: styles 0-2 are read from the coarse map, 3-6 from
+    the middle one, the rest from the fine one, and the sum of top-down features feeds the finer levels.
+    Differs: a slim residual trunk and one head a level instead of IR-SE50 and one a style; and, ours, a linear path
+    beside the trunk (the picture at 32x32 -> `linear` numbers -> W+), which holds an unseen face after little training
+    where a young trunk does not. It starts from the principal components of the training pictures (`start_linear`).
+    """
+
+    def __init__(self, size: int, dim: int, L: int, width: int = 48, linear: int = 192):
+        super().__init__()
+        self.size, self.dim, self.L = size, dim, L
+        depth = int(math.log2(size)) - 2                                     # halvings down to 4x4
+        ch = [min(width * 2 ** i, width * 4) for i in range(depth + 1)]
+        self.stem = nn.Conv2d(3, ch[0], 3, padding=1)
+        self.blocks = nn.ModuleList(ResDown(a, b) for a, b in zip(ch, ch[1:]))
+        self.groups = [min(3, L), min(4, L - 3), L - 7]                      # pSp: styles 0-2, 3-6, 7-
+        self.lateral = nn.ModuleList([nn.Conv2d(ch[-2], ch[-1], 1), nn.Conv2d(ch[-3], ch[-1], 1)])
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 64, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
+                          nn.Flatten(), nn.Linear(64 * 16, n * dim)) for n in self.groups)
+        self.linear_down = nn.Linear(3 * 32 * 32, linear, bias=False) if linear else None
+        self.linear_up = nn.Linear(linear, L * dim, bias=False) if linear else None
+        self.register_buffer("latent_avg", torch.zeros(L, dim))
+
+    def forward(self, x):
+        """x (N, 3, size, size) in [-1, 1] -> (N, L, D)"""
+        assert x.shape[1:] == (3, self.size, self.size), f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})"
+        h, maps = self.stem(x.contiguous(memory_format=torch.channels_last)), []
+        for block in self.blocks:
+            h = block(h)
+            maps.append(h)
+        coarse = maps[-1]                                                    # (N, C, 4, 4)
+        middle = self.lateral[0](maps[-2]) + F.interpolate(coarse, scale_factor=2, mode="nearest")
+        fine = self.lateral[1](maps[-3]) + F.interpolate(middle, scale_factor=2, mode="nearest")
+        z = torch.cat([head(m).unflatten(1, (-1, self.dim)) for head, m in zip(self.heads, (coarse, middle, fine))], 1)
+        if self.linear_down is not None:
+            z = z + self.linear_up(self.linear_down(small_picture(x))).unflatten(1, (self.L, self.dim))
+        return self.latent_avg + z                                           # (N, L, D)
+
+    @torch.no_grad()
+    def start_linear(self, pictures):
+        """Set the linear path to the principal components of pictures (n, 3, H, W), n > `linear`; output unit variance.
+
+        The way up starts at zero (the training finds it), so that a fresh encoder is still the trunk alone.
+        """
+        x = small_picture(pictures).double()
+        _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        k = len(self.linear_down.weight)
+        self.linear_down.weight.copy_(v[:k] * (math.sqrt(len(x)) / s[:k].clamp_min(1e-3 * s[0]))[:, None])
+        self.linear_up.weight.zero_()
+
+
+def small_picture(x):
+    """(N, 3, H, W) -> (N, 3 * 32 * 32): what the linear path sees"""
+    if x.shape[-1] > 32:
+        x = F.avg_pool2d(x, x.shape[-1] // 32)
+    return x.contiguous().flatten(1)
+
+
+class HyperNetwork(nn.Module):
+    """A photo and what the generator makes of its code -> relative changes of the generator's weights.
+
+    Alaluf et al., "HyperStyle", CVPR 2022, sections 3.2-3.3: six channels in, one change an (out, in) channel pair of
+    each convolution (the kernel's taps share it), W <- W (1 + delta); toRGB layers are left alone.
+    Differs at these sizes: a slim trunk and deltas of low rank, u v^T (ours: a full head for 128 x 128 channels would
+    outweigh the generator).
+    """
+
+    def __init__(self, size: int, layers: list, width: int = 32, rank: int = 2):
+        """layers: (O, I) of each 3x3 layer of the generator, in the order of Generator.styled_convs()"""
+        super().__init__()
+        depth = int(math.log2(size)) - 2
+        ch = [min(width * 2 ** i, width * 4) for i in range(depth + 1)]
+        self.layers, self.rank = layers, rank
+        self.trunk = nn.Sequential(nn.Conv2d(6, ch[0], 3, padding=1), *(ResDown(a, b) for a, b in zip(ch, ch[1:])),
+                                   nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(ch[-1] * 16, 128), nn.LeakyReLU(0.2))
+        self.heads = nn.ModuleList(nn.Linear(128, (o + i) * rank) for o, i in layers)
+        for head, (o, _) in zip(self.heads, layers):  # u starts at zero: the first delta is none
+            nn.init.zeros_(head.weight[:o * rank])
+            nn.init.zeros_(head.bias)
+
+    def forward(self, x, y_hat):
+        """x, y_hat (B, 3, H, W) in [-1, 1] -> list of (B, O, I), one a layer"""
+        h = self.trunk(torch.cat([x, y_hat], 1).contiguous(memory_format=torch.channels_last))
+        deltas = []
+        for head, (o, i) in zip(self.heads, self.layers):
+            u, v = head(h).unflatten(1, (o + i, self.rank)).split((o, i), 1)  # (B, O, r), (B, I, r)
+            deltas.append(u @ v.transpose(1, 2))
+        return deltas
