@@ -1,17 +1,16 @@
-"""Sound: any file -> 16 kHz mono, log-mel and MFCC, which mel steps belong to a video frame, and the audio encoder.
+"""Sound: any file -> 16 kHz mono, log-mel and MFCC, the mel steps of a video frame, and the audio encoder.
 
 Papers: FC-TFG (arXiv 2304.03275) section 3: 16 kHz, window 800, hop 200, 80 mel bands, encoder after Wav2Lip
-(arXiv 2008.10010), whose published hparams give every number of the mel; SyncNet v2 (Chung & Zisserman 2016) for MFCC.
-Differs from them: the mel window of a frame is centred on the frame's middle (Wav2Lip's starts at int(80 k / 25), for
-the first of five frames); the encoder's norm is GroupNorm and its last layer is linear (why: see AudioEncoder).
+(arXiv 2008.10010), whose hparams give the mel's other numbers; SyncNet (Chung & Zisserman 2016) for the MFCC.
+Differs from them: the mel window of a frame is centred on the frame's middle (Wav2Lip's begins at int(3.2 k)
+of the first of five frames); the encoder's norm is GroupNorm, its last layer linear (see AudioEncoder).
 
-What every room needs at the bottom of the import order also lives here: InputError, run(), the way ffmpeg is called.
+Being the lowest room, it also holds what all need: InputError, run(), check_file(), how ffmpeg is called.
 """
 
 import signal
 import subprocess
 import sys
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,19 +35,19 @@ SILENCE = -4.0  # mel value of silence, and of everything outside the sound
 
 BLOCK = 4096  # ours: mel steps computed at once; bounds memory to 30 MB however long the sound
 
-# ffmpeg opens media containers only: its text and playlist formats (tty, hls, concat) can be made to read other files
+# ffmpeg opens media containers only: its text and playlist formats (tty, hls, concat) can name other files
 DEMUXERS = (
-    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,m4a,3gp,mp3,"
-    "mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,voc,w64,wav,webp_anim,wv,yuv4mpegpipe,apng"
+    "aac,ac3,aiff,amr,ape,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,"
+    "m4a,3gp,mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,voc,w64,wav,webp_anim,wv,yuv4mpegpipe"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what the user got wrong, and ffmpeg
 
 
 class InputError(Exception):
-    """Something the user got wrong. str(e) is one line that names the file or option and what is wrong with it."""
+    """Something the user got wrong. str(e) is one line: the file or option, and what is wrong with it."""
 
     def __str__(self):
         return " ".join(super().__str__().split())
@@ -56,7 +55,7 @@ class InputError(Exception):
 
 def run(main):
     """Runs a script's main(): InputError is one line on stderr and exit status 2, Ctrl-C 130, SIGTERM 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that `with` and `finally` clean up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: `with` and `finally` clean up
     try:
         main()
     except InputError as error:
@@ -102,19 +101,19 @@ def ffmpeg_path() -> str:
 
 
 def decoder(path: str | Path, *output: str) -> list[str]:
-    """Argument list of an ffmpeg that reads `path` (a local media file and nothing else) and does `output` with it."""
+    """Argument list of an ffmpeg that reads `path`, a local media file and nothing else, to `output`."""
     quiet = ["-nostdin", "-hide_banner", "-loglevel", "error"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
     return [ffmpeg_path(), *quiet, *local, "-i", f"file:{check_file(path)}", *output]
 
 
 def why(log: str) -> str:
-    """The last line of ffmpeg's complaints, without its '[mov @ 0x55..]' prefixes: the reason for an InputError."""
+    """The last line of ffmpeg's complaints without its '[mov @ 0x55..]' prefix: an InputError's reason."""
     lines = [line.split("] ")[-1].strip() for line in log.splitlines() if line.strip()]
     return lines[-1] if lines else "unknown format"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # files -> samples
 
 
@@ -123,15 +122,13 @@ def load_audio(path: str | Path) -> np.ndarray:
 
     Time 0 is the file's beginning: a track that starts late in a video is padded in front, so that frame k of
     read_video and samples 640 k .. 640 (k + 1) belong together. More than one channel is mixed down.
-    Raises InputError: missing, directory, empty, not media, cut short, no sound, 0 s, NaN or infinite samples.
+    Raises InputError: missing, directory, empty, not media, cut short, no sound, 0 s, NaN or inf samples.
     """
     path = check_file(path)
     # async=1 fills holes in the time stamps; first_pts=0 pads or trims at the beginning
-    args = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le"]
-    with tempfile.TemporaryFile() as log:  # a file: a full pipe for stderr would stop ffmpeg
-        done = subprocess.run(decoder(path, *args, "pipe:1"), stdout=subprocess.PIPE, stderr=log)
-        log.seek(0)
-        complaint = log.read().decode(errors="replace")
+    args = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(SAMPLE_RATE)]
+    done = subprocess.run(decoder(path, *args, "-f", "f32le", "pipe:1"), capture_output=True)
+    complaint = done.stderr.decode(errors="replace")
     if "matches no streams" in complaint:
         raise InputError(f"{path}: has no sound")
     if done.returncode and not done.stdout:
@@ -152,17 +149,29 @@ def n_frames(n_samples: int) -> int:
     return max(1, (2 * n_samples + SAMPLES_PER_FRAME) // (2 * SAMPLES_PER_FRAME))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # samples -> mel -> windows of frames
 
 
 @lru_cache
 def filter_bank():
-    """Slaney's mel filters (librosa's default) as a sparse (80, 401) matrix."""
-    import librosa  # here, because importing it costs 1.5 s
+    """Slaney's mel filters, triangles of equal area, as a sparse (80, 401) matrix.
+
+    librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start.
+    """
     from scipy.sparse import csr_array
 
-    return csr_array(librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=MEL_LOW, fmax=MEL_HIGH))
+    def mel(hz):  # linear below 1 kHz, logarithmic above: 27 steps for a factor of 6.4
+        return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
+
+    def hz(mel):
+        return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+
+    corners = hz(np.linspace(mel(MEL_LOW), mel(MEL_HIGH), N_MELS + 2))  # (82,) Hz
+    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (80, 1)
+    bins = np.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT  # (401,) Hz
+    triangles = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
+    return csr_array(np.maximum(0, triangles) * 2 / (right - left))
 
 
 @lru_cache
@@ -172,11 +181,11 @@ def hann() -> np.ndarray:
 
 
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Steps first .. stop-1 of the log-mel of wav (n,) -> float32 (80, stop - first). Step s is centred on sample 200 s.
+    """Log-mel of wav (n,), steps first .. stop-1 -> float32 (80, stop - first). Step s is at sample 200 s.
 
-    Every step is computed alone and in the same order of operations, whatever the range: row-wise FFT, exactly
-    rounded arithmetic, sparse filter bank (a dense product's rounding depends on its shape). So any range of steps
-    equals that part of the whole, to the bit.
+    Every step is computed alone, by the same operations in the same order, whatever the range: FFT by rows,
+    square roots instead of np.abs, a sparse filter bank (a dense product rounds differently for each shape).
+    So any range of steps equals that part of the whole, to the bit.
     """
     mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
     for a in range(first, stop, BLOCK):
@@ -193,7 +202,7 @@ def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
         magnitude = np.sqrt(spectrum.real**2 + spectrum.imag**2)
         power = filter_bank() @ np.ascontiguousarray(magnitude.T)  # (80, b-a)
         db = 20 * np.log10(np.maximum(10 ** (FLOOR_DB / 20), power)) - REFERENCE_DB
-        mel[:, a - first : b - first] = np.clip(8 * (db - FLOOR_DB) / -FLOOR_DB - 4, -4, 4)  # symmetric, Wav2Lip
+        mel[:, a - first : b - first] = np.clip(8 * (db - FLOOR_DB) / -FLOOR_DB - 4, -4, 4)  # symmetric
     return mel
 
 
@@ -203,22 +212,22 @@ def mel_length(n_samples: int) -> int:
 
 
 def log_mel(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> float32 (80, S) in [-4, 4], S = 1 + n // 200; silence is exactly -4. Wav2Lip's mel."""
+    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (80, S) in [-4, 4]; S = 1 + n // 200, silence -4."""
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
     return mel_steps(wav, 0, mel_length(len(wav)))
 
 
 def window_starts(frames) -> np.ndarray:
-    """First mel step of each frame's window: THE place that turns a frame index into a mel index. (T,) -> (T,).
+    """First mel step of each frame's window, (T,) -> (T,): THE place that turns frame into mel indices.
 
-    The middle of frame k is (k + 1/2) 3.2 steps, the middle of 16 steps from s is s + 7.5 (a step is a point: the
-    centre of its 50 ms). The nearest s is round(3.2 k - 5.9), here in integers; at most 0.4 steps = 5 ms off.
+    The middle of frame k is at (k + 1/2) 3.2 steps, the middle of 16 steps from s on at s + 7.5 (a step is a
+    point: the centre of its 50 ms). The nearest s is round(3.2 k - 5.9), here in integers; 5 ms off at most.
     """
     return (16 * np.asarray(frames, np.int64) - 27) // 5
 
 
 def mel_windows(mel: np.ndarray, frames) -> np.ndarray:
-    """mel (80, S), T frame indices -> float32 (T, 1, 80, 16), centred on each frame's middle; outside is silence."""
+    """mel (80, S), T frame indices -> float32 (T, 1, 80, 16), centred on the frames; outside is silence."""
     assert mel.ndim == 2 and mel.shape[0] == N_MELS, f"mel is {mel.shape}, expected (80, S)"
     return gather_windows(mel, 0, window_starts(frames))
 
@@ -232,7 +241,7 @@ def gather_windows(mel: np.ndarray, first: int, starts: np.ndarray) -> np.ndarra
 
 
 def sound_windows(wav: np.ndarray, frames) -> np.ndarray:
-    """Equals mel_windows(log_mel(wav), frames) to the bit, but only the stretch from the first to the last is computed."""
+    """mel_windows(log_mel(wav), frames), to the bit, computing only the stretch from first to last frame."""
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
     starts = window_starts(frames)
     first = int(np.clip(starts.min(), 0, mel_length(len(wav)) - 1))
@@ -243,8 +252,8 @@ def sound_windows(wav: np.ndarray, frames) -> np.ndarray:
 def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, steps: int = 3) -> np.ndarray:
     """One frequency mask of 0..bands mel bands and one time mask of 0..steps mel steps, filled with silence.
 
-    mel (.., 80, S) -> a copy; all leading axes get the same masks. SpecAugment (Park et al. 2019) without time
-    warping; its widths (27 bands, 100 steps) are for utterances, ours are a fifth of the bands and of a window.
+    mel (.., 80, S) -> a copy; all leading axes get the same masks. SpecAugment (Park et al. 2019) without its
+    time warping; its widths (27 bands, 100 steps) are for utterances, ours are a fifth of a window's.
     """
     mel = mel.copy()
     M, S = mel.shape[-2:]
@@ -255,13 +264,13 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
     return mel
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MFCC, for SyncNet v2
 
 
 @lru_cache
 def mfcc_filters() -> np.ndarray:
-    """26 triangles on HTK's mel scale, corners on whole FFT bins: (26, 257), as python_speech_features lays them."""
+    """(26, 257): triangles on HTK's mel scale, corners on whole FFT bins, as python_speech_features has."""
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
     corners = np.floor(513 * 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1) / SAMPLE_RATE)  # (28,)
     bins = np.arange(257)
@@ -273,8 +282,8 @@ def mfcc_filters() -> np.ndarray:
 def mfcc(wav: np.ndarray) -> np.ndarray:
     """Samples (n,) in [-1, 1] -> float64 (13, S) at 100 steps a second: SyncNet v2's input.
 
-    python_speech_features' defaults on int16 samples: 25 ms rectangular windows every 10 ms, 512-point FFT, 26
-    filters, DCT-II, lifter 22, first coefficient replaced by the log energy. S = 1 + ceil((n - 400) / 160).
+    python_speech_features' defaults on int16 samples: 25 ms rectangular windows every 10 ms, 512-point FFT,
+    26 filters, DCT-II, lifter 22, first coefficient replaced by log energy. S = 1 + ceil((n - 400) / 160).
     """
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
     from scipy.fft import dct
@@ -293,7 +302,7 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     return cepstrum.T
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the encoder
 
 
@@ -314,9 +323,9 @@ class ConvBlock(nn.Module):
 class AudioEncoder(nn.Module):
     """Mel window -> audio code z_a. Wav2Lip's layer plan (FC-TFG follows it), channels scaled by `width`.
 
-    Differs from Wav2Lip: GroupNorm for BatchNorm, because the windows of one batch are neighbours of a few clips: batch
-    statistics would tie them together and differ between training and sampling, where one photo speaks alone. And the
-    last layer is linear (there: norm and ReLU), because a code has both signs.
+    Differs from Wav2Lip: GroupNorm for BatchNorm, because the windows of a batch are neighbours in few clips:
+    batch statistics would tie them together, and differ between training and sampling, where one photo
+    speaks alone. And the last layer is linear (there: norm and ReLU), because a code has both signs.
     """
 
     def __init__(self, dim: int, width: float = 1.0):

@@ -1,7 +1,7 @@
 """Pictures: photos and videos in and out, which square of them the face is, and the networks that look at it.
 
-A photo becomes uint8 (H, W, 3) RGB as a person sees it (EXIF turned, alpha over white); a video a stream of such
-frames at exactly 25 fps; frames become H.264 with sound, as a stream too: memory does not grow with length.
+A photo becomes uint8 (H, W, 3) RGB as a person sees it (EXIF turned, alpha over white), a video a stream of
+such frames at exactly 25 fps; frames become H.264 with sound, streamed too: memory does not grow with length.
 Paper: FC-TFG (arXiv 2304.03275). Differs from it: lips must come from the sound, so mask_mouth() hides the
 driving mouth before any network sees it.
 """
@@ -69,10 +69,10 @@ def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped; NaN and inf are errors, not black."""
+    """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped; NaN and inf raise."""
     assert images.shape[-3] == 3, f"images are {tuple(images.shape)}, expected (.., 3, H, W)"
     images = images.detach().float()
-    if not torch.isfinite(images).all():
+    if not torch.isfinite(images).all():  # as uint8 it would be a black frame that nobody explains
         raise FloatingPointError("a picture holds NaN or infinite values")
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().cpu().numpy()
 
@@ -85,7 +85,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 class VideoInfo:
     width: int  # as shown: after rotation
     height: int
-    fps: float
+    fps: float  # on average; 0 where it does not say
     seconds: float  # of the container; 0 where it does not say
     has_audio: bool
     rotation: int  # degrees the stored picture is turned for showing: 0, 90, 180, 270
@@ -100,31 +100,25 @@ def probe(path: str | Path) -> VideoInfo:
     command = [word for word in decoder(path) if word not in ("-loglevel", "error")]
     text = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
     # stream lines are indented by exactly two spaces, tags by more: a title cannot pass for a stream
-    streams = re.findall(r"^  Stream #(.*?)(?=^  Stream #|\Z)", text, re.M | re.S)
-    videos = [s for s in streams if ": Video:" in s.splitlines()[0] and "(attached pic)" not in s.splitlines()[0]]
-    size = re.search(r", (\d+)x(\d+)", videos[0].splitlines()[0]) if videos else None
-    if not size:
-        sound = any(": Audio:" in s.splitlines()[0] for s in streams)
-        raise InputError(f"{path}: {'holds sound but no picture' if sound else f'is not a video ({why(text)})'}")
-    width, height = int(size[1]), int(size[2])
-    turn = re.search(r"^ +displaymatrix: rotation of (-?[\d.]+) degrees", videos[0], re.M)
+    has_audio = bool(re.search(r"^  Stream #.*: Audio: ", text, re.M))
+    video = re.search(r"^  Stream #.*: Video: (?!.*\(attached pic\)).*, (\d+)x(\d+).*", text, re.M)
+    if not video:
+        reason = "holds sound but no picture" if has_audio else f"is not a video ({why(text)})"
+        raise InputError(f"{path}: {reason}")
+    width, height = int(video[1]), int(video[2])
+    details = text[video.end() :].split("  Stream #")[0]
+    turn = re.search(r"^ +displaymatrix: rotation of (-?[\d.]+) degrees", details, re.M)
     rotation = round(-float(turn[1])) % 360 if turn else 0
     if rotation in (90, 270):
         width, height = height, width
-    fps = re.search(r", ([\d.]+)(k?) fps", videos[0].splitlines()[0])
+    fps = re.search(r", ([\d.]+) fps", video[0])
     length = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
-    return VideoInfo(
-        width=width,
-        height=height,
-        fps=float(fps[1]) * (1000 if fps[2] else 1) if fps else float(FPS),
-        seconds=int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0,
-        has_audio=any(": Audio:" in s.splitlines()[0] for s in streams),
-        rotation=rotation,
-    )
+    seconds = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0
+    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, seconds, has_audio, rotation)
 
 
 def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
-    """Frames of a video as uint8 (H, W, 3) RGB at exactly 25 fps, as a stream; frame k shows at (k + 1/2)/25 s.
+    """Frames of a video, uint8 (H, W, 3) RGB at exactly 25 fps, as a stream; frame k shows at (k + 1/2)/25 s.
 
     Any frame rate, also a variable one, is resampled from the file's beginning on, so that samples 640 k ..
     640 (k+1) of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped.
@@ -178,8 +172,8 @@ def read_ppm(stream) -> np.ndarray | None:
 def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
     """The absolute path of a file that may be written; call it before anything slow.
 
-    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be written,
-    its name does not end in one of `suffixes`.
+    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be
+    written, its name does not end in one of `suffixes`.
     """
     path = Path(path).absolute()
     try:
@@ -204,9 +198,10 @@ class VideoWriter:
     with VideoWriter("talk.mp4", 64, 64, wav) as video:
         video.write(frame)                              # uint8 (H, W, 3)
 
-    wav: float (n,) in [-1, 1] at 16 kHz, or None; sample 0 is heard when frame 0 shows, and the sound keeps its
-    length. Odd sizes get one more row or column (players want even ones). The file appears whole, or, after an
-    error, not at all: ffmpeg works in a private temporary directory. Raises InputError: as check_output; disk full.
+    wav: float (n,) in [-1, 1] at 16 kHz, or None; sample 0 is heard when frame 0 shows, and the sound keeps
+    its length. Odd sizes get one more row or column (players want even ones). The file appears whole, or,
+    after an error, not at all: ffmpeg works in a private temporary directory.
+    Raises InputError: as check_output; disk full.
     """
 
     def __init__(self, path, height: int, width: int, wav: np.ndarray | None = None, overwrite: bool = False):
@@ -229,7 +224,14 @@ class VideoWriter:
         command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound]
         command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{smear},{colours},format=yuv420p,{tags}"]
-        command += ["-c:v", "libx264", "-crf", "16", "-movflags", "+faststart"]  # ours: a 64 px face stays crisp
+        command += [
+            "-c:v",
+            "libx264",
+            "-crf",
+            "16",
+            "-movflags",
+            "+faststart",
+        ]  # 16, ours: stays crisp at 64 px
         self.process = subprocess.Popen(
             [*command, str(self.draft)], stdin=subprocess.PIPE, stderr=self.log, start_new_session=True
         )
@@ -294,7 +296,7 @@ def write_wav(path: str | Path, wav: np.ndarray):
 
 
 def place(draft: Path, path: Path):
-    """Moves a finished file to its place, perhaps on another disk: there is the old file or the whole new one."""
+    """Moves a finished file into place, maybe on another disk: the old file or the whole new one is there."""
     beside = path.with_name(f".talk-{os.getpid()}{path.suffix}")
     try:
         shutil.copyfile(draft, beside)
@@ -322,14 +324,14 @@ class Template:
 
 TEMPLATES = {
     "toy": Template(mouth=(0.25, 0.55, 0.75, 0.90), eyes=(0.22, 0.30, 0.78, 0.56), side=1.5, shift=(0, 0)),
-    # UTKFace's crop. Measured on 100 of its portraits: the box of blazeface's back model is .99 of the crop, its
-    # centre .03 above the crop's; eyes at .29, mouth centre at .72 of the height
-    "face": Template(mouth=(0.20, 0.55, 0.80, 0.97), eyes=(0.14, 0.18, 0.86, 0.42), side=1.0, shift=(0, 0.03)),
+    # UTKFace's crop. Measured on 100 of its portraits: the box of blazeface's back model is .99 of the crop,
+    # its centre .03 above the crop's; eyes at .29, mouth centre at .72 of the height
+    "face": Template(mouth=(0.2, 0.55, 0.8, 0.97), eyes=(0.14, 0.18, 0.86, 0.42), side=1.0, shift=(0, 0.03)),
 }
 
 
 def mask_mouth(frames: torch.Tensor, template: str) -> torch.Tensor:
-    """frames (.., 3, H, W) -> a copy with the mouth box grey (0): THE place that makes lips come from the sound."""
+    """frames (.., 3, H, W) -> a copy with a grey (0) mouth box: THE place that makes lips come from sound."""
     H, W = frames.shape[-2:]
     x0, y0, x1, y1 = TEMPLATES[template].mouth
     frames = frames.clone()
@@ -356,7 +358,7 @@ def checkpoints_dir() -> Path:
 
 @lru_cache
 def face_detectors() -> list:
-    """face-alignment's detectors whose weights are at hand or can be fetched, one set a process; [] without any."""
+    """face-alignment's detectors with weights at hand or within reach, loaded once a process; else []."""
     folder = checkpoints_dir()
     if (folder / S3FD).is_file():
         from face_alignment.detection.sfd import FaceDetector
@@ -373,7 +375,7 @@ def face_detectors() -> list:
 
 
 def fetch(name: str, folder: Path) -> bool:
-    """One of blazeface's files (0.4 MB), checked by SHA256 and moved into place whole; False without a network."""
+    """One of blazeface's files (0.4 MB), checked by SHA256 and moved into place whole; False if out of reach."""
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # seconds; ours: the way out, --box, needs no network
     try:
