@@ -1,0 +1,564 @@
+"""The toy world: drawn faces and synthesised speech with ground truth, made on the spot, no download.
+
+A person is a set of flat colours and shapes, drawn by a head that turns in 2.5-D; the voice is a small formant
+synthesiser (source and filter, as in Klatt, JASA 1980). One law ties lips to sound: the mouth opens with the first formant
+and widens with the second, m b p shut the lips, silence shuts the mouth. Head pose, gaze, blinks, brows and smile come
+from a random stream of their own and know nothing of the sound. So each clip says exactly what every part of the face
+does, and control (change one thing: what else moves?) can be measured instead of judged.
+The paper has no such world; it is here so that training, tests and metrics run anywhere.
+
+    python toyfaces.py --out out                      # out/toys.png, out/toys_32.png, out/toy.mp4      (about 5 s)
+    python toyfaces.py --pack out/toy32 --size 32 --people 300 --seconds 3      # a pack to train on    (about 1 min)
+    python toyfaces.py --example example              # example/face.png and example/speech.wav
+
+Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half a head is 1 high; x right, y down,
+z towards the viewer, origin in the middle of the head.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from audio import FPS, SAMPLE_RATE, InputError, n_frames, run
+
+FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
+REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth
+MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees; ours: farther, features leave the silhouette
+TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split: they never meet
+
+# ---------------------------------------------------------------------------------------------------------- people
+
+SKINS = np.array([(255, 224, 198), (246, 205, 172), (230, 180, 142), (204, 150, 112), (166, 112, 80), (128, 84, 60)], float)
+HAIRS = np.array([(48, 38, 42), (82, 52, 40), (128, 80, 46), (182, 122, 58), (232, 194, 108), (198, 82, 52),
+                  (166, 168, 178), (236, 132, 160), (64, 146, 158)], float)
+IRISES = np.array([(82, 52, 34), (58, 116, 78), (56, 120, 186), (120, 92, 50), (88, 102, 118)], float)
+BACKDROPS = np.array([(184, 219, 236), (238, 213, 188), (202, 228, 202), (232, 206, 226), (245, 230, 184), (204, 206, 240)], float)
+CLOTHES = np.array([(222, 92, 84), (70, 122, 194), (80, 162, 124), (242, 182, 74), (132, 104, 184), (62, 74, 98),
+                    (240, 238, 232)], float)
+FRAMES = np.array([(44, 46, 62), (112, 60, 40), (176, 48, 62), (34, 84, 110)], float)  # of glasses
+WHITE, INK = np.array((255.0, 255, 255)), np.array((46.0, 32, 38))
+STYLES = ("crop", "side", "bob", "long", "curls", "bun", "bald", "quiff", "tails")
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who it is. Colours are RGB arrays in 0..255, lengths in head units, f0 in Hz, tract scales the formants."""
+    seed: int
+    skin: np.ndarray
+    hair: np.ndarray
+    iris: np.ndarray
+    backdrop: np.ndarray
+    clothes: np.ndarray
+    frames: np.ndarray
+    style: str  # one of STYLES
+    side: int  # -1 or 1: where the parting is
+    width: float  # half a head
+    chin: float  # 1 square, less is pointed
+    eye_apart: float
+    eye_size: float
+    brow: float  # thickness
+    nose: float
+    lips: float
+    mouth: float
+    blush: float  # 0..1
+    glasses: str  # none, round, square
+    beard: str  # none, full, moustache
+    collar: str  # round, shirt
+    earrings: bool
+    f0: float
+    tract: float
+
+
+def person(seed: int) -> Person:
+    """The person of a seed (int >= 0): the same everywhere and for ever."""
+    rng = np.random.default_rng([seed, 1])
+    pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
+    voice = rng.uniform()  # 0 a deep voice and a long vocal tract, 1 a high one and a short tract
+    shade = rng.uniform(0, len(SKINS) - 1)
+    skin = blend(SKINS[int(shade)], SKINS[min(int(shade) + 1, len(SKINS) - 1)], shade % 1)
+    return Person(
+        seed=seed, skin=skin, hair=pick(HAIRS), iris=pick(IRISES), backdrop=pick(BACKDROPS), clothes=pick(CLOTHES),
+        frames=pick(FRAMES), style=pick(STYLES), side=int(pick((-1, 1))), width=rng.uniform(0.78, 0.90),
+        chin=rng.uniform(0.76, 0.97), eye_apart=rng.uniform(0.36, 0.41), eye_size=rng.uniform(0.92, 1.10),
+        brow=rng.uniform(0.065, 0.10), nose=rng.uniform(0.8, 1.2), lips=rng.uniform(0.75, 1.25),
+        mouth=rng.uniform(0.95, 1.07), blush=rng.uniform(0.2, 0.7), collar=pick(("round", "shirt")),
+        glasses=rng.choice(("none", "round", "square"), p=(0.7, 0.18, 0.12)).item(),
+        beard=rng.choice(("none", "full", "moustache"), p=(0.5, 0.3, 0.2) if voice < 0.45 else (1, 0, 0)).item(),
+        earrings=bool(rng.random() < (0.1 if voice < 0.45 else 0.45)),
+        f0=95 * 2.4**voice, tract=0.93 + 0.17 * voice + rng.uniform(-0.02, 0.02))
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+
+ANGLE = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
+U = np.linspace(-1, 1, 25)  # along the mouth and along hairlines
+DEPTH = 0.68  # of the head; ours: flatter than life, so that eyes stay on the face at 22 degrees
+PIVOT = np.array((0.0, 0.5, 0.15))  # ours: near the face, so that a nod keeps eyes and mouth in their template boxes
+
+
+def blend(a, b, t: float):
+    return a * (1 - t) + b * t
+
+
+class Head:
+    """One picture in the making: the turned head's geometry and a pen on a canvas of size * supersample pixels."""
+
+    def __init__(self, who: Person, state: dict, size: int, supersample: int):
+        self.who, self.state, self.S = who, state, size * supersample
+        # 0 from 64 px on, 1 at 32 px and below: small portraits get a larger head and larger eyes and mouth
+        small = float(np.clip(np.log2(64 / size), 0, 1))
+        self.feature = 1 + 0.25 * small
+        self.unit = self.S * 0.305 * (1 + 0.15 * small)
+        self.centre = np.array((0.5, 0.497)) * self.S
+        yaw, pitch, roll = np.deg2rad([state["yaw"], state["pitch"], state["roll"]])
+        (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
+        turn = np.array(((cy, 0, sy), (0, 1, 0), (-sy, 0, cy)))
+        nod = np.array(((1, 0, 0), (0, cp, sp), (0, -sp, cp)))
+        tilt = np.array(((cr, -sr, 0), (sr, cr, 0), (0, 0, 1)))
+        self.rotation = tilt @ nod @ turn
+        # a flat outline would shrink when it turns; the silhouette of an ellipsoid does not
+        self.swell = np.hypot(cy, sy * DEPTH / who.width) / cy, np.hypot(cp, sp * DEPTH / 1.04) / cp
+        self.image = Image.new("RGB", (self.S, self.S), rgb(who.backdrop))
+        self.pen = ImageDraw.Draw(self.image)
+
+    # --- from head units to pixels: each takes x, y (n,) and gives (n, 2)
+    def plane(self, x, y, z=0.0):
+        """A flat shape at depth z that turns with the head."""
+        points = np.stack(np.broadcast_arrays(x, y, z), 1) - PIVOT
+        points = points @ self.rotation.T + PIVOT
+        return self.centre + points[:, :2] * (self.unit * (1 + 0.10 * points[:, 2:]))  # near is a little larger
+
+    def outline(self, x, y, z=0.0):
+        """A silhouette at depth z: like plane, but keeps its width when the head turns."""
+        return self.plane(np.asarray(x) * self.swell[0], np.asarray(y) * self.swell[1], z)
+
+    def surface(self, x, y, lift=0.0):
+        """On the front of the head."""
+        z = DEPTH * np.sqrt(np.clip(1 - 0.92 * (x / self.who.width) ** 2 - 0.8 * y**2, 0.0, 1))
+        return self.plane(x, y, z + lift)
+
+    def body(self, x, y):
+        """On the shoulders, which do not turn."""
+        return self.centre + np.stack(np.broadcast_arrays(x, y), 1) * self.unit
+
+    # --- the pen
+    def fill(self, points, colour):
+        self.pen.polygon(points.ravel().tolist(), fill=rgb(colour))
+
+    def stroke(self, points, width, colour):
+        """A line with round ends, as one polygon; width in head units, a number or one for each point."""
+        w = np.broadcast_to(np.asarray(width) * self.unit / 2, len(points))[:, None]
+        along = np.gradient(points, axis=0)
+        along /= np.maximum(np.hypot(along[:, :1], along[:, 1:]), 1e-6)
+        across = along[:, ::-1] * (-1, 1)
+        a = np.linspace(0, np.pi, 7)[1:-1, None]
+        tail = points[-1] + w[-1] * (across[-1] * np.cos(a) + along[-1] * np.sin(a))
+        head = points[0] - w[0] * (across[0] * np.cos(a) + along[0] * np.sin(a))
+        self.fill(np.concatenate((points + w * across, tail, (points - w * across)[::-1], head)), colour)
+
+    def ring(self, outer, inner, colour):
+        """What lies between two closed curves of the same length."""
+        close = lambda p: np.concatenate((p, p[:1]))  # noqa: E731
+        self.fill(np.concatenate((close(outer), close(inner)[::-1])), colour)
+
+    def face_edge(self, a, grow=0.0):
+        """The outline of the face at angles a (0 right ear, pi/2 chin); the chin sinks when the mouth opens."""
+        c, s = np.cos(a), np.sin(a)
+        below = np.clip(s, 0, 1)
+        taper = 1 - (1 - self.who.chin) * below**2
+        x = np.sign(c) * np.abs(c) ** 0.86 * (self.who.width + grow) * taper
+        y = s * (1.04 + grow) + 0.11 * self.feature * self.state["open"] * below**4
+        return x, y
+
+
+def rgb(colour) -> tuple:
+    return tuple(int(min(max(v, 0), 255)) for v in colour)
+
+
+def draw(who: Person, state: dict, size: int, supersample: int = 4) -> np.ndarray:
+    """One portrait, uint8 (size, size, 3) RGB. state: any of FACTORS (the rest as in REST): yaw > 0 turns to the right of
+    the picture, pitch > 0 nods down, roll > 0 tilts clockwise, all in degrees; blink, open, wide 0..1; gaze, brow, smile -1..1.
+    """
+    unknown = set(state) - set(FACTORS)
+    assert not unknown and size >= 8, f"draw: unknown factors {sorted(unknown)} or size {size} below 8"
+    head = Head(who, {**REST, **state}, size, supersample)
+    head.fill(head.body(COS * 1.44, SIN * 1.44 - 0.1), blend(who.backdrop, WHITE, 0.5))
+    for part in (draw_back_hair, draw_shoulders, draw_ears, draw_face, draw_beard, draw_eyes, draw_nose, draw_moustache,
+                 draw_mouth, draw_front_hair, draw_brows, draw_glasses):
+        part(head, who, head.state)
+    return np.asarray(head.image.reduce(supersample))
+
+
+def draw_back_hair(head, who, state):
+    """What hangs or stands behind the head."""
+    w, shade = who.width, who.hair * 0.82
+    if who.style in ("long", "bob"):
+        drop = 1.55 if who.style == "long" else 0.95
+        a = np.clip(SIN, 0, 1)
+        x = np.sign(COS) * np.abs(COS) ** 0.6 * (w + 0.17 + 0.05 * a)
+        head.fill(head.outline(x, np.where(SIN > 0, SIN * drop, SIN * 1.12), -0.3), shade)
+    elif who.style == "curls":
+        for a in np.linspace(-0.35, np.pi + 0.35, 11):
+            head.fill(head.plane(np.cos(a) * (w + 0.22) + COS * 0.29, -0.34 - np.sin(a) * 0.82 + SIN * 0.29, -0.2), shade)
+    elif who.style == "bun":
+        head.fill(head.plane(COS * 0.34, SIN * 0.30 - 1.22, -0.2), shade)
+    elif who.style == "tails":
+        for side in (-1, 1):
+            head.fill(head.plane(side * (w + 0.30) + COS * 0.30, -0.52 + SIN * 0.34, -0.25), who.hair)
+            head.fill(head.plane(side * (w + 0.05) + COS * 0.10, -0.60 + SIN * 0.13, -0.2), who.clothes)
+
+
+def draw_shoulders(head, who, state):
+    """Clothes, neck and collar; the neck leans after the head."""
+    head.fill(head.body(np.sign(COS) * np.abs(COS) ** 0.7 * 1.42, 2.12 + SIN * 0.86), who.clothes)
+    top = head.plane(np.array((-0.34, 0.34)), 0.7, -0.1)
+    base = head.body(np.cos(ANGLE[:21]) * 0.40, 1.32 + np.sin(ANGLE[:21]) * 0.20)
+    head.fill(np.concatenate((top, base)), blend(who.skin, who.skin * (0.78, 0.70, 0.70), 0.9))
+    if who.collar == "shirt":
+        for side in (-1, 1):
+            x, y = np.array((0.36, 0.46, 0.30, 0.02)) * side, np.array((1.22, 1.36, 1.74, 1.52))
+            head.fill(head.body(x, y), blend(who.clothes, WHITE, 0.55))
+    else:
+        head.stroke(base, 0.10, who.clothes * 0.85)
+
+
+def draw_ears(head, who, state):
+    for side in (-1, 1):
+        x = side * (who.width + 0.02)
+        head.fill(head.outline(x + COS * 0.15, 0.08 + SIN * 0.21, -0.10), who.skin * 0.90)
+        head.fill(head.outline(x + side * 0.03 + COS * 0.07, 0.08 + SIN * 0.11, -0.10), who.skin * (0.80, 0.70, 0.70))
+        if who.earrings:  # hangs from the lobe
+            head.fill(head.outline(x + side * 0.03 + COS * 0.085, 0.33 + SIN * 0.085, -0.10), np.array((250.0, 208, 84)))
+
+
+def draw_face(head, who, state):
+    head.fill(head.outline(*head.face_edge(ANGLE)), who.skin)
+    rosy = blend(who.skin, np.array((238.0, 92, 96)), 0.42 * who.blush)
+    for side in (-1, 1):
+        head.fill(head.surface(side * 0.50 + COS * 0.16, 0.32 + SIN * 0.105), rosy)
+    if who.style == "bald":
+        head.stroke(head.surface(np.linspace(-0.42, -0.05, 9), -0.76 - 0.06 * np.cos(U[::3])), 0.07, blend(who.skin, WHITE, 0.35))
+
+
+def draw_beard(head, who, state):
+    if who.beard != "full":
+        return
+    a = np.linspace(-0.12, np.pi + 0.12, 28)
+    outer = head.outline(*head.face_edge(a, 0.03))
+    inner = head.surface(np.cos(a[::-1]) * 0.54, 0.26 + np.sin(a[::-1]) * (0.50 + 0.10 * state["open"]))
+    head.fill(np.concatenate((outer, inner)), who.hair * 0.88)
+
+
+def draw_moustache(head, who, state):
+    if who.beard == "none":
+        return
+    y = 0.435 - 0.03 * (head.feature - 1) + 0.10 * U**2 - 0.05 * np.abs(U)
+    head.stroke(head.surface(U * 0.30, y, 0.04), 0.035 + 0.085 * (1 - U**2), who.hair * 0.80)
+
+
+def draw_eyes(head, who, state):
+    size = who.eye_size * head.feature
+    half_w, half_h = 0.178 * size, 0.158 * size
+    slit = half_h * (1 - state["blink"])
+    for side in (-1, 1):
+        x0, y0 = side * who.eye_apart, -0.07
+        if slit > 0.2 * half_h:
+            head.fill(head.surface(x0 + COS * half_w, y0 + SIN * slit), WHITE)
+            gaze_x, gaze_y = 0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"]
+            for radius, dx, dy, colour in ((0.112, 0, 0, who.iris), (0.064, 0, 0, INK * 0.6), (0.036, -0.04, -0.045, WHITE)):
+                x, y = COS * radius * size + gaze_x + dx * size, SIN * radius * size + gaze_y + dy * size
+                reach = np.maximum(np.hypot(x / half_w, y / slit), 1)  # what the lids cover is pushed onto their edge
+                head.fill(head.surface(x0 + x / reach, y0 + y / reach), colour)
+            lash = -np.sqrt(np.clip(1 - (U * 0.98) ** 2, 0, 1)) * slit
+        else:
+            lash = (1 - U**2) * 0.05 * size  # shut: the lashes make a smiling arc
+        head.stroke(head.surface(x0 + U[::2] * half_w * 1.05, y0 + lash[::2]), 0.055 * size, INK)
+
+
+def draw_brows(head, who, state):
+    """Darker than the skin and near the hair's colour, so that they read on everybody."""
+    colour = blend(who.hair * 0.75, who.skin * (0.36, 0.32, 0.32), 0.55)
+    t = U[::2]
+    for side in (-1, 1):
+        x = side * (who.eye_apart + 0.01 + t * 0.19 * head.feature)  # t -1 at the nose, 1 at the temple
+        y = -0.37 - 0.05 * (head.feature - 1) - 0.085 * state["brow"] + 0.075 * (t + 0.05) ** 2 + 0.02 * t
+        head.stroke(head.surface(x, y), who.brow * (1 - 0.45 * (t + 1) / 2), colour)
+
+
+def draw_nose(head, who, state):
+    shade, n = who.skin * (0.84, 0.76, 0.74), who.nose
+    head.stroke(head.surface(np.linspace(-0.10, 0.10, 9) * n, 0.275 + 0.055 * (1 - U[::3] ** 2), 0.10), 0.06, shade)
+    head.stroke(head.surface(np.full(5, -0.035) - 0.035 * n * np.linspace(0, 1, 5) ** 2, np.linspace(0.04, 0.25, 5), 0.09), 0.035, shade)
+
+
+def draw_mouth(head, who, state):
+    """Lips, the dark inside, upper teeth and tongue. Nothing switches on: all of it grows from a closed line."""
+    gap, wide, f = state["open"], state["wide"], head.feature
+    half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.6 * (f - 1))
+    y0 = 0.585 - 0.14 * (f - 1)
+    arc = np.sqrt(np.clip(1 - U**2, 0, 1))
+    middle = y0 + 0.02 * gap - (0.13 * state["smile"] + 0.02) * (U**2 - 0.35) * min(1.0, half / 0.3)  # smile lifts the corners
+    up, down = middle - 0.085 * f * gap * arc, middle + 0.285 * f * gap * arc**0.8
+    thick = who.lips * (1.15 - 0.3 * wide) * f
+    bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
+    top, bottom = up - 0.052 * thick * bow, down + 0.072 * thick * arc**0.7
+    red = blend(who.skin * (0.86, 0.66, 0.66), np.array((206.0, 70, 84)), 0.55)
+
+    def between(a, b, colour, part=slice(None)):  # the area from curve a down to curve b
+        x = U[part] * half
+        head.fill(head.surface(np.append(x, x[::-1]), np.append(a[part], b[part][::-1]), 0.02), colour)
+
+    between(top, bottom, red)
+    head.stroke(head.surface(U * half * 1.06, middle, 0.02), 0.038 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75))
+    between(up, down, np.array((92.0, 22, 34)))
+    room = down - up
+    tongue = np.clip(1 - (U / 0.72) ** 2, 0, 1) ** 0.5
+    between(down - 0.42 * room * tongue, down - 0.04 * room, np.array((232.0, 108, 116)), slice(4, -4))
+    between(up, up + np.minimum(0.40 * room, 0.085 * f) * (1 - 0.15 * U**2), np.array((252.0, 250, 246)), slice(2, -2))
+
+
+def hairline(who: Person):
+    """Height of the hair's lower edge over the forehead at U (from the left of the picture to the right)."""
+    t = U * who.side
+    return {
+        "crop": -0.60 - 0.05 * np.cos(3 * np.pi * U * 0.9),
+        "side": -0.44 - 0.26 * np.exp(-(((t + 0.40) / 0.30) ** 2)) + 0.05 * t,
+        "bob": -0.47 + 0.06 * U**2,
+        "long": -0.42 - 0.40 * np.exp(-((np.abs(U) / 0.42) ** 1.5)),
+        "curls": -0.55 + 0.045 * np.cos(U * 13),
+        "bun": -0.66 + 0.08 * U**2,
+        "quiff": -0.66 - 0.04 * np.cos(np.pi * t) + 0.06 * t,
+        "tails": -0.50 - 0.30 * np.exp(-((np.abs(U) / 0.35) ** 1.4)),
+    }[who.style]
+
+
+def draw_front_hair(head, who, state):
+    """Cap, fringe and side locks. The hairline lies on the face, the top edge on the silhouette: no gap when it turns."""
+    if who.style == "bald":
+        return
+    w, line = who.width, hairline(who)
+    burn = {"bob": 0.0, "long": 0.0, "curls": -0.10}.get(who.style, 0.02)  # where the hair ends before the ears
+    fall = np.clip((np.abs(U) - 0.80) / 0.20, 0, 1) ** 1.5
+    line = blend(line, burn, fall)
+    edge = w * np.sqrt(1 - (line / 1.06) ** 2) * 0.99  # half the head's width at that height
+    a = np.linspace(0.02, -np.pi - 0.02, 33)  # from the right ear over the top to the left ear
+    rise = np.zeros_like(a)
+    if who.style == "quiff":
+        rise = 0.15 * np.exp(-(((np.cos(a) * who.side + 0.30) / 0.60) ** 2))
+    grow = 0.13 if who.style == "curls" else 0.075
+    x, y = np.cos(a) * (w + grow), np.sin(a) * (1.04 + grow + rise)
+    head.fill(np.concatenate((head.outline(x, y), head.surface(U * edge, line, 0.02))), who.hair)
+    if who.style == "curls":  # a row of round curls over the forehead
+        for t in np.linspace(-0.75, 0.75, 6):
+            head.fill(head.surface(t * w + COS * 0.17, -0.70 + 0.22 * t * t + SIN * 0.15, 0.02), who.hair)
+    if who.style in ("long", "bob"):
+        drop = 1.25 if who.style == "long" else 0.78
+        s = np.linspace(0, 1, 14)
+        for side in (-1, 1):
+            outer = head.outline(side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s)
+            inner = head.surface(side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3), -0.45 + (drop + 0.40) * s)
+            head.fill(np.concatenate((outer, inner[::-1])), who.hair)
+    shine = blend(who.hair, WHITE, 0.28)
+    t = np.linspace(-0.5, 0.05, 9) * who.side * -1
+    head.stroke(head.surface(t * w, -0.87 + 0.16 * t**2), 0.075 * (1 - 0.8 * U[::3] ** 2), shine)
+
+
+def draw_glasses(head, who, state):
+    if who.glasses == "none":
+        return
+    power = 1.0 if who.glasses == "round" else 0.55  # a superellipse: square with round corners
+    cx, sx = np.sign(COS) * np.abs(COS) ** power, np.sign(SIN) * np.abs(SIN) ** power
+    grow, rim = 1 + 0.7 * (head.feature - 1), 0.05 * head.feature
+    r_x, r_y = (0.262 if power == 1 else 0.25) * grow, (0.25 if power == 1 else 0.21) * grow
+    for side in (-1, 1):
+        x0 = side * who.eye_apart
+        loop = lambda r: head.surface(x0 + cx * (r_x + r), -0.06 + sx * (r_y + r), 0.05)  # noqa: E731
+        head.ring(loop(rim / 2), loop(-rim / 2), who.frames)
+        x = side * np.linspace(who.eye_apart + r_x, who.width, 4)
+        head.stroke(head.surface(x, np.full(4, -0.09), 0.03), rim, who.frames)
+    x = np.linspace(-1, 1, 5) * max(who.eye_apart - r_x, 0.03)
+    head.stroke(head.surface(x, -0.09 - 0.03 * (1 - np.linspace(-1, 1, 5) ** 2), 0.08), rim, who.frames)
+
+
+# ---------------------------------------------------------------------------------------------------------- speech
+
+STEP = 0.005  # seconds: the synthesiser's controls run at 200 Hz
+# first three formants of an adult, Hz (near Peterson and Barney, JASA 1952)
+VOWELS = {"a": (760, 1250, 2600), "e": (500, 1900, 2600), "i": (290, 2300, 3000), "o": (500, 850, 2500), "u": (310, 700, 2400)}
+VOWEL_ODDS = (0.30, 0.18, 0.18, 0.18, 0.16)
+CONSONANTS = ("m", "b", "p", "s", "t", "l", "n", "k", "")  # "" a vowel alone
+CONSONANT_ODDS = (0.14, 0.12, 0.12, 0.10, 0.10, 0.12, 0.10, 0.08, 0.12)
+CLOSURES = "mbp"  # the lips meet
+PAUSE = 0.14  # chance of a pause before a syllable
+
+
+def syllables(rng, seconds: float) -> list[tuple]:
+    """Random speech: (start, seconds of the consonant, of the vowel, consonant, vowel, stress) one after another."""
+    said, now = [], rng.uniform(0, 0.25)
+    while now < seconds:
+        if rng.random() < PAUSE:
+            now += rng.uniform(0.2, 0.55)
+            continue
+        consonant, vowel = rng.choice(CONSONANTS, p=CONSONANT_ODDS).item(), rng.choice(list(VOWELS), p=VOWEL_ODDS).item()
+        onset, length = rng.uniform(0.06, 0.10) if consonant else 0.0, rng.uniform(0.12, 0.26)
+        said.append((now, onset, length, consonant, vowel, rng.uniform(0.8, 1.25)))
+        now += onset + length
+    return said
+
+
+def smooth(x, steps: int):
+    """Hann-weighted running mean over axis 0: nothing in a mouth jumps. (K, ..) -> (K, ..)"""
+    kernel = np.hanning(steps + 2)[1:-1]
+    columns = np.pad(x.reshape(len(x), -1), ((steps // 2, steps - 1 - steps // 2), (0, 0)), "edge").T
+    return np.stack([np.convolve(column, kernel / kernel.sum(), "valid") for column in columns], 1).reshape(x.shape)
+
+
+def controls(said: list[tuple], K: int) -> dict:
+    """What the vocal tract does: formants (K, 3) in Hz and, each (K,) in 0..1, voice (glottis), hiss, nasal, closed (lips),
+    speaking (a syllable is under way); stress (K,) around 1."""
+    formants = np.full((K, 3), (500.0, 1500.0, 2500.0))  # the neutral tube
+    voice, hiss, nasal, closed, speaking = np.zeros((5, K))
+    stress = np.ones(K)
+    for start, onset, length, consonant, vowel, accent in said:
+        a, b, c = (min(K, round(t / STEP)) for t in (start, start + onset, start + onset + length))
+        formants[a:c], speaking[a:c] = VOWELS[vowel], 1
+        voice[a:b] = {"m": 0.35, "n": 0.35, "l": 0.5, "b": 0.12, "": 1.0}.get(consonant, 0.0)
+        voice[b:c], stress[b:c] = 1, accent
+        nasal[a:b] = consonant in ("m", "n")
+        closed[a:b] = consonant != "" and consonant in CLOSURES
+        if consonant == "s":
+            hiss[a:b] = 0.5
+        elif consonant in ("p", "t", "k"):
+            hiss[max(a, b - 4) : b] = 0.4  # the burst: 20 ms
+        if consonant and consonant not in CLOSURES:  # the tongue is up: low F1, F2 on its way to the locus
+            formants[a:b, 0], formants[a:b, 1] = 300, 0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400)
+    return dict(formants=smooth(formants, 15), speaking=smooth(speaking, 15), stress=smooth(stress, 31),  # 15: 75 ms
+                voice=smooth(voice, 7), hiss=smooth(hiss, 5), nasal=smooth(nasal, 7), closed=smooth(closed, 9))
+
+
+def lips(c: dict):
+    """The law of the toy world: opening follows F1, width follows F2; m b p and silence shut the mouth. -> open, wide (K,)"""
+    F1, F2 = c["formants"][:, 0], c["formants"][:, 1]
+    gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)
+    gap = gap * (1 - np.clip(1.25 * c["closed"], 0, 1)) * c["speaking"]
+    wide = np.clip((F2 - 700) / 1500, 0, 1)
+    return gap, blend(0.5, wide, c["speaking"])
+
+
+def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
+    """Source and filter: a glottal saw-tooth and noise, shaped every 5 ms by the formants' resonances. -> float32 (n,)"""
+    K, hop = len(c["stress"]), round(STEP * SAMPLE_RATE)
+    size, at = 4 * hop, np.arange(n) / SAMPLE_RATE
+    melody = 1 + 0.10 * np.sin(2 * np.pi * (rng.uniform(0.25, 0.6) * at + rng.random()))
+    melody += 0.06 * (np.interp(at, np.arange(K) * STEP, c["stress"]) - 1)
+    cycle = (np.cumsum(who.f0 * melody) / SAMPLE_RATE + rng.random()) % 1
+    saw = 1 - 2 * cycle
+    glottis = np.diff(np.maximum(saw, -0.2), prepend=0) + 0.35 * saw
+    noise = rng.standard_normal(n)
+
+    f = np.fft.rfftfreq(2 * size, 1 / SAMPLE_RATE)  # Hz; twice the window, so that the filter's ringing does not wrap
+    shape = np.ones((K, len(f))) / np.sqrt(1 + (f / 3500) ** 4)
+    for j, bandwidth in enumerate((80, 110, 160)):  # Hz
+        centre = c["formants"][:, j : j + 1] * who.tract
+        shape *= centre**2 / np.sqrt((centre**2 - f**2) ** 2 + (bandwidth * f) ** 2)
+    hum = 3 / np.sqrt(1 + (f / 350) ** 4)  # through the nose
+    shape = blend(shape, hum, c["nasal"][:, None]) * (0.10 * c["voice"][:, None])
+    hiss = np.exp(-(((f - 5200) / 1500) ** 2)) * (0.12 * c["hiss"][:, None])
+
+    window = np.hanning(size + 1)[:-1]
+    pieces = np.arange(K)[:, None] * hop + np.arange(size)  # (K, size) into the sound padded by half a window
+
+    def spectrum(x):
+        return np.fft.rfft(np.pad(x, (size // 2, 2 * size))[pieces] * window, 2 * size)
+
+    y = np.fft.irfft(spectrum(glottis) * shape + spectrum(noise) * hiss, 2 * size).reshape(K, -1, hop)
+    wav = np.zeros((K + y.shape[1], hop))
+    for m in range(y.shape[1]):  # overlap-add
+        wav[m : m + K] += y[:, m]
+    wav = np.pad(wav.ravel()[size // 2 :], (0, n))[:n]
+    wav = 0.8 * wav / max(np.abs(wav).max(), 1e-3) + 0.0015 * rng.standard_normal(n)  # a quiet room, so no digital silence
+    return np.clip(wav, -1, 1).astype(np.float32)
+
+
+def speech(rng, seconds: float, who: Person):
+    """Random speech of a person. rng: a numpy Generator, all randomness comes from it.
+    -> wav float32 (n,) at 16 kHz in [-1, 1], open (T,), wide (T,) in 0..1, T = round(25 seconds)."""
+    assert seconds >= 0.04, f"speech of {seconds} s is shorter than a frame"
+    n = round(seconds * SAMPLE_RATE)
+    c = controls(syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
+    return (voice(rng, c, who, n), *at_frames(lips(c), n_frames(n)))
+
+
+def at_frames(curves, T: int):
+    """Curves at 200 Hz, read at the middle of each video frame."""
+    middle = (np.arange(T) + 0.5) / FPS
+    return [np.interp(middle, np.arange(len(x)) * STEP, x) for x in curves]
+
+
+# ---------------------------------------------------------------------------------------------------------- motion
+
+
+def sway(rng, T: int, seconds: float, reach: float):
+    """A smooth walk from side to side with a turn about every so many seconds: each clip uses much of the range, and
+    its mean stays near 0. -> (T,) in +-reach"""
+    turns = int(T / FPS / seconds) + 3
+    side = rng.choice((-1, 1)) * (-1) ** np.arange(turns)
+    knots = side * rng.uniform(0.15, 1.0, turns) * reach
+    at = np.arange(T) / FPS / seconds + rng.random()
+    i = at.astype(int)
+    return blend(knots[i], knots[i + 1], 0.5 - 0.5 * np.cos(np.pi * (at - i)))
+
+
+def jumps(rng, T: int):
+    """Gaze: a new target every 0.3 to 1.2 s, straight ahead two times in five. -> (T, 2) in -1..1"""
+    out, t = np.zeros((T, 2)), 0
+    while t < T:
+        hold = int(rng.integers(8, 31))
+        target = rng.uniform(-1, 1, 2)
+        out[t : t + hold] = target * (rng.random() > 0.4)
+        t += hold
+    return out
+
+
+def blinks(rng, T: int):
+    """A blink of five frames every 1.5 to 4 s. -> (T,) 0 open .. 1 shut"""
+    out, t = np.zeros(T), int(rng.integers(4, 60))
+    while t < T:
+        out[t : t + 5] = (0.6, 1.0, 1.0, 0.9, 0.4)[: T - t]
+        t += int(rng.integers(38, 101))
+    return out
+
+
+def motion(rng, T: int) -> dict:
+    """All that is not speech, each (T,): degrees for yaw, pitch, roll; blink 0..1; the rest -1..1."""
+    gaze = jumps(rng, T)
+    return dict(yaw=np.clip(rng.normal(0, 3) + sway(rng, T, 1.1, 20.0), -MAX_YAW, MAX_YAW),
+                pitch=np.clip(rng.normal(0, 2) + sway(rng, T, 0.9, 14.0), -MAX_PITCH, MAX_PITCH),
+                roll=np.clip(rng.normal(0, 1.5) + sway(rng, T, 1.4, 11.0), -MAX_ROLL, MAX_ROLL),
+                blink=blinks(rng, T), gaze_x=gaze[:, 0], gaze_y=gaze[:, 1], brow=sway(rng, T, 0.8, 1.0),
+                smile=np.clip(rng.normal(0.3, 0.3) + sway(rng, T, 1.6, 0.4), -0.5, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------- clips
+
+
+def clip_truth(seed: int, seconds: float, who: Person):
+    """A clip before it is drawn: wav (n,) and truth float32 (T, 10). Sound and motion have separate random streams."""
+    wav, gap, wide = speech(np.random.default_rng([seed, 2]), seconds, who)
+    factors = dict(motion(np.random.default_rng([seed, 3]), len(gap)), open=gap, wide=wide)
+    return wav, np.stack([factors[name] for name in FACTORS], 1).astype(np.float32)
+
+
+def toy_clip(seed: int, seconds: float = 3, size: int = 64, person_seed: int | None = None):
+    """-> frames uint8 (T, size, size, 3), wav float32 (n,), truth float32 (T, 10) in the order of FACTORS.
+    The same seeds give the same bytes; person_seed defaults to seed."""
+    who = person(seed if person_seed is None else person_seed)
+    wav, truth = clip_truth(seed, seconds, who)
+    frames = np.stack([draw(who, dict(zip(FACTORS, row)), size) for row in truth.tolist()])
+    return frames, wav, truth
