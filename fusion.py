@@ -52,6 +52,7 @@ class Config:
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
     hyper_rank: int = 2         # rank of a weight change; 0: no hypernetwork
+    hyper_from: int = 16        # resolution from which layers are changed (ours: below it the identity maps do more for less)
 
     @property
     def L(self) -> int:
@@ -60,7 +61,7 @@ class Config:
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
-        small = dict(dim=128, n_mlp=4, cap=128, encoder_width=32, linear=192, map_code=128, map_channels=(128, 64, 16),
+        small = dict(dim=128, n_mlp=4, cap=128, encoder_width=32, linear=128, map_code=96, map_channels=(128, 64, 16),
                      audio_width=0.25)
         dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048),
                 128: dict(dim=256, base=8192, cap=256, encoder_width=48, audio_width=0.5), 256: dict()}
@@ -164,7 +165,7 @@ class DirectMotion(nn.Module):
     """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear readings of its whitened code; the lips are an MLP
     of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face."""
 
-    def __init__(self, config: Config, hidden: int = 256):
+    def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
         L, D, P = config.L, config.dim, config.pose_dim
         self.shape = (L, D)
@@ -221,9 +222,10 @@ class FCTFG(nn.Module):
         self.generator = Generator(c.size, c.dim, c.n_mlp, c.base, c.cap)
         self.encoder = VisualEncoder(c.size, c.dim, c.L, c.encoder_width, c.linear)
         self.maps = IdentityMaps(c) if c.map_code else None
-        layers = [tuple(layer.conv.weight.shape[1:3]) for layer in self.generator.styled_convs()]
+        layers = [tuple(layer.conv.weight.shape[1:3]) if res >= c.hyper_from else None
+                  for layer, res in zip(self.generator.styled_convs(), [4] + [r for r in self.generator.resolutions[1:] for _ in (0, 1)])]
         self.hyper = HyperNetwork(c.size, layers, rank=c.hyper_rank) if c.hyper_rank else None
-        self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim, rank=2 * c.pose_dim)
+        self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
         self.audio = AudioEncoder(c.dim, c.audio_width)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
 

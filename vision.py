@@ -375,7 +375,7 @@ def face_detectors() -> list:
 
 
 def fetch(name: str, folder: Path) -> bool:
-    """One of blazeface's files (0.4 MB), checked by SHA256 and moved into place whole; False if out of reach."""
+    """One of blazeface's files (0.4 MB), checked by SHA256, put in place whole; False where out of reach."""
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # seconds; ours: the way out, --box, needs no network
     try:
@@ -483,8 +483,8 @@ class VisualEncoder(nn.Module):
         self.groups = [min(3, L), min(4, L - 3), L - 7]                      # pSp: styles 0-2, 3-6, 7-
         self.lateral = nn.ModuleList([nn.Conv2d(ch[-2], ch[-1], 1), nn.Conv2d(ch[-3], ch[-1], 1)])
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 64, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
-                          nn.Flatten(), nn.Linear(64 * 16, n * dim)) for n in self.groups)
+            nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 32, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
+                          nn.Flatten(), nn.Linear(32 * 16, n * dim)) for n in self.groups)
         self.linear_down = nn.Linear(3 * 32 * 32, linear, bias=False) if linear else None
         self.linear_up = nn.Linear(linear, L * dim, bias=False) if linear else None
         self.register_buffer("latent_avg", torch.zeros(L, dim))
@@ -533,24 +533,27 @@ class HyperNetwork(nn.Module):
     outweigh the generator).
     """
 
-    def __init__(self, size: int, layers: list, width: int = 32, rank: int = 2):
-        """layers: (O, I) of each 3x3 layer of the generator, in the order of Generator.styled_convs()"""
+    def __init__(self, size: int, layers: list, width: int = 16, rank: int = 2):
+        """layers: (O, I) of each 3x3 layer of the generator that is changed, or None for one that is not, in the order of
+        Generator.styled_convs()"""
         super().__init__()
         depth = int(math.log2(size)) - 2
         ch = [min(width * 2 ** i, width * 4) for i in range(depth + 1)]
         self.layers, self.rank = layers, rank
         self.trunk = nn.Sequential(nn.Conv2d(6, ch[0], 3, padding=1), *(ResDown(a, b) for a, b in zip(ch, ch[1:])),
                                    nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(ch[-1] * 16, 128), nn.LeakyReLU(0.2))
-        self.heads = nn.ModuleList(nn.Linear(128, (o + i) * rank) for o, i in layers)
-        for head, (o, _) in zip(self.heads, layers):  # u starts at zero: the first delta is none
-            nn.init.zeros_(head.weight[:o * rank])
-            nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(nn.Linear(128, sum(oi) * rank) if oi else None for oi in layers)
+        for head, oi in zip(self.heads, layers):
+            if oi:
+                nn.init.zeros_(head.weight[:oi[0] * rank])  # u starts at zero: the first delta is none
+                nn.init.zeros_(head.bias)
 
     def forward(self, x, y_hat):
-        """x, y_hat (B, 3, H, W) in [-1, 1] -> list of (B, O, I), one a layer"""
+        """x, y_hat (B, 3, H, W) in [-1, 1] -> list of (B, O, I) or None, one a layer"""
         h = self.trunk(torch.cat([x, y_hat], 1).contiguous(memory_format=torch.channels_last))
         deltas = []
-        for head, (o, i) in zip(self.heads, self.layers):
-            u, v = head(h).unflatten(1, (o + i, self.rank)).split((o, i), 1)  # (B, O, r), (B, I, r)
-            deltas.append(u @ v.transpose(1, 2))
+        for head, oi in zip(self.heads, self.layers):
+            if oi:
+                u, v = head(h).unflatten(1, (-1, self.rank)).split(oi, 1)    # (B, O, r), (B, I, r)
+            deltas.append(u @ v.transpose(1, 2) if oi else None)
         return deltas

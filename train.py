@@ -1,0 +1,567 @@
+"""Train FC-TFG: three stages by flag, one loop.
+
+FC-TFG (arXiv 2304.03275), section 3.5: a StyleGAN2 generator is trained on faces (stage 1), an inversion network on the
+frozen generator (stage 2), and everything end to end with six losses (stage 3).
+
+    python syncnet.py train        # the sync expert that stage 3 listens to
+    python train.py --stage 1      # StyleGAN2                       (Karras et al. 2020)
+    python train.py --stage 2      # pSp encoder, then hypernetwork  (Richardson et al. 2021, Alaluf et al. 2022)
+    python train.py --stage 3      # end to end; writes weights.pt for sample.py
+
+Without --data it trains on the toy world, drawn on first use; README has the time of each line and what to expect. Every
+stage resumes with --resume, bit for bit on a CPU: item n of the data is a function of the seed and n alone.
+
+What differs from the paper (which prints no weights, rates, batch or window): all numbers are ours. Stage 3 starts from a
+closed-form guess of the motion space (`start_motion_space`), and its steps alternate between a few five-frame windows, which
+the sync expert can judge, and many clips of one frame, which teach people and poses faster.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import losses
+from audio import InputError, run
+from data import Clips, Frames, Pack, batches, load_checkpoint, save_checkpoint
+from fusion import Config, FCTFG, pick_device
+from stylegan2 import Discriminator, mix_styles
+from syncnet import load_sync, sync_loss
+from vision import TEMPLATES, to_tensor, to_uint8
+
+CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
+WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
+    p.add_argument("--out", default="out/toy32", help="directory of checkpoints, logs and pictures")
+    p.add_argument("--data", help="pack directory written by data.py; default: the toy world, drawn into --out on first use")
+    p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the picture: the dial")
+    p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
+    p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
+    p.add_argument("--motion", default="direct", choices=("direct", "paper"), help="form of the motion encoder, see fusion.py")
+    p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
+    p.add_argument("--sync", help="sync expert for stage 3 (default: sync.pt in --out)")
+    # how long and how fast
+    p.add_argument("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
+    p.add_argument("--hyper-share", type=float, default=0.25, help="stage 2: share of the steps for the hypernetwork; 0: none")
+    p.add_argument("--batch", type=int, default=16, help="pictures a step")
+    p.add_argument("--lr", type=float, default=1e-3, help="rate of ordinary layers (stages 2, 3)")
+    p.add_argument("--lr-gan", type=float, default=4e-3, help="rate of layers with equalised learning rate")
+    p.add_argument("--ema-kimg", type=float, default=3.0, help="half-life of the averaged weights in thousand pictures")
+    p.add_argument("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
+    # loss weights; the paper prints none
+    for name, default, note in (
+            ("orth", 0.1, "orthogonality"), ("sync", 0.05, "sync"), ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
+            ("vgg", 0.0, "perceptual, VGG19 (downloads it)"), ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
+            ("feat", 0.2, "perceptual, features of stage 1's discriminator"), ("adv", 0.02, "adversarial, stage 3"),
+            ("mouth", 1.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
+            ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
+        p.add_argument(f"--w-{name}", type=float, default=default, help=note)
+    p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
+    # running
+    p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out")
+    p.add_argument("--overwrite", action="store_true", help="start anew although a checkpoint exists")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=int, default=0, help="processes that load data")
+    p.add_argument("--log-every", type=int, default=50)
+    p.add_argument("--sample-every", type=int, default=500)
+    p.add_argument("--save-every", type=int, default=500)
+    args = p.parse_args(argv)
+    args.steps = STEPS[args.stage] if args.steps is None else args.steps
+    return args
+
+
+STEPS = {1: 1500, 2: 1600, 3: 2400}  # the documented run at 32 px
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the generator's side of a step, one function a stage: forward, then (after the discriminator's step) the terms
+
+def forward_stage1(nets, batch, args):
+    """z -> w, two of them mixed in nine of ten pictures (StyleGAN2 default) -> fake"""
+    G, real = nets["model"].generator, batch["picture"]
+    N = len(real)
+    w1, w2 = G.mapping(torch.randn(2 * N, G.dim, device=real.device)).chunk(2)         # (N, D) each
+    crossover = int(torch.randint(1, G.L, ())) if torch.rand(()) < 0.9 else G.L
+    w_plus = mix_styles(w1, w2, G.L, crossover)                                        # (N, L, D)
+    return dict(real=real, fake=G(w_plus, noise="random"), w_plus=w_plus)
+
+
+def forward_stage2(nets, batch, args):
+    """picture -> code -> picture; in the second phase the encoder rests and the hypernetwork refines"""
+    model, real = nets["model"], batch["picture"]
+    z = model.encoder(real)
+    deltas = model.weight_changes(real, z) if nets["hyper_phase"] else None
+    return dict(real=real, fake=model.decode(z, deltas))
+
+
+def forward_stage3(nets, batch, args):
+    """source, driving frames and sound -> the driving frames, in the source's looks"""
+    frames, z_s2c, z_c2d = nets["model"](batch["source"], batch["driving"], batch["mel"], context=CONTEXT)
+    real = batch["driving"][:, CONTEXT:-CONTEXT]                                       # (B, T, 3, H, W)
+    return dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
+                mel=batch["mel"][:, batch["mel"].shape[1] // 2])                       # of the window's middle frame
+
+
+def picture_terms(nets, out, args):
+    """Reconstruction, perceptual and identity: what stages 2 and 3 share."""
+    template = TEMPLATES[nets["model"].config.template]
+    boxes = ((template.mouth, args.w_mouth), (template.eyes, args.w_eyes))
+    real, fake = out["real"], out["fake"]
+    terms = dict(rec=losses.reconstruction_loss(fake, real, boxes))
+    if args.w_feat:
+        with torch.no_grad():
+            real_maps = nets["critic"].features(real)
+        terms["feat"] = losses.perceptual_loss(nets["critic"].features(fake), real_maps)
+    if args.w_vgg:
+        terms["vgg"] = losses.perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
+    if args.w_arcface:
+        terms["arcface"] = losses.identity_loss(nets["arcface"](fake), nets["arcface"](real))
+    elif args.w_id:
+        terms["id"] = losses.identity_loss(nets["judge"](fake), nets["judge"](real))
+    return terms
+
+
+def terms_stage1(nets, out, args):
+    return dict(adv=losses.generator_loss(nets["D"](nets["augment"](out["fake"]))))
+
+
+def terms_stage2(nets, out, args):
+    return picture_terms(nets, out, args)
+
+
+def terms_stage3(nets, out, args):
+    terms = picture_terms(nets, out, args)
+    terms["orth"] = losses.orthogonality_loss(out["z_s2c"], out["z_c2d"])
+    if args.w_adv:
+        terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](out["fake"])))
+    if args.w_sync and out["frames"].shape[1] == WINDOW:
+        terms["sync"] = sync_loss(nets["sync"], out["frames"], out["mel"])
+    return terms
+
+
+FORWARD = {1: forward_stage1, 2: forward_stage2, 3: forward_stage3}
+TERMS = {1: terms_stage1, 2: terms_stage2, 3: terms_stage3}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# starts: what a stage does once, before its first step
+
+@torch.no_grad()
+def start_encoder(model, pack, device, n=3000):
+    """Stage 2: mean w of the generator, principal components of n training pictures for the linear path."""
+    G = model.generator
+    w = G.mapping(torch.randn(4096, G.dim, device=device))
+    model.encoder.latent_avg.copy_(w.mean(0).expand(G.L, -1))
+    if model.encoder.linear_down is not None:
+        pictures = Frames(pack, seed=1)
+        model.encoder.start_linear(torch.stack([pictures[i]["picture"] for i in range(n)]).to(device))
+
+
+def train_judge(pack, device, seed, steps=400, batch=48):
+    """The small face judge: frames of one clip are one person, other clips are others. About 20 s at 32 px on a CPU."""
+    torch.manual_seed(seed)
+    judge = losses.SmallFaceJudge().to(device)
+    opt = torch.optim.Adam(judge.parameters(), 2e-3)
+    data = batches(Clips(pack, T=1, seed=seed + 1), batch, 0)
+    for _ in tqdm(range(steps), desc="face judge", leave=False, disable=None):
+        item = next(data)
+        # ours: colour and brightness move a little, so that the judge does not count pixels of one lamp
+        a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in (item["source"], item["driving"][:, 0]))
+        loss = losses.same_person_loss(judge(a), judge(b), item["identity"].to(device), judge.log_scale, judge.bias)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+    return judge
+
+
+@torch.no_grad()
+def start_motion_space(model, pack, device, clips=400, per_clip=24, ridge=0.02):
+    """Stage 3: a closed-form start of canonical encoder and pose path. Ours.
+
+    Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that predicts
+    it from the code of frame t alone, fitted over many people, can use no direction in which people differ: it is free
+    of identity by construction. From the whole picture's code it gives what the canonical encoder must take away, from
+    the mouth-masked picture's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
+    """
+    rng = np.random.default_rng(2)
+    chosen = rng.permutation(len(pack))[:clips]
+    pictures = [to_tensor(pack.frames(c, np.sort(rng.choice(pack.n_frames[c], min(per_clip, int(pack.n_frames[c])), replace=False))))
+                for c in chosen]
+    z = [model.encoder(x.to(device)) for x in pictures]                                # per clip (K, L, D)
+    z_masked = [model.encode_driving(x[None].to(device))[0] for x in pictures]
+    model.set_statistics(torch.cat(z), torch.cat(z_masked))
+    deviation = torch.cat([codes - codes.mean(0) for codes in z]).flatten(1)           # (n, L * D)
+    canonical, motion = model.canonical, model.motion
+    down, up = reduced_rank_regression(canonical.whiten(torch.cat(z)), -deviation, len(canonical.down.weight), ridge)
+    canonical.down.weight.copy_(down)
+    canonical.up.weight.copy_(up)
+    if model.config.motion == "direct":
+        down, up = reduced_rank_regression(motion.whiten(torch.cat(z_masked)), deviation, model.config.pose_dim, ridge)
+        motion.pose_down.weight.copy_(down)
+        motion.pose_down.bias.zero_()
+        motion.pose_up.weight.copy_(up)
+
+
+def reduced_rank_regression(x, y, rank, ridge):
+    """y ~ x down^T up^T with `rank` numbers of unit variance between: x (n, i), y (n, o) -> down (rank, i), up (o, rank)"""
+    x, y = x.double(), y.double()
+    gram = x.t() @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    full = torch.linalg.solve(gram, x.t() @ y)                                         # (i, o)
+    fitted = x @ full
+    _, v = torch.linalg.eigh(fitted.t() @ fitted)                                      # ascending
+    v = v[:, -rank:].flip(1)                                                           # (o, rank): where most of it moves
+    down = full @ v
+    std = (x @ down).std(0).clamp_min(1e-6)
+    return (down / std).t().float(), (v * std).float()
+
+
+@torch.no_grad()
+def collect_idle(model, pack, device):
+    """Fill DirectMotion.idle: pose deviations of the calmest of 64 training clips, from zero at their first frame."""
+    if model.config.motion != "direct":
+        return
+    n, T, _ = model.motion.idle.shape
+    walks = []
+    for c in np.flatnonzero(np.asarray(pack.n_frames) >= T)[:64]:
+        pose = model.motion.pose(model.encode_driving(to_tensor(pack.frames(c, range(T)))[None].to(device)))[0]
+        walks.append(pose - pose[:1])                                                  # (T, P)
+    walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: those that stay near the photo
+    for i, walk in enumerate(walks[:n]):
+        model.motion.idle[i] = 0.7 * walk                                              # ours: a little less than in speech
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+def build(args, pack, device):
+    """Networks of the stage, from nothing or from the stage before -> (nets, ema). nets["model"] is what is trained."""
+    config = Config.at(args.size, template=pack.template, motion=args.motion, hyper_rank=2 if args.hyper_share else 0)
+    model = FCTFG(config).to(device)
+    nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
+                augment=losses.Augment(max(args.augment, 0.0)))
+    if args.stage > 1:
+        path = args.init or os.path.join(args.out, f"stage{args.stage - 1}.pt")
+        before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
+        if before["config"]["size"] != args.size:
+            raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
+        state = before["ema"]["model"]
+        if args.motion != before["config"]["motion"]:                                 # the motion encoder is trained in stage 3 only
+            state = {k: v for k, v in state.items() if not k.startswith("motion.")}
+        model.load_state_dict(state, strict=args.motion == before["config"]["motion"])
+        nets["D"].load_state_dict(before["networks"]["D"])
+        nets["critic"] = losses.freeze(copy.deepcopy(nets["D"]))                      # stage 1's: an honest judge of texture
+        if args.stage == 2:
+            start_encoder(model, pack, device)
+            nets["judge"] = losses.freeze(train_judge(pack, device, args.seed))
+        else:
+            nets["critic"].load_state_dict(before["networks"]["critic"])
+            nets["judge"] = losses.SmallFaceJudge().to(device)
+            nets["judge"].load_state_dict(before["networks"]["judge"])
+            losses.freeze(nets["judge"])
+            start_motion_space(model, pack, device)
+    return nets, copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def optimisers(nets, args):
+    """Adam for the stage's trained parts: rates by kind of layer; the discriminator's corrected for lazy R1."""
+    model = nets["model"]
+    model.requires_grad_(False)
+    parts = {1: [model.generator], 2: [model.encoder, model.maps], 3: [model]}[args.stage]
+    if nets["hyper_phase"]:
+        parts = [model.hyper]
+    slow, equalised, ordinary = [], [], []
+    for name, parameter in [(n, q) for part in parts if part is not None for n, q in part.named_parameters()]:
+        parameter.requires_grad_(True)
+    if args.stage == 3:
+        model.generator.style.requires_grad_(False)                                    # z -> w is stage 1's alone
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = slow if "linear_down" in name else equalised if name.startswith("generator.") else ordinary
+            kind.append(parameter)
+    c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k / (k + 1), k = 4
+    beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2 default 0; ours where L1 leads
+    groups = [dict(params=equalised, lr=args.lr_gan * c), dict(params=ordinary, lr=args.lr),
+              dict(params=slow, lr=args.lr * 0.1)]                                     # PCA start: facts of a linear map
+    opt_g = torch.optim.Adam([g for g in groups if g["params"]], betas=(beta1, 0.99 ** c), eps=1e-8)
+    c = 16 / 17                                                                        # lazy R1: k = 16
+    opt_d = torch.optim.Adam(nets["D"].parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
+    for opt in (opt_g, opt_d):
+        for group in opt.param_groups:
+            group["initial_lr"] = group["lr"]
+    return opt_g, opt_d
+
+
+def discriminator_step(nets, out, opt_d, step, args):
+    """Logistic loss, and R1 on every 16th step; -> diagnostics"""
+    D, augment = nets["D"].requires_grad_(True), nets["augment"]
+    real, fake = augment(out["real"]), augment(out["fake"].detach())
+    real_score, fake_score = D(real), D(fake)                                          # (N, 1)
+    loss = losses.discriminator_loss(real_score, fake_score)
+    finite("d", loss)
+    opt_d.zero_grad(set_to_none=True)
+    loss.backward()
+    opt_d.step()
+    if step % 16 == 0:
+        real = augment(out["real"]).detach().requires_grad_(True)
+        penalty = args.w_r1 / 2 * 16 * losses.r1_penalty(real, D(real))
+        finite("r1", penalty)
+        opt_d.zero_grad(set_to_none=True)
+        penalty.backward()
+        opt_d.step()
+        nets["r1"] = penalty.detach() / 16
+    D.requires_grad_(False)
+    if args.augment >= 0:
+        nets["augment"].update(real_score.detach())
+    return dict(d=loss.detach(), r1=nets.get("r1", loss.new_zeros(())), real=real_score.detach().mean(), fake=fake_score.detach().mean())
+
+
+def path_length_step(nets, out, opt_g, args):
+    """StyleGAN2's path length regularisation on half a batch (every 4th step of stage 1)"""
+    G, half = nets["model"].generator, max(1, len(out["real"]) // 2)
+    w_plus = forward_stage1(nets, dict(picture=out["real"][:half]), args)["w_plus"]
+    penalty, nets["mean_path"] = losses.path_length_penalty(G(w_plus, noise="random"), w_plus, nets["mean_path"])
+    finite("path", penalty)
+    opt_g.zero_grad(set_to_none=True)
+    (args.w_path * 4 * penalty).backward()
+    opt_g.step()
+    return penalty.detach()
+
+
+def finite(name, value):
+    if not torch.isfinite(value):
+        raise InputError(f"the loss term '{name}' is {float(value)}: stopped; the last checkpoint is whole. Lower --lr or --lr-gan")
+
+
+@torch.no_grad()
+def update_ema(ema, model, images, args):
+    """Averaged weights: half-life of --ema-kimg, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05)"""
+    half_life = min(args.ema_kimg * 1000, 0.05 * images + args.batch)
+    beta = 0.5 ** (args.batch / half_life)
+    live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
+    torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
+    for e, b in zip(ema.buffers(), model.buffers()):
+        e.copy_(b)
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = pick_device(args.device)
+    os.makedirs(args.out, exist_ok=True)
+    checkpoint_path = os.path.join(args.out, f"stage{args.stage}.pt")
+    if os.path.exists(checkpoint_path) and not (args.resume or args.overwrite):
+        raise InputError(f"{checkpoint_path} exists: --resume continues it, --overwrite starts anew")
+    saved = load_checkpoint(checkpoint_path, f"stage{args.stage}", map_location=device) if args.resume else None
+    sync = None
+    if args.stage == 3 and args.w_sync:
+        sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device)
+    pack = Pack(args.data) if args.data else toy_pack(args)
+    if pack.size != args.size:
+        raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
+
+    torch.manual_seed(args.seed)
+    nets, ema = build(args, pack, device)
+    model = nets["model"]
+    nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
+    if args.w_vgg:
+        nets["vgg"] = losses.vgg19(device)
+    if args.w_arcface:
+        nets["arcface"] = losses.arcface(device)
+    hyper_from = args.steps - round(args.hyper_share * args.steps) if args.stage == 2 else args.steps + 1
+    start = 0
+    if saved:
+        start = restore(saved, nets, ema)
+    nets["hyper_phase"] = start >= hyper_from
+    opt_g, opt_d = optimisers(nets, args)
+    if saved:
+        opt_g.load_state_dict(saved["optimisers"]["g"])
+        opt_d.load_state_dict(saved["optimisers"]["d"])
+        torch.set_rng_state(saved["rng"]["torch"].cpu())
+
+    if args.stage == 3:  # even steps: few windows of five frames; odd steps: many clips of one
+        data = [batches(Clips(pack, WINDOW + 2 * CONTEXT, args.seed), max(1, args.batch // WINDOW), (start + 1) // 2, args.workers),
+                batches(Clips(pack, 1 + 2 * CONTEXT, args.seed + 1), args.batch, start // 2, args.workers)]
+    else:
+        data = [batches(Frames(pack, args.seed), args.batch, start, args.workers)]
+    header(args, model, pack, device)
+    log = open(os.path.join(args.out, f"log_stage{args.stage}.jsonl"), "a" if saved else "w")
+    log.write(json.dumps(dict(revision=revision(), torch=torch.__version__, python=sys.version.split()[0], args=vars(args))) + "\n")
+    weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")} | (dict(adv=1.0) if args.stage == 1 else {})
+    waited, clock = 0.0, time.perf_counter()
+
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"stage {args.stage}", disable=None)
+    for step in bar:
+        before = time.perf_counter()
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(data[step % len(data)]).items()}
+        waited += time.perf_counter() - before
+        if step == hyper_from and not nets["hyper_phase"]:                             # stage 2, second phase: the encoder rests
+            nets["hyper_phase"] = True
+            model.load_state_dict(ema.state_dict())
+            opt_g, _ = optimisers(nets, args)
+        for group in opt_g.param_groups + opt_d.param_groups:                          # ours: cosine down to a twentieth
+            group["lr"] = group["initial_lr"] * lr_factor(step, args)
+
+        # one fake forward
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            out = FORWARD[args.stage](nets, batch, args)
+        out["fake"] = out["fake"].float()
+
+        # discriminator, lazy R1
+        diagnostics = {}
+        if args.stage == 1 or (args.stage == 3 and args.w_adv):
+            diagnostics = discriminator_step(nets, out, opt_d, step, args)
+
+        # generator and everything before it
+        terms = TERMS[args.stage](nets, out, args)
+        for name, value in terms.items():
+            finite(name, value)
+        loss = sum(weight[k] * v for k, v in terms.items())
+        opt_g.zero_grad(set_to_none=True)
+        loss.backward()
+        opt_g.step()
+
+        # lazy path length
+        if args.stage == 1 and args.w_path and step % 4 == 0:
+            diagnostics["path"] = path_length_step(nets, out, opt_g, args)
+
+        update_ema(ema, model, (step + 1) * args.batch, args)
+
+        last = step + 1 == args.steps
+        if step % args.log_every == 0 or last:
+            line = {k: float(weight[k] * v) for k, v in terms.items()} | {k: float(v) for k, v in diagnostics.items()}
+            seconds = (time.perf_counter() - clock) / (args.log_every if step > start else 1)
+            line |= dict(step=step, p=nets["augment"].p, ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
+                         waiting=round(waited / max(seconds * args.log_every, 1e-9), 3), gib=round(memory_gib(device), 2))
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.write(format_line(line, args))
+            waited, clock = 0.0, time.perf_counter()
+        if (step + 1) % args.sample_every == 0 or last:
+            save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, pack, device, args)
+        if (step + 1) % args.save_every == 0 or last:
+            if args.stage == 3:
+                collect_idle(ema, pack, device)
+            save(checkpoint_path, step + 1, nets, ema, opt_g, opt_d, args)
+    log.close()
+    if args.stage == 3:
+        path = os.path.join(args.out, "weights.pt")
+        export_weights(path, ema, args)
+        print(f"{path}: sample with  python sample.py --weights {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# around the loop
+
+def toy_pack(args):
+    from toyfaces import TRAIN, make_pack
+    path = os.path.join(args.out, "toys")
+    make_pack(path, args.size, args.people, args.seconds, TRAIN, os.cpu_count())
+    return Pack(path)
+
+
+def lr_factor(step, args):
+    """Cosine decay from 1 to 0.05; in stage 2 the hypernetwork's phase has a decay of its own"""
+    a, b = 0, args.steps
+    if args.stage == 2 and args.hyper_share:
+        split = args.steps - round(args.hyper_share * args.steps)
+        a, b = (0, split) if step < split else (split, args.steps)
+    if args.stage == 1:
+        return 1.0  # StyleGAN2 default: a constant rate, the average does the settling
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - a) / max(1, b - a)))
+
+
+def save(path, step, nets, ema, opt_g, opt_d, args):
+    """Everything that the next step depends on."""
+    networks = {k: v.state_dict() for k, v in nets.items() if k in ("model", "D", "critic", "judge")}
+    save_checkpoint(path, dict(
+        kind=f"stage{args.stage}", format=1, config=vars(ema.config), args=vars(args), step=step, networks=networks,
+        ema=dict(model=ema.state_dict()), optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
+        augment_p=nets["augment"].p, mean_path=nets["mean_path"], rng=dict(torch=torch.get_rng_state()), data=dict(step=step)))
+
+
+def restore(saved, nets, ema) -> int:
+    """Load a checkpoint of `save` -> its step"""
+    for name, state in saved["networks"].items():
+        nets[name].load_state_dict(state)
+    ema.load_state_dict(saved["ema"]["model"])
+    nets["augment"].p, nets["mean_path"] = saved["augment_p"], saved["mean_path"]
+    return saved["step"]
+
+
+def export_weights(path, ema, args):
+    """What sampling needs, in fp16: the averaged network and its config."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
+    save_checkpoint(path, dict(kind="weights", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=state)))
+
+
+def header(args, model, pack, device):
+    count = {k: sum(q.numel() for q in part.parameters()) for k, part in model.named_children()}
+    print(f"stage {args.stage} on {device}: {len(pack)} clips, {sum(count.values()) / 1e6:.2f} M parameters ("
+          + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in count.items()) + ")")
+    if args.stage > 1 and not (args.w_vgg and args.w_arcface):
+        off = [n for n, w in (("VGG19 (--w-vgg)", args.w_vgg), ("ArcFace (--w-arcface)", args.w_arcface)) if not w]
+        print(f"off: {', '.join(off)}; on in their place: features of stage 1's discriminator, a face judge trained on this pack")
+
+
+def format_line(line, args):
+    eta = (args.steps - line["step"]) * line["ms"] / 60000
+    skip = ("step", "ms", "images_s", "waiting", "gib")
+    numbers = "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in skip)
+    return (f"{line['step']:6d}  {numbers}  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, "
+            f"{100 * line['waiting']:.0f} % waiting, {line['gib']:.1f} GiB, {eta:.1f} min left")
+
+
+def memory_gib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def revision():
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5,
+                              cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+@torch.no_grad()
+def save_samples(path, ema, pack, device, args, n=8):
+    """A grid, n columns. Stage 1: samples. Stage 2: pictures, inversions. Stage 3: sources, drivings of the next clip, results."""
+    if args.stage == 1:
+        z = torch.randn(3 * n, ema.generator.dim, generator=torch.Generator().manual_seed(0)).to(device)
+        w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
+        rows = ema.generator(w).unflatten(0, (3, n))
+    else:
+        data = Clips(pack, 1 + 2 * CONTEXT, seed=12345, flip=False)
+        items = [data[i] for i in range(n)]
+        source, driving, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "driving", "mel"))
+        if args.stage == 2:
+            z = ema.encoder(source)
+            rows = torch.stack([source, ema.decode(z), ema.decode(z, ema.weight_changes(source, z))])
+        else:
+            driving, mel = driving.roll(1, 0), mel.roll(1, 0)                          # somebody else's head and sound
+            rows = torch.stack([source, driving[:, CONTEXT], ema(source, driving, mel, context=CONTEXT)[0][:, 0]])
+    picture = torch.cat(list(torch.cat(list(rows.permute(1, 0, 2, 3, 4)), -1)), -2)    # (3, rows * H, n * W)
+    image = Image.fromarray(to_uint8(picture.clamp(-1, 1)))
+    scale = max(1, 128 // args.size)
+    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path + ".tmp.png")
+    os.replace(path + ".tmp.png", path)
+
+
+if __name__ == "__main__":
+    run(main)
