@@ -81,14 +81,16 @@ def person(seed: int) -> Person:
     voice = rng.uniform()  # 0 a deep voice and a long vocal tract, 1 a high one and a short tract
     shade = rng.uniform(0, len(SKINS) - 1)
     skin = blend(SKINS[int(shade)], SKINS[min(int(shade) + 1, len(SKINS) - 1)], shade % 1)
+    style = pick(STYLES)
+    bearded = voice < 0.45 and style not in ("bob", "long", "tails")
     return Person(
         seed=seed, skin=skin, hair=pick(HAIRS), iris=pick(IRISES), backdrop=pick(BACKDROPS), clothes=pick(CLOTHES),
-        frames=pick(FRAMES), style=pick(STYLES), side=int(pick((-1, 1))), width=rng.uniform(0.78, 0.90),
+        frames=pick(FRAMES), style=style, side=int(pick((-1, 1))), width=rng.uniform(0.78, 0.90),
         chin=rng.uniform(0.76, 0.97), eye_apart=rng.uniform(0.36, 0.41), eye_size=rng.uniform(0.92, 1.10),
         brow=rng.uniform(0.065, 0.10), nose=rng.uniform(0.8, 1.2), lips=rng.uniform(0.75, 1.25),
         mouth=rng.uniform(0.95, 1.07), blush=rng.uniform(0.2, 0.7), collar=pick(("round", "shirt")),
         glasses=rng.choice(("none", "round", "square"), p=(0.7, 0.18, 0.12)).item(),
-        beard=rng.choice(("none", "full", "moustache"), p=(0.5, 0.3, 0.2) if voice < 0.45 else (1, 0, 0)).item(),
+        beard=rng.choice(("none", "full", "moustache"), p=(0.45, 0.35, 0.2) if bearded else (1, 0, 0)).item(),
         earrings=bool(rng.random() < (0.1 if voice < 0.45 else 0.45)),
         f0=95 * 2.4**voice, tract=0.93 + 0.17 * voice + rng.uniform(-0.02, 0.02))
 
@@ -99,7 +101,7 @@ ANGLE = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
 U = np.linspace(-1, 1, 25)  # along the mouth and along hairlines
 DEPTH = 0.68  # of the head; ours: flatter than life, so that eyes stay on the face at 22 degrees
-PIVOT = np.array((0.0, 0.5, 0.15))  # ours: near the face, so that a nod keeps eyes and mouth in their template boxes
+PIVOT = np.array((0.0, 0.5, 0.22))  # ours: near the face, so that a nod keeps eyes and mouth in their template boxes
 
 
 def blend(a, b, t: float):
@@ -115,7 +117,7 @@ class Head:
         small = float(np.clip(np.log2(64 / size), 0, 1))
         self.feature = 1 + 0.25 * small
         self.unit = self.S * 0.305 * (1 + 0.15 * small)
-        self.centre = np.array((0.5, 0.497)) * self.S
+        self.centre = np.array((0.5, 0.497 - 0.018 * small)) * self.S
         yaw, pitch, roll = np.deg2rad([state["yaw"], state["pitch"], state["roll"]])
         (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
         turn = np.array(((cy, 0, sy), (0, 1, 0), (-sy, 0, cy)))
@@ -173,7 +175,7 @@ class Head:
         below = np.clip(s, 0, 1)
         taper = 1 - (1 - self.who.chin) * below**2
         x = np.sign(c) * np.abs(c) ** 0.86 * (self.who.width + grow) * taper
-        y = s * (1.04 + grow) + 0.11 * self.feature * self.state["open"] * below**4
+        y = s * (1.04 + grow) + 0.07 * self.state["open"] * below**4
         return x, y
 
 
@@ -251,7 +253,8 @@ def draw_beard(head, who, state):
         return
     a = np.linspace(-0.12, np.pi + 0.12, 28)
     outer = head.outline(*head.face_edge(a, 0.03))
-    inner = head.surface(np.cos(a[::-1]) * 0.54, 0.26 + np.sin(a[::-1]) * (0.50 + 0.10 * state["open"]))
+    dip = np.sin(a[::-1])
+    inner = head.surface(np.cos(a[::-1]) * 0.54, 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2)
     head.fill(np.concatenate((outer, inner)), who.hair * 0.88)
 
 
@@ -267,7 +270,7 @@ def draw_eyes(head, who, state):
     half_w, half_h = 0.178 * size, 0.158 * size
     slit = half_h * (1 - state["blink"])
     for side in (-1, 1):
-        x0, y0 = side * who.eye_apart, -0.07
+        x0, y0 = side * who.eye_apart, -0.07 - 0.16 * (head.feature - 1)
         if slit > 0.2 * half_h:
             head.fill(head.surface(x0 + COS * half_w, y0 + SIN * slit), WHITE)
             gaze_x, gaze_y = 0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"]
@@ -298,29 +301,33 @@ def draw_nose(head, who, state):
 
 
 def draw_mouth(head, who, state):
-    """Lips, the dark inside, upper teeth and tongue. Nothing switches on: all of it grows from a closed line."""
+    """Lips, the line where they meet, and when they part the dark inside, tongue and upper teeth."""
     gap, wide, f = state["open"], state["wide"], head.feature
-    half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.6 * (f - 1))
-    y0 = 0.585 - 0.14 * (f - 1)
+    half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
+    y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
     arc = np.sqrt(np.clip(1 - U**2, 0, 1))
     middle = y0 + 0.02 * gap - (0.13 * state["smile"] + 0.02) * (U**2 - 0.35) * min(1.0, half / 0.3)  # smile lifts the corners
-    up, down = middle - 0.085 * f * gap * arc, middle + 0.285 * f * gap * arc**0.8
+    up, down = middle - 0.085 * tall * gap * arc, middle + 0.285 * tall * gap * arc**0.8
     thick = who.lips * (1.15 - 0.3 * wide) * f
     bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
     top, bottom = up - 0.052 * thick * bow, down + 0.072 * thick * arc**0.7
-    red = blend(who.skin * (0.86, 0.66, 0.66), np.array((206.0, 70, 84)), 0.55)
+    red = blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
 
     def between(a, b, colour, part=slice(None)):  # the area from curve a down to curve b
         x = U[part] * half
         head.fill(head.surface(np.append(x, x[::-1]), np.append(a[part], b[part][::-1]), 0.02), colour)
 
     between(top, bottom, red)
-    head.stroke(head.surface(U * half * 1.06, middle, 0.02), 0.038 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75))
-    between(up, down, np.array((92.0, 22, 34)))
+    head.stroke(head.surface(U * half * 1.06, middle, 0.02), 0.048 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75))
+    if gap < 0.04:  # a polygon without area would still be drawn a pixel wide
+        return
     room = down - up
-    tongue = np.clip(1 - (U / 0.72) ** 2, 0, 1) ** 0.5
-    between(down - 0.42 * room * tongue, down - 0.04 * room, np.array((232.0, 108, 116)), slice(4, -4))
-    between(up, up + np.minimum(0.40 * room, 0.085 * f) * (1 - 0.15 * U**2), np.array((252.0, 250, 246)), slice(2, -2))
+    between(up, down, np.array((92.0, 22, 34)))
+    if gap > 0.1:
+        tongue = np.sqrt(np.clip(1 - (U / 0.72) ** 2, 0, 1))
+        between(down - 0.42 * room * tongue, down - 0.04 * room, np.array((232.0, 108, 116)), slice(4, -4))
+        teeth = np.minimum(0.40 * room, 0.085 * f) * (1 - 0.15 * U**2)
+        between(up, up + teeth, np.array((252.0, 250, 246)), slice(2, -2))
 
 
 def hairline(who: Person):
@@ -378,7 +385,7 @@ def draw_glasses(head, who, state):
     r_x, r_y = (0.262 if power == 1 else 0.25) * grow, (0.25 if power == 1 else 0.21) * grow
     for side in (-1, 1):
         x0 = side * who.eye_apart
-        loop = lambda r: head.surface(x0 + cx * (r_x + r), -0.06 + sx * (r_y + r), 0.05)  # noqa: E731
+        loop = lambda r: head.surface(x0 + cx * (r_x + r), -0.06 - 0.16 * (head.feature - 1) + sx * (r_y + r), 0.05)  # noqa: E731
         head.ring(loop(rim / 2), loop(-rim / 2), who.frames)
         x = side * np.linspace(who.eye_apart + r_x, who.width, 4)
         head.stroke(head.surface(x, np.full(4, -0.09), 0.03), rim, who.frames)
