@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from audio import FPS, SAMPLE_RATE, InputError, check_file, decoder, ffmpeg_path, why
+from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declared_seconds, decoder
+from audio import ffmpeg_path, why
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
 PHOTO_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -97,23 +98,21 @@ def probe(path: str | Path) -> VideoInfo:
     Raises InputError: missing, directory, empty, not a video.
     """
     path = check_file(path)
-    command = [word for word in decoder(path) if word not in ("-loglevel", "error")]
-    text = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
+    text = subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
     # stream lines are indented by exactly two spaces, tags by more: a title cannot pass for a stream
-    has_audio = bool(re.search(r"^  Stream #.*: Audio: ", text, re.M))
-    video = re.search(r"^  Stream #.*: Video: (?!.*\(attached pic\)).*, (\d+)x(\d+).*", text, re.M)
+    has_audio = bool(re.search(r"^\[info\]   Stream #.*: Audio: ", text, re.M))
+    video = re.search(r"^\[info\]   Stream #.*: Video: (?!.*\(attached pic\)).*, (\d+)x(\d+).*", text, re.M)
     if not video:
         reason = "holds sound but no picture" if has_audio else f"is not a video ({why(text)})"
         raise InputError(f"{path}: {reason}")
     width, height = int(video[1]), int(video[2])
     details = text[video.end() :].split("  Stream #")[0]
-    turn = re.search(r"^ +displaymatrix: rotation of (-?[\d.]+) degrees", details, re.M)
+    turn = re.search(r"^\[info\] +[\w ]+: rotation of (-?[\d.]+) degrees", details, re.M)
     rotation = round(-float(turn[1])) % 360 if turn else 0
     if rotation in (90, 270):
         width, height = height, width
     fps = re.search(r", ([\d.]+) fps", video[0])
-    length = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
-    seconds = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0
+    seconds = declared_seconds(text)
     return VideoInfo(width, height, float(fps[1]) if fps else 0.0, seconds, has_audio, rotation)
 
 
@@ -151,8 +150,7 @@ def decode_frames(path: Path, height: int | None) -> Iterator[np.ndarray]:
             process.stdout.close()
         log.seek(0)
         complaint = log.read().decode(errors="replace")
-    if status or not count or "partial file" in complaint:
-        raise InputError(f"{path}: is damaged or cut short: {count} frames could be read ({why(complaint)})")
+    check_whole(path, complaint, status or not count, count / FPS)
 
 
 def read_ppm(stream) -> np.ndarray | None:
@@ -221,7 +219,7 @@ class VideoWriter:
         colours = "scale=out_color_matrix=bt709:out_range=tv"
         smear = f"fillborders=right={width % 2}:bottom={height % 2}:mode=smear"  # no black seam
         tags = "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
-        command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+        command = [ffmpeg_path(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound]
         command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{smear},{colours},format=yuv420p,{tags}"]
         command += [

@@ -1,0 +1,407 @@
+"""Sound: against librosa, SciPy and naive loops; where a click lands; every format and every refusal."""
+
+import subprocess
+import sys
+import wave
+
+import librosa
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.io.wavfile
+import scipy.signal
+import soundfile
+import torch
+
+import audio
+from audio import AudioEncoder, InputError, load_audio, log_mel, mel_windows, mfcc, n_frames, sound_windows
+
+RATE = 16000
+
+
+def noise(n, seed=0):
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, n).astype(np.float32)
+
+
+def tone(hz, n, rate=RATE):
+    return (0.5 * np.sin(2 * np.pi * hz * np.arange(n) / rate)).astype(np.float32)
+
+
+def ffmpeg(*args):
+    command = [audio.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
+    subprocess.run(command, check=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# mel
+
+
+def librosa_mel(wav):
+    """Wav2Lip's audio.py, step by step, with librosa doing the work."""
+    emphasised = scipy.signal.lfilter([1, -0.97], [1], wav.astype(np.float64))
+    magnitude = abs(librosa.stft(y=emphasised, n_fft=800, hop_length=200, win_length=800))
+    bank = librosa.filters.mel(sr=RATE, n_fft=800, n_mels=80, fmin=55, fmax=7600)
+    db = 20 * np.log10(np.maximum(1e-5, bank @ magnitude)) - 20
+    return np.clip(8 * (db + 100) / 100 - 4, -4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:n_fft")  # librosa, of sounds shorter than a window
+@pytest.mark.parametrize("n", [1, 199, 200, 801, 7777, 16000])
+def test_log_mel_is_wav2lips_mel_by_librosa(n):
+    wav = noise(n)
+    np.testing.assert_allclose(log_mel(wav), librosa_mel(wav), atol=1e-4)
+
+
+def test_log_mel_agrees_with_scipys_stft():
+    wav = noise(9000)
+    window = scipy.signal.get_window("hann", 800)
+    stft = scipy.signal.ShortTimeFFT(window, 200, RATE, scale_to=None)
+    spectrum = abs(stft.stft(scipy.signal.lfilter([1, -0.97], [1], wav), p0=0, p1=46))  # (401, 46)
+    bank = librosa.filters.mel(sr=RATE, n_fft=800, n_mels=80, fmin=55, fmax=7600)
+    want = np.clip(8 * (20 * np.log10(bank @ spectrum + 1e-9) + 80) / 100 - 4, -4, 4)
+    np.testing.assert_allclose(log_mel(wav), want, atol=1e-4)
+
+
+def test_mel_blocks_do_not_show(monkeypatch):
+    wav = noise(30000)
+    whole = log_mel(wav)
+    monkeypatch.setattr(audio, "BLOCK", 7)
+    np.testing.assert_array_equal(log_mel(wav), whole)
+
+
+def test_silence_is_exactly_minus_four():
+    mel = log_mel(np.zeros(5000, np.float32))
+    assert mel.shape == (80, 26) and mel.dtype == np.float32 and (mel == -4).all()
+
+
+@pytest.mark.parametrize("hz", [220, 1000, 3300, 6100])
+def test_a_sine_peaks_in_its_band(hz):
+    corners = librosa.mel_frequencies(n_mels=82, fmin=55, fmax=7600)
+    band = int(log_mel(tone(hz, 8000))[:, 20].argmax())
+    assert corners[band] <= hz <= corners[band + 2]
+
+
+def test_mel_stays_in_range_for_the_loudest_sound():
+    mel = log_mel(np.sign(tone(440, 8000)))
+    assert mel.min() >= -4 and mel.max() <= 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# frames and windows
+
+
+def test_n_frames_is_25_a_second_rounded():
+    assert [n_frames(n) for n in (1, 319, 640, 959, 960, 16000, 6 * RATE)] == [1, 1, 1, 1, 2, 25, 150]
+
+
+@pytest.mark.parametrize("part", [0.17, 0.3, 0.5, 0.7, 0.83])
+def test_a_click_at_time_t_lands_in_the_window_of_frame_floor_25t(part):
+    for k in range(30):  # the click is `part` of a frame after frame k's beginning
+        wav = np.zeros(2 * RATE, np.float32)
+        wav[round((k + part) / 25 * RATE)] = 1.0
+        windows = mel_windows(log_mel(wav), range(50))[:, 0]  # (T, 80, 16)
+        loudness = (windows.max(1) + 4).astype(np.float64) ** 8  # (T, 16)
+        heard = (loudness * np.arange(16)).sum(1) / np.maximum(loudness.sum(1), 1e-9)
+        # the frame that hears it closest to the middle of its window, where there is something to hear
+        apart = np.where(loudness.sum(1) > 0, abs(heard - 7.5), 99)
+        assert apart.argmin() == k and apart[k] <= 2.1  # half a frame is 1.6 steps, the grid adds half a step
+
+
+def test_windows_are_within_half_a_step_of_the_frames_middle():
+    k = np.arange(1000)
+    middle_of_window = (audio.window_starts(k) + 7.5) / 80  # seconds
+    assert abs(middle_of_window - (k + 0.5) / 25).max() <= 0.00625 + 1e-9
+
+
+def test_windows_take_their_steps_and_silence_outside():
+    mel = np.arange(80 * 40, dtype=np.float32).reshape(80, 40)
+    windows = mel_windows(mel, [0, 5, 12, 300])
+    assert windows.shape == (4, 1, 80, 16) and windows.dtype == np.float32
+    assert (windows[0, 0, :, :6] == -4).all()  # six steps before the sound
+    np.testing.assert_array_equal(windows[0, 0, :, 6:], mel[:, :10])
+    np.testing.assert_array_equal(windows[1, 0], mel[:, 10:26])
+    np.testing.assert_array_equal(windows[2, 0, :, :7], mel[:, 33:])
+    assert (windows[2, 0, :, 7:] == -4).all() and (windows[3] == -4).all()
+
+
+def test_sound_windows_equal_the_windows_of_the_whole_mel_to_the_bit():
+    rng = np.random.default_rng(3)
+    for n in (1, 150, 640, 3200, 16001, 40000):
+        wav = noise(n, seed=n)
+        T = n_frames(n)
+        cases = [range(T), [0], [T - 1], [T + 30], [-9], [T // 2, T // 2 + 1], rng.integers(-4, T + 4, 5)]
+        for frames in cases:
+            np.testing.assert_array_equal(sound_windows(wav, frames), mel_windows(log_mel(wav), frames))
+
+
+def test_windows_of_a_frame_do_not_depend_on_later_sound():
+    wav = noise(RATE)
+    longer = np.concatenate([wav, noise(RATE, seed=1)])
+    np.testing.assert_array_equal(sound_windows(wav, [9]), sound_windows(longer, [9]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# MFCC and SpecAugment
+
+
+def naive_mfcc(samples):
+    """python_speech_features.mfcc with its defaults, written as loops over frames, filters and coefficients."""
+    x = [float(samples[0])] + [float(samples[i]) - 0.97 * float(samples[i - 1]) for i in range(1, len(samples))]
+    S = 1 if len(x) <= 400 else 1 + int(np.ceil((len(x) - 400) / 160))
+    x = np.array(x + [0.0] * ((S - 1) * 160 + 400 - len(x)))
+    hz = [700 * (10 ** (m / 2595) - 1) for m in np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)]
+    bins = [int(513 * f // RATE) for f in hz]
+    rows = []
+    for s in range(S):
+        power = abs(np.fft.fft(x[160 * s : 160 * s + 400], 512)[:257]) ** 2 / 512
+        bands = []
+        for j in range(26):
+            total = 0.0
+            for i in range(bins[j], bins[j + 1]):
+                total += power[i] * (i - bins[j]) / (bins[j + 1] - bins[j])
+            for i in range(bins[j + 1], bins[j + 2]):
+                total += power[i] * (bins[j + 2] - i) / (bins[j + 2] - bins[j + 1])
+            bands.append(np.log(total if total > 0 else np.finfo(float).eps))
+        row = []
+        for c in range(13):
+            total = sum(bands[j] * np.cos(np.pi * c * (2 * j + 1) / 52) for j in range(26))
+            row.append(total * np.sqrt((1 if c == 0 else 2) / 26) * (1 + 11 * np.sin(np.pi * c / 22)))
+        row[0] = np.log(power.sum() if power.sum() > 0 else np.finfo(float).eps)
+        rows.append(row)
+    return np.array(rows).T
+
+
+@pytest.mark.parametrize("n", [100, 400, 401, 1999])
+def test_mfcc_is_what_python_speech_features_computes(n):
+    samples = np.random.default_rng(n).integers(-9000, 9000, n)
+    np.testing.assert_allclose(mfcc((samples / 32768).astype(np.float32)), naive_mfcc(samples), rtol=1e-7, atol=1e-7)
+
+
+def test_mfcc_of_silence_is_finite():
+    assert np.isfinite(mfcc(np.zeros(3000, np.float32))).all()
+
+
+def test_spec_augment_masks_one_block_of_bands_and_one_of_steps():
+    rng = np.random.default_rng(0)
+    mel = rng.uniform(-3, 4, (5, 1, 80, 16)).astype(np.float32)
+    seen_bands, seen_steps = set(), set()
+    for _ in range(200):
+        out = audio.spec_augment(mel, rng, bands=9, steps=4)
+        masked = (out == -4)[:, 0]  # (5, 80, 16)
+        np.testing.assert_array_equal(out[~masked[:, None]], mel[~masked[:, None]])
+        assert (masked == masked[0]).all()  # all windows get the same masks
+        rows, columns = masked[0].all(1), masked[0].all(0)
+        np.testing.assert_array_equal(masked[0], rows[:, None] | columns[None, :])
+        for line in (rows, columns):  # one contiguous block each
+            assert np.count_nonzero(np.diff(line.astype(int))) <= 2
+        seen_bands.add(int(rows.sum()))
+        seen_steps.add(int(columns.sum()))
+    assert seen_bands == set(range(10)) and seen_steps == set(range(5))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# encoder
+
+
+def test_audio_encoder_codes_each_window_alone_in_train_and_eval_alike():
+    torch.manual_seed(0)
+    encoder = AudioEncoder(dim=12, width=0.25)
+    mel = torch.randn(5, 1, 80, 16)
+    together = encoder(mel)
+    assert together.shape == (5, 12)
+    torch.testing.assert_close(together[3:4], encoder(mel[3:4]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together, encoder.eval()(mel))
+
+
+def test_every_parameter_of_the_audio_encoder_gets_a_gradient():
+    torch.manual_seed(0)
+    encoder = AudioEncoder(dim=12, width=0.25)
+    (encoder(torch.randn(3, 1, 80, 16)) ** 2).sum().backward()
+    for name, p in encoder.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_audio_encoder_hears_every_mel_step_and_band():
+    torch.manual_seed(0)
+    encoder = AudioEncoder(dim=12, width=0.25)
+    mel = torch.randn(1, 1, 80, 16, requires_grad=True)
+    (encoder(mel) ** 2).sum().backward()
+    assert (mel.grad[0, 0] != 0).all()
+
+
+def test_audio_encoder_of_silence_is_finite():
+    assert torch.isfinite(AudioEncoder(dim=12, width=0.25)(torch.full((1, 1, 80, 16), -4.0))).all()
+
+
+def test_audio_encoder_refuses_another_window():
+    with pytest.raises(AssertionError, match="expected"):
+        AudioEncoder(dim=12, width=0.25)(torch.zeros(2, 1, 16, 80))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# files
+
+
+def peak_hz(wav):
+    return np.fft.rfft(wav * np.hanning(len(wav))).__abs__().argmax() * RATE / len(wav)
+
+
+def test_16_bit_16_khz_comes_back_sample_by_sample(tmp_path):
+    samples = np.random.default_rng(0).integers(-32768, 32768, 7001).astype(np.int16)
+    scipy.io.wavfile.write(tmp_path / "a.wav", RATE, samples)
+    wav = load_audio(tmp_path / "a.wav")
+    assert wav.dtype == np.float32 and wav.flags.writeable
+    np.testing.assert_array_equal(wav, samples / np.float32(32768))
+
+
+@pytest.mark.parametrize(
+    "name, rate, channels, subtype",
+    [
+        ("8-bit.wav", 16000, 1, "PCM_U8"),
+        ("24-bit.wav", 48000, 1, "PCM_24"),
+        ("96khz.wav", 96000, 2, "PCM_16"),
+        ("six channels.wav", 48000, 6, "PCM_16"),
+        ("float.wav", 44100, 2, "FLOAT"),
+        ("8khz.flac", 8000, 1, "PCM_16"),
+        ("a b'c\"d.ogg", 44100, 2, "VORBIS"),
+        ("-i.mp3", 44100, 2, "MPEG_LAYER_III"),
+        ("http:x.wav", 16000, 1, "PCM_16"),
+        ("%d [x];&$(touch y).wav", 16000, 1, "PCM_16"),
+    ],
+)
+def test_every_kind_of_sound_file_is_heard_at_its_pitch(tmp_path, monkeypatch, name, rate, channels, subtype):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write(str(tmp_path / name), np.tile(tone(700, rate, rate)[:, None], (1, channels)), rate, subtype=subtype)
+    wav = load_audio(name)  # a relative path, as typed
+    assert abs(len(wav) - RATE) <= 0.06 * RATE  # MP3 pads
+    assert abs(peak_hz(wav) - 700) < 5
+    assert 0.1 < abs(wav).max() <= 1
+
+
+def test_sound_inside_a_video_is_found_at_its_time(tmp_path):
+    wav = np.zeros(2 * RATE, np.int16)
+    wav[RATE : RATE + 40] = 30000
+    scipy.io.wavfile.write(tmp_path / "click.wav", RATE, wav)
+    picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=2")
+    for name in ("v.mp4", "v.mkv", "v.mov"):
+        ffmpeg(*picture, "-i", tmp_path / "click.wav", tmp_path / name)
+        heard = load_audio(tmp_path / name)
+        assert abs(int(abs(heard).argmax()) - RATE) < 320, name  # half a frame
+
+
+def test_a_track_that_starts_late_in_a_video_is_padded_in_front(tmp_path):
+    wav = np.zeros(RATE, np.int16)
+    wav[:40] = 30000
+    scipy.io.wavfile.write(tmp_path / "click.wav", RATE, wav)
+    picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=2")
+    ffmpeg(*picture, "-itsoffset", "0.6", "-i", tmp_path / "click.wav", tmp_path / "late.mp4")
+    heard = load_audio(tmp_path / "late.mp4")
+    assert abs(int(abs(heard).argmax()) - 0.6 * RATE) < 320
+
+
+def test_silence_and_a_tenth_of_a_second_work(tmp_path):
+    scipy.io.wavfile.write(tmp_path / "s.wav", RATE, np.zeros(1600, np.int16))
+    wav = load_audio(tmp_path / "s.wav")
+    assert len(wav) == 1600 and not wav.any()
+    assert sound_windows(wav, range(n_frames(len(wav)))).shape == (3, 1, 80, 16)
+
+
+def test_too_loud_floats_are_clipped(tmp_path):
+    scipy.io.wavfile.write(tmp_path / "loud.wav", RATE, 3 * tone(300, 4000))
+    assert abs(load_audio(tmp_path / "loud.wav")).max() == 1
+
+
+def bad_sounds(folder):
+    """(path, what the message must say) of everything that must be refused."""
+    (folder / "directory.wav").mkdir()
+    (folder / "empty.wav").touch()
+    (folder / "words.wav").write_text("this is not sound\n" * 99)
+    (folder / "words.txt").write_text("this is not sound either\n" * 99)
+    (folder / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nfine.wav\n#EXT-X-ENDLIST\n")
+    (folder / "list.ffconcat").write_text("ffconcat version 1.0\nfile fine.wav\n")
+    scipy.io.wavfile.write(folder / "fine.wav", RATE, np.zeros(1600, np.int16))
+    scipy.io.wavfile.write(folder / "zero.wav", RATE, np.zeros(0, np.int16))
+    for name, value in (("nan", np.nan), ("inf", -np.inf)):
+        samples = tone(300, 4000)
+        samples[777] = value
+        scipy.io.wavfile.write(folder / f"{name}.wav", RATE, samples)
+    whole = folder / "whole.flac"
+    soundfile.write(str(whole), noise(30000), RATE)
+    (folder / "cut.flac").write_bytes(whole.read_bytes()[:20000])
+    ffmpeg("-f", "lavfi", "-i", "color=s=32x32:r=25:d=1", folder / "mute.mp4")
+    ffmpeg("-f", "lavfi", "-i", "sine=d=3", folder / "whole.m4a")
+    (folder / "cut.m4a").write_bytes((folder / "whole.m4a").read_bytes()[:9000])
+    with wave.open(str(folder / "whole.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(RATE)
+        file.writeframes(bytes(64000))
+    (folder / "cut.wav").write_bytes((folder / "whole.wav").read_bytes()[:20000])
+    return [
+        ("missing.wav", "no such file"),
+        ("directory.wav", "directory"),
+        ("empty.wav", "empty"),
+        ("words.wav", "not a sound"),
+        ("words.txt", "not a sound"),
+        ("list.m3u8", "not a sound"),
+        ("list.ffconcat", "not a sound"),
+        ("zero.wav", "0 s"),
+        ("nan.wav", "NaN"),
+        ("inf.wav", "inf"),
+        ("cut.flac", "cut short"),
+        ("cut.m4a", "can"),
+        ("cut.wav", "cut short"),
+        ("mute.mp4", "no sound"),
+        ("x\0y.wav", "no such file"),
+        ("x" * 300, "read"),
+    ]
+
+
+def test_every_bad_sound_is_refused_in_one_line_that_names_it(tmp_path):
+    for name, reason in bad_sounds(tmp_path):
+        with pytest.raises(InputError) as caught:
+            load_audio(tmp_path / name)
+        message = str(caught.value)
+        assert "\n" not in message and name.split("\0")[0] in message and reason in message, (name, message)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# scripts
+
+
+def run_script(tmp_path, body):
+    script = tmp_path / "tool.py"
+    script.write_text(f"import sys\nsys.path[:0] = {sys.path!r}\nfrom audio import InputError, run\n{body}\n")
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+
+
+def test_what_the_user_got_wrong_is_one_line_and_status_2(tmp_path):
+    done = run_script(tmp_path, "def main():\n    raise InputError('a.wav: is\\nbad')\nrun(main)")
+    assert (done.returncode, done.stderr, done.stdout) == (2, "tool.py: a.wav: is bad\n", "")
+
+
+def test_run_cleans_up_on_sigterm_and_leaves_other_errors_alone(monkeypatch):
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+
+    def killed():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    try:
+        for main, status in ((killed, 143), (interrupted, 130)):
+            with pytest.raises(SystemExit) as caught:
+                audio.run(main)
+            assert caught.value.code == status
+        with pytest.raises(ZeroDivisionError):
+            audio.run(lambda: 1 / 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert cleaned
