@@ -18,18 +18,25 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
+import signal
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from audio import FPS, SAMPLE_RATE, InputError, n_frames, run
+from vision import VideoWriter, check_output, write_wav
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees; ours: farther, features leave the silhouette
 TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split: they never meet
+EXAMPLE = TEST + 500_000  # the person of the shipped example
+WORLD = 1  # goes up when looks or laws change: a pack drawn by an older world is not taken for a new one
 
 # ---------------------------------------------------------------------------------------------------------- people
 
@@ -569,3 +576,130 @@ def toy_clip(seed: int, seconds: float = 3, size: int = 64, person_seed: int | N
     wav, truth = clip_truth(seed, seconds, who)
     frames = np.stack([draw(who, dict(zip(FACTORS, row)), size) for row in truth.tolist()])
     return frames, wav, truth
+
+
+# ----------------------------------------------------------------------------------------------------------- packs
+
+
+def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None):
+    """One clip of each of so many people (seeds first_seed ..) as a pack, with truth.npy float32 (all frames, 10) beside it.
+
+    Clip i is toy_clip(first_seed + i); its identity is "toy<seed>". Drawing uses all cores (workers: how many, 0 none but
+    this). The folder appears whole or not at all; if it is there, made with the same arguments, nothing is done.
+    Raises InputError: the folder holds something else, or cannot be written.
+    """
+    from data import PackWriter  # needed here only: the drawing itself does not depend on packs
+
+    folder = Path(folder).absolute()
+    recipe = dict(world=WORLD, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        note = folder / "toy.json"
+        if note.is_file() and json.loads(note.read_text()) == recipe:
+            return
+        raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
+    draft = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        truths = []
+        with PackWriter(draft / "pack", size, "toy") as pack:
+            jobs = [(first_seed + i, seconds, size) for i in range(people)]
+            for job, (frames, wav, truth) in tqdm(each_clip(jobs, workers), "toy clips", people, disable=None):
+                pack.add(frames, wav, f"toy{job[0]}", f"toyfaces seed {job[0]}")
+                truths.append(truth)
+        np.save(draft / "pack" / "truth.npy", np.concatenate(truths))
+        (draft / "pack" / "toy.json").write_text(json.dumps(recipe))
+        os.replace(draft / "pack", folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    finally:
+        if draft:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def each_clip(jobs: list[tuple], workers: int | None):
+    """(job, clip) in order. Blocks of jobs, so that finished clips do not pile up when the writer is the slower one."""
+    workers = min(len(jobs), os.cpu_count() or 1) if workers is None else workers
+    if workers < 2:
+        yield from ((job, toy_clip(*job)) for job in jobs)
+        return
+    # spawn: fork is not safe once torch has threads. Ctrl-C is the parent's to handle
+    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for start in range(0, len(jobs), 16 * workers):
+            block = jobs[start : start + 16 * workers]
+            yield from zip(block, pool.imap(clip_of, block, chunksize=2))
+
+
+def clip_of(job: tuple):
+    return toy_clip(*job)
+
+
+# ---------------------------------------------------------------------------------------------------------- script
+
+
+def contact_sheet(size: int, columns: int, rows: int, first_seed: int = TRAIN, zoom: int = 1) -> np.ndarray:
+    """Many people, each in a moment of his own clip: uint8 (rows * size * zoom, columns * size * zoom, 3)."""
+    faces = []
+    for seed in range(first_seed, first_seed + rows * columns):
+        _, truth = clip_truth(seed, 3, person(seed))
+        moment = truth[[10, 26, 42, 58][seed % 4]]
+        faces.append(draw(person(seed), dict(zip(FACTORS, moment.tolist())), size))
+    sheet = np.stack(faces).reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+    return sheet.repeat(zoom, 0).repeat(zoom, 1)
+
+
+def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
+    """toys.png, toys_32.png (enlarged four times, pixels kept) and toy.mp4."""
+    toys, small, video = (check_output(out / name, overwrite) for name in ("toys.png", "toys_32.png", "toy.mp4"))
+    Image.fromarray(contact_sheet(size, 8, 4, seed)).save(toys)
+    Image.fromarray(contact_sheet(32, 8, 4, seed, zoom=4)).save(small)
+    frames, wav, _ = toy_clip(seed, seconds, size)
+    with VideoWriter(video, size, size, wav, overwrite) as writer:
+        for frame in frames:
+            writer.write(frame)
+    print(f"wrote {toys}, {small} and {video} ({len(frames)} frames, person {seed})")
+
+
+def example(out: Path, overwrite: bool):
+    """The shipped example: a face nobody trains on, looking at you with a closed mouth, and four seconds of its voice."""
+    who = person(EXAMPLE)
+    face, sound = (check_output(out / name, overwrite) for name in ("face.png", "speech.wav"))
+    Image.fromarray(draw(who, REST, 256)).save(face)
+    write_wav(sound, clip_truth(EXAMPLE, 4, who)[0])
+    print(f"wrote {face} and {sound}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draws the toy world: faces and speech with ground truth.")
+    parser.add_argument("--out", default="out", help="directory for toys.png, toys_32.png and toy.mp4 (default out)")
+    parser.add_argument("--pack", metavar="DIR", help="write a pack to train on instead")
+    parser.add_argument("--example", metavar="DIR", help="write the example face.png and speech.wav instead")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
+    parser.add_argument("--people", type=int, default=300, help="clips in the pack, one a person (default 300)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
+    parser.add_argument("--seed", type=int, default=TRAIN,
+                        help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})")
+    parser.add_argument("--workers", type=int, help="processes that draw (default: all cores)")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures and video that are there")
+    args = parser.parse_args()
+    for name, low, high in (("size", 16, 1024), ("people", 1, 1_000_000), ("seconds", 0.2, 600), ("seed", 0, 2**62),
+                            ("workers", 0, 256)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
+    if args.pack:
+        make_pack(args.pack, args.size, args.people, args.seconds, args.seed, args.workers)
+        return print(f"{args.pack}: {args.people} clips of {args.seconds:g} s")
+    out = Path(args.example or args.out).absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a directory ({error.strerror})") from None
+    if args.example:
+        example(out, args.overwrite)
+    else:
+        show(out, args.size, args.seconds, args.seed, args.overwrite)
+
+
+if __name__ == "__main__":
+    run(main)
