@@ -1,19 +1,21 @@
 """The toy world: drawn faces and synthesised speech with ground truth, made on the spot, no download.
 
-A person is a set of flat colours and shapes, drawn by a head that turns in 2.5-D; the voice is a small formant
-synthesiser (source and filter, as in Klatt, JASA 1980). One law ties lips to sound: the mouth opens with the first formant
-and widens with the second, m b p shut the lips, silence shuts the mouth. Head pose, gaze, blinks, brows and smile come
-from a random stream of their own and know nothing of the sound. So each clip says exactly what every part of the face
-does, and control (change one thing: what else moves?) can be measured instead of judged.
-The paper has no such world; it is here so that training, tests and metrics run anywhere.
+A person is a set of flat colours and shapes, drawn by a head that turns in 2.5-D; the voice is a small
+formant synthesiser (source and filter, as in Klatt, JASA 1980). One law ties lips to sound: the mouth opens
+with the first formant and widens with the second, m b p shut the lips, silence shuts the mouth. Head pose,
+gaze, blinks, brows and smile come from a random stream of their own and know nothing of the sound. So each
+clip says exactly what every part of the face does, and control (change one thing: what else moves?) can be
+measured instead of judged. The paper has no such world; it is here so that training, tests and metrics run
+anywhere.
 
-    python toyfaces.py --out out                      # out/toys.png, out/toys_32.png, out/toy.mp4      (about 5 s)
-    python toyfaces.py --pack out/toy32 --size 32 --people 300 --seconds 3      # a pack to train on    (about 1 min)
-    python toyfaces.py --example example              # example/face.png and example/speech.wav
+    python toyfaces.py --out out               # out/toys.png, out/toys_32.png, out/toy.mp4      (5 s)
+    python toyfaces.py --pack out/toy32 --size 32 --people 300     # a pack to train on          (1 min)
+    python toyfaces.py --example example       # example/face.png and example/speech.wav         (2 s)
 
-Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half a head is 1 high; x right, y down,
-z towards the viewer, origin in the middle of the head.
+Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half a head is 1 high; x right,
+y down, z towards the viewer, origin in the middle of the head.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -35,26 +37,31 @@ FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile",
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees; ours: farther, features leave the silhouette
 TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split: they never meet
-EXAMPLE = TEST + 500_000  # the person of the shipped example
+EXAMPLE = TEST + 500_002  # the person of the shipped example
 WORLD = 1  # goes up when looks or laws change: a pack drawn by an older world is not taken for a new one
 
-# ---------------------------------------------------------------------------------------------------------- people
+# ---------------------------------------------------------------------------------------------- people
 
-SKINS = np.array([(255, 224, 198), (246, 205, 172), (230, 180, 142), (204, 150, 112), (166, 112, 80), (128, 84, 60)], float)
-HAIRS = np.array([(48, 38, 42), (82, 52, 40), (128, 80, 46), (182, 122, 58), (232, 194, 108), (198, 82, 52),
-                  (166, 168, 178), (236, 132, 160), (64, 146, 158)], float)
-IRISES = np.array([(82, 52, 34), (58, 116, 78), (56, 120, 186), (120, 92, 50), (88, 102, 118)], float)
-BACKDROPS = np.array([(184, 219, 236), (238, 213, 188), (202, 228, 202), (232, 206, 226), (245, 230, 184), (204, 206, 240)], float)
-CLOTHES = np.array([(222, 92, 84), (70, 122, 194), (80, 162, 124), (242, 182, 74), (132, 104, 184), (62, 74, 98),
-                    (240, 238, 232)], float)
-FRAMES = np.array([(44, 46, 62), (112, 60, 40), (176, 48, 62), (34, 84, 110)], float)  # of glasses
+
+def palette(colours: str) -> np.ndarray:
+    """Hexadecimal RGB colours -> float (n, 3) in 0..255"""
+    return np.array([list(bytes.fromhex(colour)) for colour in colours.split()], float)
+
+
+SKINS = palette("ffe0c6 f6cdac e6b48e cc9670 a67050 80543c")
+HAIRS = palette("30262a 523428 80502e b67a3a e8c26c c65234 a6a8b2 ec84a0 40929e")
+IRISES = palette("523422 3a744e 3878ba 785c32 586676")
+BACKDROPS = palette("b8dbec eed5bc cae4ca e8cee2 f5e6b8 cccef0")
+CLOTHES = palette("de5c54 467ac2 50a27c f2b64a 8468b8 3e4a62 f0eee8")
+FRAMES = palette("2c2e3e 703c28 b0303e 22546e")  # of glasses
 WHITE, INK = np.array((255.0, 255, 255)), np.array((46.0, 32, 38))
 STYLES = ("crop", "side", "bob", "long", "curls", "bun", "bald", "quiff", "tails")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value
 class Person:
-    """Who it is. Colours are RGB arrays in 0..255, lengths in head units, f0 in Hz, tract scales the formants."""
+    """Who it is. Colours are RGB arrays in 0..255, lengths in head units."""
+
     seed: int
     skin: np.ndarray
     hair: np.ndarray
@@ -77,38 +84,61 @@ class Person:
     beard: str  # none, full, moustache
     collar: str  # round, shirt
     earrings: bool
-    f0: float
-    tract: float
+    f0: float  # of the voice, Hz
+    tract: float  # what the vocal tract's length does to the formants: 1 an adult's average
 
 
 def person(seed: int) -> Person:
     """The person of a seed (int >= 0): the same everywhere and for ever."""
     rng = np.random.default_rng([seed, 1])
-    pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
-    voice = rng.uniform()  # 0 a deep voice and a long vocal tract, 1 a high one and a short tract
+
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    high = rng.uniform()  # 0 a deep voice and a long vocal tract, 1 a high one and a short tract
     shade = rng.uniform(0, len(SKINS) - 1)
     skin = blend(SKINS[int(shade)], SKINS[min(int(shade) + 1, len(SKINS) - 1)], shade % 1)
     style = pick(STYLES)
-    bearded = voice < 0.45 and style not in ("bob", "long", "tails")
+    bearded = high < 0.45 and style not in ("bob", "long", "tails")
     return Person(
-        seed=seed, skin=skin, hair=pick(HAIRS), iris=pick(IRISES), backdrop=pick(BACKDROPS), clothes=pick(CLOTHES),
-        frames=pick(FRAMES), style=style, side=int(pick((-1, 1))), width=rng.uniform(0.78, 0.90),
-        chin=rng.uniform(0.76, 0.97), eye_apart=rng.uniform(0.36, 0.41), eye_size=rng.uniform(0.92, 1.10),
-        brow=rng.uniform(0.065, 0.10), nose=rng.uniform(0.8, 1.2), lips=rng.uniform(0.75, 1.25),
-        mouth=rng.uniform(0.95, 1.07), blush=rng.uniform(0.2, 0.7), collar=pick(("round", "shirt")),
-        glasses=rng.choice(("none", "round", "square"), p=(0.7, 0.18, 0.12)).item(),
-        beard=rng.choice(("none", "full", "moustache"), p=(0.45, 0.35, 0.2) if bearded else (1, 0, 0)).item(),
-        earrings=bool(rng.random() < (0.1 if voice < 0.45 else 0.45)),
-        f0=95 * 2.4**voice, tract=0.93 + 0.17 * voice + rng.uniform(-0.02, 0.02))
+        seed=seed,
+        skin=skin,
+        hair=pick(HAIRS),
+        iris=pick(IRISES),
+        backdrop=pick(BACKDROPS),
+        clothes=pick(CLOTHES),
+        frames=pick(FRAMES),
+        style=style,
+        side=int(pick((-1, 1))),
+        width=rng.uniform(0.78, 0.90),
+        chin=rng.uniform(0.76, 0.97),
+        eye_apart=rng.uniform(0.36, 0.41),
+        eye_size=rng.uniform(0.92, 1.10),
+        brow=rng.uniform(0.065, 0.10),
+        nose=rng.uniform(0.8, 1.2),
+        lips=rng.uniform(0.75, 1.25),
+        mouth=rng.uniform(0.95, 1.07),
+        blush=rng.uniform(0.2, 0.7),
+        collar=pick(("round", "shirt")),
+        glasses=rng.choice(("none", "round", "square"), p=(0.70, 0.18, 0.12)).item(),
+        beard=rng.choice(
+            ("none", "full", "moustache"), p=(0.45, 0.35, 0.20) if bearded else (1, 0, 0)
+        ).item(),
+        earrings=bool(rng.random() < (0.1 if high < 0.45 else 0.45)),
+        f0=95 * 2.4**high,
+        tract=0.93 + 0.17 * high + rng.uniform(-0.02, 0.02),
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------------------- drawing
 
 ANGLE = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
 U = np.linspace(-1, 1, 25)  # along the mouth and along hairlines
 DEPTH = 0.68  # of the head; ours: flatter than life, so that eyes stay on the face at 22 degrees
-PIVOT = np.array((0.0, 0.5, 0.22))  # ours: near the face, so that a nod keeps eyes and mouth in their template boxes
+PIVOT = np.array(
+    (0.0, 0.5, 0.22)
+)  # ours: near the face, so that a nod keeps eyes and mouth in their template boxes
 
 
 def blend(a, b, t: float):
@@ -116,7 +146,7 @@ def blend(a, b, t: float):
 
 
 class Head:
-    """One picture in the making: the turned head's geometry and a pen on a canvas of size * supersample pixels."""
+    """One picture in the making: the geometry of the turned head, and a pen on a canvas of S x S pixels."""
 
     def __init__(self, who: Person, state: dict, size: int, supersample: int):
         self.who, self.state, self.S = who, state, size * supersample
@@ -141,7 +171,9 @@ class Head:
         """A flat shape at depth z that turns with the head."""
         points = np.stack(np.broadcast_arrays(x, y, z), 1) - PIVOT
         points = points @ self.rotation.T + PIVOT
-        return self.centre + points[:, :2] * (self.unit * (1 + 0.10 * points[:, 2:]))  # near is a little larger
+        return self.centre + points[:, :2] * (
+            self.unit * (1 + 0.10 * points[:, 2:])
+        )  # near is a little larger
 
     def outline(self, x, y, z=0.0):
         """A silhouette at depth z: like plane, but keeps its width when the head turns."""
@@ -173,11 +205,11 @@ class Head:
 
     def ring(self, outer, inner, colour):
         """What lies between two closed curves of the same length."""
-        close = lambda p: np.concatenate((p, p[:1]))  # noqa: E731
-        self.fill(np.concatenate((close(outer), close(inner)[::-1])), colour)
+        outer, inner = (np.concatenate((curve, curve[:1])) for curve in (outer, inner))
+        self.fill(np.concatenate((outer, inner[::-1])), colour)
 
     def face_edge(self, a, grow=0.0):
-        """The outline of the face at angles a (0 right ear, pi/2 chin); the chin sinks when the mouth opens."""
+        """The face's outline at angles a (0 right ear, pi/2 chin); the chin sinks when the mouth opens."""
         c, s = np.cos(a), np.sin(a)
         below = np.clip(s, 0, 1)
         taper = 1 - (1 - self.who.chin) * below**2
@@ -191,15 +223,29 @@ def rgb(colour) -> tuple:
 
 
 def draw(who: Person, state: dict, size: int, supersample: int = 4) -> np.ndarray:
-    """One portrait, uint8 (size, size, 3) RGB. state: any of FACTORS (the rest as in REST): yaw > 0 turns to the right of
-    the picture, pitch > 0 nods down, roll > 0 tilts clockwise, all in degrees; blink, open, wide 0..1; gaze, brow, smile -1..1.
+    """One portrait, uint8 (size, size, 3) RGB.
+
+    state: any of FACTORS, the rest as in REST: yaw > 0 turns to the right of the picture, pitch > 0 nods
+    down, roll > 0 tilts clockwise, all in degrees; blink, open, wide 0..1; gaze, brow, smile -1..1.
     """
     unknown = set(state) - set(FACTORS)
     assert not unknown and size >= 8, f"draw: unknown factors {sorted(unknown)} or size {size} below 8"
     head = Head(who, {**REST, **state}, size, supersample)
     head.fill(head.body(COS * 1.44, SIN * 1.44 - 0.1), blend(who.backdrop, WHITE, 0.5))
-    for part in (draw_back_hair, draw_shoulders, draw_ears, draw_face, draw_beard, draw_eyes, draw_nose, draw_moustache,
-                 draw_mouth, draw_front_hair, draw_brows, draw_glasses):
+    for part in (
+        draw_back_hair,
+        draw_shoulders,
+        draw_ears,
+        draw_face,
+        draw_beard,
+        draw_eyes,
+        draw_nose,
+        draw_moustache,
+        draw_mouth,
+        draw_front_hair,
+        draw_brows,
+        draw_glasses,
+    ):
         part(head, who, head.state)
     return np.asarray(head.image.reduce(supersample))
 
@@ -214,7 +260,10 @@ def draw_back_hair(head, who, state):
         head.fill(head.outline(x, np.where(SIN > 0, SIN * drop, SIN * 1.12), -0.3), shade)
     elif who.style == "curls":
         for a in np.linspace(-0.35, np.pi + 0.35, 11):
-            head.fill(head.plane(np.cos(a) * (w + 0.22) + COS * 0.29, -0.34 - np.sin(a) * 0.82 + SIN * 0.29, -0.2), shade)
+            head.fill(
+                head.plane(np.cos(a) * (w + 0.22) + COS * 0.29, -0.34 - np.sin(a) * 0.82 + SIN * 0.29, -0.2),
+                shade,
+            )
     elif who.style == "bun":
         head.fill(head.plane(COS * 0.34, SIN * 0.30 - 1.22, -0.2), shade)
     elif who.style == "tails":
@@ -241,18 +290,28 @@ def draw_ears(head, who, state):
     for side in (-1, 1):
         x = side * (who.width + 0.02)
         head.fill(head.outline(x + COS * 0.15, 0.08 + SIN * 0.21, -0.10), who.skin * 0.90)
-        head.fill(head.outline(x + side * 0.03 + COS * 0.07, 0.08 + SIN * 0.11, -0.10), who.skin * (0.80, 0.70, 0.70))
+        head.fill(
+            head.outline(x + side * 0.03 + COS * 0.07, 0.08 + SIN * 0.11, -0.10),
+            who.skin * (0.80, 0.70, 0.70),
+        )
         if who.earrings:  # hangs from the lobe
-            head.fill(head.outline(x + side * 0.03 + COS * 0.085, 0.33 + SIN * 0.085, -0.10), np.array((250.0, 208, 84)))
+            head.fill(
+                head.outline(x + side * 0.03 + COS * 0.085, 0.33 + SIN * 0.085, -0.10),
+                np.array((250.0, 208, 84)),
+            )
 
 
 def draw_face(head, who, state):
     head.fill(head.outline(*head.face_edge(ANGLE)), who.skin)
     rosy = blend(who.skin, np.array((238.0, 92, 96)), 0.42 * who.blush)
     for side in (-1, 1):
-        head.fill(head.surface(side * 0.50 + COS * 0.16, 0.32 + SIN * 0.105), rosy)
+        head.fill(head.surface(side * 0.46 + COS * 0.16, 0.32 + SIN * 0.105), rosy)
     if who.style == "bald":
-        head.stroke(head.surface(np.linspace(-0.42, -0.05, 9), -0.76 - 0.06 * np.cos(U[::3])), 0.07, blend(who.skin, WHITE, 0.35))
+        head.stroke(
+            head.surface(np.linspace(-0.42, -0.05, 9), -0.76 - 0.06 * np.cos(U[::3])),
+            0.07,
+            blend(who.skin, WHITE, 0.35),
+        )
 
 
 def draw_beard(head, who, state):
@@ -261,7 +320,9 @@ def draw_beard(head, who, state):
     a = np.linspace(-0.12, np.pi + 0.12, 28)
     outer = head.outline(*head.face_edge(a, 0.03))
     dip = np.sin(a[::-1])
-    inner = head.surface(np.cos(a[::-1]) * 0.54, 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2)
+    inner = head.surface(
+        np.cos(a[::-1]) * 0.54, 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2
+    )
     head.fill(np.concatenate((outer, inner)), who.hair * 0.88)
 
 
@@ -281,9 +342,15 @@ def draw_eyes(head, who, state):
         if slit > 0.2 * half_h:
             head.fill(head.surface(x0 + COS * half_w, y0 + SIN * slit), WHITE)
             gaze_x, gaze_y = 0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"]
-            for radius, dx, dy, colour in ((0.112, 0, 0, who.iris), (0.064, 0, 0, INK * 0.6), (0.036, -0.04, -0.045, WHITE)):
+            for radius, dx, dy, colour in (
+                (0.112, 0, 0, who.iris),
+                (0.064, 0, 0, INK * 0.6),
+                (0.036, -0.04, -0.045, WHITE),
+            ):
                 x, y = COS * radius * size + gaze_x + dx * size, SIN * radius * size + gaze_y + dy * size
-                reach = np.maximum(np.hypot(x / half_w, y / slit), 1)  # what the lids cover is pushed onto their edge
+                reach = np.maximum(
+                    np.hypot(x / half_w, y / slit), 1
+                )  # what the lids cover is pushed onto their edge
                 head.fill(head.surface(x0 + x / reach, y0 + y / reach), colour)
             lash = -np.sqrt(np.clip(1 - (U * 0.98) ** 2, 0, 1)) * slit
         else:
@@ -303,8 +370,16 @@ def draw_brows(head, who, state):
 
 def draw_nose(head, who, state):
     shade, n = who.skin * (0.84, 0.76, 0.74), who.nose
-    head.stroke(head.surface(np.linspace(-0.10, 0.10, 9) * n, 0.275 + 0.055 * (1 - U[::3] ** 2), 0.10), 0.06, shade)
-    head.stroke(head.surface(np.full(5, -0.035) - 0.035 * n * np.linspace(0, 1, 5) ** 2, np.linspace(0.04, 0.25, 5), 0.09), 0.035, shade)
+    head.stroke(
+        head.surface(np.linspace(-0.10, 0.10, 9) * n, 0.275 + 0.055 * (1 - U[::3] ** 2), 0.10), 0.06, shade
+    )
+    head.stroke(
+        head.surface(
+            np.full(5, -0.035) - 0.035 * n * np.linspace(0, 1, 5) ** 2, np.linspace(0.04, 0.25, 5), 0.09
+        ),
+        0.035,
+        shade,
+    )
 
 
 def draw_mouth(head, who, state):
@@ -313,7 +388,9 @@ def draw_mouth(head, who, state):
     half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
     y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
     arc = np.sqrt(np.clip(1 - U**2, 0, 1))
-    middle = y0 + 0.02 * gap - (0.13 * state["smile"] + 0.02) * (U**2 - 0.35) * min(1.0, half / 0.3)  # smile lifts the corners
+    middle = (
+        y0 + 0.02 * gap - (0.13 * state["smile"] + 0.02) * (U**2 - 0.35) * min(1.0, half / 0.3)
+    )  # smile lifts the corners
     up, down = middle - 0.085 * tall * gap * arc, middle + 0.285 * tall * gap * arc**0.8
     thick = who.lips * (1.15 - 0.3 * wide) * f
     bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
@@ -325,7 +402,9 @@ def draw_mouth(head, who, state):
         head.fill(head.surface(np.append(x, x[::-1]), np.append(a[part], b[part][::-1]), 0.02), colour)
 
     between(top, bottom, red)
-    head.stroke(head.surface(U * half * 1.06, middle, 0.02), 0.048 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75))
+    head.stroke(
+        head.surface(U * half * 1.06, middle, 0.02), 0.048 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75)
+    )
     if gap < 0.04:  # a polygon without area would still be drawn a pixel wide
         return
     room = down - up
@@ -353,11 +432,11 @@ def hairline(who: Person):
 
 
 def draw_front_hair(head, who, state):
-    """Cap, fringe and side locks. The hairline lies on the face, the top edge on the silhouette: no gap when it turns."""
+    """Cap, fringe and side locks: from the silhouette to a hairline on the face, so no gap when it turns."""
     if who.style == "bald":
         return
     w, line = who.width, hairline(who)
-    burn = {"bob": 0.0, "long": 0.0, "curls": -0.10}.get(who.style, 0.02)  # where the hair ends before the ears
+    burn = {"bob": 0.0, "long": 0.0, "curls": -0.10}.get(who.style, 0.02)  # its height before the ears
     fall = np.clip((np.abs(U) - 0.80) / 0.20, 0, 1) ** 1.5
     line = blend(line, burn, fall)
     edge = w * np.sqrt(1 - (line / 1.06) ** 2) * 0.99  # half the head's width at that height
@@ -375,8 +454,12 @@ def draw_front_hair(head, who, state):
         drop = 1.25 if who.style == "long" else 0.78
         s = np.linspace(0, 1, 14)
         for side in (-1, 1):
-            outer = head.outline(side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s)
-            inner = head.surface(side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3), -0.45 + (drop + 0.40) * s)
+            outer = head.outline(
+                side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s
+            )
+            inner = head.surface(
+                side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3), -0.45 + (drop + 0.40) * s
+            )
             head.fill(np.concatenate((outer, inner[::-1])), who.hair)
     shine = blend(who.hair, WHITE, 0.28)
     t = np.linspace(-0.5, 0.05, 9) * who.side * -1
@@ -391,20 +474,29 @@ def draw_glasses(head, who, state):
     grow, rim = 1 + 0.7 * (head.feature - 1), 0.05 * head.feature
     r_x, r_y = (0.262 if power == 1 else 0.25) * grow, (0.25 if power == 1 else 0.21) * grow
     for side in (-1, 1):
-        x0 = side * who.eye_apart
-        loop = lambda r: head.surface(x0 + cx * (r_x + r), -0.06 - 0.16 * (head.feature - 1) + sx * (r_y + r), 0.05)  # noqa: E731
-        head.ring(loop(rim / 2), loop(-rim / 2), who.frames)
+        x0, y0 = side * who.eye_apart, -0.06 - 0.16 * (head.feature - 1)
+        outer, inner = (
+            head.surface(x0 + cx * (r_x + grown), y0 + sx * (r_y + grown), 0.05)
+            for grown in (rim / 2, -rim / 2)
+        )
+        head.ring(outer, inner, who.frames)
         x = side * np.linspace(who.eye_apart + r_x, who.width, 4)
         head.stroke(head.surface(x, np.full(4, -0.09), 0.03), rim, who.frames)
     x = np.linspace(-1, 1, 5) * max(who.eye_apart - r_x, 0.03)
     head.stroke(head.surface(x, -0.09 - 0.03 * (1 - np.linspace(-1, 1, 5) ** 2), 0.08), rim, who.frames)
 
 
-# ---------------------------------------------------------------------------------------------------------- speech
+# ---------------------------------------------------------------------------------------------- speech
 
 STEP = 0.005  # seconds: the synthesiser's controls run at 200 Hz
 # first three formants of an adult, Hz (near Peterson and Barney, JASA 1952)
-VOWELS = {"a": (760, 1250, 2600), "e": (500, 1900, 2600), "i": (290, 2300, 3000), "o": (500, 850, 2500), "u": (310, 700, 2400)}
+VOWELS = {
+    "a": (760, 1250, 2600),
+    "e": (500, 1900, 2600),
+    "i": (290, 2300, 3000),
+    "o": (500, 850, 2500),
+    "u": (310, 700, 2400),
+}
 VOWEL_ODDS = (0.30, 0.18, 0.18, 0.18, 0.16)
 CONSONANTS = ("m", "b", "p", "s", "t", "l", "n", "k", "")  # "" a vowel alone
 CONSONANT_ODDS = (0.14, 0.12, 0.12, 0.10, 0.10, 0.12, 0.10, 0.08, 0.12)
@@ -413,13 +505,17 @@ PAUSE = 0.14  # chance of a pause before a syllable
 
 
 def syllables(rng, seconds: float) -> list[tuple]:
-    """Random speech: (start, seconds of the consonant, of the vowel, consonant, vowel, stress) one after another."""
+    """Random speech, one after another: (start, length of the consonant, of the vowel in seconds, consonant,
+    vowel, stress)."""
     said, now = [], rng.uniform(0, 0.25)
     while now < seconds:
         if rng.random() < PAUSE:
             now += rng.uniform(0.2, 0.55)
             continue
-        consonant, vowel = rng.choice(CONSONANTS, p=CONSONANT_ODDS).item(), rng.choice(list(VOWELS), p=VOWEL_ODDS).item()
+        consonant, vowel = (
+            rng.choice(CONSONANTS, p=CONSONANT_ODDS).item(),
+            rng.choice(list(VOWELS), p=VOWEL_ODDS).item(),
+        )
         onset, length = rng.uniform(0.06, 0.10) if consonant else 0.0, rng.uniform(0.12, 0.26)
         said.append((now, onset, length, consonant, vowel, rng.uniform(0.8, 1.25)))
         now += onset + length
@@ -430,12 +526,14 @@ def smooth(x, steps: int):
     """Hann-weighted running mean over axis 0: nothing in a mouth jumps. (K, ..) -> (K, ..)"""
     kernel = np.hanning(steps + 2)[1:-1]
     columns = np.pad(x.reshape(len(x), -1), ((steps // 2, steps - 1 - steps // 2), (0, 0)), "edge").T
-    return np.stack([np.convolve(column, kernel / kernel.sum(), "valid") for column in columns], 1).reshape(x.shape)
+    return np.stack([np.convolve(column, kernel / kernel.sum(), "valid") for column in columns], 1).reshape(
+        x.shape
+    )
 
 
 def controls(said: list[tuple], K: int) -> dict:
-    """What the vocal tract does: formants (K, 3) in Hz and, each (K,) in 0..1, voice (glottis), hiss, nasal, closed (lips),
-    speaking (a syllable is under way); stress (K,) around 1."""
+    """What the vocal tract does: formants (K, 3) in Hz and, each (K,) in 0..1, voice (glottis), hiss, nasal,
+    closed (lips), speaking (a syllable is under way); stress (K,) around 1."""
     formants = np.full((K, 3), (500.0, 1500.0, 2500.0))  # the neutral tube
     voice, hiss, nasal, closed, speaking = np.zeros((5, K))
     stress = np.ones(K)
@@ -451,13 +549,24 @@ def controls(said: list[tuple], K: int) -> dict:
         elif consonant in ("p", "t", "k"):
             hiss[max(a, b - 4) : b] = 0.4  # the burst: 20 ms
         if consonant and consonant not in CLOSURES:  # the tongue is up: low F1, F2 on its way to the locus
-            formants[a:b, 0], formants[a:b, 1] = 300, 0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400)
-    return dict(formants=smooth(formants, 15), speaking=smooth(speaking, 15), stress=smooth(stress, 31),  # 15: 75 ms
-                voice=smooth(voice, 7), hiss=smooth(hiss, 5), nasal=smooth(nasal, 7), closed=smooth(closed, 9))
+            formants[a:b, 0], formants[a:b, 1] = (
+                300,
+                0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400),
+            )
+    return dict(
+        formants=smooth(formants, 15),
+        speaking=smooth(speaking, 15),
+        stress=smooth(stress, 31),  # 15: 75 ms
+        voice=smooth(voice, 7),
+        hiss=smooth(hiss, 5),
+        nasal=smooth(nasal, 7),
+        closed=smooth(closed, 9),
+    )
 
 
 def lips(c: dict):
-    """The law of the toy world: opening follows F1, width follows F2; m b p and silence shut the mouth. -> open, wide (K,)"""
+    """The law of the toy world: opening follows F1, width follows F2; m b p and silence shut the mouth.
+    -> open, wide (K,)"""
     F1, F2 = c["formants"][:, 0], c["formants"][:, 1]
     gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)
     gap = gap * (1 - np.clip(1.25 * c["closed"], 0, 1)) * c["speaking"]
@@ -466,7 +575,7 @@ def lips(c: dict):
 
 
 def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
-    """Source and filter: a glottal saw-tooth and noise, shaped every 5 ms by the formants' resonances. -> float32 (n,)"""
+    """Source and filter: a glottal saw-tooth and noise, shaped every 5 ms by the formants. -> float32 (n,)"""
     K, hop = len(c["stress"]), round(STEP * SAMPLE_RATE)
     size, at = 4 * hop, np.arange(n) / SAMPLE_RATE
     melody = 1 + 0.10 * np.sin(2 * np.pi * (rng.uniform(0.25, 0.6) * at + rng.random()))
@@ -476,7 +585,9 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
     glottis = np.diff(np.maximum(saw, -0.2), prepend=0) + 0.35 * saw
     noise = rng.standard_normal(n)
 
-    f = np.fft.rfftfreq(2 * size, 1 / SAMPLE_RATE)  # Hz; twice the window, so that the filter's ringing does not wrap
+    f = np.fft.rfftfreq(
+        2 * size, 1 / SAMPLE_RATE
+    )  # Hz; twice the window, so that the filter's ringing does not wrap
     shape = np.ones((K, len(f))) / np.sqrt(1 + (f / 3500) ** 4)
     for j, bandwidth in enumerate((80, 110, 160)):  # Hz
         centre = c["formants"][:, j : j + 1] * who.tract
@@ -496,7 +607,9 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
     for m in range(y.shape[1]):  # overlap-add
         wav[m : m + K] += y[:, m]
     wav = np.pad(wav.ravel()[size // 2 :], (0, n))[:n]
-    wav = 0.8 * wav / max(np.abs(wav).max(), 1e-3) + 0.0015 * rng.standard_normal(n)  # a quiet room, so no digital silence
+    wav = 0.8 * wav / max(np.abs(wav).max(), 1e-3) + 0.0015 * rng.standard_normal(
+        n
+    )  # a quiet room, so no digital silence
     return np.clip(wav, -1, 1).astype(np.float32)
 
 
@@ -515,12 +628,12 @@ def at_frames(curves, T: int):
     return [np.interp(middle, np.arange(len(x)) * STEP, x) for x in curves]
 
 
-# ---------------------------------------------------------------------------------------------------------- motion
+# ---------------------------------------------------------------------------------------------- motion
 
 
 def sway(rng, T: int, seconds: float, reach: float):
-    """A smooth walk from side to side with a turn about every so many seconds: each clip uses much of the range, and
-    its mean stays near 0. -> (T,) in +-reach"""
+    """A smooth walk from side to side, turning every so many seconds: each clip uses much of the range, its
+    mean stays near 0. -> (T,) in +-reach"""
     turns = int(T / FPS / seconds) + 3
     side = rng.choice((-1, 1)) * (-1) ** np.arange(turns)
     knots = side * rng.uniform(0.15, 1.0, turns) * reach
@@ -552,18 +665,23 @@ def blinks(rng, T: int):
 def motion(rng, T: int) -> dict:
     """All that is not speech, each (T,): degrees for yaw, pitch, roll; blink 0..1; the rest -1..1."""
     gaze = jumps(rng, T)
-    return dict(yaw=np.clip(rng.normal(0, 3) + sway(rng, T, 1.1, 20.0), -MAX_YAW, MAX_YAW),
-                pitch=np.clip(rng.normal(0, 2) + sway(rng, T, 0.9, 14.0), -MAX_PITCH, MAX_PITCH),
-                roll=np.clip(rng.normal(0, 1.5) + sway(rng, T, 1.4, 11.0), -MAX_ROLL, MAX_ROLL),
-                blink=blinks(rng, T), gaze_x=gaze[:, 0], gaze_y=gaze[:, 1], brow=sway(rng, T, 0.8, 1.0),
-                smile=np.clip(rng.normal(0.3, 0.3) + sway(rng, T, 1.6, 0.4), -0.5, 1))
+    return dict(
+        yaw=np.clip(rng.normal(0, 3) + sway(rng, T, 1.1, 20.0), -MAX_YAW, MAX_YAW),
+        pitch=np.clip(rng.normal(0, 2) + sway(rng, T, 0.9, 14.0), -MAX_PITCH, MAX_PITCH),
+        roll=np.clip(rng.normal(0, 1.5) + sway(rng, T, 1.4, 11.0), -MAX_ROLL, MAX_ROLL),
+        blink=blinks(rng, T),
+        gaze_x=gaze[:, 0],
+        gaze_y=gaze[:, 1],
+        brow=sway(rng, T, 0.8, 1.0),
+        smile=np.clip(rng.normal(0.3, 0.3) + sway(rng, T, 1.6, 0.4), -0.5, 1),
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- clips
+# ----------------------------------------------------------------------------------------------- clips
 
 
 def clip_truth(seed: int, seconds: float, who: Person):
-    """A clip before it is drawn: wav (n,) and truth float32 (T, 10). Sound and motion have separate random streams."""
+    """A clip before it is drawn: wav (n,), truth float32 (T, 10). Sound and motion: separate random streams."""
     wav, gap, wide = speech(np.random.default_rng([seed, 2]), seconds, who)
     factors = dict(motion(np.random.default_rng([seed, 3]), len(gap)), open=gap, wide=wide)
     return wav, np.stack([factors[name] for name in FACTORS], 1).astype(np.float32)
@@ -578,14 +696,17 @@ def toy_clip(seed: int, seconds: float = 3, size: int = 64, person_seed: int | N
     return frames, wav, truth
 
 
-# ----------------------------------------------------------------------------------------------------------- packs
+# ----------------------------------------------------------------------------------------------- packs
 
 
-def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None):
-    """One clip of each of so many people (seeds first_seed ..) as a pack, with truth.npy float32 (all frames, 10) beside it.
+def make_pack(
+    folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None
+):
+    """One clip of each of so many people as a pack, and in it truth.npy, float32 (all frames, 10).
 
-    Clip i is toy_clip(first_seed + i); its identity is "toy<seed>". Drawing uses all cores (workers: how many, 0 none but
-    this). The folder appears whole or not at all; if it is there, made with the same arguments, nothing is done.
+    Clip i is toy_clip(first_seed + i); its identity is "toy<seed>". Drawing uses all cores (workers: how many
+    processes, 0 none but this). The folder appears whole or not at all; if it is there, made with the same
+    arguments, nothing is done.
     Raises InputError: the folder holds something else, or cannot be written.
     """
     from data import PackWriter  # needed here only: the drawing itself does not depend on packs
@@ -596,7 +717,9 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
         note = folder / "toy.json"
         if note.is_file() and json.loads(note.read_text()) == recipe:
             return
-        raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
+        raise InputError(
+            f"{folder}: holds something else than this toy pack; remove it or name another directory"
+        )
     draft = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -604,7 +727,9 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
         truths = []
         with PackWriter(draft / "pack", size, "toy") as pack:
             jobs = [(first_seed + i, seconds, size) for i in range(people)]
-            for job, (frames, wav, truth) in tqdm(each_clip(jobs, workers), "toy clips", people, disable=None):
+            for job, (frames, wav, truth) in tqdm(
+                each_clip(jobs, workers), "toy clips", people, disable=None
+            ):
                 pack.add(frames, wav, f"toy{job[0]}", f"toyfaces seed {job[0]}")
                 truths.append(truth)
         np.save(draft / "pack" / "truth.npy", np.concatenate(truths))
@@ -618,13 +743,15 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
 
 
 def each_clip(jobs: list[tuple], workers: int | None):
-    """(job, clip) in order. Blocks of jobs, so that finished clips do not pile up when the writer is the slower one."""
+    """(job, clip) in order; in blocks, so that finished clips do not pile up before a slower writer."""
     workers = min(len(jobs), os.cpu_count() or 1) if workers is None else workers
     if workers < 2:
         yield from ((job, toy_clip(*job)) for job in jobs)
         return
     # spawn: fork is not safe once torch has threads. Ctrl-C is the parent's to handle
-    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
         for start in range(0, len(jobs), 16 * workers):
             block = jobs[start : start + 16 * workers]
             yield from zip(block, pool.imap(clip_of, block, chunksize=2))
@@ -634,7 +761,7 @@ def clip_of(job: tuple):
     return toy_clip(*job)
 
 
-# ---------------------------------------------------------------------------------------------------------- script
+# ---------------------------------------------------------------------------------------------- script
 
 
 def contact_sheet(size: int, columns: int, rows: int, first_seed: int = TRAIN, zoom: int = 1) -> np.ndarray:
@@ -644,13 +771,20 @@ def contact_sheet(size: int, columns: int, rows: int, first_seed: int = TRAIN, z
         _, truth = clip_truth(seed, 3, person(seed))
         moment = truth[[10, 26, 42, 58][seed % 4]]
         faces.append(draw(person(seed), dict(zip(FACTORS, moment.tolist())), size))
-    sheet = np.stack(faces).reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+    sheet = (
+        np.stack(faces)
+        .reshape(rows, columns, size, size, 3)
+        .swapaxes(1, 2)
+        .reshape(rows * size, columns * size, 3)
+    )
     return sheet.repeat(zoom, 0).repeat(zoom, 1)
 
 
 def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
     """toys.png, toys_32.png (enlarged four times, pixels kept) and toy.mp4."""
-    toys, small, video = (check_output(out / name, overwrite) for name in ("toys.png", "toys_32.png", "toy.mp4"))
+    toys, small, video = (
+        check_output(out / name, overwrite) for name in ("toys.png", "toys_32.png", "toy.mp4")
+    )
     Image.fromarray(contact_sheet(size, 8, 4, seed)).save(toys)
     Image.fromarray(contact_sheet(32, 8, 4, seed, zoom=4)).save(small)
     frames, wav, _ = toy_clip(seed, seconds, size)
@@ -661,7 +795,7 @@ def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
 
 
 def example(out: Path, overwrite: bool):
-    """The shipped example: a face nobody trains on, looking at you with a closed mouth, and four seconds of its voice."""
+    """The shipped example: a face nobody trains on, looking at you with closed lips, and 4 s of its voice."""
     who = person(EXAMPLE)
     face, sound = (check_output(out / name, overwrite) for name in ("face.png", "speech.wav"))
     Image.fromarray(draw(who, REST, 256)).save(face)
@@ -671,19 +805,32 @@ def example(out: Path, overwrite: bool):
 
 def main():
     parser = argparse.ArgumentParser(description="Draws the toy world: faces and speech with ground truth.")
-    parser.add_argument("--out", default="out", help="directory for toys.png, toys_32.png and toy.mp4 (default out)")
+    parser.add_argument(
+        "--out", default="out", help="directory for toys.png, toys_32.png and toy.mp4 (default out)"
+    )
     parser.add_argument("--pack", metavar="DIR", help="write a pack to train on instead")
     parser.add_argument("--example", metavar="DIR", help="write the example face.png and speech.wav instead")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
-    parser.add_argument("--people", type=int, default=300, help="clips in the pack, one a person (default 300)")
+    parser.add_argument(
+        "--people", type=int, default=300, help="clips in the pack, one a person (default 300)"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
-    parser.add_argument("--seed", type=int, default=TRAIN,
-                        help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=TRAIN,
+        help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})",
+    )
     parser.add_argument("--workers", type=int, help="processes that draw (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures and video that are there")
     args = parser.parse_args()
-    for name, low, high in (("size", 16, 1024), ("people", 1, 1_000_000), ("seconds", 0.2, 600), ("seed", 0, 2**62),
-                            ("workers", 0, 256)):
+    for name, low, high in (
+        ("size", 16, 1024),
+        ("people", 1, 1_000_000),
+        ("seconds", 0.2, 600),
+        ("seed", 0, 2**62),
+        ("workers", 0, 256),
+    ):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name} {value}: must lie between {low} and {high}")
