@@ -29,7 +29,7 @@ from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declare
 from audio import ffmpeg_path, why
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
-PHOTO_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")  # containers that hold H.264 and AAC
 
 
