@@ -154,9 +154,10 @@ class Head:
         small = float(np.clip(np.log2(64 / size), 0, 1))
         self.feature = 1 + 0.25 * small
         self.unit = self.S * 0.305 * (1 + 0.15 * small)
-        self.centre = np.array((0.5, 0.497 - 0.018 * small)) * self.S
+        self.middle = np.array((0.5, 0.497 - 0.018 * small)) * self.S
         yaw, pitch, roll = np.deg2rad([state["yaw"], state["pitch"], state["roll"]])
         (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
+        self.centre = self.middle + (0.15 * sy * self.unit, 0)  # the neck swings a little with a turn
         turn = np.array(((cy, 0, sy), (0, 1, 0), (-sy, 0, cy)))
         nod = np.array(((1, 0, 0), (0, cp, sp), (0, -sp, cp)))
         tilt = np.array(((cr, -sr, 0), (sr, cr, 0), (0, 0, 1)))
@@ -186,7 +187,7 @@ class Head:
 
     def body(self, x, y):
         """On the shoulders, which do not turn."""
-        return self.centre + np.stack(np.broadcast_arrays(x, y), 1) * self.unit
+        return self.middle + np.stack(np.broadcast_arrays(x, y), 1) * self.unit
 
     # --- the pen
     def fill(self, points, colour):
@@ -681,7 +682,7 @@ def motion(rng, T: int) -> dict:
 
 
 def clip_truth(seed: int, seconds: float, who: Person):
-    """A clip before it is drawn: wav (n,), truth float32 (T, 10). Sound and motion: separate random streams."""
+    """A clip before it is drawn: wav (n,), truth float32 (T, 10). Sound and motion have separate streams."""
     wav, gap, wide = speech(np.random.default_rng([seed, 2]), seconds, who)
     factors = dict(motion(np.random.default_rng([seed, 3]), len(gap)), open=gap, wide=wide)
     return wav, np.stack([factors[name] for name in FACTORS], 1).astype(np.float32)
