@@ -1,0 +1,548 @@
+"""Pictures and videos: what comes out is what went in, upright, at 25 fps, with the sound in step, or a clear refusal."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io.wavfile
+import torch
+from PIL import Image
+
+import audio
+import vision
+from audio import InputError, load_audio
+from vision import VideoWriter, check_output, load_photo, mask_mouth, probe, read_video, to_tensor, to_uint8
+
+RATE = 16000
+
+
+def ffmpeg(*args):
+    command = [audio.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
+    subprocess.run(command, check=True)
+
+
+def picture(height=20, width=30):
+    """Four patches of colour, none like another, so that any turn or mix-up of channels shows."""
+    image = np.zeros((height, width, 3), np.uint8)
+    h, w = height // 2, width // 2
+    image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:] = (220, 30, 40), (20, 200, 60), (30, 50, 210), (240, 230, 90)
+    return image
+
+
+def drawn_frames(count, height, width):
+    """Smooth coloured waves that move: a video as an encoder likes it, every frame different."""
+    y, x = np.mgrid[:height, :width] / 16
+    t = np.arange(count)[:, None, None]
+    channels = [127 + 100 * np.sin(x + 0.3 * t), 127 + 100 * np.cos(y - 0.2 * t), 127 + 80 * np.sin(x + y + 0.1 * t)]
+    return np.stack(channels, -1).round().astype(np.uint8)  # (count, H, W, 3)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+
+
+def write(path, frames, wav=None, **kw):
+    with VideoWriter(path, *frames.shape[1:3], wav, **kw) as video:
+        for frame in frames:
+            video.write(frame)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# photos
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_upright_by_its_exif_entry(tmp_path, orientation):
+    stored = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    a = picture()
+    upright = {  # the EXIF standard: what is done to the stored rows and columns to see it upright
+        1: a, 2: a[:, ::-1], 3: a[::-1, ::-1], 4: a[::-1], 5: a.transpose(1, 0, 2), 6: np.rot90(a, -1),
+        7: a[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(a, 1),
+    }[orientation]  # fmt: skip
+    np.testing.assert_array_equal(load_photo(tmp_path / "a.png"), upright)
+
+
+def test_transparent_parts_are_white(tmp_path):
+    rgba = np.dstack([picture(), np.full((20, 30), 255, np.uint8)])
+    rgba[:5, :, 3], rgba[5, :, 3] = 0, 128
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    photo = load_photo(tmp_path / "a.png")
+    assert (photo[:5] == 255).all()
+    np.testing.assert_array_equal(photo[6:], picture()[6:])
+    want = picture()[5] * (128 / 255) + 255 * (127 / 255)
+    assert abs(photo[5] - want).max() <= 1
+
+
+def test_grey_and_grey_with_alpha(tmp_path):
+    grey = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+    Image.fromarray(grey).save(tmp_path / "l.png")
+    Image.fromarray(grey).convert("LA").save(tmp_path / "la.png")
+    for name in ("l.png", "la.png"):
+        np.testing.assert_array_equal(load_photo(tmp_path / name), np.repeat(grey[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_16_bit_grey_keeps_its_brightness(tmp_path, suffix):
+    grey = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    Image.fromarray(grey).save(tmp_path / f"a.{suffix}")
+    photo = load_photo(tmp_path / f"a.{suffix}")
+    assert abs(photo[..., 0] - grey / 257).max() <= 1 and (photo[..., 0] == photo[..., 2]).all()
+
+
+def test_palette_cmyk_and_bilevel(tmp_path):
+    source = Image.fromarray(picture())
+    source.quantize(16).save(tmp_path / "p.gif")
+    source.convert("CMYK").save(tmp_path / "c.jpg", quality=100, subsampling=0)
+    source.convert("CMYK").save(tmp_path / "c.tiff")
+    for name, tolerance in (("p.gif", 4), ("c.jpg", 12), ("c.tiff", 1)):
+        photo = load_photo(tmp_path / name).astype(int)
+        inside = np.r_[2:8, 12:18]
+        assert abs(photo - picture())[inside][:, 3:12].max() <= tolerance, name
+    source.convert("1").save(tmp_path / "1.png")
+    assert set(np.unique(load_photo(tmp_path / "1.png"))) == {0, 255}
+
+
+def test_a_palette_with_transparency_shows_white(tmp_path):
+    image = Image.fromarray(picture()).quantize(8)
+    clear = image.getpixel((0, 0))
+    image.save(tmp_path / "a.png", transparency=clear)
+    photo = load_photo(tmp_path / "a.png")
+    assert (photo[0, 0] == 255).all() and abs(photo[15, 25].astype(int) - (240, 230, 90)).max() <= 4
+
+
+def bad_photos(folder):
+    (folder / "directory.png").mkdir()
+    (folder / "empty.png").touch()
+    (folder / "words.jpg").write_text("no picture " * 99)
+    (folder / "draw.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "whole.png")
+    Image.open(folder / "whole.png").save(folder / "whole.jpg")
+    for name in ("png", "jpg"):
+        (folder / f"cut.{name}").write_bytes((folder / f"whole.{name}").read_bytes()[:-900])
+    Image.new("1", (20000, 10000)).save(folder / "bomb.png")
+    return [
+        ("missing.png", "no such file"),
+        ("directory.png", "directory"),
+        ("empty.png", "empty"),
+        ("words.jpg", "not a picture"),
+        ("draw.eps", "not a picture"),
+        ("cut.png", "not a picture"),
+        ("cut.jpg", "not a picture"),
+        ("bomb.png", "pixels"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_every_bad_photo_is_refused_in_one_line_that_names_it(tmp_path):
+    for name, reason in bad_photos(tmp_path):
+        with pytest.raises(InputError) as caught:
+            load_photo(tmp_path / name)
+        assert "\n" not in str(caught.value) and name in str(caught.value) and reason in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tensors
+
+
+def test_bytes_to_tensor_and_back_is_the_identity():
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    images[0, 0, 0], images[0, 0, 1] = 0, 255
+    x = to_tensor(images)
+    assert x.shape == (2, 3, 5, 7) and x.dtype == torch.float32
+    assert x[0, :, 0, 0].tolist() == [-1, -1, -1] and x[0, :, 0, 1].tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(to_uint8(x), images)
+
+
+def test_to_uint8_rounds_clamps_and_refuses_nan():
+    x = torch.tensor([-3.0, -0.9999, 0.002, 0.998, 7.0]).expand(3, 2, 5)
+    assert to_uint8(x)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError):
+            to_uint8(torch.full((3, 2, 5), value))
+
+
+def test_mask_mouth_greys_the_mouth_box_and_nothing_else():
+    for name, template in vision.TEMPLATES.items():
+        frames = torch.rand(2, 3, 40, 20) + 0.1
+        masked = mask_mouth(frames, name)
+        x0, y0, x1, y1 = template.mouth
+        y, x = torch.meshgrid((torch.arange(40) + 0.5) / 40, (torch.arange(20) + 0.5) / 20, indexing="ij")
+        inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)  # (40, 20)
+        assert (masked[..., inside] == 0).all() and (masked[..., ~inside] == frames[..., ~inside]).all()
+        assert (frames != 0).all()  # the caller's own frames are left alone
+
+
+# ------------------------------------------------------------------------------------------------------------
+# video: writer and reader together
+
+
+def test_what_is_written_is_read_frame_by_frame(tmp_path):
+    frames = drawn_frames(23, 48, 64)
+    write(tmp_path / "a.mp4", frames)
+    back = np.stack(list(read_video(tmp_path / "a.mp4")))
+    assert back.shape == frames.shape and back.dtype == np.uint8
+    for k in range(23):
+        quality = [psnr(back[k], frames[j]) for j in range(23)]
+        assert int(np.argmax(quality)) == k and quality[k] > 33, (k, quality[k])
+
+
+def test_flat_colours_survive_the_round_trip(tmp_path):
+    for colour in [(250, 20, 20), (20, 250, 20), (20, 20, 250), (128, 128, 128), (0, 0, 0), (255, 255, 255)]:
+        write(tmp_path / "a.mp4", np.full((5, 32, 32, 3), colour, np.uint8), overwrite=True)
+        back = np.stack(list(read_video(tmp_path / "a.mp4")))
+        assert abs(back.astype(int) - colour).max() <= 4, (colour, back[0, 0, 0])
+
+
+@pytest.mark.parametrize("count, n", [(1, 640), (2, 1600), (7, 4480), (26, 16321), (30, 9000), (30, 24000)])
+def test_frame_count_is_exact_whatever_the_sounds_length(tmp_path, count, n):
+    write(tmp_path / "a.mp4", drawn_frames(count, 32, 32), wav=np.zeros(n, np.float32))
+    assert sum(1 for _ in read_video(tmp_path / "a.mp4")) == count
+    assert abs(len(load_audio(tmp_path / "a.mp4")) - n) <= 1100  # AAC works in blocks of 1024
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_a_click_and_a_flash_in_one_frame_stay_in_one_frame(tmp_path, suffix):
+    frames = np.full((40, 32, 32, 3), 20, np.uint8)
+    wav = np.zeros(40 * 640, np.float32)
+    for k in (0, 11, 33):
+        frames[k] = 235
+        wav[640 * k + 300 : 640 * k + 340] = 0.9
+    write(tmp_path / f"a{suffix}", frames, wav)
+    bright = [f.mean() > 128 for f in read_video(tmp_path / f"a{suffix}")]
+    loud = abs(load_audio(tmp_path / f"a{suffix}")[: 40 * 640]).reshape(40, 640).max(1) > 0.3
+    assert np.flatnonzero(bright).tolist() == [0, 11, 33] == np.flatnonzero(loud).tolist()
+
+
+def test_odd_sizes_are_padded_by_their_own_border(tmp_path):
+    frames = drawn_frames(4, 33, 47)
+    write(tmp_path / "a.mp4", frames)
+    back = np.stack(list(read_video(tmp_path / "a.mp4")))
+    assert back.shape == (4, 34, 48, 3)
+    assert psnr(back[:, :33, :47], frames) > 33
+    assert psnr(back[:, :33, 47], frames[:, :, 46]) > 25 and psnr(back[:, 33, :47], frames[:, 32]) > 25
+
+
+@pytest.mark.parametrize("name", ["with space.mp4", "-y.mp4", "a'b\"c.mp4", "%03d.mp4", "http:x.mp4", "[a];&.mp4"])
+def test_awkward_file_names(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    frames = drawn_frames(3, 32, 32)
+    write(name, frames, wav=np.zeros(1920, np.float32))
+    assert os.listdir(tmp_path) == [name]
+    assert len(list(read_video(name))) == 3 and probe(name).has_audio and len(load_audio(name)) > 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# video: other people's
+
+
+def counting_video(path, rate, *options):
+    """Two seconds whose brightness tells the time: the frame at time t has luma 20 + 100 t."""
+    source = f"nullsrc=s=32x24:r={rate}:d=2,geq=lum='20+100*T':cb=128:cr=128"
+    ffmpeg("-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", "-crf", "1", *options, path)
+
+
+def seconds_late(path):
+    """For each frame k, how long before (k + 1/2) / 25 s the picture it shows began, as its brightness tells."""
+    luma = np.array([f[4:-4, 4:-4].mean() for f in read_video(path)]) * 219 / 255 + 16
+    return (np.arange(len(luma)) + 0.5) / 25 - (luma - 20) / 100
+
+
+@pytest.mark.parametrize("rate", ["24", "25", "30000/1001", "60", "12.5"])
+def test_any_frame_rate_becomes_25_with_every_frame_at_its_time(tmp_path, rate):
+    counting_video(tmp_path / "a.mp4", rate)
+    late = seconds_late(tmp_path / "a.mp4")
+    numerator, _, denominator = rate.partition("/")
+    period = float(denominator or 1) / float(numerator)
+    assert abs(len(late) - 50) <= 1
+    # what shows in the middle of frame k began at most one source frame earlier, and not later; 16 ms: 8-bit luma
+    assert late.min() > -0.016 and late.max() < period + 0.016, (late.min(), late.max())
+
+
+def test_a_variable_frame_rate_keeps_time(tmp_path):
+    counting_video(tmp_path / "a.mkv", 50, "-vf", "select='not(mod(n,7))+lt(t,1)'", "-fps_mode", "vfr")
+    late = seconds_late(tmp_path / "a.mkv")
+    assert abs(len(late) - 50) <= 4 and late.min() > -0.016
+    assert late[:24].max() < 1 / 50 + 0.016 and late.max() < 7 / 50 + 0.016
+
+
+def test_a_click_and_a_flash_at_60_fps_in_another_container_stay_together(tmp_path):
+    wav = np.zeros(2 * 44100, np.int16)
+    wav[round(1.21 * 44100) :][:90] = 30000
+    scipy.io.wavfile.write(tmp_path / "a.wav", 44100, wav)
+    flash = "nullsrc=s=32x32:r=60:d=2,geq=lum='if(between(T,1.199,1.239),235,20)':cb=128:cr=128"
+    for name in ("a.mp4", "a.mpg", "a.ts", "a.avi", "a.webm"):
+        ffmpeg("-f", "lavfi", "-i", flash, "-i", tmp_path / "a.wav", tmp_path / name)
+        bright = int(np.argmax([f.mean() for f in read_video(tmp_path / name)]))
+        loud = int(abs(load_audio(tmp_path / name)).argmax()) / 640
+        assert abs(loud - 0.25 - bright) <= 1 and abs(bright - 30) <= 1, (name, bright, loud)  # 1.2 s is frame 30
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_phones_rotation_is_applied(tmp_path, degrees):
+    write(tmp_path / "flat.mp4", np.repeat(picture(40, 60)[None], 5, 0))
+    ffmpeg("-display_rotation", degrees, "-i", tmp_path / "flat.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    want = np.rot90(picture(40, 60), degrees // 90)  # ffmpeg counts anticlockwise, as NumPy does
+    frame = next(read_video(tmp_path / "turned.mp4"))
+    info = probe(tmp_path / "turned.mp4")
+    assert frame.shape == want.shape == (info.height, info.width, 3)
+    assert info.rotation == 360 - degrees and psnr(frame, want) > 25
+
+
+def test_alpha_is_dropped_grey_is_grey_and_pixels_become_square(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "color=red@0.5:s=32x24:d=0.2,format=rgba", "-c:v", "png", tmp_path / "alpha.mov")
+    assert abs(next(read_video(tmp_path / "alpha.mov")).astype(int) - (254, 0, 0)).max() < 4
+    ffmpeg("-f", "lavfi", "-i", "color=gray:s=32x24:d=0.2,format=gray", "-c:v", "ffv1", tmp_path / "grey.mkv")
+    assert abs(next(read_video(tmp_path / "grey.mkv")).astype(int) - 128).max() < 4
+    ffmpeg("-f", "lavfi", "-i", "color=gray:s=32x24:d=0.2,setsar=2", tmp_path / "wide.mp4")
+    assert next(read_video(tmp_path / "wide.mp4")).shape == (24, 64, 3)
+
+
+def test_read_video_resizes_to_the_height_asked_for(tmp_path):
+    write(tmp_path / "a.mp4", np.repeat(picture(40, 60)[None], 3, 0))
+    frame = next(read_video(tmp_path / "a.mp4", height=20))
+    inside = np.ix_(np.r_[2:8, 12:18], np.r_[2:13, 17:28])  # away from the edges, where colours are coarser
+    assert frame.shape == (20, 30, 3) and abs(frame[inside].astype(int) - picture(20, 30)[inside]).max() < 8
+
+
+def test_probe_tells_what_a_video_is(tmp_path):
+    source = "color=s=46x34:r=30000/1001:d=2"
+    title = ("-metadata", "title=x\n  Stream #0:0: Video: h264, 1x1, 5 fps")
+    ffmpeg("-f", "lavfi", "-i", source, "-f", "lavfi", "-i", "sine=d=2", *title, tmp_path / "a.mp4")
+    info = probe(tmp_path / "a.mp4")
+    assert (info.width, info.height, info.fps, info.has_audio, info.rotation) == (46, 34, 29.97, True, 0)
+    assert abs(info.seconds - 2) < 0.1
+    write(tmp_path / "mute.mp4", drawn_frames(5, 32, 32))
+    assert not probe(tmp_path / "mute.mp4").has_audio
+
+
+def test_a_reader_that_is_left_early_ends_its_ffmpeg(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "color=s=64x64:r=25:d=60", tmp_path / "a.mp4")
+    before = children()
+    frames = read_video(tmp_path / "a.mp4")
+    next(frames)
+    assert len(children()) == len(before) + 1
+    frames.close()
+    assert children() == before
+
+
+def children():
+    """Process ids of this process's children, dead ones that nobody waited for included."""
+    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    return {line.split()[0] for line in listing.stdout.splitlines() if "ps -o" not in line}
+
+
+def bad_videos(folder):
+    (folder / "directory.mp4").mkdir()
+    (folder / "empty.mp4").touch()
+    (folder / "words.mp4").write_text("no video " * 99)
+    Image.fromarray(picture()).save(folder / "photo.png")
+    scipy.io.wavfile.write(folder / "sound.wav", RATE, np.zeros(1600, np.int16))
+    write(folder / "whole.mp4", np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), np.uint8))
+    (folder / "cut.mp4").write_bytes((folder / "whole.mp4").read_bytes()[:50000])
+    ffmpeg("-i", folder / "whole.mp4", "-c", "copy", "-movflags", "-faststart", folder / "late.mp4")
+    (folder / "headless.mp4").write_bytes((folder / "late.mp4").read_bytes()[:50000])
+    return [
+        ("missing.mp4", "no such file"),
+        ("directory.mp4", "directory"),
+        ("empty.mp4", "empty"),
+        ("words.mp4", "not a video"),
+        ("photo.png", "not a video"),
+        ("sound.wav", "no picture"),
+        ("headless.mp4", "not a video"),
+        ("cut.mp4", "cut short"),
+    ]
+
+
+def test_every_bad_video_is_refused_in_one_line_that_names_it(tmp_path):
+    for name, reason in bad_videos(tmp_path):
+        with pytest.raises(InputError) as caught:
+            list(read_video(tmp_path / name))
+        assert "\n" not in str(caught.value) and name in str(caught.value) and reason in str(caught.value)
+
+
+def test_what_is_no_video_is_refused_before_the_first_frame_is_asked_for(tmp_path):
+    (tmp_path / "words.mp4").write_text("no video " * 99)
+    with pytest.raises(InputError):
+        read_video(tmp_path / "words.mp4")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# video: nothing half-written
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """A temporary directory of this test's own, so that leftovers show; and a place for the output."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(vision.tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+def leftovers(scratch):
+    return sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file())
+
+
+def test_an_error_while_writing_leaves_nothing_behind(scratch):
+    with pytest.raises(ZeroDivisionError), VideoWriter(scratch / "out/a.mp4", 32, 32, np.zeros(999)) as video:
+        video.write(drawn_frames(1, 32, 32)[0])
+        1 / 0  # noqa: B018
+    assert leftovers(scratch) == [] and not list((scratch / "tmp").iterdir())
+
+
+def test_a_dying_ffmpeg_is_one_clear_error_and_leaves_nothing_behind(scratch):
+    with pytest.raises(InputError, match="could not be written"):
+        with VideoWriter(scratch / "out/a.mp4", 512, 512) as video:
+            video.process.kill()
+            for frame in drawn_frames(9, 512, 512):
+                video.write(frame)
+    assert leftovers(scratch) == [] and not list((scratch / "tmp").iterdir())
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_the_old_file(scratch, monkeypatch):
+    (scratch / "out/a.mp4").write_bytes(b"old")
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vision.shutil, "copyfile", full)
+    with pytest.raises(InputError, match="No space left"):
+        write(scratch / "out/a.mp4", drawn_frames(2, 32, 32), overwrite=True)
+    assert leftovers(scratch) == ["out/a.mp4"] and (scratch / "out/a.mp4").read_bytes() == b"old"
+
+
+def test_a_writer_without_frames_is_an_error(scratch):
+    with pytest.raises(InputError), VideoWriter(scratch / "out/a.mp4", 32, 32):
+        pass
+    assert leftovers(scratch) == []
+
+
+def test_a_killed_writer_leaves_nothing_where_the_output_goes(scratch):
+    script = f"""
+import sys; sys.path[:0] = {sys.path!r}
+import numpy as np, time, vision
+with vision.VideoWriter({str(scratch / "out/a.mp4")!r}, 64, 64, np.zeros(16000)) as video:
+    for k in range(25):
+        video.write(np.full((64, 64, 3), k, np.uint8))
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    environment = os.environ | {"TMPDIR": str(scratch / "tmp")}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+    assert list((scratch / "out").iterdir()) == []
+
+
+def test_the_file_appears_at_the_end_only_and_two_writers_do_not_meet(scratch):
+    frames = drawn_frames(6, 32, 32)
+    one = VideoWriter(scratch / "out/a.mp4", 32, 32)
+    two = VideoWriter(scratch / "out/b.mp4", 32, 32)
+    for frame in frames:
+        one.write(frame), two.write(255 - frame)
+    assert leftovers(scratch / "out") == []
+    one.close(), two.close()
+    assert leftovers(scratch) == ["out/a.mp4", "out/b.mp4"]
+    assert psnr(np.stack(list(read_video(scratch / "out/a.mp4"))), frames) > 33
+    assert psnr(np.stack(list(read_video(scratch / "out/b.mp4"))), 255 - frames) > 33
+
+
+def test_a_file_that_appeared_meanwhile_is_not_overwritten(scratch):
+    video = VideoWriter(scratch / "out/a.mp4", 32, 32)
+    video.write(drawn_frames(1, 32, 32)[0])
+    (scratch / "out/a.mp4").write_bytes(b"someone else's")
+    with pytest.raises(InputError, match="exists"):
+        video.close()
+    assert (scratch / "out/a.mp4").read_bytes() == b"someone else's" and leftovers(scratch) == ["out/a.mp4"]
+
+
+def test_check_output_refuses_what_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "there.mp4").write_bytes(b"x")
+    (tmp_path / "folder.mp4").mkdir()
+    cases = [("there.mp4", "--overwrite"), ("folder.mp4", "directory"), ("no/where.mp4", "no such directory")]
+    cases += [("a.avi", "must end in"), ("there.mp4/a.mp4", "no such directory"), ("x" * 300 + ".mp4", "cannot")]
+    for name, reason in cases:
+        with pytest.raises(InputError, match=reason):
+            check_output(tmp_path / name, suffixes=vision.VIDEO_SUFFIXES)
+    assert check_output(tmp_path / "there.mp4", overwrite=True) == tmp_path / "there.mp4"
+    monkeypatch.chdir(tmp_path)
+    assert check_output("new.mp4") == tmp_path / "new.mp4"
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(vision.tempfile, "TemporaryFile", refuse)  # root may write anywhere: chmod would not do
+    with pytest.raises(InputError, match="Permission denied"):
+        check_output(tmp_path / "new.mp4")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# faces
+
+
+def test_the_crop_is_the_box_and_repeats_the_border_outside():
+    image = picture(40, 60)
+    np.testing.assert_array_equal(vision.crop_face(image, (0, 0, 20, 20), 20), image[:20, :20])
+    np.testing.assert_array_equal(vision.crop_face(image, (25, 10, 45, 30), 20), image[10:30, 25:45])
+    outside = vision.crop_face(image, (-20, -20, 20, 20), 40)
+    assert (outside[:20, :20] == image[0, 0]).all() and (outside[20:, 20:] == image[0, 0]).all()
+    small = vision.crop_face(image, (20.0, 10.0, 40.0, 30.0), 5)
+    assert small.shape == (5, 5, 3) and abs(small[0, 0].astype(int) - image[0, 0]).max() < 30
+
+
+def test_face_box_is_square_around_the_face_asked_for():
+    faces = [(10, 20, 50, 70, 0.9), (100, 100, 120, 130, 0.8)]
+    x0, y0, x1, y1 = vision.face_box(faces, "toy")
+    assert x1 - x0 == y1 - y0 == 50 * vision.TEMPLATES["toy"].side and (x0 + x1) / 2 == 30 and (y0 + y1) / 2 == 45
+    x0, y0, x1, y1 = vision.face_box(faces, "face", number=2)
+    assert x1 - x0 == y1 - y0 == pytest.approx(30 * vision.TEMPLATES["face"].side) and 100 < (x0 + x1) / 2 < 120
+    for number in (0, 3):
+        with pytest.raises(InputError, match="--face"):
+            vision.face_box(faces, "face", number)
+
+
+def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
+    asked = []
+
+    def offline(url, target, hash_prefix=None, progress=True):
+        asked.append((url, hash_prefix))
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    vision.face_detectors.cache_clear()
+    try:
+        assert vision.detect_faces(picture()) is None
+    finally:
+        vision.face_detectors.cache_clear()
+    assert asked and all(url.startswith("https://") and len(pin) == 64 for url, pin in asked)
+
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
+    weights, photos = SHARED / "weights/torch_home", SHARED / "media/photos"
+    if not (weights.is_dir() and photos.is_dir()):
+        pytest.skip("no detector weights or photos at hand")
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    vision.face_detectors.cache_clear()
+    try:
+        image = load_photo(photos / "portrait_man.jpg")
+        H, W = image.shape[:2]
+        for shift in (0, H):  # the face out of the middle of a tall picture is found as well
+            found = vision.detect_faces(np.concatenate([np.full((shift, W, 3), 99, np.uint8), image]))
+            x0, y0, x1, y1, score = found[0]
+            assert score > 0.5 and x0 < W / 2 < x1 and shift < (y0 + y1) / 2 < shift + 0.7 * H
+        assert vision.detect_faces(load_photo(photos / "dog_no_human_face.jpg")) == []
+    finally:
+        vision.face_detectors.cache_clear()
