@@ -136,9 +136,8 @@ ANGLE = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
 U = np.linspace(-1, 1, 25)  # along the mouth and along hairlines
 DEPTH = 0.68  # of the head; ours: flatter than life, so that eyes stay on the face at 22 degrees
-PIVOT = np.array(
-    (0.0, 0.5, 0.22)
-)  # ours: near the face, so that a nod keeps eyes and mouth in their template boxes
+# what the head turns about; ours: near the face, so that a nod keeps eyes and mouth in their template boxes
+PIVOT = np.array((0.0, 0.5, 0.22))
 
 
 def blend(a, b, t: float):
@@ -172,9 +171,8 @@ class Head:
         """A flat shape at depth z that turns with the head."""
         points = np.stack(np.broadcast_arrays(x, y, z), 1) - PIVOT
         points = points @ self.rotation.T + PIVOT
-        return self.centre + points[:, :2] * (
-            self.unit * (1 + 0.10 * points[:, 2:])
-        )  # near is a little larger
+        scale = self.unit * (1 + 0.10 * points[:, 2:])  # what is near is a little larger
+        return self.centre + points[:, :2] * scale
 
     def outline(self, x, y, z=0.0):
         """A silhouette at depth z: like plane, but keeps its width when the head turns."""
@@ -233,7 +231,7 @@ def draw(who: Person, state: dict, size: int, supersample: int = 4) -> np.ndarra
     assert not unknown and size >= 8, f"draw: unknown factors {sorted(unknown)} or size {size} below 8"
     head = Head(who, {**REST, **state}, size, supersample)
     head.fill(head.body(COS * 1.44, SIN * 1.44 - 0.1), blend(who.backdrop, WHITE, 0.5))
-    for part in (
+    for part in (  # from the back to the front
         draw_back_hair,
         draw_shoulders,
         draw_ears,
@@ -349,9 +347,8 @@ def draw_eyes(head, who, state):
                 (0.036, -0.04, -0.045, WHITE),
             ):
                 x, y = COS * radius * size + gaze_x + dx * size, SIN * radius * size + gaze_y + dy * size
-                reach = np.maximum(
-                    np.hypot(x / half_w, y / slit), 1
-                )  # what the lids cover is pushed onto their edge
+                # what the lids cover is pushed onto their edge
+                reach = np.maximum(np.hypot(x / half_w, y / slit), 1)
                 head.fill(head.surface(x0 + x / reach, y0 + y / reach), colour)
             lash = -np.sqrt(np.clip(1 - (U * 0.98) ** 2, 0, 1)) * slit
         else:
@@ -389,9 +386,8 @@ def draw_mouth(head, who, state):
     half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
     y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
     arc = np.sqrt(np.clip(1 - U**2, 0, 1))
-    middle = (
-        y0 + 0.02 * gap - (0.13 * state["smile"] + 0.02) * (U**2 - 0.35) * min(1.0, half / 0.3)
-    )  # smile lifts the corners
+    smile = (0.13 * state["smile"] + 0.02) * min(1.0, half / 0.3)  # lifts the corners, less of a round mouth
+    middle = y0 + 0.02 * gap - smile * (U**2 - 0.35)  # where the lips meet
     up, down = middle - 0.085 * tall * gap * arc, middle + 0.285 * tall * gap * arc**0.8
     thick = who.lips * (1.15 - 0.3 * wide) * f
     bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
@@ -526,10 +522,9 @@ def syllables(rng, seconds: float) -> list[tuple]:
 def smooth(x, steps: int):
     """Hann-weighted running mean over axis 0: nothing in a mouth jumps. (K, ..) -> (K, ..)"""
     kernel = np.hanning(steps + 2)[1:-1]
+    kernel /= kernel.sum()
     columns = np.pad(x.reshape(len(x), -1), ((steps // 2, steps - 1 - steps // 2), (0, 0)), "edge").T
-    return np.stack([np.convolve(column, kernel / kernel.sum(), "valid") for column in columns], 1).reshape(
-        x.shape
-    )
+    return np.stack([np.convolve(column, kernel, "valid") for column in columns], 1).reshape(x.shape)
 
 
 def controls(said: list[tuple], K: int) -> dict:
@@ -550,18 +545,16 @@ def controls(said: list[tuple], K: int) -> dict:
         elif consonant in ("p", "t", "k"):
             hiss[max(a, b - 4) : b] = 0.4  # the burst: 20 ms
         if consonant and consonant not in CLOSURES:  # the tongue is up: low F1, F2 on its way to the locus
-            formants[a:b, 0], formants[a:b, 1] = (
-                300,
-                0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400),
-            )
+            formants[a:b, 0] = 300
+            formants[a:b, 1] = 0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400)
     return dict(
-        formants=smooth(formants, 15),
+        formants=smooth(formants, 15),  # 75 ms: jaw and tongue are slow
         speaking=smooth(speaking, 15),
-        stress=smooth(stress, 31),  # 15: 75 ms
+        stress=smooth(stress, 31),
         voice=smooth(voice, 7),
         hiss=smooth(hiss, 5),
         nasal=smooth(nasal, 7),
-        closed=smooth(closed, 9),
+        closed=smooth(closed, 9),  # 45 ms: lips are quick
     )
 
 
@@ -569,9 +562,9 @@ def lips(c: dict):
     """The law of the toy world: opening follows F1, width follows F2; m b p and silence shut the mouth.
     -> open, wide (K,)"""
     F1, F2 = c["formants"][:, 0], c["formants"][:, 1]
-    gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)
+    gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)  # even an ee shows a slit
     gap = gap * (1 - np.clip(1.25 * c["closed"], 0, 1)) * c["speaking"]
-    wide = np.clip((F2 - 700) / 1500, 0, 1)
+    wide = np.clip((F2 - 700) / 1500, 0, 1)  # oo is round, ee is wide, a resting mouth between
     return gap, blend(0.5, wide, c["speaking"])
 
 
@@ -579,6 +572,7 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
     """Source and filter: a glottal saw-tooth and noise, shaped every 5 ms by the formants. -> float32 (n,)"""
     K, hop = len(c["stress"]), round(STEP * SAMPLE_RATE)
     size, at = 4 * hop, np.arange(n) / SAMPLE_RATE
+    # pitch rises and falls slowly, and with stress
     melody = 1 + 0.10 * np.sin(2 * np.pi * (rng.uniform(0.25, 0.6) * at + rng.random()))
     melody += 0.06 * (np.interp(at, np.arange(K) * STEP, c["stress"]) - 1)
     cycle = (np.cumsum(who.f0 * melody) / SAMPLE_RATE + rng.random()) % 1
@@ -586,9 +580,8 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
     glottis = np.diff(np.maximum(saw, -0.2), prepend=0) + 0.35 * saw
     noise = rng.standard_normal(n)
 
-    f = np.fft.rfftfreq(
-        2 * size, 1 / SAMPLE_RATE
-    )  # Hz; twice the window, so that the filter's ringing does not wrap
+    # each piece of sound is 20 ms, padded to twice that: the filters ring on
+    f = np.fft.rfftfreq(2 * size, 1 / SAMPLE_RATE)  # Hz
     shape = np.ones((K, len(f))) / np.sqrt(1 + (f / 3500) ** 4)
     for j, bandwidth in enumerate((80, 110, 160)):  # Hz
         centre = c["formants"][:, j : j + 1] * who.tract
@@ -608,9 +601,8 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
     for m in range(y.shape[1]):  # overlap-add
         wav[m : m + K] += y[:, m]
     wav = np.pad(wav.ravel()[size // 2 :], (0, n))[:n]
-    wav = 0.8 * wav / max(np.abs(wav).max(), 1e-3) + 0.0015 * rng.standard_normal(
-        n
-    )  # a quiet room, so no digital silence
+    wav = 0.8 * wav / max(np.abs(wav).max(), 1e-3)
+    wav += 0.0015 * rng.standard_normal(n)  # a quiet room: no digital silence, as in any recording
     return np.clip(wav, -1, 1).astype(np.float32)
 
 

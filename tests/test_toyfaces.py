@@ -182,6 +182,13 @@ def test_pose_gaze_and_blinks_know_nothing_of_the_sound():
     assert np.array_equal(wav_only[0][:, :OPEN], wav_only[1][:, :OPEN])
 
 
+def test_sound_motion_and_looks_never_share_a_random_stream(monkeypatch):
+    asked, original = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: asked.append(tuple(seed)) or original(seed))
+    toy.clip_truth(11, 0.4, toy.person(11))
+    assert len(asked) == 3 == len(set(asked))
+
+
 def test_heads_move_through_much_of_their_range_and_clip_means_vary_little():
     truths = np.stack([toy.clip_truth(seed, 3, toy.person(seed))[1] for seed in range(60)])
     for i, limit in enumerate((toy.MAX_YAW, toy.MAX_PITCH, toy.MAX_ROLL)):
