@@ -10,13 +10,35 @@ FC-TFG (arXiv 2304.03275), section 3.4, names six terms; the GAN terms are Style
     adversarial     non-saturating logistic                               generator_loss, discriminator_loss
 
 The paper prints no weights: those in train.py are ours. Pictures are (N, 3, H, W) in [-1, 1]; every loss is a scalar.
+
+The published judges (VGG19, LPIPS, ArcFace, SyncNet v2, the Wav2Lip expert) are built under the names of their authors'
+files and load them strictly; pictures come in as ours and are brought to each author's size, range and channel order
+inside. Weights are fetched on first use into $TORCH_HOME/hub/checkpoints (default ~/.cache/torch), pinned by SHA256.
+None may be shipped; terms: VGG BSD (ImageNet's terms), LPIPS BSD-2, IR-SE50 trained on non-commercial data, SyncNet
+without a licence (cite it), Wav2Lip research only.
 """
 
+import contextlib
+import errno
+import hashlib
 import math
+import os
+import shutil
+import time
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
+import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
+
+from audio import InputError, check_file
+from vision import checkpoints_dir
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the six terms
@@ -179,3 +201,498 @@ def same_person_loss(a, b, identity, log_scale, bias):
     logits = log_scale.exp() * (a @ b.t()) + bias
     losses = F.softplus(torch.where(same, -logits, logits))
     return losses[same].mean() + losses[~same].mean()                   # ours: both halves weigh the same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published judges. Keys and shapes are those of the authors' files; a copy with others is refused
+
+def check_pictures(x, least: int):
+    assert x.ndim == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= least, \
+        f"pictures are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
+
+
+def resized(x, size: int):
+    """(N, 3, H, W) -> (N, 3, size, size), bilinear without prefilter: OpenCV's default, which the experts were fed"""
+    if x.shape[-2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+def vgg_layers(*stages) -> list[nn.Module]:
+    """torchvision's `features` in order: for each (convolutions, channels) 3x3 convolutions with ReLU, then a pool."""
+    layers, c_in = [], 3
+    for convolutions, channels in stages:
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(c_in, channels, 3, padding=1), nn.ReLU()]
+            c_in = channels
+        layers.append(nn.MaxPool2d(2))
+    return layers
+
+
+class VGG19Features(nn.Module):
+    """Perceptual judge: pictures (N, 3, H, W) in [-1, 1], H, W >= 16 -> feature maps relu1_1, 2_1, 3_1, 4_1, 5_1.
+
+    The maps are (N, 64, H, W), (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16), the
+    taps that pix2pixHD made customary; the paper names VGG19 and no layers. Needs torchvision's ImageNet normalisation,
+    done here.
+    """
+
+    TAPS = (1, 6, 11, 20, 29)
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(*vgg_layers((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, x):
+        check_pictures(x, 16)
+        x, maps = ((x + 1) / 2 - self.mean) / self.std, []
+        for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the file's last three convolutions rest
+            x = layer(x)
+            if i in self.TAPS:
+                maps.append(x)
+        return maps
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): two batches (N, 3, H, W) in [-1, 1], H, W >= 16 -> distances (N,).
+
+    The published file registers its heads twice, as lin0.. and as lins.0..; so does this.
+    """
+
+    ENDS = (4, 9, 16, 23, 30)  # layers of VGG16 in the slices: each tap is the last ReLU of a stage
+
+    def __init__(self):
+        super().__init__()
+        layers = vgg_layers((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+        self.scaling_layer = nn.Module()
+        self.scaling_layer.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
+        self.scaling_layer.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+        self.net = nn.Sequential(OrderedDict(
+            (f"slice{k + 1}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in range(start, stop))))
+            for k, (start, stop) in enumerate(zip((0,) + self.ENDS, self.ENDS))))
+        for k, channels in enumerate((64, 128, 256, 512, 512)):
+            head = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))  # a weight a channel
+            setattr(self, f"lin{k}", nn.Sequential(OrderedDict(model=head)))
+        self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(5))
+
+    def maps(self, x):
+        """Feature maps of unit length at every place"""
+        x, maps = (x - self.scaling_layer.shift) / self.scaling_layer.scale, []
+        for part in self.net:
+            x = part(x)
+            # the published x / (|x| + 1e-10) has no gradient where all channels are 0; this differs by under 1e-10
+            maps.append(x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt())
+        return maps
+
+    def forward(self, a, b):
+        check_pictures(a, 16)
+        assert a.shape == b.shape, f"pictures are {tuple(a.shape)} and {tuple(b.shape)}, expected the same shape"
+        return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in zip(self.lins, self.maps(a), self.maps(b)))
+
+
+class SqueezeExcite(nn.Module):
+    """Each channel times a gate in (0, 1) made from the mean of all channels; Hu et al. 2018"""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class BlockIRSE(nn.Module):
+    """ArcFace's improved residual block with squeeze and excitation. (N, C, H, W) -> (N, C', H/stride, W/stride)"""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.PReLU(c_out),
+            nn.Conv2d(c_out, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), SqueezeExcite(c_out))
+
+    def forward(self, x):
+        return self.res_layer(x) + self.shortcut_layer(x)
+
+
+def trunk_ir_se50() -> tuple[nn.Sequential, nn.Sequential]:
+    """(input_layer, body) of IR-SE50, ArcFace's and pSp's trunk: (N, 3, H, W) -> (N, 64, H, W) -> (N, 512, H/16, W/16)"""
+    blocks, c_in = [], 64
+    for channels, count in ((64, 3), (128, 4), (256, 14), (512, 3)):
+        for k in range(count):
+            blocks.append(BlockIRSE(c_in, channels, 1 if k else 2))
+            c_in = channels
+    entry = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+    return entry, nn.Sequential(*blocks)
+
+
+class ArcFace(nn.Module):
+    """Who is it? IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
+
+    As in pSp's identity loss the face is cut from a 256 px picture aligned as FFHQ's and pooled to 112 px. Larger
+    pictures are first pooled to 256 px, as pSp does; smaller ones are enlarged bilinearly (ours: pSp has none).
+    """
+
+    CROP = (slice(35, 223), slice(32, 220))  # rows, columns at 256 px: pSp's "interesting region"
+
+    def __init__(self):
+        super().__init__()
+        self.input_layer, self.body = trunk_ir_se50()
+        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(),
+                                          nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512))
+
+    def forward(self, x):
+        check_pictures(x, 1)
+        assert x.shape[2] == x.shape[3], f"pictures are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
+        x = F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resized(x, 256)
+        return self.embed(F.adaptive_avg_pool2d(x[:, :, self.CROP[0], self.CROP[1]], 112))
+
+    def embed(self, x):
+        """Faces already cut, (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length"""
+        return F.normalize(self.output_layer(self.body(self.input_layer(x))), dim=1)
+
+
+def normed(batch_norm, *layers) -> nn.Sequential:
+    """Each convolution followed by BatchNorm and ReLU; pools as they are"""
+    return nn.Sequential(*(part for layer in layers for part in (
+        (layer, batch_norm(layer.out_channels), nn.ReLU()) if hasattr(layer, "out_channels") else (layer,))))
+
+
+class SyncNetV2(nn.Module):
+    """The published SyncNet (Chung & Zisserman 2016): distance of embeddings (N, 1024), small where lips and sound agree.
+
+    Its embeddings have no unit length and are compared by Euclidean distance. Frames f..f+4 belong to the 20 MFCC steps
+    from 4 f.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.netcnnaud = normed(nn.BatchNorm2d,                                            # (N, 1, 13, 20)
+            nn.Conv2d(1, 64, 3, 1, 1), nn.MaxPool2d(1, 1), nn.Conv2d(64, 192, 3, 1, 1),
+            nn.MaxPool2d(3, (1, 2)), nn.Conv2d(192, 384, 3, 1, 1), nn.Conv2d(384, 256, 3, 1, 1),  # (N, 192, 11, 9)
+            nn.Conv2d(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2), nn.Conv2d(256, 512, (5, 4)))         # (N, 256, 5, 4)
+        self.netfcaud = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
+        self.netfclip = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
+        # only the first layer sees time: t = 5 frames at once, all others work frame by frame
+        self.netcnnlip = normed(nn.BatchNorm3d,                                            # (B, 3, T, 224, 224)
+            nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),    # (B, 96, T-4, 54, 54)
+            nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)), nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)),  # 13 x 13
+            nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),            # 6 x 6
+            nn.Conv3d(256, 512, (1, 6, 6)))                                                # (B, 512, T-4, 1, 1)
+
+    def face(self, frames):
+        """Whole face crops (B, T, 3, H, W) in [-1, 1] RGB, T >= 5 -> (B, T-4, 1024), one for each five frames.
+
+        The authors' input is BGR in [0, 255] at 224 px; other sizes are resized.
+        """
+        assert frames.ndim == 5 and frames.shape[1] >= 5 and frames.shape[2] == 3, \
+            f"frames are {tuple(frames.shape)}, expected (B, T, 3, H, W) with T >= 5"
+        B, T = frames.shape[:2]
+        x = resized((frames.flip(2).flatten(0, 1) + 1) * 127.5, 224).unflatten(0, (B, T))
+        x = self.netcnnlip(x.transpose(1, 2)).flatten(2).transpose(1, 2)                   # (B, T-4, 512)
+        return self.netfclip(x.flatten(0, 1)).unflatten(0, (B, T - 4))
+
+    def sound(self, mfcc):
+        """MFCC windows (N, 13, 20) of audio.mfcc -> (N, 1024)"""
+        assert mfcc.shape[1:] == (13, 20), f"MFCC windows are {tuple(mfcc.shape)}, expected (N, 13, 20)"
+        return self.netfcaud(self.netcnnaud(mfcc[:, None]).flatten(1))
+
+
+class Wav2LipConv(nn.Module):
+    """Wav2Lip's block under its published name: convolution, BatchNorm, (residual), ReLU"""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride=1, padding: int = 1, residual: bool = False):
+        super().__init__()
+        self.conv_block = nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, padding), nn.BatchNorm2d(c_out))
+        self.residual = residual
+
+    def forward(self, x):
+        return torch.relu(self.conv_block(x) + x if self.residual else self.conv_block(x))
+
+
+class Wav2LipExpert(nn.Module):
+    """The published lip-sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync.
+
+    face, sound and logits mean the same as those of syncnet.SyncNet, so that it can stand in its place. Its faces are
+    tight crops from brow or hairline to chin.
+    """
+
+    def __init__(self):
+        super().__init__()
+
+        def same(channels):
+            return Wav2LipConv(channels, channels, 3, residual=True)
+
+        self.face_encoder = nn.Sequential(                                                 # (B, 15, 48, 96)
+            Wav2LipConv(15, 32, 7, 1, 3),
+            Wav2LipConv(32, 64, 5, (1, 2)), same(64), same(64),                            # (B, 64, 46, 47)
+            Wav2LipConv(64, 128, 3, 2), same(128), same(128), same(128),                   # (B, 128, 23, 24)
+            Wav2LipConv(128, 256, 3, 2), same(256), same(256),                             # (B, 256, 12, 12)
+            Wav2LipConv(256, 512, 3, 2), same(512), same(512),                             # (B, 512, 6, 6)
+            Wav2LipConv(512, 512, 3, 2), Wav2LipConv(512, 512, 3, 1, 0), Wav2LipConv(512, 512, 1, 1, 0))
+        self.audio_encoder = nn.Sequential(                                                # (B, 1, 80, 16)
+            Wav2LipConv(1, 32, 3), same(32), same(32),
+            Wav2LipConv(32, 64, 3, (3, 1)), same(64), same(64),                            # (B, 64, 27, 16)
+            Wav2LipConv(64, 128, 3, 3), same(128), same(128),                              # (B, 128, 9, 6)
+            Wav2LipConv(128, 256, 3, (3, 2)), same(256), same(256),                        # (B, 256, 3, 3)
+            Wav2LipConv(256, 512, 3, 1, 0), Wav2LipConv(512, 512, 1, 1, 0))
+
+    def face(self, frames):
+        """Whole crops (B, 5, 3, H, W) in [-1, 1] RGB -> (B, 512) of unit length.
+
+        The authors' input is the lower half at 96 px, BGR in [0, 1], the five frames side by side as 15 channels.
+        """
+        assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)"
+        x = resized((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]                 # (5 B, 3, 48, 96)
+        return F.normalize(self.face_encoder(x.unflatten(0, (-1, 5)).flatten(1, 2)).flatten(1), dim=1)
+
+    def sound(self, mel):
+        """Mel windows (B, 1, 80, 16) of audio.mel_windows, of the middle frame -> (B, 512) of unit length"""
+        assert mel.shape[1:] == (1, 80, 16), f"mel window is {tuple(mel.shape)}, expected (B, 1, 80, 16)"
+        return F.normalize(self.audio_encoder(mel).flatten(1), dim=1)
+
+    def logits(self, face, sound):
+        """(B, 512), (B2, 512) -> (B, B2): sigmoid of it is the cosine, which Wav2Lip takes for the probability"""
+        return torch.logit(face @ sound.t(), eps=1e-4)  # ours: at most +-9.2, finite where a cosine is 0 or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# their weights
+
+def vgg19(device, path: str | Path | None = None) -> VGG19Features:
+    """Frozen, with torchvision's weights. path: your copy of the file; None fetches it. InputError: see fetch, load."""
+    path = fetch("vgg19", path)
+    state = {k: v for k, v in read_weights(path).items() if not k.startswith("classifier.")}
+    return load(VGG19Features(), state, path, device)
+
+
+def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
+    """Frozen. path: your copy of torchvision's VGG16, heads: of the authors' vgg.pth; None fetches them."""
+    path, heads = fetch("vgg16", path), fetch("lpips_heads", heads)
+    judge = LPIPS()
+    state = {f"scaling_layer.{k}": v for k, v in judge.scaling_layer.state_dict().items()}
+    for key, value in read_weights(path).items():
+        if key.startswith("features."):
+            index = int(key.split(".")[1])
+            part = 1 + sum(index >= end for end in judge.ENDS)
+            state[key.replace("features.", f"net.slice{part}.")] = value
+    for key, value in read_weights(heads).items():                                         # lin0.model.1.weight ..
+        state |= {key: value, key.replace("lin", "lins.", 1): value}
+    return load(judge, state, f"{path} with {heads}", device)
+
+
+def arcface(device, path: str | Path | None = None) -> ArcFace:
+    """Frozen. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
+    path = fetch("arcface", path)
+    return load(ArcFace(), read_weights(path), path, device)
+
+
+def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:
+    """Frozen. path: your copy; None fetches it."""
+    path = fetch("syncnet_v2", path)
+    return load(SyncNetV2(), read_weights(path), path, device)
+
+
+def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
+    """Frozen. path: your copy; None fetches it. The file is a training checkpoint: weights under 'state_dict'."""
+    path = fetch("wav2lip_expert", path)
+    state = read_weights(path).get("state_dict")
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: not the Wav2Lip expert: no 'state_dict' in it")
+    return load(Wav2LipExpert(), state, path, device)
+
+
+def read_weights(path: str | Path) -> dict:
+    """The dict in a published file; never runs code from it. InputError: damaged, cut short, or more than weights."""
+    try:
+        content = torch.load(check_file(path), map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes torch.load stumble over, it is the file
+        reason = "holds code or is no weights file" if "nsupported" in str(error) else "damaged, cut short or no weights file"
+        raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def load(judge: nn.Module, state: dict, source, device) -> nn.Module:
+    """Weights into a judge, which is frozen and put on the device. InputError where any key or shape differs.
+
+    BatchNorm's batch counters may be absent (files of 2017 have none); no judge uses them.
+    """
+    shapes = {key: tuple(value.shape) for key, value in judge.state_dict().items()}
+    given = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
+    wrong = [f"{key} is absent" for key in shapes if key not in given and not key.endswith("num_batches_tracked")]
+    wrong += [f"{key} is unknown" for key in given if key not in shapes]
+    wrong += [f"{key} is {given[key]}, expected {shapes[key]}" for key in shapes
+              if key in given and given[key] != shapes[key]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise InputError(f"{source}: not the weights of {type(judge).__name__}: {wrong[0]}{more}")
+    judge.load_state_dict(state, strict=False)
+    return freeze(judge).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the downloader
+
+@dataclass(frozen=True)
+class Published:
+    """A file to fetch: its name in the cache, its hash, its bytes (None: unknown), where it is"""
+
+    file: str
+    sha256: str
+    size: int | None
+    urls: tuple[str, ...]
+
+
+LPIPS_COMMIT = "082bb24f84c091ea94de2867d34c4544f68e0963"
+PUBLISHED = {
+    "vgg19": Published(
+        "vgg19-dcbb9e9d.pth", "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44", 574673361,
+        ("https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",)),
+    "vgg16": Published(
+        "vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", 553433881,
+        ("https://download.pytorch.org/models/vgg16-397923af.pth",)),
+    "lpips_heads": Published(
+        "lpips_v0.1_vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 7289,
+        (f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/{LPIPS_COMMIT}/lpips/weights/v0.1/vgg.pth",)),
+    "arcface": Published(
+        "recognition_arcface_ir_se50.pth", "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28", 175367323,
+        ("https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth",)),
+    "syncnet_v2": Published(
+        "syncnet_v2.model", "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442", 54573114,
+        ("https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
+         "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model")),
+    "wav2lip_expert": Published(  # about 197 MB; the hash is confirmed by one source only
+        "lipsync_expert.pth", "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5", None,
+        ("https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
+         "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth")),
+}
+TIMEOUT = (10, 30)  # seconds to connect, and without a byte; ours
+ABANDONED = 120  # seconds; ours: a part file this long untouched, four timeouts, belongs to no living download
+BLOCK = 1 << 14  # bytes; ours: what a cut loses at most
+LARGEST = 1 << 30  # bytes; ours: the end of patience where the size is unknown
+
+
+def fetch(name: str, path: str | Path | None = None) -> Path:
+    """Where the published file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, fetched if need be.
+
+    What is in the cache is checked by SHA256 every time (a second for 500 MB), what is damaged there replaced. A cut
+    download is resumed, by this call or a later one; only a file with the right hash gets its name, by os.replace, so
+    that any number of processes may fetch at once.
+
+    Raises:
+        InputError: path is no file; or the file cannot be had, with its URL and where to put it by hand.
+    """
+    if path is not None:
+        return check_file(path)
+    pin = PUBLISHED[name]
+    target = checkpoints_dir() / pin.file
+    part, failures = None, []
+    try:
+        if matches(target, pin):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = claim_part(target)
+        for url in pin.urls:
+            try:
+                fetch_from(url, part, pin)
+                os.replace(part, target)
+                return target
+            except (requests.RequestException, ValueError) as error:
+                failures.append(f"{urlsplit(url).netloc}: {explain(error)}")
+    except OSError as error:  # disk full, read-only, no permission: a part is of no use there
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        failures.append(f"{target.parent} cannot be written ({error.strerror or error})")
+    finally:
+        if part is not None and part.exists():  # cut, or Ctrl-C: the next call may take it at once
+            os.utime(part, (0, 0)) if part.stat().st_size else part.unlink()
+    state = "damaged" if target.is_file() else "missing"
+    raise InputError(f"{pin.file} is {state} and could not be fetched ({'; '.join(failures)}): "
+                     f"download {pin.urls[0]} and save it as {target}")
+
+
+def matches(path: Path, pin: Published) -> bool:
+    """Is this the published file?"""
+    if not path.is_file() or pin.size not in (None, path.stat().st_size):
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == pin.sha256
+
+
+def claim_part(target: Path) -> Path:
+    """A part file of our own beside the target: an abandoned one, taken over by its renaming, or a new one."""
+    own = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+    for left in sorted(target.parent.glob(f"{target.name}.*.part")):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.rename(own)
+                os.utime(own)
+                return own
+    own.touch(exist_ok=False)
+    return own
+
+
+def fetch_from(url: str, part: Path, pin: Published):
+    """Fills `part` from one URL until its hash is right; resumes as long as every attempt brings something."""
+    fresh = part.stat().st_size == 0
+    while not matches(part, pin):
+        before = part.stat().st_size
+        try:
+            stream(url, part, pin)
+        except requests.RequestException:
+            if part.stat().st_size <= before:
+                raise
+            continue
+        if not matches(part, pin):
+            os.truncate(part, 0)
+            if fresh:
+                raise ValueError(f"what came has another SHA256 than {pin.sha256}")
+            fresh = True  # the beginning may have been at fault, left by another run or URL: once more from 0
+
+
+def stream(url: str, part: Path, pin: Published):
+    """One request, appended to what `part` holds where the server can do that. ValueError: this is not the file."""
+    have = part.stat().st_size
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code == 416:  # no such range: what we have is not the beginning of this file
+            os.truncate(part, 0)
+            return
+        answer.raise_for_status()
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise ValueError("a web page came in place of the file")
+        partial = answer.status_code == 206
+        if partial and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ValueError("another part came than was asked for")
+        start, length = have if partial else 0, int(answer.headers.get("Content-Length", 0))
+        if pin.size and length and start + length != pin.size:
+            raise ValueError(f"{start + length} bytes are offered, expected {pin.size}")
+        if length > shutil.disk_usage(part.parent).free:
+            raise OSError(errno.ENOSPC, f"disk full: {length / 1e6:.0f} MB are needed")
+        bar = tqdm(total=start + length or pin.size, initial=start, desc=pin.file, unit="B", unit_scale=True)
+        with open(part, "r+b") as file, bar:
+            file.truncate(start)
+            file.seek(start)
+            for block in answer.iter_content(BLOCK):
+                if file.tell() + len(block) > (pin.size or LARGEST):
+                    file.truncate(0)
+                    raise ValueError("more came than the file has")
+                file.write(block)
+                bar.update(len(block))
+
+
+def explain(error: Exception) -> str:
+    """A network's failure in a few words"""
+    if isinstance(error, requests.HTTPError):
+        return f"HTTP {error.response.status_code}"
+    return "no connection, or cut" if isinstance(error, requests.RequestException) else str(error)

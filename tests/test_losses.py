@@ -1,0 +1,881 @@
+"""Loss terms with known answers, the published judges against naive float64 references, the downloader against a server."""
+
+import errno
+import hashlib
+import math
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import losses
+from audio import InputError
+
+FORMATS = Path(__file__).parent.parent.parent / "shared" / "formats"  # key lists of the published files, where present
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the terms
+
+
+def test_a_discriminator_that_knows_nothing_costs_two_ln_2_and_its_generator_ln_2():
+    zero = torch.zeros(5, 1)
+    assert losses.discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert losses.generator_loss(zero).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_gan_losses_are_the_logarithms_of_the_paper():
+    real, fake = torch.randn(7, 1, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64)
+    sigmoid = lambda x: 1 / (1 + torch.exp(-x))  # noqa: E731
+    expected = -sigmoid(real).log().mean() - (1 - sigmoid(fake)).log().mean()
+    assert torch.allclose(losses.discriminator_loss(real, fake), expected)
+    assert torch.allclose(losses.generator_loss(fake), -sigmoid(fake).log().mean())
+
+
+def test_r1_of_a_linear_discriminator_is_the_square_of_its_weight():
+    real = torch.randn(4, 3, 5, 7, requires_grad=True)
+    w = torch.randn(3, 5, 7, requires_grad=True)
+    penalty = losses.r1_penalty(real, (real * w).sum((1, 2, 3))[:, None])
+    assert torch.allclose(penalty, w.square().sum())
+    penalty.backward()
+    assert torch.allclose(w.grad, 2 * w)  # second order: it trains the discriminator
+
+
+def test_path_length_of_a_linear_generator_is_the_length_of_its_columns():
+    N, L, D, H, W = 2, 5, 3, 4, 6
+    A = torch.randn(3 * H * W, L, D, dtype=torch.float64)  # the Jacobian itself
+    w_plus = torch.randn(N, L, D, dtype=torch.float64, requires_grad=True)
+    fake = torch.einsum("pld,nld->np", A, w_plus).unflatten(1, (3, H, W))
+    noise = torch.randn(N, 3, H, W, dtype=torch.float64)
+    penalty, mean_path = losses.path_length_penalty(fake, w_plus, torch.tensor(2.0, dtype=torch.float64), noise, decay=0.1)
+    lengths = []
+    for n in range(N):
+        columns = [A[:, i].T @ noise[n].flatten() / math.sqrt(H * W) for i in range(L)]  # J^T y, layer by layer
+        lengths.append(math.sqrt(sum(float(c @ c) for c in columns) / L))
+    expected_mean = 2 + 0.1 * (sum(lengths) / N - 2)
+    assert mean_path.item() == pytest.approx(expected_mean) and not mean_path.requires_grad
+    assert penalty.item() == pytest.approx(sum((x - expected_mean) ** 2 for x in lengths) / N)
+
+
+def test_orthogonality_is_0_for_right_angles_1_for_parallels_and_blind_to_length():
+    z = torch.randn(2, 5, 8)  # (B, L, D)
+    assert losses.orthogonality_loss(z, -3 * z[:, None].expand(2, 3, 5, 8)).item() == pytest.approx(1, abs=1e-5)
+    a, b = torch.zeros(2, 5, 8), torch.zeros(2, 3, 5, 8)
+    a[..., :4], b[..., 4:] = torch.randn(2, 5, 4), torch.randn(2, 3, 5, 4)
+    assert losses.orthogonality_loss(a, b).item() == 0
+    mixed = a[:, None] + b
+    expected = a.square().sum(-1)[:, None] / mixed.square().sum(-1)  # cos^2 by Pythagoras
+    assert torch.allclose(losses.orthogonality_loss(a, mixed), expected.mean())
+    assert torch.allclose(losses.orthogonality_loss(7 * a, mixed), expected.mean())
+
+
+def test_orthogonality_compares_each_style_layer_with_itself_only():
+    a, b = torch.zeros(2, 5, 8), torch.zeros(2, 3, 5, 8)
+    a[:, 0, 1], b[:, :, 1:, 1] = 1, 1  # the same direction, in other layers
+    assert losses.orthogonality_loss(a, b).item() == 0
+
+
+def test_reconstruction_is_0_for_equal_pictures_and_weighs_boxes_and_pyramid():
+    x = torch.rand(2, 3, 16, 24)
+    assert losses.reconstruction_loss(x, x, (((0, 0, 1, 1), 5),)).item() == 0
+    assert losses.reconstruction_loss(x + 0.25, x, pyramid=0).item() == pytest.approx(0.25, rel=1e-5)
+    assert losses.reconstruction_loss(x + 0.25, x, pyramid=0.5).item() == pytest.approx(0.25 * 2, rel=1e-5)
+    left = x.clone()
+    left[..., 4:8, 6:12] += 0.5  # rows 1/4..1/2 of 16, columns 1/4..1/2 of 24: a sixteenth of the picture
+    inside, outside = (((0.25, 0.25, 0.5, 0.5), 3.0),), (((0.5, 0.25, 0.75, 0.5), 3.0),)
+    assert losses.reconstruction_loss(left, x, inside, pyramid=0).item() == pytest.approx(0.5 / 16 + 3 * 0.5, rel=1e-5)
+    assert losses.reconstruction_loss(left, x, outside, pyramid=0).item() == pytest.approx(0.5 / 16, rel=1e-5)
+
+
+def test_perceptual_loss_is_relative_to_the_size_of_each_map():
+    real = [torch.rand(2, 4, 6, 5) + 0.1, 100 * torch.rand(2, 8, 3, 2) + 1]
+    assert losses.perceptual_loss(real, real).item() == 0
+    assert losses.perceptual_loss([1.5 * real[0], 1.1 * real[1]], real).item() == pytest.approx((0.5 + 0.1) / 2, rel=1e-4)
+    for maps in real:
+        maps.requires_grad_()
+    losses.perceptual_loss([2 * real[0].detach().requires_grad_(), real[1].detach()], real).backward()
+    assert real[0].grad is None  # the real side is a target
+
+
+def test_identity_loss_is_0_1_or_2_for_the_same_another_or_the_opposite_direction():
+    e = torch.eye(4)[:3]
+    assert losses.identity_loss(e, e).item() == 0
+    assert losses.identity_loss(e, e.roll(1, 1)).item() == 1
+    assert losses.identity_loss(e, -e).item() == 2
+
+
+def test_same_person_loss_has_the_value_worked_out_by_hand():
+    a = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    loss = losses.same_person_loss(a, a, torch.tensor([4, 4, 9]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
+    # same: 5 pairs of cosine 1, logit 2 - 1 = 1; other: 4 pairs of cosine 0, logit -1
+    assert loss.item() == pytest.approx(2 * math.log(1 + math.exp(-1)), rel=1e-6)
+    worse = losses.same_person_loss(a, a, torch.tensor([4, 9, 4]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
+    assert worse > loss
+
+
+def test_augmentation_at_p_0_changes_nothing_and_at_p_1_changes_every_picture():
+    x = torch.rand(5, 3, 16, 24) * 2 - 1
+    assert torch.equal(losses.Augment(0.0)(x), x)
+    torch.manual_seed(0)
+    y = losses.Augment(1.0)(x)
+    assert y.shape == x.shape and all(not torch.equal(a, b) for a, b in zip(x, y))
+    many = x.repeat(40, 1, 1, 1)
+    changed = ((losses.Augment(0.05)(many) - many).abs().amax((1, 2, 3)) > 1e-5).sum()
+    assert 20 < changed < 90  # 1 - 0.95^6 = 26 % of 200 pictures
+
+
+def test_augmentation_has_the_gradient_of_finite_differences():
+    x, d = (torch.randn(3, 3, 8, 12, dtype=torch.float64) for _ in range(2))
+    augment = losses.Augment(1.0)
+
+    def value(x):
+        torch.manual_seed(3)
+        return augment(x).pow(2).sum()
+
+    x.requires_grad_()
+    slope = (torch.autograd.grad(value(x), x)[0] * d).sum()
+    numeric = (value(x + 1e-6 * d) - value(x - 1e-6 * d)) / 2e-6
+    assert slope.item() != 0 and slope.item() == pytest.approx(numeric.item(), rel=1e-6)
+
+
+def test_augmentation_treats_each_picture_apart():
+    x = torch.rand(4, 3, 8, 12)
+    other = x.clone()
+    other[1] = torch.rand(3, 8, 12)
+    torch.manual_seed(5)
+    a = losses.Augment(0.7)(x)
+    torch.manual_seed(5)
+    b = losses.Augment(0.7)(other)
+    assert torch.equal(a[[0, 2, 3]], b[[0, 2, 3]])
+
+
+def test_the_controller_moves_p_by_n_of_500k_towards_the_target_and_stays_in_0_1():
+    augment = losses.Augment(p=0.5)
+    augment.update(torch.ones(32, 1))  # all real pictures known: sign 1 > 0.6
+    assert augment.p == pytest.approx(0.5 + 32 / 500_000)
+    augment.update(torch.tensor([[1.0], [1], [-1]]))  # 1/3 < 0.6
+    assert augment.p == pytest.approx(0.5 + 29 / 500_000)
+    augment.p = 1.0
+    augment.update(torch.ones(32, 1))
+    assert augment.p == 1
+    augment.p = 0.0
+    augment.update(-torch.ones(32, 1))
+    assert augment.p == 0
+
+
+def test_a_frozen_judge_stays_in_eval_and_without_gradients_when_its_owner_trains():
+    owner = nn.ModuleDict(dict(judge=losses.freeze(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), free=nn.BatchNorm1d(4)))
+    owner.train()
+    assert owner["free"].training and not any(m.training for m in owner["judge"].modules())
+    assert not any(p.requires_grad for p in owner["judge"].parameters())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (20, 33)])
+def test_the_small_judge_gives_unit_length_at_any_size(size):
+    e = losses.SmallFaceJudge()(torch.rand(3, 3, *size))
+    assert e.shape == (3, 64) and torch.allclose(e.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# published judges: names and shapes
+
+
+def named(name, *shape, bias=True):
+    return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
+
+
+def norm(name, c):
+    return named(name, c) | {f"{name}.running_mean": (c,), f"{name}.running_var": (c,), f"{name}.num_batches_tracked": ()}
+
+
+def vgg_convolutions(*stages):
+    """(index, out, in) of each convolution of torchvision's VGG"""
+    index, c_in, out = 0, 3, []
+    for count, c in stages:
+        for _ in range(count):
+            out.append((index, c, c_in))
+            index, c_in = index + 2, c
+        index += 1
+    return out
+
+
+def expected_vgg19():
+    keys = {}
+    for i, c, c_in in vgg_convolutions((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)):
+        keys |= named(f"features.{i}", c, c_in, 3, 3)
+    return keys
+
+
+def expected_lpips():
+    keys = {"scaling_layer.shift": (1, 3, 1, 1), "scaling_layer.scale": (1, 3, 1, 1)}
+    slices = [1] * 2 + [2] * 2 + [3] * 3 + [4] * 3 + [5] * 3
+    for k, (i, c, c_in) in zip(slices, vgg_convolutions((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))):
+        keys |= named(f"net.slice{k}.{i}", c, c_in, 3, 3)
+    for k, c in enumerate((64, 128, 256, 512, 512)):
+        keys |= named(f"lin{k}.model.1", 1, c, 1, 1, bias=False) | named(f"lins.{k}.model.1", 1, c, 1, 1, bias=False)
+    return keys
+
+
+def expected_arcface():
+    keys = named("input_layer.0", 64, 3, 3, 3, bias=False) | norm("input_layer.1", 64) | {"input_layer.2.weight": (64,)}
+    keys |= norm("output_layer.0", 512) | named("output_layer.3", 512, 25088) | norm("output_layer.4", 512)
+    widths = [64] * 3 + [128] * 4 + [256] * 14 + [512] * 3
+    for k, (c_in, c) in enumerate(zip([64] + widths, widths)):
+        b = f"body.{k}.res_layer"
+        if c_in != c:
+            keys |= named(f"body.{k}.shortcut_layer.0", c, c_in, 1, 1, bias=False) | norm(f"body.{k}.shortcut_layer.1", c)
+        keys |= norm(f"{b}.0", c_in) | named(f"{b}.1", c, c_in, 3, 3, bias=False) | {f"{b}.2.weight": (c,)}
+        keys |= named(f"{b}.3", c, c, 3, 3, bias=False) | norm(f"{b}.4", c)
+        keys |= named(f"{b}.5.fc1", c // 16, c, 1, 1, bias=False) | named(f"{b}.5.fc2", c, c // 16, 1, 1, bias=False)
+    return keys
+
+
+SOUND_V2 = ((0, 64, 1, 3, 3), (4, 192, 64, 3, 3), (8, 384, 192, 3, 3), (11, 256, 384, 3, 3), (14, 256, 256, 3, 3),
+            (18, 512, 256, 5, 4))
+LIPS_V2 = ((0, 96, 3, 5, 7, 7), (4, 256, 96, 1, 5, 5), (8, 256, 256, 1, 3, 3), (11, 256, 256, 1, 3, 3),
+           (14, 256, 256, 1, 3, 3), (18, 512, 256, 1, 6, 6))
+
+
+def expected_syncnet():
+    keys = {}
+    for name, layers in (("netcnnaud", SOUND_V2), ("netcnnlip", LIPS_V2)):
+        for i, *shape in layers:
+            keys |= named(f"{name}.{i}", *shape) | norm(f"{name}.{i + 1}", shape[0])
+    for name in ("netfcaud", "netfclip"):
+        keys |= named(f"{name}.0", 512, 512) | norm(f"{name}.1", 512) | named(f"{name}.3", 1024, 512)
+    return keys
+
+
+# Wav2Lip: (channels, kernel, stride, padding); one number is a residual block of so many channels
+FACE = ((32, 7, 1, 3), (64, 5, (1, 2), 1), 64, 64, (128, 3, 2, 1), 128, 128, 128, (256, 3, 2, 1), 256, 256, (512, 3, 2, 1),
+        512, 512, (512, 3, 2, 1), (512, 3, 1, 0), (512, 1, 1, 0))
+SOUND = ((32, 3, 1, 1), 32, 32, (64, 3, (3, 1), 1), 64, 64, (128, 3, 3, 1), 128, 128, (256, 3, (3, 2), 1), 256, 256,
+         (512, 3, 1, 0), (512, 1, 1, 0))
+
+
+def expected_wav2lip():
+    keys = {}
+    for name, c_in, plan in (("face_encoder", 15, FACE), ("audio_encoder", 1, SOUND)):
+        for i, step in enumerate(plan):
+            c, kernel = (step, 3) if isinstance(step, int) else step[:2]
+            keys |= named(f"{name}.{i}.conv_block.0", c, c_in, kernel, kernel) | norm(f"{name}.{i}.conv_block.1", c)
+            c_in = c
+    return keys
+
+
+JUDGES = {  # class, expected keys, the list of the published file, tensors in it
+    "vgg19": (losses.VGG19Features, expected_vgg19, "vgg19_features.txt", 32),
+    "lpips": (losses.LPIPS, expected_lpips, "lpips_vgg.txt", 38),
+    "arcface": (losses.ArcFace, expected_arcface, "arcface_ir_se50.txt", 397),
+    "syncnet": (losses.SyncNetV2, expected_syncnet, "syncnet_v2.txt", 102),
+    "wav2lip": (losses.Wav2LipExpert, expected_wav2lip, "wav2lip_sync_expert.txt", 217),
+}
+
+
+@pytest.fixture(scope="module")
+def judges():
+    """Each judge once, with random weights and BatchNorm statistics that matter, frozen."""
+    torch.manual_seed(0)
+    made = {}
+    for name, (kind, *_) in JUDGES.items():
+        made[name] = judge = losses.freeze(kind())
+        for module in judge.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.data.uniform_(0.5, 1.5)
+                module.bias.data.normal_(0, 0.3)
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.3, 2)
+        for key, value in judge.named_parameters():
+            if ".lin" in "." + key:
+                value.data.uniform_(0, 1)
+    return made
+
+
+def double(judge):
+    return {k: v.double() for k, v in judge.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_has_the_names_and_shapes_of_its_published_file(judges, name):
+    expected = JUDGES[name][1]()
+    assert len(expected) == JUDGES[name][3]
+    assert {k: tuple(v.shape) for k, v in judges[name].state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_agrees_with_the_key_list_of_its_published_file(judges, name):
+    path = FORMATS / JUDGES[name][2]
+    if not path.is_file():
+        pytest.skip(f"the key list {path.name} is not at hand")
+    rows = [line.split() for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    listed = {key: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for key, shape, _ in rows}
+    assert {k: tuple(v.shape) for k, v in judges[name].state_dict().items()} == listed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# published judges: numbers, against references written from the papers on the state dict, in float64
+
+
+def batch_norm(s, name, x):
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    mean, var, w, b = (s[f"{name}.{k}"].view(shape) for k in ("running_mean", "running_var", "weight", "bias"))
+    return (x - mean) / (var + 1e-5).sqrt() * w + b
+
+
+def naive_vgg(s, prefix, x, stages):
+    """All activations after a ReLU, by the index of that ReLU; prefix(index) names a convolution."""
+    out, ends = {}, set()
+    layers = vgg_convolutions(*stages)
+    for (i, *_), (j, *_) in zip(layers, layers[1:]):
+        if j == i + 3:
+            ends.add(i)
+    for i, *_ in layers:
+        x = F.conv2d(x, s[f"{prefix(i)}.weight"], s[f"{prefix(i)}.bias"], padding=1).clamp(min=0)
+        out[i + 1] = x
+        if i in ends:
+            x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2))
+    return out
+
+
+def close(ours, reference, tolerance=2e-4):
+    assert ours.shape == reference.shape
+    error = (ours.double() - reference).abs().max() / reference.abs().max()
+    assert error < tolerance, f"relative error {error:.2g}"
+
+
+def test_vgg19_gives_the_five_taps_of_imagenet_normalised_pictures(judges):
+    x = torch.rand(2, 3, 32, 48) * 2 - 1
+    maps = judges["vgg19"](x)
+    y = (x.double() + 1) / 2
+    y = torch.stack([(y[:, 0] - 0.485) / 0.229, (y[:, 1] - 0.456) / 0.224, (y[:, 2] - 0.406) / 0.225], 1)
+    every = naive_vgg(double(judges["vgg19"]), lambda i: f"features.{i}", y,
+                      ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)))
+    assert [m.shape[1:] for m in maps] == [(64, 32, 48), (128, 16, 24), (256, 8, 12), (512, 4, 6), (512, 2, 3)]
+    for index, ours in zip((1, 6, 11, 20, 29), maps):
+        close(ours, every[index])
+
+
+def test_lpips_is_the_weighted_distance_of_normalised_features(judges):
+    a, b = (torch.rand(2, 3, 48, 32) * 2 - 1 for _ in range(2))
+    s = double(judges["lpips"])
+    where = {i: k for k, group in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), 1) for i in group}
+    expected, sides = torch.zeros(2, dtype=torch.float64), []
+    for x in (a, b):
+        x = (x.double() - torch.tensor([-0.030, -0.088, -0.188]).double().view(1, 3, 1, 1))
+        x = x / torch.tensor([0.458, 0.448, 0.450]).double().view(1, 3, 1, 1)
+        every = naive_vgg(s, lambda i: f"net.slice{where[i]}.{i}", x, ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)))
+        sides.append([every[i] / (every[i].norm(dim=1, keepdim=True) + 1e-10) for i in (3, 8, 15, 22, 29)])
+    for k, (u, v) in enumerate(zip(*sides)):
+        expected += (s[f"lin{k}.model.1.weight"] * (u - v) ** 2).sum(1).mean((1, 2))
+    close(judges["lpips"](a, b), expected)
+    assert judges["lpips"](a, a).abs().max() == 0
+
+
+def test_lpips_has_a_finite_gradient_where_all_channels_are_silent(judges):
+    dead = losses.LPIPS()
+    dead.load_state_dict(judges["lpips"].state_dict())
+    losses.freeze(dead).net.slice5[-2].bias.fill_(-100)  # the last ReLU gives 0 everywhere
+    x = (torch.rand(1, 3, 16, 32) * 2 - 1).requires_grad_()
+    assert dead.maps(x)[4].abs().max() == 0
+    dead(x, -x.detach()).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+
+
+def naive_arcface(s, x):
+    x = batch_norm(s, "input_layer.1", F.conv2d(x, s["input_layer.0.weight"], padding=1))
+    x = torch.where(x > 0, x, x * s["input_layer.2.weight"].view(1, -1, 1, 1))
+    for k in range(24):
+        b, stride = f"body.{k}.res_layer", 2 if k in (0, 3, 7, 21) else 1
+        y = F.conv2d(batch_norm(s, f"{b}.0", x), s[f"{b}.1.weight"], padding=1)
+        y = torch.where(y > 0, y, y * s[f"{b}.2.weight"].view(1, -1, 1, 1))
+        y = batch_norm(s, f"{b}.4", F.conv2d(y, s[f"{b}.3.weight"], padding=1, stride=stride))
+        gate = (y.mean((2, 3)) @ s[f"{b}.5.fc1.weight"][..., 0, 0].T).clamp(min=0) @ s[f"{b}.5.fc2.weight"][..., 0, 0].T
+        short = x[:, :, ::stride, ::stride]
+        if k in (3, 7, 21):
+            weight = s[f"body.{k}.shortcut_layer.0.weight"][..., 0, 0]
+            short = batch_norm(s, f"body.{k}.shortcut_layer.1", torch.einsum("nchw,dc->ndhw", short, weight))
+        x = y / (1 + torch.exp(-gate))[:, :, None, None] + short
+    x = batch_norm(s, "output_layer.0", x).flatten(1) @ s["output_layer.3.weight"].T + s["output_layer.3.bias"]
+    x = batch_norm(s, "output_layer.4", x)
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def test_arcface_is_ir_se50_of_psps_crop(judges):
+    x = torch.rand(2, 3, 256, 256) * 2 - 1
+    crop, faces = x[:, :, 35:223, 32:220].double(), torch.zeros(2, 3, 112, 112, dtype=torch.float64)
+    for i in range(112):  # adaptive pooling, written out: cells from floor(i 188/112) to ceil((i + 1) 188/112)
+        rows = crop[:, :, i * 188 // 112:-(-(i + 1) * 188 // 112)].mean(2)
+        for j in range(112):
+            faces[:, :, i, j] = rows[:, :, j * 188 // 112:-(-(j + 1) * 188 // 112)].mean(2)
+    close(judges["arcface"](x), naive_arcface(double(judges["arcface"]), faces))
+
+
+def test_arcface_takes_any_square_size_and_looks_at_its_crop_only(judges):
+    judge, big = judges["arcface"], torch.rand(1, 3, 512, 512) * 2 - 1
+    small = big.unflatten(2, (256, 2)).unflatten(4, (256, 2)).mean((3, 5))
+    x = small.clone().requires_grad_()
+    e = judge(x)
+    assert torch.allclose(judge(big), e, atol=1e-5)
+    e[:, :7].sum().backward()
+    outside = x.grad.clone()
+    outside[:, :, 35:223, 32:220] = 0
+    assert outside.abs().max() == 0 and (x.grad[:, :, 35:223, 32:220].abs().sum(1) > 0).all()
+    e = judge(torch.rand(2, 3, 40, 40))
+    assert e.shape == (2, 512) and torch.allclose(e.norm(dim=1), torch.ones(2), atol=1e-5)
+    with pytest.raises(AssertionError, match="square"):
+        judge(torch.rand(1, 3, 40, 50))
+
+
+def naive_syncnet_head(s, name, x):
+    x = batch_norm(s, f"{name}.1", x @ s[f"{name}.0.weight"].T + s[f"{name}.0.bias"]).clamp(min=0)
+    return x @ s[f"{name}.3.weight"].T + s[f"{name}.3.bias"]
+
+
+def test_syncnet_v2_embeds_each_five_frames_as_published(judges):
+    B, T = 1, 6
+    frames = torch.rand(B, T, 3, 224, 224) * 2 - 1
+    ours, s = judges["syncnet"].face(frames), double(judges["syncnet"])
+    assert ours.shape == (B, T - 4, 1024)
+    bgr = (frames.double()[:, :, [2, 1, 0]] + 1) / 2 * 255
+    for first in range(T - 4):
+        # five planes of the first kernel, one a frame, as 15-channel convolution in the plane
+        w = s["netcnnlip.0.weight"]  # (96, 3, 5, 7, 7)
+        x = F.conv2d(bgr[:, first:first + 5].flatten(1, 2), w.transpose(1, 2).flatten(1, 2), s["netcnnlip.0.bias"], stride=2)
+        x = F.max_pool2d(batch_norm(s, "netcnnlip.1", x).clamp(min=0), 3, 2)
+        for i, stride, padding, pool in ((4, 2, 1, 1), (8, 1, 1, None), (11, 1, 1, None), (14, 1, 1, 0), (18, 1, 0, None)):
+            x = F.conv2d(x, s[f"netcnnlip.{i}.weight"][:, :, 0], s[f"netcnnlip.{i}.bias"], stride, padding)
+            x = batch_norm(s, f"netcnnlip.{i + 1}", x).clamp(min=0)
+            x = x if pool is None else F.max_pool2d(x, 3, 2, pool)
+        assert x.shape == (B, 512, 1, 1)
+        close(ours[:, first], naive_syncnet_head(s, "netfclip", x.flatten(1)))
+
+
+def test_syncnet_v2_embeds_sound_as_published(judges):
+    mfcc = torch.randn(3, 13, 20) * 10
+    s, x = double(judges["syncnet"]), mfcc[:, None].double()
+    for i, *shape in SOUND_V2:
+        x = F.conv2d(x, s[f"netcnnaud.{i}.weight"], s[f"netcnnaud.{i}.bias"], padding=0 if i == 18 else 1)
+        x = batch_norm(s, f"netcnnaud.{i + 1}", x).clamp(min=0)
+        if i in (4, 14):
+            x = x.unfold(2, 3, 1 if i == 4 else 2).unfold(3, 3, 2).amax((-1, -2))
+    assert x.shape == (3, 512, 1, 1)
+    close(judges["syncnet"].sound(mfcc), naive_syncnet_head(s, "netfcaud", x.flatten(1)))
+
+
+def naive_wav2lip(s, name, plan, x):
+    for i, step in enumerate(plan):
+        stride, padding = (1, 1) if isinstance(step, int) else step[2:]
+        y = F.conv2d(x, s[f"{name}.{i}.conv_block.0.weight"], s[f"{name}.{i}.conv_block.0.bias"], stride, padding)
+        y = batch_norm(s, f"{name}.{i}.conv_block.1", y)
+        x = (y + x if isinstance(step, int) else y).clamp(min=0)
+    assert x.shape[1:] == (512, 1, 1)
+    return x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
+
+
+def test_the_wav2lip_expert_sees_bgr_lower_halves_and_gives_the_published_embeddings(judges):
+    judge, s = judges["wav2lip"], double(judges["wav2lip"])
+    frames, mel = torch.rand(2, 5, 3, 96, 96) * 2 - 1, torch.randn(3, 1, 80, 16)
+    channels = [(frames[:, t, c, 48:].double() + 1) / 2 for t in range(5) for c in (2, 1, 0)]
+    close(judge.face(frames), naive_wav2lip(s, "face_encoder", FACE, torch.stack(channels, 1)))
+    close(judge.sound(mel), naive_wav2lip(s, "audio_encoder", SOUND, mel.double()))
+    logits = judge.logits(judge.face(frames), judge.sound(mel))
+    assert logits.shape == (2, 3)
+    assert torch.allclose(torch.sigmoid(logits), judge.face(frames) @ judge.sound(mel).T, atol=1e-5)
+
+
+def test_the_sync_judges_take_crops_of_any_size(judges):
+    frames = torch.rand(1, 5, 3, 64, 50)
+    assert judges["wav2lip"].face(frames).shape == (1, 512)
+    assert judges["syncnet"].face(frames).shape == (1, 1, 1024)
+    with pytest.raises(AssertionError, match="expected"):
+        judges["wav2lip"].face(frames[:, :4])
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_is_differentiable_by_the_picture_and_ignores_who_else_is_in_the_batch(judges, name):
+    judge = judges[name]
+    judge.train()  # has no effect: BatchNorm and dropout stay as they are in use
+    shape = (3, 5, 3, 32, 32) if name in ("syncnet", "wav2lip") else (3, 3, 32, 32)
+    x = (torch.rand(*shape) * 2 - 1).requires_grad_()
+    run = {"vgg19": lambda x: judge(x)[4], "arcface": judge, "lpips": lambda x: judge(x, x.detach().flip(-1))}.get(name)
+    run = run or judge.face
+    out = run(x)
+    close(run(x[1:2])[0], out[1].double(), 1e-4)
+    (out * torch.rand_like(out)).sum().backward()
+    if name == "wav2lip":
+        assert x.grad[..., :15, :].abs().max() == 0  # the upper half is not seen
+    assert x.grad.isfinite().all() and x.grad.flatten(1).abs().amax(1).min() > 0
+    assert all(p.grad is None for p in judge.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# published judges: files
+
+
+def files_of(name, judges):
+    """What the published files hold, from a judge's weights: (file of fetch, content) pairs."""
+    state = judges[name].state_dict()
+    if name == "vgg19":
+        return {"vgg19": state | {"classifier.0.weight": torch.zeros(2, 3)}}
+    if name == "lpips":
+        trunk = {"features." + k.split(".", 2)[2]: v for k, v in state.items() if k.startswith("net.")}
+        heads = {k: v for k, v in state.items() if k.startswith("lin") and not k.startswith("lins")}
+        return {"vgg16": trunk | {"classifier.0.bias": torch.zeros(2)}, "lpips_heads": heads}
+    if name == "wav2lip":
+        return {"wav2lip_expert": {"state_dict": state, "optimizer": {}, "global_step": 3}}
+    if name == "syncnet":
+        return {"syncnet_v2": {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}}
+    return {name: state}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_published_file_loads_into_a_frozen_judge_with_its_very_weights(judges, name, monkeypatch):
+    monkeypatch.setattr(losses, "fetch", lambda name, path: name)
+    monkeypatch.setattr(losses, "read_weights", lambda path: files_of(name, judges)[path])
+    make = {"syncnet": losses.syncnet_v2, "wav2lip": losses.wav2lip_expert}.get(name) or getattr(losses, name)
+    judge = make("cpu")
+    counts = {k for k in judge.state_dict() if k.endswith("num_batches_tracked")}
+    assert all(torch.equal(v, judges[name].state_dict()[k]) for k, v in judge.state_dict().items() if k not in counts)
+    assert not any(p.requires_grad for p in judge.parameters()) and not judge.training
+
+
+def test_other_keys_or_shapes_are_refused_in_one_line_that_names_them(judges):
+    state = judges["syncnet"].state_dict()
+    key = "netfcaud.3.weight"
+    cases = (({k: v for k, v in state.items() if k != key}, f"{key} is absent"),
+             (state | {"module.x": torch.zeros(2)}, "module.x is unknown"),
+             (state | {key: torch.zeros(1024, 511)}, r"\(1024, 511\), expected \(1024, 512\)"),
+             (state | {key: 7}, "no tensor"), ({}, "and .* more"))
+    for wrong, message in cases:
+        with pytest.raises(InputError, match=f"some.pth: not the weights of SyncNetV2: .*{message}"):
+            losses.load(losses.SyncNetV2(), wrong, "some.pth", "cpu")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def test_hostile_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "good.pth"
+    torch.save({"a": torch.randn(50, 7)}, good)
+    assert losses.read_weights(good)["a"].shape == (50, 7)
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:900])
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>Not found</html>")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "hostile.pth").write_bytes(pickle.dumps({"a": Hostile()}, protocol=2))
+    torch.save({"a": Hostile()}, tmp_path / "hostile_zip.pth")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    for name in ("cut", "page", "empty", "hostile", "hostile_zip", "list", "absent"):
+        with pytest.raises(InputError, match=f"{name}.pth") as caught:
+            losses.read_weights(tmp_path / f"{name}.pth")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+    torch.save({"netG": {}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="state_dict"):
+        losses.wav2lip_expert("cpu", tmp_path / "other.pth")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the downloader, against a server of our own
+
+
+CONTENT = bytes(range(256)) * 500  # 128,000 bytes
+
+
+class Server:
+    """Answers each address by the function in `routes`; notes (address, Range) of what was asked."""
+
+    def __init__(self):
+        self.routes, self.asked = {}, []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.asked.append((self.path, self.headers.get("Range")))
+                server.routes[self.path](self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+def sends(content=CONTENT, cut_at=None, resumes=True, kind="application/octet-stream", length=True):
+    """An answer: `content` from where it is asked for, dropped once its byte `cut_at` is reached."""
+
+    def answer(handler):
+        asked = handler.headers.get("Range") if resumes else None
+        start = int(asked[6:-1]) if asked else 0
+        if start >= len(content):
+            handler.send_response(416)
+            handler.end_headers()
+            return
+        handler.send_response(206 if asked else 200)
+        handler.send_header("Content-Type", kind)
+        if asked:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if length:
+            handler.send_header("Content-Length", str(len(content) - start))
+        handler.end_headers()
+        handler.wfile.write(content[start:cut_at])
+
+    return answer
+
+
+def refuses(code):
+    return lambda handler: handler.send_error(code)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server, an empty cache, and the file "thing" of two addresses in the table."""
+    server = Server()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    urls = (f"{server.url}/first", f"{server.url}/second")
+    pin = losses.Published("thing.pth", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), urls)
+    monkeypatch.setitem(losses.PUBLISHED, "thing", pin)
+    server.pin, server.cache = pin, tmp_path / "home" / "hub" / "checkpoints"
+    server.target = server.cache / "thing.pth"
+    server.routes |= {"/first": sends(), "/second": sends()}
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def lies(server):
+    return sorted(path.name for path in server.cache.iterdir()) if server.cache.is_dir() else []
+
+
+def whole(server):
+    return server.target.read_bytes() == CONTENT and lies(server) == ["thing.pth"]
+
+
+def refusal(server):
+    """The one line of a failed fetch, which always names the file, an address and the place."""
+    with pytest.raises(InputError) as caught:
+        losses.fetch("thing")
+    line = str(caught.value)
+    assert "\n" not in line and "thing.pth" in line and server.pin.urls[0] in line and str(server.target) in line
+    return line
+
+
+def test_every_published_file_is_pinned_by_a_whole_hash_and_fetched_by_https():
+    assert set(losses.PUBLISHED) == {"vgg19", "vgg16", "lpips_heads", "arcface", "syncnet_v2", "wav2lip_expert"}
+    for pin in losses.PUBLISHED.values():
+        assert len(pin.sha256) == 64 and set(pin.sha256) <= set("0123456789abcdef")
+        assert pin.urls and all(url.startswith("https://") for url in pin.urls)
+    assert len({pin.file for pin in losses.PUBLISHED.values()}) == len(losses.PUBLISHED)
+
+
+def test_a_file_is_fetched_once_into_torch_home(server):
+    assert losses.fetch("thing") == server.target and whole(server)
+    assert losses.fetch("thing") == server.target
+    assert server.asked == [("/first", None)]
+
+
+def test_a_copy_of_the_users_own_is_taken_without_a_network(server, tmp_path):
+    copy = tmp_path / "my copy.pth"
+    copy.write_bytes(b"mine")
+    assert losses.fetch("thing", copy) == copy
+    with pytest.raises(InputError, match="nowhere.pth: no such file"):
+        losses.fetch("thing", tmp_path / "nowhere.pth")
+    assert server.asked == []
+
+
+def test_a_cut_download_is_resumed_where_it_was_cut(server):
+    cuts = iter((50_000, 100_000, None))
+    server.routes["/first"] = lambda handler: sends(cut_at=next(cuts))(handler)
+    losses.fetch("thing")
+    assert whole(server)
+    assert server.asked == [("/first", None), ("/first", "bytes=49152-"), ("/first", "bytes=98304-")]
+
+
+def test_a_server_that_cannot_resume_is_asked_for_the_whole_again(server):
+    cuts = iter((50_000, None))
+    server.routes["/first"] = lambda handler: sends(cut_at=next(cuts), resumes=False)(handler)
+    losses.fetch("thing")
+    assert whole(server) and len(server.asked) == 2
+
+
+def test_a_download_that_stays_cut_is_resumed_by_the_next_call_and_by_the_second_address(server):
+    server.routes |= {"/first": sends(cut_at=50_000), "/second": refuses(503)}
+    assert "HTTP 503" in refusal(server)
+    part, = lies(server)
+    assert part.endswith(".part") and (server.cache / part).stat().st_size == 49_152  # whole blocks of 16 KiB
+    server.routes |= {"/first": refuses(404), "/second": sends()}
+    server.asked.clear()
+    losses.fetch("thing")
+    assert whole(server) and server.asked == [("/first", "bytes=49152-"), ("/second", "bytes=49152-")]
+
+
+def test_the_right_size_with_another_hash_is_refused_and_nothing_stays(server):
+    wrong = bytes(len(CONTENT))
+    server.routes |= {"/first": sends(wrong), "/second": sends(wrong)}
+    assert "SHA256" in refusal(server)
+    assert lies(server) == [] and len(server.asked) == 2
+
+
+def test_a_rotten_part_is_found_out_and_fetched_again_from_the_start(server):
+    server.cache.mkdir(parents=True)
+    for name, content in (("aa", bytes(1000)), ("bb", bytes(len(CONTENT)))):
+        part = server.cache / f"thing.pth.{name}.part"
+        part.write_bytes(content)
+        os.utime(part, (0, 0))
+        losses.fetch("thing")
+        assert server.target.read_bytes() == CONTENT
+        server.target.unlink()
+    assert lies(server) == []
+
+
+def test_a_part_that_was_whole_but_not_yet_named_needs_no_network(server):
+    server.cache.mkdir(parents=True)
+    part = server.cache / "thing.pth.aa.part"
+    part.write_bytes(CONTENT)
+    os.utime(part, (0, 0))
+    losses.fetch("thing")
+    assert whole(server) and server.asked == []
+
+
+def test_the_part_of_a_living_download_is_left_alone(server):
+    server.cache.mkdir(parents=True)
+    part = server.cache / "thing.pth.aa.part"
+    part.write_bytes(CONTENT[:1000])
+    losses.fetch("thing")
+    assert part.read_bytes() == CONTENT[:1000] and server.asked == [("/first", None)]
+    server.target.unlink()
+    os.utime(part, (time.time() - losses.ABANDONED - 5,) * 2)
+    losses.fetch("thing")
+    assert whole(server) and server.asked[1:] == [("/first", "bytes=1000-")]
+
+
+def test_a_web_page_in_place_of_the_file_sends_us_to_the_second_address(server):
+    server.routes["/first"] = sends(b"<html>please log in</html>", kind="text/html; charset=utf-8")
+    losses.fetch("thing")
+    assert whole(server) and [path for path, _ in server.asked] == ["/first", "/second"]
+    server.target.unlink()
+    server.routes["/second"] = sends(b"<html>please log in</html>", length=False)  # and does not say what it is
+    line = refusal(server)
+    assert "web page" in line and "SHA256" in line and lies(server) == []
+
+
+def test_a_missing_file_sends_us_to_the_second_address_and_both_missing_are_named(server):
+    server.routes["/first"] = refuses(404)
+    losses.fetch("thing")
+    assert whole(server)
+    server.target.unlink()
+    server.routes["/second"] = refuses(410)
+    line = refusal(server)
+    assert "HTTP 404" in line and "HTTP 410" in line and lies(server) == []
+
+
+def test_another_size_is_refused_before_its_bytes_come(server, monkeypatch):
+    server.routes |= {"/first": sends(CONTENT + b"x"), "/second": sends(CONTENT * 3, length=False)}
+    line = refusal(server)
+    assert "128001 bytes are offered, expected 128000" in line and "more came" in line and lies(server) == []
+
+
+def test_no_network_says_what_to_do_by_hand(server):
+    server.http.shutdown()
+    server.http.server_close()
+    assert "no connection" in refusal(server) and lies(server) == []
+
+
+def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(server):
+    server.cache.mkdir(parents=True)
+    server.target.write_bytes(CONTENT[:-1] + b"!")
+    server.routes |= {"/first": refuses(500), "/second": refuses(500)}
+    assert "damaged" in refusal(server)
+    assert lies(server) == ["thing.pth"]  # what was there stays until there is better
+    server.routes["/second"] = sends()
+    losses.fetch("thing")
+    assert whole(server)
+
+
+def test_a_full_disk_leaves_nothing_behind(server, monkeypatch):
+    class Full:
+        def __init__(self, *args):
+            self.file = open(*args)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, block):
+            self.file.write(block[:100])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(losses, "open", lambda path, mode: (Full if "+" in mode else open)(path, mode), raising=False)
+    assert "No space left" in refusal(server) and lies(server) == []
+    monkeypatch.delattr(losses, "open")
+    monkeypatch.setattr(losses.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5)))
+    assert "disk full" in refusal(server) and lies(server) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
+    server.cache.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+
+        def read_only(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        patch.setattr(Path, "touch", read_only)
+        assert f"{server.cache} cannot be written (Read-only file system)" in refusal(server)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    server.target = tmp_path / "file" / "hub" / "checkpoints" / "thing.pth"
+    assert "cannot be written" in refusal(server) and server.asked == []
+
+
+def test_ctrl_c_keeps_what_came_for_the_next_call(server, monkeypatch):
+    class Interrupted(losses.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    server.routes["/first"] = sends(cut_at=60_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "tqdm", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            losses.fetch("thing")
+    part, = lies(server)
+    size = (server.cache / part).stat().st_size
+    server.routes["/first"] = sends()
+    losses.fetch("thing")
+    assert size > 0 and whole(server) and server.asked[-1] == ("/first", f"bytes={size}-")
+
+
+def test_processes_that_fetch_at_once_all_get_the_whole_file(server):
+    fork = multiprocessing.get_context("fork")
+    together = threading.Barrier(3)
+
+    def answer(handler):
+        together.wait(20)  # all three have asked before one is answered
+        sends()(handler)
+
+    server.routes["/first"] = answer
+    workers = [fork.Process(target=losses.fetch, args=("thing",)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert whole(server) and server.asked == [("/first", None)] * 3
