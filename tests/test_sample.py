@@ -1,0 +1,378 @@
+"""The sampler: right length, sound and picture in step, every refusal in one line before anything slow."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.io.wavfile
+import torch
+import tqdm
+from PIL import Image
+
+import audio
+import sample
+import vision
+from audio import InputError, load_audio
+from data import save_checkpoint
+from fusion import FCTFG, Config
+from vision import read_video
+
+RATE = 16000
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small untrained network in a file as train.py writes them."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    small = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=8, map_code=8)
+    model = FCTFG(Config.at(32, **small, map_channels=(16, 8, 4)))
+    networks = dict(model=model.state_dict())
+    save_checkpoint(path, dict(kind="weights", format=1, config=asdict(model.config), networks=networks))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a square drawn face and 0.83 s of sound; no detector anywhere near."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "detect_faces", lambda image, **_: None)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save("face.png")
+    scipy.io.wavfile.write("speech.wav", RATE, noise(13200))
+    return tmp_path
+
+
+def noise(n):
+    return np.random.default_rng(n).integers(-9000, 9000, n).astype(np.int16)
+
+
+def talk(*args, weights, face="face.png", speech="speech.wav"):
+    sample.main(["--device", "cpu", "--weights", str(weights), *map(str, args), "--", str(face), str(speech)])
+
+
+def shape_of(path):
+    frames = list(read_video(path))
+    return len(frames), *frames[0].shape
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what comes out
+
+
+@pytest.mark.parametrize("n, frames", [(1, 1), (1600, 3), (16000, 25), (19999, 31), (20800, 33), (20799, 32)])
+def test_the_video_has_25_frames_a_second_of_speech(folder, weights, n, frames):
+    scipy.io.wavfile.write("speech.wav", RATE, noise(n))
+    talk(weights=weights)
+    assert shape_of("talk.mp4") == (frames, 32, 32, 3)
+    assert abs(len(load_audio("talk.mp4")) - n) < 1100  # AAC works in blocks of 1024
+    assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
+
+
+def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights):
+    files = ["face.png", "speech.wav", "--weights", str(weights), "--out", "a.mp4"]
+    command = [sys.executable, sample.__file__, *files]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert shape_of("a.mp4")[0] == 21 and "a.mp4" in last and "21 frames" in last and "0.84 s" in last
+    again = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+    assert again.returncode == 2 and again.stdout == ""
+    assert again.stderr == f"sample.py: {folder / 'a.mp4'}: exists; give --overwrite to replace it\n"
+
+
+class Listener:
+    """Stands in for the network: a frame is bright when its own mel window is loudest in the middle."""
+
+    config = SimpleNamespace(size=16, template="toy")
+
+    def animate(self, source, mel, driving=None, batch=7):
+        assert source.shape == (3, 16, 16) and mel.shape[1:] == (1, 80, 16)
+        loud = (mel[:, 0].amax(1) + 4).double() ** 8  # (n, 16)
+        heard = (loud * torch.arange(16)).sum(1) / loud.sum(1).clamp_min(1e-9)
+        bright = (loud.sum(1) > 0) & ((heard - 7.5).abs() <= 1.6)  # half a frame on both sides
+        frames = torch.where(bright[:, None, None, None], 1.0, -1.0).expand(-1, 3, 16, 16)
+        if driving is not None:
+            frames = frames + 0 * torch.stack(list(driving))
+        yield from frames.split(batch)
+
+
+def test_a_click_shows_in_the_frame_in_which_it_is_heard(folder, monkeypatch):
+    wav = np.zeros(2 * RATE, np.int16)
+    clicks = [0, 11, 26, 47]
+    for k in clicks:
+        wav[640 * k + 320] = 32000
+    scipy.io.wavfile.write("speech.wav", RATE, wav)
+    monkeypatch.setattr(sample, "load_model", lambda path, device: Listener())
+    talk(weights="-")
+    bright = [k for k, frame in enumerate(read_video("talk.mp4")) if frame.mean() > 128]
+    heard = abs(load_audio("talk.mp4")[: 2 * RATE]).reshape(50, 640).max(1)
+    assert bright == clicks == sorted(heard.argsort()[-4:].tolist())
+
+
+def test_the_same_command_gives_the_same_frames_and_another_sound_others(folder, weights):
+    talk("--out", "a.mp4", weights=weights)
+    talk("--out", "b.mp4", weights=weights)
+    scipy.io.wavfile.write("speech.wav", RATE, noise(13201))
+    talk("--out", "c.mp4", weights=weights)
+    a, b = (np.stack(list(read_video(name))) for name in ("a.mp4", "b.mp4"))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(load_audio("a.mp4"), load_audio("c.mp4"))
+
+
+AWKWARD = ["a face's \"best\" side.png", "-face.png", "%d [x];&$(touch y).png", "http:x.png"]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_file_names(folder, weights, name):
+    speech, out = Path(name).with_suffix(".wav"), Path(name).with_suffix(".mp4")
+    os.rename("face.png", name)
+    os.rename("speech.wav", speech)
+    talk(f"--out={out}", weights=weights, face=name, speech=speech)
+    assert shape_of(out)[0] == 21 and sorted(os.listdir()) == sorted([name, str(speech), str(out)])
+
+
+def test_speech_may_come_inside_a_video_and_the_photo_may_be_of_any_kind(folder, weights):
+    picture = Image.open("face.png").resize((64, 62)).convert("LA")  # nearly square, grey, with alpha
+    picture.save("odd.png")
+    with vision.VideoWriter("clip.mp4", 32, 32, noise(9000) / 32768) as video:
+        for _ in range(14):
+            video.write(np.zeros((32, 32, 3), np.uint8))
+    talk(weights=weights, face="odd.png", speech="clip.mp4")
+    assert 14 <= shape_of("talk.mp4")[0] <= 16
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the face in the photo
+
+
+def options(**kw):
+    return SimpleNamespace(**dict(face="f.png", box=None, number=None) | kw)
+
+
+def test_box_face_and_square_pictures(monkeypatch, capsys):
+    tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8)
+    faces = [(10, 10, 40, 40, 0.9), (40, 50, 50, 60, 0.8)]
+    monkeypatch.setattr(sample, "detect_faces", lambda image: faces)
+    assert sample.photo_box(tall, options(box="10,20,30,50"), "face") == (5, 20, 35, 50)  # made square
+    assert sample.photo_box(tall, options(), "face") == vision.face_box(faces, "face", 1)
+    assert "2 faces" in capsys.readouterr().out
+    assert sample.photo_box(tall, options(number=2), "face") == vision.face_box(faces, "face", 2)
+    assert sample.photo_box(square, options(), "face") == vision.face_box(faces, "face", 1)
+    assert sample.photo_box(square, options(), "toy") == (0.5, 0, 60.5, 60)  # detectors do not know drawings
+    assert "taken whole" in capsys.readouterr().out
+    assert sample.photo_box(tall, options(), "toy") == vision.face_box(faces, "toy", 1)
+    monkeypatch.setattr(sample, "detect_faces", lambda image: None)
+    assert sample.photo_box(square, options(), "face") == (0.5, 0, 60.5, 60)
+    assert "taken whole" in capsys.readouterr().out
+
+
+def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch):
+    tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 60, 3), np.uint8)
+    for faces, image in ((None, tall), ([], tall), ([], square)):
+        monkeypatch.setattr(sample, "detect_faces", lambda image, faces=faces: faces)
+        with pytest.raises(InputError, match="--box x0,y0,x1,y1"):
+            sample.photo_box(image, options(), "face")
+    monkeypatch.setattr(sample, "detect_faces", lambda image: [(1, 1, 9, 9, 0.9)])
+    with pytest.raises(InputError, match="--face 2"):
+        sample.photo_box(tall, options(number=2), "face")
+
+
+@pytest.mark.parametrize("box", "1,2,3 a,b,c,d , 10,10,5,20 0,0,61,10 -1,0,10,10 0,0,nan,9".split())
+def test_a_bad_box_is_refused(box):
+    with pytest.raises(InputError, match="--box"):
+        sample.parse_box(box, width=60, height=90)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the driving video
+
+
+def numbered_video(path, count, height=40, width=40, rate=25):
+    """A video whose frames tell their number by their brightness: 8 k."""
+    command = [audio.ffmpeg_path(), "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-crf", "1", str(path)]
+    data = np.arange(count, dtype=np.uint8).repeat(height * width * 3) * 8
+    subprocess.run(command, input=data.tobytes(), check=True)
+
+
+def numbers(frames):
+    return [round((float(frame.mean()) + 1) * 127.5 / 8) for frame in frames]
+
+
+def test_a_short_driving_video_is_walked_there_and_back(folder):
+    numbered_video("d.mp4", 4)
+    frames = list(sample.driving_frames("d.mp4", 15, 16, "toy"))
+    assert all(f.shape == (3, 16, 16) for f in frames)
+    assert numbers(frames) == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]
+
+
+def test_a_long_driving_video_is_read_as_far_as_needed(folder):
+    numbered_video("d.mp4", 30)
+    assert numbers(sample.driving_frames("d.mp4", 9, 16, "toy")) == list(range(9))
+
+
+def test_a_driving_picture_of_one_frame_stands_still(folder):
+    numbered_video("d.mp4", 1)
+    assert numbers(sample.driving_frames("d.mp4", 5, 16, "toy")) == [0] * 5
+
+
+def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeypatch):
+    frames = np.zeros((6, 80, 120, 3), np.uint8)
+    frames[:, 40:60, 70:90] = 255  # the "face"
+
+    def look(image, margins):
+        scale = image.shape[0] / 80
+        return [(70 * scale, 40 * scale, 90 * scale, 60 * scale, 0.9)]
+
+    monkeypatch.setattr(sample, "detect_faces", look)
+    with vision.VideoWriter("d.mp4", 80, 120) as video:
+        for frame in frames:
+            video.write(frame)
+    crops = torch.stack(list(sample.driving_frames("d.mp4", 6, 16, "face")))
+    assert crops.shape == (6, 3, 16, 16) and crops[..., 2:-2, 2:-2].min() > 0.8
+    monkeypatch.setattr(sample, "detect_faces", lambda image, margins: [])
+    with pytest.raises(InputError, match="no face"):
+        sample.driving_frames("d.mp4", 6, 16, "face")
+
+
+def test_a_driving_video_moves_the_face_and_the_length_stays_the_speechs(folder, weights):
+    with vision.VideoWriter("d.mp4", 40, 40) as video:
+        for k in range(8):
+            video.write(np.random.default_rng(k).integers(0, 255, (40, 40, 3), np.uint8))
+    talk("--driving", "d.mp4", weights=weights)
+    assert shape_of("talk.mp4") == (21, 32, 32, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def refused(capsys, monkeypatch, *args, **kw):
+    """Runs the sampler as its script does; the one line it must end with, with exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit) as caught:
+        audio.run(lambda: talk(*args, **kw))
+    captured = capsys.readouterr()
+    assert caught.value.code == 2 and captured.err.count("\n") == 1 and captured.err.startswith("sample.py: ")
+    return captured.err
+
+
+@pytest.fixture
+def nothing_slow(monkeypatch):
+    """The network must not start when an input is bad."""
+
+    def started(*args, **kw):
+        raise AssertionError("the network started before all inputs were checked")
+
+    monkeypatch.setattr(FCTFG, "animate", started)
+    monkeypatch.setattr(sample, "VideoWriter", started)
+
+
+def bad_inputs(folder):
+    """(keyword of talk, value, what the line must say); written into the folder."""
+    good = tuple(folder.joinpath(n).read_bytes() for n in ("face.png", "speech.wav"))
+    Path("empty").touch()
+    Path("directory").mkdir()
+    Path("words.txt").write_text("neither picture nor sound " * 99)
+    Path("cut.png").write_bytes(good[0][:-700])
+    Path("cut.wav").write_bytes(good[1][:-9000])
+    Image.fromarray(np.zeros((40, 70, 3), np.uint8)).save("wide.png")
+    scipy.io.wavfile.write("zero.wav", RATE, np.zeros(0, np.int16))
+    for name, value in (("nan", np.nan), ("inf", np.inf)):
+        scipy.io.wavfile.write(f"{name}.wav", RATE, np.array([0, value, 0.5, 0] * 99, np.float32))
+    with vision.VideoWriter("mute.mp4", 32, 32) as video:
+        for k in range(40):
+            video.write(np.random.default_rng(k).integers(0, 255, (32, 32, 3), np.uint8))
+    whole = Path("mute.mp4").read_bytes()
+    Path("cut.mp4").write_bytes(whole[: len(whole) // 3])
+    anything = [("missing", "no such file"), ("directory", "directory"), ("empty", "empty")]
+    rows = [("face", *row) for row in anything]
+    rows += [("face", "words.txt", "not a picture"), ("face", "cut.png", "not a picture")]
+    rows += [("face", "speech.wav", "not a picture"), ("face", "wide.png", "--box x0,y0,x1,y1")]
+    rows += [("speech", *row) for row in anything]
+    rows += [("speech", "words.txt", "not a sound"), ("speech", "cut.wav", "cut short")]
+    rows += [("speech", "zero.wav", "0 s"), ("speech", "nan.wav", "NaN"), ("speech", "inf.wav", "inf")]
+    rows += [("speech", "mute.mp4", "no sound"), ("speech", "face.png", "not a sound")]
+    rows += [("--driving", *row) for row in anything]
+    rows += [("--driving", "words.txt", "not a video"), ("--driving", "cut.mp4", "cut short")]
+    rows += [("--driving", "face.png", "not a video"), ("--driving", "speech.wav", "no picture")]
+    return rows
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_every_bad_file_is_one_line_before_anything_slow(folder, weights, capsys, monkeypatch):
+    for what, name, reason in bad_inputs(folder):
+        option, kw = ([what, name], {}) if what.startswith("--") else ([], {what: name})
+        line = refused(capsys, monkeypatch, *option, weights=weights, **kw)
+        assert name in line and reason in line, (what, name, line)
+    assert not Path("talk.mp4").exists()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_bad_weights_are_one_line_that_names_the_kind_expected(folder, weights, capsys, monkeypatch):
+    Path("cut.pt").write_bytes(weights.read_bytes()[:-5000])
+    Path("empty.pt").touch()
+    Path("directory.pt").mkdir()
+    torch.save(Hostile(), "hostile.pt")
+    torch.save([1, 2], "list.pt")
+    save_checkpoint("other.pt", dict(kind="syncnet", format=1, config={}, networks={}))
+    content = torch.load(weights, weights_only=True)
+    content["config"]["dim"] += 8
+    torch.save(content, "shape.pt")
+    for name in ("missing", "cut", "empty", "directory", "hostile", "list", "other", "shape"):
+        line = refused(capsys, monkeypatch, weights=f"{name}.pt")
+        assert f"{name}.pt" in line, line
+    assert "weights" in refused(capsys, monkeypatch, weights="other.pt")
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_bad_outputs_and_options_are_one_line(folder, weights, capsys, monkeypatch):
+    Path("there.mp4").write_bytes(b"x")
+    rows = [("--out", "there.mp4", "--overwrite"), ("--out", "no/where.mp4", "no such directory")]
+    rows += [("--out", str(folder), "must end in"), ("--out", "a.avi", "must end in")]
+    rows += [("--box", "9,9", "--box"), ("--box", "0,0,99,99", "30x30"), ("--device", "abacus", "--device")]
+    for option, value, reason in rows:
+        assert reason in refused(capsys, monkeypatch, option, value, weights=weights)
+    assert Path("there.mp4").read_bytes() == b"x"
+
+
+def test_the_output_is_atomic(folder, monkeypatch, capsys):
+    """A network that fails halfway leaves the old file as it was, and nothing else."""
+
+    class Failing(Listener):
+        def animate(self, source, mel, driving=None):
+            yield torch.zeros(4, 3, 16, 16)
+            assert Path("talk.mp4").read_bytes() == b"old"
+            yield torch.full((4, 3, 16, 16), float("nan"))
+
+    Path("talk.mp4").write_bytes(b"old")
+    monkeypatch.setattr(sample, "load_model", lambda path, device: Failing())
+    monkeypatch.setattr(sample, "tqdm", lambda **kw: tqdm.tqdm(disable=True))  # the line stands alone
+    assert "NaN" in refused(capsys, monkeypatch, "--overwrite", weights="w.pt")
+    assert Path("talk.mp4").read_bytes() == b"old"
+    assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
+
+
+SHARED = HERE.parents[1] / "shared/media"
+
+
+def test_a_real_photo_and_real_speech_go_through(tmp_path, weights, monkeypatch):
+    photo, speech = SHARED / "photos/portrait_man.jpg", SHARED / "speech/2414-128291-0000.flac"
+    if not (photo.exists() and speech.exists()):
+        pytest.skip("no real photo and speech at hand")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "detect_faces", lambda image: [(119, 125, 265, 271, 0.7)])
+    talk(weights=weights, face=photo, speech=speech)
+    assert shape_of("talk.mp4")[0] == round(25 * len(load_audio(speech)) / RATE)
