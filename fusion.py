@@ -44,6 +44,7 @@ class Config:
     n_mlp: int = 8              # layers of the mapping network
     base: int = 32768           # channels of generator and discriminator: min(cap, base / resolution)
     cap: int = 512
+    noise: bool = True          # StyleGAN2's noise maps; off at toy sizes, where a young generator imitates edges with them
     encoder_width: int = 64
     linear: int = 256           # numbers of the encoder's linear path; 0: none
     map_code: int = 256         # numbers behind the identity maps; 0: none
@@ -61,7 +62,7 @@ class Config:
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
-        small = dict(dim=128, n_mlp=4, cap=128, encoder_width=32, linear=128, map_code=96, map_channels=(128, 64, 16),
+        small = dict(dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128, map_code=96, map_channels=(128, 64, 16),
                      audio_width=0.25)
         dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048),
                 128: dict(dim=256, base=8192, cap=256, encoder_width=48, audio_width=0.5), 256: dict()}
@@ -231,7 +232,7 @@ class FCTFG(nn.Module):
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> (N, 3, H, W)"""
-        return self.generator(w_plus, maps=self.maps(w_plus) if self.maps else (), deltas=deltas)
+        return self.generator(w_plus, "fixed" if self.config.noise else "off", self.maps(w_plus) if self.maps else (), deltas)
 
     def weight_changes(self, source, z_s):
         """HyperStyle: source (B, 3, H, W), z_s (B, L, D) -> deltas, or None without a hypernetwork"""

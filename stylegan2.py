@@ -144,9 +144,11 @@ class NoiseInjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))  # one strength a layer
 
-    def forward(self, x, noise=None):
-        """noise (1 or N, 1, H, W), or None for a fresh draw"""
-        if noise is None:
+    def forward(self, x, noise="random"):
+        """noise (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
+        if isinstance(noise, str) and noise == "off":
+            return x
+        if isinstance(noise, str):
             noise = torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device, dtype=x.dtype)
         return x + self.weight.to(x.dtype) * noise.to(x.dtype)
 
@@ -158,7 +160,7 @@ class StyledConv(nn.Module):
         self.noise = NoiseInjection()
         self.activate = BiasLeakyReLU(c_out)
 
-    def forward(self, x, style, noise=None, delta=None):
+    def forward(self, x, style, noise="random", delta=None):
         return self.activate(self.noise(self.conv(x, style, delta), noise))
 
 
@@ -234,8 +236,8 @@ class Generator(nn.Module):
 
         Args:
             w_plus: (N, L, D).
-            noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), or a list
-                of L - 1 maps (1 or N, 1, H, W).
+            noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or a
+                list of L - 1 maps (1 or N, 1, H, W).
             maps: pictures (N, C', H, W) to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
             deltas: list with a (B, O, I) relative weight change or None for each layer of `styled_convs`.
 
@@ -246,8 +248,8 @@ class Generator(nn.Module):
         n_convs = self.L - 1
         if noise == "fixed":
             noise = [getattr(self.noises, f"noise_{i}") for i in range(n_convs)]
-        elif noise == "random":
-            noise = [None] * n_convs
+        elif isinstance(noise, str):
+            noise = [noise] * n_convs
         deltas = deltas or [None] * n_convs
         w = w_plus.unbind(1)
 

@@ -97,7 +97,7 @@ def forward_stage1(nets, batch, args):
     w1, w2 = G.mapping(torch.randn(2 * N, G.dim, device=real.device)).chunk(2)         # (N, D) each
     crossover = int(torch.randint(1, G.L, ())) if torch.rand(()) < 0.9 else G.L
     w_plus = mix_styles(w1, w2, G.L, crossover)                                        # (N, L, D)
-    return dict(real=real, fake=G(w_plus, noise="random"), w_plus=w_plus)
+    return dict(real=real, fake=G(w_plus, "random" if nets["model"].config.noise else "off"), w_plus=w_plus)
 
 
 def forward_stage2(nets, batch, args):
@@ -331,9 +331,8 @@ def discriminator_step(nets, out, opt_d, step, args):
 
 def path_length_step(nets, out, opt_g, args):
     """StyleGAN2's path length regularisation on half a batch (every 4th step of stage 1)"""
-    G, half = nets["model"].generator, max(1, len(out["real"]) // 2)
-    w_plus = forward_stage1(nets, dict(picture=out["real"][:half]), args)["w_plus"]
-    penalty, nets["mean_path"] = losses.path_length_penalty(G(w_plus, noise="random"), w_plus, nets["mean_path"])
+    half = forward_stage1(nets, dict(picture=out["real"][:max(1, len(out["real"]) // 2)]), args)
+    penalty, nets["mean_path"] = losses.path_length_penalty(half["fake"], half["w_plus"], nets["mean_path"])
     finite("path", penalty)
     opt_g.zero_grad(set_to_none=True)
     (args.w_path * 4 * penalty).backward()
@@ -441,7 +440,7 @@ def main(argv=None):
 
         last = step + 1 == args.steps
         if step % args.log_every == 0 or last:
-            line = {k: float(weight[k] * v) for k, v in terms.items()} | {k: float(v) for k, v in diagnostics.items()}
+            line = {k: float(weight[k] * v.detach()) for k, v in terms.items()} | {k: float(v) for k, v in diagnostics.items()}
             seconds = (time.perf_counter() - clock) / (args.log_every if step > start else 1)
             line |= dict(step=step, p=nets["augment"].p, ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
                          waiting=round(waited / max(seconds * args.log_every, 1e-9), 3), gib=round(memory_gib(device), 2))

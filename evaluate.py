@@ -1,0 +1,316 @@
+"""Measure: does the face do what it was told, and nothing else?
+
+    python evaluate.py --toy weights/toy.pt        # the control table of the toy world     (about 3 minutes, 2 cores)
+    python evaluate.py real.mp4 fake.mp4           # L1, PSNR, SSIM of two clips, frame by frame
+
+The toy world is the one place where the truth behind every frame is known. Sources, sounds and driving clips are of people
+that nothing was ever trained on, three different ones for each trial: the face of A says the words of B with the head and
+eyes of C. A small probe reads the frames; it was trained here on drawn frames of other people, and its own accuracy on
+real frames stands beside, since no generated frame can be read better than a real one.
+
+The network under test never sees the truth: probe and truth only measure.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from audio import InputError, log_mel, mel_windows, run
+from data import Pack, load_checkpoint, save_checkpoint
+from fusion import load_model, pick_device
+from losses import same_person_loss
+from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
+from vision import read_video, to_tensor
+
+PROBE_PEOPLE = 4_000_000  # first person of the probe's own world: neither trained on, nor tuned on, nor tested on
+READ = ("open", "wide", "yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y")  # factors that the table is about
+COLUMN = [FACTORS.index(name) for name in READ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pure functions
+
+def correlation(a, b) -> float:
+    """Pearson's r of two curves (n,); 0 where one of them does not move (it then follows nothing). Higher is better."""
+    a, b = np.asarray(a, float).ravel(), np.asarray(b, float).ravel()
+    a, b = a - a.mean(), b - b.mean()
+    size = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / size) if size > 1e-9 else 0.0
+
+
+def l1(a, b) -> float:
+    """Mean absolute difference of pictures (.., H, W, 3) uint8, in [0, 1]; 0 is equal."""
+    return float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() / 255)
+
+
+def psnr(a, b) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 pictures; inf is equal, above 30 is close."""
+    mse = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
+    return float("inf") if mse == 0 else float(10 * np.log10(255 ** 2 / mse))
+
+
+def ssim(a, b) -> float:
+    """Structural similarity of two uint8 (H, W, 3) pictures, Wang et al. 2004: 11x11 Gaussian window of 1.5, mean over the
+    channels; 1 is equal, higher is better."""
+    from scipy.ndimage import gaussian_filter
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+    def blur(x):
+        return gaussian_filter(x, (1.5, 1.5, 0), truncate=3.5)
+
+    mu_a, mu_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mu_a ** 2, blur(b * b) - mu_b ** 2, blur(a * b) - mu_a * mu_b
+    value = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a ** 2 + mu_b ** 2 + c1) * (var_a + var_b + c2))
+    return float(value[5:-5, 5:-5].mean())
+
+
+def retrieval(queries, gallery) -> float:
+    """Share of the queries (n, E) whose nearest of the gallery (n, E) by cosine is the one of the same row."""
+    return float(((queries @ gallery.t()).argmax(1) == torch.arange(len(queries))).float().mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the probe
+
+class Probe(nn.Module):
+    """Picture (N, 3, H, W) -> readings (N, 10) in units of each factor's deviation, and an identity embedding (N, 64)."""
+
+    def __init__(self, size: int, width: int = 24):
+        super().__init__()
+        self.body = nn.Sequential()
+        for i, (a, b) in enumerate([(3, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width)]):
+            self.body.append(nn.Sequential(nn.Conv2d(a, b, 3, 2 if i or size > 32 else 1, 1), nn.GroupNorm(8, b), nn.ReLU(),
+                                           nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.ReLU()))
+        self.read = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
+        self.who = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 64))
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-4.0))
+        self.register_buffer("mean", torch.zeros(10))
+        self.register_buffer("std", torch.ones(10))
+
+    def forward(self, x):
+        h = self.body(x.contiguous(memory_format=torch.channels_last))
+        return self.read(h), F.normalize(self.who(h), dim=1)
+
+    @torch.inference_mode()
+    def readings(self, pictures, batch=128):
+        """(n, 3, H, W) in [-1, 1] -> readings (n, 10) in the factors' own units, embeddings (n, 64)"""
+        out = [self(x) for x in pictures.split(batch)]
+        return torch.cat([r for r, _ in out]) * self.std + self.mean, torch.cat([e for _, e in out])
+
+
+def train_probe(size: int, folder: Path, device, people: int = 800, steps: int = 1800, batch: int = 32) -> Probe:
+    """Train a probe on drawn frames, or take it from the folder if it was trained before. About a minute."""
+    path = folder / f"probe{size}_world{WORLD}.pt"
+    probe = Probe(size).to(device, memory_format=torch.channels_last)
+    if path.exists():
+        probe.load_state_dict(load_checkpoint(str(path), "probe")["networks"]["probe"])
+        return probe.eval()
+    make_pack(folder / f"probe_toys{size}", size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
+    pack, truth = Pack(folder / f"probe_toys{size}"), torch.from_numpy(np.load(folder / f"probe_toys{size}" / "truth.npy"))
+    pictures = torch.cat([to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack))])
+    probe.mean.copy_(truth.mean(0))
+    probe.std.copy_(truth.std(0))
+    per_clip = len(pictures) // len(pack)
+    torch.manual_seed(1)
+    opt = torch.optim.Adam(probe.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="probe", leave=False, disable=None):
+        clip = torch.randint(len(pack), (batch,))
+        rows = torch.stack([clip * per_clip + torch.randint(per_clip, (batch,)) for _ in "ab"]).flatten()  # two frames a person
+        x = pictures[rows].to(device)
+        target = ((truth[rows] - truth.mean(0)) / truth.std(0)).to(device)
+        # a generated frame is softer and a little off in colour: the probe must not mind
+        x = x + 0.04 * torch.randn(1, device=device) * torch.randn_like(x) + 0.05 * torch.randn(len(x), 3, 1, 1, device=device)
+        soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        x = torch.lerp(x, soft, 0.7 * torch.rand(len(x), 1, 1, 1, device=device))
+        read, who = probe(x)
+        loss = F.smooth_l1_loss(read, target) + 0.1 * same_person_loss(who[:batch], who[batch:], clip.to(device), probe.log_scale, probe.bias)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        schedule.step()
+    save_checkpoint(str(path), dict(kind="probe", format=1, networks=dict(probe=probe.state_dict())))
+    return probe.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the control table
+
+def talk(model, face, wav, driving, device):
+    """The network's clip: face uint8 (H, W, 3), wav (n,), driving uint8 (T, H, W, 3) or None -> (T, 3, H, W)"""
+    T = round(len(wav) / 640)
+    mel = torch.from_numpy(mel_windows(log_mel(wav), range(T))).to(device)
+    moving = to_tensor(driving).to(device) if driving is not None else None
+    return torch.cat(list(model.animate(to_tensor(face).to(device), mel, moving)))
+
+
+def control_table(model, probe, pack, truth, device) -> dict:
+    """Trials of A's face, B's sound and C's head: every clip is A once, B once, C once.
+
+    Args:
+        pack, truth: clips of equal length T of n people, truth (n, T, 10).
+
+    Returns:
+        name -> number; correlations are over all frames of all trials.
+    """
+    n = len(pack)
+    said, shown, who = [], [], []
+    for a in tqdm(range(n), desc="trials", leave=False, disable=None):
+        b, c = (a + 1) % n, (a + 2) % n
+        clip = talk(model, pack.frame(a, 0), pack.sound(b), pack.frames(c, range(pack.n_frames[c])), device)
+        read, embedding = probe.readings(clip)
+        shown.append(read.cpu().numpy())
+        who.append(F.normalize(embedding.mean(0), dim=0).cpu())
+    shown = np.stack(shown)                                                       # (n, T, 10): of trial a
+    sound, driving = np.roll(truth, -1, 0), np.roll(truth, -2, 0)                 # of B and C
+    wrong = np.roll(truth, -4, 0)                                                 # of a sound that was not given
+    i = {name: FACTORS.index(name) for name in FACTORS}
+
+    def r(name, of):
+        return correlation(shown[..., i[name]], of[..., i[name]])
+
+    real = [probe.readings(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in range(n)]
+    gallery = torch.stack([F.normalize(e[::5].mean(0), dim=0).cpu() for _, e in real])
+    table = {f"{name}": r(name, sound) for name in ("open", "wide")}
+    table |= {"wrong sound": r("open", wrong), "driving mouth": r("open", driving)}
+    table |= {name: r(name, driving) for name in ("yaw", "pitch", "roll", "blink")}
+    table["gaze"] = (r("gaze_x", driving) + r("gaze_y", driving)) / 2
+    table["identity"] = retrieval(torch.stack(who), gallery)
+    table["open range"] = float(shown[..., i["open"]].std() / sound[..., i["open"]].std())
+    return table
+
+
+def probe_row(probe, pack, truth, device) -> dict:
+    """The probe's own accuracy on real frames of the same people: what a perfect network would reach."""
+    read, who = zip(*(probe.readings(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in range(len(pack))))
+    read = torch.stack(read).cpu().numpy()
+    i = {name: FACTORS.index(name) for name in FACTORS}
+    row = {name: correlation(read[..., i[name]], truth[..., i[name]]) for name in READ}
+    row["gaze"] = (row.pop("gaze_x") + row.pop("gaze_y")) / 2
+    halves = [torch.stack([F.normalize(e[part].mean(0), dim=0).cpu() for e in who]) for part in (slice(0, None, 10), slice(5, None, 10))]
+    wrong = np.roll(truth, -3, 0)                                                 # two utterances that have nothing in common
+    row |= {"wrong sound": correlation(read[..., i["open"]], wrong[..., i["open"]]), "driving mouth": 0.0}
+    row["identity"] = retrieval(*halves)
+    row["open range"] = float(read[..., i["open"]].std() / truth[..., i["open"]].std())
+    return row
+
+
+def change_matrix(model, probe, pack, truth, device, trials: int = 8, T: int = 50) -> dict:
+    """Change one input, see what else moves.
+
+    Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors of
+    the driving clip, which is drawn again with only that group taken from another clip. A cell is the r.m.s. difference
+    of the readings between the two, over that of two unrelated real clips: 1 on the diagonal and 0 elsewhere is
+    perfect. For the eyes, which move little of the time, r.m.s. is over all frames alike.
+    """
+    groups = dict(pose=("yaw", "pitch", "roll"), eyes=("blink", "gaze_x", "gaze_y"), mouth=("open", "wide", "smile"))
+    columns = dict(lips=("open", "wide"), pose=groups["pose"], eyes=groups["eyes"])
+    n = len(pack)
+
+    def drive(c, group=None, other=None):
+        """Driving frames of clip c, with the factors of one group from another clip"""
+        states = truth[c, :T].copy()
+        if group:
+            rows = [FACTORS.index(name) for name in groups[group]]
+            states[:, rows] = truth[other, :T, rows].T
+        who = person(TEST + c)
+        return np.stack([draw(who, dict(zip(FACTORS, map(float, s))), pack.size) for s in states])
+
+    rows = {name: {k: [] for k in (*columns, "identity")} for name in ("face", "sound", "pose", "eyes", "mouth")}
+    norm = {k: np.sqrt(np.mean([np.mean(np.square(truth[c, :T, COL] - truth[(c + 5) % n, :T, COL]) / truth[..., COL].var())
+                                for c in range(n) for COL in [FACTORS.index(f) for f in names]])) for k, names in columns.items()}
+    apart = np.mean([1 - float(a @ b) for a, b in zip(*people_apart(probe, pack, device))])
+    for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
+        a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
+        base_drive, sound = drive(c), pack.sound(b)[:640 * T]
+        base = probe.readings(talk(model, pack.frame(a, 0), sound, base_drive, device))
+        variants = dict(face=(pack.frame(other, 0), sound, base_drive), sound=(pack.frame(a, 0), pack.sound(other)[:640 * T], base_drive))
+        variants |= {g: (pack.frame(a, 0), sound, drive(c, g, other)) for g in groups}
+        for name, inputs in variants.items():
+            read, who = probe.readings(talk(model, *inputs, device))
+            for k, names in columns.items():
+                cols = [FACTORS.index(f) for f in names]
+                diff = (read - base[0])[:, cols].cpu().numpy() / truth[..., cols].reshape(-1, len(cols)).std(0)
+                rows[name][k].append(np.sqrt(np.square(diff).mean()) / norm[k])
+            rows[name]["identity"].append((1 - float((F.normalize(who.mean(0), dim=0) * F.normalize(base[1].mean(0), dim=0)).sum())) / apart)
+    return {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in rows.items()}
+
+
+def people_apart(probe, pack, device):
+    """Embeddings of clips (n, 64) and the same rolled by five: two strangers a row"""
+    mean = [F.normalize(probe.readings(to_tensor(pack.frames(c, range(0, 50, 10))).to(device))[1].mean(0), dim=0).cpu() for c in range(len(pack))]
+    return torch.stack(mean), torch.stack(mean).roll(-5, 0)
+
+
+def markdown(rows: dict) -> str:
+    """{row name: {column: number}} -> a table"""
+    columns = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for name, row in rows.items()])
+
+
+def toy_report(args, device):
+    models = {path: load_model(path, device) for path in args.toy}
+    sizes = {m.config.size for m in models.values()}
+    if any(m.config.template != "toy" for m in models.values()):
+        raise InputError("--toy: a network of real faces has no truth to be measured by")
+    folder, report = Path(args.cache), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for size in sorted(sizes):
+        probe = train_probe(size, folder, device)
+        toys = folder / f"test_toys{size}_{args.people}"
+        make_pack(toys, size, args.people, 3.0, args.first_person, os.cpu_count())
+        pack = Pack(toys)
+        truth = np.load(toys / "truth.npy").reshape(len(pack), -1, 10)
+        rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(probe, pack, truth, device)}
+        mine = {path: m for path, m in models.items() if m.config.size == size}
+        rows |= {path: control_table(m, probe, pack, truth, device) for path, m in mine.items()}
+        order = list(next(iter(r for k, r in rows.items() if k in mine)))
+        print(markdown({name: {k: row[k] for k in order} for name, row in rows.items()}))
+        report |= rows
+        for path, m in mine.items():
+            matrix = change_matrix(m, probe, pack, truth, device)
+            print(f"\n{path}: change one input (row), see what moves (column)\n" + markdown(matrix) + "\n")
+            report[path + " matrix"] = matrix
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1))
+
+
+def compare(real: str, fake: str):
+    rows = []
+    for a, b in zip(read_video(real), read_video(fake)):
+        if a.shape != b.shape:
+            raise InputError(f"{fake}: frames are {b.shape[1]}x{b.shape[0]}, those of {real} are {a.shape[1]}x{a.shape[0]}")
+        rows.append((l1(a, b), psnr(a, b), ssim(a, b)))
+    print(markdown({os.path.basename(fake): dict(zip(("L1", "PSNR", "SSIM", "frames"), (*np.mean(rows, 0), len(rows))))}))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="measure control on the toy world, or compare two clips",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("clips", nargs="*", help="a real clip and a generated one, frame by frame the same")
+    p.add_argument("--toy", nargs="+", help="weights trained on the toy world")
+    p.add_argument("--people", type=int, default=32, help="toy world: people held out for good")
+    p.add_argument("--first-person", type=int, default=TEST, help="toy world: the first of them")
+    p.add_argument("--cache", default="out/evaluate", help="where the probe and its drawn people are kept")
+    p.add_argument("--json", help="write the numbers there, too")
+    p.add_argument("--device", default="auto")
+    args = p.parse_args(argv)
+    if args.toy:
+        toy_report(args, pick_device(args.device))
+    elif len(args.clips) == 2:
+        compare(*args.clips)
+    else:
+        raise InputError("give --toy weights.pt, or two clips")
+
+
+if __name__ == "__main__":
+    run(main)

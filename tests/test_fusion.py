@@ -1,0 +1,212 @@
+"""The two spaces and the whole network: what sees what, and what must not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from audio import InputError
+from data import save_checkpoint
+from fusion import FCTFG, CanonicalEncoder, Config, IdentityMaps, TemporalFusion, Whiten, idle_pose, load_model, pick_device
+from vision import TEMPLATES
+
+SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5)
+
+
+def tiny(motion="direct", **changes):
+    """16 px, L = 6, D = 24: no two axes of a batch are equal"""
+    torch.manual_seed(0)
+    return FCTFG(Config.at(16, **(SMALL | dict(motion=motion) | changes))).eval()
+
+
+def window(B=2, T=5, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(B, 3, 16, 16, generator=g) * 2 - 1, torch.rand(B, T, 3, 16, 16, generator=g) * 2 - 1,
+            torch.rand(B, T, 1, 80, 16, generator=g) * 8 - 4)
+
+
+def opened(model):
+    """The same network with its zero-initialised doors open, as after training"""
+    torch.manual_seed(3)
+    for name, p in model.named_parameters():
+        if p.abs().sum() == 0 or "lips.4" in name or "mlp.4" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+@pytest.mark.parametrize("B", [1, 3, 5, 6])
+def test_shapes_for_odd_batches(motion, B):
+    frames, z_s2c, z_c2d = tiny(motion)(*window(B, T=7), context=2)
+    assert frames.shape == (B, 3, 3, 16, 16) and z_s2c.shape == (B, 6, 24) and z_c2d.shape == (B, 3, 6, 24)
+
+
+def test_the_fusion_sees_two_frames_on_each_side_of_time_and_no_other_axis():
+    torch.manual_seed(0)
+    fusion = TemporalFusion(7, visual=True)
+    z_a, z_v = torch.randn(2, 11, 7), torch.randn(2, 11, 6, 7, requires_grad=True)
+    _, out = fusion(z_a, z_v)
+    grad, = torch.autograd.grad(out[0, 5, 3].sum(), z_v)  # clip 0, frame 5, style layer 3
+    touched = grad.abs().sum(-1) > 0                      # (B, T, L)
+    want = torch.zeros_like(touched)
+    want[0, 3:8, 3] = True
+    assert torch.equal(touched, want)
+
+
+def test_the_sound_of_a_frame_reaches_two_frames_and_one_clip():
+    torch.manual_seed(0)
+    fusion = TemporalFusion(7, visual=False)
+    z_a = torch.randn(2, 11, 7, requires_grad=True)
+    out, untouched = fusion(z_a, None)
+    grad, = torch.autograd.grad(out[1, 5].sum(), z_a)
+    frames = (grad.abs().sum(-1) > 0).nonzero().tolist()
+    assert frames == [[1, t] for t in range(3, 8)] and untouched is None
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+def test_the_driving_mouth_cannot_be_seen(motion):
+    model = opened(tiny(motion))
+    source, driving, mel = window()
+    other = driving.clone()
+    x0, y0, x1, y1 = (round(16 * v) for v in TEMPLATES["toy"].mouth)
+    other[..., y0:y1, x0:x1] = torch.rand(2, 5, 3, y1 - y0, x1 - x0)
+    assert torch.equal(model(source, driving, mel)[0], model(source, other, mel)[0])
+    other[..., :y0, :] *= -1
+    assert not torch.allclose(model(source, driving, mel)[0], model(source, other, mel)[0])
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+def test_another_sound_makes_another_picture(motion):
+    model = opened(tiny(motion))
+    source, driving, mel = window()
+    assert not torch.allclose(model(source, driving, mel)[0], model(source, driving, -mel)[0], atol=1e-4)
+
+
+def test_the_direct_pose_of_a_frame_knows_that_frame_alone():
+    model = opened(tiny())
+    z_v = torch.randn(2, 5, 6, 24, requires_grad=True)
+    grad, = torch.autograd.grad(model.motion.pose(z_v)[1, 2].sum(), z_v)
+    assert (grad.abs().sum((2, 3)) > 0).nonzero().tolist() == [[1, 2]]
+
+
+def test_context_frames_give_the_same_middle_as_a_long_window():
+    for motion in ("direct", "paper"):
+        model = opened(tiny(motion))
+        source, driving, mel = window(T=9)
+        whole = model(source, driving, mel)[0]
+        middle = model(source, driving, mel, context=2)[0]
+        torch.testing.assert_close(middle, whole[:, 2:-2], atol=1e-5, rtol=1e-4)
+
+
+def test_clips_of_a_batch_do_not_meet():
+    for motion in ("direct", "paper"):
+        model = opened(tiny(motion))
+        batch = window(3)
+        alone = model(*(x[1:2] for x in batch))[0]
+        torch.testing.assert_close(model(*batch)[0][1:2], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient():
+    for motion in ("direct", "paper"):
+        model = opened(tiny(motion)).train()
+        frames, z_s2c, z_c2d = model(*window())
+        z = torch.randn(2, 24)
+        (frames.square().sum() + model.generator.mapping(z).sum() + model.generator(model.encoder(window()[0]), noise="random").sum()).backward()
+        unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+        assert unused == []
+
+
+def test_canonical_encoder_starts_as_the_identity():
+    z = torch.randn(2, 6, 24)
+    assert torch.equal(CanonicalEncoder(6, 24, hidden=8, rank=4)(z), z)
+
+
+def test_identity_maps_are_closed_at_the_start_and_linear_later():
+    maps = IdentityMaps(tiny().config)
+    z = torch.randn(3, 6, 24)
+    assert [m.shape for m in maps(z)] == [(3, 8, 4, 4), (3, 6, 8, 8)] and all(m.abs().max() == 0 for m in maps(z))
+    for layer in maps.up:
+        torch.nn.init.normal_(layer.weight)
+    a, b = torch.randn(2, 1, 6, 24).unbind(0)
+    for m_ab, m_a, m_b, m_0 in zip(maps(a + b), maps(a), maps(b), maps(torch.zeros_like(a))):
+        torch.testing.assert_close(m_ab, m_a + m_b - m_0, atol=1e-4, rtol=1e-4)
+
+
+def test_statistics_whiten_the_codes_they_were_taken_from():
+    model, z = tiny(), 3 * torch.randn(500, 6, 24) + 7
+    model.set_statistics(z, z - 1)
+    white = model.canonical.whiten(z)
+    assert white.shape == (500, 144) and white.mean(0).abs().max() < 1e-4 and (white.std(0) - 1).abs().max() < 1e-4
+    assert Whiten(6, 24)(z).equal(z.flatten(1))
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+def test_a_streamed_clip_is_the_clip_in_one_pass(motion):
+    model = opened(tiny(motion))
+    torch.nn.init.normal_(model.audio.out.weight)
+    source, driving, mel = window(B=1, T=23)
+    whole = model(source, driving, mel)[0][0].clamp(-1, 1)
+    for batch in (4, 23, 64):
+        streamed = list(model.animate(source[0], mel[0], iter(driving[0]), batch=batch))
+        assert sum(map(len, streamed)) == 23 and max(map(len, streamed)) <= batch
+        torch.testing.assert_close(torch.cat(streamed), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+def test_a_photo_alone_moves_only_by_sound_and_idle(motion):
+    model = opened(tiny(motion))
+    source, _, mel = window(B=1, T=13)
+    still = torch.cat(list(model.animate(source[0], mel[0, :1].expand(13, -1, -1, -1), batch=5)))
+    assert still.shape == (13, 3, 16, 16)
+    torch.testing.assert_close(still[2:-2], still[2:3].expand(9, -1, -1, -1), atol=1e-5, rtol=1e-4)  # ends hear the edge
+    if motion == "direct":
+        torch.nn.init.normal_(model.motion.idle)
+        alive = torch.cat(list(model.animate(source[0], mel[0, :1].expand(13, -1, -1, -1), batch=5)))
+        assert (alive[1:] - alive[:-1]).abs().mean() > 1e-4
+
+
+def test_idle_motion_never_jumps_and_never_ends():
+    idle = torch.arange(1.0, 5)[None, :, None].expand(3, 4, 2)  # a ramp of four frames
+    walk = idle_pose(idle, 0, 40)[:, 0]
+    assert walk[:9].tolist() == [1, 2, 3, 4, 4, 3, 2, 1, 1] and (walk[1:] - walk[:-1]).abs().max() == 1
+    assert torch.equal(idle_pose(idle, 7, 19), idle_pose(idle, 0, 40)[7:19])
+
+
+def test_hypernetwork_starts_silent_and_then_acts_on_its_own_clip():
+    model = tiny()
+    source = window()[0]
+    z = model.encoder(source)
+    deltas = model.weight_changes(source, z)
+    assert [d is None for d in deltas] == [True, True, True, False, False]  # 4, 8, 8 px are left alone; 16, 16 changed
+    assert all(d.abs().max() == 0 for d in deltas if d is not None)
+    assert torch.equal(model.decode(z, deltas), model.decode(z))
+    opened(model)
+    deltas = model.weight_changes(source, z)
+    assert not torch.allclose(model.decode(z, deltas), model.decode(z), atol=1e-4)
+
+
+def test_every_size_of_the_dial_builds_and_the_toy_fits_its_file():
+    for size in (16, 32, 64):
+        model = FCTFG(Config.at(size))
+        assert model.generator.size == size and model.config.L == model.generator.L
+    assert sum(p.numel() for p in FCTFG(Config.at(64)).parameters()) < 6_000_000  # fp16 under 12 MB
+    with pytest.raises(AssertionError, match="expected one of"):
+        Config.at(48)
+
+
+def test_weights_load_as_they_were_saved_and_others_are_refused(tmp_path):
+    model, path = tiny(), str(tmp_path / "w.pt")
+    good = dict(kind="weights", format=1, config=dataclasses.asdict(model.config), networks=dict(model=model.state_dict()))
+    save_checkpoint(path, good)
+    source, driving, mel = window()
+    assert torch.equal(load_model(path)(source, driving, mel)[0], model(source, driving, mel)[0])
+    for changes in (dict(kind="syncnet"), dict(config=dict(good["config"], dim=32)), dict(config=dict(size=16)), dict(networks={})):
+        save_checkpoint(path, good | changes)
+        with pytest.raises(InputError, match="w.pt"):
+            load_model(path)
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line():
+    assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(InputError, match="nonsense"):
+        pick_device("nonsense")
