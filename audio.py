@@ -34,7 +34,7 @@ MEL_RATE = SAMPLE_RATE // HOP  # 80 steps a second, 3.2 a frame
 WINDOW = 16  # mel steps of one window: 0.2 s, five frames
 SILENCE = -4.0  # mel value of silence, and of everything outside the sound
 
-BLOCK = 4096  # ours: mel steps computed at once; bounds memory to 30 MB however long the sound
+BLOCK = 1024  # ours: mel steps computed at once; bounds memory to 30 MB however long the sound
 
 # ffmpeg opens media containers only: its text and playlist formats (tty, hls, concat) can name other files
 DEMUXERS = (
@@ -109,7 +109,7 @@ def decoder(path: str | Path, *output: str) -> list[str]:
 
 
 def why(log: str) -> str:
-    """The last of ffmpeg's complaints, without its '[mov @ 0x55..] [error]' prefix: an InputError's reason."""
+    """ffmpeg's last complaint, without its '[mov @ 0x55..] [error]' prefix: an InputError's reason."""
     complaints = re.findall(r"^.*\[(?:error|fatal)\] (.*)$", log, re.M)
     return complaints[-1].strip() if complaints else "unknown format"
 
@@ -121,7 +121,7 @@ def declared_seconds(log: str) -> float:
 
 
 def check_whole(path: Path, log: str, status: int, seconds: float):
-    """InputError if ffmpeg's log and status, and the `seconds` it decoded, say a file is damaged or cut short.
+    """InputError if ffmpeg's log, its status and the `seconds` it decoded say a file is damaged or cut.
 
     A decoding error alone is no reason: many a file has one at its beginning and plays well.
     """
@@ -237,8 +237,8 @@ def window_starts(frames) -> np.ndarray:
     """First mel step of each frame's window, (T,) -> (T,): THE place that turns frame into mel indices.
 
     The middle of frame k is at (k + 1/2) 3.2 steps, the middle of 16 steps from s on at s + 7.5 (a step is a
-    point: the centre of its 50 ms). The nearest s is round(3.2 k - 5.9), here in integers: at most half a step,
-    6 ms, off.
+    point: the centre of its 50 ms). The nearest s is round(3.2 k - 5.9), here in integers: half a
+    step, 6 ms, off at most.
     """
     return (16 * np.asarray(frames, np.int64) - 27) // 5
 

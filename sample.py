@@ -22,8 +22,19 @@ from tqdm import tqdm
 
 from audio import FPS, InputError, load_audio, n_frames, run, sound_windows
 from fusion import load_model, pick_device
-from vision import VIDEO_SUFFIXES, VideoWriter, check_output, crop_face, detect_faces, face_box, load_photo
-from vision import probe, read_video, to_tensor, to_uint8
+from vision import (
+    VIDEO_SUFFIXES,
+    VideoWriter,
+    check_output,
+    crop_face,
+    detect_faces,
+    face_box,
+    load_photo,
+    probe,
+    read_video,
+    to_tensor,
+    to_uint8,
+)
 
 HERE = Path(__file__).resolve().parent
 SQUARE = 0.05  # ours: sides that differ by less than this make a square portrait
@@ -52,7 +63,7 @@ def parse(argv=None):
 
 
 def parse_box(text: str, width: int, height: int) -> tuple:
-    """"x0,y0,x1,y1" in pixels of a width x height picture -> the square around it."""
+    """ "x0,y0,x1,y1" in pixels of a width x height picture -> the square around it."""
     try:
         x0, y0, x1, y1 = (float(v) for v in text.split(","))
     except ValueError:

@@ -348,7 +348,7 @@ BLAZEFACE_SHA256 = {
 }
 S3FD = "s3fd-619a316812.pth"  # face-alignment's default, 90 MB: used where it lies, never fetched
 DETECT_SIDE = 512  # ours: pictures are resized to this for detection; s3fd takes seconds on large ones
-MIN_SCORE = 0.65  # ours, of 100 UTKFace portraits 2 lie below; the dog at hand has .63, a cat .48, textures less
+MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
 
 
 def checkpoints_dir() -> Path:
@@ -363,7 +363,7 @@ def face_detectors() -> list:
     if (folder / S3FD).is_file():
         from face_alignment.detection.sfd import FaceDetector
 
-        return [FaceDetector(device="cpu", path_to_detector=str(folder / S3FD))]  # looks at all sizes by itself
+        return [FaceDetector(device="cpu", path_to_detector=str(folder / S3FD))]  # sees all sizes at once
     from face_alignment.detection.blazeface import FaceDetector
 
     detectors = []
@@ -393,9 +393,10 @@ def fetch(name: str, folder: Path) -> bool:
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple] | None:
     """uint8 (H, W, 3) -> [(x0, y0, x1, y1, score), ..] in pixels, the largest first.
 
-    One look of blazeface says little: a dog can score .82 and a woman .55. So both its models look at the picture
-    inside wider and wider margins, and a face is what a third of the looks find with a mean score of MIN_SCORE;
-    its box is their mean. One margin, (1.2,), is enough for video, where faces are known to be: 20 ms, not 80.
+    One look of blazeface says little: a dog can score .82 and a woman .55. So both its models look at the
+    picture inside wider and wider margins, and a face is what a third of the looks find with a mean score of
+    MIN_SCORE; its box is their mean. In video, where faces are known to be, margins=(1.2,) is enough, in a
+    quarter of the time.
     None when no detector's weights are at hand or can be fetched (the caller says what to do then).
     """
     detectors = face_detectors()
@@ -412,7 +413,7 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
         canvas = np.asarray(canvas.resize((DETECT_SIDE, DETECT_SIDE), Image.Resampling.BOX))
         for detector in detectors:
             for x0, y0, x1, y1, score in detector.detect_from_image(canvas):
-                box = np.array([x0 / scale - left, y0 / scale - top, x1 / scale - left, y1 / scale - top, score])
+                box = np.array([*(np.array([x0, y0, x1, y1]) / scale - [left, top, left, top]), score])
                 group = next((g for g in groups if overlap(g[0], box) > 0.3), None)
                 groups.append([box]) if group is None else group.append(box)
     looks = len(margins) * len(detectors) if len(detectors) > 1 else 1
@@ -487,11 +488,11 @@ class VisualEncoder(nn.Module):
         ch = [min(width * 2 ** i, width * 4) for i in range(depth + 1)]
         self.stem = nn.Conv2d(3, ch[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResDown(a, b) for a, b in zip(ch, ch[1:]))
-        self.groups = [min(3, L), min(4, L - 3), L - 7]                      # pSp: styles 0-2, 3-6, 7-
+        self.groups = [3, min(4, L - 3), max(0, L - 7)]                      # pSp: styles 0-2, 3-6, 7-
         self.lateral = nn.ModuleList([nn.Conv2d(ch[-2], ch[-1], 1), nn.Conv2d(ch[-3], ch[-1], 1)])
         self.heads = nn.ModuleList(
             nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 32, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
-                          nn.Flatten(), nn.Linear(32 * 16, n * dim)) for n in self.groups)
+                          nn.Flatten(), nn.Linear(32 * 16, n * dim)) for n in self.groups if n)
         self.linear_down = nn.Linear(3 * 32 * 32, linear, bias=False) if linear else None
         self.linear_up = nn.Linear(linear, L * dim, bias=False) if linear else None
         self.register_buffer("latent_avg", torch.zeros(L, dim))
@@ -499,10 +500,9 @@ class VisualEncoder(nn.Module):
     def forward(self, x):
         """x (N, 3, size, size) in [-1, 1] -> (N, L, D)"""
         assert x.shape[1:] == (3, self.size, self.size), f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})"
-        h, maps = self.stem(x.contiguous(memory_format=torch.channels_last)), []
+        maps = [self.stem(x.contiguous(memory_format=torch.channels_last))]
         for block in self.blocks:
-            h = block(h)
-            maps.append(h)
+            maps.append(block(maps[-1]))
         coarse = maps[-1]                                                    # (N, C, 4, 4)
         middle = self.lateral[0](maps[-2]) + F.interpolate(coarse, scale_factor=2, mode="nearest")
         fine = self.lateral[1](maps[-3]) + F.interpolate(middle, scale_factor=2, mode="nearest")

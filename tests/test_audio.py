@@ -145,8 +145,10 @@ def test_windows_of_a_frame_do_not_depend_on_later_sound():
 
 
 def naive_mfcc(samples):
-    """python_speech_features.mfcc with its defaults, written as loops over frames, filters and coefficients."""
-    x = [float(samples[0])] + [float(samples[i]) - 0.97 * float(samples[i - 1]) for i in range(1, len(samples))]
+    """python_speech_features.mfcc and its defaults as loops over frames, filters and coefficients."""
+    x = [float(samples[0])] + [
+        float(samples[i]) - 0.97 * float(samples[i - 1]) for i in range(1, len(samples))
+    ]
     S = 1 if len(x) <= 400 else 1 + int(np.ceil((len(x) - 400) / 160))
     x = np.array(x + [0.0] * ((S - 1) * 160 + 400 - len(x)))
     hz = [700 * (10 ** (m / 2595) - 1) for m in np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)]
@@ -174,7 +176,9 @@ def naive_mfcc(samples):
 @pytest.mark.parametrize("n", [100, 400, 401, 1999])
 def test_mfcc_is_what_python_speech_features_computes(n):
     samples = np.random.default_rng(n).integers(-9000, 9000, n)
-    np.testing.assert_allclose(mfcc((samples / 32768).astype(np.float32)), naive_mfcc(samples), rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(
+        mfcc((samples / 32768).astype(np.float32)), naive_mfcc(samples), rtol=1e-7, atol=1e-7
+    )
 
 
 def test_mfcc_of_silence_is_finite():
@@ -271,7 +275,9 @@ def test_16_bit_16_khz_comes_back_sample_by_sample(tmp_path):
 )
 def test_every_kind_of_sound_file_is_heard_at_its_pitch(tmp_path, monkeypatch, name, rate, channels, subtype):
     monkeypatch.chdir(tmp_path)
-    soundfile.write(str(tmp_path / name), np.tile(tone(700, rate, rate)[:, None], (1, channels)), rate, subtype=subtype)
+    soundfile.write(
+        str(tmp_path / name), np.tile(tone(700, rate, rate)[:, None], (1, channels)), rate, subtype=subtype
+    )
     wav = load_audio(name)  # a relative path, as typed
     assert abs(len(wav) - RATE) <= 0.06 * RATE  # MP3 pads
     assert abs(peak_hz(wav) - 700) < 5

@@ -12,13 +12,13 @@ import pytest
 import scipy.io.wavfile
 import torch
 import tqdm
+from data import save_checkpoint
 from PIL import Image
 
 import audio
 import sample
 import vision
 from audio import InputError, load_audio
-from data import save_checkpoint
 from fusion import FCTFG, Config
 from vision import read_video
 
@@ -125,7 +125,7 @@ def test_the_same_command_gives_the_same_frames_and_another_sound_others(folder,
     assert not np.array_equal(load_audio("a.mp4"), load_audio("c.mp4"))
 
 
-AWKWARD = ["a face's \"best\" side.png", "-face.png", "%d [x];&$(touch y).png", "http:x.png"]
+AWKWARD = ['a face\'s "best" side.png', "-face.png", "%d [x];&$(touch y).png", "http:x.png"]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
