@@ -419,7 +419,7 @@ class Wav2LipExpert(nn.Module):
     """The published lip-sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync.
 
     face, sound and logits mean the same as those of syncnet.SyncNet, so that it can stand in its place. Its faces are
-    tight crops from brow or hairline to chin.
+    the boxes of S3FD's detections, forehead to chin.
     """
 
     def __init__(self):
@@ -509,13 +509,11 @@ def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
 
 def read_weights(path: str | Path) -> dict:
     """The dict in a published file; never runs code from it. InputError: damaged, cut short, or more than weights."""
+    path = check_file(path)
     try:
-        content = torch.load(check_file(path), map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a damaged file makes torch.load stumble over, it is the file
-        reason = "holds code or is no weights file" if "nsupported" in str(error) else "damaged, cut short or no weights file"
-        raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch.load stumbles over here, it is the file
+        raise InputError(f"{path}: damaged, cut short, or no file of weights alone ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
     return content
@@ -644,20 +642,20 @@ def claim_part(target: Path) -> Path:
 
 def fetch_from(url: str, part: Path, pin: Published):
     """Fills `part` from one URL until its hash is right; resumes as long as every attempt brings something."""
-    fresh = part.stat().st_size == 0
+    fresh, whole = part.stat().st_size == 0, False
     while not matches(part, pin):
-        before = part.stat().st_size
-        try:
-            stream(url, part, pin)
-        except requests.RequestException:
-            if part.stat().st_size <= before:
-                raise
-            continue
-        if not matches(part, pin):
+        if whole:
             os.truncate(part, 0)
             if fresh:
                 raise ValueError(f"what came has another SHA256 than {pin.sha256}")
-            fresh = True  # the beginning may have been at fault, left by another run or URL: once more from 0
+            fresh, whole = True, False  # the beginning, left by another run or URL, may be at fault: once more from 0
+        before = part.stat().st_size
+        try:
+            stream(url, part, pin)
+            whole = True
+        except requests.RequestException:
+            if part.stat().st_size <= before:
+                raise
 
 
 def stream(url: str, part: Path, pin: Published):
