@@ -252,18 +252,19 @@ class FCTFG(nn.Module):
 
         Args:
             source: (B, 3, H, W) in [-1, 1].
-            driving: (B, T', 3, H, W), T' = T + 2 context.
+            driving: (B, T', 3, H, W), T' = T + 2 context; of the "direct" form the T frames suffice.
             mel: (B, T', 1, 80, 16).
             context: frames at both ends that the temporal convolution may see and that are not decoded.
 
         Returns:
             frames (B, T, 3, H, W), z_s2c (B, L, D), z_c2d (B, T, L, D).
         """
-        assert driving.shape[:2] == mel.shape[:2], f"{tuple(driving.shape[:2])} driving frames, {tuple(mel.shape[:2])} mel windows"
+        T = mel.shape[1] - 2 * context
+        assert driving.shape[1] in (T, mel.shape[1]), f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}"
         z_s = self.encoder(source)
         z_s2c = self.canonical(z_s)
         if self.config.motion == "direct":                                        # its poses know no neighbours
-            driving = driving[:, context:driving.shape[1] - context]
+            driving = middle(driving, T)
         z_c2d = self.motion(self.encode_sound(mel), self.encode_driving(driving), context)
         w_plus = (z_s2c[:, None] + z_c2d).flatten(0, 1)                           # (N, L, D)
         frames = self.decode(w_plus, self.weight_changes(source, z_s))
@@ -320,6 +321,12 @@ class FCTFG(nn.Module):
             else:
                 z_c2d = self.motion(z_a[None, lo:hi], z_v)
             yield start, z_c2d[0, start - lo:stop - lo]
+
+
+def middle(x, T: int):
+    """The middle T of x (B, T', ..)"""
+    start = (x.shape[1] - T) // 2
+    return x[:, start:start + T]
 
 
 def idle_pose(idle, lo: int, hi: int):

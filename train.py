@@ -33,7 +33,7 @@ from tqdm import tqdm
 import losses
 from audio import InputError, run
 from data import Clips, Frames, Pack, batches, load_checkpoint, save_checkpoint
-from fusion import Config, FCTFG, pick_device
+from fusion import Config, FCTFG, middle, pick_device
 from stylegan2 import Discriminator, mix_styles
 from syncnet import load_sync, sync_loss
 from vision import TEMPLATES, to_tensor, to_uint8
@@ -111,9 +111,9 @@ def forward_stage2(nets, batch, args):
 def forward_stage3(nets, batch, args):
     """source, driving frames and sound -> the driving frames, in the source's looks"""
     frames, z_s2c, z_c2d = nets["model"](batch["source"], batch["driving"], batch["mel"], context=CONTEXT)
-    real = batch["driving"][:, CONTEXT:-CONTEXT]                                       # (B, T, 3, H, W)
+    real = middle(batch["driving"], frames.shape[1])                                   # (B, T, 3, H, W)
     return dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
-                mel=batch["mel"][:, batch["mel"].shape[1] // 2])                       # of the window's middle frame
+                mel=middle(batch["mel"], 1)[:, 0])                                     # of the window's middle frame
 
 
 def picture_terms(nets, out, args):
@@ -391,8 +391,9 @@ def main(argv=None):
         torch.set_rng_state(saved["rng"]["torch"].cpu())
 
     if args.stage == 3:  # even steps: few windows of five frames; odd steps: many clips of one
-        data = [batches(Clips(pack, WINDOW + 2 * CONTEXT, args.seed), max(1, args.batch // WINDOW), (start + 1) // 2, args.workers),
-                batches(Clips(pack, 1 + 2 * CONTEXT, args.seed + 1), args.batch, start // 2, args.workers)]
+        see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames beyond the decoded ones
+        data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2), B, first, args.workers)
+                for T, B, first in ((WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2), (1, args.batch, start // 2))]
     else:
         data = [batches(Frames(pack, args.seed), args.batch, start, args.workers)]
     header(args, model, pack, device)
@@ -554,7 +555,7 @@ def save_samples(path, ema, pack, device, args, n=8):
             rows = torch.stack([source, ema.decode(z), ema.decode(z, ema.weight_changes(source, z))])
         else:
             driving, mel = driving.roll(1, 0), mel.roll(1, 0)                          # somebody else's head and sound
-            rows = torch.stack([source, driving[:, CONTEXT], ema(source, driving, mel, context=CONTEXT)[0][:, 0]])
+            rows = torch.stack([source, middle(driving, 1)[:, 0], ema(source, driving, mel, context=CONTEXT)[0][:, 0]])
     picture = torch.cat(list(torch.cat(list(rows.permute(1, 0, 2, 3, 4)), -1)), -2)    # (3, rows * H, n * W)
     image = Image.fromarray(to_uint8(picture.clamp(-1, 1)))
     scale = max(1, 128 // args.size)

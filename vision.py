@@ -489,11 +489,12 @@ class VisualEncoder(nn.Module):
         self.stem = nn.Conv2d(3, ch[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResDown(a, b) for a, b in zip(ch, ch[1:]))
         self.groups = [3, min(4, L - 3), max(0, L - 7)]                      # pSp: styles 0-2, 3-6, 7-
-        self.lateral = nn.ModuleList([nn.Conv2d(ch[-2], ch[-1], 1), nn.Conv2d(ch[-3], ch[-1], 1)])
+        finer = (ch[-2], ch[-3]) if L > 7 else (ch[-2],)                     # 16 px has no fine styles
+        self.lateral = nn.ModuleList(nn.Conv2d(c, ch[-1], 1) for c in finer)
         self.heads = nn.ModuleList(
             nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 32, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
                           nn.Flatten(), nn.Linear(32 * 16, n * dim)) for n in self.groups if n)
-        self.linear_down = nn.Linear(3 * 32 * 32, linear, bias=False) if linear else None
+        self.linear_down = nn.Linear(3 * min(32, size) ** 2, linear, bias=False) if linear else None
         self.linear_up = nn.Linear(linear, L * dim, bias=False) if linear else None
         self.register_buffer("latent_avg", torch.zeros(L, dim))
 
@@ -503,10 +504,10 @@ class VisualEncoder(nn.Module):
         maps = [self.stem(x.contiguous(memory_format=torch.channels_last))]
         for block in self.blocks:
             maps.append(block(maps[-1]))
-        coarse = maps[-1]                                                    # (N, C, 4, 4)
-        middle = self.lateral[0](maps[-2]) + F.interpolate(coarse, scale_factor=2, mode="nearest")
-        fine = self.lateral[1](maps[-3]) + F.interpolate(middle, scale_factor=2, mode="nearest")
-        z = torch.cat([head(m).unflatten(1, (-1, self.dim)) for head, m in zip(self.heads, (coarse, middle, fine))], 1)
+        pyramid = [maps[-1]]                                                 # coarse (N, C, 4, 4), middle, fine
+        for lateral, finer in zip(self.lateral, maps[-2::-1]):
+            pyramid.append(lateral(finer) + F.interpolate(pyramid[-1], scale_factor=2, mode="nearest"))
+        z = torch.cat([head(level).unflatten(1, (-1, self.dim)) for head, level in zip(self.heads, pyramid)], 1)
         if self.linear_down is not None:
             z = z + self.linear_up(self.linear_down(small_picture(x))).unflatten(1, (self.L, self.dim))
         return self.latent_avg + z                                           # (N, L, D)

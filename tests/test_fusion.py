@@ -94,8 +94,9 @@ def test_context_frames_give_the_same_middle_as_a_long_window():
         model = opened(tiny(motion))
         source, driving, mel = window(T=9)
         whole = model(source, driving, mel)[0]
-        middle = model(source, driving, mel, context=2)[0]
-        torch.testing.assert_close(middle, whole[:, 2:-2], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(source, driving, mel, context=2)[0], whole[:, 2:-2], atol=1e-5, rtol=1e-4)
+        if motion == "direct":  # whose frames need no neighbours
+            torch.testing.assert_close(model(source, driving[:, 2:-2], mel, context=2)[0], whole[:, 2:-2], atol=1e-5, rtol=1e-4)
 
 
 def test_clips_of_a_batch_do_not_meet():
@@ -179,7 +180,7 @@ def test_hypernetwork_starts_silent_and_then_acts_on_its_own_clip():
     deltas = model.weight_changes(source, z)
     assert [d is None for d in deltas] == [True, True, True, False, False]  # 4, 8, 8 px are left alone; 16, 16 changed
     assert all(d.abs().max() == 0 for d in deltas if d is not None)
-    assert torch.equal(model.decode(z, deltas), model.decode(z))
+    torch.testing.assert_close(model.decode(z, deltas), model.decode(z), atol=1e-5, rtol=1e-4)
     opened(model)
     deltas = model.weight_changes(source, z)
     assert not torch.allclose(model.decode(z, deltas), model.decode(z), atol=1e-4)
