@@ -12,13 +12,13 @@ import pytest
 import scipy.io.wavfile
 import torch
 import tqdm
-from data import save_checkpoint
 from PIL import Image
 
 import audio
 import sample
 import vision
 from audio import InputError, load_audio
+from data import save_checkpoint
 from fusion import FCTFG, Config
 from vision import read_video
 

@@ -305,6 +305,14 @@ def test_a_click_and_a_flash_at_60_fps_in_another_container_stay_together(tmp_pa
         assert abs(loud - 0.25 - bright) <= 1 and abs(bright - 30) <= 1, (name, bright, loud)
 
 
+def test_a_picture_that_starts_later_than_the_sound_shows_its_first_frame_until_then(tmp_path):
+    flash = "nullsrc=s=32x32:r=25:d=1,geq=lum='if(between(T,0.399,0.401),235,20)':cb=128:cr=128"
+    sound = ("-f", "lavfi", "-i", "anoisesrc=d=2")
+    ffmpeg(*sound, "-itsoffset", "0.6", "-f", "lavfi", "-i", flash, tmp_path / "a.mkv")
+    shown = [f.mean() for f in read_video(tmp_path / "a.mkv")]
+    assert int(np.argmax(shown)) == 25 and len(shown) == 40  # 0.6 + 0.4 s
+
+
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_a_phones_rotation_is_applied(tmp_path, degrees):
     write(tmp_path / "flat.mp4", np.repeat(picture(40, 60)[None], 5, 0))
