@@ -23,6 +23,11 @@ from array import array
 from itertools import islice
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing stops a second run there
+    fcntl = None
+
 import numpy as np
 import torch
 from PIL import Image
@@ -82,7 +87,9 @@ def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> 
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)  # nothing that could run
     except Exception as error:  # on damaged files torch raises a dozen kinds
         code = "weights_only" in str(error).lower() and "Unsupported" in str(error)
-        reason = "holds more than tensors and plain values" if code else "is truncated or no checkpoint at all"
+        reason = (
+            "holds more than tensors and plain values" if code else "is truncated or no checkpoint at all"
+        )
         raise InputError(f"{path}: {reason}; {expected}") from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
     if not isinstance(found, str):
@@ -133,20 +140,411 @@ class PackWriter:
             raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
     def open(self, keep: int):
-        """Opens the three files, cut to the first `keep` clips."""
-        journal, end = self.folder / "journal.jsonl", 0
+        """Opens the three files, cut behind the first `keep` clips."""
+        self.files = {
+            name: open(self.folder / name, "ab") for name in ("frames.bin", "sound.bin", "journal.jsonl")
+        }
+        journal = self.files["journal.jsonl"]
+        if fcntl:
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.folder}: another run is writing there") from None
+        head, lines = json.dumps(dict(size=self.size, template=self.template)).encode() + b"\n", []
         if keep:
-            with open(journal, "rb") as lines:
-                for line in islice(lines, keep):
-                    self.enter(json.loads(line))
-                end = lines.tell() if not hasattr(lines, "raw") else sum(map(len, self.lines(journal, keep)))
-        sizes = {"frames.bin": self.jpeg_start[-1], "sound.bin": 2 * self.n_sound, "journal.jsonl": end}
-        self.files = {}
-        for name, length in sizes.items():
-            file = self.files[name] = open(self.folder / name, "ab")
-            file.truncate(length)
+            lines = list(islice(open(journal.name, "rb"), 1 + keep))
+            if len(lines) <= keep or lines[0] != head:
+                raise InputError(
+                    f"{self.folder}: was begun with other options, or its journal is damaged: remove it"
+                )
+            for line in lines[1:]:
+                self.enter(json.loads(line))
+        for name, end in (("frames.bin", self.jpeg_start[-1]), ("sound.bin", 2 * self.n_sound)):
+            self.files[name].truncate(end)
+        journal.truncate(sum(map(len, lines)))
+        if not lines:
+            journal.write(head)
 
-    @staticmethod
-    def lines(journal: Path, keep: int) -> list[bytes]:
-        with open(journal, "rb") as file:
-            return list(islice(file, keep))
+    def enter(self, clip: dict):
+        """One line of the journal -> the index."""
+        for name, column in self.index.items():
+            value = clip[name]
+            if name == "identity":  # names become numbers in the order of their appearance
+                value = self.identities.setdefault(value, len(self.identities))
+            column.append(value)
+        self.sources.append(clip["source"])
+        self.n_sound += clip["n_samples"]
+        end = self.jpeg_start[-1]
+        for length in clip["jpegs"]:
+            end += length
+            self.jpeg_start.append(end)
+
+    def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0) -> int:
+        """One clip: frames (iterable of uint8 (size, size, 3)), wav float (n,) in [-1, 1] at 16 kHz, who it is,
+        where it came from, the crop's box in the source picture, the source's frame rate -> how many frames."""
+        jpegs, shape = [], (self.size, self.size, 3)
+        for frame in frames:
+            assert frame.shape == shape and frame.dtype == np.uint8, f"frame is {frame.dtype} {frame.shape}"
+            start = self.files["frames.bin"].tell()
+            Image.fromarray(frame).save(self.files["frames.bin"], **self.jpeg)
+            jpegs.append(self.files["frames.bin"].tell() - start)
+        assert jpegs, "a clip has at least one frame"
+        samples = np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")  # 16-bit sound passes unchanged
+        self.files["sound.bin"].write(samples.tobytes())
+        clip = dict(n_frames=len(jpegs), n_samples=len(samples), identity=identity, source=source, fps=fps)
+        clip |= dict(box=[float(v) for v in (box or (0, 0, 0, 0))], jpegs=jpegs)
+        for name in ("frames.bin", "sound.bin"):  # the clip first, then the line that says it is there
+            self.files[name].flush()
+        self.files["journal.jsonl"].write(json.dumps(clip).encode() + b"\n")
+        self.files["journal.jsonl"].flush()
+        self.enter(clip)
+        return len(jpegs)
+
+    def close(self):
+        """Finishes: the index, then meta.json under its name, which makes the directory a pack."""
+        assert self.sources, "a pack has at least one clip"
+        names = [source.encode() for source in self.sources]
+        (self.folder / "sources.txt").write_bytes(b"".join(names))
+        columns = dict(self.index, jpeg_start=self.jpeg_start)
+        columns["frame_start"] = np.cumsum([0, *self.index["n_frames"]])
+        columns["sound_start"] = np.cumsum([0, *self.index["n_samples"]])
+        columns["source_start"] = np.cumsum([0, *map(len, names)])
+        for name, kind in INDEX.items():
+            np.save(self.folder / f"{name}.npy", np.asarray(columns[name], kind))
+        meta = dict(format=FORMAT, size=self.size, template=self.template, identities=list(self.identities))
+        draft = self.folder / ".meta.json"
+        draft.write_text(json.dumps(meta))
+        self.release()
+        os.replace(draft, self.folder / "meta.json")
+        (self.folder / "journal.jsonl").unlink()
+
+    def release(self):
+        """Stops without finishing; the folder is no pack, `keep` can go on with it."""
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close() if kind is None else self.release()
+
+
+class Pack:
+    """A pack, open for reading. Everything is mapped, nothing is loaded.
+
+    .size, .template, .identities (names), and for each clip c: .n_frames[c], .identity[c] (a number, the place
+    in .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source).
+    Raises InputError: no pack there, or one that is not whole.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).absolute()
+        if not self.folder.is_dir():
+            raise InputError(f"{folder}: no such directory, expected a pack written by data.py")
+        if not (self.folder / "meta.json").is_file():
+            raise InputError(f"{folder}: not a pack, or an unfinished one (meta.json is missing)")
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text())
+            self.size, self.template, self.identities = meta["size"], meta["template"], meta["identities"]
+            for name in INDEX:  # a plain array on top of the map: np.memmap's own indexing is slow
+                setattr(self, name, np.asarray(np.load(self.folder / f"{name}.npy", "r", allow_pickle=False)))
+            self.jpegs, self.samples, self.names = (
+                np.asarray(np.memmap(self.folder / name, kind, "r")) if (self.folder / name).stat().st_size else
+                np.zeros(0, kind) for name, kind in (("frames.bin", "u1"), ("sound.bin", "<i2"), ("sources.txt", "u1"))
+            )  # fmt: skip
+            wholes = (len(self.jpegs), self.jpeg_start[-1]), (len(self.samples), self.sound_start[-1])
+            wholes += (len(self.jpeg_start) - 1, self.frame_start[-1]), (len(self.frame_start), len(self) + 1)
+            if meta["format"] != FORMAT or not len(self) or any(a != b for a, b in wholes):
+                raise ValueError("its files do not belong together")
+        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+            raise InputError(f"{folder}: not a whole pack ({error})") from None
+        if self.template not in TEMPLATES:
+            raise InputError(f"{folder}: its crop, '{self.template}', is none that this version knows")
+
+    def __len__(self):
+        return len(self.n_frames)
+
+    def __reduce__(self):  # a worker process gets the name and maps the files anew
+        return Pack, (self.folder,)
+
+    def frame(self, c: int, k: int) -> np.ndarray:
+        """Frame k of clip c, uint8 (H, W, 3)"""
+        assert 0 <= k < self.n_frames[c], f"frame {k} of clip {c}, which has {self.n_frames[c]}"
+        i = self.frame_start[c] + k
+        jpeg = self.jpegs[self.jpeg_start[i] : self.jpeg_start[i + 1]]
+        try:
+            return np.array(Image.open(io.BytesIO(jpeg), formats=("JPEG",)))
+        except OSError as error:
+            raise InputError(f"{self.folder}: frame {k} of clip {c} is damaged ({error})") from None
+
+    def frames(self, c: int, ks) -> np.ndarray:
+        """Frames ks of clip c, uint8 (len(ks), H, W, 3); a frame asked for twice is decoded once."""
+        decoded = {k: self.frame(c, k) for k in dict.fromkeys(map(int, ks))}
+        return np.stack([decoded[int(k)] for k in ks])
+
+    def sound(self, c: int) -> np.ndarray:
+        """The sound of clip c, float32 (n,) in [-1, 1] at 16 kHz; sample 640 k is the beginning of frame k"""
+        return self.lazy_sound(c)[:]
+
+    def lazy_sound(self, c: int) -> "LazySound":
+        return LazySound(self.samples[self.sound_start[c] : self.sound_start[c + 1]])
+
+    def windows(self, c: int, ks) -> np.ndarray:
+        """Mel windows of frames ks of clip c, float32 (len(ks), 1, 80, 16); ks may lie outside the clip."""
+        return sound_windows(self.lazy_sound(c), np.asarray(ks))
+
+    def source(self, c: int) -> str:
+        """The file it came from"""
+        return self.names[self.source_start[c] : self.source_start[c + 1]].tobytes().decode()
+
+
+class LazySound:
+    """int16 samples (n,) on disk that become float32 where they are sliced: a window costs the same in an hour
+    of sound as in a second."""
+
+    ndim = 1
+
+    def __init__(self, samples: np.ndarray):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.samples[part].astype(np.float32) / 32768
+
+
+# ------------------------------------------------------------------------------------------------------------
+# batches: item n is a function of (seed, n) alone, whichever process asks, so a resumed run goes on exactly
+
+
+def elsewhere(rng: np.random.Generator, length: int, begin: int, end: int) -> int | None:
+    """One of 0 .. length-1 outside begin .. end-1, all equally likely; None where there is none."""
+    begin, end = max(begin, 0), min(end, length)
+    if end - begin >= length:
+        return None
+    k = int(rng.integers(length - (end - begin)))
+    return k if k < begin else k + end - begin
+
+
+class Clips(Dataset):
+    """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then windows within the clip.
+
+    flip: half of the items are mirrored, each as a whole. A clip shorter than T stands still at its end.
+    """
+
+    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True):
+        self.pack, self.T, self.seed, self.flip = pack, T, seed, flip
+
+    def __len__(self):
+        return ENDLESS
+
+    def __getitem__(self, n: int) -> dict:
+        """-> source (3, H, W), driving (T, 3, H, W) in [-1, 1], mel (T, 1, 80, 16), wrong_mel (1, 80, 16), and
+        the numbers identity, clip, frames (T,), wrong_frame.
+
+        Source: any frame of the clip but the driving ones (unless there is no other). Wrong: the sound of a
+        moment of the same clip, NEAR frames or more from the window's middle.
+        """
+        rng = np.random.default_rng([self.seed, n, self.T])
+        c = int(rng.integers(len(self.pack)))
+        length = int(self.pack.n_frames[c])
+        first = int(rng.integers(max(1, length - self.T + 1)))
+        window = np.arange(first, first + self.T)
+        source = elsewhere(rng, length, first, first + self.T)
+        source = first if source is None else source
+        middle = min(first + self.T // 2, length - 1)
+        wrong = elsewhere(rng, length, middle - NEAR + 1, middle + NEAR)
+        wrong = middle + NEAR if wrong is None else wrong  # behind the end: silence
+        frames = np.minimum(window, length - 1)
+        pictures = self.pack.frames(c, [source, *frames])  # (1 + T, H, W, 3)
+        if self.flip and rng.random() < 0.5:
+            pictures = pictures[:, :, ::-1]
+        pictures = to_tensor(np.ascontiguousarray(pictures))
+        mel = torch.from_numpy(self.pack.windows(c, window))
+        wrong_mel = torch.from_numpy(self.pack.windows(c, [wrong]))[0]
+        numbers = dict(identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(frames))
+        return (
+            dict(source=pictures[0], driving=pictures[1:], mel=mel, wrong_mel=wrong_mel, wrong_frame=wrong)
+            | numbers
+        )
+
+
+class Frames(Dataset):
+    """Single pictures for stages 1 and 2: a person uniformly, then a clip of theirs, then a frame.
+
+    Item: picture (3, H, W) in [-1, 1], identity.
+    """
+
+    def __init__(self, pack: Pack, seed: int, flip: bool = True):
+        self.pack, self.seed, self.flip = pack, seed, flip
+        self.order = np.argsort(pack.identity, kind="stable")  # clips, person by person
+        self.first = np.searchsorted(pack.identity[self.order], np.arange(len(pack.identities) + 1))
+
+    def __len__(self):
+        return ENDLESS
+
+    def __getitem__(self, n: int) -> dict:
+        rng = np.random.default_rng([self.seed, n])
+        who = int(rng.integers(len(self.pack.identities)))
+        c = int(self.order[rng.integers(self.first[who], self.first[who + 1])])
+        picture = self.pack.frame(c, int(rng.integers(self.pack.n_frames[c])))
+        if self.flip and rng.random() < 0.5:
+            picture = picture[:, ::-1]
+        return dict(picture=to_tensor(np.ascontiguousarray(picture)), identity=who)
+
+
+class From(Sampler):
+    """start, start + 1, ..: a position in the data is one number."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self):
+        n = self.start
+        while True:
+            yield n
+            n += 1
+
+
+def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0):
+    """Endless iterator of collated batches; its first is the one of step start_step, whatever came before."""
+    if not workers:
+        for step in From(start_step):
+            yield default_collate([dataset[n] for n in range(step * batch, (step + 1) * batch)])
+    options = dict(
+        sampler=From(start_step * batch), num_workers=workers, pin_memory=torch.cuda.is_available()
+    )
+    yield from DataLoader(dataset, batch, prefetch_factor=4, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# videos -> pack
+
+EVERY = 5  # frames between two looks of the detector (ours: a fifth of a second)
+SEGMENT = 150  # frames of a clip at most: what is held in memory while its box is found, 415 MB at 720p
+SHORTEST = 10  # frames; ours: one five-frame window, and another that is no neighbour
+HIGHEST = 720  # pixels: videos are decoded at this height at most
+STEADY = 0.35  # of the box: a face that moves farther has no box of its own in one clip
+
+
+def segment_box(frames: list[np.ndarray]) -> tuple:
+    """One box for all frames (uint8 (H, W, 3)) of a segment, the median of the boxes found: it cannot wobble.
+
+    Raises InputError, without the file's name: a face in too few frames, or one that moves too far.
+    """
+    looked = frames[::EVERY]
+    found = [face_box(faces, "face") for frame in looked if (faces := detect_faces(frame, margins=(1.2,)))]
+    if 2 * len(found) < len(looked):
+        raise InputError(f"a face in {len(found)} of {len(looked)} frames looked at")
+    box = np.median(found, 0)
+    if np.percentile(np.abs(found - box).max(1), 90) > STEADY * (box[2] - box[0]):
+        raise InputError("the face moves too far for one box")
+    return tuple(float(v) for v in box)
+
+
+def prepare_video(path: Path, who: str, pack: PackWriter):
+    """One video, decoded once -> clips of at most SEGMENT frames in the pack; yields what became of each.
+
+    Raises InputError: not a video, no sound, damaged. Sound is read first, so of most such files nothing gets
+    into the pack; of a video whose pictures break off, what came before does.
+    """
+    info, wav = probe(path), load_audio(path)
+    scale = min(info.height, HIGHEST) / info.height
+    stream, begin = read_video(path, height=min(info.height, HIGHEST)), 0
+    while frames := list(islice(stream, SEGMENT)):
+        sound = wav[begin * SAMPLES_PER_FRAME : (begin + len(frames)) * SAMPLES_PER_FRAME]
+        frames = frames[: len(sound) // SAMPLES_PER_FRAME]  # what picture and sound both have
+        segment = dict(begin=begin, frames=len(frames))
+        try:
+            if len(frames) < SHORTEST:
+                raise InputError(f"{len(frames)} frames with sound are too few")
+            box = segment_box(frames)
+        except InputError as error:
+            segment |= dict(outcome="skipped", reason=str(error))
+        else:
+            crops = (crop_face(frame, box, pack.size) for frame in frames)
+            box = [round(v / scale, 2) for v in box]
+            pack.add(crops, sound[: len(frames) * SAMPLES_PER_FRAME], who, f"{path}#{begin}", box, info.fps)
+            segment |= dict(outcome="packed", box=box)
+        yield segment
+        begin += SEGMENT
+
+
+def prepare(folder: Path, out: Path, size: int) -> list[dict]:
+    """All files below `folder` -> a pack at `out`; manifest.jsonl there has a line for each, also returned.
+
+    A killed run goes on where it stopped: behind the last file that the manifest names.
+    Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
+    """
+    if detect_faces(np.zeros((64, 64, 3), np.uint8)) is None:
+        raise InputError(
+            "no face detector's weights are at hand: set TORCH_HOME to where face-alignment's are"
+        )
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
+    manifest, lines = out / "manifest.jsonl", []
+    if manifest.exists():  # a killed run's last line may be torn
+        lines = [line for line in manifest.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    outcomes = [json.loads(line) for line in lines]
+    packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
+    done = {outcome["path"] for outcome in outcomes}
+    with PackWriter(out, size, "face", keep=packed) as pack, open(manifest, "ab") as log:
+        log.truncate(sum(map(len, lines)))
+        for path in tqdm(
+            [p for p in paths if str(p.relative_to(folder)) not in done], "videos", disable=None
+        ):
+            name = path.relative_to(folder)
+            outcome = dict(path=str(name), segments=[])
+            try:
+                for segment in prepare_video(
+                    path, str(name.parent) if len(name.parts) > 1 else name.stem, pack
+                ):
+                    outcome["segments"].append(segment)
+            except InputError as error:
+                outcome["reason"] = str(error)
+            log.write(json.dumps(outcome).encode() + b"\n")
+            log.flush()
+            outcomes.append(outcome)
+        if not pack.sources:
+            raise InputError(
+                f"{folder}: nothing in {len(outcomes)} files could be packed, {manifest} says why"
+            )
+    return outcomes
+
+
+def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
+    """The middle frame of up to columns x rows clips, evenly chosen."""
+    chosen = np.unique(np.linspace(0, len(pack) - 1, columns * rows).round().astype(int))
+    sheet = Image.new("RGB", (columns * pack.size, -(-len(chosen) // columns) * pack.size))
+    for i, c in enumerate(chosen):
+        frame = Image.fromarray(pack.frame(c, pack.n_frames[c] // 2))
+        sheet.paste(frame, (i % columns * pack.size, i // columns * pack.size))
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A folder of videos -> a pack to train on.")
+    parser.add_argument(
+        "videos", type=Path, help="folder; a folder in it is one person, a file in it another"
+    )
+    parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
+    parser.add_argument(
+        "--size", type=int, default=128, choices=(32, 64, 128, 256), help="edge of the crops (default 128)"
+    )
+    args = parser.parse_args()
+    if not args.videos.is_dir():
+        raise InputError(f"{args.videos}: no such directory")
+    outcomes = prepare(args.videos, args.out, args.size)
+    pack = Pack(args.out)
+    contact_sheet(pack).save(args.out / "sheet.jpg", quality=95)
+    used = sum(any(s["outcome"] == "packed" for s in outcome["segments"]) for outcome in outcomes)
+    print(
+        f"{args.out}: {len(pack)} clips, {len(pack.identities)} people, {pack.frame_start[-1]} frames",
+        end=" ",
+    )
+    print(f"from {used} of {len(outcomes)} files; the others' reasons: {args.out}/manifest.jsonl")
+
+
+if __name__ == "__main__":
+    run(main)
