@@ -1,16 +1,17 @@
 """What lies on disk: videos -> packs, packs -> batches, and checkpoints.
 
-    python data.py videos/ out/pack --size 128     # any folder of videos -> a pack; about 100 frames a second
-                                                   # out/pack/manifest.jsonl: what became of every file
-                                                   # out/pack/sheet.jpg: one frame of each clip, to look at
+    python data.py videos/ out/pack --size 128    # any folder of videos -> a pack; 110 frames a second
+                                                  # out/pack/manifest.jsonl: what became of every file
+                                                  # out/pack/sheet.png: a frame of each clip, to look at
 
 A pack is a directory: all frames as JPEGs end to end (frames.bin), all sound as int16 at 16 kHz end to end
-(sound.bin), an index of plain arrays, and meta.json. The big files are memory-mapped: any frame of any clip is
-one read, nothing is unpacked, and a million clips open in a moment.
+(sound.bin), an index of plain arrays, and meta.json. The big files are memory-mapped: any frame of any clip
+is one read, nothing is unpacked, and a million clips open in a moment.
 
-The sampling rule of the method lives in `Clips`: source and driving frames come from one clip and are never the
-same frame. Paper: FC-TFG (arXiv 2304.03275), section 3.5; it does not say how frames are drawn, so the distances
-are ours. That the driving mouth is hidden from the network is vision.mask_mouth's (the loss needs the mouth).
+The sampling rule of the method lives in `Clips`: source and driving frames come from one clip and are never
+the same frame. Paper: FC-TFG (arXiv 2304.03275), section 3.5; it does not say how frames are drawn, so the
+distances are ours. That the driving mouth is hidden from the network is vision.mask_mouth's (the loss needs
+the mouth).
 """
 
 import argparse
@@ -34,7 +35,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from audio import SAMPLES_PER_FRAME, InputError, check_file, load_audio, run, sound_windows
+from audio import SAMPLES_PER_FRAME, InputError, check_file, load_audio, n_frames, run, sound_windows
 from vision import TEMPLATES, crop_face, detect_faces, face_box, probe, read_video, to_tensor
 
 NEAR = 4  # frames; ours: a window nearer than this sounds too alike to be called wrong
@@ -104,7 +105,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> 
 # ------------------------------------------------------------------------------------------------------------
 # packs
 
-# the index: one number a clip, but jpeg_start: one a frame, and box: four a clip; *_start have one more, the end
+# the index: a number a clip, but jpeg_start: a frame, and box: four; *_start have one more, the end
 INDEX = dict(
     frame_start=np.int64, n_frames=np.int32, sound_start=np.int64, n_samples=np.int64, identity=np.int32,
     box=np.float32, fps=np.float32, source_start=np.int64, jpeg_start=np.int64,
@@ -180,8 +181,8 @@ class PackWriter:
             self.jpeg_start.append(end)
 
     def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0) -> int:
-        """One clip: frames (iterable of uint8 (size, size, 3)), wav float (n,) in [-1, 1] at 16 kHz, who it is,
-        where it came from, the crop's box in the source picture, the source's frame rate -> how many frames."""
+        """One clip: frames (iterable of uint8 (size, size, 3)), wav float (n,) in [-1, 1] at 16 kHz, who it
+        is, where it came from, its box in the source picture, the source's frame rate -> how many frames."""
         jpegs, shape = [], (self.size, self.size, 3)
         for frame in frames:
             assert frame.shape == shape and frame.dtype == np.uint8, f"frame is {frame.dtype} {frame.shape}"
@@ -233,8 +234,8 @@ class PackWriter:
 class Pack:
     """A pack, open for reading. Everything is mapped, nothing is loaded.
 
-    .size, .template, .identities (names), and for each clip c: .n_frames[c], .identity[c] (a number, the place
-    in .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source).
+    .size, .template, .identities (names), and for each clip c: .n_frames[c], .identity[c] (its place in
+    .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source).
     Raises InputError: no pack there, or one that is not whole.
     """
 
@@ -249,10 +250,8 @@ class Pack:
             self.size, self.template, self.identities = meta["size"], meta["template"], meta["identities"]
             for name in INDEX:  # a plain array on top of the map: np.memmap's own indexing is slow
                 setattr(self, name, np.asarray(np.load(self.folder / f"{name}.npy", "r", allow_pickle=False)))
-            self.jpegs, self.samples, self.names = (
-                np.asarray(np.memmap(self.folder / name, kind, "r")) if (self.folder / name).stat().st_size else
-                np.zeros(0, kind) for name, kind in (("frames.bin", "u1"), ("sound.bin", "<i2"), ("sources.txt", "u1"))
-            )  # fmt: skip
+            self.jpegs, self.samples = self.map("frames.bin", "u1"), self.map("sound.bin", "<i2")
+            self.names = self.map("sources.txt", "u1")
             wholes = (len(self.jpegs), self.jpeg_start[-1]), (len(self.samples), self.sound_start[-1])
             wholes += (len(self.jpeg_start) - 1, self.frame_start[-1]), (len(self.frame_start), len(self) + 1)
             if meta["format"] != FORMAT or not len(self) or any(a != b for a, b in wholes):
@@ -261,6 +260,10 @@ class Pack:
             raise InputError(f"{folder}: not a whole pack ({error})") from None
         if self.template not in TEMPLATES:
             raise InputError(f"{folder}: its crop, '{self.template}', is none that this version knows")
+
+    def map(self, name: str, kind: str) -> np.ndarray:
+        path = self.folder / name
+        return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.zeros(0, kind)
 
     def __len__(self):
         return len(self.n_frames)
@@ -300,8 +303,8 @@ class Pack:
 
 
 class LazySound:
-    """int16 samples (n,) on disk that become float32 where they are sliced: a window costs the same in an hour
-    of sound as in a second."""
+    """int16 samples (n,) on disk that become float32 where they are sliced: a window of an hour's sound costs
+    what one of a second's does."""
 
     ndim = 1
 
@@ -341,8 +344,8 @@ class Clips(Dataset):
         return ENDLESS
 
     def __getitem__(self, n: int) -> dict:
-        """-> source (3, H, W), driving (T, 3, H, W) in [-1, 1], mel (T, 1, 80, 16), wrong_mel (1, 80, 16), and
-        the numbers identity, clip, frames (T,), wrong_frame.
+        """-> source (3, H, W), driving (T, 3, H, W) in [-1, 1], mel (T, 1, 80, 16), wrong_mel (1, 80, 16),
+        and the numbers identity, clip, frames (T,), wrong_frame.
 
         Source: any frame of the clip but the driving ones (unless there is no other). Wrong: the sound of a
         moment of the same clip, NEAR frames or more from the window's middle.
@@ -455,7 +458,7 @@ def prepare_video(path: Path, who: str, pack: PackWriter):
     stream, begin = read_video(path, height=min(info.height, HIGHEST)), 0
     while frames := list(islice(stream, SEGMENT)):
         sound = wav[begin * SAMPLES_PER_FRAME : (begin + len(frames)) * SAMPLES_PER_FRAME]
-        frames = frames[: len(sound) // SAMPLES_PER_FRAME]  # what picture and sound both have
+        frames = frames[: n_frames(len(sound)) if len(sound) else 0]  # what picture and sound both have
         segment = dict(begin=begin, frames=len(frames))
         try:
             if len(frames) < SHORTEST:
@@ -537,7 +540,7 @@ def main():
         raise InputError(f"{args.videos}: no such directory")
     outcomes = prepare(args.videos, args.out, args.size)
     pack = Pack(args.out)
-    contact_sheet(pack).save(args.out / "sheet.jpg", quality=95)
+    contact_sheet(pack).save(args.out / "sheet.png")
     used = sum(any(s["outcome"] == "packed" for s in outcome["segments"]) for outcome in outcomes)
     print(
         f"{args.out}: {len(pack)} clips, {len(pack.identities)} people, {pack.frame_start[-1]} frames",
