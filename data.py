@@ -335,17 +335,18 @@ class Clips(Dataset):
     """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then windows within the clip.
 
     flip: half of the items are mirrored, each as a whole. A clip shorter than T stands still at its end.
+    hear: sound windows beyond the frames, on each side (for a temporal convolution that reaches so far).
     """
 
-    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True):
-        self.pack, self.T, self.seed, self.flip = pack, T, seed, flip
+    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0):
+        self.pack, self.T, self.seed, self.flip, self.hear = pack, T, seed, flip, hear
 
     def __len__(self):
         return ENDLESS
 
     def __getitem__(self, n: int) -> dict:
-        """-> source (3, H, W), driving (T, 3, H, W) in [-1, 1], mel (T, 1, 80, 16), wrong_mel (1, 80, 16),
-        and the numbers identity, clip, frames (T,), wrong_frame.
+        """-> source (3, H, W), driving (T, 3, H, W) in [-1, 1], mel (T + 2 hear, 1, 80, 16),
+        wrong_mel (1, 80, 16), and the numbers identity, clip, frames (T,), wrong_frame.
 
         Source: any frame of the clip but the driving ones (unless there is no other). Wrong: the sound of a
         moment of the same clip, NEAR frames or more from the window's middle.
@@ -365,7 +366,8 @@ class Clips(Dataset):
         if self.flip and rng.random() < 0.5:
             pictures = pictures[:, :, ::-1]
         pictures = to_tensor(np.ascontiguousarray(pictures))
-        mel = torch.from_numpy(self.pack.windows(c, window))
+        heard = np.arange(first - self.hear, first + self.T + self.hear)
+        mel = torch.from_numpy(self.pack.windows(c, heard))
         wrong_mel = torch.from_numpy(self.pack.windows(c, [wrong]))[0]
         numbers = dict(identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(frames))
         return (

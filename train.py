@@ -249,19 +249,23 @@ def collect_idle(model, pack, device):
 
 def build(args, pack, device):
     """Networks of the stage, from nothing or from the stage before -> (nets, ema). nets["model"] is what is trained."""
-    config = Config.at(args.size, template=pack.template, motion=args.motion, hyper_rank=2 if args.hyper_share else 0)
-    model = FCTFG(config).to(device)
-    nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
-                augment=losses.Augment(max(args.augment, 0.0)))
+    before = None
     if args.stage > 1:
         path = args.init or os.path.join(args.out, f"stage{args.stage - 1}.pt")
         before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
         if before["config"]["size"] != args.size:
             raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
-        state = before["ema"]["model"]
-        if args.motion != before["config"]["motion"]:                                 # the motion encoder is trained in stage 3 only
-            state = {k: v for k, v in state.items() if not k.startswith("motion.")}
-        model.load_state_dict(state, strict=args.motion == before["config"]["motion"])
+    rank = before["config"]["hyper_rank"] if args.stage == 3 else 2 if args.hyper_share else 0
+    config = Config.at(args.size, template=pack.template, motion=args.motion, hyper_rank=rank)
+    model = FCTFG(config).to(device)
+    nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
+                augment=losses.Augment(max(args.augment, 0.0)))
+    if before:
+        for name in ("generator", "encoder", "maps", "hyper")[:1 if args.stage == 2 else 4]:  # what was trained before
+            part = getattr(model, name)
+            if part is not None:
+                prefix = name + "."
+                part.load_state_dict({k[len(prefix):]: v for k, v in before["ema"]["model"].items() if k.startswith(prefix)})
         nets["D"].load_state_dict(before["networks"]["D"])
         nets["critic"] = losses.freeze(copy.deepcopy(nets["D"]))                      # stage 1's: an honest judge of texture
         if args.stage == 2:
