@@ -189,7 +189,7 @@ def train_judge(pack, device, seed, steps=400, batch=48):
 
 
 @torch.no_grad()
-def start_motion_space(model, pack, device, clips=400, per_clip=24, ridge=0.02):
+def start_motion_space(model, pack, device, clips=300, per_clip=16, ridge=0.02):
     """Stage 3: a closed-form start of canonical encoder and pose path. Ours.
 
     Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that predicts
@@ -287,20 +287,27 @@ def optimisers(nets, args):
     parts = {1: [model.generator], 2: [model.encoder, model.maps], 3: [model]}[args.stage]
     if nets["hyper_phase"]:
         parts = [model.hyper]
-    slow, equalised, ordinary = [], [], []
-    for name, parameter in [(n, q) for part in parts if part is not None for n, q in part.named_parameters()]:
-        parameter.requires_grad_(True)
+    for part in parts:
+        if part is not None:
+            part.requires_grad_(True)
     if args.stage == 3:
         model.generator.style.requires_grad_(False)                                    # z -> w is stage 1's alone
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = slow if "linear_down" in name else equalised if name.startswith("generator.") else ordinary
-            kind.append(parameter)
     c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k / (k + 1), k = 4
     beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2 default 0; ours where L1 leads
-    groups = [dict(params=equalised, lr=args.lr_gan * c), dict(params=ordinary, lr=args.lr),
-              dict(params=slow, lr=args.lr * 0.1)]                                     # PCA start: facts of a linear map
-    opt_g = torch.optim.Adam([g for g in groups if g["params"]], betas=(beta1, 0.99 ** c), eps=1e-8)
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if name.startswith("generator."):
+                rate = args.lr_gan * c
+            elif "down." in name or "canonical.mlp.0" in name:
+                rate = 0.1 * args.lr                                                   # a thousand whitened inputs: ten times as touchy
+            elif name.startswith("encoder.") and args.stage == 3:
+                rate = 0.2 * args.lr                                                   # codes drift slowly under the maps built on them
+            else:
+                rate = args.lr
+            groups.setdefault(rate, []).append(parameter)
+    groups = [dict(params=parameters, lr=rate) for rate, parameters in groups.items()]
+    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)
     c = 16 / 17                                                                        # lazy R1: k = 16
     opt_d = torch.optim.Adam(nets["D"].parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
     for opt in (opt_g, opt_d):
@@ -370,7 +377,7 @@ def main(argv=None):
     saved = load_checkpoint(checkpoint_path, f"stage{args.stage}", map_location=device) if args.resume else None
     sync = None
     if args.stage == 3 and args.w_sync:
-        sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device)
+        sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
     pack = Pack(args.data) if args.data else toy_pack(args)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
@@ -477,14 +484,15 @@ def toy_pack(args):
 
 
 def lr_factor(step, args):
-    """Cosine decay from 1 to 0.05; in stage 2 the hypernetwork's phase has a decay of its own"""
+    """A hundred steps up, so that what the stage before found is not thrown about, then cosine decay to 0.05; in stage 2 the
+    hypernetwork's phase has its own"""
     a, b = 0, args.steps
     if args.stage == 2 and args.hyper_share:
         split = args.steps - round(args.hyper_share * args.steps)
         a, b = (0, split) if step < split else (split, args.steps)
     if args.stage == 1:
         return 1.0  # StyleGAN2 default: a constant rate, the average does the settling
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - a) / max(1, b - a)))
+    return min(1.0, (step - a + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - a) / max(1, b - a))))
 
 
 def save(path, step, nets, ema, opt_g, opt_d, args):

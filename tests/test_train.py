@@ -1,0 +1,230 @@
+"""The three stages as stages: they run, resume bit for bit, obey every weight, and refuse what is wrong before anything slow."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from audio import InputError, run
+from data import Pack, load_checkpoint, save_checkpoint
+from fusion import load_model
+from syncnet import SyncNet
+from toyfaces import make_pack
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pack") / "toys"
+    make_pack(folder, 16, people=5, seconds=0.8, first_seed=50, workers=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(pack, tmp_path_factory):
+    """Stages 1, 2 and 3 after a few steps each, and an untrained sync expert beside them"""
+    out = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    net = dict(size=16, dim=32, width=0.125)
+    save_checkpoint(str(out / "sync.pt"), dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
+                                               networks=dict(expert=SyncNet(**net).state_dict())))
+    for stage in (1, 2, 3):
+        go(pack, out, stage)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def one_short_judge(monkeypatch):
+    monkeypatch.setattr(train, "train_judge", lambda pack, device, seed: quick_judge())
+
+
+def quick_judge():
+    torch.manual_seed(4)
+    return train.losses.SmallFaceJudge(width=32)
+
+
+def options(pack, out, stage, *more, steps=4):
+    return ["--stage", str(stage), "--data", str(pack), "--out", str(out), "--size", "16", "--batch", "6", "--steps", str(steps),
+            "--device", "cpu", "--log-every", "1", "--save-every", "2", "--sample-every", "2", *more]
+
+
+def go(pack, out, stage, *more, **k):
+    train.main(options(pack, out, stage, *more, **k))
+
+
+def equal(a, b, path=""):
+    """Every tensor and number of two checkpoints"""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            if k != "args":
+                equal(a[k], b[k], f"{path}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            equal(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, monkeypatch):
+    more = [] if stage == 1 else ["--init", str(stages / f"stage{stage - 1}.pt")]
+    more += ["--sync", str(stages / "sync.pt")] if stage == 3 else []
+    go(pack, tmp_path / "straight", stage, *more)
+    save = train.save
+
+    def save_and_die(path, step, *rest):
+        save(path, step, *rest)
+        raise Killed
+
+    monkeypatch.setattr(train, "save", save_and_die)
+    with pytest.raises(Killed):
+        go(pack, tmp_path / "broken", stage, *more)
+    monkeypatch.setattr(train, "save", save)
+    torch.manual_seed(99)  # whatever happened in between
+    go(pack, tmp_path / "broken", stage, "--resume", *more)
+    straight, broken = (load_checkpoint(str(tmp_path / name / f"stage{stage}.pt"), f"stage{stage}") for name in ("straight", "broken"))
+    assert straight["step"] == 4
+    equal(straight, broken)
+
+
+def test_each_stage_trains_what_is_its_own(stages):
+    one, two, three = (load_checkpoint(str(stages / f"stage{k}.pt"), f"stage{k}") for k in (1, 2, 3))
+
+    def moved(a, b, part):
+        x, y = a["networks"]["model"], b["networks"]["model"]
+        return any(not torch.equal(x[k], y[k]) for k in x if k.startswith(part) and k in y)
+
+    assert not moved(dict(networks=one["ema"]), two, "generator.")         # stage 2 leaves the generator alone
+    assert all(moved(two, three, part) for part in ("generator.conv", "encoder.", "maps.", "hyper.", "canonical.", "audio.", "motion."))
+    assert not moved(two, three, "generator.style")                        # z -> w is stage 1's
+    assert any(not torch.equal(v, three["networks"]["D"][k]) for k, v in two["networks"]["D"].items())
+    assert all(torch.equal(v, three["networks"]["critic"][k]) for k, v in one["networks"]["D"].items())  # the frozen judge of texture
+
+
+def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
+    lines = [json.loads(line) for line in (stages / "log_stage3.jsonl").read_text().splitlines()]
+    assert {"revision", "torch", "args"} <= set(lines[0])
+    assert {"rec", "feat", "id", "orth", "adv", "d", "real", "fake", "ms", "images_s", "waiting"} <= set(lines[2])
+    assert "sync" in lines[1] and "sync" not in lines[2]                    # even steps are five-frame windows
+    model = load_model(str(stages / "weights.pt"))
+    frames = torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(7, 1, 80, 16))))
+    assert frames.shape == (7, 3, 16, 16) and torch.isfinite(frames).all()
+    assert (stages / "stage3.png").stat().st_size > 1000
+
+
+def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
+    """One step each, with one weight doubled: the generator's side ends elsewhere"""
+    base = None
+    for name in (None, "orth", "sync", "id", "rec", "feat", "adv", "mouth", "eyes"):
+        default = train.parse(["--stage", "3"])
+        change = [f"--w-{name}", str(2 * getattr(default, f"w_{name}"))] if name else []
+        args = train.parse(options(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), *change, steps=1))
+        grads = gradient_of_one_step(args, pack, stages)
+        if name is None:
+            base = grads
+        else:
+            assert not torch.allclose(grads, base, rtol=1e-6, atol=0), name
+
+
+def gradient_of_one_step(args, pack, stages):
+    torch.manual_seed(1)
+    nets, _ = train.build(args, Pack(pack), torch.device("cpu"))
+    nets["sync"] = train.load_sync(str(stages / "sync.pt"), "cpu")
+    train.optimisers(nets, args)
+    data = train.Clips(Pack(pack), train.WINDOW, 0, hear=train.CONTEXT)
+    batch = torch.utils.data.default_collate([data[i] for i in range(3)])
+    for p in nets["model"].motion.lips[4].parameters():
+        torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
+    terms = train.terms_stage3(nets, train.forward_stage3(nets, batch, args), args)
+    weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")}
+    sum(weight[k] * v for k, v in terms.items()).backward()
+    return torch.cat([p.grad.flatten() for p in nets["model"].motion.parameters() if p.grad is not None])
+
+
+def test_one_batch_can_be_learned_by_heart(pack, stages):
+    torch.manual_seed(0)
+    args = train.parse(options(pack, stages, 3))
+    nets, _ = train.build(args, Pack(pack), torch.device("cpu"))
+    model, (opt, _) = nets["model"], train.optimisers(nets, args)
+    data = train.Clips(Pack(pack), 1, 0, hear=train.CONTEXT)
+    batch = torch.utils.data.default_collate([data[i] for i in range(3)])
+    errors = []
+    for _ in range(80):
+        frames = model(batch["source"], batch["driving"], batch["mel"], context=train.CONTEXT)[0]
+        loss = (frames - batch["driving"]).abs().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        errors.append(float(loss.detach()))
+    assert errors[-1] < 0.4 * errors[0], (errors[0], errors[-1])
+
+
+def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
+    """Codes = person + motion in two directions: the map returns the motion and nothing of the person."""
+    torch.manual_seed(0)
+    person, motion = torch.randn(60, 1, 12), torch.zeros(60, 20, 12)
+    motion[..., 3:5] = torch.randn(60, 20, 2)
+    person[..., 3:5] = 0
+    z = (person + motion).flatten(0, 1)
+    deviation = (motion - motion.mean(1, keepdim=True)).flatten(0, 1)
+    down, up = train.reduced_rank_regression(z, deviation, rank=2, ridge=1e-6)
+    assert down.shape == (2, 12) and up.shape == (12, 2)
+    torch.testing.assert_close((z @ down.t()).std(0), torch.ones(2), atol=1e-3, rtol=0)
+    fitted = z @ down.t() @ up.t()
+    assert torch.corrcoef(torch.stack([fitted[:, 3], motion.flatten(0, 1)[:, 3]]))[0, 1] > 0.99
+    assert (person.flatten(0, 1) @ down.t() @ up.t()).abs().max() < 0.1
+
+
+def test_rates_warm_up_and_decay():
+    args = train.parse(["--stage", "3", "--steps", "1000"])
+    factors = [train.lr_factor(step, args) for step in range(1000)]
+    assert factors[0] < 0.02 and max(factors) > 0.9 and abs(factors[-1] - 0.05) < 0.01
+    args = train.parse(["--stage", "2", "--steps", "1000", "--hyper-share", "0.25"])
+    assert train.lr_factor(749, args) < 0.06 and train.lr_factor(860, args) > 0.4  # the second phase begins anew
+    assert train.lr_factor(500, train.parse(["--stage", "1"])) == 1
+
+
+def refused(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: train.main(argv))
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and "Traceback" not in err
+    return err
+
+
+def test_what_the_user_got_wrong_is_one_line_and_status_two(pack, stages, tmp_path, capsys):
+    new = tmp_path / "new"
+    assert "--resume" in refused(capsys, options(pack, stages, 1))                                   # would overwrite
+    assert "stage1.pt" in refused(capsys, options(pack, new, 2))                                     # nothing to start from
+    assert "no such" in refused(capsys, options(tmp_path / "nowhere", new, 1)).lower()
+    assert "--size" in refused(capsys, [*options(pack, new, 1), "--size", "32"])
+    assert "sync" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))     # no expert there
+    assert "'stage1'" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage1.pt"), "--w-sync", "0"))
+    assert "stage1.pt" in refused(capsys, options(pack, new, 1, "--resume"))                         # nothing to resume
+    (new / "stage1.pt").write_bytes((stages / "stage1.pt").read_bytes()[:5000])
+    assert "truncated" in refused(capsys, options(pack, new, 1, "--resume"))
+    assert "nonsense" in refused(capsys, options(pack, new, 1, "--overwrite", "--device", "nonsense"))
+    (tmp_path / "file").write_text("x")
+    assert "file" in refused(capsys, options(pack, tmp_path / "file", 1))
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(pack, tmp_path, monkeypatch):
+    terms, calls = train.TERMS[1], []
+
+    def poisoned(nets, out, args):
+        calls.append(1)
+        return {k: v * (float("nan") if len(calls) == 4 else 1) for k, v in terms(nets, out, args).items()}
+
+    monkeypatch.setitem(train.TERMS, 1, poisoned)
+    with pytest.raises(InputError, match="'adv'"):
+        go(pack, tmp_path, 1, steps=6)
+    assert load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")["step"] == 2
