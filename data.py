@@ -20,6 +20,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from array import array
 from itertools import islice
 from pathlib import Path
@@ -85,9 +86,11 @@ def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> 
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
     path = check_file(path)
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)  # nothing that could run
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks users of odd files to report them
+            checkpoint = torch.load(path, map_location, weights_only=True)  # nothing that could run
     except Exception as error:  # on damaged files torch raises a dozen kinds
-        code = "weights_only" in str(error).lower() and "Unsupported" in str(error)
+        code = "global" in str(error).lower()  # it names a class or function
         reason = (
             "holds more than tensors and plain values" if code else "is truncated or no checkpoint at all"
         )
@@ -162,6 +165,7 @@ class PackWriter:
                 self.enter(json.loads(line))
         for name, end in (("frames.bin", self.jpeg_start[-1]), ("sound.bin", 2 * self.n_sound)):
             self.files[name].truncate(end)
+            self.files[name].seek(end)  # else tell() would still count what was cut off
         journal.truncate(sum(map(len, lines)))
         if not lines:
             journal.write(head)

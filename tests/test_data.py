@@ -1,0 +1,701 @@
+"""Packs give back what went in, items are functions of their number, checkpoints stay whole."""
+
+import itertools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import audio
+import data
+from audio import InputError, log_mel, mel_windows
+from data import Clips, Frames, Pack, PackWriter, batches, load_checkpoint, save_checkpoint
+from vision import VideoWriter, to_tensor
+
+ROOT = Path(data.__file__).parent
+SIZE = 24
+LENGTHS = (30, 11, 3)  # frames of the three clips of the test pack
+
+
+def drawn(count, size=SIZE, start=0.0):
+    """uint8 (count, size, size, 3): a smooth picture whose brightness tells the number of the frame."""
+    y, x = np.mgrid[:size, :size] / size
+    shade = (start + np.arange(count) * 5)[:, None, None]
+    return np.stack([shade + 40 * x, shade + 40 * y, shade + 0 * x + 20], -1).clip(0, 255).astype(np.uint8)
+
+
+def noise(count, seed):
+    """The sound of so many frames, every moment unlike every other"""
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, count * 640).astype(np.float32)
+
+
+def write_pack(folder, lengths=LENGTHS, size=SIZE):
+    with PackWriter(folder, size, "toy") as writer:
+        for i, count in enumerate(lengths):
+            writer.add(
+                drawn(count, size, 7.0 * i),
+                noise(count, i),
+                f"person{i % 2}",
+                f"clip {i}, ö.mp4",
+                (1, 2, 3.5, 4),
+                29.97,
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return Pack(write_pack(tmp_path_factory.mktemp("data") / "pack"))
+
+
+def brightness(picture):
+    return float(np.asarray(picture, float).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# packs
+
+
+def test_a_pack_gives_back_frames_sound_and_notes(pack):
+    assert len(pack) == 3 and pack.size == SIZE and pack.template == "toy"
+    assert pack.identities == ["person0", "person1"] and pack.identity.tolist() == [0, 1, 0]
+    assert pack.n_frames.tolist() == list(LENGTHS)
+    assert np.allclose(pack.box[1], (1, 2, 3.5, 4)) and np.isclose(pack.fps[2], 29.97)
+    for c, count in enumerate(LENGTHS):
+        frames = pack.frames(c, range(count))
+        assert frames.shape == (count, SIZE, SIZE, 3) and frames.dtype == np.uint8
+        assert np.abs(frames.astype(int) - drawn(count, start=7.0 * c)).max() <= 4  # JPEG, quality 95
+        assert np.abs(pack.sound(c) - noise(count, c)).max() <= 1 / 65536 + 1e-7
+        assert pack.source(c) == f"clip {c}, ö.mp4"
+
+
+def test_sixteen_bit_sound_passes_through_a_pack_unchanged(tmp_path):
+    samples = np.array([-32768, -1, 0, 1, 12345, 32767] * 200, np.int16)
+    with PackWriter(tmp_path / "p", 16, "toy") as writer:
+        writer.add(drawn(2, 16), samples.astype(np.float32) / 32768, "a", "b")
+    assert (Pack(tmp_path / "p").sound(0) * 32768 == samples).all()
+
+
+def test_any_frame_is_reached_alone_and_in_any_order(pack):
+    whole = pack.frames(0, range(30))
+    for k in (29, 0, 17):
+        assert (pack.frame(0, k) == whole[k]).all()
+    assert (pack.frames(0, [5, 28, 5]) == whole[[5, 28, 5]]).all()
+    assert brightness(pack.frame(2, 0)) > brightness(pack.frame(1, 0))  # another clip is another picture
+    with pytest.raises(AssertionError, match="frame 3 of clip 2"):
+        pack.frame(2, 3)
+
+
+def test_colour_keeps_its_full_resolution_in_small_frames(tmp_path):
+    stripes = np.zeros((1, 16, 16, 3), np.uint8)
+    stripes[:, :, ::2] = (220, 40, 40)
+    stripes[:, :, 1::2] = (40, 160, 220)  # one column red, one blue: halved colour would be grey
+    with PackWriter(tmp_path / "p", 16, "toy") as writer:
+        writer.add(stripes, noise(1, 0), "a", "b")
+    assert np.abs(Pack(tmp_path / "p").frame(0, 0).astype(int) - stripes[0]).mean() < 8
+
+
+def test_mel_windows_of_a_pack_are_those_of_the_whole_sound_also_outside_the_clip(pack):
+    ks = [-3, 0, 14, 29, 40]
+    assert (pack.windows(0, ks) == mel_windows(log_mel(pack.sound(0)), np.array(ks))).all()
+    assert (pack.windows(0, [40]) == audio.SILENCE).all()
+
+
+def test_a_window_of_a_long_sound_reads_only_its_own_stretch(pack):
+    class Counting(data.LazySound):
+        read = 0
+
+        def __getitem__(self, part):
+            piece = super().__getitem__(part)
+            Counting.read += len(piece)
+            return piece
+
+    audio.sound_windows(Counting(np.zeros(16000 * 600, "<i2")), np.array([7000, 7001]))
+    assert 16 * 200 < Counting.read < 10_000
+
+
+def test_a_pack_travels_to_another_process_as_its_name(pack):
+    pack.frame(0, 0)
+    parcel = pickle.dumps(Clips(pack, 5, 0))
+    assert len(parcel) < 1000
+    assert (pickle.loads(parcel).pack.frame(1, 4) == pack.frame(1, 4)).all()
+
+
+def test_an_index_of_many_clips_is_mapped_and_not_read(tmp_path):
+    clips, frames = 200_000, 75
+    folder = write_pack(tmp_path / "p", (1,))
+    columns = dict(frame_start=np.arange(clips + 1) * frames, n_frames=np.full(clips, frames))
+    columns |= dict(
+        sound_start=np.zeros(clips + 1), n_samples=np.zeros(clips), source_start=np.zeros(clips + 1)
+    )
+    columns |= dict(
+        identity=np.zeros(clips),
+        box=np.zeros((clips, 4)),
+        fps=np.zeros(clips),
+        jpeg_start=np.zeros(clips * frames + 1),
+    )
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", column.astype(data.INDEX[name]))
+    for name in ("frames.bin", "sound.bin", "sources.txt"):
+        (folder / name).write_bytes(b"")
+    code = "import resource, sys; from data import Pack; before = resource.getrusage(0).ru_maxrss;"
+    code += "p = Pack(sys.argv[1]); assert len(p) == 200_000 and p.frame_start[-1] == 15_000_000;"
+    code += "print(resource.getrusage(0).ru_maxrss - before)"
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 30_000  # KiB; the index alone has 130 MB
+
+
+@pytest.mark.parametrize(
+    "damage", ["no meta", "short frames", "short sound", "short index", "text", "code", "torn meta"]
+)
+def test_what_is_no_whole_pack_is_refused_in_one_line(tmp_path, damage):
+    folder = write_pack(tmp_path / "p")
+    if damage == "no meta":
+        (folder / "meta.json").unlink()
+    elif damage == "torn meta":
+        (folder / "meta.json").write_text('{"format": 1, "si')
+    elif damage == "text":
+        (folder / "n_frames.npy").write_text("not an array")
+    elif damage == "code":  # an array of objects would be unpickled
+        np.save(folder / "n_frames.npy", np.array([print], object), allow_pickle=True)
+    else:
+        path = (
+            folder
+            / {"short frames": "frames.bin", "short sound": "sound.bin", "short index": "jpeg_start.npy"}[
+                damage
+            ]
+        )
+        os.truncate(path, path.stat().st_size - 2)
+    with pytest.raises(InputError, match="pack") as caught:
+        Pack(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_frame_is_named(tmp_path):
+    folder = write_pack(tmp_path / "p")
+    start = int(Pack(folder).jpeg_start[4])
+    with open(folder / "frames.bin", "r+b") as file:
+        file.seek(start)
+        file.write(bytes(60))
+    pack = Pack(folder)
+    pack.frame(0, 3)
+    with pytest.raises(InputError, match="frame 4 of clip 0"):
+        pack.frame(0, 4)
+
+
+def test_a_missing_directory_and_one_that_holds_a_pack_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such directory"):
+        Pack(tmp_path / "none")
+    with pytest.raises(InputError, match="holds a pack already"):
+        PackWriter(write_pack(tmp_path / "p"), SIZE, "toy")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written"):
+        PackWriter(tmp_path / "file" / "p", SIZE, "toy")
+
+
+def test_an_error_while_writing_leaves_no_readable_pack(tmp_path):
+    with pytest.raises(ZeroDivisionError), PackWriter(tmp_path / "p", SIZE, "toy") as writer:
+        writer.add(drawn(3), noise(3, 0), "a", "b")
+        raise ZeroDivisionError
+    with pytest.raises(InputError, match="unfinished"):
+        Pack(tmp_path / "p")
+
+
+def test_an_unfinished_pack_goes_on_behind_the_clips_that_are_kept(tmp_path):
+    writer = PackWriter(tmp_path / "p", SIZE, "toy")
+    for i, count in enumerate(LENGTHS[:2]):
+        writer.add(
+            drawn(count, start=7.0 * i),
+            noise(count, i),
+            f"person{i % 2}",
+            f"clip {i}, ö.mp4",
+            (1, 2, 3.5, 4),
+            29.97,
+        )
+    writer.files["frames.bin"].write(b"half a frame of the next clip")
+    writer.release()
+    with PackWriter(tmp_path / "p", SIZE, "toy", keep=1) as writer:  # the second clip is written anew
+        for i, count in list(enumerate(LENGTHS))[1:]:
+            writer.add(
+                drawn(count, start=7.0 * i),
+                noise(count, i),
+                f"person{i % 2}",
+                f"clip {i}, ö.mp4",
+                (1, 2, 3.5, 4),
+                29.97,
+            )
+    whole = write_pack(tmp_path / "whole")
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == names and "journal.jsonl" not in names
+    for name in names:
+        assert (tmp_path / "p" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_two_runs_do_not_write_one_pack(tmp_path):
+    writer = PackWriter(tmp_path / "p", SIZE, "toy")
+    with pytest.raises(InputError, match="another run"):
+        PackWriter(tmp_path / "p", SIZE, "toy")
+    writer.release()
+    PackWriter(tmp_path / "p", SIZE, "toy").release()
+
+
+def test_a_begun_pack_of_another_size_is_not_continued(tmp_path):
+    writer = PackWriter(tmp_path / "p", SIZE, "toy")
+    writer.add(drawn(3), noise(3, 0), "a", "b")
+    writer.release()
+    with pytest.raises(InputError, match="other options"):
+        PackWriter(tmp_path / "p", 16, "toy", keep=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# items
+
+
+def test_the_source_is_never_one_of_the_driving_frames_but_any_other(pack):
+    seen = set()
+    for n in range(400):
+        item = Clips(pack, 5, seed=1, flip=False)[n]
+        frames = item["frames"].tolist()
+        if item["clip"] == 2:
+            continue  # three frames: there is no other
+        assert frames == list(range(frames[0], frames[0] + 5)) and frames[-1] < LENGTHS[item["clip"]]
+        whole = to_tensor(pack.frames(item["clip"], range(LENGTHS[item["clip"]])))
+        source = int((whole - item["source"]).abs().mean((1, 2, 3)).argmin())
+        assert torch.equal(whole[source], item["source"]) and source not in frames
+        assert torch.equal(whole[frames], item["driving"])
+        seen.add((item["clip"], source))
+    assert len(seen) == 30 + 11  # every frame can be the source
+
+
+def test_sound_and_frames_of_an_item_are_of_the_same_moments(pack):
+    data_set = Clips(pack, 4, seed=2, hear=2)
+    for n in range(20):
+        item = data_set[n]
+        first = int(item["frames"][0])
+        heard = mel_windows(log_mel(pack.sound(item["clip"])), np.arange(first - 2, first + 6))
+        assert (item["mel"].numpy() == heard).all() and item["mel"].shape == (8, 1, 80, 16)
+
+
+def test_the_wrong_sound_is_of_another_moment_of_the_same_clip(pack):
+    for n in range(300):
+        item = Clips(pack, 5, seed=3)[n]
+        middle = min(int(item["frames"][0]) + 2, LENGTHS[item["clip"]] - 1)
+        assert abs(item["wrong_frame"] - middle) >= data.NEAR
+        assert item["clip"] == 2 or item["wrong_frame"] < LENGTHS[item["clip"]]
+        wanted = mel_windows(log_mel(pack.sound(item["clip"])), np.array([item["wrong_frame"]]))[0]
+        assert (item["wrong_mel"].numpy() == wanted).all()
+        assert not torch.equal(item["wrong_mel"], item["mel"][2])
+
+
+def test_elsewhere_reaches_all_that_is_outside_evenly_and_nothing_inside():
+    rng = np.random.default_rng(0)
+    counts = np.bincount([data.elsewhere(rng, 9, 3, 5) for _ in range(3500)], minlength=9)
+    assert (
+        counts[3:5].sum() == 0 and counts[[0, 1, 2, 5, 6, 7, 8]].min() > 400
+    )  # 500 each, +-4 standard deviations
+    assert {data.elsewhere(rng, 6, -4, 2) for _ in range(99)} == {2, 3, 4, 5}
+    assert data.elsewhere(rng, 6, -1, 8) is None
+
+
+def test_a_clip_shorter_than_the_window_stands_still_at_its_end(pack):
+    item = next(item for n in itertools.count() if (item := Clips(pack, 5, 0, flip=False)[n])["clip"] == 2)
+    assert item["frames"].tolist() == [0, 1, 2, 2, 2]
+    assert torch.equal(item["driving"][4], item["driving"][2])
+    assert item["mel"].shape == (5, 1, 80, 16)
+
+
+def test_an_item_is_mirrored_as_a_whole_or_not_at_all(pack):
+    flips = 0
+    for n in range(40):
+        plain, item = Clips(pack, 4, 5, flip=False)[n], Clips(pack, 4, 5)[n]
+        flipped = not torch.equal(plain["source"], item["source"])
+        for key in ("source", "driving"):
+            assert torch.equal(plain[key].flip(-1) if flipped else plain[key], item[key])
+        assert torch.equal(plain["mel"], item["mel"]) and plain["frames"].tolist() == item["frames"].tolist()
+        flips += flipped
+    assert 8 <= flips <= 32  # half of 40, +-4 standard deviations
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+
+
+@pytest.mark.parametrize("make", [lambda pack, seed: Clips(pack, 4, seed), Frames])
+def test_item_n_depends_on_seed_and_n_alone(pack, make):
+    forwards = [make(pack, 7)[n] for n in range(6)]
+    again = make(pack, 7)
+    assert all(same(again[n], forwards[n]) for n in (5, 0, 3))
+    assert not all(same(make(pack, 8)[n], forwards[n]) for n in range(6))
+
+
+def test_batches_are_the_same_with_any_number_of_workers_and_from_any_position(pack):
+    clips = Clips(pack, 4, seed=9)
+    whole = list(itertools.islice(batches(clips, 3), 5))
+    assert whole[0]["driving"].shape == (3, 4, 3, SIZE, SIZE) and whole[0]["mel"].shape == (3, 4, 1, 80, 16)
+    assert whole[0]["identity"].dtype == torch.int64
+    for start, workers in ((0, 2), (2, 0), (2, 1)):
+        part = itertools.islice(batches(clips, 3, start, workers), 5 - start)
+        assert all(same(a, b) for a, b in zip(part, whole[start:], strict=True))
+
+
+def test_single_pictures_are_drawn_by_person_and_not_by_clip(tmp_path):
+    with PackWriter(tmp_path / "p", 16, "toy") as writer:
+        for i in range(7):
+            writer.add(drawn(2, 16), noise(2, i), "many" if i < 6 else "one", str(i))
+    frames = Frames(Pack(tmp_path / "p"), seed=0)
+    ones = sum(frames[n]["identity"] for n in range(300))
+    assert 115 <= ones <= 185  # half of 300, +-4 standard deviations; by clip it would be 43
+    assert frames[0]["picture"].shape == (3, 16, 16)
+
+
+def test_a_click_and_a_flash_at_one_time_are_in_the_same_frame_of_an_item(tmp_path):
+    """The click is at second t; frame floor(25 t) flashes. In each item that shows the flash, the sound's
+    loudest moment must be in the middle of that frame's mel window, and of no other's."""
+    for seconds in (0.42, 1.0, 1.37):
+        k = int(25 * seconds)
+        frames = np.zeros((50, 16, 16, 3), np.uint8)
+        frames[k] = 255
+        wav = np.zeros(50 * 640, np.float32)
+        wav[int(16000 * seconds) : int(16000 * seconds) + 20] = 0.9
+        with PackWriter(tmp_path / str(k), 16, "toy") as writer:
+            writer.add(frames, wav, "a", "b")
+        clips, shown = Clips(Pack(tmp_path / str(k)), 6, seed=0), 0
+        for n in range(60):
+            item = clips[n]
+            flash = item["driving"].mean((1, 2, 3)) > 0
+            if flash.any():
+                shown += 1
+                loud = (item["mel"] - audio.SILENCE).sum((1, 2))  # (T, 16): five steps hear the click
+                centre = (loud * torch.arange(16)).sum(1) / loud.sum(1)  # (T,) mel steps; NaN: not heard
+                distance = (centre - 7.5).abs().nan_to_num(99)
+                assert int(distance.argmin()) == int(flash.int().argmax())
+                assert (
+                    float(distance[flash]) <= 1.6 + 0.5 + 0.2
+                )  # half a frame, rounding, length of the click
+        assert shown > 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def checkpoint(step=3):
+    return dict(
+        kind="stage1",
+        format=1,
+        step=step,
+        config=dict(size=32, name="ö"),
+        networks=dict(w=torch.arange(6.0).view(2, 3)),
+    )
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a.pt"
+    for step in (3, 4):
+        save_checkpoint(path, checkpoint(step))
+        loaded = load_checkpoint(path, ("stage1", "weights"))
+        assert loaded["step"] == step and loaded["config"] == dict(size=32, name="ö")
+        assert torch.equal(loaded["networks"]["w"], torch.arange(6.0).view(2, 3))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def spoiled(tmp_path, what):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, checkpoint())
+    if what == "missing":
+        path.unlink()
+    elif what == "directory":
+        path = tmp_path
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what.startswith("truncated"):
+        os.truncate(path, path.stat().st_size * int(what.split()[1]) // 100)
+    elif what == "damaged":
+        content = bytearray(path.read_bytes())
+        content[60:90] = bytes(30)
+        path.write_bytes(content)
+    elif what == "text":
+        path.write_text("<html>404 not found</html>")
+    elif what == "hostile":
+        torch.save(dict(kind="stage1", format=1, step=Evil()), path)
+    elif what == "hostile pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif what == "a network":
+        torch.save(torch.nn.Linear(2, 3), path)
+    elif what == "state_dict":
+        torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    elif what == "list":
+        torch.save([1, 2], path)
+    elif what == "tensor kind":
+        torch.save(dict(kind=torch.zeros(3), format=1), path)
+    elif what == "other kind":
+        save_checkpoint(path, dict(kind="weights", format=1))
+    elif what == "other format":
+        save_checkpoint(path, dict(kind="stage1", format=2))
+    return path
+
+
+REFUSED = {
+    "missing": "no such file",
+    "directory": "is a directory",
+    "empty": "empty",
+    **{f"truncated {share}": "truncated or no checkpoint" for share in (1, 30, 70, 99)},
+    "damaged": "truncated or no checkpoint",
+    "text": "truncated or no checkpoint",
+    "hostile": "holds more than tensors",
+    "hostile pickle": "holds more than tensors|no checkpoint at all",
+    "a network": "holds more than tensors",
+    "state_dict": "was not written by this package",
+    "list": "was not written by this package",
+    "tensor kind": "was not written by this package",
+    "other kind": "is a 'weights' checkpoint; expected a 'stage1 or stage2' checkpoint",
+    "other format": "has format 2",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_file_that_is_not_the_expected_checkpoint_is_refused_in_one_line(tmp_path, what, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = spoiled(tmp_path, what)
+    with pytest.raises(InputError, match=REFUSED[what]) as caught:
+        load_checkpoint(path, ("stage1", "stage2"))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, checkpoint(1))
+
+    def full(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"a\.pt: cannot be written \(No space left on device\)"):
+        save_checkpoint(path, checkpoint(2))
+    assert load_checkpoint(path, "stage1")["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fdopen", lambda handle, mode: os.close(handle) or open("/dev/full", mode))
+    big = checkpoint() | dict(networks=dict(w=torch.zeros(300_000)))
+    with pytest.raises(InputError, match=r"a\.pt: cannot be written"):
+        save_checkpoint(tmp_path / "a.pt", big)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_place_to_save_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="No such file or directory"):
+        save_checkpoint(tmp_path / "none" / "a.pt", checkpoint())
+    (tmp_path / "b.pt").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        save_checkpoint(tmp_path / "b.pt", checkpoint())
+
+
+def test_drafts_of_killed_runs_go_when_they_are_old(tmp_path):
+    old, young = tmp_path / ".a.pt-x", tmp_path / ".a.pt-y"
+    for draft in (old, young):
+        draft.write_bytes(b"draft")
+    os.utime(old, (time.time() - 2 * data.STALE,) * 2)
+    save_checkpoint(tmp_path / "a.pt", checkpoint())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.pt-y", "a.pt"]
+
+
+SAVER = """
+import sys, torch
+from data import save_checkpoint
+for step in range(10**6):
+    networks = dict(w=torch.full((50_000,), float(step)))
+    save_checkpoint(sys.argv[1], dict(kind="stage1", format=1, step=step, networks=networks))
+    if step == 0:
+        print("saving", flush=True)
+"""
+
+
+def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
+    """SIGKILL, twenty times; the killed are forks of a process that has imported torch: they start at once."""
+    fork_server = """
+import os, sys, time, signal, random
+from data import load_checkpoint
+code = compile(open(sys.argv[2]).read(), "saver", "exec")
+random.seed(0)
+for kill in range(20):
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(told, 1)
+        exec(code, {"__name__": "saver"})
+    os.read(ready, 6)
+    time.sleep(random.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    saved = load_checkpoint(sys.argv[1], "stage1")
+    assert (saved["networks"]["w"] == saved["step"]).all() and len(saved["networks"]["w"]) == 50_000
+    print(saved["step"], flush=True)
+"""
+    saver = tmp_path / "saver.py"
+    saver.write_text(SAVER)
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", fork_server, tmp_path / "a.pt", saver]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 20
+
+
+# ------------------------------------------------------------------------------------------------------------
+# videos -> pack
+
+
+@pytest.fixture
+def videos(tmp_path, monkeypatch):
+    """Two videos, six files of rubbish, and a detector that finds a face in what is bright."""
+
+    def detector(image, margins=None):
+        h, w = image.shape[:2]
+        return [(w * 0.3, h * 0.2, w * 0.7, h * 0.8, 0.9)] if image.mean() > 30 else []
+
+    monkeypatch.setattr(data, "detect_faces", detector)
+    folder = tmp_path / "videos"
+    (folder / "anna").mkdir(parents=True)
+    for name, frames, wav in (
+        ("anna/-long name.mp4", drawn(40, 64, 10.0), noise(40, 1)),
+        ("bob.mkv", drawn(20, 64, 80.0), noise(20, 2)),
+        ("black.mp4", drawn(20, 64) * 0, noise(20, 2)),
+        ("brief.mp4", drawn(5, 64, 90.0), noise(5, 2)),
+        ("mute.mp4", drawn(20, 64, 90.0), None),
+    ):
+        with VideoWriter(folder / name, 64, 64, wav) as video:
+            for frame in frames:
+                video.write(frame)
+    (folder / "notes.txt").write_text("nothing to see")
+    (folder / "empty.mp4").touch()
+    (folder / "cut.mp4").write_bytes((folder / "bob.mkv").read_bytes()[:900])
+    return folder
+
+
+def manifest(out):
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    return {line["path"]: line for line in lines}
+
+
+def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SEGMENT", 25)
+    data.prepare(videos, tmp_path / "out", 32)
+    pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
+    assert len(lines) == 8
+    assert pack.identities == ["anna", "bob"] and pack.n_frames.tolist() == [25, 15, 20]
+    assert pack.source(1).endswith("-long name.mp4#25") and pack.template == "face"
+    whole = audio.load_audio(videos / "anna/-long name.mp4")
+    assert np.abs(pack.sound(1)[:9600] - whole[16000 : 16000 + 9600]).max() < 1e-4  # frame 25 is second 1
+    shades = [brightness(pack.frame(c, k)) for c, k in ((0, 0), (0, 24), (1, 0), (1, 14))]
+    assert np.allclose(np.diff(shades), (24 * 5, 5, 14 * 5), atol=6)
+    said = {
+        name: (line.get("reason") or line["segments"][0].get("reason", "")) for name, line in lines.items()
+    }
+    assert said["anna/-long name.mp4"] == said["bob.mkv"] == ""
+    assert "a face in 0 of" in said["black.mp4"] and "too few" in said["brief.mp4"]
+    assert "has no sound" in said["mute.mp4"] and "is empty" in said["empty.mp4"]
+    assert "not a video" in said["notes.txt"] and said["cut.mp4"]
+    assert data.contact_sheet(pack, columns=2).size == (64, 64)
+
+
+def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(videos, tmp_path):
+    data.prepare(videos, tmp_path / "out", 32)
+    box = Pack(tmp_path / "out").box[0]
+    side = 64 * 0.6  # the detection's larger side; vision.TEMPLATES["face"]: as large, .03 lower
+    assert np.allclose(
+        box,
+        (32 - side / 2, 32 + 0.03 * side - side / 2, 32 + side / 2, 32 + 0.03 * side + side / 2),
+        atol=0.02,
+    )
+
+
+def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(videos, tmp_path, monkeypatch):
+    data.prepare(videos, tmp_path / "whole", 32)
+    real = data.prepare_video
+
+    def killed(path, who, pack):
+        yield from real(path, who, pack)
+        if path.name == "bob.mkv":  # its clip is in the pack, the manifest does not say so yet
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "prepare_video", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(videos, tmp_path / "out", 32)
+    with open(tmp_path / "out" / "manifest.jsonl", "a") as log:
+        log.write('{"path": "torn li')
+    monkeypatch.setattr(data, "prepare_video", real)
+    data.prepare(videos, tmp_path / "out", 32)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_face_that_walks_away_has_no_box(monkeypatch):
+    places = iter(range(100))
+    monkeypatch.setattr(
+        data, "detect_faces", lambda image, margins: [(x := 8 * next(places), 5, x + 20, 25, 0.9)]
+    )
+    with pytest.raises(InputError, match="moves too far"):
+        data.segment_box(list(drawn(40, 64)))
+
+
+def script(*args):
+    env = os.environ | dict(TORCH_HOME="/nonexistent", OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [sys.executable, ROOT / "data.py", *map(str, args)], capture_output=True, text=True, env=env
+    )
+
+
+def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path):
+    done = script(tmp_path / "none", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"data.py: {tmp_path}/none: no such directory")
+
+
+def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "detect_faces", lambda image, margins=None: [])
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(InputError, match="nothing in 0 files"):
+        data.prepare(tmp_path / "videos", tmp_path / "out", 32)
+    with pytest.raises(InputError, match="unfinished"):
+        Pack(tmp_path / "out")
+
+
+def test_without_a_detector_nothing_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "detect_faces", lambda image, margins=None: None)
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(InputError, match="TORCH_HOME"):
+        data.prepare(tmp_path / "videos", tmp_path / "out", 32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_clips_are_packed_with_the_real_detector(tmp_path, monkeypatch):
+    shared = ROOT.parent / "shared"
+    clips = sorted((shared / "media" / "grid_s1").glob("*.mp4"))[:1]
+    if not clips or not (shared / "weights" / "torch_home").is_dir():
+        pytest.skip("../shared has no clips or no detector's weights here")
+    monkeypatch.setenv("TORCH_HOME", str(shared / "weights" / "torch_home"))
+    (tmp_path / "videos").mkdir()
+    shutil.copy(clips[0], tmp_path / "videos")
+    data.prepare(tmp_path / "videos", tmp_path / "out", 64)
+    pack = Pack(tmp_path / "out")
+    assert len(pack) == 1 and 74 <= pack.n_frames[0] <= 75
+    assert pack.frame(0, 40).std() > 20  # a face, not a wall
