@@ -531,7 +531,7 @@ for step in range(10**6):
 
 
 def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
-    """SIGKILL, twenty times; the killed are forks of a process that has imported torch: they start at once."""
+    """SIGKILL, twenty times; the killed are forks of a process with torch imported: they start at once."""
     fork_server = """
 import os, sys, time, signal, random
 from data import load_checkpoint
