@@ -208,7 +208,7 @@ class PackWriter:
     def close(self):
         """Finishes: the index, then meta.json under its name, which makes the directory a pack."""
         assert self.sources, "a pack has at least one clip"
-        names = [source.encode() for source in self.sources]
+        names = [source.encode("utf-8", "surrogateescape") for source in self.sources]  # any file name
         (self.folder / "sources.txt").write_bytes(b"".join(names))
         columns = dict(self.index, jpeg_start=self.jpeg_start)
         columns["frame_start"] = np.cumsum([0, *self.index["n_frames"]])
@@ -303,7 +303,8 @@ class Pack:
 
     def source(self, c: int) -> str:
         """The file it came from"""
-        return self.names[self.source_start[c] : self.source_start[c + 1]].tobytes().decode()
+        name = self.names[self.source_start[c] : self.source_start[c + 1]].tobytes()
+        return name.decode("utf-8", "surrogateescape")
 
 
 class LazySound:
@@ -488,9 +489,7 @@ def prepare(folder: Path, out: Path, size: int) -> list[dict]:
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     if detect_faces(np.zeros((64, 64, 3), np.uint8)) is None:
-        raise InputError(
-            "no face detector's weights are at hand: set TORCH_HOME to where face-alignment's are"
-        )
+        raise InputError("no face detector's weights are at hand: set TORCH_HOME to where they are")
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
     manifest, lines = out / "manifest.jsonl", []
     if manifest.exists():  # a killed run's last line may be torn
@@ -500,15 +499,14 @@ def prepare(folder: Path, out: Path, size: int) -> list[dict]:
     done = {outcome["path"] for outcome in outcomes}
     with PackWriter(out, size, "face", keep=packed) as pack, open(manifest, "ab") as log:
         log.truncate(sum(map(len, lines)))
-        for path in tqdm(
-            [p for p in paths if str(p.relative_to(folder)) not in done], "videos", disable=None
-        ):
+        for path in tqdm(paths, "videos", disable=None):
             name = path.relative_to(folder)
+            if str(name) in done:
+                continue
+            who = str(name.parent) if len(name.parts) > 1 else name.stem
             outcome = dict(path=str(name), segments=[])
             try:
-                for segment in prepare_video(
-                    path, str(name.parent) if len(name.parts) > 1 else name.stem, pack
-                ):
+                for segment in prepare_video(path, who, pack):
                     outcome["segments"].append(segment)
             except InputError as error:
                 outcome["reason"] = str(error)
@@ -516,9 +514,7 @@ def prepare(folder: Path, out: Path, size: int) -> list[dict]:
             log.flush()
             outcomes.append(outcome)
         if not pack.sources:
-            raise InputError(
-                f"{folder}: nothing in {len(outcomes)} files could be packed, {manifest} says why"
-            )
+            raise InputError(f"{folder}: no clip in {len(outcomes)} files, {manifest} says why")
     return outcomes
 
 
@@ -534,25 +530,22 @@ def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
 
 def main():
     parser = argparse.ArgumentParser(description="A folder of videos -> a pack to train on.")
-    parser.add_argument(
-        "videos", type=Path, help="folder; a folder in it is one person, a file in it another"
-    )
+    parser.add_argument("videos", type=Path, help="folder; a folder in it is one person, a file another")
     parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
-    parser.add_argument(
-        "--size", type=int, default=128, choices=(32, 64, 128, 256), help="edge of the crops (default 128)"
-    )
+    sizes = dict(type=int, default=128, choices=(32, 64, 128, 256))
+    parser.add_argument("--size", **sizes, help="edge of the crops in pixels (default 128)")
     args = parser.parse_args()
     if not args.videos.is_dir():
         raise InputError(f"{args.videos}: no such directory")
-    outcomes = prepare(args.videos, args.out, args.size)
-    pack = Pack(args.out)
-    contact_sheet(pack).save(args.out / "sheet.png")
+    try:
+        outcomes = prepare(args.videos, args.out, args.size)
+        pack = Pack(args.out)
+        contact_sheet(pack).save(args.out / "sheet.png")
+    except OSError as error:  # of the output; what cannot be read is a line of the manifest
+        raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
     used = sum(any(s["outcome"] == "packed" for s in outcome["segments"]) for outcome in outcomes)
-    print(
-        f"{args.out}: {len(pack)} clips, {len(pack.identities)} people, {pack.frame_start[-1]} frames",
-        end=" ",
-    )
-    print(f"from {used} of {len(outcomes)} files; the others' reasons: {args.out}/manifest.jsonl")
+    print(f"{args.out}: {len(pack)} clips, {len(pack.identities)} people, {pack.frame_start[-1]} frames")
+    print(f"{used} of {len(outcomes)} files used; why not the others: {args.out}/manifest.jsonl")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,14 @@ def test_a_pack_gives_back_frames_sound_and_notes(pack):
         assert pack.source(c) == f"clip {c}, ö.mp4"
 
 
+def test_a_file_name_that_is_no_text_is_kept(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xff.mp4")
+    with PackWriter(tmp_path / "p", 16, "toy") as writer:
+        writer.add(drawn(2, 16), noise(2, 0), name, name)
+    pack = Pack(tmp_path / "p")
+    assert os.fsencode(pack.source(0)) == b"caf\xe9 \xff.mp4" and pack.identities == [name]
+
+
 def test_sixteen_bit_sound_passes_through_a_pack_unchanged(tmp_path):
     samples = np.array([-32768, -1, 0, 1, 12345, 32767] * 200, np.int16)
     with PackWriter(tmp_path / "p", 16, "toy") as writer:
@@ -670,10 +678,19 @@ def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path):
     assert done.stderr.startswith(f"data.py: {tmp_path}/none: no such directory")
 
 
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "detect_faces", lambda image, margins=None: [])
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path / "videos"), str(tmp_path / "file" / "out")])
+    with pytest.raises(InputError, match="file/out: cannot be written"):
+        data.main()
+
+
 def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "detect_faces", lambda image, margins=None: [])
     (tmp_path / "videos").mkdir()
-    with pytest.raises(InputError, match="nothing in 0 files"):
+    with pytest.raises(InputError, match="no clip in 0 files"):
         data.prepare(tmp_path / "videos", tmp_path / "out", 32)
     with pytest.raises(InputError, match="unfinished"):
         Pack(tmp_path / "out")
