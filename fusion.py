@@ -48,7 +48,7 @@ class Config:
     encoder_width: int = 64
     linear: int = 256           # numbers of the encoder's linear path; 0: none
     map_code: int = 256         # numbers behind the identity maps; 0: none
-    map_channels: tuple = (256, 64, 16)  # at 4x4, 8x8, 16x16
+    map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
     audio_width: float = 1.0    # of Wav2Lip's channel counts
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
@@ -62,7 +62,7 @@ class Config:
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
-        small = dict(dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128, map_code=96, map_channels=(128, 64, 16),
+        small = dict(dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128, map_code=96, map_channels=(128, 64, 16, 4),
                      audio_width=0.25)
         dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048),
                 128: dict(dim=256, base=8192, cap=256, encoder_width=48, audio_width=0.5), 256: dict()}
@@ -192,7 +192,7 @@ class DirectMotion(nn.Module):
 
 
 class IdentityMaps(nn.Module):
-    """W+ code (N, L, D) -> pictures (N, C', H, W) for the generator's 4x4, 8x8 and 16x16 features. Ours.
+    """W+ code (N, L, D) -> pictures (N, C', H, W) for the generator's features up to 32x32. Ours.
 
     PC-AVS's generator starts from an identity map; here the map is a linear image of the moved code z_s2d, because one
     of the source's own code would carry the source's pose and mouth past the motion space.
@@ -200,7 +200,7 @@ class IdentityMaps(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        resolutions = [r for r in (4, 8, 16) if r <= config.size // 2]
+        resolutions = [r for r in (4, 8, 16, 32) if r <= config.size // 2]
         self.shapes = [(min(c, config.cap, config.base // r), r, r) for c, r in zip(config.map_channels, resolutions)]
         self.down = nn.Linear(config.L * config.dim, config.map_code)
         self.up = nn.ModuleList(nn.Linear(config.map_code, math.prod(s)) for s in self.shapes)

@@ -55,18 +55,20 @@ def parse(argv=None):
     p.add_argument("--sync", help="sync expert for stage 3 (default: sync.pt in --out)")
     # how long and how fast
     p.add_argument("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
-    p.add_argument("--hyper-share", type=float, default=0.25, help="stage 2: share of the steps for the hypernetwork; 0: none")
+    p.add_argument("--hyper-share", type=float, default=0.0, help="stage 2: share of the steps for the hypernetwork; 0: none")
     p.add_argument("--batch", type=int, default=16, help="pictures a step")
     p.add_argument("--lr", type=float, default=1e-3, help="rate of ordinary layers (stages 2, 3)")
     p.add_argument("--lr-gan", type=float, default=4e-3, help="rate of layers with equalised learning rate")
+    p.add_argument("--thaw", type=float, help="stage 2: the generator's rate as a share of --lr-gan; 0: frozen, as in pSp. "
+                   "Default: 1 up to 64 px, where minutes of stage 1 leave it half trained, else 0")
     p.add_argument("--ema-kimg", type=float, default=3.0, help="half-life of the averaged weights in thousand pictures")
     p.add_argument("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
     # loss weights; the paper prints none
     for name, default, note in (
             ("orth", 0.1, "orthogonality"), ("sync", 0.05, "sync"), ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
             ("vgg", 0.0, "perceptual, VGG19 (downloads it)"), ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
-            ("feat", 0.2, "perceptual, features of stage 1's discriminator"), ("adv", 0.02, "adversarial, stage 3"),
-            ("mouth", 1.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
+            ("feat", 0.2, "perceptual, features of stage 1's discriminator"), ("adv", 0.01, "adversarial, stage 3"),
+            ("mouth", 3.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
         p.add_argument(f"--w-{name}", type=float, default=default, help=note)
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
@@ -81,6 +83,7 @@ def parse(argv=None):
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
+    args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
     return args
 
 
@@ -146,11 +149,16 @@ def terms_stage2(nets, out, args):
 def terms_stage3(nets, out, args):
     terms = picture_terms(nets, out, args)
     terms["orth"] = losses.orthogonality_loss(out["z_s2c"], out["z_c2d"])
-    if args.w_adv:
+    if args.w_adv and adversarial(out):
         terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](out["fake"])))
     if args.w_sync and out["frames"].shape[1] == WINDOW:
         terms["sync"] = sync_loss(nets["sync"], out["frames"], out["mel"])
     return terms
+
+
+def adversarial(out):
+    """Whether this batch trains the discriminator: the many clips of stage 3 do, five frames of one clip are nearly one sample"""
+    return "frames" not in out or out["frames"].shape[1] == 1
 
 
 FORWARD = {1: forward_stage1, 2: forward_stage2, 3: forward_stage3}
@@ -284,13 +292,13 @@ def optimisers(nets, args):
     """Adam for the stage's trained parts: rates by kind of layer; the discriminator's corrected for lazy R1."""
     model = nets["model"]
     model.requires_grad_(False)
-    parts = {1: [model.generator], 2: [model.encoder, model.maps], 3: [model]}[args.stage]
+    parts = {1: [model.generator], 2: [model.encoder, model.maps] + [model.generator] * (args.thaw > 0), 3: [model]}[args.stage]
     if nets["hyper_phase"]:
         parts = [model.hyper]
     for part in parts:
         if part is not None:
             part.requires_grad_(True)
-    if args.stage == 3:
+    if args.stage > 1:
         model.generator.style.requires_grad_(False)                                    # z -> w is stage 1's alone
     c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k / (k + 1), k = 4
     beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2 default 0; ours where L1 leads
@@ -298,11 +306,11 @@ def optimisers(nets, args):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             if name.startswith("generator."):
-                rate = args.lr_gan * c
+                rate = args.lr_gan * (args.thaw if args.stage == 2 else c)
             elif "down." in name or "canonical.mlp.0" in name:
                 rate = 0.1 * args.lr                                                   # a thousand whitened inputs: ten times as touchy
-            elif name.startswith("encoder.") and args.stage == 3:
-                rate = 0.2 * args.lr                                                   # codes drift slowly under the maps built on them
+            elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
+                rate = 0.2 * args.lr                                                   # found before: codes drift slowly under the maps
             else:
                 rate = args.lr
             groups.setdefault(rate, []).append(parameter)
@@ -326,7 +334,8 @@ def discriminator_step(nets, out, opt_d, step, args):
     opt_d.zero_grad(set_to_none=True)
     loss.backward()
     opt_d.step()
-    if step % 16 == 0:
+    turn = step if args.stage == 1 else step // 2                                      # the discriminator's own count
+    if turn % 16 == 0:
         real = augment(out["real"]).detach().requires_grad_(True)
         penalty = args.w_r1 / 2 * 16 * losses.r1_penalty(real, D(real))
         finite("r1", penalty)
@@ -432,7 +441,7 @@ def main(argv=None):
 
         # discriminator, lazy R1
         diagnostics = {}
-        if args.stage == 1 or (args.stage == 3 and args.w_adv):
+        if args.stage == 1 or (args.stage == 3 and args.w_adv and adversarial(out)):
             diagnostics = discriminator_step(nets, out, opt_d, step, args)
 
         # generator and everything before it
