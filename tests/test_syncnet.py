@@ -1,0 +1,597 @@
+"""The sync expert: losses with known answers, towers that keep samples apart, offsets found, an exact resume."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import audio
+import syncnet
+import toyfaces
+from audio import InputError, log_mel, mel_windows
+from data import Pack, PackWriter, load_checkpoint, save_checkpoint
+from syncnet import (
+    SyncNet,
+    Windows,
+    best_offset,
+    by_shift,
+    embed,
+    expert_loss,
+    held_out,
+    load_sync,
+    sigmoid_part,
+    sync_loss,
+)
+from vision import VideoWriter, to_tensor
+
+LN2 = math.log(2)
+CLIP = torch.tensor([7, 7, 7, 3, 3, 9])
+K = torch.tensor([10, 13, 14, 5, 60, 11])  # 10 and 13 are near, 13 and 14 too; 10 and 14 are NEAR = 4 apart: far
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a world that is learnt in seconds: a bright bar opens as the noise gets loud
+
+
+def bar_clip(seed, T=60, size=16):
+    """-> frames uint8 (T, size, size, 3), wav (640 T,)"""
+    rng = np.random.default_rng(seed)
+    loud = np.interp(np.arange(T), np.arange(0, T + 6, 3), rng.random(len(range(0, T + 6, 3))))  # new goal every 3 frames
+    frames = np.full((T, size, size, 3), rng.integers(40, 120, 3), np.uint8)
+    for t in range(T):
+        frames[t, size - 1 - round(loud[t] * (size // 2 - 2)) : size - 1, 4:13] = 230
+    envelope = np.interp(np.arange(640 * T) / 640 - 0.5, np.arange(T), loud)
+    wav = 0.5 * 10 ** (2 * (envelope - 1)) * rng.uniform(-1, 1, 640 * T)  # 40 dB from shut to open
+    return frames, wav.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A pack of 24 people, one clip each, and an expert trained on it for some seconds: pack folder, checkpoint."""
+    folder = tmp_path_factory.mktemp("world")
+    with PackWriter(folder / "pack", 16, "toy") as pack:
+        for seed in range(24):
+            pack.add(*bar_clip(seed), identity=f"p{seed}", source=f"bar {seed}")
+    command = ["train", "--data", str(folder / "pack"), "--out", str(folder / "sync.pt"), "--device", "cpu"]
+    brief = "--size 16 --steps 90 --batch 6 --windows 5 --dim 24 --width 0.1 --log-every 30 --val-every 90"
+    syncnet.main(command + brief.split())
+    return folder / "pack", folder / "sync.pt"
+
+
+def small(**kw):
+    torch.manual_seed(1)
+    return SyncNet(**(dict(size=32, dim=20, width=0.1) | kw))
+
+
+def random_batch(B=3, size=32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    frames, mel = torch.rand(B, 5, 3, 8, 8, generator=g) * 2 - 1, torch.rand(B, 1, 10, 4, generator=g) * 8 - 4
+    blocks = torch.ones(size // 8, size // 8)  # patches: fine noise would look all the same to a convolution
+    return torch.kron(frames, blocks), torch.kron(mel, torch.ones(8, 4))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the expert's loss
+
+
+def test_an_expert_that_knows_nothing_pays_ln_2_and_the_logarithm_of_the_sounds_it_may_choose_from():
+    terms = expert_loss(torch.zeros(6, 6, dtype=torch.float64), CLIP, K)
+    assert {name: v.item() for name, v in terms.items() if name != "contrast"} == pytest.approx(
+        dict(in_sync=LN2, shifted=LN2, other=LN2))
+    # window 0 may not choose 1, 1 neither 0 nor 2, 2 not 1: 5, 4, 5 candidates; the others all six
+    choices = [5, 4, 5, 6, 6, 6]
+    assert terms["contrast"].item() == pytest.approx(np.mean(np.log(choices)))
+    assert sigmoid_part(terms).item() == pytest.approx(LN2)
+
+
+def test_the_terms_are_those_of_a_naive_loop():
+    logits = torch.randn(6, 6, dtype=torch.float64) * 3
+    kinds = dict(in_sync=[], shifted=[], other=[])
+    for i in range(6):
+        for j in range(6):
+            p = 1 / (1 + math.exp(-logits[i, j]))
+            if i == j:
+                kinds["in_sync"].append(-math.log(p))
+            elif CLIP[i] != CLIP[j]:
+                kinds["other"].append(-math.log(1 - p))
+            elif abs(int(K[i] - K[j])) >= 4:
+                kinds["shifted"].append(-math.log(1 - p))
+    terms = expert_loss(logits, CLIP, K)
+    for name, values in kinds.items():
+        assert terms[name].item() == pytest.approx(np.mean(values)), name
+    a, b, c = (np.mean(kinds[name]) for name in ("in_sync", "shifted", "other"))
+    assert sigmoid_part(terms).item() == pytest.approx(a / 2 + b / 4 + c / 4)
+
+
+def test_windows_of_one_clip_nearer_than_four_frames_are_dropped_and_no_others():
+    base = torch.randn(6, 6, dtype=torch.float64)
+    reference = expert_loss(base, CLIP, K)
+    changes = torch.zeros(6, 6, dtype=torch.bool)
+    for i in range(6):
+        for j in range(6):
+            logits = base.clone()
+            logits[i, j] += 2
+            terms = expert_loss(logits, CLIP, K)
+            changes[i, j] = any(abs(terms[name] - reference[name]) > 1e-9 for name in terms)
+    dropped = {(0, 1), (1, 0), (1, 2), (2, 1)}
+    assert {(i, j) for i, j in np.argwhere(~changes.numpy()).tolist()} == dropped
+
+
+def test_a_batch_of_one_clip_has_no_foreign_sound_and_a_batch_of_single_windows_no_shifted_one():
+    one = expert_loss(torch.zeros(3, 3), torch.zeros(3), torch.tensor([0, 10, 20]))
+    singles = expert_loss(torch.zeros(3, 3), torch.arange(3), torch.tensor([5, 5, 5]))
+    assert "other" not in one and "shifted" not in singles
+    assert sigmoid_part(one).item() == pytest.approx(LN2) == sigmoid_part(singles).item()
+    with pytest.raises(AssertionError, match="far enough apart"):
+        sigmoid_part(expert_loss(torch.zeros(2, 2), torch.zeros(2), torch.tensor([0, 1])))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the towers
+
+
+@pytest.mark.parametrize("size", [16, 48, 96, 128])
+def test_every_parameter_gets_a_gradient_at_every_size(size):
+    net = small(size=size)
+    frames, mel = random_batch(B=4, size=size)
+    clip, k = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 9, 5, 5])
+    terms = expert_loss(net.logits(net.face(frames), net.sound(mel)), clip, k)
+    (sigmoid_part(terms) + terms["contrast"]).backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+def test_embeddings_have_unit_length_and_logits_are_scale_times_cosine_plus_bias():
+    net = small()
+    with torch.no_grad():
+        net.log_scale.fill_(math.log(7)), net.bias.fill_(-1.5)
+        face, sound = net.face(random_batch(3)[0]), net.sound(random_batch(4, seed=5)[1])
+        logits = net.logits(face, sound)
+    assert face.shape == (3, 20) and sound.shape == (4, 20) and logits.shape == (3, 4)
+    assert torch.allclose(face.norm(dim=1), torch.ones(3)) and torch.allclose(sound.norm(dim=1), torch.ones(4))
+    cosine = F.cosine_similarity(face[:, None], sound[None], dim=2)
+    assert torch.allclose(logits, 7 * cosine - 1.5, atol=1e-5)
+
+
+def test_a_window_is_judged_alone_as_in_a_batch_in_training_and_in_evaluation():
+    frames, mel = random_batch(5)
+    with torch.no_grad():
+        net = small().train()
+        face, sound = net.face(frames), net.sound(mel)
+        net.eval()
+        for i in range(5):
+            assert torch.allclose(net.face(frames[i : i + 1])[0], face[i], atol=1e-5)
+            assert torch.allclose(net.sound(mel[i : i + 1])[0], sound[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_the_face_tower_sees_the_lower_half_of_all_five_frames_and_nothing_else(size):
+    net, (frames, _) = small(size=size), random_batch(2, size)
+    frames.requires_grad_(True)
+    net.face(frames)[:, 0].sum().backward()
+    assert frames.grad[..., : size // 2, :].abs().max() == 0
+    assert (frames.grad[..., size // 2 :, :].abs().amax((2, 3, 4)) > 0).all()  # (B, 5)
+
+
+def test_the_order_of_the_frames_matters():
+    net, (frames, _) = small(), random_batch(2)
+    assert not torch.allclose(net.face(frames), net.face(frames.flip(1)), atol=1e-3)
+
+
+def test_frames_and_sound_of_another_shape_are_refused_with_their_shape():
+    net = small()
+    with pytest.raises(AssertionError, match=r"\(2, 4, 3, 32, 32\)"):
+        net.face(torch.zeros(2, 4, 3, 32, 32))
+    with pytest.raises(AssertionError, match=r"\(2, 5, 3, 64, 64\)"):
+        net.face(torch.zeros(2, 5, 3, 64, 64))
+    with pytest.raises(AssertionError, match=r"\(2, 1, 80, 15\)"):
+        net.sound(torch.zeros(2, 1, 80, 15))
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    net, (frames, mel) = small(dim=32), random_batch(6)
+    clip, k = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([2, 20, 30, 2, 9, 2])
+    opt = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(40):
+        terms = expert_loss(net.logits(net.face(frames), net.sound(mel)), clip, k)
+        loss = sigmoid_part(terms) + 0.5 * terms["contrast"]
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert sigmoid_part(terms) < 0.2  # from .69
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what the generator minimises
+
+
+class Told:
+    """An expert that gives the logits it is told."""
+
+    def __init__(self, logits):
+        self.given = torch.tensor(logits, dtype=torch.float64)
+
+    def face(self, frames):
+        return torch.zeros(len(frames), 2, dtype=torch.float64)
+
+    sound = face
+
+    def logits(self, face, sound):
+        return self.given
+
+
+def test_the_sync_loss_is_ln_2_and_ln_b_where_the_expert_knows_nothing():
+    frames, mel = random_batch(3)
+    assert sync_loss(Told([[0.0] * 3] * 3), frames, mel).item() == pytest.approx(LN2 + math.log(3))
+    assert sync_loss(Told([[0.0]]), frames[:1], mel[:1]).item() == pytest.approx(LN2)
+
+
+def test_the_sync_loss_of_known_logits():
+    a, b, c, d = 2.0, -1.0, 0.5, 3.0  # face 0 against sounds 0, 1; face 1 against sounds 0, 1
+    absolute = (math.log(1 + math.exp(-a)) + math.log(1 + math.exp(-d))) / 2
+    chosen = math.exp(a) / (math.exp(a) + math.exp(b)), math.exp(d) / (math.exp(c) + math.exp(d))
+    contrast = -sum(map(math.log, chosen)) / 2
+    frames, mel = random_batch(2)
+    assert sync_loss(Told([[a, b], [c, d]]), frames, mel).item() == pytest.approx(absolute + contrast)
+
+
+def test_the_sync_loss_of_a_surer_expert_does_not_pull_harder():
+    net, (frames, mel) = small().requires_grad_(False), random_batch(1)
+    pulls = []
+    for scale in (50.0, 400.0):
+        net.log_scale.fill_(math.log(scale)), net.bias.fill_(-2 * scale)  # unconvinced by whatever it sees
+        x = frames.clone().requires_grad_(True)
+        sync_loss(net, x, mel).backward()
+        pulls.append(x.grad.norm())
+    assert pulls[0] > 0 and torch.allclose(pulls[0], pulls[1], rtol=1e-3)
+
+
+def test_the_sync_loss_reaches_every_frame_and_leaves_the_expert_alone(world):
+    expert = load_sync(world[1], "cpu", size=16)
+    frames, mel = random_batch(3, 16)
+    before = {name: p.clone() for name, p in expert.state_dict().items()}
+    frames.requires_grad_(True)
+    sync_loss(expert, frames, mel).backward()
+    assert (frames.grad[..., 8:, :].abs().amax((2, 3, 4)) > 0).all()
+    assert all(p.grad is None and not p.requires_grad for p in expert.parameters()) and not expert.training
+    assert all(torch.equal(p, before[name]) for name, p in expert.state_dict().items())
+
+
+def test_pictures_that_follow_the_sync_loss_downhill_convince_the_expert(world):
+    expert = load_sync(world[1], "cpu")
+    item = Windows(Pack(world[0]), range(24), 3, seed=4)[0]
+    frames = item["frames"][:, 2:3].expand(-1, 5, -1, -1, -1).clone().requires_grad_(True)  # a mouth that stands still
+    opt = torch.optim.Adam([frames], 0.02)
+
+    def odds():
+        return expert.logits(expert.face(frames), expert.sound(item["mel"])).diagonal().min().item()
+
+    first = odds()
+    for _ in range(30):
+        opt.zero_grad()
+        sync_loss(expert, frames, item["mel"]).backward()
+        opt.step()
+    assert first < 0 < odds()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the data
+
+
+def test_an_item_is_the_windows_it_says_it_is(world):
+    pack = Pack(world[0])
+    for n in range(5):
+        item = Windows(pack, [4, 5], 3, seed=2, augment=False)[n]
+        c, ks = int(item["clip"][0]), item["k"].tolist()
+        assert c in (4, 5) and item["frames"].shape == (3, 5, 3, 16, 16) and item["mel"].shape == (3, 1, 80, 16)
+        for i, k in enumerate(ks):
+            assert torch.equal(item["frames"][i], to_tensor(pack.frames(c, range(k - 2, k + 3))))
+        assert np.array_equal(item["mel"].numpy(), mel_windows(log_mel(pack.sound(c)), ks))
+        assert min(np.diff(ks)) >= 4 and min(ks) >= 2 and max(ks) < 58
+
+
+def test_an_item_depends_on_its_seed_and_number_alone(world):
+    pack = Pack(world[0])
+    a, b = Windows(pack, range(24), 3, seed=2), Windows(pack, range(24), 3, seed=2)
+    [b[n] for n in (9, 1, 4)]  # another history
+    assert all(torch.equal(a[7][name], b[7][name]) for name in ("frames", "mel", "clip", "k"))
+    assert not torch.equal(a[7]["frames"], Windows(pack, range(24), 3, seed=3)[7]["frames"])
+    assert not torch.equal(a[7]["frames"], a[8]["frames"])
+
+
+def test_an_item_is_mirrored_and_lit_as_a_whole(world):
+    pack = Pack(world[0])
+    mirrored = set()
+    for n in range(12):
+        seen, plain = (Windows(pack, range(24), 3, seed=2, augment=on)[n]["frames"] for on in (True, False))
+        fits = [flip for flip in (False, True)
+                for ratio in [seen / (plain.flip(-1) if flip else plain)]
+                if (ratio.amax((0, 1, 3, 4)) - ratio.amin((0, 1, 3, 4)) < 1e-4).all()]  # one factor a colour
+        assert fits, n
+        mirrored.add(fits[0])
+    assert mirrored == {False, True}
+
+
+def test_windows_keep_their_distance_and_every_place_is_drawn():
+    rng = np.random.default_rng(0)
+    draws = np.array([syncnet.spaced(rng, 17, 4) for _ in range(600)])
+    assert np.diff(draws).min() == 4 and set(draws.ravel()) == set(range(17))
+    tight = np.array([syncnet.spaced(rng, 5, 2) for _ in range(50)])
+    assert set(map(tuple, tight)) == {(0, 4)}
+    crowded = np.array([syncnet.spaced(rng, 3, 4) for _ in range(50)])  # no room: any windows
+    assert crowded.shape == (50, 4) and set(crowded.ravel()) == {0, 1, 2}
+
+
+def test_a_clip_shorter_than_a_window_stands_still(tmp_path):
+    frames, wav = bar_clip(0, T=3)
+    with PackWriter(tmp_path / "pack", 16, "toy") as pack:
+        pack.add(frames, wav, "a", "a")
+    pack = Pack(tmp_path / "pack")
+    item = Windows(pack, [0], 2, seed=0, augment=False)[0]
+    assert torch.equal(item["frames"][0], to_tensor(pack.frames(0, [0, 1, 2, 2, 2])))
+
+
+def test_people_are_held_out_where_there_are_enough_and_clips_where_there_are_not(tmp_path):
+    frames, wav = bar_clip(0, T=5)
+    for name, people in (("many", 20), ("few", 3)):
+        with PackWriter(tmp_path / name, 16, "toy") as pack:
+            for i in range(40):
+                pack.add(frames, wav, f"p{i % people}", str(i))
+    pack = Pack(tmp_path / "many")
+    train, val = held_out(pack)
+    assert sorted([*train, *val]) == list(range(40)) and len(val) == 4
+    assert not set(pack.identity[train]) & set(pack.identity[val])
+    train, val = held_out(Pack(tmp_path / "few"))
+    assert sorted([*train, *val]) == list(range(40)) and len(val) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# offsets
+
+
+def test_scores_by_shift_are_those_of_a_naive_loop_over_more_than_one_block():
+    net, K, reach = small(), 300, 4
+    g = torch.Generator().manual_seed(3)
+    face, sound = (F.normalize(torch.randn(K, 20, generator=g), dim=1) for _ in range(2))
+    table = by_shift(net, face, sound, reach)
+    expected = np.full((K, 9), np.nan)
+    logits = net.logits(face, sound).detach().numpy()
+    for k in range(K):
+        for d in range(-reach, reach + 1):
+            if 0 <= k + d < K:
+                expected[k, reach + d] = logits[k, k + d]
+    assert np.allclose(table, expected, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("late", [-8, -1, 0, 3, 8])
+def test_the_offset_is_the_shift_of_a_constructed_clip(late):
+    g = torch.Generator().manual_seed(3)
+    own = F.normalize(torch.randn(75, 20, generator=g), dim=1)
+    face, sound = own[20:55], own[20 - late : 55 - late]  # sound k + late belongs to picture k
+    found, confidence, fit = best_offset(by_shift(small(), face, sound))
+    assert found == late and fit == pytest.approx(5, abs=1e-4) and 3 < confidence < 7  # scale 5, cosine 1 and about 0
+
+
+def test_an_offset_that_few_windows_can_speak_for_is_not_believed():
+    table = np.zeros((8, 31))
+    for d in range(-15, 16):
+        table[[k for k in range(8) if not 0 <= k + d < 8], 15 + d] = np.nan
+    table[0, 15 + 7] = 100  # one window of eight
+    table[:, 15 + 2] += 1
+    assert best_offset(table)[0] == 2
+
+
+def test_a_streamed_clip_has_the_embeddings_of_its_windows():
+    net, (frames, wav) = small(size=16), bar_clip(5, T=23)
+    mel = log_mel(wav)
+    face, sound = embed(net, iter(frames), mel, "cpu", batch=4)  # 19 windows: not a multiple of 4
+    x = to_tensor(frames)
+    with torch.no_grad():
+        for k in range(2, 21):
+            assert torch.allclose(net.face(x[None, k - 2 : k + 3])[0], face[k - 2], atol=1e-5)
+            assert torch.allclose(net.sound(torch.from_numpy(mel_windows(mel, [k])))[0], sound[k - 2], atol=1e-5)
+    assert len(face) == len(sound) == 19
+
+
+@pytest.mark.parametrize("late", [-6, 0, 5])
+def test_the_offset_of_a_video_with_shifted_sound_is_found(world, tmp_path, capsys, late):
+    frames, wav = bar_clip(1001)  # nobody it was trained on
+    wav = np.concatenate([np.zeros(640 * late, np.float32), wav]) if late >= 0 else wav[-640 * late :]
+    with VideoWriter(tmp_path / "clip.mp4", 16, 16, wav) as video:
+        for frame in frames:
+            video.write(frame)
+    syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = {-6: "6 frames (0.24 s) early", 0: "in step", 5: "5 frames (0.20 s) late"}[late]
+    assert f"the sound is {words};" in line and "56 windows" in line and "guess" not in line
+
+
+def test_foreign_sound_is_called_a_guess(world, tmp_path, capsys):
+    with VideoWriter(tmp_path / "clip.mp4", 16, 16, bar_clip(1002)[1]) as video:
+        for frame in bar_clip(1001)[0]:
+            video.write(frame)
+    syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"])
+    assert "a guess" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# training, end to end
+
+
+def test_a_trained_expert_tells_in_sync_from_shifted_on_people_it_never_saw(world, capsys):
+    syncnet.main(["test", "--sync", str(world[1]), "--data", str(world[0]), "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "the tenth held out" in out and "2 clips, 112 windows" in out  # every tenth of 24, 56 windows each
+    accuracy, paired = (float(v) for v in out.split("| 4-15 |")[1].split("|")[:2])
+    assert accuracy > 0.85 and paired > 0.9 and "1.000 of clips" in out
+
+
+def test_the_log_says_what_ran_and_how_it_went(world):
+    lines = [json.loads(line) for line in open(world[1].with_name("log_sync.jsonl"))]
+    assert {"revision", "torch", "numpy", "python", "args"} <= set(lines[0]) and lines[0]["args"]["steps"] == 90
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [30, 60, 90]
+    assert {"in_sync", "shifted", "other", "contrast", "accuracy", "scale", "bias", "ms", "eta"} <= set(steps[0])
+    assert steps[-1]["loss"] < LN2 and lines[-1]["val"]["by_shift"].keys() == {str(d) for d in range(1, 16)}
+
+
+def training(folder, pack, *more):
+    brief = "--size 16 --steps 4 --batch 3 --windows 2 --dim 8 --width 0.05 --val-every 9 --log-every 9 --device cpu"
+    return ["train", "--data", str(pack), "--out", str(folder / "sync.pt"), *brief.split(), *more]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, (list, tuple)) else a == b
+
+
+def test_four_steps_are_two_a_kill_and_two_more_bit_for_bit(world, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    syncnet.main(training(tmp_path / "a", world[0]))
+
+    def save_and_die(path, checkpoint):
+        save_checkpoint(path, checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(syncnet, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        syncnet.main(training(tmp_path / "b", world[0], "--save-every", "2"))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "b" / "sync.pt", "syncnet")["step"] == 2
+    torch.rand(7)  # the second process's random state is another
+    syncnet.main(training(tmp_path / "b", world[0], "--resume"))
+    a, b = (load_checkpoint(tmp_path / name / "sync.pt", "syncnet") for name in "ab")
+    for part in ("networks", "optimisers", "rng", "step", "config", "data"):
+        assert same(a[part], b[part]), part
+    first = SyncNet(**a["config"]["net"]).state_dict()
+    assert not same(a["networks"]["expert"], first)
+    heads = [json.loads(line) for line in open(tmp_path / "b" / "log_sync.jsonl") if "revision" in line]
+    assert len(heads) == 2  # the log goes on
+
+
+def test_a_nan_stops_the_run_names_the_term_and_keeps_the_last_checkpoint(world, tmp_path, monkeypatch):
+    calls, loss = [], syncnet.expert_loss
+
+    def poisoned(*args):
+        calls.append(1)
+        terms = loss(*args)
+        return terms | dict(shifted=terms["shifted"] * math.nan) if len(calls) == 4 else terms
+
+    monkeypatch.setattr(syncnet, "expert_loss", poisoned)
+    with pytest.raises(InputError, match="step 3.*'shifted' is nan"):
+        syncnet.main(training(tmp_path, world[0], "--save-every", "2"))
+    kept = load_checkpoint(tmp_path / "sync.pt", "syncnet")
+    assert kept["step"] == 2 and all(p.isfinite().all() for p in kept["networks"]["expert"].values())
+
+
+def test_without_data_it_trains_on_the_toy_world_that_train_py_uses(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(folder, size, people, seconds, first_seed, workers):
+        drawn.append((folder.name, size, people, seconds, first_seed))
+        with PackWriter(folder, size, "toy") as pack:
+            for seed in range(3):
+                pack.add(*bar_clip(seed, T=12, size=size), identity=str(seed), source="")
+
+    monkeypatch.setattr(toyfaces, "make_pack", draw)
+    out = tmp_path / "new" / "sync.pt"
+    syncnet.main(["train", "--out", str(out), "--device", "cpu", *"--steps 1 --batch 2 --windows 2 --width 0.05".split()])
+    assert drawn == [("toys", 32, 400, 3.0, toyfaces.TRAIN), ("toys_tune", 32, 40, 3.0, toyfaces.TUNE)]
+    expert = load_sync(out, "cpu", size=32)
+    assert expert.template == "toy" and expert.config["size"] == 32
+    syncnet.main(["test", "--sync", str(out), "--device", "cpu"])
+    assert drawn[2] == ("toys_test", 32, 40, 3.0, toyfaces.TEST)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# bad input: one line, exit status 2, before anything slow
+
+
+def refused(capsys, monkeypatch, *args):
+    """-> the one line with which the script ends, with exit status 2, having drawn and trained nothing"""
+    monkeypatch.setattr(sys, "argv", ["syncnet.py"])
+
+    def slow(*_, **__):
+        raise AssertionError("something slow began")
+
+    for module, name in ((toyfaces, "make_pack"), (syncnet, "batches"), (syncnet, "judge")):
+        monkeypatch.setattr(module, name, slow)
+    with pytest.raises(SystemExit) as caught:
+        audio.run(lambda: syncnet.main([str(a) for a in args]))
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and err.startswith("syncnet.py: ")
+    return err
+
+
+def test_an_existing_expert_is_not_overwritten_unasked(world, capsys, monkeypatch):
+    before = world[1].read_bytes()
+    assert "--resume" in refused(capsys, monkeypatch, "train", "--out", world[1])
+    assert world[1].read_bytes() == before and not (world[1].parent / "toys").exists()
+
+
+def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatch):
+    other, broken = tmp_path / "weights.pt", tmp_path / "broken.pt"
+    save_checkpoint(other, dict(kind="weights", format=1))
+    whole = load_checkpoint(world[1], "syncnet")
+    save_checkpoint(broken, whole | dict(networks=dict(expert=dict(list(whole["networks"]["expert"].items())[1:]))))
+    with pytest.raises(InputError, match="weights.pt: is a 'weights' checkpoint; expected a 'syncnet'"):
+        load_sync(other, "cpu")
+    with pytest.raises(InputError, match="pictures of 16 px, these are 32 px"):
+        load_sync(world[1], "cpu", size=32)
+    with pytest.raises(InputError, match="broken.pt: its networks do not fit"):
+        load_sync(broken, "cpu")
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(world[1].read_bytes()[:1000])
+    missing = tmp_path / "no.pt"
+    for path, reason in ((other, "'weights'"), (truncated, "truncated"), (tmp_path, "directory"), (missing, "no such")):
+        assert reason in refused(capsys, monkeypatch, "test", "--sync", path)
+        assert reason in refused(capsys, monkeypatch, "train", "--resume", "--out", path)
+
+
+@pytest.mark.parametrize(
+    "args, reason",
+    [
+        (["train", "--data", "PACK", "--size", "32", "--out", "new.pt"], "pictures of 16 px, --size is 32"),
+        (["train", "--data", "nowhere", "--out", "new.pt"], "no such directory"),
+        (["train", "--out", "."], "exists"),
+        (["train", "--out", "file.txt/sync.pt"], "cannot be made a directory"),
+        (["train", "--resume", "--out", "SYNC", "--size", "32"], "pictures of 16 px, --size is 32"),
+        (["train", "--steps", "0"], "--steps 0: must lie"),
+        (["train", "--windows", "1"], "--windows 1: must lie"),
+        (["train", "--lr", "nan"], "--lr nan: must lie"),
+        (["train", "--device", "abacus"], "--device abacus"),
+        (["test", "--sync", "SYNC", "--data", "file.txt"], "no such directory"),
+        (["offset", "clip.mp4", "--sync", "SYNC"], "clip.mp4: no such file"),
+        (["offset", "file.txt", "--sync", "SYNC"], "file.txt"),
+        (["offset", "mute.mp4", "--sync", "SYNC"], "has no sound"),
+        (["offset", "short.mp4", "--sync", "SYNC"], "4 frames are too few"),
+        (["offset", "short.mp4", "--sync", "SYNC", "--box", "1,2,3"], "--box 1,2,3"),
+        (["offset", "short.mp4", "--sync", "SYNC", "--box", "4,4,99,99"], "not inside"),
+        (["offset", "short.mp4", "--sync", "file.txt"], "expected a 'syncnet'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(world, tmp_path, capsys, monkeypatch, args, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").write_text("not media")
+    for name, T, wav in (("mute.mp4", 12, None), ("short.mp4", 4, bar_clip(0)[1][:2560])):
+        if name in args:
+            with VideoWriter(name, 16, 16, wav) as video:
+                for frame in bar_clip(0, T=T)[0]:
+                    video.write(frame)
+    args = [dict(PACK=world[0], SYNC=world[1]).get(a, a) for a in args]
+    assert reason in refused(capsys, monkeypatch, *args)
+
+
+def test_as_a_script_it_ends_with_status_2_and_without_a_traceback(tmp_path):
+    command = [sys.executable, syncnet.__file__, "test", "--sync", str(tmp_path / "no.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
