@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from audio import FPS, SAMPLE_RATE, InputError, n_frames, run
+from data import PackWriter
 from vision import VideoWriter, check_output, write_wav
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
@@ -702,8 +703,6 @@ def make_pack(
     arguments, nothing is done.
     Raises InputError: the folder holds something else, or cannot be written.
     """
-    from data import PackWriter  # needed here only: the drawing itself does not depend on packs
-
     folder = Path(folder).absolute()
     recipe = dict(world=WORLD, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

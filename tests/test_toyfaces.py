@@ -298,7 +298,6 @@ def test_a_pack_holds_the_clips_and_their_truth(tmp_path):
 
 
 def test_a_pack_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
-    pytest.importorskip("data")
     draw, drawn = toy.draw, []
 
     def fails_later(*args):
@@ -350,7 +349,6 @@ def test_a_bad_argument_gets_one_line_and_exit_status_2(args, monkeypatch, capsy
 
 
 def test_a_pack_on_top_of_other_files_is_refused(tmp_path):
-    pytest.importorskip("data")
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="something else"):
         toy.make_pack(tmp_path, 32, people=1, seconds=0.2, workers=0)
