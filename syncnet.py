@@ -122,16 +122,21 @@ def load_sync(path: str | Path, device, size: int | None = None) -> SyncNet:
 
     Raises InputError: what load_checkpoint refuses; made for pictures of another size; not whole.
     """
-    checkpoint = load_checkpoint(path, "syncnet", map_location="cpu")
+    expert = network_of(load_checkpoint(path, "syncnet", map_location="cpu"), path)
+    if size is not None and size != expert.size:
+        raise InputError(f"{path}: an expert for pictures of {expert.size} px, these are {size} px")
+    return expert.to(device).eval().requires_grad_(False)
+
+
+def network_of(checkpoint: dict, path) -> SyncNet:
+    """The expert in a checkpoint; InputError if its parts do not fit"""
     try:
         expert = SyncNet(**checkpoint["config"]["net"])
         expert.load_state_dict(checkpoint["networks"]["expert"])
         expert.template = checkpoint["config"]["template"]
     except (KeyError, TypeError, RuntimeError, AssertionError) as error:
         raise InputError(f"{path}: its networks do not fit this version ({str(error).splitlines()[0][:120]})") from None
-    if size is not None and size != expert.size:
-        raise InputError(f"{path}: an expert for pictures of {expert.size} px, these are {size} px")
-    return expert.to(device).eval().requires_grad_(False)
+    return expert
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,8 +366,9 @@ def train(args):
     device = pick_device(args.device)
     out = Path(args.out).absolute()
     saved = load_checkpoint(out, "syncnet", map_location=device) if args.resume else None
-    if saved and saved["config"]["net"]["size"] != args.size:
-        raise InputError(f"{out}: an expert for pictures of {saved['config']['net']['size']} px, --size is {args.size}")
+    expert = network_of(saved, out) if saved else None
+    if saved and expert.size != args.size:
+        raise InputError(f"{out}: an expert for pictures of {expert.size} px, --size is {args.size}")
     given = Pack(args.data) if args.data else None
     if given and given.size != args.size:
         raise InputError(f"{args.data}: pictures of {given.size} px, --size is {args.size}")
@@ -382,8 +388,7 @@ def train(args):
         clips, val_clips = np.arange(len(pack)), np.arange(len(val))
 
     torch.manual_seed(args.seed)
-    shape = saved["config"]["net"] if saved else dict(size=args.size, dim=args.dim, width=args.width)
-    expert = SyncNet(**shape).to(device)
+    expert = (expert or SyncNet(args.size, args.dim, args.width)).to(device)
     calibration = [expert.log_scale, expert.bias]
     weights = [p for p in expert.parameters() if all(p is not q for q in calibration)]
     # ours: two lone numbers have to come far, from 5 to 40
@@ -391,7 +396,6 @@ def train(args):
     opt = torch.optim.Adam(groups, betas=(0.9, 0.99))
     start = 0
     if saved:
-        expert.load_state_dict(saved["networks"]["expert"])
         opt.load_state_dict(saved["optimisers"]["adam"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
         start = saved["step"]

@@ -551,6 +551,7 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
         load_sync(broken, "cpu")
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(world[1].read_bytes()[:1000])
+    assert "do not fit" in refused(capsys, monkeypatch, "train", "--resume", "--out", broken, "--size", 16)
     missing = tmp_path / "no.pt"
     for path, reason in ((other, "'weights'"), (truncated, "truncated"), (tmp_path, "directory"), (missing, "no such")):
         assert reason in refused(capsys, monkeypatch, "test", "--sync", path)
