@@ -27,7 +27,7 @@ from data import Pack, load_checkpoint, save_checkpoint
 from fusion import load_model, pick_device
 from losses import same_person_loss
 from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
-from vision import read_video, to_tensor
+from vision import check_output, read_video, to_tensor
 
 PROBE_PEOPLE = 4_000_000  # first person of the probe's own world: neither trained on, nor tuned on, nor tested on
 READ = ("open", "wide", "yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y")  # factors that the table is about
@@ -162,7 +162,7 @@ def control_table(model, probe, pack, truth, device) -> dict:
         name -> number; correlations are over all frames of all trials.
     """
     n = len(pack)
-    said, shown, who = [], [], []
+    shown, who = [], []
     for a in tqdm(range(n), desc="trials", leave=False, disable=None):
         b, c = (a + 1) % n, (a + 2) % n
         clip = talk(model, pack.frame(a, 0), pack.sound(b), pack.frames(c, range(pack.n_frames[c])), device)
@@ -258,12 +258,19 @@ def markdown(rows: dict) -> str:
 
 
 def toy_report(args, device):
+    if args.people < 6:
+        raise InputError(f"--people {args.people}: at least 6, so that the people of a trial and the strangers differ")
+    if args.json:
+        check_output(args.json, overwrite=True)                                   # before minutes of work
     models = {path: load_model(path, device) for path in args.toy}
     sizes = {m.config.size for m in models.values()}
     if any(m.config.template != "toy" for m in models.values()):
         raise InputError("--toy: a network of real faces has no truth to be measured by")
     folder, report = Path(args.cache), {}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--cache {folder}: cannot be made a directory ({error.strerror})") from None
     for size in sorted(sizes):
         probe = train_probe(size, folder, device)
         toys = folder / f"test_toys{size}_{args.people}"
@@ -289,6 +296,8 @@ def compare(real: str, fake: str):
     for a, b in zip(read_video(real), read_video(fake)):
         if a.shape != b.shape:
             raise InputError(f"{fake}: frames are {b.shape[1]}x{b.shape[0]}, those of {real} are {a.shape[1]}x{a.shape[0]}")
+        if min(a.shape[:2]) < 11:
+            raise InputError(f"{real}: frames are {a.shape[1]}x{a.shape[0]}, the window of SSIM needs 11x11")
         rows.append((l1(a, b), psnr(a, b), ssim(a, b)))
     print(markdown({os.path.basename(fake): dict(zip(("L1", "PSNR", "SSIM", "frames"), (*np.mean(rows, 0), len(rows))))}))
 
