@@ -26,7 +26,6 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from audio import AudioEncoder, InputError
@@ -294,7 +293,7 @@ class FCTFG(nn.Module):
         z_s = self.encoder(source)
         z_s2c, deltas = self.canonical(z_s), self.weight_changes(source, z_s)
         z_a = torch.cat([self.audio(m) for m in mel.split(256)])                  # (n, D): the whole clip's sound in one go
-        for start, z_c2d in self.motion_stream(source, z_a, driving, batch):
+        for _, z_c2d in self.motion_stream(source, z_a, driving, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
     def motion_stream(self, source, z_a, driving, batch):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import losses
 from audio import InputError, run
 from data import Clips, Frames, Pack, batches, load_checkpoint, save_checkpoint
-from fusion import Config, FCTFG, middle, pick_device
+from fusion import FCTFG, Config, middle, pick_device
 from stylegan2 import Discriminator, mix_styles
 from syncnet import load_sync, sync_loss
 from vision import TEMPLATES, to_tensor, to_uint8

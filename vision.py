@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declared_seconds, decoder
-from audio import ffmpeg_path, why
+from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declared_seconds, decoder, ffmpeg_path, why
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

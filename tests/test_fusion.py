@@ -7,7 +7,17 @@ import torch
 
 from audio import InputError
 from data import save_checkpoint
-from fusion import FCTFG, CanonicalEncoder, Config, IdentityMaps, TemporalFusion, Whiten, idle_pose, load_model, pick_device
+from fusion import (
+    FCTFG,
+    CanonicalEncoder,
+    Config,
+    IdentityMaps,
+    TemporalFusion,
+    Whiten,
+    idle_pose,
+    load_model,
+    pick_device,
+)
 from vision import TEMPLATES
 
 SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5)

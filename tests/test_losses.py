@@ -461,7 +461,7 @@ def test_syncnet_v2_embeds_each_five_frames_as_published(judges):
 def test_syncnet_v2_embeds_sound_as_published(judges):
     mfcc = torch.randn(3, 13, 20) * 10
     s, x = double(judges["syncnet"]), mfcc[:, None].double()
-    for i, *shape in SOUND_V2:
+    for i, *_ in SOUND_V2:
         x = F.conv2d(x, s[f"netcnnaud.{i}.weight"], s[f"netcnnaud.{i}.bias"], padding=0 if i == 18 else 1)
         x = batch_norm(s, f"netcnnaud.{i + 1}", x).clamp(min=0)
         if i in (4, 14):

@@ -6,8 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stylegan2 import (Blur, Discriminator, EqualLinear, Generator, ModulatedConv2d, Upsample, add_map, mix_styles,
-                       minibatch_stddev, n_styles)
+from stylegan2 import (
+    Blur,
+    Discriminator,
+    EqualLinear,
+    Generator,
+    ModulatedConv2d,
+    Upsample,
+    add_map,
+    minibatch_stddev,
+    mix_styles,
+    n_styles,
+)
 
 
 def naive_modulated(layer, x, style, delta=None):
