@@ -59,6 +59,11 @@ class Config:
         return n_styles(self.size)
 
     @classmethod
+    def load(cls, plain: dict) -> "Config":
+        """From a checkpoint"""
+        return cls(**(plain | dict(map_channels=tuple(plain["map_channels"]))))
+
+    @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
         small = dict(dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128, map_code=96, map_channels=(128, 64, 16, 4),
@@ -347,9 +352,7 @@ def load_model(path: str, device="cpu") -> FCTFG:
     """
     checkpoint = load_checkpoint(path, ("weights", "stage3"))
     try:
-        config = dict(checkpoint["config"])
-        config["map_channels"] = tuple(config["map_channels"])
-        model = FCTFG(Config(**config))
+        model = FCTFG(Config.load(checkpoint["config"]))
         state = checkpoint["ema" if checkpoint["kind"] == "stage3" else "networks"]["model"]
         model.load_state_dict({k: v.float() for k, v in state.items()})
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as e:

@@ -77,7 +77,8 @@ def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
 
 def perceptual_loss(fake_maps, real_maps):
     """Mean over layers of the L1 distance of feature maps (N, C, H, W), each in units of the real map's mean size."""
-    terms = [(f - r.detach()).abs().mean() / r.detach().abs().mean().clamp_min(1e-6) for f, r in zip(fake_maps, real_maps)]
+    pairs = [(f.float(), r.detach().float()) for f, r in zip(fake_maps, real_maps)]
+    terms = [(f - r).abs().mean() / r.abs().mean().clamp_min(1e-6) for f, r in pairs]
     return sum(terms) / len(terms)
 
 

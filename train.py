@@ -65,7 +65,7 @@ def parse(argv=None):
     p.add_argument("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
     # loss weights; the paper prints none
     for name, default, note in (
-            ("orth", 0.1, "orthogonality"), ("sync", 0.05, "sync"), ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
+            ("orth", 0.1, "orthogonality"), ("sync", 0.3, "sync"), ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
             ("vgg", 0.0, "perceptual, VGG19 (downloads it)"), ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
             ("feat", 0.2, "perceptual, features of stage 1's discriminator"), ("adv", 0.01, "adversarial, stage 3"),
             ("mouth", 3.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
@@ -87,7 +87,7 @@ def parse(argv=None):
     return args
 
 
-STEPS = {1: 1500, 2: 1600, 3: 2400}  # the documented run at 32 px
+STEPS = {1: 700, 2: 2000, 3: 2000}  # the documented run at 32 px: minutes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,13 +169,14 @@ TERMS = {1: terms_stage1, 2: terms_stage2, 3: terms_stage3}
 # starts: what a stage does once, before its first step
 
 @torch.no_grad()
-def start_encoder(model, pack, device, n=3000):
-    """Stage 2: mean w of the generator, principal components of n training pictures for the linear path."""
+def start_encoder(model, pack, device, most=3000):
+    """Stage 2: mean w of the generator, principal components of training pictures for the linear path."""
     G = model.generator
     w = G.mapping(torch.randn(4096, G.dim, device=device))
     model.encoder.latent_avg.copy_(w.mean(0).expand(G.L, -1))
     if model.encoder.linear_down is not None:
         pictures = Frames(pack, seed=1)
+        n = max(2 * len(model.encoder.linear_down.weight), min(most, int(np.sum(pack.n_frames))))
         model.encoder.start_linear(torch.stack([pictures[i]["picture"] for i in range(n)]).to(device))
 
 
@@ -255,19 +256,23 @@ def collect_idle(model, pack, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-def build(args, pack, device):
-    """Networks of the stage, from nothing or from the stage before -> (nets, ema). nets["model"] is what is trained."""
+def build(args, pack, device, saved=None):
+    """Networks of the stage, from nothing, from the stage before, or as they were saved -> (nets, ema). nets["model"] is
+    what is trained."""
     before = None
-    if args.stage > 1:
+    if args.stage > 1 and not saved:
         path = args.init or os.path.join(args.out, f"stage{args.stage - 1}.pt")
         before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
         if before["config"]["size"] != args.size:
             raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
-    rank = before["config"]["hyper_rank"] if args.stage == 3 else 2 if args.hyper_share else 0
+    rank = before["config"]["hyper_rank"] if before and args.stage == 3 else 2 if args.hyper_share else 0
     config = Config.at(args.size, template=pack.template, motion=args.motion, hyper_rank=rank)
-    model = FCTFG(config).to(device)
+    model = FCTFG(Config.load(saved["config"]) if saved else config).to(device)
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
+    if args.stage > 1:
+        nets["critic"] = losses.freeze(copy.deepcopy(nets["D"]))                      # stage 1's: an honest judge of texture
+        nets["judge"] = losses.SmallFaceJudge().to(device)
     if before:
         for name in ("generator", "encoder", "maps", "hyper")[:1 if args.stage == 2 else 4]:  # what was trained before
             part = getattr(model, name)
@@ -275,16 +280,16 @@ def build(args, pack, device):
                 prefix = name + "."
                 part.load_state_dict({k[len(prefix):]: v for k, v in before["ema"]["model"].items() if k.startswith(prefix)})
         nets["D"].load_state_dict(before["networks"]["D"])
-        nets["critic"] = losses.freeze(copy.deepcopy(nets["D"]))                      # stage 1's: an honest judge of texture
-        if args.stage == 2:
-            start_encoder(model, pack, device)
-            nets["judge"] = losses.freeze(train_judge(pack, device, args.seed))
-        else:
-            nets["critic"].load_state_dict(before["networks"]["critic"])
-            nets["judge"] = losses.SmallFaceJudge().to(device)
-            nets["judge"].load_state_dict(before["networks"]["judge"])
-            losses.freeze(nets["judge"])
-            start_motion_space(model, pack, device)
+    if before and args.stage == 2:
+        nets["critic"].load_state_dict(before["networks"]["D"])
+        start_encoder(model, pack, device)
+        nets["judge"] = train_judge(pack, device, args.seed)
+    if before and args.stage == 3:
+        for name in ("critic", "judge"):
+            nets[name].load_state_dict(before["networks"][name])
+        start_motion_space(model, pack, device)
+    if "judge" in nets:
+        losses.freeze(nets["judge"])
     return nets, copy.deepcopy(model).eval().requires_grad_(False)
 
 
@@ -379,7 +384,10 @@ def update_ema(ema, model, images, args):
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
-    os.makedirs(args.out, exist_ok=True)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.out}: no directory to write to ({error.strerror})") from None
     checkpoint_path = os.path.join(args.out, f"stage{args.stage}.pt")
     if os.path.exists(checkpoint_path) and not (args.resume or args.overwrite):
         raise InputError(f"{checkpoint_path} exists: --resume continues it, --overwrite starts anew")
@@ -392,7 +400,7 @@ def main(argv=None):
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
 
     torch.manual_seed(args.seed)
-    nets, ema = build(args, pack, device)
+    nets, ema = build(args, pack, device, saved)
     model = nets["model"]
     nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
     if args.w_vgg:
@@ -445,7 +453,8 @@ def main(argv=None):
             diagnostics = discriminator_step(nets, out, opt_d, step, args)
 
         # generator and everything before it
-        terms = TERMS[args.stage](nets, out, args)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            terms = TERMS[args.stage](nets, out, args)
         for name, value in terms.items():
             finite(name, value)
         loss = sum(weight[k] * v for k, v in terms.items())
