@@ -203,7 +203,7 @@ def probe_row(probe, pack, truth, device) -> dict:
     return row
 
 
-def change_matrix(model, probe, pack, truth, device, trials: int = 8, T: int = 50) -> dict:
+def change_matrix(model, probe, pack, truth, device, trials: int = 8, T: int = 50, first_person: int = TEST) -> dict:
     """Change one input, see what else moves.
 
     Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors of
@@ -221,7 +221,7 @@ def change_matrix(model, probe, pack, truth, device, trials: int = 8, T: int = 5
         if group:
             rows = [FACTORS.index(name) for name in groups[group]]
             states[:, rows] = truth[other, :T, rows].T
-        who = person(TEST + c)
+        who = person(first_person + c)
         return np.stack([draw(who, dict(zip(FACTORS, map(float, s))), pack.size) for s in states])
 
     rows = {name: {k: [] for k in (*columns, "identity")} for name in ("face", "sound", "pose", "eyes", "mouth")}
@@ -284,7 +284,7 @@ def toy_report(args, device):
         print(markdown({name: {k: row[k] for k in order} for name, row in rows.items()}))
         report |= rows
         for path, m in mine.items():
-            matrix = change_matrix(m, probe, pack, truth, device)
+            matrix = change_matrix(m, probe, pack, truth, device, first_person=args.first_person)
             print(f"\n{path}: change one input (row), see what moves (column)\n" + markdown(matrix) + "\n")
             report[path + " matrix"] = matrix
     if args.json:

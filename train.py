@@ -31,12 +31,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import losses
-from audio import InputError, run
+from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import FCTFG, Config, middle, pick_device
 from stylegan2 import Discriminator, mix_styles
 from syncnet import load_sync, sync_loss
-from vision import TEMPLATES, to_tensor, to_uint8
+from vision import TEMPLATES, VideoWriter, to_tensor, to_uint8
 
 CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
 WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
@@ -367,7 +367,7 @@ def path_length_step(nets, out, opt_g, args):
 
 def finite(name, value):
     if not torch.isfinite(value):
-        raise InputError(f"the loss term '{name}' is {float(value)}: stopped; the last checkpoint is whole. Lower --lr or --lr-gan")
+        raise InputError(f"the loss term '{name}' is {float(value.detach())}: stopped; the last checkpoint is whole. Lower --lr or --lr-gan")
 
 
 @torch.no_grad()
@@ -488,7 +488,8 @@ def main(argv=None):
     if args.stage == 3:
         path = os.path.join(args.out, "weights.pt")
         export_weights(path, ema, args)
-        print(f"{path}: sample with  python sample.py --weights {path}")
+        save_talk(os.path.join(args.out, "talk.mp4"), ema, pack, device)
+        print(f"{os.path.join(args.out, 'talk.mp4')}: the first clip's face says the last one's words; {path}: for sample.py --weights")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,6 +592,16 @@ def save_samples(path, ema, pack, device, args, n=8):
     scale = max(1, 128 // args.size)
     image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)
+
+
+def save_talk(path, ema, pack, device):
+    """A talking picture: the face of the first clip, the sound of the last, enlarged to 256 px at least."""
+    wav, zoom = pack.sound(len(pack) - 1), max(1, 256 // pack.size)
+    mel = torch.from_numpy(mel_windows(log_mel(wav), range(n_frames(len(wav))))).to(device)
+    with VideoWriter(path, zoom * pack.size, zoom * pack.size, wav, overwrite=True) as video:
+        for frames in ema.animate(to_tensor(pack.frame(0, 0)).to(device), mel):
+            for frame in to_uint8(frames):
+                video.write(frame.repeat(zoom, 0).repeat(zoom, 1))
 
 
 if __name__ == "__main__":
