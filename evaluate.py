@@ -3,10 +3,10 @@
     python evaluate.py --toy weights/toy.pt        # the control table of the toy world     (about 3 minutes, 2 cores)
     python evaluate.py real.mp4 fake.mp4           # L1, PSNR, SSIM of two clips, frame by frame
 
-The toy world is the one place where the truth behind every frame is known. Sources, sounds and driving clips are of people
-that nothing was ever trained on, three different ones for each trial: the face of A says the words of B with the head and
-eyes of C. A small probe reads the frames; it was trained here on drawn frames of other people, and its own accuracy on
-real frames stands beside, since no generated frame can be read better than a real one.
+The toy world is the one place where the truth behind every frame is known. Sources, sounds and driving clips are of
+people that nothing was ever trained on, three different ones for each trial: the face of A says the words of B with the
+head and eyes of C. A small probe reads the frames; it was trained here on drawn frames of other people, and its own
+accuracy on real frames stands beside, since no generated frame can be read better than a real one.
 
 The network under test never sees the truth: probe and truth only measure.
 """
@@ -57,8 +57,8 @@ def psnr(a, b) -> float:
 
 
 def ssim(a, b) -> float:
-    """Structural similarity of two uint8 (H, W, 3) pictures, Wang et al. 2004: 11x11 Gaussian window of 1.5, mean over the
-    channels; 1 is equal, higher is better."""
+    """Structural similarity of two uint8 (H, W, 3) pictures, Wang et al. 2004: 11x11 Gaussian window of 1.5, mean over
+    the channels; 1 is equal, higher is better."""
     from scipy.ndimage import gaussian_filter
     a, b = np.asarray(a, float), np.asarray(b, float)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -87,9 +87,11 @@ class Probe(nn.Module):
         super().__init__()
         self.body = nn.Sequential()
         for i, (a, b) in enumerate([(3, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width)]):
-            self.body.append(nn.Sequential(nn.Conv2d(a, b, 3, 2 if i or size > 32 else 1, 1), nn.GroupNorm(8, b), nn.ReLU(),
+            stride = 2 if i or size > 32 else 1
+            self.body.append(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.ReLU(),
                                            nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.ReLU()))
-        self.read = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
+        self.read = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                                  nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
         self.who = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 64))
         self.log_scale, self.bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-4.0))
         self.register_buffer("mean", torch.zeros(10))
@@ -113,8 +115,9 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     if path.exists():
         probe.load_state_dict(load_checkpoint(str(path), "probe")["networks"]["probe"])
         return probe.eval()
-    make_pack(folder / f"probe_toys{size}", size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
-    pack, truth = Pack(folder / f"probe_toys{size}"), torch.from_numpy(np.load(folder / f"probe_toys{size}" / "truth.npy"))
+    toys = folder / f"probe_toys{size}"
+    make_pack(toys, size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
+    pack, truth = Pack(toys), torch.from_numpy(np.load(toys / "truth.npy"))
     pictures = torch.cat([to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack))])
     probe.mean.copy_(truth.mean(0))
     probe.std.copy_(truth.std(0))
@@ -124,15 +127,19 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="probe", leave=False, disable=None):
         clip = torch.randint(len(pack), (batch,))
-        rows = torch.stack([clip * per_clip + torch.randint(per_clip, (batch,)) for _ in "ab"]).flatten()  # two frames a person
+        pair = [clip * per_clip + torch.randint(per_clip, (batch,)) for _ in "ab"]  # two frames a person
+        rows = torch.stack(pair).flatten()
         x = pictures[rows].to(device)
         target = ((truth[rows] - truth.mean(0)) / truth.std(0)).to(device)
         # a generated frame is softer and a little off in colour: the probe must not mind
-        x = x + 0.04 * torch.randn(1, device=device) * torch.randn_like(x) + 0.05 * torch.randn(len(x), 3, 1, 1, device=device)
+        grain = 0.04 * torch.randn(1, device=device) * torch.randn_like(x)
+        tint = 0.05 * torch.randn(len(x), 3, 1, 1, device=device)
+        x = x + grain + tint
         soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         x = torch.lerp(x, soft, 0.7 * torch.rand(len(x), 1, 1, 1, device=device))
         read, who = probe(x)
-        loss = F.smooth_l1_loss(read, target) + 0.1 * same_person_loss(who[:batch], who[batch:], clip.to(device), probe.log_scale, probe.bias)
+        alike = same_person_loss(who[:batch], who[batch:], clip.to(device), probe.log_scale, probe.bias)
+        loss = F.smooth_l1_loss(read, target) + 0.1 * alike
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -143,6 +150,11 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the control table
+
+def person_of(embeddings):
+    """Embeddings (n, 64) of a clip's frames -> the person in it: their mean, of unit length (64,)"""
+    return F.normalize(embeddings.mean(0), dim=0)
+
 
 def talk(model, face, wav, driving, device):
     """The network's clip: face uint8 (H, W, 3), wav (n,), driving uint8 (T, H, W, 3) or None -> (T, 3, H, W)"""
@@ -168,7 +180,7 @@ def control_table(model, probe, pack, truth, device) -> dict:
         clip = talk(model, pack.frame(a, 0), pack.sound(b), pack.frames(c, range(pack.n_frames[c])), device)
         read, embedding = probe.readings(clip)
         shown.append(read.cpu().numpy())
-        who.append(F.normalize(embedding.mean(0), dim=0).cpu())
+        who.append(person_of(embedding).cpu())
     shown = np.stack(shown)                                                       # (n, T, 10): of trial a
     sound, driving = np.roll(truth, -1, 0), np.roll(truth, -2, 0)                 # of B and C
     wrong = np.roll(truth, -4, 0)                                                 # of a sound that was not given
@@ -178,7 +190,7 @@ def control_table(model, probe, pack, truth, device) -> dict:
         return correlation(shown[..., i[name]], of[..., i[name]])
 
     real = [probe.readings(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in range(n)]
-    gallery = torch.stack([F.normalize(e[::5].mean(0), dim=0).cpu() for _, e in real])
+    gallery = torch.stack([person_of(e[::5]).cpu() for _, e in real])
     table = {f"{name}": r(name, sound) for name in ("open", "wide")}
     table |= {"wrong sound": r("open", wrong), "driving mouth": r("open", driving)}
     table |= {name: r(name, driving) for name in ("yaw", "pitch", "roll", "blink")}
@@ -190,13 +202,14 @@ def control_table(model, probe, pack, truth, device) -> dict:
 
 def probe_row(probe, pack, truth, device) -> dict:
     """The probe's own accuracy on real frames of the same people: what a perfect network would reach."""
-    read, who = zip(*(probe.readings(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in range(len(pack))))
+    clips = (to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack)))
+    read, who = zip(*(probe.readings(clip.to(device)) for clip in clips))
     read = torch.stack(read).cpu().numpy()
     i = {name: FACTORS.index(name) for name in FACTORS}
     row = {name: correlation(read[..., i[name]], truth[..., i[name]]) for name in READ}
     row["gaze"] = (row.pop("gaze_x") + row.pop("gaze_y")) / 2
-    halves = [torch.stack([F.normalize(e[part].mean(0), dim=0).cpu() for e in who]) for part in (slice(0, None, 10), slice(5, None, 10))]
-    wrong = np.roll(truth, -3, 0)                                                 # two utterances that have nothing in common
+    halves = [torch.stack([person_of(e[first::10]).cpu() for e in who]) for first in (0, 5)]
+    wrong = np.roll(truth, -3, 0)                                                 # two utterances with nothing in common
     row |= {"wrong sound": correlation(read[..., i["open"]], wrong[..., i["open"]]), "driving mouth": 0.0}
     row["identity"] = retrieval(*halves)
     row["open range"] = float(read[..., i["open"]].std() / truth[..., i["open"]].std())
@@ -224,37 +237,46 @@ def change_matrix(model, probe, pack, truth, device, trials: int = 8, T: int = 5
         who = person(first_person + c)
         return np.stack([draw(who, dict(zip(FACTORS, map(float, s))), pack.size) for s in states])
 
+    def unrelated(names):
+        """R.m.s. difference of two unrelated real clips, each factor in units of its deviation"""
+        squares = [np.mean(np.square(truth[c, :T, i] - truth[(c + 5) % n, :T, i]) / truth[..., i].var())
+                   for c in range(n) for i in map(FACTORS.index, names)]
+        return np.sqrt(np.mean(squares))
+
     rows = {name: {k: [] for k in (*columns, "identity")} for name in ("face", "sound", "pose", "eyes", "mouth")}
-    norm = {k: np.sqrt(np.mean([np.mean(np.square(truth[c, :T, COL] - truth[(c + 5) % n, :T, COL]) / truth[..., COL].var())
-                                for c in range(n) for COL in [FACTORS.index(f) for f in names]])) for k, names in columns.items()}
+    norm = {k: unrelated(names) for k, names in columns.items()}
     apart = np.mean([1 - float(a @ b) for a, b in zip(*people_apart(probe, pack, device))])
     for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
         a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
-        base_drive, sound = drive(c), pack.sound(b)[:640 * T]
-        base = probe.readings(talk(model, pack.frame(a, 0), sound, base_drive, device))
-        variants = dict(face=(pack.frame(other, 0), sound, base_drive), sound=(pack.frame(a, 0), pack.sound(other)[:640 * T], base_drive))
-        variants |= {g: (pack.frame(a, 0), sound, drive(c, g, other)) for g in groups}
+        face, sound, base_drive = pack.frame(a, 0), pack.sound(b)[:640 * T], drive(c)
+        base = probe.readings(talk(model, face, sound, base_drive, device))
+        variants = dict(face=(pack.frame(other, 0), sound, base_drive),
+                        sound=(face, pack.sound(other)[:640 * T], base_drive))
+        variants |= {g: (face, sound, drive(c, g, other)) for g in groups}
         for name, inputs in variants.items():
             read, who = probe.readings(talk(model, *inputs, device))
             for k, names in columns.items():
                 cols = [FACTORS.index(f) for f in names]
                 diff = (read - base[0])[:, cols].cpu().numpy() / truth[..., cols].reshape(-1, len(cols)).std(0)
                 rows[name][k].append(np.sqrt(np.square(diff).mean()) / norm[k])
-            rows[name]["identity"].append((1 - float((F.normalize(who.mean(0), dim=0) * F.normalize(base[1].mean(0), dim=0)).sum())) / apart)
+            cosine = float((person_of(who) * person_of(base[1])).sum())
+            rows[name]["identity"].append((1 - cosine) / apart)
     return {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in rows.items()}
 
 
 def people_apart(probe, pack, device):
     """Embeddings of clips (n, 64) and the same rolled by five: two strangers a row"""
-    mean = [F.normalize(probe.readings(to_tensor(pack.frames(c, range(0, 50, 10))).to(device))[1].mean(0), dim=0).cpu() for c in range(len(pack))]
-    return torch.stack(mean), torch.stack(mean).roll(-5, 0)
+    clips = (to_tensor(pack.frames(c, range(0, 50, 10))) for c in range(len(pack)))
+    people = torch.stack([person_of(probe.readings(clip.to(device))[1]).cpu() for clip in clips])
+    return people, people.roll(-5, 0)
 
 
 def markdown(rows: dict) -> str:
     """{row name: {column: number}} -> a table"""
     columns = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for name, row in rows.items()])
+    lines += [f"| {name} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for name, row in rows.items()]
+    return "\n".join(lines)
 
 
 def toy_report(args, device):
@@ -295,7 +317,8 @@ def compare(real: str, fake: str):
     rows = []
     for a, b in zip(read_video(real), read_video(fake)):
         if a.shape != b.shape:
-            raise InputError(f"{fake}: frames are {b.shape[1]}x{b.shape[0]}, those of {real} are {a.shape[1]}x{a.shape[0]}")
+            raise InputError(f"{fake}: frames are {b.shape[1]}x{b.shape[0]}, "
+                             f"those of {real} are {a.shape[1]}x{a.shape[0]}")
         if min(a.shape[:2]) < 11:
             raise InputError(f"{real}: frames are {a.shape[1]}x{a.shape[0]}, the window of SSIM needs 11x11")
         rows.append((l1(a, b), psnr(a, b), ssim(a, b)))

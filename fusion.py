@@ -43,7 +43,7 @@ class Config:
     n_mlp: int = 8              # layers of the mapping network
     base: int = 32768           # channels of generator and discriminator: min(cap, base / resolution)
     cap: int = 512
-    noise: bool = True          # StyleGAN2's noise maps; off at toy sizes, where a young generator imitates edges with them
+    noise: bool = True          # StyleGAN2's noise maps; off at toy sizes: a young generator imitates edges with them
     encoder_width: int = 64
     linear: int = 256           # numbers of the encoder's linear path; 0: none
     map_code: int = 256         # numbers behind the identity maps; 0: none
@@ -52,7 +52,7 @@ class Config:
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
     hyper_rank: int = 2         # rank of a weight change; 0: no hypernetwork
-    hyper_from: int = 16        # resolution from which layers are changed (ours: below it the identity maps do more for less)
+    hyper_from: int = 16        # from this resolution layers are changed (ours: below, identity maps do more for less)
 
     @property
     def L(self) -> int:
@@ -66,8 +66,8 @@ class Config:
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
-        small = dict(dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128, map_code=96, map_channels=(128, 64, 16, 4),
-                     audio_width=0.25)
+        small = dict(dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
+                     map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
         dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048),
                 128: dict(dim=256, base=8192, cap=256, encoder_width=48, audio_width=0.5), 256: dict()}
         assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
@@ -88,7 +88,10 @@ def pick_device(name: str) -> torch.device:
 # the two spaces
 
 class Whiten(nn.Module):
-    """Fixed statistics of the encoder's codes: (z - mean) / std for each of the L x D numbers. See `FCTFG.set_statistics`."""
+    """Fixed statistics of the encoder's codes: (z - mean) / std for each of the L x D numbers.
+
+    They are set by `FCTFG.set_statistics`.
+    """
 
     def __init__(self, L: int, dim: int):
         super().__init__()
@@ -167,8 +170,8 @@ class PaperMotion(nn.Module):
 
 
 class DirectMotion(nn.Module):
-    """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear readings of its whitened code; the lips are an MLP
-    of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face."""
+    """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear readings of its whitened code; the lips are an
+    MLP of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face."""
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
@@ -214,7 +217,8 @@ class IdentityMaps(nn.Module):
 
     def forward(self, w_plus):
         code = self.down(w_plus.flatten(1))
-        return [up(code).unflatten(1, s).contiguous(memory_format=torch.channels_last) for up, s in zip(self.up, self.shapes)]
+        maps = (up(code).unflatten(1, shape) for up, shape in zip(self.up, self.shapes))
+        return [x.contiguous(memory_format=torch.channels_last) for x in maps]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,8 +231,9 @@ class FCTFG(nn.Module):
         self.generator = Generator(c.size, c.dim, c.n_mlp, c.base, c.cap)
         self.encoder = VisualEncoder(c.size, c.dim, c.L, c.encoder_width, c.linear)
         self.maps = IdentityMaps(c) if c.map_code else None
+        resolutions = [4] + [res for res in self.generator.resolutions[1:] for _ in (0, 1)]  # one a styled layer
         layers = [tuple(layer.conv.weight.shape[1:3]) if res >= c.hyper_from else None
-                  for layer, res in zip(self.generator.styled_convs(), [4] + [r for r in self.generator.resolutions[1:] for _ in (0, 1)])]
+                  for layer, res in zip(self.generator.styled_convs(), resolutions)]
         self.hyper = HyperNetwork(c.size, layers, rank=c.hyper_rank) if c.hyper_rank else None
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
         self.audio = AudioEncoder(c.dim, c.audio_width)
@@ -236,7 +241,8 @@ class FCTFG(nn.Module):
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> (N, 3, H, W)"""
-        return self.generator(w_plus, "fixed" if self.config.noise else "off", self.maps(w_plus) if self.maps else (), deltas)
+        maps = self.maps(w_plus) if self.maps else ()
+        return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas)
 
     def weight_changes(self, source, z_s):
         """HyperStyle: source (B, 3, H, W), z_s (B, L, D) -> deltas, or None without a hypernetwork"""
@@ -264,7 +270,8 @@ class FCTFG(nn.Module):
             frames (B, T, 3, H, W), z_s2c (B, L, D), z_c2d (B, T, L, D).
         """
         T = mel.shape[1] - 2 * context
-        assert driving.shape[1] in (T, mel.shape[1]), f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}"
+        assert driving.shape[1] in (T, mel.shape[1]), (
+            f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}")
         z_s = self.encoder(source)
         z_s2c = self.canonical(z_s)
         if self.config.motion == "direct":                                        # its poses know no neighbours
@@ -297,7 +304,7 @@ class FCTFG(nn.Module):
         source = source[None]
         z_s = self.encoder(source)
         z_s2c, deltas = self.canonical(z_s), self.weight_changes(source, z_s)
-        z_a = torch.cat([self.audio(m) for m in mel.split(256)])                  # (n, D): the whole clip's sound in one go
+        z_a = torch.cat([self.audio(m) for m in mel.split(256)])                  # (n, D): all the sound in one go
         for _, z_c2d in self.motion_stream(source, z_a, driving, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
@@ -312,7 +319,7 @@ class FCTFG(nn.Module):
             stop = min(start + batch, n)
             lo, hi = max(0, start - reach), min(n, stop + reach)
             if frames is not None:
-                while first + codes.shape[1] < hi:                                # encode what is new, forget what is past
+                while first + codes.shape[1] < hi:                                # encode the new, forget the past
                     fresh = [next(frames).to(source) for _ in range(min(batch, hi - first - codes.shape[1]))]
                     codes = torch.cat([codes, self.encode_driving(torch.stack(fresh)[None])], 1)
                 codes, first = codes[:, lo - first:], lo

@@ -448,7 +448,8 @@ class Wav2LipExpert(nn.Module):
 
         The authors' input is the lower half at 96 px, BGR in [0, 1], the five frames side by side as 15 channels.
         """
-        assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)"
+        assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), (
+            f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)")
         x = resized((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]                 # (5 B, 3, 48, 96)
         return F.normalize(self.face_encoder(x.unflatten(0, (-1, 5)).flatten(1, 2)).flatten(1), dim=1)
 

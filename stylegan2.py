@@ -236,8 +236,8 @@ class Generator(nn.Module):
 
         Args:
             w_plus: (N, L, D).
-            noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or a
-                list of L - 1 maps (1 or N, 1, H, W).
+            noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or
+                a list of L - 1 maps (1 or N, 1, H, W).
             maps: pictures (N, C', H, W) to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
             deltas: list with a (B, O, I) relative weight change or None for each layer of `styled_convs`.
 
@@ -327,7 +327,8 @@ class Discriminator(nn.Module):
 
     def features(self, x) -> list:
         """x (N, 3, size, size) -> the maps after each block, at size/2, .., 4"""
-        assert x.shape[1:] == (3, self.size, self.size), f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})"
+        assert x.shape[1:] == (3, self.size, self.size), (
+            f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
         x, maps = self.convs[0](x.contiguous(memory_format=torch.channels_last)), []
         for block in self.convs[1:]:
             x = block(x)

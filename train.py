@@ -12,8 +12,8 @@ Without --data it trains on the toy world, drawn on first use; README has the ti
 stage resumes with --resume, bit for bit on a CPU: item n of the data is a function of the seed and n alone.
 
 What differs from the paper (which prints no weights, rates, batch or window): all numbers are ours. Stage 3 starts from a
-closed-form guess of the motion space (`start_motion_space`), and its steps alternate between a few five-frame windows, which
-the sync expert can judge, and many clips of one frame, which teach people and poses faster.
+closed-form guess of the motion space (`start_motion_space`), and its steps alternate between a few five-frame windows,
+which the sync expert can judge, and many clips of one frame, which teach people and poses faster.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import copy
 import json
 import math
 import os
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import FCTFG, Config, middle, pick_device
 from stylegan2 import Discriminator, mix_styles
-from syncnet import load_sync, sync_loss
+from syncnet import load_sync, revision, sync_loss, toy_pack
 from vision import TEMPLATES, VideoWriter, to_tensor, to_uint8
 
 CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
@@ -43,30 +43,37 @@ WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="train FC-TFG, one stage at a time",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
     p.add_argument("--out", default="out/toy32", help="directory of checkpoints, logs and pictures")
-    p.add_argument("--data", help="pack directory written by data.py; default: the toy world, drawn into --out on first use")
+    p.add_argument("--data", help="pack directory written by data.py; "
+                   "default: the toy world, drawn into --out on first use")
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the picture: the dial")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
-    p.add_argument("--motion", default="direct", choices=("direct", "paper"), help="form of the motion encoder, see fusion.py")
+    p.add_argument("--motion", default="direct", choices=("direct", "paper"),
+                   help="form of the motion encoder, see fusion.py")
     p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
     p.add_argument("--sync", help="sync expert for stage 3 (default: sync.pt in --out)")
     # how long and how fast
     p.add_argument("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
-    p.add_argument("--hyper-share", type=float, default=0.0, help="stage 2: share of the steps for the hypernetwork; 0: none")
+    p.add_argument("--hyper-share", type=float, default=0.0,
+                   help="stage 2: share of the steps for the hypernetwork; 0: none")
     p.add_argument("--batch", type=int, default=16, help="pictures a step")
     p.add_argument("--lr", type=float, default=1e-3, help="rate of ordinary layers (stages 2, 3)")
     p.add_argument("--lr-gan", type=float, default=4e-3, help="rate of layers with equalised learning rate")
-    p.add_argument("--thaw", type=float, help="stage 2: the generator's rate as a share of --lr-gan; 0: frozen, as in pSp. "
+    p.add_argument("--thaw", type=float,
+                   help="stage 2: the generator's rate as a share of --lr-gan; 0: frozen, as in pSp. "
                    "Default: 1 up to 64 px, where minutes of stage 1 leave it half trained, else 0")
     p.add_argument("--ema-kimg", type=float, default=3.0, help="half-life of the averaged weights in thousand pictures")
     p.add_argument("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
     # loss weights; the paper prints none
     for name, default, note in (
-            ("orth", 0.1, "orthogonality"), ("sync", 0.3, "sync"), ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
-            ("vgg", 0.0, "perceptual, VGG19 (downloads it)"), ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
+            ("orth", 0.1, "orthogonality"), ("sync", 0.3, "sync"),
+            ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
+            ("vgg", 0.0, "perceptual, VGG19 (downloads it)"),
+            ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
             ("feat", 0.2, "perceptual, features of stage 1's discriminator"), ("adv", 0.01, "adversarial, stage 3"),
             ("mouth", 3.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
@@ -157,7 +164,8 @@ def terms_stage3(nets, out, args):
 
 
 def adversarial(out):
-    """Whether this batch trains the discriminator: the many clips of stage 3 do, five frames of one clip are nearly one sample"""
+    """Whether this batch trains the discriminator: the many clips of stage 3 do, five frames of one clip are nearly one
+    sample"""
     return "frames" not in out or out["frames"].shape[1] == 1
 
 
@@ -188,8 +196,9 @@ def train_judge(pack, device, seed, steps=400, batch=48):
     data = batches(Clips(pack, T=1, seed=seed + 1), batch, 0)
     for _ in tqdm(range(steps), desc="face judge", leave=False, disable=None):
         item = next(data)
+        faces = item["source"], item["driving"][:, 0]                                  # two of each clip
         # ours: colour and brightness move a little, so that the judge does not count pixels of one lamp
-        a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in (item["source"], item["driving"][:, 0]))
+        a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in faces)
         loss = losses.same_person_loss(judge(a), judge(b), item["identity"].to(device), judge.log_scale, judge.bias)
         opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -201,15 +210,18 @@ def train_judge(pack, device, seed, steps=400, batch=48):
 def start_motion_space(model, pack, device, clips=300, per_clip=16, ridge=0.02):
     """Stage 3: a closed-form start of canonical encoder and pose path. Ours.
 
-    Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that predicts
-    it from the code of frame t alone, fitted over many people, can use no direction in which people differ: it is free
-    of identity by construction. From the whole picture's code it gives what the canonical encoder must take away, from
-    the mouth-masked picture's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
+    Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that
+    predicts it from the code of frame t alone, fitted over many people, can use no direction in which people differ: it
+    is free of identity by construction. From the whole picture's code it gives what the canonical encoder must take
+    away, from the mouth-masked picture's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
     """
     rng = np.random.default_rng(2)
     chosen = rng.permutation(len(pack))[:clips]
-    pictures = [to_tensor(pack.frames(c, np.sort(rng.choice(pack.n_frames[c], min(per_clip, int(pack.n_frames[c])), replace=False))))
-                for c in chosen]
+    pictures = []                                                                      # per clip (K, 3, H, W)
+    for c in chosen:
+        length = int(pack.n_frames[c])
+        seen = np.sort(rng.choice(length, min(per_clip, length), replace=False))
+        pictures.append(to_tensor(pack.frames(c, seen)))
     z = [model.encoder(x.to(device)) for x in pictures]                                # per clip (K, L, D)
     z_masked = [model.encode_driving(x[None].to(device))[0] for x in pictures]
     model.set_statistics(torch.cat(z), torch.cat(z_masked))
@@ -226,7 +238,10 @@ def start_motion_space(model, pack, device, clips=300, per_clip=16, ridge=0.02):
 
 
 def reduced_rank_regression(x, y, rank, ridge):
-    """y ~ x down^T up^T with `rank` numbers of unit variance between: x (n, i), y (n, o) -> down (rank, i), up (o, rank)"""
+    """y ~ x down^T up^T with `rank` numbers of unit variance between.
+
+    x (n, i), y (n, o) -> down (rank, i), up (o, rank)
+    """
     x, y = x.double(), y.double()
     gram = x.t() @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     full = torch.linalg.solve(gram, x.t() @ y)                                         # (i, o)
@@ -248,9 +263,9 @@ def collect_idle(model, pack, device):
     for c in np.flatnonzero(np.asarray(pack.n_frames) >= T)[:64]:
         pose = model.motion.pose(model.encode_driving(to_tensor(pack.frames(c, range(T)))[None].to(device)))[0]
         walks.append(pose - pose[:1])                                                  # (T, P)
-    walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: those that stay near the photo
+    walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: those near the photo
     for i, walk in enumerate(walks[:n]):
-        model.motion.idle[i] = 0.7 * walk                                              # ours: a little less than in speech
+        model.motion.idle[i] = 0.7 * walk                                              # ours: a little less than speech
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,14 +286,15 @@ def build(args, pack, device, saved=None):
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
     if args.stage > 1:
-        nets["critic"] = losses.freeze(copy.deepcopy(nets["D"]))                      # stage 1's: an honest judge of texture
+        nets["critic"] = losses.freeze(copy.deepcopy(nets["D"]))                      # stage 1's: it knows texture
         nets["judge"] = losses.SmallFaceJudge().to(device)
     if before:
         for name in ("generator", "encoder", "maps", "hyper")[:1 if args.stage == 2 else 4]:  # what was trained before
             part = getattr(model, name)
             if part is not None:
                 prefix = name + "."
-                part.load_state_dict({k[len(prefix):]: v for k, v in before["ema"]["model"].items() if k.startswith(prefix)})
+                averaged = before["ema"]["model"].items()
+                part.load_state_dict({k[len(prefix):]: v for k, v in averaged if k.startswith(prefix)})
         nets["D"].load_state_dict(before["networks"]["D"])
     if before and args.stage == 2:
         nets["critic"].load_state_dict(before["networks"]["D"])
@@ -297,7 +313,8 @@ def optimisers(nets, args):
     """Adam for the stage's trained parts: rates by kind of layer; the discriminator's corrected for lazy R1."""
     model = nets["model"]
     model.requires_grad_(False)
-    parts = {1: [model.generator], 2: [model.encoder, model.maps] + [model.generator] * (args.thaw > 0), 3: [model]}[args.stage]
+    inversion = [model.encoder, model.maps] + [model.generator] * (args.thaw > 0)
+    parts = {1: [model.generator], 2: inversion, 3: [model]}[args.stage]
     if nets["hyper_phase"]:
         parts = [model.hyper]
     for part in parts:
@@ -305,17 +322,17 @@ def optimisers(nets, args):
             part.requires_grad_(True)
     if args.stage > 1:
         model.generator.style.requires_grad_(False)                                    # z -> w is stage 1's alone
-    c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k / (k + 1), k = 4
-    beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2 default 0; ours where L1 leads
+    c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k/(k+1), k = 4
+    beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2: 0; ours where L1 leads
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             if name.startswith("generator."):
                 rate = args.lr_gan * (args.thaw if args.stage == 2 else c)
             elif "down." in name or "canonical.mlp.0" in name:
-                rate = 0.1 * args.lr                                                   # a thousand whitened inputs: ten times as touchy
+                rate = 0.1 * args.lr  # a thousand whitened inputs: ten times as touchy
             elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
-                rate = 0.2 * args.lr                                                   # found before: codes drift slowly under the maps
+                rate = 0.2 * args.lr  # found before: codes drift slowly under the maps
             else:
                 rate = args.lr
             groups.setdefault(rate, []).append(parameter)
@@ -351,7 +368,8 @@ def discriminator_step(nets, out, opt_d, step, args):
     D.requires_grad_(False)
     if args.augment >= 0:
         nets["augment"].update(real_score.detach())
-    return dict(d=loss.detach(), r1=nets.get("r1", loss.new_zeros(())), real=real_score.detach().mean(), fake=fake_score.detach().mean())
+    return dict(d=loss.detach(), r1=nets.get("r1", loss.new_zeros(())),
+                real=real_score.detach().mean(), fake=fake_score.detach().mean())
 
 
 def path_length_step(nets, out, opt_g, args):
@@ -367,7 +385,8 @@ def path_length_step(nets, out, opt_g, args):
 
 def finite(name, value):
     if not torch.isfinite(value):
-        raise InputError(f"the loss term '{name}' is {float(value.detach())}: stopped; the last checkpoint is whole. Lower --lr or --lr-gan")
+        raise InputError(f"the loss term '{name}' is {float(value.detach())}: stopped; the last checkpoint is whole. "
+                         "Lower --lr or --lr-gan")
 
 
 @torch.no_grad()
@@ -395,7 +414,7 @@ def main(argv=None):
     sync = None
     if args.stage == 3 and args.w_sync:
         sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
-    pack = Pack(args.data) if args.data else toy_pack(args)
+    pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
 
@@ -419,14 +438,17 @@ def main(argv=None):
         torch.set_rng_state(saved["rng"]["torch"].cpu())
 
     if args.stage == 3:  # even steps: few windows of five frames; odd steps: many clips of one
-        see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames beyond the decoded ones
+        see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames not decoded
+        windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
+        singles = (1, args.batch, start // 2)
         data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2), B, first, args.workers)
-                for T, B, first in ((WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2), (1, args.batch, start // 2))]
+                for T, B, first in (windows, singles)]
     else:
         data = [batches(Frames(pack, args.seed), args.batch, start, args.workers)]
     header(args, model, pack, device)
     log = open(os.path.join(args.out, f"log_stage{args.stage}.jsonl"), "a" if saved else "w")
-    log.write(json.dumps(dict(revision=revision(), torch=torch.__version__, python=sys.version.split()[0], args=vars(args))) + "\n")
+    versions = dict(torch=torch.__version__, python=sys.version.split()[0])
+    log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args))) + "\n")
     weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")} | (dict(adv=1.0) if args.stage == 1 else {})
     waited, clock = 0.0, time.perf_counter()
 
@@ -435,7 +457,7 @@ def main(argv=None):
         before = time.perf_counter()
         batch = {k: v.to(device, non_blocking=True) for k, v in next(data[step % len(data)]).items()}
         waited += time.perf_counter() - before
-        if step == hyper_from and not nets["hyper_phase"]:                             # stage 2, second phase: the encoder rests
+        if step == hyper_from and not nets["hyper_phase"]:                             # stage 2: now the encoder rests
             nets["hyper_phase"] = True
             model.load_state_dict(ema.state_dict())
             opt_g, _ = optimisers(nets, args)
@@ -470,9 +492,11 @@ def main(argv=None):
 
         last = step + 1 == args.steps
         if step % args.log_every == 0 or last:
-            line = {k: float(weight[k] * v.detach()) for k, v in terms.items()} | {k: float(v) for k, v in diagnostics.items()}
+            line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
+            line |= {k: float(v) for k, v in diagnostics.items()}
             seconds = (time.perf_counter() - clock) / (args.log_every if step > start else 1)
-            line |= dict(step=step, p=nets["augment"].p, ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
+            line |= dict(step=step, p=nets["augment"].p,
+                         ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
                          waiting=round(waited / max(seconds * args.log_every, 1e-9), 3), gib=round(memory_gib(device), 2))
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -486,25 +510,18 @@ def main(argv=None):
             save(checkpoint_path, step + 1, nets, ema, opt_g, opt_d, args)
     log.close()
     if args.stage == 3:
-        path = os.path.join(args.out, "weights.pt")
-        export_weights(path, ema, args)
-        save_talk(os.path.join(args.out, "talk.mp4"), ema, pack, device)
-        print(f"{os.path.join(args.out, 'talk.mp4')}: the first clip's face says the last one's words; {path}: for sample.py --weights")
+        weights, talk = (os.path.join(args.out, name) for name in ("weights.pt", "talk.mp4"))
+        export_weights(weights, ema, args)
+        save_talk(talk, ema, pack, device)
+        print(f"{talk}: the first clip's face says the last one's words; {weights}: for sample.py --weights")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # around the loop
 
-def toy_pack(args):
-    from toyfaces import TRAIN, make_pack
-    path = os.path.join(args.out, "toys")
-    make_pack(path, args.size, args.people, args.seconds, TRAIN, os.cpu_count())
-    return Pack(path)
-
-
 def lr_factor(step, args):
-    """A hundred steps up, so that what the stage before found is not thrown about, then cosine decay to 0.05; in stage 2 the
-    hypernetwork's phase has its own"""
+    """A hundred steps up, so that what the stage before found is not thrown about, then cosine decay to 0.05; in
+    stage 2 the hypernetwork's phase has its own"""
     a, b = 0, args.steps
     if args.stage == 2 and args.hyper_share:
         split = args.steps - round(args.hyper_share * args.steps)
@@ -520,7 +537,8 @@ def save(path, step, nets, ema, opt_g, opt_d, args):
     save_checkpoint(path, dict(
         kind=f"stage{args.stage}", format=1, config=vars(ema.config), args=vars(args), step=step, networks=networks,
         ema=dict(model=ema.state_dict()), optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
-        augment_p=nets["augment"].p, mean_path=nets["mean_path"], rng=dict(torch=torch.get_rng_state()), data=dict(step=step)))
+        augment_p=nets["augment"].p, mean_path=nets["mean_path"],
+        rng=dict(torch=torch.get_rng_state()), data=dict(step=step)))
 
 
 def restore(saved, nets, ema) -> int:
@@ -535,7 +553,8 @@ def restore(saved, nets, ema) -> int:
 def export_weights(path, ema, args):
     """What sampling needs, in fp16: the averaged network and its config."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
-    save_checkpoint(path, dict(kind="weights", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=state)))
+    save_checkpoint(path, dict(kind="weights", format=1, config=vars(ema.config), args=vars(args),
+                               networks=dict(model=state)))
 
 
 def header(args, model, pack, device):
@@ -544,7 +563,8 @@ def header(args, model, pack, device):
           + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in count.items()) + ")")
     if args.stage > 1 and not (args.w_vgg and args.w_arcface):
         off = [n for n, w in (("VGG19 (--w-vgg)", args.w_vgg), ("ArcFace (--w-arcface)", args.w_arcface)) if not w]
-        print(f"off: {', '.join(off)}; on in their place: features of stage 1's discriminator, a face judge trained on this pack")
+        print(f"off: {', '.join(off)}; on in their place: features of stage 1's discriminator, "
+              "a face judge trained on this pack")
 
 
 def format_line(line, args):
@@ -562,17 +582,10 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def revision():
-    try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5,
-                              cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
 @torch.no_grad()
 def save_samples(path, ema, pack, device, args, n=8):
-    """A grid, n columns. Stage 1: samples. Stage 2: pictures, inversions. Stage 3: sources, drivings of the next clip, results."""
+    """A grid, n columns. Stage 1: samples. Stage 2: pictures, inversions. Stage 3: sources, drivings of the next clip,
+    results."""
     if args.stage == 1:
         z = torch.randn(3 * n, ema.generator.dim, generator=torch.Generator().manual_seed(0)).to(device)
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)

@@ -491,15 +491,17 @@ class VisualEncoder(nn.Module):
         finer = (ch[-2], ch[-3]) if L > 7 else (ch[-2],)                     # 16 px has no fine styles
         self.lateral = nn.ModuleList(nn.Conv2d(c, ch[-1], 1) for c in finer)
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 32, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4),
-                          nn.Flatten(), nn.Linear(32 * 16, n * dim)) for n in self.groups if n)
+            nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 32, 3, padding=1), nn.LeakyReLU(0.2),
+                          nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * 16, n * dim))
+            for n in self.groups if n)
         self.linear_down = nn.Linear(3 * min(32, size) ** 2, linear, bias=False) if linear else None
         self.linear_up = nn.Linear(linear, L * dim, bias=False) if linear else None
         self.register_buffer("latent_avg", torch.zeros(L, dim))
 
     def forward(self, x):
         """x (N, 3, size, size) in [-1, 1] -> (N, L, D)"""
-        assert x.shape[1:] == (3, self.size, self.size), f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})"
+        assert x.shape[1:] == (3, self.size, self.size), (
+            f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
         maps = [self.stem(x.contiguous(memory_format=torch.channels_last))]
         for block in self.blocks:
             maps.append(block(maps[-1]))

@@ -1,4 +1,5 @@
-"""Loss terms with known answers, the published judges against naive float64 references, the downloader against a server."""
+"""Loss terms with known answers, the published judges against naive float64 references, the downloader against a
+server."""
 
 import errno
 import hashlib
@@ -55,7 +56,8 @@ def test_path_length_of_a_linear_generator_is_the_length_of_its_columns():
     w_plus = torch.randn(N, L, D, dtype=torch.float64, requires_grad=True)
     fake = torch.einsum("pld,nld->np", A, w_plus).unflatten(1, (3, H, W))
     noise = torch.randn(N, 3, H, W, dtype=torch.float64)
-    penalty, mean_path = losses.path_length_penalty(fake, w_plus, torch.tensor(2.0, dtype=torch.float64), noise, decay=0.1)
+    mean_before = torch.tensor(2.0, dtype=torch.float64)
+    penalty, mean_path = losses.path_length_penalty(fake, w_plus, mean_before, noise, decay=0.1)
     lengths = []
     for n in range(N):
         columns = [A[:, i].T @ noise[n].flatten() / math.sqrt(H * W) for i in range(L)]  # J^T y, layer by layer
@@ -172,7 +174,8 @@ def test_the_controller_moves_p_by_n_of_500k_towards_the_target_and_stays_in_0_1
 
 
 def test_a_frozen_judge_stays_in_eval_and_without_gradients_when_its_owner_trains():
-    owner = nn.ModuleDict(dict(judge=losses.freeze(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), free=nn.BatchNorm1d(4)))
+    judge = losses.freeze(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    owner = nn.ModuleDict(dict(judge=judge, free=nn.BatchNorm1d(4)))
     owner.train()
     assert owner["free"].training and not any(m.training for m in owner["judge"].modules())
     assert not any(p.requires_grad for p in owner["judge"].parameters())
@@ -255,8 +258,8 @@ def expected_syncnet():
 
 
 # Wav2Lip: (channels, kernel, stride, padding); one number is a residual block of so many channels
-FACE = ((32, 7, 1, 3), (64, 5, (1, 2), 1), 64, 64, (128, 3, 2, 1), 128, 128, 128, (256, 3, 2, 1), 256, 256, (512, 3, 2, 1),
-        512, 512, (512, 3, 2, 1), (512, 3, 1, 0), (512, 1, 1, 0))
+FACE = ((32, 7, 1, 3), (64, 5, (1, 2), 1), 64, 64, (128, 3, 2, 1), 128, 128, 128, (256, 3, 2, 1), 256, 256,
+        (512, 3, 2, 1), 512, 512, (512, 3, 2, 1), (512, 3, 1, 0), (512, 1, 1, 0))
 SOUND = ((32, 3, 1, 1), 32, 32, (64, 3, (3, 1), 1), 64, 64, (128, 3, 3, 1), 128, 128, (256, 3, (3, 2), 1), 256, 256,
          (512, 3, 1, 0), (512, 1, 1, 0))
 
@@ -447,10 +450,11 @@ def test_syncnet_v2_embeds_each_five_frames_as_published(judges):
     bgr = (frames.double()[:, :, [2, 1, 0]] + 1) / 2 * 255
     for first in range(T - 4):
         # five planes of the first kernel, one a frame, as 15-channel convolution in the plane
-        w = s["netcnnlip.0.weight"]  # (96, 3, 5, 7, 7)
-        x = F.conv2d(bgr[:, first:first + 5].flatten(1, 2), w.transpose(1, 2).flatten(1, 2), s["netcnnlip.0.bias"], stride=2)
+        w = s["netcnnlip.0.weight"].transpose(1, 2).flatten(1, 2)  # (96, 3, 5, 7, 7) -> (96, 15, 7, 7)
+        x = F.conv2d(bgr[:, first:first + 5].flatten(1, 2), w, s["netcnnlip.0.bias"], stride=2)
         x = F.max_pool2d(batch_norm(s, "netcnnlip.1", x).clamp(min=0), 3, 2)
-        for i, stride, padding, pool in ((4, 2, 1, 1), (8, 1, 1, None), (11, 1, 1, None), (14, 1, 1, 0), (18, 1, 0, None)):
+        plan = ((4, 2, 1, 1), (8, 1, 1, None), (11, 1, 1, None), (14, 1, 1, 0), (18, 1, 0, None))
+        for i, stride, padding, pool in plan:
             x = F.conv2d(x, s[f"netcnnlip.{i}.weight"][:, :, 0], s[f"netcnnlip.{i}.bias"], stride, padding)
             x = batch_norm(s, f"netcnnlip.{i + 1}", x).clamp(min=0)
             x = x if pool is None else F.max_pool2d(x, 3, 2, pool)

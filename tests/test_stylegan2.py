@@ -52,7 +52,8 @@ def test_scaled_activations_give_the_papers_modulated_weights(kernel, up, demodu
 def test_weight_changes_belong_to_the_clip_and_not_to_its_neighbour():
     torch.manual_seed(0)
     layer = ModulatedConv2d(6, 5, 3, 7).double()
-    x, style, delta = torch.randn(6, 6, 8, 10).double(), torch.randn(6, 7).double(), torch.randn(2, 5, 6).double()  # 2 clips of 3
+    x, style = torch.randn(6, 6, 8, 10).double(), torch.randn(6, 7).double()
+    delta = torch.randn(2, 5, 6).double()  # 2 clips of 3 pictures
     torch.testing.assert_close(layer(x, style, delta), naive_modulated(layer, x, style, delta))
     torch.testing.assert_close(layer(x, style, torch.zeros_like(delta)), layer(x, style))
 
@@ -160,5 +161,6 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_discriminator_features_halve_down_to_four():
-    D = Discriminator(32, base=512, cap=32)
-    assert [f.shape[-1] for f in D.features(torch.randn(3, 3, 32, 32))] == [16, 8, 4] and D(torch.randn(3, 3, 32, 32)).shape == (3, 1)
+    D, x = Discriminator(32, base=512, cap=32), torch.randn(3, 3, 32, 32)
+    assert [f.shape[-1] for f in D.features(x)] == [16, 8, 4]
+    assert D(x).shape == (3, 1)

@@ -1,4 +1,5 @@
-"""The three stages as stages: they run, resume bit for bit, obey every weight, and refuse what is wrong before anything slow."""
+"""The three stages as stages: they run, resume bit for bit, obey every weight, and refuse what is wrong before anything
+slow."""
 
 import argparse
 import json
@@ -12,7 +13,6 @@ from data import Pack, load_checkpoint, save_checkpoint
 from fusion import load_model
 from syncnet import SyncNet
 from toyfaces import make_pack
-
 
 TRAIN_JUDGE = train.train_judge  # the tests of stages use a quick stand-in
 
@@ -51,8 +51,9 @@ def quick_judge():
 
 
 def options(pack, out, stage, *more, steps=4):
-    return ["--stage", str(stage), "--data", str(pack), "--out", str(out), "--size", "16", "--batch", "6", "--steps", str(steps),
-            "--device", "cpu", "--log-every", "1", "--save-every", "2", "--sample-every", "2", *more]
+    return ["--stage", str(stage), "--data", str(pack), "--out", str(out),
+            "--size", "16", "--batch", "6", "--steps", str(steps), "--device", "cpu",
+            "--log-every", "1", "--save-every", "2", "--sample-every", "2", *more]
 
 
 def go(pack, out, stage, *more, **k):
@@ -98,7 +99,8 @@ def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, mo
     monkeypatch.setattr(train, "save", save)
     torch.manual_seed(99)  # whatever happened in between
     go(pack, tmp_path / "broken", stage, "--resume", *more)
-    straight, broken = (load_checkpoint(str(tmp_path / name / f"stage{stage}.pt"), f"stage{stage}") for name in ("straight", "broken"))
+    paths = (str(tmp_path / name / f"stage{stage}.pt") for name in ("straight", "broken"))
+    straight, broken = (load_checkpoint(path, f"stage{stage}") for path in paths)
     assert straight["step"] == 4
     equal(straight, broken)
 
@@ -111,10 +113,12 @@ def test_each_stage_trains_what_is_its_own(stages):
         return any(not torch.equal(x[k], y[k]) for k in x if k.startswith(part) and k in y)
 
     assert not moved(dict(networks=one["ema"]), two, "generator.")         # stage 2 leaves the generator alone
-    assert all(moved(two, three, part) for part in ("generator.conv", "encoder.", "maps.", "hyper.", "canonical.", "audio.", "motion."))
+    trained = ("generator.conv", "encoder.", "maps.", "hyper.", "canonical.", "audio.", "motion.")
+    assert all(moved(two, three, part) for part in trained)
     assert not moved(two, three, "generator.style")                        # z -> w is stage 1's
     assert any(not torch.equal(v, three["networks"]["D"][k]) for k, v in two["networks"]["D"].items())
-    assert all(torch.equal(v, three["networks"]["critic"][k]) for k, v in one["networks"]["D"].items())  # the frozen judge of texture
+    critic = three["networks"]["critic"]                                   # the frozen judge of texture
+    assert all(torch.equal(v, critic[k]) for k, v in one["networks"]["D"].items())
 
 
 def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
@@ -129,7 +133,8 @@ def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
 
 
 def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
-    """One step each, with one weight doubled: the gradient is another. Windows of five frames, but one for the adversary."""
+    """One step each, with one weight doubled: the gradient is another. Windows of five frames, but one for the
+    adversary."""
     args = train.parse(options(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), steps=1))
     base = {T: gradient_of_one_step(args, pack, stages, T) for T in (1, train.WINDOW)}
     for name in ("orth", "sync", "id", "rec", "feat", "adv", "mouth", "eyes"):
@@ -219,7 +224,7 @@ def refused(capsys, argv):
 def test_what_the_user_got_wrong_is_one_line_and_status_two(pack, stages, tmp_path, capsys):
     new = tmp_path / "new"
     assert "--resume" in refused(capsys, options(pack, stages, 1))                                   # would overwrite
-    assert "stage1.pt" in refused(capsys, options(pack, new, 2))                                     # nothing to start from
+    assert "stage1.pt" in refused(capsys, options(pack, new, 2))                                     # nothing before it
     assert "no such" in refused(capsys, options(tmp_path / "nowhere", new, 1)).lower()
     assert "--size" in refused(capsys, [*options(pack, new, 1), "--size", "32"])
     assert "sync" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))     # no expert there
