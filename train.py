@@ -347,10 +347,11 @@ def optimisers(nets, args):
 
 
 def discriminator_step(nets, out, opt_d, step, args):
-    """Logistic loss, and R1 on every 16th step; -> diagnostics"""
+    """Logistic loss, and R1 (in fp32: it is a second derivative) on every 16th turn; -> diagnostics"""
     D, augment = nets["D"].requires_grad_(True), nets["augment"]
     real, fake = augment(out["real"]), augment(out["fake"].detach())
-    real_score, fake_score = D(real), D(fake)                                          # (N, 1)
+    with torch.autocast(real.device.type, torch.bfloat16, enabled=args.bf16):
+        real_score, fake_score = D(real), D(fake)                                      # (N, 1)
     loss = losses.discriminator_loss(real_score, fake_score)
     finite("d", loss)
     opt_d.zero_grad(set_to_none=True)
