@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from audio import InputError, log_mel, mel_windows, run
+from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Pack, load_checkpoint, save_checkpoint
 from fusion import load_model, pick_device
 from losses import same_person_loss
@@ -113,8 +113,12 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     path = folder / f"probe{size}_world{WORLD}.pt"
     probe = Probe(size).to(device, memory_format=torch.channels_last)
     if path.exists():
-        probe.load_state_dict(load_checkpoint(str(path), "probe")["networks"]["probe"])
-        return probe.eval()
+        try:
+            probe.load_state_dict(load_checkpoint(str(path), "probe")["networks"]["probe"])
+            return probe.eval()
+        except (InputError, KeyError, TypeError, RuntimeError, AttributeError):  # cut short, or of another version
+            print(f"{path}: the kept probe cannot be read, another is trained")
+            probe = Probe(size).to(device, memory_format=torch.channels_last)
     toys = folder / f"probe_toys{size}"
     make_pack(toys, size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
     pack, truth = Pack(toys), torch.from_numpy(np.load(toys / "truth.npy"))
@@ -156,18 +160,23 @@ def person_of(embeddings):
     return F.normalize(embeddings.mean(0), dim=0)
 
 
-def talk(model, face, wav, driving, device):
-    """The network's clip: face uint8 (H, W, 3), wav (n,), driving uint8 (T, H, W, 3) or None -> (T, 3, H, W)"""
-    T = round(len(wav) / 640)
-    mel = torch.from_numpy(mel_windows(log_mel(wav), range(T))).to(device)
-    moving = to_tensor(driving).to(device) if driving is not None else None
-    return torch.cat(list(model.animate(to_tensor(face).to(device), mel, moving)))
+def talker(model, device):
+    """A network -> the function that the tables measure, which a model of any other making can be, too:
+    face uint8 (H, W, 3), wav (n,) at 16 kHz, driving uint8 (T, H, W, 3) or None -> clip (T, 3, H, W) in [-1, 1]."""
+
+    def talk(face, wav, driving=None):
+        mel = torch.from_numpy(mel_windows(log_mel(wav), range(n_frames(len(wav))))).to(device)
+        moving = to_tensor(driving).to(device) if driving is not None else None
+        return torch.cat(list(model.animate(to_tensor(face).to(device), mel, moving)))
+
+    return talk
 
 
-def control_table(model, probe, pack, truth, device) -> dict:
+def control_table(talk, probe, pack, truth, device) -> dict:
     """Trials of A's face, B's sound and C's head: every clip is A once, B once, C once.
 
     Args:
+        talk: what makes a clip of face, sound and driving frames, as `talker` returns it.
         pack, truth: clips of equal length T of n people, truth (n, T, 10).
 
     Returns:
@@ -177,7 +186,7 @@ def control_table(model, probe, pack, truth, device) -> dict:
     shown, who = [], []
     for a in tqdm(range(n), desc="trials", leave=False, disable=None):
         b, c = (a + 1) % n, (a + 2) % n
-        clip = talk(model, pack.frame(a, 0), pack.sound(b), pack.frames(c, range(pack.n_frames[c])), device)
+        clip = talk(pack.frame(a, 0), pack.sound(b), pack.frames(c, range(pack.n_frames[c])))
         read, embedding = probe.readings(clip)
         shown.append(read.cpu().numpy())
         who.append(person_of(embedding).cpu())
@@ -216,7 +225,7 @@ def probe_row(probe, pack, truth, device) -> dict:
     return row
 
 
-def change_matrix(model, probe, pack, truth, device, trials: int = 8, T: int = 50, first_person: int = TEST) -> dict:
+def change_matrix(talk, probe, pack, truth, device, trials: int = 8, T: int = 50, first_person: int = TEST) -> dict:
     """Change one input, see what else moves.
 
     Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors of
@@ -249,12 +258,12 @@ def change_matrix(model, probe, pack, truth, device, trials: int = 8, T: int = 5
     for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
         a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
         face, sound, base_drive = pack.frame(a, 0), pack.sound(b)[:640 * T], drive(c)
-        base = probe.readings(talk(model, face, sound, base_drive, device))
+        base = probe.readings(talk(face, sound, base_drive))
         variants = dict(face=(pack.frame(other, 0), sound, base_drive),
                         sound=(face, pack.sound(other)[:640 * T], base_drive))
         variants |= {g: (face, sound, drive(c, g, other)) for g in groups}
         for name, inputs in variants.items():
-            read, who = probe.readings(talk(model, *inputs, device))
+            read, who = probe.readings(talk(*inputs))
             for k, names in columns.items():
                 cols = [FACTORS.index(f) for f in names]
                 diff = (read - base[0])[:, cols].cpu().numpy() / truth[..., cols].reshape(-1, len(cols)).std(0)
@@ -301,12 +310,12 @@ def toy_report(args, device):
         truth = np.load(toys / "truth.npy").reshape(len(pack), -1, 10)
         rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(probe, pack, truth, device)}
         mine = {path: m for path, m in models.items() if m.config.size == size}
-        rows |= {path: control_table(m, probe, pack, truth, device) for path, m in mine.items()}
+        rows |= {path: control_table(talker(m, device), probe, pack, truth, device) for path, m in mine.items()}
         order = list(next(iter(r for k, r in rows.items() if k in mine)))
         print(markdown({name: {k: row[k] for k in order} for name, row in rows.items()}))
         report |= rows
         for path, m in mine.items():
-            matrix = change_matrix(m, probe, pack, truth, device, first_person=args.first_person)
+            matrix = change_matrix(talker(m, device), probe, pack, truth, device, first_person=args.first_person)
             print(f"\n{path}: change one input (row), see what moves (column)\n" + markdown(matrix) + "\n")
             report[path + " matrix"] = matrix
     if args.json:

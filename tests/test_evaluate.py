@@ -12,6 +12,7 @@ import torch
 import evaluate
 import toyfaces
 from audio import log_mel, mel_windows, run
+from data import save_checkpoint
 from evaluate import (
     READ,
     Probe,
@@ -24,6 +25,7 @@ from evaluate import (
     psnr,
     retrieval,
     ssim,
+    talker,
 )
 from toyfaces import FACTORS, TEST, person
 from vision import VideoWriter, read_video, to_tensor, to_uint8
@@ -143,6 +145,22 @@ def test_a_trained_probe_is_kept_and_knows_the_scale_of_each_factor(tmp_path, mo
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("damage", ["no checkpoint", "another network", "nothing in it"])
+def test_a_kept_probe_that_is_damaged_is_trained_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(evaluate.os, "cpu_count", lambda: 1)
+    few = dict(people=4, steps=2, batch=6)
+    evaluate.train_probe(16, tmp_path, CPU, **few)
+    kept = tmp_path / f"probe16_world{toyfaces.WORLD}.pt"
+    networks = {"another network": dict(probe=torch.nn.Linear(2, 3).state_dict()), "nothing in it": {}}
+    if damage in networks:
+        save_checkpoint(kept, dict(kind="probe", format=1, networks=networks[damage]))
+    else:
+        kept.write_bytes(kept.read_bytes()[:999])
+    evaluate.train_probe(16, tmp_path, CPU, **few)
+    monkeypatch.setattr(evaluate, "make_pack", None)  # what was trained anew is kept, and whole
+    evaluate.train_probe(16, tmp_path, CPU)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the control table and the matrix of changes, where the right answer is known
 
@@ -225,7 +243,7 @@ def world():
 
 
 def table_of(world, *ignores):
-    return control_table(Network(world, ignores), world, world, world.truth, CPU)
+    return control_table(talker(Network(world, ignores), CPU), world, world, world.truth, CPU)
 
 
 HEAD = ("yaw", "pitch", "roll", "blink", "gaze")
@@ -288,7 +306,7 @@ def test_the_matrix_is_one_where_an_input_should_move_something_and_nought_elsew
     world, monkeypatch, ignores, moves
 ):
     monkeypatch.setattr(evaluate, "draw", world.draw)
-    matrix = change_matrix(Network(world, ignores), world, world, world.truth, CPU, trials=1, T=world.T)
+    matrix = change_matrix(talker(Network(world, ignores), CPU), world, world, world.truth, CPU, trials=1, T=world.T)
     for name, moved in {**MOVES, **moves}.items():
         for column, value in matrix[name].items():
             assert value == pytest.approx(float(column == moved), abs=0.02), (name, column)
