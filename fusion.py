@@ -31,7 +31,7 @@ from torch import nn
 from audio import AudioEncoder, InputError
 from data import load_checkpoint
 from stylegan2 import Generator, n_styles
-from vision import HyperNetwork, VisualEncoder, mask_mouth
+from vision import GradualStyleEncoder, HyperNetwork, HyperStyleNet, VisualEncoder, WEncoder, mask_mouth
 
 
 @dataclasses.dataclass
@@ -44,15 +44,19 @@ class Config:
     base: int = 32768           # channels of generator and discriminator: min(cap, base / resolution)
     cap: int = 512
     noise: bool = True          # StyleGAN2's noise maps; off at toy sizes: a young generator imitates edges with them
+    encoder: str = "psp"        # "slim": VisualEncoder; "psp": GradualStyleEncoder; "w": WEncoder
     encoder_width: int = 64
-    linear: int = 256           # numbers of the encoder's linear path; 0: none
-    map_code: int = 256         # numbers behind the identity maps; 0: none
+    linear: int = 256           # numbers of the slim encoder's linear path; 0: none
+    map_code: int = 0           # numbers behind the identity maps; 0: none, as with published generators
     map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
     audio_width: float = 1.0    # of Wav2Lip's channel counts
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
-    hyper_rank: int = 2         # rank of a weight change; 0: no hypernetwork
-    hyper_from: int = 16        # from this resolution layers are changed (ours: below, identity maps do more for less)
+    hyper: str = "separable"    # HyperStyle's heads: "separable" or "shared"; "slim": HyperNetwork; "none"
+    hyper_width: int = 64       # of "separable" and "shared"
+    hyper_rank: int = 2         # of a weight change of "slim"
+    hyper_from: int = 16        # "slim" changes layers from this resolution (ours: below, maps do more for less)
+    refine: int = 5             # refinements of a photo's weight changes (HyperStyle: 5); 0: leave the weights alone
 
     @property
     def L(self) -> int:
@@ -60,16 +64,18 @@ class Config:
 
     @classmethod
     def load(cls, plain: dict) -> "Config":
-        """From a checkpoint"""
-        return cls(**(plain | dict(map_channels=tuple(plain["map_channels"]))))
+        """From a checkpoint; in the first ones the networks had one form each"""
+        first = dict(encoder="slim", hyper="slim" if plain["hyper_rank"] else "none", refine=1)
+        return cls(**(first | plain | dict(map_channels=tuple(plain["map_channels"]))))
 
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
-        small = dict(dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
+        slim = dict(encoder="slim", hyper="slim", refine=2)
+        small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
-        dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048),
-                128: dict(dim=256, base=8192, cap=256, encoder_width=48, audio_width=0.5), 256: dict()}
+        middle = dict(slim, dim=256, base=8192, cap=256, encoder_width=48, map_code=256, audio_width=0.5)
+        dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: middle, 256: {}}
         assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
         return cls(**(dict(size=size) | dial[size] | changes))
 
@@ -224,17 +230,32 @@ class IdentityMaps(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole
 
+def changed_layers(generator: Generator, lowest: int = 4) -> list:
+    """(O, I) of each 3x3 layer, in the order of styled_convs(); None for those below `lowest` px"""
+    resolutions = [4] + [res for res in generator.resolutions[1:] for _ in (0, 1)]
+    return [tuple(layer.conv.weight.shape[1:3]) if res >= lowest else None
+            for layer, res in zip(generator.styled_convs(), resolutions)]
+
+
 class FCTFG(nn.Module):
-    def __init__(self, config: Config):
+    """The whole network; generator_only (stage 1): without what stands around the generator."""
+
+    def __init__(self, config: Config, generator_only: bool = False):
         super().__init__()
         c = self.config = config
         self.generator = Generator(c.size, c.dim, c.n_mlp, c.base, c.cap)
-        self.encoder = VisualEncoder(c.size, c.dim, c.L, c.encoder_width, c.linear)
+        self.encoder = self.maps = self.hyper = None
+        if generator_only:
+            return
+        if c.encoder == "slim":
+            self.encoder = VisualEncoder(c.size, c.dim, c.L, c.encoder_width, c.linear)
+        else:
+            self.encoder = {"psp": GradualStyleEncoder, "w": WEncoder}[c.encoder](c.L, c.dim, c.encoder_width)
         self.maps = IdentityMaps(c) if c.map_code else None
-        resolutions = [4] + [res for res in self.generator.resolutions[1:] for _ in (0, 1)]  # one a styled layer
-        layers = [tuple(layer.conv.weight.shape[1:3]) if res >= c.hyper_from else None
-                  for layer, res in zip(self.generator.styled_convs(), resolutions)]
-        self.hyper = HyperNetwork(c.size, layers, rank=c.hyper_rank) if c.hyper_rank else None
+        if c.hyper == "slim":
+            self.hyper = HyperNetwork(c.size, changed_layers(self.generator, c.hyper_from), rank=c.hyper_rank)
+        elif c.hyper != "none":
+            self.hyper = HyperStyleNet(changed_layers(self.generator), c.hyper, c.hyper_width)
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
         self.audio = AudioEncoder(c.dim, c.audio_width)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
@@ -244,9 +265,34 @@ class FCTFG(nn.Module):
         maps = self.maps(w_plus) if self.maps else ()
         return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas)
 
+    def refine(self, source, z_s, deltas=None):
+        """One of HyperStyle's refinements: what is still wrong with the picture changes the weights a little more.
+
+        Gradients reach the hypernetwork through this change alone, not through the deltas so far, nor their picture.
+
+        Args:
+            source: (B, 3, H, W).
+            z_s: (B, L, D), its code.
+            deltas: what this returned before, or None.
+
+        Returns:
+            relative weight changes, as in Generator.forward.
+        """
+        with torch.no_grad():
+            y_hat = self.decode(z_s, deltas)
+        changes = self.hyper(source, y_hat)
+        if deltas is None:
+            return changes
+        return [None if c is None else c + d.detach() for c, d in zip(changes, deltas)]
+
     def weight_changes(self, source, z_s):
-        """HyperStyle: source (B, 3, H, W), z_s (B, L, D) -> deltas, or None without a hypernetwork"""
-        return self.hyper(source, self.decode(z_s).detach()) if self.hyper else None
+        """HyperStyle, section 3.3: source (B, 3, H, W), z_s (B, L, D) -> deltas summed over config.refine refinements,
+        the last with gradients; None without a hypernetwork, or where config.refine is 0"""
+        n, deltas = self.config.refine if self.hyper else 0, None
+        for i in range(n):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i == n - 1):
+                deltas = self.refine(source, z_s, deltas)
+        return deltas
 
     def encode_driving(self, driving):
         """driving (B, T, 3, H, W) -> z_v (B, T, L, D). The mouths are masked here: the lips must come from the sound."""
@@ -361,7 +407,7 @@ def load_model(path: str, device="cpu") -> FCTFG:
     try:
         model = FCTFG(Config.load(checkpoint["config"]))
         state = checkpoint["ema" if checkpoint["kind"] == "stage3" else "networks"]["model"]
-        model.load_state_dict({k: v.float() for k, v in state.items()})
+        model.load_state_dict(state)                                              # fp16 becomes fp32 on the way
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as e:
         raise InputError(f"{path}: not a network of this version ({str(e).splitlines()[0]})") from None
     return model.to(device).eval()

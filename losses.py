@@ -38,7 +38,8 @@ from torch import nn
 from tqdm import tqdm
 
 from audio import InputError, check_file
-from vision import checkpoints_dir
+from stylegan2 import load_strictly, read_weights
+from vision import at_256, checkpoints_dir, resized, trunk_ir_se50
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the six terms
@@ -212,13 +213,6 @@ def check_pictures(x, least: int):
         f"pictures are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
 
 
-def resized(x, size: int):
-    """(N, 3, H, W) -> (N, 3, size, size), bilinear without prefilter: OpenCV's default, which the experts were fed"""
-    if x.shape[-2:] == (size, size):
-        return x
-    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
-
-
 def vgg_layers(*stages) -> list[nn.Module]:
     """torchvision's `features` in order: for each (convolutions, channels) 3x3 convolutions with ReLU, then a pool."""
     layers, c_in = [], 3
@@ -293,44 +287,6 @@ class LPIPS(nn.Module):
         return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in zip(self.lins, self.maps(a), self.maps(b)))
 
 
-class SqueezeExcite(nn.Module):
-    """Each channel times a gate in (0, 1) made from the mean of all channels; Hu et al. 2018"""
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
-
-    def forward(self, x):
-        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
-
-
-class BlockIRSE(nn.Module):
-    """ArcFace's improved residual block with squeeze and excitation. (N, C, H, W) -> (N, C', H/stride, W/stride)"""
-
-    def __init__(self, c_in: int, c_out: int, stride: int):
-        super().__init__()
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
-        self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.PReLU(c_out),
-            nn.Conv2d(c_out, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), SqueezeExcite(c_out))
-
-    def forward(self, x):
-        return self.res_layer(x) + self.shortcut_layer(x)
-
-
-def trunk_ir_se50() -> tuple[nn.Sequential, nn.Sequential]:
-    """(input_layer, body) of IR-SE50, ArcFace's and pSp's trunk: (N, 3, H, W) -> (N, 64, H, W) -> (N, 512, H/16, W/16)"""
-    blocks, c_in = [], 64
-    for channels, count in ((64, 3), (128, 4), (256, 14), (512, 3)):
-        for k in range(count):
-            blocks.append(BlockIRSE(c_in, channels, 1 if k else 2))
-            c_in = channels
-    entry = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
-    return entry, nn.Sequential(*blocks)
-
-
 class ArcFace(nn.Module):
     """Who is it? IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
 
@@ -349,8 +305,7 @@ class ArcFace(nn.Module):
     def forward(self, x):
         check_pictures(x, 1)
         assert x.shape[2] == x.shape[3], f"pictures are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
-        x = F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resized(x, 256)
-        return self.embed(F.adaptive_avg_pool2d(x[:, :, self.CROP[0], self.CROP[1]], 112))
+        return self.embed(F.adaptive_avg_pool2d(at_256(x)[:, :, self.CROP[0], self.CROP[1]], 112))
 
     def embed(self, x):
         """Faces already cut, (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length"""
@@ -509,34 +464,9 @@ def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
     return load(Wav2LipExpert(), state, path, device)
 
 
-def read_weights(path: str | Path) -> dict:
-    """The dict in a published file; never runs code from it. InputError: damaged, cut short, or more than weights."""
-    path = check_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch.load stumbles over here, it is the file
-        raise InputError(f"{path}: damaged, cut short, or no file of weights alone ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
-    return content
-
-
 def load(judge: nn.Module, state: dict, source, device) -> nn.Module:
-    """Weights into a judge, which is frozen and put on the device. InputError where any key or shape differs.
-
-    BatchNorm's batch counters may be absent (files of 2017 have none); no judge uses them.
-    """
-    shapes = {key: tuple(value.shape) for key, value in judge.state_dict().items()}
-    given = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
-    wrong = [f"{key} is absent" for key in shapes if key not in given and not key.endswith("num_batches_tracked")]
-    wrong += [f"{key} is unknown" for key in given if key not in shapes]
-    wrong += [f"{key} is {given[key]}, expected {shapes[key]}" for key in shapes
-              if key in given and given[key] != shapes[key]]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise InputError(f"{source}: not the weights of {type(judge).__name__}: {wrong[0]}{more}")
-    judge.load_state_dict(state, strict=False)
-    return freeze(judge).to(device)
+    """Weights into a judge, strictly; it is frozen and put on the device. InputError where any key or shape differs."""
+    return freeze(load_strictly(judge, state, source)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,16 @@ What differs from the public code:
 - Minibatch standard deviation accepts every batch size.
 """
 
+import argparse
 import math
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from audio import InputError, check_file
 
 
 def n_styles(size: int) -> int:
@@ -117,23 +122,22 @@ class ModulatedConv2d(nn.Module):
         return F.conv2d(x, weight, padding=self.padding)
 
     def forward(self, x, style, delta=None):
-        """x (N, I, H, W), style (N, D), delta (B, O, I) or None -> (N, O, H', W').
+        """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, k, k) or None -> (N, O, H', W').
 
         delta is HyperStyle's relative change of the weights, W (1 + delta), of B clips of N / B frames each.
         """
         s = self.modulation(style)                                              # (N, I)
         weight = self.weight[0]                                                 # (O, I, k, k)
-        power = weight.square().sum((2, 3))                                     # (O, I)
         x = x * (s * self.scale).to(x.dtype)[:, :, None, None]
         if delta is None:
             y = self.convolve(x, weight.to(x.dtype))
-            variance = s.square() @ power.t()                                   # (N, O)
+            variance = s.square() @ weight.square().sum((2, 3)).t()             # (N, O)
         else:
             B = len(delta)
-            y = torch.cat([self.convolve(x_b, (weight * (1 + delta_b)[:, :, None, None]).to(x.dtype))
-                           for x_b, delta_b in zip(x.chunk(B), delta)])
+            changed = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, k, k)
+            y = torch.cat([self.convolve(x_b, w_b.to(x.dtype)) for x_b, w_b in zip(x.chunk(B), changed)])
             per_clip = s.square().unflatten(0, (B, -1))                         # (B, T, I)
-            variance = (per_clip @ (power * (1 + delta).square()).transpose(1, 2)).flatten(0, 1)
+            variance = (per_clip @ changed.square().sum((3, 4)).transpose(1, 2)).flatten(0, 1)
         if self.demodulate:
             y = y * torch.rsqrt(self.scale ** 2 * variance + 1e-8).to(y.dtype)[:, :, None, None]
         return self.blur(y) if self.up else y
@@ -239,7 +243,8 @@ class Generator(nn.Module):
             noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or
                 a list of L - 1 maps (1 or N, 1, H, W).
             maps: pictures (N, C', H, W) to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
-            deltas: list with a (B, O, I) relative weight change or None for each layer of `styled_convs`.
+            deltas: list with a relative weight change (B, O, I), or (B, O, I, 3, 3), or None for each layer of
+                `styled_convs`.
 
         Returns:
             (N, 3, size, size), about [-1, 1], unclamped.
@@ -338,3 +343,110 @@ class Discriminator(nn.Module):
     def forward(self, x):  # (N, 3, H, W) -> (N, 1)
         x = self.final_conv(minibatch_stddev(self.features(x)[-1]))
         return self.final_linear(x.flatten(1).float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of other people's training codes
+
+def read_weights(path: str | Path) -> dict:
+    """The dict in a published file; never runs code from it. InputError: damaged, cut short, or more than weights."""
+    path = check_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options beside the weights: names and values
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch.load stumbles over here, it is the file
+        raise InputError(f"{path}: damaged, cut short, or no file of weights alone ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def load_strictly(network: nn.Module, state: dict, source) -> nn.Module:
+    """Weights into a network. InputError where any key or shape differs.
+
+    BatchNorm's batch counters may be absent (files of 2017 have none); no network here uses them.
+    """
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    given = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
+    wrong = [f"{key} is absent" for key in shapes if key not in given and not key.endswith("num_batches_tracked")]
+    wrong += [f"{key} is unknown" for key in given if key not in shapes]
+    wrong += [f"{key} is {given[key]}, expected {shapes[key]}" for key in shapes
+              if key in given and given[key] != shapes[key]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise InputError(f"{source}: not the weights of {type(network).__name__}: {wrong[0]}{more}")
+    network.load_state_dict(state, strict=False)
+    return network
+
+
+def generator_shape(state: dict, source) -> dict:
+    """The arguments of `Generator` that fit rosinality's state dict. InputError: it is none, or of no such widths."""
+    try:
+        pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
+        layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
+        widths = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
+        dim, n_mlp = state["style.1.weight"].shape[1], sum(f"style.{i}.weight" in state for i in range(1, 100))
+    except (KeyError, AttributeError, IndexError) as error:
+        raise InputError(f"{source}: not the weights of a StyleGAN2 generator ({error})") from None
+    return dict(size=4 * 2 ** pairs, dim=dim, n_mlp=n_mlp, **channel_shape(widths, source))
+
+
+def channel_shape(widths: list, source) -> dict:
+    """Channels at 4, 8, .. px -> base and cap of `channels_at`"""
+    size, cap = 2 ** (len(widths) + 1), max(widths)
+    base = widths[-1] * size
+    if widths != [channels_at(2 ** (i + 2), base, cap) for i in range(len(widths))]:
+        raise InputError(f"{source}: its channels {widths} at 4, 8, .. {size} px are no StyleGAN2's")
+    return dict(base=base, cap=cap)
+
+
+def load_rosinality(path: str | Path, size: int | None = None) -> dict:
+    """The networks in a checkpoint of rosinality's stylegan2-pytorch, by their names there, with its very weights.
+
+    Args:
+        path: a file that holds a dict with any of g, d, g_ema (and what else its training kept, which is left alone).
+        size: the pictures wanted, in pixels; None: whatever is in the file.
+
+    Returns:
+        {"g": Generator, "g_ema": Generator, "d": Discriminator}, those that are in the file, of the size and widths found
+        there; "latent_avg": (D,), the mean w, where the file has one.
+
+    Raises:
+        InputError: missing, damaged, hostile or truncated file; no StyleGAN2; another size.
+    """
+    content = read_weights(path)
+    states = {name: content[name] for name in ("g", "g_ema", "d") if isinstance(content.get(name), dict)}
+    if not states:
+        raise InputError(f"{path}: no StyleGAN2 checkpoint: none of g, g_ema, d in it")
+    networks = {}
+    for name, state in states.items():
+        source = f"{path}, '{name}'"
+        if name == "d":
+            blocks = sum(key.endswith(".skip.1.weight") for key in state)
+            try:
+                widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
+                widths = [state["final_linear.1.weight"].shape[1], *widths]
+            except (KeyError, AttributeError, IndexError) as error:
+                raise InputError(f"{source}: not the weights of a StyleGAN2 discriminator ({error})") from None
+            networks[name] = Discriminator(2 ** (blocks + 2), **channel_shape(widths, source))
+        else:
+            networks[name] = Generator(**generator_shape(state, source))
+        if size not in (None, networks[name].size):
+            raise InputError(f"{source}: a network for {networks[name].size} px, these are {size} px")
+        load_strictly(networks[name], state, source)
+    if isinstance(content.get("latent_avg"), torch.Tensor):  # in converted files
+        networks["latent_avg"] = content["latent_avg"]
+    return networks
+
+
+def save_rosinality(path: str | Path, **networks):
+    """A file that `load_rosinality` and the public code read: save_rosinality(path, g=.., d=.., g_ema=..)."""
+    assert set(networks) <= {"g", "d", "g_ema"}, f"networks are {sorted(networks)}, expected some of d, g, g_ema"
+    draft = Path(f"{path}.{os.getpid()}.part")
+    try:
+        torch.save({name: net.state_dict() for name, net in networks.items()}, draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+    finally:
+        draft.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declared_seconds, decoder, ffmpeg_path, why
+from stylegan2 import EqualLinear, load_strictly, read_weights
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -454,7 +455,7 @@ def crop_face(image: np.ndarray, box: tuple, size: int) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the networks
+# the networks at toy sizes
 
 
 class ResDown(nn.Module):
@@ -566,3 +567,308 @@ class HyperNetwork(nn.Module):
                 u, v = head(h).unflatten(1, (-1, self.rank)).split(oi, 1)    # (B, O, r), (B, I, r)
             deltas.append(u @ v.transpose(1, 2) if oi else None)
         return deltas
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the published networks. Keys and shapes are those of the authors' files; `width` narrows them for tests (64 published)
+
+
+class SqueezeExcite(nn.Module):
+    """Each channel times a gate in (0, 1) made from the mean of all channels; Hu et al. 2018"""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class BlockIRSE(nn.Module):
+    """ArcFace's improved residual block with squeeze and excitation. (N, C, H, W) -> (N, C', H/stride, W/stride)"""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.PReLU(c_out),
+            nn.Conv2d(c_out, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), SqueezeExcite(c_out))
+
+    def forward(self, x):
+        return self.res_layer(x) + self.shortcut_layer(x)
+
+
+def trunk_ir_se50(width: int = 64) -> tuple[nn.Sequential, nn.Sequential]:
+    """(input_layer, body) of IR-SE50, ArcFace's and pSp's trunk: (N, 3, H, W) -> (N, 64, H, W) -> (N, 512, H/16, W/16)"""
+    blocks, c_in = [], width
+    for factor, count in ((1, 3), (2, 4), (4, 14), (8, 3)):
+        for k in range(count):
+            blocks.append(BlockIRSE(c_in, factor * width, 1 if k else 2))
+            c_in = factor * width
+    entry = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width))
+    return entry, nn.Sequential(*blocks)
+
+
+def resized(x, size: int):
+    """(N, 3, H, W) -> (N, 3, size, size), bilinear without prefilter: OpenCV's default, which the experts were fed"""
+    if x.shape[-2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+def at_256(x):
+    """(N, 3, H, H) -> (N, 3, 256, 256), what pSp, HyperStyle and ArcFace's crop are made for: larger pictures pooled,
+    as their authors do; smaller ones enlarged bilinearly (ours)"""
+    return F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resized(x, 256)
+
+
+def head_convolutions(c_in: int, inner: int, c_out: int, strides: tuple) -> nn.Sequential:
+    """3x3 convolutions with these strides, each with a leaky ReLU of 0.01, `inner` channels between them"""
+    ch, layers = [c_in, *[inner] * (len(strides) - 1), c_out], []
+    for a, b, stride in zip(ch, ch[1:], strides):
+        layers += [nn.Conv2d(a, b, 3, stride, 1), nn.LeakyReLU()]
+    return nn.Sequential(*layers)
+
+
+class StyleHead(nn.Module):
+    """pSp's map2style: (N, C, s, s) -> (N, D), halved by convolutions down to one place, then an equalised layer"""
+
+    def __init__(self, channels: int, dim: int, spatial: int):
+        super().__init__()
+        self.convs = head_convolutions(channels, dim, dim, (2,) * int(math.log2(spatial)))
+        self.linear = EqualLinear(dim, dim)
+
+    def forward(self, x):
+        return self.linear(self.convs(x).flatten(1))
+
+
+class GradualStyleEncoder(nn.Module):
+    """pSp's encoder as published: picture -> W+ code. Richardson et al., CVPR 2021, section 3.
+
+    IR-SE50 is tapped at 64x64, 32x32 and 16x16; coarse features are enlarged and added to finer ones; styles 0-2 are read
+    from the coarse map, 3-6 from the middle, the rest from the fine one, each by a head of its own. What the heads say
+    is a difference from latent_avg, the mean w, which lies beside the weights in the authors' files.
+    """
+
+    TAPS = (6, 20, 23)  # blocks of the trunk
+
+    def __init__(self, L: int, dim: int = 512, width: int = 64):
+        super().__init__()
+        self.input_layer, self.body = trunk_ir_se50(width)
+        self.styles = nn.ModuleList(StyleHead(8 * width, dim, 16 if i < 3 else 32 if i < 7 else 64) for i in range(L))
+        self.latlayer1, self.latlayer2 = (nn.Conv2d(c * width, 8 * width, 1) for c in (4, 2))
+        self.register_buffer("latent_avg", torch.zeros(L, dim))
+
+    def forward(self, x):  # (N, 3, H, H) in [-1, 1], brought to 256 px -> (N, L, D)
+        x, maps = self.input_layer(at_256(x).contiguous(memory_format=torch.channels_last)), []
+        for i, block in enumerate(self.body):
+            x = block(x)
+            if i in self.TAPS:
+                maps.append(x)
+        fine, middle, coarse = maps                                            # at 64x64, 32x32, 16x16
+        middle = self.latlayer1(middle) + F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=True)
+        fine = self.latlayer2(fine) + F.interpolate(middle, scale_factor=2, mode="bilinear", align_corners=True)
+        levels = [coarse] * 3 + [middle] * 4 + [fine] * len(self.styles)
+        return self.latent_avg + torch.stack([head(level) for head, level in zip(self.styles, levels)], 1)
+
+
+class WEncoder(nn.Module):
+    """HyperStyle's own first guess: one w for all style layers, from the mean of IR-SE50's last map."""
+
+    def __init__(self, L: int, dim: int = 512, width: int = 64):
+        super().__init__()
+        self.input_layer, self.body = trunk_ir_se50(width)
+        self.linear = EqualLinear(8 * width, dim)
+        self.register_buffer("latent_avg", torch.zeros(L, dim))
+
+    def forward(self, x):  # (N, 3, H, H) in [-1, 1] -> (N, L, D)
+        x = self.body(self.input_layer(at_256(x).contiguous(memory_format=torch.channels_last)))
+        return self.latent_avg + self.linear(x.mean((2, 3)))[:, None]
+
+
+class BasicBlock(nn.Module):
+    """ResNet-34's (He et al. 2016) under torchvision's names: (N, C, H, W) -> (N, C', H/stride, W/stride)"""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.downsample = None if c_in == c_out else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class SharedHead(nn.Module):
+    """HyperStyle's head for all the widest layers: a code (B, Z) -> changes (B, O, I, 3, 3), O = I = Z, by two linear
+    maps, the first to a code an input channel (Ha et al. 2017, "HyperNetworks").
+
+    The authors view the product (B, I, O 3 3) as (B, O, I, 3, 3) without turning it; so do we, for their weights' sake.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.w1, self.b1 = (nn.Parameter(torch.randn(*shape, dim * 9) / 40) for shape in ((dim,), ()))  # 40: HyperStyle's
+        self.w2, self.b2 = (nn.Parameter(torch.randn(*shape, dim * dim) / 40) for shape in ((dim,), ()))
+
+    def forward(self, code):
+        B, dim = code.shape
+        h = torch.addmm(self.b2, code, self.w2).unflatten(1, (dim, dim))       # (B, I, Z)
+        return (h @ self.w1 + self.b1).view(B, dim, dim, 3, 3)
+
+
+class SharedBlock(nn.Module):
+    """Feature map (B, C, 16, 16) -> the code of one layer -> SharedHead, which every such block holds as `hypernet`"""
+
+    def __init__(self, channels: int, head: SharedHead):
+        super().__init__()
+        self.convs = head_convolutions(channels, channels // 4, channels, (1, 2, 2, 2, 2))
+        self.linear = EqualLinear(channels, channels)
+        self.hypernet = head
+
+    def forward(self, x):
+        return self.hypernet(self.linear(self.convs(x).flatten(1)))
+
+
+class FullBlock(nn.Module):
+    """Feature map (B, C, 16, 16) -> changes (B, O, I): one number a pair of channels"""
+
+    def __init__(self, channels: int, O: int, I: int):  # noqa: E741
+        super().__init__()
+        self.shape = (O, I)
+        self.convs = head_convolutions(channels, channels // 2, channels, (2, 2, 2))
+        self.output = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, O * I, 1))
+
+    def forward(self, x):
+        return self.output(self.convs(x)).view(len(x), *self.shape)
+
+
+class SeparableKernel(nn.Module):
+    """A code (B, C, 1, 1) -> changes (B, O, I, 3, 3): for each tap an outer product, then a linear map of each axis"""
+
+    def __init__(self, channels: int, O: int, I: int):  # noqa: E741
+        super().__init__()
+        self.make_kernel_in, self.make_kernel_out = nn.Linear(channels, 9 * I), nn.Linear(channels, 9 * O)
+        self.kernel_linear_in, self.kernel_linear_out = nn.Linear(I, I), nn.Linear(O, O)
+
+    def forward(self, code):
+        code = code.flatten(1)
+        a, b = self.make_kernel_in(code).unflatten(1, (9, -1)), self.make_kernel_out(code).unflatten(1, (9, -1))
+        kernel = self.kernel_linear_in(b[..., :, None] * a[..., None, :])      # (B, 9, O, I)
+        kernel = self.kernel_linear_out(kernel.transpose(2, 3))                # (B, 9, I, O)
+        return kernel.permute(0, 3, 2, 1).unflatten(3, (3, 3))
+
+
+class SeparableBlock(nn.Module):
+    """Feature map (B, C, 16, 16) -> changes (B, O, I, 3, 3)"""
+
+    def __init__(self, channels: int, O: int, I: int):  # noqa: E741
+        super().__init__()
+        self.convs = head_convolutions(channels, channels // 2, channels, (2, 2, 2, 2))
+        self.output = nn.Sequential(SeparableKernel(channels, O, I))
+
+    def forward(self, x):
+        return self.output(self.convs(x))
+
+
+class HyperStyleNet(nn.Module):
+    """HyperStyle's hypernetwork as published: a photo and what the generator makes of its code -> relative changes of the
+    generator's 3x3 layers. Alaluf et al., CVPR 2022, section 3.2.
+
+    A ResNet-34 on six channels, without its first pool, and a block for each layer; the widest layers share a head. The
+    others have one of two forms: "shared" gives a number a channel pair (the authors' SharedWeightsHyperNetResNet),
+    "separable" a number a tap from an outer product, with a third fewer weights (..Separable).
+    """
+
+    def __init__(self, layers: list, form: str, width: int = 64):
+        """layers: (O, I) of each 3x3 layer of the generator, in the order of Generator.styled_convs()"""
+        super().__init__()
+        assert form in ("shared", "separable"), f"form is {form}, expected shared or separable"
+        C = 8 * width
+        self.conv1, self.bn1 = nn.Conv2d(6, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.PReLU(width)
+        ch = [width, *(f * width for f, count in ((1, 3), (2, 4), (4, 6), (8, 3)) for _ in range(count))]
+        self.body = nn.Sequential(*(BasicBlock(a, b, 1 if a == b else 2) for a, b in zip(ch, ch[1:])))
+        self.shared_weight_hypernet = SharedHead(C)
+        blocks = [SharedBlock(C, self.shared_weight_hypernet) if oi == (C, C) else
+                  (FullBlock if form == "shared" else SeparableBlock)(C, *oi) for oi in layers]
+        # the authors count toRGB layers, too, which they leave alone: one after the first 3x3 layer, then after every two
+        places = [None if i % 3 == 1 else blocks[i - (i + 1) // 3] for i in range(len(blocks) + len(blocks) // 2 + 1)]
+        self.refinement_blocks = nn.ModuleList(places)
+        for module in self.modules():  # as torchvision starts its ResNets
+            if isinstance(module, BasicBlock):
+                for conv in (module.conv1, module.conv2):
+                    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x, y_hat):
+        """x, y_hat (B, 3, H, H) in [-1, 1], brought to 256 px -> list of (B, O, I, 3, 3) or (B, O, I), one a 3x3 layer"""
+        x = torch.cat([at_256(x), at_256(y_hat)], 1).contiguous(memory_format=torch.channels_last)
+        x = self.body(self.relu(self.bn1(self.conv1(x))))                      # (B, C, 16, 16)
+        return [block(x) for block in self.refinement_blocks if block is not None]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# and their files
+
+
+def parts_of(path: str | Path) -> tuple[dict, dict]:
+    """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, {part: its state dict}).
+
+    The parts are "encoder", "hypernet", "decoder", as far as the file has them; of a file with bare keys "".
+    """
+    content = read_weights(path)
+    state, parts = content.get("state_dict", content), {}
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: its 'state_dict' is a {type(state).__name__}, expected a dict of weights")
+    for key, value in state.items():
+        part, _, rest = str(key).partition(".")
+        part, rest = (part, rest) if part in ("encoder", "hypernet", "decoder") else ("", str(key))
+        parts.setdefault(part, {})[rest] = value
+    return content if "state_dict" in content else {}, parts
+
+
+def load_encoder(path: str | Path, L: int) -> tuple[nn.Module, dict | None]:
+    """pSp's encoder, or HyperStyle's W encoder, for L styles, from a file of their authors.
+
+    Of a file with more styles (1024 px: 18) the first L are taken, which are the same layers' of a smaller generator.
+    ArcFace's IR-SE50 is taken, too: it gives the trunk alone, from which pSp's training starts.
+
+    Returns:
+        (encoder, the decoder's state dict or None). encoder.latent_avg is NaN where the file has none: estimate it.
+
+    Raises:
+        InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
+    """
+    beside, parts = parts_of(path)
+    state = parts.get("encoder") or parts.get("", {})
+    if "output_layer.3.weight" in state:
+        encoder = GradualStyleEncoder(L)
+        trunk = {key: value for key, value in state.items() if not key.startswith("output_layer.")}
+        state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("input_layer.", "body."))} | trunk
+    else:
+        encoder = (GradualStyleEncoder if any(key.startswith("styles.") for key in state) else WEncoder)(L)
+        surplus = tuple(f"styles.{i}." for i in range(L, 18))                 # 18: the styles of 1024 px
+        state = {key: value for key, value in state.items() if not key.startswith(surplus)}
+    mean = beside.get("latent_avg")
+    if not isinstance(mean, torch.Tensor):
+        mean = torch.full((512,), torch.nan)
+    mean = mean.float().reshape(-1, mean.shape[-1])
+    state["latent_avg"] = mean.expand(L, -1) if len(mean) == 1 else mean[:L]   # (1, D): a file made in W
+    return load_strictly(encoder, state, path), parts.get("decoder")
+
+
+def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, dict | None]:
+    """HyperStyle's hypernetwork from its authors' file -> (network, its form, the decoder's state dict or None).
+
+    layers: (O, I) of each 3x3 layer of the generator. InputError: as load_encoder; made for another generator.
+    """
+    _, parts = parts_of(path)
+    state = parts.get("hypernet")
+    if not state:
+        raise InputError(f"{path}: no HyperStyle checkpoint: no 'hypernet.' weights in it")
+    form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
+    return load_strictly(HyperStyleNet(layers, form), state, path), form, parts.get("decoder")

@@ -20,7 +20,8 @@ from fusion import (
 )
 from vision import TEMPLATES
 
-SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5)
+SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5,
+             refine=1)
 
 
 def tiny(motion="direct", **changes):
@@ -202,7 +203,7 @@ def test_every_size_of_the_dial_builds_and_the_toy_fits_its_file():
     for size in (16, 32, 64):
         model = FCTFG(Config.at(size))
         assert model.generator.size == size and model.config.L == model.generator.L
-    shipped = FCTFG(Config.at(64, hyper_rank=0))
+    shipped = FCTFG(Config.at(64, hyper="none"))
     assert 2 * sum(v.numel() for v in shipped.state_dict().values()) < 12_000_000  # bytes of the fp16 file
     with pytest.raises(AssertionError, match="expected one of"):
         Config.at(48)
