@@ -110,12 +110,12 @@ def forward_stage1(nets, batch, args):
     return dict(real=real, fake=G(w_plus, "random" if nets["model"].config.noise else "off"), w_plus=w_plus)
 
 
-def forward_stage2(nets, batch, args):
-    """picture -> code -> picture; in the second phase the encoder rests and the hypernetwork refines"""
+def forward_stage2(nets, batch, args, deltas=None):
+    """picture -> code -> picture; in the second phase the encoder rests and the hypernetwork refines `deltas`"""
     model, real = nets["model"], batch["picture"]
     z = model.encoder(real)
-    deltas = model.weight_changes(real, z) if nets["hyper_phase"] else None
-    return dict(real=real, fake=model.decode(z, deltas))
+    deltas = model.refine(real, z, deltas) if nets["hyper_phase"] else None
+    return dict(real=real, fake=model.decode(z, deltas), deltas=deltas)
 
 
 def forward_stage3(nets, batch, args):
@@ -280,9 +280,12 @@ def build(args, pack, device, saved=None):
         before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
         if before["config"]["size"] != args.size:
             raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
-    rank = before["config"]["hyper_rank"] if before and args.stage == 3 else 2 if args.hyper_share else 0
-    config = Config.at(args.size, template=pack.template, motion=args.motion, hyper_rank=rank)
-    model = FCTFG(Config.load(saved["config"]) if saved else config).to(device)
+    config = Config.at(args.size, template=pack.template, motion=args.motion)
+    if before and args.stage == 3:
+        config.hyper = Config.load(before["config"]).hyper
+    elif not args.hyper_share:
+        config.hyper = "none"
+    model = FCTFG(Config.load(saved["config"]) if saved else config, generator_only=args.stage == 1).to(device)
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
     if args.stage > 1:
@@ -475,14 +478,17 @@ def main(argv=None):
         if args.stage == 1 or (args.stage == 3 and args.w_adv and adversarial(out)):
             diagnostics = discriminator_step(nets, out, opt_d, step, args)
 
-        # generator and everything before it
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            terms = TERMS[args.stage](nets, out, args)
-        for name, value in terms.items():
-            finite(name, value)
-        loss = sum(weight[k] * v for k, v in terms.items())
+        # generator and everything before it; of the hypernetwork a backward pass at each refinement
         opt_g.zero_grad(set_to_none=True)
-        loss.backward()
+        for turn in range(model.config.refine if nets["hyper_phase"] else 1):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                if turn:
+                    out = forward_stage2(nets, batch, args, out["deltas"])
+                terms = TERMS[args.stage](nets, out, args)
+            for name, value in terms.items():
+                finite(name, value)
+            loss = sum(weight[k] * v for k, v in terms.items())
+            loss.backward()
         opt_g.step()
 
         # lazy path length

@@ -163,7 +163,7 @@ def test_a_streamed_clip_is_the_clip_in_one_pass(motion):
     for batch in (4, 23, 64):
         streamed = list(model.animate(source[0], mel[0], iter(driving[0]), batch=batch))
         assert sum(map(len, streamed)) == 23 and max(map(len, streamed)) <= batch
-        torch.testing.assert_close(torch.cat(streamed), whole, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(streamed), whole, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("motion", ["direct", "paper"])
