@@ -1,10 +1,12 @@
 """A photo and speech (and a driving video) -> a talking face: H.264 with the speech, 25 frames a second.
 
 FC-TFG (arXiv 2304.03275) at work. Differs from the paper: without a driving video the face keeps its own pose
-and moves a little by itself (idle motion, kept with the weights).
+and moves a little by itself (idle motion, kept with the weights), and what the network made of the crop goes back
+into the photo: of a still head only what changed, so that the photo stays as sharp as it was (class Paste).
 
     python sample.py                                         # examples/face.png says examples/speech.wav
-    python sample.py face.jpg speech.wav --out talk.mp4
+    python sample.py face.jpg speech.wav --out talk.mp4      # the whole photo, its lips moving
+    python sample.py face.jpg speech.wav --crop              # the network's own frames alone
     python sample.py face.jpg speech.wav --driving clip.mp4  # head pose, eyes and expression from clip.mp4
 
 Each prints one line: the file, its length, its speed. All that can be wrong with the files is found before
@@ -12,17 +14,21 @@ the network starts.
 """
 
 import argparse
+import functools
 import itertools
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from audio import FPS, InputError, load_audio, n_frames, run, sound_windows
+from audio import FPS, SAMPLES_PER_FRAME, InputError, load_audio, n_frames, run, sound_windows
 from fusion import load_model, pick_device
 from vision import (
+    TEMPLATES,
     VIDEO_SUFFIXES,
     VideoWriter,
     check_output,
@@ -37,22 +43,33 @@ from vision import (
 )
 
 HERE = Path(__file__).resolve().parent
+EXAMPLE, TOY, FACE = HERE / "examples/face.png", HERE / "weights/toy.pt", HERE / "weights/face.pt"
 SQUARE = 0.05  # ours: sides that differ by less than this make a square portrait
 LOOKS = 8  # ours: frames of a driving video on which the face is searched
 LOOK_HEIGHT = 360  # ours: their height in pixels
+LONGEST = 1280  # ours: longest side of the video in pixels; a player's window, and 25 frames/s on a CPU
+FEATHER = 0.12  # ours: width of a seam in units of the crop
+COLOUR = 0.1  # ours: sigma of what counts as colour, in units of the crop: wider than lips, narrower than a cheek
+SPREAD = 0.02  # ours: sigma of how far around a change the detail goes, in units of the crop
+CRISP = 0.6  # ours: unsharp mask on the network's frames, radius one of its pixels; more shows rings
+MOVED = (0.06, 0.2)  # ours: change, of 2 from black to white, that keeps all of the photo's detail; none of it
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="A photo and speech (and a driving video) -> a talking face.")
-    p.add_argument("face", nargs="?", default=HERE / "examples/face.png", help="photo (default: an example)")
+    p.add_argument("face", nargs="?", default=EXAMPLE, help="photo (default: an example)")
     p.add_argument("speech", nargs="?", default=HERE / "examples/speech.wav", help="sound, or video with it")
     p.add_argument("--driving", help="video that gives pose, eyes, expression (default: the photo's, idling)")
-    p.add_argument("--weights", default=HERE / "weights/toy.pt", help="network (default: weights/toy.pt)")
+    p.add_argument("--weights", help="network (default: weights/face.pt, for drawn portraits weights/toy.pt)")
     p.add_argument("--out", default="talk.mp4", help="the video to write (default: talk.mp4)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     p.add_argument("--box", metavar="x0,y0,x1,y1", help="where the face is in the photo, in pixels")
     p.add_argument("--face", type=int, dest="number", metavar="N", help="the N-th largest face (default: 1)")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--full", action="store_true", default=None,
+                      help="the whole photo, the face pasted back (default: if it has more pixels than the crop)")
+    what.add_argument("--crop", action="store_false", dest="full", help="only the crop, as the network makes it")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--seed", type=int, default=0, help="of whatever is random in the network")
     return p.parse_args(argv)
@@ -83,25 +100,36 @@ def whole(image: np.ndarray) -> tuple | None:
     return square_around(W / 2, H / 2, min(H, W)) if abs(H - W) <= SQUARE * max(H, W) else None
 
 
-def photo_box(image: np.ndarray, args, template: str) -> tuple:
-    """The square of the photo that the network gets: --box, else the face found, else all of a square."""
-    H, W = image.shape[:2]
+def pick_weights(photo: np.ndarray, args, look) -> Path:
+    """--weights, else the network that knows such pictures. look(): the faces found in the photo.
+
+    weights/face.pt, where it is, for photos; weights/toy.pt for the example and for squares without a face to be found.
+    """
+    if args.weights:
+        return Path(args.weights)
+    if not FACE.exists() or Path(args.face) == EXAMPLE:
+        return TOY
+    return TOY if whole(photo) and not (args.box or args.number or look()) else FACE
+
+
+def photo_box(photo: np.ndarray, args, template: str, look) -> tuple[tuple, str]:
+    """The square of the photo that the network gets, and why: --box, else the face found, else all of a square."""
+    H, W = photo.shape[:2]
     if args.box:
-        return parse_box(args.box, W, H)
-    if template == "toy" and whole(image) and not args.number:  # detectors do not know drawings
-        print(f"{args.face}: square, taken whole as a drawn portrait (else: --box)")
-        return whole(image)
-    faces = detect_faces(image)
-    if faces is None and whole(image) and not args.number:
-        print(f"{args.face}: square, taken whole: no face detector's weights are at hand (or --box)")
-        return whole(image)
+        return parse_box(args.box, W, H), "the face is in --box"
+    if template == "toy" and whole(photo) and not args.number:  # detectors do not know drawings
+        return whole(photo), "square, taken whole as a drawn portrait (else: --box)"
+    faces = look()
+    if faces is None and whole(photo) and not args.number:
+        return whole(photo), "square, taken whole: no face detector's weights are at hand (or --box)"
     if faces is None:
         raise InputError(f"{args.face}: no face detector's weights are at hand; {WAY_OUT}")
     if not faces:
         raise InputError(f"{args.face}: no face was found; {WAY_OUT}")
+    box = face_box(faces, template, args.number or 1)
     if len(faces) > 1 and not args.number:
-        print(f"{args.face}: {len(faces)} faces, the largest is taken (or --face N, or --box)")
-    return face_box(faces, template, args.number or 1)
+        return box, f"{len(faces)} faces, the largest is taken (or --face N, or --box)"
+    return box, "a face was found"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,6 +208,134 @@ class Stopwatch:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# back into the photo
+
+
+def limit(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
+    """A photo (H, W, 3) and a box in it -> the same, no larger than a video should be (LONGEST, even sides)."""
+    H, W = photo.shape[:2]
+    if max(H, W) <= LONGEST:
+        return photo, box
+    h, w = (2 * round(side * LONGEST / max(H, W) / 2) for side in (H, W))
+    x0, y0, x1, y1 = box
+    photo = np.array(Image.fromarray(photo).resize((w, h), Image.Resampling.LANCZOS))
+    return photo, (x0 * w / W, y0 * h / H, x1 * w / W, y1 * h / H)
+
+
+def cubic(d):
+    """Keys' cubic kernel (a = -1/2) at distance d >= 0"""
+    return torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, torch.where(d < 2, ((2.5 - 0.5 * d) * d - 4) * d + 2, 0))
+
+
+def enlarger(first: int, last: int, x0: float, x1: float, size: int):
+    """(last - first, size): reads `size` cells that span x0..x1 at the centres of pixels first .. last - 1.
+
+    Cubic, antialiased where pixels are larger than cells; beyond the outermost cells these repeat.
+    """
+    cells = size / (x1 - x0)  # a pixel
+    u = (torch.arange(first, last, dtype=torch.float64) + 0.5 - x0) * cells - 0.5
+    wide = max(1.0, cells)
+    margin = int(np.ceil(2 * wide)) + int(np.ceil(cells))
+    taps = torch.arange(-margin, size + margin)
+    weight = cubic((u[:, None] - taps).abs() / wide)
+    weight /= weight.sum(1, keepdim=True)
+    return torch.zeros(last - first, size, dtype=torch.float64).index_add_(1, taps.clamp(0, size - 1), weight).float()
+
+
+def blurrer(size: int, sigma: float):
+    """(size, size): a Gaussian of sigma * size cells; edges keep their brightness"""
+    x = torch.arange(size)
+    weight = torch.exp(-0.5 * ((x[:, None] - x) / (sigma * size)) ** 2)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def separable(rows, x, columns):
+    """rows (h, S) and columns (w, S) applied to pictures x (.., S, S) -> (.., h, w)"""
+    return rows @ x @ columns.T
+
+
+def smoothstep(x):
+    """0 below 0, 1 above 1, smooth between"""
+    return x.clamp(0, 1) ** 2 * (3 - 2 * x.clamp(0, 1))
+
+
+def soft_box(size: int, box: tuple):
+    """(size, size): 1 inside a box (fractions of the crop), falling to 0 at its edges over FEATHER"""
+    t = (torch.arange(size) + 0.5) / size
+    x, y = (smoothstep((t - lo) / FEATHER) * smoothstep((hi - t) / FEATHER) for lo, hi in (box[::2], box[1::2]))
+    return y[:, None] * x
+
+
+class Paste:
+    """Puts frames of the network (the crop, S x S pixels) back into the photo, at the photo's resolution.
+
+        out = photo + mask (frame - still) - mask moved (photo - still - colour)
+
+    The first term adds the change: where frame and still agree, the photo stays as it is, pore by pore. The second
+    takes the photo's detail away where the change is large: teeth must not shine through lips that closed over them.
+    `colour` is what still differs from the photo by in the large, and stays: skin keeps its own tone. Where `moved` is
+    1, this is a feathered copy of the colour-matched frame, and so it is everywhere for a head that turns.
+
+    photo: uint8 (H, W, 3); box: x0, y0, x1, y1 of the crop in it, in pixels; source: (3, S, S) the crop itself;
+    still: (3, S, S) the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the head moves.
+    """
+
+    def __init__(self, photo, box, source, still, mask, turning: bool):
+        H, W = photo.shape[:2]
+        S, (x0, y0, x1, y1) = source.shape[-1], box
+        rows, columns = ((max(0, int(lo)), min(n, int(np.ceil(hi)))) for lo, hi, n in ((y0, y1, H), (x0, x1, W)))
+        self.place = (slice(*rows), slice(*columns))
+        self.soft, self.spread = blurrer(S, 1 / S), blurrer(S, SPREAD)
+        self.photo, self.still, self.mask, self.turning = photo, self.crisp(still), mask, turning
+        self.rows, self.columns = enlarger(*rows, y0, y1, S), enlarger(*columns, x0, x1, S)
+        wide = blurrer(S, COLOUR)
+        colour = separable(wide, source - still, wide)
+        self.region = to_tensor(photo[self.place])  # (3, h, w)
+        self.detail = self.region - self.enlarge(self.still + colour)
+
+    def crisp(self, x):
+        return x + CRISP * (x - separable(self.soft, x, self.soft))
+
+    def enlarge(self, x):
+        return separable(self.rows, x, self.columns)
+
+    def moved(self, change):
+        """change (3, S, S) -> (S, S) in [0, 1]: where the photo's detail is no longer true"""
+        if self.turning:
+            return torch.ones_like(self.mask)
+        most = F.max_pool2d(change.abs().amax(0)[None], 3, 1, 1)[0]
+        most = separable(self.spread, most, self.spread)
+        return smoothstep((most - MOVED[0]) / (MOVED[1] - MOVED[0]))
+
+    def __call__(self, frame):
+        """(3, S, S) in [-1, 1] -> uint8 (H, W, 3)"""
+        change = self.crisp(frame) - self.still
+        out = self.region + self.enlarge(self.mask * change) - self.enlarge(self.mask * self.moved(change)) * self.detail
+        picture = self.photo.copy()
+        picture[self.place] = to_uint8(out)
+        return picture
+
+
+def still_of(model, source, device, turning: bool):
+    """What stands still in the frames of a photo: (still (3, S, S), mask (S, S) of what may move in it).
+
+    In the mouth it is the generated face that fits the photo best on the way from the one at rest (in silence) to the
+    one that holds the photo as it is (its inversion): a smile is to be closed by the change, a closed mouth to be left
+    alone. Elsewhere it is the face at rest: eyes only blink. A head that turns is replaced as a whole.
+    """
+    S, template = source.shape[-1], TEMPLATES[model.config.template]
+    own = model.invert(source.to(device)).cpu()
+    if turning:
+        return own, soft_box(S, (0, 0, 1, 1))
+    silence = sound_windows(np.zeros(5 * SAMPLES_PER_FRAME, np.float32), range(5))
+    rest = next(model.animate(source.to(device), torch.from_numpy(silence).to(device), sway=False))[2].cpu()
+    mouth, eyes = soft_box(S, template.mouth), soft_box(S, template.eyes)
+    way = own - rest
+    share = float((mouth * way * (source - rest)).sum() / (mouth * way * way).sum().clamp_min(1e-6))  # least squares
+    return rest + min(max(share, 0), 1) * mouth * way, torch.maximum(mouth, eyes)
+
+
+# ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -193,24 +349,35 @@ def main(argv=None):
     if args.driving:
         probe(args.driving)
     device = pick_device(args.device)
-    model = load_model(args.weights, device)
+    look = functools.cache(lambda: detect_faces(photo))
+    weights = pick_weights(photo, args, look)
+    model = load_model(weights, device)
     size, template = model.config.size, model.config.template
     T = n_frames(len(wav))
+    box, how = photo_box(photo, args, template, look)
+    print(f"{args.face}: {how}; network: {weights}")
 
-    source = to_tensor(crop_face(photo, photo_box(photo, args, template), size)).to(device)  # (3, size, size)
+    source = to_tensor(crop_face(photo, box, size))  # (3, size, size)
     driving = Stopwatch(driving_frames(args.driving, T, size, template)) if args.driving else None
     mel = torch.from_numpy(sound_windows(wav, range(T))).to(device)  # (T, 1, 80, 16)
 
     torch.manual_seed(args.seed)
-    network = Stopwatch(map(to_uint8, model.animate(source, mel, driving)))  # of (b, size, size, 3)
-    with VideoWriter(out, size, size, wav, args.overwrite) as video, tqdm(total=T, unit="frame") as bar:
+    full = max(photo.shape[:2]) > size if args.full is None else args.full
+    show, shape = to_uint8, (size, size)  # what makes a frame of the video of a frame of the network
+    if full:
+        photo, box = limit(photo, box)
+        turning, shape = driving is not None, photo.shape[:2]
+        show = Paste(photo, box, source, *still_of(model, source, device, turning), turning)
+    crops = model.animate(source.to(device), mel, driving, sway=not full)
+    network = Stopwatch(frames.cpu() for frames in crops)  # (b, 3, size, size)
+    with VideoWriter(out, *shape, wav, args.overwrite) as video, tqdm(total=T, unit="frame") as bar:
         try:
             for frames in network:
                 for frame in frames:
-                    video.write(frame)
+                    video.write(show(frame))
                 bar.update(len(frames))
         except FloatingPointError as error:
-            raise InputError(f"{args.weights}: the network fails, {error}") from None
+            raise InputError(f"{weights}: the network fails, {error}") from None
         assert video.count == T, f"{video.count} frames for {T} of sound"
 
     seconds = time.perf_counter() - begin

@@ -19,7 +19,7 @@ import sample
 import vision
 from audio import InputError, load_audio
 from data import save_checkpoint
-from fusion import FCTFG, Config
+from fusion import FCTFG, Config, blinks, load_model
 from vision import read_video
 
 RATE = 16000
@@ -91,7 +91,7 @@ class Listener:
 
     config = SimpleNamespace(size=16, template="toy")
 
-    def animate(self, source, mel, driving=None, batch=7):
+    def animate(self, source, mel, driving=None, sway=True, batch=7):
         assert source.shape == (3, 16, 16) and mel.shape[1:] == (1, 80, 16)
         loud = (mel[:, 0].amax(1) + 4).double() ** 8  # (n, 16)
         heard = (loud * torch.arange(16)).sum(1) / loud.sum(1).clamp_min(1e-9)
@@ -109,7 +109,7 @@ def test_a_click_shows_in_the_frame_in_which_it_is_heard(folder, monkeypatch):
         wav[640 * k + 320] = 32000
     scipy.io.wavfile.write("speech.wav", RATE, wav)
     monkeypatch.setattr(sample, "load_model", lambda path, device: Listener())
-    talk(weights="-")
+    talk("--crop", weights="-")
     bright = [k for k, frame in enumerate(read_video("talk.mp4")) if frame.mean() > 128]
     heard = abs(load_audio("talk.mp4")[: 2 * RATE]).reshape(50, 640).max(1)
     assert bright == clicks == sorted(heard.argsort()[-4:].tolist())
@@ -155,38 +155,208 @@ def options(**kw):
     return SimpleNamespace(**dict(face="f.png", box=None, number=None) | kw)
 
 
-def test_box_face_and_square_pictures(monkeypatch, capsys):
+def test_box_face_and_square_pictures():
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8)
     faces = [(10, 10, 40, 40, 0.9), (40, 50, 50, 60, 0.8)]
-    monkeypatch.setattr(sample, "detect_faces", lambda image: faces)
-    assert sample.photo_box(tall, options(box="10,20,30,50"), "face") == (5, 20, 35, 50)  # made square
-    assert sample.photo_box(tall, options(), "face") == vision.face_box(faces, "face", 1)
-    assert "2 faces" in capsys.readouterr().out
-    assert sample.photo_box(tall, options(number=2), "face") == vision.face_box(faces, "face", 2)
-    assert sample.photo_box(square, options(), "face") == vision.face_box(faces, "face", 1)
-    assert sample.photo_box(square, options(), "toy") == (0.5, 0, 60.5, 60)  # detectors do not know drawings
-    assert "taken whole" in capsys.readouterr().out
-    assert sample.photo_box(tall, options(), "toy") == vision.face_box(faces, "toy", 1)
-    monkeypatch.setattr(sample, "detect_faces", lambda image: None)
-    assert sample.photo_box(square, options(), "face") == (0.5, 0, 60.5, 60)
-    assert "taken whole" in capsys.readouterr().out
+
+    def found(photo, template, faces=faces, **kw):
+        return sample.photo_box(photo, options(**kw), template, lambda: faces)
+
+    assert found(tall, "face", box="10,20,30,50")[0] == (5, 20, 35, 50)  # made square
+    box, how = found(tall, "face")
+    assert box == vision.face_box(faces, "face", 1) and "2 faces" in how
+    assert found(tall, "face", number=2)[0] == vision.face_box(faces, "face", 2)
+    assert found(square, "face")[0] == vision.face_box(faces, "face", 1)
+    box, how = found(square, "toy")  # detectors do not know drawings
+    assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
+    assert found(tall, "toy")[0] == vision.face_box(faces, "toy", 1)
+    box, how = found(square, "face", None)
+    assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
 
 
-def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch):
+def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out():
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 60, 3), np.uint8)
     for faces, image in ((None, tall), ([], tall), ([], square)):
-        monkeypatch.setattr(sample, "detect_faces", lambda image, faces=faces: faces)
         with pytest.raises(InputError, match="--box x0,y0,x1,y1"):
-            sample.photo_box(image, options(), "face")
-    monkeypatch.setattr(sample, "detect_faces", lambda image: [(1, 1, 9, 9, 0.9)])
+            sample.photo_box(image, options(), "face", lambda faces=faces: faces)
     with pytest.raises(InputError, match="--face 2"):
-        sample.photo_box(tall, options(number=2), "face")
+        sample.photo_box(tall, options(number=2), "face", lambda: [(1, 1, 9, 9, 0.9)])
+
+
+def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(tmp_path, monkeypatch):
+    tall, square, face = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8), [(1, 1, 9, 9, 0.9)]
+    monkeypatch.setattr(sample, "FACE", tmp_path / "face.pt")
+
+    def picked(photo, faces, **kw):
+        return sample.pick_weights(photo, options(**dict(weights=None) | kw), lambda: faces)
+
+    assert picked(tall, face) == sample.TOY  # the only one there
+    sample.FACE.touch()
+    assert picked(tall, face) == picked(square, face) == sample.FACE
+    assert picked(square, []) == picked(square, None) == sample.TOY
+    assert picked(tall, []) == picked(square, [], box="1,1,9,9") == picked(square, [], number=1) == sample.FACE
+    assert picked(square, face, face=sample.EXAMPLE) == sample.TOY
+    assert picked(square, [], weights="my.pt") == Path("my.pt")
 
 
 @pytest.mark.parametrize("box", "1,2,3 a,b,c,d , 10,10,5,20 0,0,61,10 -1,0,10,10 0,0,nan,9".split())
 def test_a_bad_box_is_refused(box):
     with pytest.raises(InputError, match="--box"):
         sample.parse_box(box, width=60, height=90)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# back into the photo
+
+
+@pytest.mark.parametrize("size, pixels", [(16, 96), (16, 41), (40, 24)])
+def test_enlarging_is_pillows_cubic_interpolation(size, pixels):
+    x = torch.randn(size, size)
+    matrix = sample.enlarger(0, pixels, 0, pixels, size)
+    mine = sample.separable(matrix, x, matrix).numpy()
+    theirs = np.array(Image.fromarray(x.numpy(), "F").resize((pixels, pixels), Image.Resampling.BICUBIC))
+    edge = 3 * pixels // size + 3  # Pillow drops taps beyond the picture, we repeat its border
+    np.testing.assert_allclose(mine[edge:-edge, edge:-edge], theirs[edge:-edge, edge:-edge], atol=1e-4)
+
+
+def test_enlarging_hits_a_box_of_broken_pixels_and_the_part_of_it_in_the_picture():
+    cells = torch.arange(20.0) + 0.5  # the position of each cell: a straight line stays one
+    x0, x1 = 7.3, 73.1
+    read = sample.enlarger(11, 60, x0, x1, 20) @ cells
+    expected = (torch.arange(11, 60) + 0.5 - x0) / (x1 - x0) * 20
+    inside = (expected > 2.5) & (expected < 17.5)
+    torch.testing.assert_close(read[inside], expected[inside], atol=1e-4, rtol=0)
+    part = sample.enlarger(30, 60, x0, x1, 20)
+    torch.testing.assert_close(part, sample.enlarger(11, 60, x0, x1, 20)[19:])
+
+
+def test_a_large_photo_becomes_a_video_of_even_sides_and_its_box_goes_along():
+    photo = np.zeros((1000, 2561, 3), np.uint8)
+    small, box = sample.limit(photo, (256.1, 100, 512.2, 200))
+    assert small.shape == (500, 1280, 3)
+    np.testing.assert_allclose(box, (128, 50, 256, 100))
+    assert sample.limit(photo[:, :1280], (1, 2, 3, 4))[0].shape == (1000, 1280, 3)
+    assert sample.limit(photo[:, :999], (1, 2, 3, 4))[0].shape == (1000, 999, 3)
+
+
+BOX = (20.5, 10.2, 84.5, 74.2)  # 64 pixels
+
+
+def striped_photo():
+    """90 x 100, grey with stripes of one pixel, which a network of 16 pixels cannot see"""
+    photo = np.full((90, 100, 3), 128, np.uint8)
+    photo[:, ::2] += 40
+    return photo
+
+
+def pasting(turning=False, still=0.2, mask=None):
+    photo = striped_photo()
+    source = vision.to_tensor(vision.crop_face(photo, BOX, 16))
+    mask = sample.soft_box(16, (0, 0, 1, 1)) if mask is None else mask
+    return photo, sample.Paste(photo, BOX, source, torch.full_like(source, still), mask, turning)
+
+
+def stripes(picture):
+    return float(np.abs(np.diff(picture[40:50, 45:60].astype(int), axis=1)).mean())
+
+
+def test_where_nothing_changes_the_photo_stays_bit_for_bit():
+    photo, paste = pasting()
+    np.testing.assert_array_equal(paste(torch.full((3, 16, 16), 0.2)), photo)
+    out = paste(torch.rand(3, 16, 16))  # whatever happens in the crop, outside of it nothing does
+    inside = np.zeros(photo.shape[:2], bool)
+    inside[10:75, 20:85] = True
+    assert (out != photo)[inside].any() and not (out != photo)[~inside].any()
+    np.testing.assert_array_equal(photo, striped_photo())  # frames do not pile up in the photo
+
+
+def test_a_small_change_is_added_under_the_photos_detail_and_a_large_one_takes_it_away():
+    photo, paste = pasting()
+    small, large = paste(torch.full((3, 16, 16), 0.24)), paste(torch.full((3, 16, 16), 0.6))
+    assert stripes(photo) == stripes(small) == 40 and stripes(large) < 1
+    # the middle: change 0.04 and 0.4 of 127.5 a unit; the still's wrong colour does not matter
+    for out, change in ((small, 0.04), (large, 0.4)):
+        assert abs(out[40:50, 45:61].mean() - photo[40:50, 45:61].mean() - 127.5 * change) < 1
+    seam = np.abs(np.diff(large[:, 0::2, 0].astype(int), axis=1)).max()
+    assert seam < 30  # 51 in all, over the feather of 8 pixels on either side
+
+
+def test_a_turning_head_is_replaced_as_a_whole_in_the_photos_colours():
+    photo, paste = pasting(turning=True)
+    same = paste(torch.full((3, 16, 16), 0.2))
+    assert stripes(same) < 1 and abs(same[40:50, 45:61].mean() - 148) < 1  # no detail, the photo's grey
+    np.testing.assert_array_equal(same[:10], photo[:10])
+
+
+def test_nothing_moves_outside_the_mask():
+    mask = sample.soft_box(16, vision.TEMPLATES["face"].mouth)
+    photo, paste = pasting(mask=mask)
+    changed = (paste(torch.full((3, 16, 16), 0.9)) != photo).any((1, 2))
+    assert changed[55:70].all() and not changed[:40].any()
+
+
+class Smiler(Listener):
+    """Its face at rest is -0.5 all over, its inversion of any photo 0.5."""
+
+    def invert(self, source):
+        return torch.full_like(source, 0.5)
+
+    def animate(self, source, mel, driving=None, sway=True, batch=7):
+        assert not sway and (mel == -4).all()  # silence
+        yield torch.full((len(mel), *source.shape), -0.5)
+
+
+@pytest.mark.parametrize("photo, mouth", [(-0.5, -0.5), (0.5, 0.5), (0.2, 0.2), (0.9, 0.5), (-0.9, -0.5)])
+def test_the_still_is_the_generated_mouth_that_fits_the_photo_and_eyes_at_rest(photo, mouth):
+    still, mask = sample.still_of(Smiler(), torch.full((3, 16, 16), photo), "cpu", False)
+    assert mask[11, 8] == 1 and mask[6, 5] > 0.9 and mask[0].max() == 0
+    torch.testing.assert_close(still[:, 11, 8], torch.full((3,), mouth))
+    torch.testing.assert_close(still[:, 6, 5], torch.full((3,), -0.5))
+    still, mask = sample.still_of(Smiler(), torch.full((3, 16, 16), photo), "cpu", True)
+    assert (still == 0.5).all() and mask[8, 8] == 1
+
+
+def test_blinks_are_what_is_brief_in_idle_motion():
+    t = torch.arange(75.0)
+    idle = torch.stack([torch.sin(t / 12), torch.cos(t / 9), 0.02 * torch.randn(75)], -1)[None].repeat(2, 1, 1)
+    idle[1, 40:45, 2] += 3
+    brief = blinks(idle)
+    assert brief[0].abs().max() < 0.5 and brief[1, 41:44, 2].min() > 2
+    brief[1, 40:45] = 0
+    assert brief[1].abs().max() < 0.5
+
+
+def test_the_video_shows_the_whole_photo_and_only_the_face_moves(folder, weights):
+    photo = np.random.default_rng(1).integers(0, 255, (10, 14, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+    Image.fromarray(photo).save("photo.png")
+    talk("--box=40,20,90,70", weights=weights, face="photo.png")
+    frames = np.stack(list(read_video("talk.mp4"))).astype(int)
+    assert frames.shape == (21, 100, 140, 3)
+    assert abs(frames[:, :16] - photo[:16]).mean() < 12 and abs(frames[:, :, 100:] - photo[:, 100:]).mean() < 12
+    talk("--box=40,20,90,70", "--crop", "--overwrite", weights=weights, face="photo.png")
+    assert shape_of("talk.mp4") == (21, 32, 32, 3)
+    talk("--full", "--overwrite", weights=weights)  # smaller than the network's picture
+    assert shape_of("talk.mp4") == (21, 30, 30, 3)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_the_shipped_face_keeps_its_mouth_shut_in_silence_and_opens_it_to_speech(crop):
+    if not sample.TOY.exists():
+        pytest.skip("weights/toy.pt is not there")
+    model, photo = load_model(sample.TOY), vision.load_photo(sample.EXAMPLE)
+    source = vision.to_tensor(vision.crop_face(photo, (0, 0, *photo.shape[:2]), model.config.size))
+    speech = load_audio(HERE.parent / "examples/speech.wav")[: 2 * RATE]
+    show = vision.to_uint8 if crop else sample.Paste(
+        photo, (0, 0, *photo.shape[:2]), source, *sample.still_of(model, source, "cpu", False), False)
+
+    def mouth(wav):  # how much its pixels change over the clip
+        mel = torch.from_numpy(audio.sound_windows(wav, range(8, 40, 4)))
+        frames = [show(f) for batch in model.animate(source, mel, sway=False) for f in batch]
+        frames = np.stack(frames).astype(float)
+        h, w = frames.shape[1:3]
+        return frames[:, int(0.6 * h):int(0.85 * h), int(0.3 * w):int(0.7 * w)].std(0).mean()
+
+    assert mouth(speech) > 5 > 10 * mouth(np.zeros(2 * RATE, np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -352,7 +522,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
     """A network that fails halfway leaves the old file as it was, and nothing else."""
 
     class Failing(Listener):
-        def animate(self, source, mel, driving=None):
+        def animate(self, source, mel, driving=None, sway=True):
             yield torch.zeros(4, 3, 16, 16)
             assert Path("talk.mp4").read_bytes() == b"old"
             yield torch.full((4, 3, 16, 16), float("nan"))
@@ -360,7 +530,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
     Path("talk.mp4").write_bytes(b"old")
     monkeypatch.setattr(sample, "load_model", lambda path, device: Failing())
     monkeypatch.setattr(sample, "tqdm", lambda **kw: tqdm.tqdm(disable=True))  # the line stands alone
-    assert "NaN" in refused(capsys, monkeypatch, "--overwrite", weights="w.pt")
+    assert "NaN" in refused(capsys, monkeypatch, "--overwrite", "--crop", weights="w.pt")
     assert Path("talk.mp4").read_bytes() == b"old"
     assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
 
