@@ -21,6 +21,7 @@ import os
 import tempfile
 import time
 import warnings
+import zipfile
 from array import array
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
 from audio import SAMPLES_PER_FRAME, InputError, check_file, load_audio, n_frames, run, sound_windows
-from vision import TEMPLATES, crop_face, detect_faces, face_box, probe, read_video, to_tensor
+from vision import TEMPLATES, crop_face, detect_faces, face_box, load_photo, probe, read_video, to_tensor
 
 NEAR = 4  # frames; ours: a window nearer than this sounds too alike to be called wrong
 ENDLESS = 2**40  # items of a dataset: it never ends
@@ -340,11 +341,15 @@ class Clips(Dataset):
     """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then windows within the clip.
 
     flip: half of the items are mirrored, each as a whole. A clip shorter than T stands still at its end.
+    Photos (clips of one frame) are left out.
     hear: sound windows beyond the frames, on each side (for a temporal convolution that reaches so far).
     """
 
     def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0):
         self.pack, self.T, self.seed, self.flip, self.hear = pack, T, seed, flip, hear
+        self.clips = np.flatnonzero(pack.n_frames > 1)  # the others are photos
+        if not len(self.clips):
+            raise InputError(f"{pack.folder}: holds photos only, windows are drawn from videos")
 
     def __len__(self):
         return ENDLESS
@@ -357,7 +362,7 @@ class Clips(Dataset):
         moment of the same clip, NEAR frames or more from the window's middle.
         """
         rng = np.random.default_rng([self.seed, n, self.T])
-        c = int(rng.integers(len(self.pack)))
+        c = int(self.clips[rng.integers(len(self.clips))])
         length = int(self.pack.n_frames[c])
         first = int(rng.integers(max(1, length - self.T + 1)))
         window = np.arange(first, first + self.T)
@@ -435,7 +440,9 @@ def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0)
 EVERY = 5  # frames between two looks of the detector (ours: a fifth of a second)
 SEGMENT = 150  # frames of a clip at most: what is held in memory while its box is found, 415 MB at 720p
 SHORTEST = 10  # frames; ours: one five-frame window, and another that is no neighbour
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 HIGHEST = 720  # pixels: videos are decoded at this height at most
+CLOSE = 0.12  # of the crop: a square photo whose face lies so near to the template's is used whole (ours)
 STEADY = 0.35  # of the box: a face that moves farther has no box of its own in one clip
 
 
@@ -452,6 +459,53 @@ def segment_box(frames: list[np.ndarray]) -> tuple:
     if np.percentile(np.abs(found - box).max(1), 90) > STEADY * (box[2] - box[0]):
         raise InputError("the face moves too far for one box")
     return tuple(float(v) for v in box)
+
+
+def photo_box(image: np.ndarray) -> tuple:
+    """The crop of a photo, uint8 (H, W, 3): all of a square one that is cropped as ours already, else around its
+    largest face. Raises InputError, without the file's name: no face, or one that the picture's edge cuts off."""
+    H, W = image.shape[:2]
+    faces = detect_faces(image, margins=(1.5, 2.0))
+    if not faces:
+        raise InputError("no face was found")
+    box = face_box(faces, "face")
+    beyond = max(-box[0], -box[1], box[2] - W, box[3] - H) / (box[2] - box[0])
+    if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < CLOSE * W:
+        return (0.0, 0.0, float(W), float(H))
+    if beyond > CLOSE:
+        raise InputError("the face is cut off by the edge of the picture")
+    return box
+
+
+def read_photos(path: Path):
+    """A picture file -> its name and how to read it; an .npz of JPEGs -> those of all its pictures.
+
+    .npz: jpeg, uint8 (bytes of all files end to end); offset (n + 1,); name (n,). Raises InputError.
+    """
+    if path.suffix != ".npz":
+        yield path.name, lambda: load_photo(path)
+        return
+    try:
+        with np.load(check_file(path), allow_pickle=False) as archive:
+            jpeg, offset, names = (archive[key] for key in ("jpeg", "offset", "name"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: expected an .npz with jpeg, offset and name ({error})") from None
+    if len(offset) != len(names) + 1 or offset[-1] != len(jpeg):
+        raise InputError(f"{path}: its offsets and names do not belong together")
+    for name, begin, end in zip(names, offset, offset[1:]):
+        content = jpeg[begin:end].tobytes()
+        yield str(name), lambda content=content, name=name: load_photo(io.BytesIO(content), f"{path}#{name}")
+
+
+def prepare_photo(read, who: str, source: str, pack: PackWriter) -> dict:
+    """One photo -> a clip of one frame without sound; what became of it. Raises InputError: not a picture."""
+    image = read()
+    try:
+        box = photo_box(image)
+    except InputError as error:
+        return dict(outcome="skipped", reason=str(error))
+    pack.add([crop_face(image, box, pack.size)], np.zeros(0, np.float32), who, source, box, 0.0)
+    return dict(outcome="packed", box=[round(v, 2) for v in box])
 
 
 def prepare_video(path: Path, who: str, pack: PackWriter):
@@ -482,15 +536,50 @@ def prepare_video(path: Path, who: str, pack: PackWriter):
         begin += SEGMENT
 
 
+def inputs(folder: Path, out: Path) -> tuple[list[Path], bool]:
+    """All files below `folder` (or the file itself) in the order of their names, and whether they are photos: an
+    .npz, or a folder in which more than half of the files are named as pictures."""
+    if folder.is_file():
+        return [folder], True
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
+    return paths, 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
+
+
+def outcomes_of(path: Path, name: str, photos: bool, pack: PackWriter, done: set):
+    """One input -> its lines of the manifest: one, or one a picture of an .npz; those in `done` are left out."""
+    parts = Path(name).parts
+    if not photos:
+        outcome = dict(path=name, segments=[])
+        try:
+            for segment in prepare_video(path, parts[0] if len(parts) > 1 else path.stem, pack):
+                outcome["segments"].append(segment)
+        except InputError as error:
+            outcome["reason"] = str(error)
+        yield outcome
+        return
+    for inner, read in read_photos(path):
+        whole = f"{name}#{inner}" if path.suffix == ".npz" else name
+        if whole in done:
+            continue
+        who = str(Path(name).parent) if len(parts) > 1 else Path(inner).stem
+        outcome = dict(path=whole, segments=[])
+        try:
+            outcome["segments"].append(prepare_photo(read, who, f"{path}#{inner}", pack))
+        except InputError as error:
+            outcome["reason"] = str(error)
+        yield outcome
+
+
 def prepare(folder: Path, out: Path, size: int) -> list[dict]:
-    """All files below `folder` -> a pack at `out`; manifest.jsonl there has a line for each, also returned.
+    """All files below `folder`, videos or photos -> a pack at `out`; manifest.jsonl there has a line for each, also
+    returned.
 
     A killed run goes on where it stopped: behind the last file that the manifest names.
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     if detect_faces(np.zeros((64, 64, 3), np.uint8)) is None:
         raise InputError("no face detector's weights are at hand: set TORCH_HOME to where they are")
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
+    paths, photos = inputs(folder, out)
     manifest, lines = out / "manifest.jsonl", []
     if manifest.exists():  # a killed run's last line may be torn
         lines = [line for line in manifest.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -499,20 +588,14 @@ def prepare(folder: Path, out: Path, size: int) -> list[dict]:
     done = {outcome["path"] for outcome in outcomes}
     with PackWriter(out, size, "face", keep=packed) as pack, open(manifest, "ab") as log:
         log.truncate(sum(map(len, lines)))
-        for path in tqdm(paths, "videos", disable=None):
-            name = path.relative_to(folder)
-            if str(name) in done:
+        for path in tqdm(paths, "files", disable=None):
+            name = str(path.relative_to(folder)) if path != folder else path.name
+            if name in done:
                 continue
-            who = str(name.parent) if len(name.parts) > 1 else name.stem
-            outcome = dict(path=str(name), segments=[])
-            try:
-                for segment in prepare_video(path, who, pack):
-                    outcome["segments"].append(segment)
-            except InputError as error:
-                outcome["reason"] = str(error)
-            log.write(json.dumps(outcome).encode() + b"\n")
-            log.flush()
-            outcomes.append(outcome)
+            for outcome in outcomes_of(path, name, photos, pack, done):
+                log.write(json.dumps(outcome).encode() + b"\n")
+                log.flush()
+                outcomes.append(outcome)
         if not pack.sources:
             raise InputError(f"{folder}: no clip in {len(outcomes)} files, {manifest} says why")
     return outcomes
@@ -529,14 +612,15 @@ def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A folder of videos -> a pack to train on.")
-    parser.add_argument("videos", type=Path, help="folder; a folder in it is one person, a file another")
+    parser = argparse.ArgumentParser(description="A folder of videos or photos -> a pack to train on.")
+    help = "folder of videos or of photos; a folder in it is one person, a file another. Or an .npz of JPEGs"
+    parser.add_argument("videos", type=Path, help=help)
     parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
     sizes = dict(type=int, default=128, choices=(32, 64, 128, 256))
     parser.add_argument("--size", **sizes, help="edge of the crops in pixels (default 128)")
     args = parser.parse_args()
-    if not args.videos.is_dir():
-        raise InputError(f"{args.videos}: no such directory")
+    if not args.videos.is_dir() and args.videos.suffix != ".npz":
+        raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
     try:
         outcomes = prepare(args.videos, args.out, args.size)
         pack = Pack(args.out)

@@ -1,5 +1,6 @@
 """Packs give back what went in, items are functions of their number, checkpoints stay whole."""
 
+import io
 import itertools
 import json
 import os
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import audio
 import data
 from audio import InputError, log_mel, mel_windows
 from data import Clips, Frames, Pack, PackWriter, batches, load_checkpoint, save_checkpoint
-from vision import VideoWriter, to_tensor
+from vision import TEMPLATES, VideoWriter, to_tensor
 
 ROOT = Path(data.__file__).parent
 SIZE = 24
@@ -628,12 +630,68 @@ def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, 
 def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(videos, tmp_path):
     data.prepare(videos, tmp_path / "out", 32)
     box = Pack(tmp_path / "out").box[0]
-    side = 64 * 0.6  # the detection's larger side; vision.TEMPLATES["face"]: as large, .03 lower
-    assert np.allclose(
-        box,
-        (32 - side / 2, 32 + 0.03 * side - side / 2, 32 + side / 2, 32 + 0.03 * side + side / 2),
-        atol=0.02,
-    )
+    assert np.allclose(box, data.face_box([(64 * 0.3, 64 * 0.2, 64 * 0.7, 64 * 0.8, 0.9)], "face"), atol=0.02)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Three pictures: one that is the crop already, one with a face in its left half, one without."""
+
+    def detector(image, margins=None):
+        h, w = image.shape[:2]
+        points = np.array(TEMPLATES["face"].points) * h
+        if image.mean() < 30:
+            return []
+        return [(0, 0, h, h, 0.9, *(points + 0.01 * h).ravel())]
+
+    monkeypatch.setattr(data, "detect_faces", detector)
+    folder = tmp_path / "photos"
+    (folder / "anna").mkdir(parents=True)
+    y, x = np.mgrid[:40, :70]
+    wide = np.stack([2 * x + 40, 5 * y, 0 * x + 90], -1).astype(np.uint8)
+    for name, picture in (("anna/1.png", wide[:, :40]), ("anna/2.png", wide), ("black.png", wide * 0)):
+        Image.fromarray(picture).save(folder / name)
+    (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    return folder
+
+
+def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
+    data.prepare(photos, tmp_path / "out", 32)
+    pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
+    assert pack.n_frames.tolist() == [1, 1] and pack.identities == ["anna"] and pack.sound(0).shape == (0,)
+    assert pack.box[0].tolist() == [0, 0, 40, 40]  # square and nearly our crop: whole
+    assert np.allclose(pack.box[1], [0.4, 0.4, 40.4, 40.4], atol=0.01)
+    assert "no face" in lines["black.png"]["segments"][0]["reason"] and "cut.jpg" in lines["cut.jpg"]["reason"]
+    assert Frames(pack, seed=0)[3]["picture"].shape == (3, 32, 32)
+    with pytest.raises(InputError, match="photos only"):
+        Clips(pack, 5, seed=0)
+
+
+def test_an_archive_of_jpegs_is_a_folder_of_photos(photos, tmp_path):
+    files = []
+    for path in ("anna/1.png", "anna/2.png", "black.png"):
+        content = io.BytesIO()
+        Image.open(photos / path).save(content, "JPEG", quality=100, subsampling=0)
+        files.append(content.getvalue())
+    offset = np.cumsum([0, *map(len, files)])
+    jpeg = np.frombuffer(b"".join(files), np.uint8)
+    np.savez(tmp_path / "a.npz", jpeg=jpeg, offset=offset, name=np.array(["x/ö.jpg", "y.jpg", "z.jpg"]))
+    data.prepare(tmp_path / "a.npz", tmp_path / "out", 40)
+    pack = Pack(tmp_path / "out")
+    assert pack.identities == ["ö", "y"] and pack.source(1).endswith("a.npz#y.jpg")
+    assert np.abs(pack.frame(0, 0).astype(int) - np.array(Image.open(photos / "anna/1.png"))).mean() < 2
+    assert "no face" in manifest(tmp_path / "out")["a.npz#z.jpg"]["segments"][0]["reason"]
+    np.savez(tmp_path / "b.npz", jpeg=jpeg, offset=offset)
+    with pytest.raises(InputError, match="b.npz: expected an .npz with jpeg, offset and name"):
+        list(data.read_photos(tmp_path / "b.npz"))
+
+
+def test_windows_are_drawn_from_videos_in_a_pack_that_holds_photos_too(tmp_path):
+    with PackWriter(tmp_path / "mixed", SIZE, "toy") as writer:
+        for i, count in enumerate((1, 20, 1, 1)):
+            writer.add(drawn(count), noise(count, i)[: 640 * count if count > 1 else 0], str(i), "x")
+    clips = Clips(Pack(tmp_path / "mixed"), 5, seed=0)
+    assert {clips[n]["clip"] for n in range(20)} == {1}
 
 
 def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(videos, tmp_path, monkeypatch):

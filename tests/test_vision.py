@@ -544,12 +544,27 @@ def test_face_box_is_square_around_the_face_asked_for():
         and (y0 + y1) / 2 == 45
     )
     x0, y0, x1, y1 = vision.face_box(faces, "face", number=2)
-    assert (
-        x1 - x0 == y1 - y0 == pytest.approx(30 * vision.TEMPLATES["face"].side) and 100 < (x0 + x1) / 2 < 120
-    )
+    side = pytest.approx(30 * vision.TEMPLATES["face"].side)
+    assert x1 - x0 == side and y1 - y0 == side and 100 < (x0 + x1) / 2 < 120
     for number in (0, 3):
         with pytest.raises(InputError, match="--face"):
             vision.face_box(faces, "face", number)
+
+
+def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_says():
+    points = np.array(vision.TEMPLATES["face"].points)
+    for side, x, y in ((80.0, 17.0, 5.0), (33.0, -4.0, 9.5)):
+        wanted = (x, y, x + side, y + side)
+        for box in ((20, 20, 70, 75), (0, 0, 99, 99)):
+            faces = [(*box, 0.9, *(points * side + [x, y]).ravel())]
+            np.testing.assert_allclose(vision.face_box(faces, "face"), wanted, atol=1e-6)
+    # a mouth 3 pixels lower: the square grows and moves a little, least squares against scipy's
+    moved = points * 80 + [0, 0] + np.array([[0, 0], [0, 0], [0, 3.0]])
+    found = vision.face_box([(0, 0, 9, 9, 0.9, *moved.ravel())], "face")
+    from scipy.optimize import least_squares
+
+    best = least_squares(lambda v: (points * v[0] + v[1:] - moved).ravel(), [80.0, 0, 0]).x
+    np.testing.assert_allclose(found, (best[1], best[2], best[1] + best[0], best[2] + best[0]), atol=1e-5)
 
 
 def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
