@@ -56,45 +56,69 @@ class EqualConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
         self.scale, self.stride, self.padding = 1 / math.sqrt(c_in * kernel ** 2), stride, padding
 
-    def forward(self, x):
-        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+    def forward(self, x, bias=None, gain: float = 1.0):  # (N, I, H, W) -> gain * (conv(x) + bias), (N, O, H', W')
+        bias = None if bias is None else bias * gain
+        return F.conv2d(x, self.weight * (self.scale * gain), bias, self.stride, self.padding)
 
 
 class BiasLeakyReLU(nn.Module):
-    """leaky_relu(x + bias, 0.2) * sqrt 2: the gain keeps unit variance."""
+    """leaky_relu(x + bias, 0.2) * sqrt 2: the gain keeps unit variance.
+
+    A leaky ReLU lets a positive gain pass: the layers below scale their weights and `bias` by it and not the result.
+    """
+    gain = math.sqrt(2)
 
     def __init__(self, channels: int):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):  # (N, C, H, W)
-        return F.leaky_relu(x + self.bias[:, None, None], 0.2) * math.sqrt(2)
+    def forward(self, x):  # (N, C, H, W), with gain and bias already in it; overwritten
+        return F.leaky_relu(x, 0.2, inplace=True)
+
+
+class DepthwiseFilter(torch.autograd.Function):
+    """One symmetric 4x4 filter for every channel, stride 1; its gradient is itself with the other padding.
+
+    That holds for the gradient's gradient too, which R1 and path length take: PyTorch's own second derivative of a
+    grouped convolution is a convolution for each channel.
+    """
+
+    @staticmethod
+    def forward(ctx, x, kernel, pad: int):
+        ctx.kernel, ctx.pad = kernel, pad
+        return F.conv2d(x, kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4), padding=pad, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return DepthwiseFilter.apply(gradient, ctx.kernel, 3 - ctx.pad), None, None
 
 
 class Blur(nn.Module):
-    """Depthwise [1,3,3,1] low-pass filter, padded by (before, after); gain 4 makes up for the zeros of an upsampling."""
+    """Depthwise [1,3,3,1] low-pass filter, padded on all sides; gain 4 makes up for the zeros of an upsampling."""
 
-    def __init__(self, pad: tuple[int, int], gain: float = 1.0):
+    def __init__(self, pad: int, gain: float = 1.0):
         super().__init__()
         k = torch.tensor([1.0, 3.0, 3.0, 1.0])  # StyleGAN2 default
         self.register_buffer("kernel", k[:, None] * k[None, :] / 64 * gain)
-        self.pad = (*pad, *pad)
+        self.pad = pad
 
-    def forward(self, x):
-        c = x.shape[1]
-        return F.conv2d(F.pad(x, self.pad), self.kernel.to(x.dtype).expand(c, 1, 4, 4), groups=c)
+    def forward(self, x):  # (N, C, H, W) -> (N, C, H + 2 pad - 3, W + 2 pad - 3)
+        return DepthwiseFilter.apply(x, self.kernel, self.pad)
 
 
-class Upsample(Blur):
-    """Twice the size: zeros between the pixels, then the low-pass filter. The transposed depthwise form of that."""
+class Upsample(nn.Module):
+    """Twice the size: zeros between the pixels, then the low-pass filter with padding (2, 1).
+
+    Each new pixel is 3/4 and 1/4 of two old ones: bilinear interpolation, but for the zeros beyond the edge.
+    """
 
     def __init__(self):
-        super().__init__((2, 1), gain=4.0)
+        super().__init__()
+        self.register_buffer("kernel", Blur(0, gain=4.0).kernel)  # a published key; the interpolation is this filter
 
     def forward(self, x):  # (N, 3, H, W) -> (N, 3, 2H, 2W)
-        c = x.shape[1]
-        y = F.conv_transpose2d(x, self.kernel.to(x.dtype).expand(c, 1, 4, 4), stride=2, groups=c)
-        return y[:, :, 1:-1, 1:-1]
+        x = F.pad(x, (1, 1, 1, 1))
+        return F.interpolate(x, scale_factor=2, mode="bilinear")[:, :, 2:-2, 2:-2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,33 +138,37 @@ class ModulatedConv2d(nn.Module):
         self.scale, self.padding = 1 / math.sqrt(c_in * kernel ** 2), kernel // 2
         self.demodulate, self.up = demodulate, up
         if up:
-            self.blur = Blur((1, 1), gain=4.0)
+            self.blur = Blur(1, gain=4.0)
 
-    def convolve(self, x, weight):  # (N, I, H, W), (O, I, k, k) -> (N, O, H, W) or (N, O, 2H+1, 2W+1) before the blur
+    def convolve(self, x, weight):  # (N, I, H, W), (O, I, k, k) -> (N, O, H', W')
         if self.up:
-            return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+            return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))  # 2H + 1, and 2H after the blur
         return F.conv2d(x, weight, padding=self.padding)
+
+    def unscaled(self, x, style, delta=None):
+        """The result before demodulation (N, O, H', W'), and the factors that demodulate it (N, O), in fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            s = self.modulation(style.to(self.weight.dtype))                    # (N, I)
+            weight = self.weight[0]                                             # (O, I, k, k)
+            if delta is None:
+                variance = s.square() @ weight.square().sum((2, 3)).t()         # (N, O)
+            else:
+                weight = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, k, k)
+                per_clip = s.square().unflatten(0, (len(delta), -1))            # (B, T, I)
+                variance = (per_clip @ weight.square().sum((3, 4)).transpose(1, 2)).flatten(0, 1)
+            demodulation = torch.rsqrt(self.scale ** 2 * variance + 1e-8)
+        x, weight = x * (s * self.scale).to(x.dtype)[:, :, None, None], weight.to(x.dtype)
+        if delta is None:
+            return self.convolve(x, weight), demodulation
+        return torch.cat([self.convolve(x_b, w_b) for x_b, w_b in zip(x.chunk(len(delta)), weight)]), demodulation
 
     def forward(self, x, style, delta=None):
         """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, k, k) or None -> (N, O, H', W').
 
         delta is HyperStyle's relative change of the weights, W (1 + delta), of B clips of N / B frames each.
         """
-        s = self.modulation(style)                                              # (N, I)
-        weight = self.weight[0]                                                 # (O, I, k, k)
-        x = x * (s * self.scale).to(x.dtype)[:, :, None, None]
-        if delta is None:
-            y = self.convolve(x, weight.to(x.dtype))
-            variance = s.square() @ weight.square().sum((2, 3)).t()             # (N, O)
-        else:
-            B = len(delta)
-            changed = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, k, k)
-            y = torch.cat([self.convolve(x_b, w_b.to(x.dtype)) for x_b, w_b in zip(x.chunk(B), changed)])
-            per_clip = s.square().unflatten(0, (B, -1))                         # (B, T, I)
-            variance = (per_clip @ changed.square().sum((3, 4)).transpose(1, 2)).flatten(0, 1)
-        if self.demodulate:
-            y = y * torch.rsqrt(self.scale ** 2 * variance + 1e-8).to(y.dtype)[:, :, None, None]
-        return self.blur(y) if self.up else y
+        y, demodulation = self.unscaled(x, style, delta)
+        return y * demodulation.to(y.dtype)[:, :, None, None] if self.demodulate else y
 
 
 class NoiseInjection(nn.Module):
@@ -148,13 +176,13 @@ class NoiseInjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))  # one strength a layer
 
-    def forward(self, x, noise="random"):
-        """noise (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
+    def forward(self, x, noise="random", gain: float = 1.0):
+        """x (N, C, H, W), overwritten; noise (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
         if isinstance(noise, str) and noise == "off":
             return x
         if isinstance(noise, str):
             noise = torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device, dtype=x.dtype)
-        return x + self.weight.to(x.dtype) * noise.to(x.dtype)
+        return x.add_((self.weight * gain * noise).to(x.dtype))
 
 
 class StyledConv(nn.Module):
@@ -165,7 +193,11 @@ class StyledConv(nn.Module):
         self.activate = BiasLeakyReLU(c_out)
 
     def forward(self, x, style, noise="random", delta=None):
-        return self.activate(self.noise(self.conv(x, style, delta), noise))
+        y, demodulation = self.conv.unscaled(x, style, delta)
+        gain = self.activate.gain
+        factor, bias = (demodulation * gain).to(y.dtype), (self.activate.bias * gain).to(y.dtype)
+        y = torch.addcmul(bias[:, None, None], y, factor[:, :, None, None])     # demodulation and bias in one pass
+        return self.activate(self.noise(y, noise, gain))
 
 
 class ToRGB(nn.Module):
@@ -285,22 +317,34 @@ def mix_styles(w1, w2, L: int, crossover: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # discriminator
 
-def conv_layer(c_in: int, c_out: int, kernel: int, down: bool = False, activate: bool = True) -> nn.Sequential:
+class ConvLayer(nn.Sequential):
     """EqualConv2d, after a blur and with stride 2 where it halves the size, and bias + leaky ReLU where it activates."""
-    pad = (2, 2) if kernel == 3 else (1, 1)
-    conv = EqualConv2d(c_in, c_out, kernel, 2, 0) if down else EqualConv2d(c_in, c_out, kernel, 1, kernel // 2)
-    return nn.Sequential(*([Blur(pad)] if down else []), conv, *([BiasLeakyReLU(c_out)] if activate else []))
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, down: bool = False, activate: bool = True):
+        conv = EqualConv2d(c_in, c_out, kernel, 2, 0) if down else EqualConv2d(c_in, c_out, kernel, 1, kernel // 2)
+        blur = [Blur(2 if kernel == 3 else 1)] if down else []
+        super().__init__(*blur, conv, *([BiasLeakyReLU(c_out)] if activate else []))
+        self.down, self.activate = down, activate
+
+    def forward(self, x, gain: float = 1.0):  # gain times the layer's result
+        if self.down:
+            x = self[0](x)
+        if not self.activate:
+            return self[-1](x, gain=gain)
+        conv, activate = self[-2], self[-1]
+        return activate(conv(x, activate.bias, gain * activate.gain))
 
 
 class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.conv1 = conv_layer(c_in, c_in, 3)
-        self.conv2 = conv_layer(c_in, c_out, 3, down=True)
-        self.skip = conv_layer(c_in, c_out, 1, down=True, activate=False)
+        self.conv1 = ConvLayer(c_in, c_in, 3)
+        self.conv2 = ConvLayer(c_in, c_out, 3, down=True)
+        self.skip = ConvLayer(c_in, c_out, 1, down=True, activate=False)
 
     def forward(self, x):  # (N, C, H, W) -> (N, C', H/2, W/2)
-        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+        half = 1 / math.sqrt(2)
+        return self.conv2(self.conv1(x), half) + self.skip(x, half)
 
 
 def minibatch_stddev(x, group: int = 4):
@@ -326,8 +370,8 @@ class Discriminator(nn.Module):
         resolutions = [2 ** i for i in range(int(math.log2(size)), 1, -1)]            # size, .., 8, 4
         ch = [channels_at(res, base, cap) for res in resolutions]
         self.size = size
-        self.convs = nn.Sequential(conv_layer(3, ch[0], 1), *(ResBlock(a, b) for a, b in zip(ch, ch[1:])))
-        self.final_conv = conv_layer(ch[-1] + 1, ch[-1], 3)
+        self.convs = nn.Sequential(ConvLayer(3, ch[0], 1), *(ResBlock(a, b) for a, b in zip(ch, ch[1:])))
+        self.final_conv = ConvLayer(ch[-1] + 1, ch[-1], 3)
         self.final_linear = nn.Sequential(EqualLinear(ch[-1] * 16, ch[-1], activate=True), EqualLinear(ch[-1], 1))
 
     def features(self, x) -> list:

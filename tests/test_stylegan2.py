@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from stylegan2 import (
     Blur,
+    ConvLayer,
     Discriminator,
     EqualLinear,
     Generator,
     ModulatedConv2d,
+    ResBlock,
+    StyledConv,
     Upsample,
     add_map,
     minibatch_stddev,
@@ -68,7 +71,52 @@ def test_upsample_is_zeros_between_pixels_and_a_filter():
 
 
 def test_blur_keeps_a_constant():
-    assert Blur((2, 2))(torch.ones(1, 2, 9, 11))[:, :, 4:-4, 4:-4].sub(1).abs().max() < 1e-6
+    assert Blur(2)(torch.ones(1, 2, 9, 11))[:, :, 4:-4, 4:-4].sub(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("pad", [1, 2])
+def test_blur_has_the_right_first_and_second_derivative(pad):
+    x = torch.randn(2, 3, 5, 6).double().requires_grad_()
+    blur = Blur(pad, gain=4.0).double()
+    assert torch.autograd.gradcheck(blur, x)
+    assert torch.autograd.gradgradcheck(lambda x: blur(x).square(), x)
+    want = F.conv2d(F.pad(x, (pad,) * 4), blur.kernel.expand(3, 1, 4, 4), groups=3)
+    torch.testing.assert_close(blur(x), want)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_styled_layer_is_convolution_then_noise_then_bias_then_activation(up):
+    """The gain that lies in factor, noise and bias is the one that the paper's layer multiplies its result by."""
+    torch.manual_seed(0)
+    layer = StyledConv(6, 5, 7, up).double()
+    torch.nn.init.normal_(layer.activate.bias)
+    torch.nn.init.normal_(layer.noise.weight)
+    x, style = torch.randn(3, 6, 8, 10).double(), torch.randn(3, 7).double()
+    noise = torch.randn(1, 1, 16, 20).double() if up else torch.randn(3, 1, 8, 10).double()
+    y = naive_modulated(layer.conv, x, style) + layer.noise.weight * noise + layer.activate.bias[:, None, None]
+    torch.testing.assert_close(layer(x, style, noise), torch.where(y > 0, y, 0.2 * y) * math.sqrt(2))
+
+
+def naive_conv(layer: ConvLayer, x):
+    """[1,3,3,1] blur, strided convolution with He's constant, bias, leaky ReLU with gain: one after the other."""
+    *blur, conv = [m for m in layer if hasattr(m, "kernel") or hasattr(m, "weight")]
+    for b in blur:
+        k = torch.tensor([1.0, 3, 3, 1], dtype=x.dtype) / 8
+        x = F.conv2d(F.pad(x, (b.pad,) * 4), (k[:, None] * k).expand(x.shape[1], 1, 4, 4), groups=x.shape[1])
+    y = F.conv2d(x, conv.weight / math.sqrt(conv.weight[0].numel()), stride=2 if blur else 1, padding=0 if blur else 1)
+    if not layer.activate:
+        return y
+    return F.leaky_relu(y + layer[-1].bias[:, None, None], 0.2) * math.sqrt(2)
+
+
+def test_residual_block_is_the_mean_of_two_paths_times_root_two():
+    torch.manual_seed(0)
+    block, x = ResBlock(4, 5).double(), torch.randn(3, 4, 8, 12).double()
+    for layer in (block.conv1, block.conv2):
+        torch.nn.init.normal_(layer[-1].bias)
+    want = (naive_conv(block.conv2, naive_conv(block.conv1, x)) + naive_conv(block.skip, x)) / math.sqrt(2)
+    assert want.shape == (3, 5, 4, 6)
+    torch.testing.assert_close(block(x), want)
 
 
 def test_equalised_layer_scales_by_he_and_learning_rate():
