@@ -30,8 +30,18 @@ from torch import nn
 
 from audio import AudioEncoder, InputError
 from data import load_checkpoint
-from stylegan2 import Generator, n_styles
-from vision import GradualStyleEncoder, HyperNetwork, HyperStyleNet, VisualEncoder, WEncoder, mask_mouth
+from stylegan2 import Generator, generator_shape, load_rosinality, load_strictly, n_styles
+from vision import (
+    GradualStyleEncoder,
+    HyperNetwork,
+    HyperStyleNet,
+    VisualEncoder,
+    WEncoder,
+    load_encoder,
+    load_hypernet,
+    mask_mouth,
+    parts_of,
+)
 
 
 @dataclasses.dataclass
@@ -416,6 +426,58 @@ def blinks(idle, reach: int = 6):
     brief = idle - around.unfold(2, 2 * reach + 1, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)
     return brief * (size / size.median().clamp_min(1e-6) - 2.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def mean_w(generator: Generator, n: int = 4096):
+    """The mean of n mapped z, (D,): where an encoder's codes start from"""
+    device = generator.input.input.device
+    return generator.mapping(torch.randn(n, generator.dim, device=device)).mean(0)
+
+
+def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
+    """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px.
+
+    Args:
+        generator: checkpoint of rosinality's StyleGAN2 (g_ema is taken, or g; and d).
+        encoder: of pSp, of HyperStyle's W encoder, or ArcFace's IR-SE50 (the trunk that pSp starts from).
+        hyper: of HyperStyle. It and encoder may hold the generator that they were trained with, which is taken where
+            none is given and its size is right.
+
+    Returns:
+        (what Config must be for them, {"generator", "D", "encoder", "hyper": network}, those that there are). Where no
+        file has a latent_avg, the encoder's is NaN.
+
+    Raises:
+        InputError: a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together.
+    """
+    networks, decoder, source = {}, None, generator or encoder or hyper
+    if generator:
+        found = load_rosinality(generator, size)
+        if not {"g", "g_ema"} & set(found):
+            raise InputError(f"{generator}: no generator in it")
+        networks = dict(generator=found.get("g_ema", found.get("g"))) | ({"D": found["d"]} if "d" in found else {})
+    if encoder:
+        networks["encoder"], decoder = load_encoder(encoder, n_styles(size))
+    if hyper and not (generator or decoder):
+        decoder, source = parts_of(hyper)[1].get("decoder"), hyper
+    shape = generator_shape(decoder, source) if decoder and not generator else {}
+    if shape.get("size") == size:
+        networks["generator"] = load_strictly(Generator(**shape), decoder, f"{source}, decoder")
+    changes = {}
+    if encoder:
+        kind = "w" if isinstance(networks["encoder"], WEncoder) else "psp"
+        changes = dict(encoder=kind, encoder_width=len(networks["encoder"].input_layer[0].weight))
+    if "generator" in networks:
+        changes |= generator_shape(networks["generator"].state_dict(), source) | dict(noise=True, map_code=0)
+        if encoder and networks["encoder"].latent_avg.shape[1] != changes["dim"]:
+            raise InputError(f"{encoder}: its codes are not of the generator's {changes['dim']} numbers")
+    if hyper:
+        if "generator" not in networks:
+            raise InputError(f"{hyper}: its generator of {size} px is neither in it nor given with --generator")
+        networks["hyper"], form, _ = load_hypernet(hyper, changed_layers(networks["generator"]))
+        changes |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
+    return changes, networks
 
 
 def load_model(path: str, device="cpu") -> FCTFG:

@@ -18,6 +18,7 @@ which the sync expert can judge, and many clips of one frame, which teach people
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -33,8 +34,8 @@ from tqdm import tqdm
 import losses
 from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Pack, batches, load_checkpoint, save_checkpoint
-from fusion import FCTFG, Config, middle, pick_device
-from stylegan2 import Discriminator, mix_styles
+from fusion import FCTFG, Config, mean_w, middle, pick_device, published
+from stylegan2 import Discriminator, mix_styles, read_weights
 from syncnet import load_sync, revision, sync_loss, toy_pack
 from vision import TEMPLATES, VideoWriter, to_tensor, to_uint8
 
@@ -55,11 +56,21 @@ def parse(argv=None):
     p.add_argument("--motion", default="direct", choices=("direct", "paper"),
                    help="form of the motion encoder, see fusion.py")
     p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
-    p.add_argument("--sync", help="sync expert for stage 3 (default: sync.pt in --out)")
+    p.add_argument("--sync", help="sync expert for stage 3, ours or Wav2Lip's (default: sync.pt in --out)")
+    # published files that stand in for what is trained here, and for downloads
+    p.add_argument("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
+    p.add_argument("--encoder", help="pSp's checkpoint (the first styles of a larger one), HyperStyle's W encoder, "
+                   "or ArcFace's IR-SE50 for the trunk alone; with --generator in place of stage 2")
+    p.add_argument("--hyper", help="HyperStyle's checkpoint; its generator is taken if no other is given")
+    p.add_argument("--vgg", help="your copy of VGG19 for --w-vgg")
+    p.add_argument("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="your copies of LPIPS's two files for --w-lpips")
+    p.add_argument("--arcface", help="your copy of ArcFace's IR-SE50 for --w-arcface")
     # how long and how fast
     p.add_argument("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
     p.add_argument("--hyper-share", type=float, default=0.0,
                    help="stage 2: share of the steps for the hypernetwork; 0: none")
+    p.add_argument("--refine", type=int, help="refinements of a photo's weight changes by the hypernetwork, 0: leave the "
+                   "weights alone; default: 5 at 256 px, as HyperStyle, else 2, or as in the stage before")
     p.add_argument("--batch", type=int, default=16, help="pictures a step")
     p.add_argument("--lr", type=float, default=1e-3, help="rate of ordinary layers (stages 2, 3)")
     p.add_argument("--lr-gan", type=float, default=4e-3, help="rate of layers with equalised learning rate")
@@ -72,7 +83,8 @@ def parse(argv=None):
     for name, default, note in (
             ("orth", 0.1, "orthogonality"), ("sync", 0.3, "sync"),
             ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
-            ("vgg", 0.0, "perceptual, VGG19 (downloads it)"),
+            ("l2", 0.0, "squared error. pSp and HyperStyle: --w-l2 1 --w-lpips .8 --w-arcface .1, all others 0"),
+            ("vgg", 0.0, "perceptual, VGG19 (downloads it)"), ("lpips", 0.0, "perceptual, LPIPS on VGG16 (downloads it)"),
             ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
             ("feat", 0.2, "perceptual, features of stage 1's discriminator"), ("adv", 0.01, "adversarial, stage 3"),
             ("mouth", 3.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
@@ -132,12 +144,16 @@ def picture_terms(nets, out, args):
     boxes = ((template.mouth, args.w_mouth), (template.eyes, args.w_eyes))
     real, fake = out["real"], out["fake"]
     terms = dict(rec=losses.reconstruction_loss(fake, real, boxes))
-    if args.w_feat:
+    if args.w_feat and "critic" in nets:
         with torch.no_grad():
             real_maps = nets["critic"].features(real)
         terms["feat"] = losses.perceptual_loss(nets["critic"].features(fake), real_maps)
+    if args.w_l2:
+        terms["l2"] = (fake - real).square().mean()
     if args.w_vgg:
         terms["vgg"] = losses.perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
+    if args.w_lpips:
+        terms["lpips"] = nets["lpips"](fake, real).mean()
     if args.w_arcface:
         terms["arcface"] = losses.identity_loss(nets["arcface"](fake), nets["arcface"](real))
     elif args.w_id:
@@ -179,10 +195,8 @@ TERMS = {1: terms_stage1, 2: terms_stage2, 3: terms_stage3}
 @torch.no_grad()
 def start_encoder(model, pack, device, most=3000):
     """Stage 2: mean w of the generator, principal components of training pictures for the linear path."""
-    G = model.generator
-    w = G.mapping(torch.randn(4096, G.dim, device=device))
-    model.encoder.latent_avg.copy_(w.mean(0).expand(G.L, -1))
-    if model.encoder.linear_down is not None:
+    model.encoder.latent_avg.copy_(mean_w(model.generator))
+    if getattr(model.encoder, "linear_down", None) is not None:
         pictures = Frames(pack, seed=1)
         n = max(2 * len(model.encoder.linear_down.weight), min(most, int(np.sum(pack.n_frames))))
         model.encoder.start_linear(torch.stack([pictures[i]["picture"] for i in range(n)]).to(device))
@@ -217,13 +231,13 @@ def start_motion_space(model, pack, device, clips=300, per_clip=16, ridge=0.02):
     """
     rng = np.random.default_rng(2)
     chosen = rng.permutation(len(pack))[:clips]
-    pictures = []                                                                      # per clip (K, 3, H, W)
+    z, z_masked = [], []                                                               # per clip (K, L, D)
     for c in chosen:
         length = int(pack.n_frames[c])
         seen = np.sort(rng.choice(length, min(per_clip, length), replace=False))
-        pictures.append(to_tensor(pack.frames(c, seen)))
-    z = [model.encoder(x.to(device)) for x in pictures]                                # per clip (K, L, D)
-    z_masked = [model.encode_driving(x[None].to(device))[0] for x in pictures]
+        x = to_tensor(pack.frames(c, seen)).to(device)                                 # (K, 3, H, W)
+        z.append(model.encoder(x))
+        z_masked.append(model.encode_driving(x[None])[0])
     model.set_statistics(torch.cat(z), torch.cat(z_masked))
     deviation = torch.cat([codes - codes.mean(0) for codes in z]).flatten(1)           # (n, L * D)
     canonical, motion = model.canonical, model.motion
@@ -243,10 +257,16 @@ def reduced_rank_regression(x, y, rank, ridge):
     x (n, i), y (n, o) -> down (rank, i), up (o, rank)
     """
     x, y = x.double(), y.double()
-    gram = x.t() @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    full = torch.linalg.solve(gram, x.t() @ y)                                         # (i, o)
+    n, i = x.shape
+    gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
+    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    full = x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)  # (i, o)
     fitted = x @ full
-    _, v = torch.linalg.eigh(fitted.t() @ fitted)                                      # ascending
+    if n < y.shape[1]:
+        power, u = torch.linalg.eigh(fitted @ fitted.t())                              # ascending
+        v = fitted.t() @ u / power.clamp_min(1e-12 * power[-1]).sqrt()
+    else:
+        _, v = torch.linalg.eigh(fitted.t() @ fitted)
     v = v[:, -rank:].flip(1)                                                           # (o, rank): where most of it moves
     down = full @ v
     std = (x @ down).std(0).clamp_min(1e-6)
@@ -261,7 +281,8 @@ def collect_idle(model, pack, device):
     n, T, _ = model.motion.idle.shape
     walks = []
     for c in np.flatnonzero(np.asarray(pack.n_frames) >= T)[:64]:
-        pose = model.motion.pose(model.encode_driving(to_tensor(pack.frames(c, range(T)))[None].to(device)))[0]
+        frames = to_tensor(pack.frames(c, range(T))).split(16)                         # memory does not grow with T
+        pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in frames])
         walks.append(pose - pose[:1])                                                  # (T, P)
     walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: those near the photo
     for i, walk in enumerate(walks[:n]):
@@ -272,44 +293,71 @@ def collect_idle(model, pack, device):
 # the loop
 
 def build(args, pack, device, saved=None):
-    """Networks of the stage, from nothing, from the stage before, or as they were saved -> (nets, ema). nets["model"] is
-    what is trained."""
+    """Networks of the stage, from nothing, from the stage before or published files, or as they were saved
+    -> (nets, ema). nets["model"] is what is trained."""
+    changes, parts = ({}, {}) if saved else published(args.size, args.generator, args.encoder, args.hyper)
     before = None
-    if args.stage > 1 and not saved:
+    if args.stage > 1 and not saved and (args.init or "generator" not in parts):
         path = args.init or os.path.join(args.out, f"stage{args.stage - 1}.pt")
         before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
         if before["config"]["size"] != args.size:
             raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
-    config = Config.at(args.size, template=pack.template, motion=args.motion)
-    if before and args.stage == 3:
-        config.hyper = Config.load(before["config"]).hyper
-    elif not args.hyper_share:
-        config.hyper = "none"
-    model = FCTFG(Config.load(saved["config"]) if saved else config, generator_only=args.stage == 1).to(device)
+    config = Config.load(saved["config"]) if saved else shape(args, pack, before, changes)
+    model = FCTFG(config, generator_only=args.stage == 1).to(device)
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
-    if args.stage > 1:
-        nets["critic"] = losses.freeze(copy.deepcopy(nets["D"]))                      # stage 1's: it knows texture
-        nets["judge"] = losses.SmallFaceJudge().to(device)
     if before:
         for name in ("generator", "encoder", "maps", "hyper")[:1 if args.stage == 2 else 4]:  # what was trained before
             part = getattr(model, name)
-            if part is not None:
+            if part is not None and name not in parts:
                 prefix = name + "."
                 averaged = before["ema"]["model"].items()
                 part.load_state_dict({k[len(prefix):]: v for k, v in averaged if k.startswith(prefix)})
         nets["D"].load_state_dict(before["networks"]["D"])
-    if before and args.stage == 2:
-        nets["critic"].load_state_dict(before["networks"]["D"])
-        start_encoder(model, pack, device)
-        nets["judge"] = train_judge(pack, device, args.seed)
-    if before and args.stage == 3:
-        for name in ("critic", "judge"):
-            nets[name].load_state_dict(before["networks"][name])
-        start_motion_space(model, pack, device)
-    if "judge" in nets:
-        losses.freeze(nets["judge"])
+    for name, network in parts.items():
+        target = nets["D"] if name == "D" else getattr(model, name)
+        if target is not None:
+            target.load_state_dict(network.state_dict())
+    if args.stage > 1 and not saved:
+        start(args, nets, pack, device, before["networks"] if before else {}, parts)
+    for name in ("critic", "judge"):
+        if saved and name in saved["networks"]:                                       # filled by `restore`
+            nets[name] = (copy.deepcopy(nets["D"]) if name == "critic" else losses.SmallFaceJudge().to(device))
+        if name in nets:
+            losses.freeze(nets[name])
     return nets, copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def shape(args, pack, before, changes) -> Config:
+    """The dial's, or that of the stage before, with what published files demand; a hypernetwork where one is trained"""
+    dial = Config.at(args.size)
+    config = Config.load(before["config"]) if before else dial
+    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **changes)
+    if "hyper" not in changes and (args.stage == 2 or not before):
+        config.hyper = dial.hyper if args.stage == 2 and args.hyper_share else "none"
+    if args.refine is not None:
+        config.refine = args.refine
+    return config
+
+
+def start(args, nets, pack, device, known, parts):
+    """What stages 2 and 3 begin with: judges (of the stage before: `known`), the encoder's mean, the motion space"""
+    model = nets["model"]
+    texture = known.get("critic", known.get("D"))                                      # stage 1's D knows texture
+    if texture or "D" in parts:
+        nets["critic"] = copy.deepcopy(nets["D"])
+        nets["critic"].load_state_dict(texture or parts["D"].state_dict())
+    if args.stage == 2 and "encoder" not in parts:
+        start_encoder(model, pack, device)
+    if model.encoder.latent_avg.isnan().any():                                         # a file without one
+        model.encoder.latent_avg.copy_(mean_w(model.generator))
+    if "judge" in known:
+        nets["judge"] = losses.SmallFaceJudge().to(device)
+        nets["judge"].load_state_dict(known["judge"])
+    elif not args.w_arcface:
+        nets["judge"] = train_judge(pack, device, args.seed)
+    if args.stage == 3:
+        start_motion_space(model, pack, device)
 
 
 def optimisers(nets, args):
@@ -417,7 +465,7 @@ def main(argv=None):
     saved = load_checkpoint(checkpoint_path, f"stage{args.stage}", map_location=device) if args.resume else None
     sync = None
     if args.stage == 3 and args.w_sync:
-        sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
+        sync = listener(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
     pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
@@ -426,10 +474,7 @@ def main(argv=None):
     nets, ema = build(args, pack, device, saved)
     model = nets["model"]
     nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
-    if args.w_vgg:
-        nets["vgg"] = losses.vgg19(device)
-    if args.w_arcface:
-        nets["arcface"] = losses.arcface(device)
+    nets |= published_judges(args, device)
     hyper_from = args.steps - round(args.hyper_share * args.steps) if args.stage == 2 else args.steps + 1
     start = 0
     if saved:
@@ -536,6 +581,25 @@ def lr_factor(step, args):
     if args.stage == 1:
         return 1.0  # StyleGAN2 default: a constant rate, the average does the settling
     return min(1.0, (step - a + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - a) / max(1, b - a))))
+
+
+def published_judges(args, device) -> dict:
+    """The frozen judges that a weight asks for, from the user's files or fetched"""
+    judges = {}
+    if args.w_vgg:
+        judges["vgg"] = losses.vgg19(device, args.vgg)
+    if args.w_lpips:
+        judges["lpips"] = losses.lpips(device, *(args.lpips or ()))
+    if args.w_arcface:
+        judges["arcface"] = losses.arcface(device, args.arcface)
+    return judges
+
+
+def listener(path, device, size):
+    """The sync expert in a file: ours, or the published one of Wav2Lip"""
+    if "state_dict" in read_weights(path):
+        return losses.wav2lip_expert(device, path)
+    return load_sync(path, device, size)
 
 
 def save(path, step, nets, ema, opt_g, opt_d, args):

@@ -875,19 +875,21 @@ def load_encoder(path: str | Path, L: int) -> tuple[nn.Module, dict | None]:
         InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
     """
     beside, parts = parts_of(path)
-    state = parts.get("encoder") or parts.get("", {})
-    if "output_layer.3.weight" in state:
-        encoder = GradualStyleEncoder(L)
+    state, arcface = parts.get("encoder") or parts.get("", {}), False
+    try:
+        width, arcface = len(state["input_layer.0.weight"]), "output_layer.3.weight" in state
+        last = "output_layer.3" if arcface else "styles.0.linear" if "styles.0.linear.weight" in state else "linear"
+        dim = len(state[f"{last}.weight"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: no encoder of pSp or HyperStyle, and no ArcFace: no {error} in it") from None
+    encoder = (WEncoder if last == "linear" else GradualStyleEncoder)(L, dim, width)
+    if arcface:
         trunk = {key: value for key, value in state.items() if not key.startswith("output_layer.")}
         state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("input_layer.", "body."))} | trunk
-    else:
-        encoder = (GradualStyleEncoder if any(key.startswith("styles.") for key in state) else WEncoder)(L)
-        surplus = tuple(f"styles.{i}." for i in range(L, 18))                 # 18: the styles of 1024 px
-        state = {key: value for key, value in state.items() if not key.startswith(surplus)}
+    surplus = tuple(f"styles.{i}." for i in range(L, 18))                      # 18: the styles of 1024 px
+    state = {key: value for key, value in state.items() if not key.startswith(surplus)}
     mean = beside.get("latent_avg")
-    if not isinstance(mean, torch.Tensor):
-        mean = torch.full((512,), torch.nan)
-    mean = mean.float().reshape(-1, mean.shape[-1])
+    mean = mean.float().reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
     state["latent_avg"] = mean.expand(L, -1) if len(mean) == 1 else mean[:L]   # (1, D): a file made in W
     return load_strictly(encoder, state, path), parts.get("decoder")
 
@@ -899,7 +901,8 @@ def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, d
     """
     _, parts = parts_of(path)
     state = parts.get("hypernet")
-    if not state:
+    if not state or "conv1.weight" not in state:
         raise InputError(f"{path}: no HyperStyle checkpoint: no 'hypernet.' weights in it")
     form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
-    return load_strictly(HyperStyleNet(layers, form), state, path), form, parts.get("decoder")
+    network = HyperStyleNet(layers, form, width=len(state["conv1.weight"]))
+    return load_strictly(network, state, path), form, parts.get("decoder")

@@ -1,11 +1,14 @@
 """StyleGAN2's layers against naive float64 references, and the mathematics that the training relies on."""
 
+import argparse
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from audio import InputError
 from stylegan2 import (
     Blur,
     ConvLayer,
@@ -17,9 +20,11 @@ from stylegan2 import (
     StyledConv,
     Upsample,
     add_map,
+    load_rosinality,
     minibatch_stddev,
     mix_styles,
     n_styles,
+    save_rosinality,
 )
 
 
@@ -212,3 +217,237 @@ def test_discriminator_features_halve_down_to_four():
     D, x = Discriminator(32, base=512, cap=32), torch.randn(3, 3, 32, 32)
     assert [f.shape[-1] for f in D.features(x)] == [16, 8, 4]
     assert D(x).shape == (3, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# whole networks in rosinality's names, against a float64 restatement of the papers on nothing but the file's tensors
+
+
+def filtered(x, up=1, pad=(0, 0)):
+    """Zeros between pixels, padding, the [1,3,3,1] filter (gain up^2) as a sum of shifted pictures."""
+    N, C, H, W = x.shape
+    y = x.new_zeros(N, C, H * up, W * up)
+    y[:, :, ::up, ::up] = x
+    y = F.pad(y, (*pad, *pad))
+    k = [1 / 8, 3 / 8, 3 / 8, 1 / 8]
+    h, w = y.shape[2] - 3, y.shape[3] - 3
+    out = sum(k[i] * k[j] * y[:, :, i:i + h, j:j + w] for i in range(4) for j in range(4))
+    return out * up ** 2
+
+
+def equalised(s, name, x, lr_mul=1.0):
+    weight = s[f"{name}.weight"]
+    return x @ weight.t() * lr_mul / math.sqrt(weight.shape[1]) + s[f"{name}.bias"] * lr_mul
+
+
+def lrelu(x):
+    return torch.where(x > 0, x, 0.2 * x) * math.sqrt(2)
+
+
+def reference_mapping(s, z):
+    x = z / (z.square().mean(1, keepdim=True) + 1e-8).sqrt()
+    for i in range(1, 1 + sum(k.startswith("style.") and k.endswith("weight") for k in s)):
+        x = lrelu(equalised(s, f"style.{i}", x, 0.01))
+    return x
+
+
+def reference_modulated(s, name, x, style, up=False, demodulate=True, delta=None):
+    weight = s[f"{name}.weight"][0]
+    out = []
+    for n in range(len(x)):  # every sample has weights of its own
+        w = weight / math.sqrt(weight[0].numel()) * (1 if delta is None else 1 + delta[n])
+        w = w * equalised(s, f"{name}.modulation", style[n])[None, :, None, None]
+        if demodulate:
+            w = w / (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if up:
+            y = F.conv_transpose2d(x[n:n + 1], w.transpose(0, 1), stride=2)
+            y = filtered(y, pad=(1, 1)) * 4
+        else:
+            y = F.conv2d(x[n:n + 1], w, padding=w.shape[-1] // 2)
+        out.append(y)
+    return torch.cat(out)
+
+
+def reference_generator(s, w_plus, noise, deltas=None):
+    """rosinality's order: conv1, to_rgb1, then for each size an upsampling layer, a plain one and its toRGB."""
+    deltas = deltas or [None] * len(noise)
+    x, k = s["input.input"].expand(len(w_plus), -1, -1, -1), 0
+
+    def styled(name, x, style, up, k):
+        x = reference_modulated(s, f"{name}.conv", x, style, up, delta=deltas[k])
+        return lrelu(x + s[f"{name}.noise.weight"] * noise[k] + s[f"{name}.activate.bias"][:, None, None])
+
+    def to_rgb(name, x, style):
+        return reference_modulated(s, f"{name}.conv", x, style, demodulate=False) + s[f"{name}.bias"]
+
+    x = styled("conv1", x, w_plus[:, 0], False, 0)
+    rgb = to_rgb("to_rgb1", x, w_plus[:, 1])
+    for k in range(1, len(noise), 2):
+        x = styled(f"convs.{k - 1}", x, w_plus[:, k], True, k)
+        x = styled(f"convs.{k}", x, w_plus[:, k + 1], False, k + 1)
+        rgb = filtered(rgb, up=2, pad=(2, 1)) + to_rgb(f"to_rgbs.{k // 2}", x, w_plus[:, k + 2])
+    return rgb
+
+
+def reference_discriminator(s, x):
+    def conv(name, x, pad=0, stride=1):
+        w = s[f"{name}.weight"]
+        return F.conv2d(x, w / math.sqrt(w[0].numel()), padding=pad, stride=stride)
+
+    def act(name, x):
+        return lrelu(x + s[f"{name}.bias"][:, None, None])
+
+    x = act("convs.0.1", conv("convs.0.0", x))
+    for i in range(1, sum(k.endswith("skip.1.weight") for k in s) + 1):
+        y = act(f"convs.{i}.conv1.1", conv(f"convs.{i}.conv1.0", x, 1))
+        y = act(f"convs.{i}.conv2.2", conv(f"convs.{i}.conv2.1", filtered(y, pad=(2, 2)), stride=2))
+        x = (y + conv(f"convs.{i}.skip.1", filtered(x, pad=(1, 1)), stride=2)) / math.sqrt(2)
+    N = len(x)
+    group = next(g for g in (4, 3, 2, N) if N % g == 0)
+    groups = [x[n % (N // group)::N // group] for n in range(N)]
+    deviation = torch.stack([(members.var(0, unbiased=False) + 1e-8).sqrt().mean() for members in groups])
+    x = torch.cat([x, deviation[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
+    x = act("final_conv.1", conv("final_conv.0", x, 1)).flatten(1)
+    return equalised(s, "final_linear.1", lrelu(equalised(s, "final_linear.0", x)))
+
+
+def alive(network, seed=0):
+    """Random weights everywhere, biases and noise strengths too; (network, its tensors in float64)"""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in network.named_parameters():
+        torch.nn.init.normal_(p, std=0.5 if name.endswith(("bias", "noise.weight")) else 1.0, generator=g)
+        if ".modulation.bias" in name:
+            p.data += 1
+        if name.startswith("style."):
+            p.data *= 100
+    return network, {k: v.double() for k, v in network.state_dict().items()}
+
+
+def narrow_pair(seed=0):
+    return Generator(32, dim=24, n_mlp=3, base=512, cap=40), Discriminator(32, base=512, cap=40)
+
+
+def test_a_generator_is_the_papers_for_w_and_w_plus_noise_truncation_and_mixing():
+    G, s = alive(narrow_pair()[0])
+    torch.manual_seed(1)
+    z, mean = torch.randn(6, 24), torch.randn(24)
+    w = G.mapping(z, 0.7, mean)
+    truth = reference_mapping(s, z.double())
+    truth = mean.double() + 0.7 * (truth - mean.double())
+    torch.testing.assert_close(w.double(), truth, atol=1e-5, rtol=1e-4)
+    mixed = mix_styles(w[:3], w[3:], G.L, 5)
+    truth = torch.cat([truth[:3, None].expand(-1, 5, -1), truth[3:, None].expand(-1, G.L - 5, -1)], 1)
+    own = [s[f"noises.noise_{i}"] for i in range(G.L - 1)]
+    given = [torch.randn(3, 1, *n.shape[2:]) for n in own]
+    for noise, used in (("fixed", own), ("off", [0] * len(own)), (given, [n.double() for n in given])):
+        for codes, want in ((mixed, truth), (torch.randn(3, G.L, 24), None)):
+            want = codes.double() if want is None else want
+            want = reference_generator(s, want, used)
+            torch.testing.assert_close(G(codes, noise).double(), want, atol=2e-4 * float(want.std()), rtol=1e-3)
+
+
+def test_weight_changes_of_whole_kernels_are_hyperstyles():
+    """Relative, on each tap of each kernel of each clip, before modulation and demodulation."""
+    G, s = alive(narrow_pair()[0])
+    torch.manual_seed(1)
+    codes = torch.randn(2, G.L, 24)
+    deltas = [0.3 * torch.randn(2, *layer.conv.weight.shape[1:]) for layer in G.styled_convs()]
+    own = [s[f"noises.noise_{i}"] for i in range(G.L - 1)]
+    want = reference_generator(s, codes.double(), own, [d.double() for d in deltas])
+    torch.testing.assert_close(G(codes, deltas=deltas).double(), want, atol=2e-4 * float(want.std()), rtol=1e-3)
+    whole = [d.mean((3, 4)) for d in deltas]  # a number a pair of channels is that number on every tap
+    spread = [d[..., None, None].expand(-1, -1, -1, 3, 3) for d in whole]
+    torch.testing.assert_close(G(codes, deltas=whole), G(codes, deltas=spread))
+
+
+@pytest.mark.parametrize("N", [4, 8, 6, 5])
+def test_a_discriminator_is_the_papers_in_every_batch(N):
+    D, s = alive(narrow_pair()[1])
+    x = torch.randn(N, 3, 32, 32)
+    want = reference_discriminator(s, x.double())
+    torch.testing.assert_close(D(x).double(), want, atol=1e-3 * float(want.abs().mean()), rtol=1e-3)
+
+
+def test_results_depend_on_neither_memory_format_nor_threads():
+    G, D = (alive(net)[0] for net in narrow_pair())
+    codes, threads = torch.randn(3, G.L, 24), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        x = G(codes)
+        score = D(x)
+        torch.testing.assert_close(D(x.contiguous(memory_format=torch.channels_last)), score, atol=1e-4, rtol=1e-4)
+        torch.set_num_threads(3)
+        torch.testing.assert_close(G(codes), x, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(D(x), score, atol=1e-4, rtol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# rosinality's files
+
+FORMATS = Path(__file__).parent.parent.parent / "shared" / "formats"  # key lists of the published files, where present
+
+
+@pytest.mark.parametrize("name", ["generator", "discriminator"])
+def test_names_and_shapes_are_those_of_the_published_file(name):
+    with torch.device("meta"):
+        network = dict(generator=Generator, discriminator=Discriminator)[name](256)
+    path = FORMATS / f"stylegan2_256_{name}.txt"
+    if not path.is_file():
+        pytest.skip(f"the key list {path.name} is not at hand")
+    rows = [line.split() for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    listed = {key: tuple(map(int, shape.split("x"))) for key, shape, *_ in rows}
+    assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == listed
+
+
+def test_a_file_is_written_and_read_with_its_very_weights_and_widths(tmp_path):
+    (G, s), (D, _) = alive(narrow_pair()[0]), alive(narrow_pair()[1])
+    ema, _ = alive(narrow_pair()[0], seed=2)
+    save_rosinality(tmp_path / "all.pt", g=G, d=D, g_ema=ema)
+    content = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert list(content) == ["g", "d", "g_ema"] and content["g"].keys() == s.keys()
+    found = load_rosinality(tmp_path / "all.pt", 32)
+    w = torch.randn(2, 8, 24)
+    assert torch.equal(found["g"](w), G(w)) and torch.equal(found["g_ema"](w), ema(w))
+    assert torch.equal(found["d"](G(w)), D(G(w))) and len(found["g"].style) == 4
+    training = dict(content, g_optim=dict(state={}), args=argparse.Namespace(size=32), ada_aug_p=0.1,
+                    latent_avg=torch.ones(24))
+    torch.save(training, tmp_path / "training.pt")  # as its training script and its converter leave them
+    assert torch.equal(load_rosinality(tmp_path / "training.pt")["latent_avg"], torch.ones(24))
+    save_rosinality(tmp_path / "ema.pt", g_ema=ema)
+    assert list(load_rosinality(tmp_path / "ema.pt")) == ["g_ema"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.pt", "ema.pt", "training.pt"]  # no drafts
+
+
+class Hostile:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code from a file was run')",)
+
+
+def test_files_that_are_something_else_are_refused_in_one_line(tmp_path):
+    G, D = narrow_pair()
+    save_rosinality(tmp_path / "good.pt", g_ema=G, d=D)
+    content, path = torch.load(tmp_path / "good.pt", weights_only=True), tmp_path / "bad.pt"
+    g = content["g_ema"]
+
+    def refused(what, match, size=32):
+        what(path) if callable(what) else torch.save(what, path)
+        with pytest.raises(InputError, match=match) as error:
+            load_rosinality(path, size)
+        assert "bad.pt" in str(error.value) and "\n" not in str(error.value)
+
+    refused(content, "for 32 px, these are 64", size=64)
+    refused(dict(state_dict=g), "none of g, g_ema, d")
+    refused(dict(d=content["g_ema"]), "no StyleGAN2's|not the weights of a StyleGAN2 discriminator")
+    refused(dict(g_ema=content["d"]), "not the weights of a StyleGAN2 generator")
+    refused(dict(g_ema={k: v for k, v in g.items() if k != "convs.3.noise.weight"}), "convs.3.noise.weight is absent")
+    refused(dict(g_ema=g | {"more": torch.ones(1)}), "more is unknown")
+    refused(dict(g_ema=g | {"convs.1.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "expected")
+    refused(dict(g_ema=g | {"convs.2.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "no StyleGAN2's")
+    refused(dict(g_ema=g, args=Hostile()), "no file of weights alone")
+    refused([g], "holds a list")
+    refused(lambda p: p.write_bytes((tmp_path / "good.pt").read_bytes()[:-3000]), "damaged, cut short")
+    refused(lambda p: p.write_bytes(b"<html>"), "damaged, cut short")
+    with pytest.raises(InputError, match="no such"):
+        load_rosinality(tmp_path / "nowhere.pt")
