@@ -17,12 +17,21 @@ the mouth).
 import argparse
 import io
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import shutil
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
 from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -37,8 +46,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from audio import SAMPLES_PER_FRAME, InputError, check_file, load_audio, n_frames, run, sound_windows
-from vision import TEMPLATES, crop_face, detect_faces, face_box, load_photo, probe, read_video, to_tensor
+from audio import SAMPLES_PER_FRAME, InputError, check_file, load_audio, log_mel, n_frames, run, sound_windows
+from vision import (
+    SAME_FACE,
+    TEMPLATES,
+    crop_face,
+    detect_faces,
+    face_box,
+    find_faces,
+    load_photo,
+    overlap,
+    probe,
+    read_video,
+    to_tensor,
+)
 
 NEAR = 4  # frames; ours: a window nearer than this sounds too alike to be called wrong
 ENDLESS = 2**40  # items of a dataset: it never ends
@@ -116,14 +137,26 @@ INDEX = dict(
 )  # fmt: skip
 
 
+def encode_jpeg(frame: np.ndarray, size: int, quality: int = 95) -> bytes:
+    """uint8 (size, size, 3) -> a JPEG; up to 64 px colour keeps its full resolution (half is too little for lips)."""
+    assert frame.shape == (size, size, 3) and frame.dtype == np.uint8, f"frame is {frame.dtype} {frame.shape}"
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, format="JPEG", quality=quality, subsampling=0 if size <= 64 else 2)
+    return file.getvalue()
+
+
+def to_int16(wav: np.ndarray) -> np.ndarray:
+    """float (n,) in [-1, 1] -> 16-bit samples; 16-bit sound passes unchanged"""
+    return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")
+
+
 class PackWriter:
     """Writes a pack clip by clip. meta.json comes last: a directory without it is no pack.
 
     with PackWriter("out/pack", 64, "toy") as pack:
         pack.add(frames, wav, identity="anna", source="anna/1.mp4")
 
-    size: edge of the frames in pixels. template: name of the crop in vision.TEMPLATES. quality: of the JPEGs;
-    up to 64 px colour keeps its full resolution (half of it is too little for lips).
+    size: edge of the frames in pixels. template: name of the crop in vision.TEMPLATES. quality: of the JPEGs.
     keep: how many clips of an unfinished pack, in the order they were added, to keep and go on behind. While
     it writes, journal.jsonl has a line for each clip, written after the clip itself.
     Raises InputError: the folder holds a pack, cannot be written, or was begun with another size.
@@ -131,8 +164,7 @@ class PackWriter:
 
     def __init__(self, folder: str | Path, size: int, template: str, quality: int = 95, keep: int = 0):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
-        self.folder, self.size, self.template = Path(folder).absolute(), size, template
-        self.jpeg = dict(format="JPEG", quality=quality, subsampling=0 if size <= 64 else 2)
+        self.folder, self.size, self.template, self.quality = Path(folder).absolute(), size, template, quality
         self.index = {name: [] for name in ("n_frames", "n_samples", "identity", "box", "fps")}
         self.jpeg_start = array("q", [0])  # not a list: 75 million numbers are 600 MB, not 3 GB
         self.identities, self.sources, self.n_sound = {}, [], 0
@@ -188,23 +220,22 @@ class PackWriter:
     def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0) -> int:
         """One clip: frames (iterable of uint8 (size, size, 3)), wav float (n,) in [-1, 1] at 16 kHz, who it
         is, where it came from, its box in the source picture, the source's frame rate -> how many frames."""
-        jpegs, shape = [], (self.size, self.size, 3)
-        for frame in frames:
-            assert frame.shape == shape and frame.dtype == np.uint8, f"frame is {frame.dtype} {frame.shape}"
-            start = self.files["frames.bin"].tell()
-            Image.fromarray(frame).save(self.files["frames.bin"], **self.jpeg)
-            jpegs.append(self.files["frames.bin"].tell() - start)
-        assert jpegs, "a clip has at least one frame"
-        samples = np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")  # 16-bit sound passes unchanged
+        jpegs = (encode_jpeg(frame, self.size, self.quality) for frame in frames)
+        return self.add_encoded(jpegs, to_int16(wav), identity, source, box, fps)
+
+    def add_encoded(self, jpegs, samples: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0) -> int:
+        """As add, of what encode_jpeg and to_int16 gave, in another process maybe."""
+        lengths = [self.files["frames.bin"].write(jpeg) for jpeg in jpegs]
+        assert lengths, "a clip has at least one frame"
         self.files["sound.bin"].write(samples.tobytes())
-        clip = dict(n_frames=len(jpegs), n_samples=len(samples), identity=identity, source=source, fps=fps)
-        clip |= dict(box=[float(v) for v in (box or (0, 0, 0, 0))], jpegs=jpegs)
+        clip = dict(n_frames=len(lengths), n_samples=len(samples), identity=identity, source=source, fps=fps)
+        clip |= dict(box=[float(v) for v in (box or (0, 0, 0, 0))], jpegs=lengths)
         for name in ("frames.bin", "sound.bin"):  # the clip first, then the line that says it is there
             self.files[name].flush()
         self.files["journal.jsonl"].write(json.dumps(clip).encode() + b"\n")
         self.files["journal.jsonl"].flush()
         self.enter(clip)
-        return len(jpegs)
+        return len(lengths)
 
     def close(self):
         """Finishes: the index, then meta.json under its name, which makes the directory a pack."""
@@ -435,167 +466,347 @@ def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# videos -> pack
+# videos and photos -> pack: jobs, one a file, are done by several processes and written in their order
 
 EVERY = 5  # frames between two looks of the detector (ours: a fifth of a second)
+BRIDGE = 3  # looks; ours: a face that is gone for longer, .6 s, ends its clip
 SEGMENT = 150  # frames of a clip at most: what is held in memory while its box is found, 415 MB at 720p
 SHORTEST = 10  # frames; ours: one five-frame window, and another that is no neighbour
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 HIGHEST = 720  # pixels: videos are decoded at this height at most
-CLOSE = 0.12  # of the crop: a square photo whose face lies so near to the template's is used whole (ours)
 STEADY = 0.35  # of the box: a face that moves farther has no box of its own in one clip
+CUT, SUDDEN = 20, 4  # a cut changes the mean pixel by so many of 255, and so many times as much as its neighbours
+CLOSE = 0.12  # of the crop: a square photo whose face lies so near to the template's is used whole (ours)
+PHOTOS = 64  # photos of an archive in one job
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def scenes(frames: list[np.ndarray]) -> np.ndarray:
+    """Frames of a video -> the number of the scene of each, (n,) from 0 on. Looks at 256 pixels of each frame."""
+    H, W = frames[0].shape[:2]
+    rows, columns = (np.arange(16) * 2 + 1) * H // 32, (np.arange(16) * 2 + 1) * W // 32
+    small = np.stack([frame[rows[:, None], columns] for frame in frames]).astype(np.float32)  # (n, 16, 16, 3)
+    change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3))  # (n - 1,) from each frame to the next
+    cut = np.zeros(len(frames), bool)
+    for k in np.flatnonzero(change > CUT):
+        near = np.delete(change[max(0, k - EVERY) : k + EVERY + 1], min(k, EVERY))
+        cut[k + 1] = not len(near) or change[k] > SUDDEN * np.median(near)
+    return np.cumsum(cut)
+
+
+def face_tracks(looks: list[list[tuple]], scene: np.ndarray) -> list[dict]:
+    """Faces of each look (vision.find_faces) and the scene of each -> tracks, {number of the look: face}: one face
+    followed through one scene, missed by no more than BRIDGE - 1 looks in a row."""
+    tracks = []
+    for i, faces in enumerate(looks):
+        open_tracks = [t for t in tracks if i - max(t) <= BRIDGE and scene[max(t)] == scene[i]]
+        pairs = [(overlap(t[max(t)], face), n, k) for n, t in enumerate(open_tracks) for k, face in enumerate(faces)]
+        taken = set()
+        for likeness, n, k in sorted(pairs, reverse=True):
+            if likeness > SAME_FACE and i not in open_tracks[n] and k not in taken:
+                open_tracks[n][i] = faces[k]
+                taken.add(k)
+        tracks += [{i: face} for k, face in enumerate(faces) if k not in taken]
+    return tracks
+
+
+def steady_parts(track: dict, begin: int, end: int) -> list[tuple]:
+    """A track in frames begin .. end-1 -> [(begin, end, box)]: itself with the median of its boxes, or, where that does
+    not hold the face, its halves' parts."""
+    boxes = np.array([face_box([face], "face") for face in track.values()])  # (n, 4)
+    box = np.median(boxes, 0)
+    if np.percentile(np.abs(boxes - box).max(1), 90) <= STEADY * (box[2] - box[0]):
+        return [(begin, end, tuple(map(float, box)))]
+    looks = sorted(track)
+    half = len(looks) // 2
+    parts = (looks[:half], begin, looks[half] * EVERY), (looks[half:], looks[half] * EVERY, end)
+    return [clip for part, a, b in parts for clip in steady_parts({i: track[i] for i in part}, a, b)]
+
+
+def pieces(frames: list[np.ndarray]) -> list[tuple]:
+    """Frames of a stretch of video -> [(begin, end, box or None, reason)], which share it out: clips have one box each
+    that cannot wobble, the median of what was found; what is no clip has a reason.
+
+    A clip ends where the scene ends, or the face is gone, or one box would not hold it. Of several faces the one that
+    fills most of picture and time is taken, then those of other times.
+    """
+    scene = scenes(frames)
+    looks = find_faces(frames[::EVERY])
+    tracks = face_tracks(looks, scene[::EVERY])
+    tracks.sort(key=lambda track: -sum((f[2] - f[0]) * (f[3] - f[1]) for f in track.values()))
+    clips, taken = [], []
+    for track in tracks:
+        begin, end = min(track) * EVERY, max(track) * EVERY + 1
+        same = np.flatnonzero(scene == scene[begin])  # frames
+        if same[0] > begin - EVERY:  # the scene's first look: the face was there from its beginning on
+            begin = int(same[0])
+        if same[-1] < end - 1 + EVERY:
+            end = int(same[-1]) + 1
+        if all(end <= a or b <= begin for a, b in taken):
+            taken.append((begin, end))
+            clips += [clip for clip in steady_parts(track, begin, end) if clip[1] - clip[0] >= SHORTEST]
+    seen, gaps, at = sum(map(bool, looks)), [], 0
+    for begin, end, _ in [*sorted(clips), (len(frames), len(frames), None)]:
+        if at < begin:
+            found = "no face" if not seen else "no face for long enough, or one that moves too far"
+            gaps.append((at, begin, None, f"{found} (one in {seen} of {len(looks)} frames looked at)"))
+        at = end
+    return sorted([(*clip, "") for clip in clips] + gaps)
 
 
 def segment_box(frames: list[np.ndarray]) -> tuple:
-    """One box for all frames (uint8 (H, W, 3)) of a segment, the median of the boxes found: it cannot wobble.
+    """One box for all of a few seconds' frames (uint8 (H, W, 3)): that of the longest clip in them.
 
-    Raises InputError, without the file's name: a face in too few frames, or one that moves too far.
+    Raises InputError, without the file's name: no clip, or one shorter than half of the frames.
     """
-    looked = frames[::EVERY]
-    found = [face_box(faces, "face") for frame in looked if (faces := detect_faces(frame, margins=(1.2,)))]
-    if 2 * len(found) < len(looked):
-        raise InputError(f"a face in {len(found)} of {len(looked)} frames looked at")
-    box = np.median(found, 0)
-    if np.percentile(np.abs(found - box).max(1), 90) > STEADY * (box[2] - box[0]):
-        raise InputError("the face moves too far for one box")
-    return tuple(float(v) for v in box)
+    begin, end, box, reason = max(pieces(frames), key=lambda piece: (piece[2] is not None, piece[1] - piece[0]))
+    if box is None or 2 * (end - begin) < len(frames):
+        raise InputError(reason or "a face that stays for less than half of the time")
+    return box
+
+
+def prepare_video(path: Path, size: int, sync: Path | None = None):
+    """One video, decoded once -> (what became of a stretch of it, JPEGs, samples) one by one, in order.
+
+    Raises InputError: not a video, no sound, damaged. Sound is read first, so of most such files nothing gets
+    into the pack; of a video whose pictures break off, what came before does.
+    """
+    info, wav = probe(path), load_audio(path)
+    height = min(info.height, HIGHEST)
+    total = n_frames(len(wav))
+    length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
+    stream, at = read_video(path, height=height), 0
+    while frames := list(islice(stream, min(length, total - at))):
+        for begin, end, box, reason in pieces(frames):
+            segment = dict(begin=at + begin, frames=end - begin, outcome="skipped", reason=reason)
+            jpegs, late = [], 0
+            if box is not None:
+                crops = [crop_face(frame, box, size) for frame in frames[begin:end]]
+                if sync:
+                    late = lateness(sync, crops, sound_of(wav, at + begin, at + end), segment)
+                if not segment["reason"]:
+                    jpegs = [encode_jpeg(crop, size) for crop in crops]
+                    box = [round(v * info.height / height, 2) for v in box]
+                    segment = dict(segment, outcome="packed", box=box, fps=info.fps)
+            yield segment, jpegs, to_int16(sound_of(wav, at + begin + late, at + end + late)) if jpegs else None
+        at += len(frames)
+    if at < total - 1:  # frames of the sound's end that have no picture
+        yield dict(begin=at, frames=total - at, outcome="skipped", reason="sound without picture"), [], None
+
+
+def sound_of(wav: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """The samples of frames begin .. end-1, silence where there are none."""
+    begin, end = begin * SAMPLES_PER_FRAME, end * SAMPLES_PER_FRAME
+    before, after = max(0, -begin), max(0, end - max(begin, len(wav)))
+    return np.pad(wav[max(0, begin) : max(0, end)], (before, min(after, end - begin)))
+
+
+@lru_cache(1)
+def sync_expert(path: Path):
+    from syncnet import load_sync  # here: syncnet imports this room
+
+    return load_sync(path, "cpu")
+
+
+def lateness(sync: Path, crops: list[np.ndarray], wav: np.ndarray, segment: dict) -> int:
+    """By how many frames the sound of a clip is late, by the expert in the file `sync`; the segment gets what it
+    found, and a reason to skip the clip where mouth and sound fit nowhere."""
+    from syncnet import SPAN, best_offset, by_shift, embed
+
+    expert = sync_expert(sync)
+    if expert.size != crops[0].shape[0]:
+        whole = (0, 0, *crops[0].shape[1::-1])
+        crops = [crop_face(crop, whole, expert.size) for crop in crops]
+    assert len(crops) >= SPAN, "a clip is longer than a window"
+    late, confidence, fit = best_offset(by_shift(expert, *embed(expert, crops, log_mel(wav), "cpu")))
+    segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
+    if fit <= 0:
+        segment["reason"] = "mouth and sound do not fit"
+    return late
 
 
 def photo_box(image: np.ndarray) -> tuple:
     """The crop of a photo, uint8 (H, W, 3): all of a square one that is cropped as ours already, else around its
     largest face. Raises InputError, without the file's name: no face, or one that the picture's edge cuts off."""
     H, W = image.shape[:2]
-    faces = detect_faces(image, margins=(1.5, 2.0))
+    faces = detect_faces(image, margins=(1.5,))
     if not faces:
         raise InputError("no face was found")
     box = face_box(faces, "face")
-    beyond = max(-box[0], -box[1], box[2] - W, box[3] - H) / (box[2] - box[0])
     if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < CLOSE * W:
         return (0.0, 0.0, float(W), float(H))
-    if beyond > CLOSE:
+    if max(-box[0], -box[1], box[2] - W, box[3] - H) > CLOSE * (box[2] - box[0]):
         raise InputError("the face is cut off by the edge of the picture")
     return box
 
 
-def read_photos(path: Path):
-    """A picture file -> its name and how to read it; an .npz of JPEGs -> those of all its pictures.
-
-    .npz: jpeg, uint8 (bytes of all files end to end); offset (n + 1,); name (n,). Raises InputError.
-    """
-    if path.suffix != ".npz":
-        yield path.name, lambda: load_photo(path)
-        return
+@lru_cache(1)
+def open_archive(path: Path) -> tuple:
+    """An .npz of JPEGs -> jpeg, uint8 (bytes of all files end to end); offset (n + 1,); name (n,). Raises InputError."""
     try:
         with np.load(check_file(path), allow_pickle=False) as archive:
             jpeg, offset, names = (archive[key] for key in ("jpeg", "offset", "name"))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: expected an .npz with jpeg, offset and name ({error})") from None
-    if len(offset) != len(names) + 1 or offset[-1] != len(jpeg):
+    if len(offset) != len(names) + 1 or offset[0] or offset[-1] != len(jpeg) or (np.diff(offset) < 0).any():
         raise InputError(f"{path}: its offsets and names do not belong together")
-    for name, begin, end in zip(names, offset, offset[1:]):
-        content = jpeg[begin:end].tobytes()
-        yield str(name), lambda content=content, name=name: load_photo(io.BytesIO(content), f"{path}#{name}")
+    return jpeg, offset, names
 
 
-def prepare_photo(read, who: str, source: str, pack: PackWriter) -> dict:
-    """One photo -> a clip of one frame without sound; what became of it. Raises InputError: not a picture."""
-    image = read()
-    try:
-        box = photo_box(image)
-    except InputError as error:
-        return dict(outcome="skipped", reason=str(error))
-    pack.add([crop_face(image, box, pack.size)], np.zeros(0, np.float32), who, source, box, 0.0)
-    return dict(outcome="packed", box=[round(v, 2) for v in box])
+def prepare_photo(path: Path | io.BytesIO, name: str, size: int):
+    """One photo -> a clip of one frame without sound, as prepare_video. Raises InputError: not a picture, no face."""
+    image = load_photo(path, name)
+    box = photo_box(image)
+    segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
+    yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
 
 
-def prepare_video(path: Path, who: str, pack: PackWriter):
-    """One video, decoded once -> clips of at most SEGMENT frames in the pack; yields what became of each.
+@dataclass(frozen=True)
+class Job:
+    """One file to prepare, or photos first .. first + PHOTOS - 1 of an archive; names are told, paths are opened."""
 
-    Raises InputError: not a video, no sound, damaged. Sound is read first, so of most such files nothing gets
-    into the pack; of a video whose pictures break off, what came before does.
-    """
-    info, wav = probe(path), load_audio(path)
-    scale = min(info.height, HIGHEST) / info.height
-    stream, begin = read_video(path, height=min(info.height, HIGHEST)), 0
-    while frames := list(islice(stream, SEGMENT)):
-        sound = wav[begin * SAMPLES_PER_FRAME : (begin + len(frames)) * SAMPLES_PER_FRAME]
-        frames = frames[: n_frames(len(sound)) if len(sound) else 0]  # what picture and sound both have
-        segment = dict(begin=begin, frames=len(frames))
-        try:
-            if len(frames) < SHORTEST:
-                raise InputError(f"{len(frames)} frames with sound are too few")
-            box = segment_box(frames)
-        except InputError as error:
-            segment |= dict(outcome="skipped", reason=str(error))
+    path: Path
+    name: str
+    kind: str  # "video", "photo" or "archive"
+    size: int
+    spool: Path  # what the parent will write into the pack: of each clip all JPEGs, then its samples
+    sync: Path | None = None
+    first: int = 0
+
+    def inputs(self):
+        """-> name, identity, source, and a generator as prepare_video's, of each video or photo."""
+        parts = Path(self.name).parts
+        who = parts[0] if len(parts) > 1 else Path(self.name).stem  # the folder, or the file by itself
+        if self.kind == "video":
+            yield self.name, who, str(self.path), prepare_video(self.path, self.size, self.sync)
+        elif self.kind == "photo":
+            yield self.name, who, str(self.path), prepare_photo(self.path, "", self.size)
         else:
-            crops = (crop_face(frame, box, pack.size) for frame in frames)
-            box = [round(v / scale, 2) for v in box]
-            pack.add(crops, sound[: len(frames) * SAMPLES_PER_FRAME], who, f"{path}#{begin}", box, info.fps)
-            segment |= dict(outcome="packed", box=box)
-        yield segment
-        begin += SEGMENT
+            jpeg, offset, names = open_archive(self.path)
+            for i in range(self.first, min(self.first + PHOTOS, len(names))):
+                content, source = io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes()), f"{self.path}#{names[i]}"
+                yield f"{self.name}#{names[i]}", Path(names[i]).stem, source, prepare_photo(content, source, self.size)
 
 
-def inputs(folder: Path, out: Path) -> tuple[list[Path], bool]:
-    """All files below `folder` (or the file itself) in the order of their names, and whether they are photos: an
-    .npz, or a folder in which more than half of the files are named as pictures."""
-    if folder.is_file():
-        return [folder], True
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
-    return paths, 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
+def work(job: Job) -> list[dict]:
+    """Does a job in any process -> lines of the manifest, whose packed segments also have the lengths of their JPEGs
+    and the number of their samples; these bytes lie in the job's spool: memory does not grow with a video's length."""
+    lines = []
+    with open(job.spool, "wb") as spool:
+        for name, who, source, segments in job.inputs():
+            line = dict(path=name, identity=who, source=source, segments=[])
+            for segment, jpegs, samples in caught(segments, line):
+                if jpegs:
+                    segment |= dict(jpegs=list(map(spool.write, jpegs)), n_samples=len(samples))
+                    spool.write(samples.tobytes())
+                line["segments"].append(segment)
+            lines.append(line)
+    return lines
 
 
-def outcomes_of(path: Path, name: str, photos: bool, pack: PackWriter, done: set):
-    """One input -> its lines of the manifest: one, or one a picture of an .npz; those in `done` are left out."""
-    parts = Path(name).parts
-    if not photos:
-        outcome = dict(path=name, segments=[])
-        try:
-            for segment in prepare_video(path, parts[0] if len(parts) > 1 else path.stem, pack):
-                outcome["segments"].append(segment)
-        except InputError as error:
-            outcome["reason"] = str(error)
-        yield outcome
+def caught(segments, line: dict):
+    """The segments; what goes wrong with a file is told in its line of the manifest, and the others go on."""
+    try:
+        yield from segments
+    except InputError as error:
+        line["reason"] = str(error)
+    except Exception as error:  # no file may end a run of days; the kind says that it is ours to mend
+        line["reason"] = f"{type(error).__name__}: {error}"
+
+
+def start_worker():
+    """A worker process: one thread, and it ends with its parent, also where that is killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_order(jobs: list[Job], workers: int):
+    """(job, its lines) in the order of the jobs, whoever is first. InputError: a worker died."""
+    if workers <= 1:
+        yield from ((job, work(job)) for job in jobs)
         return
-    for inner, read in read_photos(path):
-        whole = f"{name}#{inner}" if path.suffix == ".npz" else name
-        if whole in done:
-            continue
-        who = str(Path(name).parent) if len(parts) > 1 else Path(inner).stem
-        outcome = dict(path=whole, segments=[])
-        try:
-            outcome["segments"].append(prepare_photo(read, who, f"{path}#{inner}", pack))
-        except InputError as error:
-            outcome["reason"] = str(error)
-        yield outcome
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
+    waiting, rest = deque(), iter(jobs)
+    try:
+        while True:
+            while len(waiting) < 4 * workers and (job := next(rest, None)):
+                waiting.append((job, pool.submit(work, job)))
+            if not waiting:
+                return
+            job, future = waiting.popleft()
+            yield job, future.result()
+    except BrokenProcessPool:
+        raise InputError("a worker process died (out of memory?): run it again, with fewer --workers") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def prepare(folder: Path, out: Path, size: int) -> list[dict]:
-    """All files below `folder`, videos or photos -> a pack at `out`; manifest.jsonl there has a line for each, also
-    returned.
+def jobs_of(folder: Path, out: Path, size: int, spools: Path, done: list[str], sync: Path | None) -> list[Job]:
+    """The jobs that are left when the manifest has lines about `done`, in the order of the files' names.
 
-    A killed run goes on where it stopped: behind the last file that the manifest names.
+    A folder in which more than half of the files are named as pictures is one of photos; an .npz is an archive.
+    """
+    common = dict(size=size, sync=sync)
+    if folder.is_file():
+        count = len(open_archive(folder)[2])
+        return [Job(folder, folder.name, "archive", spool=spools / str(first), first=first, **common)
+                for first in range(len(done), count, PHOTOS)]
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
+    photos = 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
+    names, done = [str(p.relative_to(folder)) for p in paths], set(done)
+    return [Job(path, name, "photo" if photos else "video", spool=spools / str(i), **common)
+            for i, (path, name) in enumerate(zip(paths, names)) if name not in done]
+
+
+def pour(job: Job, lines: list[dict], pack: PackWriter, log, person: str | None):
+    """The clips of a finished job into the pack, then its lines into the manifest; the spool goes."""
+    with open(job.spool, "rb") as spool:
+        for line in lines:
+            who, source = person or line.pop("identity"), line.pop("source")
+            line.pop("identity", None)
+            for segment in line["segments"]:
+                if segment["outcome"] == "packed":
+                    jpegs = [spool.read(length) for length in segment.pop("jpegs")]
+                    samples = np.frombuffer(spool.read(2 * segment.pop("n_samples")), "<i2")
+                    at = "" if job.kind != "video" else f"#{segment['begin']}"
+                    pack.add_encoded(jpegs, samples, who, source + at, segment["box"], segment["fps"])
+            log.write(json.dumps(line).encode() + b"\n")
+            log.flush()
+    job.spool.unlink()
+
+
+def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
+            sync: Path | None = None) -> list[dict]:
+    """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`; manifest.jsonl there has
+    a line for each, also returned.
+
+    person: who it is in all of them; None: the folder in `folder` says it. sync: file of a sync expert that corrects
+    offsets and drops clips that do not fit. The pack is the same whatever the number of workers. A killed run goes on
+    where it stopped: behind the last file that the manifest names.
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
-    if detect_faces(np.zeros((64, 64, 3), np.uint8)) is None:
+    if find_faces([]) is None:
         raise InputError("no face detector's weights are at hand: set TORCH_HOME to where they are")
-    paths, photos = inputs(folder, out)
     manifest, lines = out / "manifest.jsonl", []
     if manifest.exists():  # a killed run's last line may be torn
         lines = [line for line in manifest.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     outcomes = [json.loads(line) for line in lines]
     packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
-    done = {outcome["path"] for outcome in outcomes}
     with PackWriter(out, size, "face", keep=packed) as pack, open(manifest, "ab") as log:
         log.truncate(sum(map(len, lines)))
-        for path in tqdm(paths, "files", disable=None):
-            name = str(path.relative_to(folder)) if path != folder else path.name
-            if name in done:
-                continue
-            for outcome in outcomes_of(path, name, photos, pack, done):
-                log.write(json.dumps(outcome).encode() + b"\n")
-                log.flush()
-                outcomes.append(outcome)
+        for left in out.glob(".spool-*"):  # a killed run's; the pack is ours alone
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
+            jobs = jobs_of(folder, out, size, Path(spools), [outcome["path"] for outcome in outcomes], sync)
+            for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
+                pour(job, found, pack, log, person)
+                outcomes += found
         if not pack.sources:
             raise InputError(f"{folder}: no clip in {len(outcomes)} files, {manifest} says why")
     return outcomes
@@ -611,6 +822,21 @@ def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
     return sheet
 
 
+def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
+    """Prints what came of how much, and how fast."""
+    segments = [segment for outcome in outcomes for segment in outcome["segments"]]
+    used = sum(any(s["outcome"] == "packed" for s in outcome["segments"]) for outcome in outcomes)
+    frames = sum(segment["frames"] for segment in segments)
+    kept = int(pack.frame_start[-1])
+    print(f"{out}: {len(pack)} clips, {len(pack.identities)} people, {kept} frames, {100 * kept / frames:.1f} % of "
+          f"{frames} in {len(outcomes)} files, {used} of them used; why not the others: {out}/manifest.jsonl")
+    late = [segment["late"] for segment in segments if "late" in segment]
+    if late:
+        print(f"sound late by {np.median(late):+.0f} frames at the median, by another number in "
+              f"{np.mean(np.array(late) != np.median(late)):.0%} of the clips; corrected")
+    print(f"{seconds:.0f} s, {frames / seconds:.0f} frames a second; look at {out}/sheet.png")
+
+
 def main():
     parser = argparse.ArgumentParser(description="A folder of videos or photos -> a pack to train on.")
     help = "folder of videos or of photos; a folder in it is one person, a file another. Or an .npz of JPEGs"
@@ -618,18 +844,25 @@ def main():
     parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
     sizes = dict(type=int, default=128, choices=(32, 64, 128, 256))
     parser.add_argument("--size", **sizes, help="edge of the crops in pixels (default 128)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
+    help = "checkpoint of a sync expert (syncnet.py): corrects each clip's offset, drops clips that do not fit"
+    parser.add_argument("--check-sync", type=Path, metavar="FILE", help=help)
     args = parser.parse_args()
-    if not args.videos.is_dir() and args.videos.suffix != ".npz":
+    if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
         raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
+    if args.workers < 1:
+        raise InputError(f"--workers {args.workers}: must be 1 or more")
+    if args.check_sync:
+        sync_expert(args.check_sync)  # refused now, not in every worker
+    begun, person = time.time(), args.videos.absolute().name if args.one_person else None
     try:
-        outcomes = prepare(args.videos, args.out, args.size)
+        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
     except OSError as error:  # of the output; what cannot be read is a line of the manifest
         raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
-    used = sum(any(s["outcome"] == "packed" for s in outcome["segments"]) for outcome in outcomes)
-    print(f"{args.out}: {len(pack)} clips, {len(pack.identities)} people, {pack.frame_start[-1]} frames")
-    print(f"{used} of {len(outcomes)} files used; why not the others: {args.out}/manifest.jsonl")
+    report(pack, outcomes, time.time() - begun, args.out)
 
 
 if __name__ == "__main__":

@@ -483,6 +483,7 @@ class Published:
 
 
 LPIPS_COMMIT = "082bb24f84c091ea94de2867d34c4544f68e0963"
+BLAZEFACE_URL = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"
 PUBLISHED = {
     "vgg19": Published(
         "vgg19-dcbb9e9d.pth", "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44", 574673361,
@@ -500,6 +501,16 @@ PUBLISHED = {
         "syncnet_v2.model", "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442", 54573114,
         ("https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
          "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model")),
+    # hollance/BlazeFace-PyTorch, Apache-2.0; face-alignment fetches the same files but does not check them
+    "blazeface": Published(
+        "blazeface.pth", "54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4", 420224,
+        (f"{BLAZEFACE_URL}/blazeface.pth",)),
+    "blazeface_anchors": Published(  # of both models
+        "anchors.npy", "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95", 28800,
+        (f"{BLAZEFACE_URL}/anchors.npy",)),
+    "blazeface_back": Published(
+        "blazefaceback.pth", "e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11", 594825,
+        (f"{BLAZEFACE_URL}/blazefaceback.pth",)),
     "wav2lip_expert": Published(  # about 197 MB; the hash is confirmed by one source only
         "lipsync_expert.pth", "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5", None,
         ("https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",

@@ -7,11 +7,11 @@ driving mouth before any network sees it.
 """
 
 import io
+import itertools
 import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import wave
@@ -343,17 +343,12 @@ def mask_mouth(frames: torch.Tensor, template: str) -> torch.Tensor:
     return frames
 
 
-# hollance/BlazeFace-PyTorch, Apache-2.0; face-alignment fetches the same files but does not check them
-BLAZEFACE_URL = "https://github.com/hollance/BlazeFace-PyTorch/raw/master/"
-BLAZEFACE_SHA256 = {
-    "blazeface.pth": "54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4",
-    "anchors.npy": "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
-    "blazefaceback.pth": "e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
-    "anchorsback.npy": "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
-}
 S3FD = "s3fd-619a316812.pth"  # face-alignment's default, 90 MB: used where it lies, never fetched
-DETECT_SIDE = 512  # ours: pictures are resized to this for detection; s3fd takes seconds on large ones
+S3FD_SIDE = 512  # pixels it is shown, ours: it takes seconds on larger pictures
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
+SAME_FACE = 0.3  # overlap (intersection over union) of two boxes of one face; ours
+MARGIN = 1.2  # of the larger side of a video's frame: what blazeface is shown (ours: faces at the edge are found)
+CLOSER = 2.0  # box sides: the square of a second look (ours: there key points scatter least, 2 of 128 px)
 
 
 def checkpoints_dir() -> Path:
@@ -364,35 +359,64 @@ def checkpoints_dir() -> Path:
 @lru_cache
 def face_detectors() -> list:
     """face-alignment's detectors with weights at hand or within reach, loaded once a process; else []."""
-    folder = checkpoints_dir()
-    if (folder / S3FD).is_file():
-        from face_alignment.detection.sfd import FaceDetector
+    path = checkpoints_dir() / S3FD
+    if not path.is_file():
+        return blazeface()
+    from face_alignment.detection.sfd import FaceDetector
 
-        return [FaceDetector(device="cpu", path_to_detector=str(folder / S3FD))]  # sees all sizes at once
+    return [FaceDetector(device="cpu", path_to_detector=str(path))]  # sees all sizes at once
+
+
+@lru_cache
+def blazeface() -> list:
+    """Both models of blazeface, that for near faces first (0.4 MB each, fetched if need be); else []."""
     from face_alignment.detection.blazeface import FaceDetector
 
+    from losses import fetch  # here: losses imports this room
+
     detectors = []
-    for weights, anchors in (("blazeface.pth", "anchors.npy"), ("blazefaceback.pth", "anchorsback.npy")):
-        if all((folder / name).is_file() or fetch(name, folder) for name in (weights, anchors)):
-            paths = dict(path_to_detector=str(folder / weights), path_to_anchor=str(folder / anchors))
-            options = dict(back_model="back" in weights, min_score_thresh=0.3)  # see detect_faces
-            detectors.append(FaceDetector(device="cpu", **options, **paths))
+    for name in ("blazeface", "blazeface_back"):
+        try:
+            paths = dict(path_to_detector=str(fetch(name)), path_to_anchor=str(fetch("blazeface_anchors")))
+        except InputError:  # out of reach; the caller says what to do then
+            return []
+        options = dict(back_model=name == "blazeface_back", min_score_thresh=0.3)  # see detect_faces
+        detectors.append(FaceDetector(device="cpu", **options, **paths))
     return detectors
 
 
-def fetch(name: str, folder: Path) -> bool:
-    """One of blazeface's files (0.4 MB), checked by SHA256, put in place whole; False where out of reach."""
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(5)  # seconds; ours: the way out, --box, needs no network
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        target, pin = str(folder / name), BLAZEFACE_SHA256[name]
-        torch.hub.download_url_to_file(BLAZEFACE_URL + name, target, pin, progress=False)
-    except (OSError, RuntimeError):  # no network or no disk; wrong hash
-        return False
-    finally:
-        socket.setdefaulttimeout(patience)
-    return True
+def square_view(image: np.ndarray, x: int, y: int, side: int, size: int) -> np.ndarray:
+    """The square of uint8 (H, W, 3) whose corner is x, y -> uint8 (size, size, 3), grey beyond the picture."""
+    canvas = Image.new("RGB", (side, side), (128, 128, 128))
+    canvas.paste(Image.fromarray(image), (-x, -y))
+    return np.array(canvas.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BILINEAR))
+
+
+def around(image: np.ndarray, margin: float) -> tuple[int, int, int]:
+    """x, y, side of the square around a whole picture, `margin` times its larger side."""
+    H, W = image.shape[:2]
+    side = round(margin * max(H, W))
+    return (W - side) // 2, (H - side) // 2, side
+
+
+def look(detector, images: list, squares: list) -> list[list[np.ndarray]]:
+    """One look of one detector at a square (x, y, side) of each picture -> float arrays x0, y0, x1, y1, score, and
+    blazeface's points, in pixels of the picture; a list of them for each picture."""
+    net = getattr(detector, "face_detector", None)
+    blaze = hasattr(net, "back_model")
+    size = S3FD_SIDE if not blaze else 256 if net.back_model else 128
+    views = [square_view(image, *square, size) for image, square in zip(images, squares)]
+    if blaze:
+        # y0, x0, y1, x1, then x, y of eye, eye, nose, mouth, ear, ear as fractions, and the score
+        order = [1, 0, 3, 2, 16, 4, 5, 6, 7, 10, 11]
+        parts = (net.predict_on_batch(np.stack(views[i : i + 16])) for i in range(0, len(views), 16))
+        found = [np.asarray(faces, np.float64).reshape(-1, 17)[:, order] for part in parts for faces in part]
+    else:
+        found = [np.reshape(detector.detect_from_image(view), (-1, 5)) / [*[size] * 4, 1] for view in views]
+    for faces, (x, y, side) in zip(found, squares):
+        for columns in (slice(0, 4), slice(5, None)):
+            faces[:, columns] = faces[:, columns] * side + np.resize([x, y], faces[:, columns].shape[1])
+    return [list(faces) for faces in found]
 
 
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple] | None:
@@ -408,38 +432,54 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
     detectors = face_detectors()
     if not detectors:
         return None
-    H, W = image.shape[:2]
     groups = []  # one list of boxes a face
-    for margin in margins if len(detectors) > 1 else (1.2,):
-        # blazeface sees the centre square only, so the picture is put on a square
-        side = round(margin * max(H, W))
-        left, top, scale = (side - W) // 2, (side - H) // 2, DETECT_SIDE / side
-        canvas = Image.new("RGB", (side, side), (128, 128, 128))
-        canvas.paste(Image.fromarray(image), (left, top))
-        canvas = np.array(canvas.resize((DETECT_SIDE, DETECT_SIDE), Image.Resampling.BOX))
-        for detector in detectors:
-            for box in look(detector, canvas):
-                box[:4] = box[:4] / scale - [left, top, left, top]
-                box[5:] = box[5:] / scale - [left, top] * (len(box[5:]) // 2)
-                group = next((g for g in groups if overlap(g[0], box) > 0.3), None)
-                groups.append([box]) if group is None else group.append(box)
-    looks = len(margins) * len(detectors) if len(detectors) > 1 else 1
-    faces = [np.mean(g, 0) for g in groups if 3 * len(g) >= looks]
+    margins = margins if len(detectors) > 1 else (MARGIN,)
+    for detector, margin in itertools.product(detectors, margins):  # blazeface sees squares only
+        for box in look(detector, [image], [around(image, margin)])[0]:
+            group = next((g for g in groups if overlap(g[0], box) > SAME_FACE), None)
+            groups.append([box]) if group is None else group.append(box)
+    faces = [np.mean(g, 0) for g in groups if 3 * len(g) >= len(margins) * len(detectors)]
     faces = [tuple(map(float, face)) for face in faces if face[4] >= MIN_SCORE]
     return sorted(faces, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))
 
 
-def look(detector, canvas: np.ndarray) -> list[np.ndarray]:
-    """One look of one detector at uint8 (n, n, 3) -> float arrays x0, y0, x1, y1, score, and blazeface's points."""
-    net = getattr(detector, "face_detector", None)
-    if not hasattr(net, "back_model"):  # s3fd
-        return [np.array(box[:5], np.float64) for box in detector.detect_from_image(canvas)]
-    n = 256 if net.back_model else 128
-    small = Image.fromarray(canvas).resize((n, n), Image.Resampling.BOX)
-    found = np.asarray(net.predict_on_image(np.array(small)), np.float64).reshape(-1, 17)
-    # y0, x0, y1, x1, then x, y of eye, eye, nose, mouth, ear, ear as fractions, and the score
-    order = [1, 0, 3, 2, 16, 4, 5, 6, 7, 10, 11]
-    return [row[order] * np.where(np.arange(11) == 4, 1, len(canvas)) for row in found]
+def find_faces(frames: list) -> list[list[tuple]] | None:
+    """Frames of one video, uint8 (H, W, 3) -> for each what detect_faces gives, by one or two looks in place of eight.
+
+    A single look can be wrong; who follows a face through many frames (data.face_tracks) is not misled by it.
+    The model for far faces looks where the first saw nothing. Each face is looked at once more from near, for points.
+    """
+    detectors = face_detectors()
+    if not detectors:
+        return None
+    found = [[] for _ in frames]
+    for detector in detectors:
+        blank = [i for i, faces in enumerate(found) if not faces]
+        views = [frames[i] for i in blank]
+        for i, faces in zip(blank, look(detector, views, [around(frame, MARGIN) for frame in views])):
+            found[i] = [face for face in faces if face[4] >= MIN_SCORE]
+    found = closer(frames, found)
+    return [sorted((tuple(map(float, f)) for f in faces), key=lambda b: (b[0] - b[2]) * (b[3] - b[1])) for faces in found]
+
+
+def closer(frames: list, found: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Each face as blazeface sees it from near, where it does: in the middle, and of the size that it knows best."""
+    places = [(i, k) for i, faces in enumerate(found) for k in range(len(faces))]
+    detectors = blazeface()
+    if not places or not detectors:
+        return found
+    squares = []
+    for i, k in places:
+        x0, y0, x1, y1 = found[i][k][:4]
+        side = max(8, round(CLOSER * max(x1 - x0, y1 - y0)))
+        squares.append((round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side))
+    seen = look(detectors[0], [frames[i] for i, _ in places], squares)
+    better = [list(faces) for faces in found]
+    for (i, k), faces in zip(places, seen):
+        best = max(faces, key=lambda face: overlap(face, found[i][k]), default=None)
+        if best is not None and overlap(best, found[i][k]) > SAME_FACE:
+            better[i][k] = best
+    return better
 
 
 def overlap(a, b) -> float:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -574,15 +575,19 @@ for kill in range(20):
 # videos -> pack
 
 
+def bright_faces(frames):
+    """A detector's stand-in: a face in what is bright"""
+    found = []
+    for frame in frames:
+        h, w = frame.shape[:2]
+        found.append([(w * 0.3, h * 0.2, w * 0.7, h * 0.8, 0.9)] if frame.mean() > 25 else [])
+    return found
+
+
 @pytest.fixture
 def videos(tmp_path, monkeypatch):
     """Two videos, six files of rubbish, and a detector that finds a face in what is bright."""
-
-    def detector(image, margins=None):
-        h, w = image.shape[:2]
-        return [(w * 0.3, h * 0.2, w * 0.7, h * 0.8, 0.9)] if image.mean() > 30 else []
-
-    monkeypatch.setattr(data, "detect_faces", detector)
+    monkeypatch.setattr(data, "find_faces", bright_faces)
     folder = tmp_path / "videos"
     (folder / "anna").mkdir(parents=True)
     for name, frames, wav in (
@@ -606,25 +611,45 @@ def manifest(out):
     return {line["path"]: line for line in lines}
 
 
+def reason(line):
+    return line.get("reason") or line["segments"][0]["reason"]
+
+
 def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SEGMENT", 25)
     data.prepare(videos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
     assert len(lines) == 8
-    assert pack.identities == ["anna", "bob"] and pack.n_frames.tolist() == [25, 15, 20]
-    assert pack.source(1).endswith("-long name.mp4#25") and pack.template == "face"
+    assert pack.identities == ["anna", "bob"] and pack.n_frames.tolist() == [20, 20, 20]  # 40 is shared out evenly
+    assert pack.source(1).endswith("-long name.mp4#20") and pack.template == "face"
     whole = audio.load_audio(videos / "anna/-long name.mp4")
-    assert np.abs(pack.sound(1)[:9600] - whole[16000 : 16000 + 9600]).max() < 1e-4  # frame 25 is second 1
-    shades = [brightness(pack.frame(c, k)) for c, k in ((0, 0), (0, 24), (1, 0), (1, 14))]
-    assert np.allclose(np.diff(shades), (24 * 5, 5, 14 * 5), atol=6)
-    said = {
-        name: (line.get("reason") or line["segments"][0].get("reason", "")) for name, line in lines.items()
-    }
+    assert np.abs(pack.sound(1)[:9600] - whole[12800 : 12800 + 9600]).max() < 1e-4  # frame 20 is second .8
+    shades = [brightness(pack.frame(c, k)) for c, k in ((0, 0), (0, 19), (1, 0), (1, 19))]
+    assert np.allclose(np.diff(shades), (19 * 5, 5, 19 * 5), atol=6)
+    said = {name: reason(line) for name, line in lines.items()}
     assert said["anna/-long name.mp4"] == said["bob.mkv"] == ""
-    assert "a face in 0 of" in said["black.mp4"] and "too few" in said["brief.mp4"]
+    assert "no face (one in 0 of" in said["black.mp4"] and "no face for long enough" in said["brief.mp4"]
     assert "has no sound" in said["mute.mp4"] and "is empty" in said["empty.mp4"]
     assert "not a video" in said["notes.txt"] and said["cut.mp4"]
     assert data.contact_sheet(pack, columns=2).size == (64, 64)
+
+
+def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # inherits the stand-in for the detector
+    monkeypatch.setattr(data.multiprocessing, "get_context", lambda method: fork)
+    data.prepare(videos, tmp_path / "one", 32, person="anna")
+    data.prepare(videos, tmp_path / "three", 32, workers=3, person="anna")
+    assert Pack(tmp_path / "three").identities == ["anna"]
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_file_that_meets_a_bug_is_a_line_and_the_others_go_on(videos, tmp_path, monkeypatch):
+    real = data.probe
+    monkeypatch.setattr(data, "probe", lambda path: 1 // 0 if path.suffix == ".mkv" else real(path))
+    data.prepare(videos, tmp_path / "out", 32)
+    assert Pack(tmp_path / "out").identities == ["anna"]
+    assert manifest(tmp_path / "out")["bob.mkv"]["reason"].startswith("ZeroDivisionError")
 
 
 def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(videos, tmp_path):
@@ -645,6 +670,7 @@ def photos(tmp_path, monkeypatch):
         return [(0, 0, h, h, 0.9, *(points + 0.01 * h).ravel())]
 
     monkeypatch.setattr(data, "detect_faces", detector)
+    monkeypatch.setattr(data, "find_faces", bright_faces)
     folder = tmp_path / "photos"
     (folder / "anna").mkdir(parents=True)
     y, x = np.mgrid[:40, :70]
@@ -661,7 +687,7 @@ def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
     assert pack.n_frames.tolist() == [1, 1] and pack.identities == ["anna"] and pack.sound(0).shape == (0,)
     assert pack.box[0].tolist() == [0, 0, 40, 40]  # square and nearly our crop: whole
     assert np.allclose(pack.box[1], [0.4, 0.4, 40.4, 40.4], atol=0.01)
-    assert "no face" in lines["black.png"]["segments"][0]["reason"] and "cut.jpg" in lines["cut.jpg"]["reason"]
+    assert "no face" in lines["black.png"]["reason"] and "cut.jpg" in lines["cut.jpg"]["reason"]
     assert Frames(pack, seed=0)[3]["picture"].shape == (3, 32, 32)
     with pytest.raises(InputError, match="photos only"):
         Clips(pack, 5, seed=0)
@@ -680,10 +706,10 @@ def test_an_archive_of_jpegs_is_a_folder_of_photos(photos, tmp_path):
     pack = Pack(tmp_path / "out")
     assert pack.identities == ["ö", "y"] and pack.source(1).endswith("a.npz#y.jpg")
     assert np.abs(pack.frame(0, 0).astype(int) - np.array(Image.open(photos / "anna/1.png"))).mean() < 2
-    assert "no face" in manifest(tmp_path / "out")["a.npz#z.jpg"]["segments"][0]["reason"]
+    assert "no face" in manifest(tmp_path / "out")["a.npz#z.jpg"]["reason"]
     np.savez(tmp_path / "b.npz", jpeg=jpeg, offset=offset)
     with pytest.raises(InputError, match="b.npz: expected an .npz with jpeg, offset and name"):
-        list(data.read_photos(tmp_path / "b.npz"))
+        data.prepare(tmp_path / "b.npz", tmp_path / "out2", 40)
 
 
 def test_windows_are_drawn_from_videos_in_a_pack_that_holds_photos_too(tmp_path):
@@ -694,33 +720,162 @@ def test_windows_are_drawn_from_videos_in_a_pack_that_holds_photos_too(tmp_path)
     assert {clips[n]["clip"] for n in range(20)} == {1}
 
 
-def test_a_killed_preparation_goes_on_and_ends_as_if_it_had_not_been(videos, tmp_path, monkeypatch):
+KILLED = """
+import os, sys, signal, random
+import data
+sys.path.insert(0, sys.argv[1])
+from tests.test_data import bright_faces
+data.find_faces = bright_faces
+real, lives = data.PackWriter.add_encoded, [int(sys.argv[4])]
+def mortal(*args, **options):
+    real(*args, **options)
+    lives[0] -= 1
+    if not lives[0]:
+        os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack, the manifest does not say so yet
+data.PackWriter.add_encoded = mortal
+data.SEGMENT = 12
+data.prepare(data.Path(sys.argv[2]), data.Path(sys.argv[3]), 32)
+"""
+
+
+def test_a_preparation_killed_again_and_again_ends_as_if_it_had_not_been(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SEGMENT", 12)
     data.prepare(videos, tmp_path / "whole", 32)
-    real = data.prepare_video
-
-    def killed(path, who, pack):
-        yield from real(path, who, pack)
-        if path.name == "bob.mkv":  # its clip is in the pack, the manifest does not say so yet
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "prepare_video", killed)
-    with pytest.raises(KeyboardInterrupt):
-        data.prepare(videos, tmp_path / "out", 32)
-    with open(tmp_path / "out" / "manifest.jsonl", "a") as log:
-        log.write('{"path": "torn li')
-    monkeypatch.setattr(data, "prepare_video", real)
-    data.prepare(videos, tmp_path / "out", 32)
+    assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
+    out = tmp_path / "out"
+    for lives in (2, 5):  # within the first file; behind it, within the second
+        command = [sys.executable, "-c", KILLED, ROOT, videos, out, str(lives)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == -9, done.stderr
+        with open(out / "manifest.jsonl", "a") as log:
+            log.write('{"path": "torn li')
+    data.prepare(videos, out, 32)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     for path in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_face_that_walks_away_has_no_box(monkeypatch):
-    places = iter(range(100))
-    monkeypatch.setattr(
-        data, "detect_faces", lambda image, margins: [(x := 8 * next(places), 5, x + 20, 25, 0.9)]
-    )
-    with pytest.raises(InputError, match="moves too far"):
-        data.segment_box(list(drawn(40, 64)))
+ORPHANS = """
+import os, sys, time
+import data
+def slow(job):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+data.work = slow
+if __name__ == "__main__":
+    data.multiprocessing.get_context = lambda method, get=data.multiprocessing.get_context: get("fork")
+    list(data.in_order([1, 2], 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are Unix's")
+def test_workers_die_with_a_killed_parent():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    assert parent.stdout.read() == ""  # comes to its end when nobody holds the pipe any more
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(worker, 0)
+                time.sleep(0.05)
+
+
+def scripted(frames, boxes):
+    """find_faces for frames whose top left pixel is their number: boxes[number] is the list of faces there."""
+    return [[(*box, 0.9) for box in boxes(int(frame[0, 0, 0]))] for frame in frames]
+
+
+def numbered(count, shade=lambda k: 100):
+    frames = np.stack([np.full((60, 80, 3), shade(k), np.uint8) for k in range(count)])
+    frames[:, 0, 0] = np.arange(count)[:, None]
+    return list(frames)
+
+
+def cut_up(monkeypatch, frames, boxes):
+    """The clips (begin, end, left edge of the box) that data.pieces makes, and the reasons of the rest."""
+    monkeypatch.setattr(data, "find_faces", lambda views: scripted(views, boxes))
+    found = data.pieces(frames)
+    assert [piece[0] for piece in found] == [0, *(piece[1] for piece in found[:-1])] and found[-1][1] == len(frames)
+    left = TEMPLATES["face"].side / 2 * 20 - 10  # how much wider the crop is than a box 20 pixels wide
+    clips = [(a, b, round(box[0] + left)) for a, b, box, _ in found if box]
+    return clips, [reason for *_, box, reason in found if not box]
+
+
+def test_scene_changes_end_clips_and_flicker_does_not(monkeypatch):
+    cut = numbered(60, lambda k: 40 if k < 33 else 200)
+    assert np.flatnonzero(np.diff(data.scenes(cut))).tolist() == [32]
+    assert data.scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
+    assert data.scenes(numbered(60, lambda k: 4 * k)).max() == 0
+    assert data.scenes(numbered(1)).tolist() == [0]
+    clips, _ = cut_up(monkeypatch, cut, lambda k: [(10, 10, 30, 30)])
+    assert clips == [(0, 33, 10), (33, 60, 10)]
+
+
+def test_short_gaps_are_bridged_and_long_ones_end_a_clip(monkeypatch):
+    def boxes(k):
+        return [] if 20 <= k < 30 or 50 <= k < 75 else [(10, 10, 30, 30)]
+
+    clips, reasons = cut_up(monkeypatch, numbered(110), boxes)
+    assert clips == [(0, 46, 10), (75, 110, 10)] and len(reasons) == 1 and "no face" in reasons[0]
+
+
+def test_of_several_faces_the_largest_for_longest_is_taken(monkeypatch):
+    def boxes(k):  # one stays, a larger one comes for a moment, a small one for longer than the first
+        return [(10, 10, 30, 30)] * (k < 70) + [(40, 5, 70, 35)] * (20 <= k <= 30) + [(60, 40, 70, 50)]
+
+    clips, _ = cut_up(monkeypatch, numbered(100), boxes)
+    assert clips[0] == (0, 66, 10) and len(clips) == 1
+
+
+def test_faces_that_pass_each_other_keep_their_tracks():
+    pairs = [[(2 * i, 5, 2 * i + 20, 25, 0.9), (60 - 2 * i, 40, 80 - 2 * i, 60, 0.9)] for i in range(12)]
+    looks = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
+    tracks = data.face_tracks(looks, np.zeros(12))
+    assert [len(track) for track in tracks] == [12, 12]
+    assert all(np.ptp([face[1] for face in track.values()]) == 0 for track in tracks)
+
+
+def test_a_face_that_walks_is_cut_into_steady_clips_and_one_that_runs_is_none(monkeypatch):
+    clips, _ = cut_up(monkeypatch, numbered(120), lambda k: [(k // 3, 10, k // 3 + 20, 30)])
+    assert len(clips) == 4 and clips[0][0] == 0 and clips[-1][1] == 120
+    assert all(a[1] == b[0] and 5 <= b[2] - a[2] <= 15 for a, b in itertools.pairwise(clips))
+
+    def boxes(k):
+        return [(9 * k % 50, 10, 9 * k % 50 + 20, 30)]
+
+    monkeypatch.setattr(data, "find_faces", lambda views: scripted(views, boxes))
+    with pytest.raises(InputError, match="moves too far|less than half"):
+        data.segment_box(numbered(40))
+
+
+class Listener:
+    """A sync expert's stand-in that calls the sound `late` frames late, or fitting nowhere."""
+
+    size = 32
+
+
+@pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (0, -1.0)])
+def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(videos, tmp_path, monkeypatch, late, fit):
+    import syncnet
+
+    monkeypatch.setattr(data, "sync_expert", lambda path: Listener())
+    monkeypatch.setattr(syncnet, "embed", lambda expert, crops, mel, device: (len(crops), mel))
+    monkeypatch.setattr(syncnet, "by_shift", lambda expert, face, sound: None)
+    monkeypatch.setattr(syncnet, "best_offset", lambda table: (late, 3.0, fit))
+    (videos / "notes.txt").unlink()
+    if fit < 0:
+        with pytest.raises(InputError, match="no clip in 7 files"):
+            data.prepare(videos, tmp_path / "out", 32, sync=Path("sync.pt"))
+        assert reason(manifest(tmp_path / "out")["bob.mkv"]) == "mouth and sound do not fit"
+        return
+    data.prepare(videos, tmp_path / "out", 32, sync=Path("sync.pt"))
+    pack, whole = Pack(tmp_path / "out"), audio.load_audio(videos / "bob.mkv")
+    moved = pack.sound(1)
+    assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late and len(moved) == 20 * 640
+    begin = 640 * late  # what was heard at frame k + late is heard at frame k
+    expected = np.pad(whole, 20 * 640)[20 * 640 + begin : 40 * 640 + begin]
+    assert np.abs(moved - expected).max() < 1e-4
 
 
 def script(*args):
@@ -737,7 +892,7 @@ def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "detect_faces", lambda image, margins=None: [])
+    monkeypatch.setattr(data, "find_faces", bright_faces)
     (tmp_path / "videos").mkdir()
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path / "videos"), str(tmp_path / "file" / "out")])
@@ -746,7 +901,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
 
 def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "detect_faces", lambda image, margins=None: [])
+    monkeypatch.setattr(data, "find_faces", bright_faces)
     (tmp_path / "videos").mkdir()
     with pytest.raises(InputError, match="no clip in 0 files"):
         data.prepare(tmp_path / "videos", tmp_path / "out", 32)
@@ -755,7 +910,7 @@ def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
 
 
 def test_without_a_detector_nothing_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "detect_faces", lambda image, margins=None: None)
+    monkeypatch.setattr(data, "find_faces", lambda frames: None)
     (tmp_path / "videos").mkdir()
     with pytest.raises(InputError, match="TORCH_HOME"):
         data.prepare(tmp_path / "videos", tmp_path / "out", 32)

@@ -680,7 +680,8 @@ def refusal(server):
 
 
 def test_every_published_file_is_pinned_by_a_whole_hash_and_fetched_by_https():
-    assert set(losses.PUBLISHED) == {"vgg19", "vgg16", "lpips_heads", "arcface", "syncnet_v2", "wav2lip_expert"}
+    assert set(losses.PUBLISHED) == {"vgg19", "vgg16", "lpips_heads", "arcface", "syncnet_v2", "wav2lip_expert",
+                                     "blazeface", "blazeface_back", "blazeface_anchors"}
     for pin in losses.PUBLISHED.values():
         assert len(pin.sha256) == 64 and set(pin.sha256) <= set("0123456789abcdef")
         assert pin.urls and all(url.startswith("https://") for url in pin.urls)

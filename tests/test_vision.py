@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import scipy.io.wavfile
 import torch
 from PIL import Image
@@ -570,18 +571,23 @@ def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_s
 def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
     asked = []
 
-    def offline(url, target, hash_prefix=None, progress=True):
-        asked.append((url, hash_prefix))
-        raise OSError("no network")
+    def offline(url, **options):
+        asked.append(url)
+        raise requests.ConnectionError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    vision.face_detectors.cache_clear()
+    monkeypatch.setattr(requests, "get", offline)
+    forget_detectors()
     try:
-        assert vision.detect_faces(picture()) is None
+        assert vision.detect_faces(picture()) is None and vision.find_faces([picture()]) is None
     finally:
-        vision.face_detectors.cache_clear()
-    assert asked and all(url.startswith("https://") and len(pin) == 64 for url, pin in asked)
+        forget_detectors()
+    assert asked and all(url.startswith("https://") for url in asked)
+
+
+def forget_detectors():
+    vision.face_detectors.cache_clear()
+    vision.blazeface.cache_clear()
 
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -592,7 +598,7 @@ def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
     if not (weights.is_dir() and photos.is_dir()):
         pytest.skip("no detector weights or photos at hand")
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    vision.face_detectors.cache_clear()
+    forget_detectors()
     try:
         image = load_photo(photos / "portrait_man.jpg")
         H, W = image.shape[:2]
@@ -602,4 +608,4 @@ def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
             assert score > 0.5 and x0 < W / 2 < x1 and shift < (y0 + y1) / 2 < shift + 0.7 * H
         assert vision.detect_faces(load_photo(photos / "dog_no_human_face.jpg")) == []
     finally:
-        vision.face_detectors.cache_clear()
+        forget_detectors()
