@@ -6,7 +6,8 @@ Layer names and parameter shapes are those of the public rosinality checkpoints,
 What differs from the public code:
 - No CUDA extension, and no grouped convolution: modulation scales the activations and demodulation scales the result,
   which is the same product in another order, so one convolution with shared weights serves the whole batch.
-- The tensors are kept in channels_last: on a CPU the depthwise blur is ten times faster there.
+- The tensors are kept in channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise
+  and bias act after the blur, in as few passes over the picture as eager PyTorch allows.
 - Generator.forward takes W+ codes; z -> w is a call of its own (`mapping`), and so is style mixing (`mix_styles`).
 - Two doors for the networks above it, both closed by default: `deltas` (HyperStyle's relative weight changes, one set
   a clip) and `maps` (identity maps added to the coarse features, ours; see fusion.py).
@@ -125,35 +126,38 @@ class Upsample(nn.Module):
 # generator
 
 class ModulatedConv2d(nn.Module):
-    """Convolution whose input channels are scaled by a style, and whose output is brought back to unit variance.
+    """3x3 convolution whose input channels are scaled by a style, and whose output is brought back to unit variance.
 
     Paper, section 2.2: w'_oik = s_i w_oik, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + eps). As s does not depend on k,
     conv(x, w'') = conv(s x, w) / sqrt(..): the weights are shared by the batch.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, dim: int, demodulate: bool = True, up: bool = False):
+    def __init__(self, c_in: int, c_out: int, dim: int, up: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, kernel, kernel))
+        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, 3, 3))
         self.modulation = EqualLinear(dim, c_in, bias_init=1)
-        self.scale, self.padding = 1 / math.sqrt(c_in * kernel ** 2), kernel // 2
-        self.demodulate, self.up = demodulate, up
+        self.scale, self.up = 1 / math.sqrt(9 * c_in), up
         if up:
             self.blur = Blur(1, gain=4.0)
 
-    def convolve(self, x, weight):  # (N, I, H, W), (O, I, k, k) -> (N, O, H', W')
+    def convolve(self, x, weight):  # (N, I, H, W), (O, I, 3, 3) -> (N, O, H', W')
         if self.up:
             return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))  # 2H + 1, and 2H after the blur
-        return F.conv2d(x, weight, padding=self.padding)
+        return F.conv2d(x, weight, padding=1)
 
     def unscaled(self, x, style, delta=None):
-        """The result before demodulation (N, O, H', W'), and the factors that demodulate it (N, O), in fp32."""
+        """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, 3, 3) or None -> the result before demodulation
+        (N, O, H', W'), and the factors that demodulate it (N, O), in fp32.
+
+        delta is HyperStyle's relative change of the weights, W (1 + delta), of B clips of N / B frames each.
+        """
         with torch.autocast(x.device.type, enabled=False):
             s = self.modulation(style.to(self.weight.dtype))                    # (N, I)
-            weight = self.weight[0]                                             # (O, I, k, k)
+            weight = self.weight[0]                                             # (O, I, 3, 3)
             if delta is None:
                 variance = s.square() @ weight.square().sum((2, 3)).t()         # (N, O)
             else:
-                weight = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, k, k)
+                weight = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, 3, 3)
                 per_clip = s.square().unflatten(0, (len(delta), -1))            # (B, T, I)
                 variance = (per_clip @ weight.square().sum((3, 4)).transpose(1, 2)).flatten(0, 1)
             demodulation = torch.rsqrt(self.scale ** 2 * variance + 1e-8)
@@ -162,13 +166,27 @@ class ModulatedConv2d(nn.Module):
             return self.convolve(x, weight), demodulation
         return torch.cat([self.convolve(x_b, w_b) for x_b, w_b in zip(x.chunk(len(delta)), weight)]), demodulation
 
-    def forward(self, x, style, delta=None):
-        """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, k, k) or None -> (N, O, H', W').
-
-        delta is HyperStyle's relative change of the weights, W (1 + delta), of B clips of N / B frames each.
-        """
+    def forward(self, x, style, delta=None):  # (N, O, H', W')
         y, demodulation = self.unscaled(x, style, delta)
-        return y * demodulation.to(y.dtype)[:, :, None, None] if self.demodulate else y
+        return y * demodulation.to(y.dtype)[:, :, None, None]
+
+
+class ModulatedPixels(nn.Module):
+    """1x1 convolution, modulated and not demodulated. Three channels come out: it is cheaper to scale the weights for
+    each picture than all its pixels."""
+
+    def __init__(self, c_in: int, c_out: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, 1, 1))
+        self.modulation = EqualLinear(dim, c_in, bias_init=1)
+        self.scale = 1 / math.sqrt(c_in)
+
+    def forward(self, x, style):  # (N, I, H, W), (N, D) -> (N, O, H, W)
+        with torch.autocast(x.device.type, enabled=False):
+            s = self.modulation(style.to(self.weight.dtype)) * self.scale       # (N, I)
+            weight = (s[:, :, None] * self.weight[0, :, :, 0, 0].t()).to(x.dtype)  # (N, I, O)
+        y = x.permute(0, 2, 3, 1).flatten(1, 2) @ weight                        # (N, H * W, O)
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class NoiseInjection(nn.Module):
@@ -188,7 +206,7 @@ class NoiseInjection(nn.Module):
 class StyledConv(nn.Module):
     def __init__(self, c_in: int, c_out: int, dim: int, up: bool = False):
         super().__init__()
-        self.conv = ModulatedConv2d(c_in, c_out, 3, dim, up=up)
+        self.conv = ModulatedConv2d(c_in, c_out, dim, up)
         self.noise = NoiseInjection()
         self.activate = BiasLeakyReLU(c_out)
 
@@ -203,7 +221,7 @@ class StyledConv(nn.Module):
 class ToRGB(nn.Module):
     def __init__(self, c_in: int, dim: int, up: bool = True):
         super().__init__()
-        self.conv = ModulatedConv2d(c_in, 3, 1, dim, demodulate=False)
+        self.conv = ModulatedPixels(c_in, 3, dim)
         self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
         if up:
             self.upsample = Upsample()
