@@ -374,11 +374,13 @@ class Clips(Dataset):
     flip: half of the items are mirrored, each as a whole. A clip shorter than T stands still at its end.
     Photos (clips of one frame) are left out.
     hear: sound windows beyond the frames, on each side (for a temporal convolution that reaches so far).
+    clips: the numbers of the clips to draw from; all where None.
     """
 
-    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0):
+    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0, clips=None):
         self.pack, self.T, self.seed, self.flip, self.hear = pack, T, seed, flip, hear
-        self.clips = np.flatnonzero(pack.n_frames > 1)  # the others are photos
+        clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
+        self.clips = clips[pack.n_frames[clips] > 1]  # the others are photos
         if not len(self.clips):
             raise InputError(f"{pack.folder}: holds photos only, windows are drawn from videos")
 
@@ -420,25 +422,41 @@ class Clips(Dataset):
 class Frames(Dataset):
     """Single pictures for stages 1 and 2: a person uniformly, then a clip of theirs, then a frame.
 
-    Item: picture (3, H, W) in [-1, 1], identity.
+    Item: picture (3, H, W) in [-1, 1], identity. clips: the numbers of the clips to draw from; all where None.
     """
 
-    def __init__(self, pack: Pack, seed: int, flip: bool = True):
+    def __init__(self, pack: Pack, seed: int, flip: bool = True, clips=None):
         self.pack, self.seed, self.flip = pack, seed, flip
-        self.order = np.argsort(pack.identity, kind="stable")  # clips, person by person
-        self.first = np.searchsorted(pack.identity[self.order], np.arange(len(pack.identities) + 1))
+        clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
+        identity = np.asarray(pack.identity)[clips]
+        self.order = clips[np.argsort(identity, kind="stable")]  # clips, person by person
+        self.people, self.first = np.unique(np.sort(identity), return_index=True)
+        self.first = np.append(self.first, len(clips))
 
     def __len__(self):
         return ENDLESS
 
     def __getitem__(self, n: int) -> dict:
         rng = np.random.default_rng([self.seed, n])
-        who = int(rng.integers(len(self.pack.identities)))
+        who = int(rng.integers(len(self.people)))
         c = int(self.order[rng.integers(self.first[who], self.first[who + 1])])
         picture = self.pack.frame(c, int(rng.integers(self.pack.n_frames[c])))
         if self.flip and rng.random() < 0.5:
             picture = picture[:, ::-1]
-        return dict(picture=to_tensor(np.ascontiguousarray(picture)), identity=who)
+        return dict(picture=to_tensor(np.ascontiguousarray(picture)), identity=int(self.people[who]))
+
+
+class Mixed(Dataset):
+    """Items of two datasets, `share` of them from the second: frames of clips, and photos."""
+
+    def __init__(self, first: Dataset, second: Dataset, share: float, seed: int):
+        self.datasets, self.share, self.seed = (first, second), share, seed
+
+    def __len__(self):
+        return ENDLESS
+
+    def __getitem__(self, n: int) -> dict:
+        return self.datasets[int(np.random.default_rng([self.seed, n, 2]).random() < self.share)][n]
 
 
 class From(Sampler):

@@ -35,6 +35,7 @@ from vision import (
     GradualStyleEncoder,
     HyperNetwork,
     HyperStyleNet,
+    MouthEncoder,
     VisualEncoder,
     WEncoder,
     load_encoder,
@@ -62,6 +63,7 @@ class Config:
     audio_width: float = 1.0    # of Wav2Lip's channel counts
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
+    mouth_dim: int = 0          # M, numbers of the mouth code, see FCTFG.invert; 0: none, as in the paper
     hyper: str = "separable"    # HyperStyle's heads: "separable" or "shared"; "slim": HyperNetwork; "none"
     hyper_width: int = 64       # of "separable" and "shared"
     hyper_rank: int = 2         # of a weight change of "slim"
@@ -84,8 +86,15 @@ class Config:
         slim = dict(encoder="slim", hyper="slim", refine=2)
         small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
-        middle = dict(slim, dim=256, base=8192, cap=256, encoder_width=48, map_code=256, audio_width=0.5)
-        dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: middle, 256: {}}
+        if changes.get("template") == "face" and size < 256:  # ours: real faces are harder than drawn ones
+            face = dict(small, dim=256, cap=256, encoder_width=48, linear=512, map_code=512, audio_width=0.5)
+            face |= dict(mouth_dim=16) if changes.get("motion") != "paper" else {}
+            dial = {16: dict(face, base=1024), 32: dict(face, base=2048), 64: dict(face, base=4096),
+                    128: dict(face, base=8192)}
+        else:
+            middle = dict(slim, dim=256, base=8192, cap=256, encoder_width=48, map_code=256, audio_width=0.5)
+            dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: middle,
+                    256: dict()}
         assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
         return cls(**(dict(size=size) | dial[size] | changes))
 
@@ -191,13 +200,14 @@ class DirectMotion(nn.Module):
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
-        L, D, P = config.L, config.dim, config.pose_dim
+        L, D, P, M = config.L, config.dim, config.pose_dim, config.mouth_dim
         self.shape = (L, D)
         self.whiten = Whiten(L, D)
         self.fusion = TemporalFusion(D, visual=False)
         self.pose_down, self.pose_up = nn.Linear(L * D, P), nn.Linear(P, L * D, bias=False)
         self.lips = nn.Sequential(nn.Linear(D, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
-                                  nn.Linear(hidden, L * D))
+                                  nn.Linear(hidden, M or L * D))
+        self.mouth_up = nn.Linear(M, L * D, bias=False) if M else nn.Identity()   # mouth code -> W+
         nn.init.normal_(self.lips[4].weight, std=0.01)
         nn.init.zeros_(self.lips[4].bias)
         self.register_buffer("idle", torch.zeros(8, 75, P))                       # 8 clips of 3 s
@@ -205,10 +215,15 @@ class DirectMotion(nn.Module):
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
 
-    def move(self, pose, z_a, context=0):  # (B, T, P), (B, T + 2 context, D) -> (B, T, L, D)
+    def say(self, z_a, context=0):  # (B, T + 2 context, D) -> mouth code (B, T, M), or the lips in W+ where there is none
         z_a, _ = self.fusion(z_a, None)
-        z_a = z_a[:, context:z_a.shape[1] - context]
-        return (self.pose_up(pose) + self.lips(z_a)).unflatten(-1, self.shape)
+        return self.lips(z_a[:, context:z_a.shape[1] - context])
+
+    def join(self, pose, mouth):  # (.., P), (.., M) -> (.., L, D)
+        return (self.pose_up(pose) + self.mouth_up(mouth)).unflatten(-1, self.shape)
+
+    def move(self, pose, z_a, context=0):  # (B, T, P), (B, T + 2 context, D) -> (B, T, L, D)
+        return self.join(pose, self.say(z_a, context))
 
     def forward(self, z_a, z_v, context=0):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
         return self.move(self.pose(z_v), z_a, context)
@@ -254,7 +269,7 @@ class FCTFG(nn.Module):
         super().__init__()
         c = self.config = config
         self.generator = Generator(c.size, c.dim, c.n_mlp, c.base, c.cap)
-        self.encoder = self.maps = self.hyper = None
+        self.encoder = self.maps = self.hyper = self.mouth = None
         if generator_only:
             return
         if c.encoder == "slim":
@@ -269,6 +284,8 @@ class FCTFG(nn.Module):
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
         self.audio = AudioEncoder(c.dim, c.audio_width)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
+        assert not c.mouth_dim or c.motion == "direct", "a mouth code is of the direct form"
+        self.mouth = MouthEncoder(c.template, c.mouth_dim) if c.mouth_dim else None
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> (N, 3, H, W)"""
@@ -299,10 +316,28 @@ class FCTFG(nn.Module):
         """HyperStyle, section 3.3: source (B, 3, H, W), z_s (B, L, D) -> deltas summed over config.refine refinements,
         the last with gradients; None without a hypernetwork, or where config.refine is 0"""
         n, deltas = self.config.refine if self.hyper else 0, None
+        if n and self.mouth:
+            z_s = self.invert(source)                                             # the whole code, mouth and all
         for i in range(n):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == n - 1):
                 deltas = self.refine(source, z_s, deltas)
         return deltas
+
+    def encode_source(self, source):
+        """source (B, 3, H, W) -> z_s (B, L, D), without its mouth where a mouth code carries that"""
+        return self.encoder(mask_mouth(source, self.config.template, "lips") if self.mouth else source)
+
+    def invert(self, pictures, mouth=None):
+        """pictures (N, 3, H, W) -> W+ codes (N, L, D) that decode to them.
+
+        With a mouth code (ours): the encoder sees the picture without its mouth, and the MouthEncoder reads that into M
+        numbers, so few that they mean the same on every face. Other `mouth` numbers (N, M), of another picture or of the
+        sound, then move the lips of a face that never spoke.
+        """
+        if not self.mouth:
+            return self.encoder(pictures)
+        mouth = self.mouth(pictures) if mouth is None else mouth
+        return self.encode_source(pictures) + self.motion.mouth_up(mouth).unflatten(-1, self.motion.shape)
 
     def encode_driving(self, driving):
         """driving (B, T, 3, H, W) -> z_v (B, T, L, D). The mouths are masked here: the lips must come from the sound."""
@@ -328,7 +363,7 @@ class FCTFG(nn.Module):
         T = mel.shape[1] - 2 * context
         assert driving.shape[1] in (T, mel.shape[1]), (
             f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}")
-        z_s = self.encoder(source)
+        z_s = self.encode_source(source)
         z_s2c = self.canonical(z_s)
         if self.config.motion == "direct":                                        # its poses know no neighbours
             driving = middle(driving, T)
@@ -345,9 +380,9 @@ class FCTFG(nn.Module):
             whiten.std.copy_(codes.std(0).clamp_min(0.05 * codes.std()))          # floor, ours: dead numbers stay quiet
 
     @torch.inference_mode()
-    def invert(self, source):
+    def still(self, source):
         """source (3, H, W) -> (3, H, W) in [-1, 1]: the photo as the network holds it, nothing moved."""
-        z_s = self.encoder(source[None])
+        z_s = self.invert(source[None])
         return self.decode(z_s, self.weight_changes(source[None], z_s))[0].clamp(-1, 1)
 
     @torch.inference_mode()
@@ -365,7 +400,7 @@ class FCTFG(nn.Module):
             (b, 3, H, W) in [-1, 1], n frames in all.
         """
         source = source[None]
-        z_s = self.encoder(source)
+        z_s = self.encode_source(source)
         z_s2c, deltas = self.canonical(z_s), self.weight_changes(source, z_s)
         z_a = torch.cat([self.audio(m) for m in mel.split(256)])                  # (n, D): all the sound in one go
         for _, z_c2d in self.motion_stream(source, z_a, driving, sway, batch):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from audio import InputError, check_file
 from stylegan2 import load_strictly, read_weights
-from vision import at_256, checkpoints_dir, resized, trunk_ir_se50
+from vision import at_256, box_slices, checkpoints_dir, resized, trunk_ir_se50
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the six terms
@@ -67,9 +67,8 @@ def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
         pyramid: weight of the smaller pictures (ours: colour and place settle before edges do).
     """
     loss = (fake - real).abs().mean()
-    for (x0, y0, x1, y1), weight in boxes:
-        h, w = fake.shape[-2:]
-        rows, cols = slice(round(y0 * h), round(y1 * h)), slice(round(x0 * w), round(x1 * w))
+    for box, weight in boxes:
+        rows, cols = box_slices(box, *fake.shape[-2:])
         loss = loss + weight * (fake[..., rows, cols] - real[..., rows, cols]).abs().mean()
     for factor in (2, 4) if pyramid else ():
         loss = loss + pyramid * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()

@@ -324,7 +324,7 @@ def still_of(model, source, device, turning: bool):
     alone. Elsewhere it is the face at rest: eyes only blink. A head that turns is replaced as a whole.
     """
     S, template = source.shape[-1], TEMPLATES[model.config.template]
-    own = model.invert(source.to(device)).cpu()
+    own = model.still(source.to(device)).cpu()
     if turning:
         return own, soft_box(S, (0, 0, 1, 1))
     silence = sound_windows(np.zeros(5 * SAMPLES_PER_FRAME, np.float32), range(5))

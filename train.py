@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -33,11 +34,11 @@ from tqdm import tqdm
 
 import losses
 from audio import InputError, log_mel, mel_windows, n_frames, run
-from data import Clips, Frames, Pack, batches, load_checkpoint, save_checkpoint
+from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import FCTFG, Config, mean_w, middle, pick_device, published
 from stylegan2 import Discriminator, mix_styles, read_weights
-from syncnet import load_sync, revision, sync_loss, toy_pack
-from vision import TEMPLATES, VideoWriter, to_tensor, to_uint8
+from syncnet import held_out, load_sync, revision, sync_loss, toy_pack
+from vision import TEMPLATES, VideoWriter, mask_mouth, to_tensor, to_uint8
 
 CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
 WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
@@ -50,6 +51,8 @@ def parse(argv=None):
     p.add_argument("--out", default="out/toy32", help="directory of checkpoints, logs and pictures")
     p.add_argument("--data", help="pack directory written by data.py; "
                    "default: the toy world, drawn into --out on first use")
+    p.add_argument("--photos", help="pack of photos: identities for all stages, where the clips show few people")
+    p.add_argument("--photo-share", type=float, default=0.75, help="share of photos in the pictures of stages 1 and 2")
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the picture: the dial")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
@@ -86,7 +89,9 @@ def parse(argv=None):
             ("l2", 0.0, "squared error. pSp and HyperStyle: --w-l2 1 --w-lpips .8 --w-arcface .1, all others 0"),
             ("vgg", 0.0, "perceptual, VGG19 (downloads it)"), ("lpips", 0.0, "perceptual, LPIPS on VGG16 (downloads it)"),
             ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
-            ("feat", 0.2, "perceptual, features of stage 1's discriminator"), ("adv", 0.01, "adversarial, stage 3"),
+            ("feat", 0.2, "perceptual, features of stage 1's discriminator"),
+            ("adv", None, "adversarial; default: 0.01 in stage 3, and with photos in stage 2, else 0"),
+            ("around", 1.0, "photos with another mouth: L1 around it"), ("obey", 0.1, "and the code read back from it"),
             ("mouth", 3.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
         p.add_argument(f"--w-{name}", type=float, default=default, help=note)
@@ -103,6 +108,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
+    args.w_adv = 0.01 * (args.stage == 3 or bool(args.photos)) if args.w_adv is None else args.w_adv
     return args
 
 
@@ -123,19 +129,41 @@ def forward_stage1(nets, batch, args):
 
 
 def forward_stage2(nets, batch, args, deltas=None):
-    """picture -> code -> picture; in the second phase the encoder rests and the hypernetwork refines `deltas`"""
+    """picture -> code -> picture; in the second phase the encoder rests and the hypernetwork refines `deltas`.
+
+    With a mouth code, half of the faces are made once more with the mouth of another: `moved`."""
     model, real = nets["model"], batch["picture"]
-    z = model.encoder(real)
-    deltas = model.refine(real, z, deltas) if nets["hyper_phase"] else None
-    return dict(real=real, fake=model.decode(z, deltas), deltas=deltas)
+    if not model.mouth or nets["hyper_phase"]:
+        z = model.invert(real)
+        deltas = model.refine(real, z, deltas) if nets["hyper_phase"] else None
+        return dict(real=real, fake=model.decode(z, deltas), deltas=deltas)
+    mouth = model.mouth(real)                                                          # (N, M)
+    said = mouth.detach().roll(1, 0)[len(real) // 2:]                                  # the neighbours'
+    own, other = (model.motion.mouth_up(m).unflatten(1, model.motion.shape) for m in (mouth, said))
+    z = model.encode_source(real)                                                      # (N, L, D): no mouth in it
+    fake, moved = model.decode(torch.cat([z + own, z[-len(said):] + other])).split([len(real), len(said)])
+    return dict(real=real, fake=fake, moved=moved, said=said)
 
 
 def forward_stage3(nets, batch, args):
     """source, driving frames and sound -> the driving frames, in the source's looks"""
     frames, z_s2c, z_c2d = nets["model"](batch["source"], batch["driving"], batch["mel"], context=CONTEXT)
     real = middle(batch["driving"], frames.shape[1])                                   # (B, T, 3, H, W)
-    return dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
-                mel=middle(batch["mel"], 1)[:, 0])                                     # of the window's middle frame
+    out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
+               mel=middle(batch["mel"], 1)[:, 0])                                      # of the window's middle frame
+    return out | forward_photos(nets["model"], batch, out) if "photo" in batch else out
+
+
+def forward_photos(model, batch, out):
+    """Stage 3 on photos: each is its own driving video; once with its own mouth, once with what a clip's sound says."""
+    photo = batch["photo"]                                                             # (N, 3, H, W)
+    z_s2c, pose = model.canonical(model.encode_source(photo)), model.motion.pose(model.encode_driving(photo[None]))[0]
+    with torch.no_grad():
+        said = model.motion.say(model.encode_sound(batch["mel"]), CONTEXT)[:, 0]       # (B, M)
+        said = said[torch.arange(len(photo), device=said.device) % len(said)]
+    w_plus = torch.cat([z_s2c + model.motion.join(pose, m) for m in (model.mouth(photo), said)])
+    fake, moved = model.decode(w_plus).chunk(2)
+    return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), moved=moved, said=said)
 
 
 def picture_terms(nets, out, args):
@@ -166,14 +194,35 @@ def terms_stage1(nets, out, args):
 
 
 def terms_stage2(nets, out, args):
-    return picture_terms(nets, out, args)
+    terms = picture_terms(nets, out, args) | moved_terms(nets["model"], out)
+    if args.w_adv:
+        terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](judged(out))))
+    return terms
+
+
+def moved_terms(model, out):
+    """A face with the mouth of another: around the mouth it is the same picture, and the mouth reads as it was told.
+
+    This is what moves the lips of people who are known from one photo. Ours."""
+    if "moved" not in out:
+        return {}
+    around = [mask_mouth(x, model.config.template) for x in (out["moved"], out["real"][-len(out["moved"]):])]
+    frozen = {k: q.detach() for k, q in model.mouth.named_parameters()}                # else they would agree on a sign
+    read = torch.func.functional_call(model.mouth, frozen, (out["moved"],)).float()
+    return dict(around=(around[0] - around[1]).abs().mean(),
+                obey=(read - out["said"]).square().mean() / out["said"].float().var(0).mean().clamp_min(1e-6))
+
+
+def judged(out):
+    """Every picture of the generator that the discriminator is to see"""
+    return torch.cat([out["fake"], out["moved"]]) if "moved" in out else out["fake"]
 
 
 def terms_stage3(nets, out, args):
-    terms = picture_terms(nets, out, args)
+    terms = picture_terms(nets, out, args) | moved_terms(nets["model"], out)
     terms["orth"] = losses.orthogonality_loss(out["z_s2c"], out["z_c2d"])
     if args.w_adv and adversarial(out):
-        terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](out["fake"])))
+        terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](judged(out))))
     if args.w_sync and out["frames"].shape[1] == WINDOW:
         terms["sync"] = sync_loss(nets["sync"], out["frames"], out["mel"])
     return terms
@@ -193,24 +242,31 @@ TERMS = {1: terms_stage1, 2: terms_stage2, 3: terms_stage3}
 # starts: what a stage does once, before its first step
 
 @torch.no_grad()
-def start_encoder(model, pack, device, most=3000):
+def start_encoder(model, pictures, device, most=3000):
     """Stage 2: mean w of the generator, principal components of training pictures for the linear path."""
     model.encoder.latent_avg.copy_(mean_w(model.generator))
     if getattr(model.encoder, "linear_down", None) is not None:
-        pictures = Frames(pack, seed=1)
-        n = max(2 * len(model.encoder.linear_down.weight), min(most, int(np.sum(pack.n_frames))))
-        model.encoder.start_linear(torch.stack([pictures[i]["picture"] for i in range(n)]).to(device))
+        n = max(2 * len(model.encoder.linear_down.weight), most)
+        seen = torch.stack([pictures[i]["picture"] for i in range(n)]).to(device)
+        model.encoder.start_linear(mask_mouth(seen, model.config.template, "lips") if model.mouth else seen)
 
 
-def train_judge(pack, device, seed, steps=400, batch=48):
-    """The small face judge: frames of one clip are one person, other clips are others. About 20 s at 32 px on a CPU."""
+def train_judge(pack, photos, device, seed, steps=400, batch=48):
+    """The small face judge: frames of one clip are one person, other clips are others. About 20 s at 32 px on a CPU.
+
+    With photos, two looks at one: shifted, mirrored, and one without its mouth (a clip's two frames differ there)."""
     torch.manual_seed(seed)
     judge = losses.SmallFaceJudge().to(device)
     opt = torch.optim.Adam(judge.parameters(), 2e-3)
-    data = batches(Clips(pack, T=1, seed=seed + 1), batch, 0)
+    if photos is not None:
+        batch, looks, template = 2 * batch, losses.Augment(p=0.5), photos.pack.template
+    data = batches(photos or Clips(pack, T=1, seed=seed + 1), batch, 0)
     for _ in tqdm(range(steps), desc="face judge", leave=False, disable=None):
         item = next(data)
-        faces = item["source"], item["driving"][:, 0]                                  # two of each clip
+        if photos is None:
+            faces = item["source"], item["driving"][:, 0]                              # two of each clip
+        else:
+            faces = looks(item["picture"]), looks(mask_mouth(item["picture"], template, "lips"))
         # ours: colour and brightness move a little, so that the judge does not count pixels of one lamp
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in faces)
         loss = losses.same_person_loss(judge(a), judge(b), item["identity"].to(device), judge.log_scale, judge.bias)
@@ -221,7 +277,7 @@ def train_judge(pack, device, seed, steps=400, batch=48):
 
 
 @torch.no_grad()
-def start_motion_space(model, pack, device, clips=300, per_clip=16, ridge=0.02):
+def start_motion_space(model, pack, chosen, device, clips=300, per_clip=16, ridge=0.02):
     """Stage 3: a closed-form start of canonical encoder and pose path. Ours.
 
     Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that
@@ -230,13 +286,13 @@ def start_motion_space(model, pack, device, clips=300, per_clip=16, ridge=0.02):
     away, from the mouth-masked picture's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
     """
     rng = np.random.default_rng(2)
-    chosen = rng.permutation(len(pack))[:clips]
+    chosen = rng.permutation(chosen)[:clips]
     z, z_masked = [], []                                                               # per clip (K, L, D)
     for c in chosen:
         length = int(pack.n_frames[c])
         seen = np.sort(rng.choice(length, min(per_clip, length), replace=False))
         x = to_tensor(pack.frames(c, seen)).to(device)                                 # (K, 3, H, W)
-        z.append(model.encoder(x))
+        z.append(model.encode_source(x))
         z_masked.append(model.encode_driving(x[None])[0])
     model.set_statistics(torch.cat(z), torch.cat(z_masked))
     deviation = torch.cat([codes - codes.mean(0) for codes in z]).flatten(1)           # (n, L * D)
@@ -249,6 +305,34 @@ def start_motion_space(model, pack, device, clips=300, per_clip=16, ridge=0.02):
         motion.pose_down.weight.copy_(down)
         motion.pose_down.bias.zero_()
         motion.pose_up.weight.copy_(up)
+
+
+def start_lips(model, pack, chosen, args, device, clips=300, steps=300, batch=12, span=16):
+    """Stage 3, with a mouth code: sound -> code, regressed on the MouthEncoder's readings before any picture is made.
+
+    A step of this costs a tenth of one through the generator, which then only refines it. `batch` stretches of `span`
+    frames a step: neighbouring frames share their sound windows."""
+    rng = np.random.default_rng([args.seed, 3])
+    chosen = rng.permutation([c for c in chosen if pack.n_frames[c] >= span])[:clips]
+    with torch.no_grad():
+        codes = [model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in chosen]  # (T, M)
+    spread = torch.cat(codes).std(0).clamp_min(1e-3)                                   # (M,)
+    model.motion.lips[-1].bias.data.copy_(torch.cat(codes).mean(0))
+    trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
+    opt = torch.optim.Adam(trained, 1e-3)
+    for step in tqdm(range(steps), desc="lips", leave=False, disable=None):
+        items = [(i, int(rng.integers(len(codes[i]) - span + 1))) for i in rng.integers(len(chosen), size=batch)]
+        heard = np.arange(-CONTEXT, span + CONTEXT)
+        mel = torch.from_numpy(np.stack([pack.windows(chosen[i], k + heard) for i, k in items])).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            said = model.motion.say(model.encode_sound(mel), CONTEXT)                  # (B, span, M)
+        target = torch.stack([codes[i][k:k + span] for i, k in items])
+        loss = ((said.float() - target) / spread).square().mean()
+        opt.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+    print(f"lips from sound: {100 * (1 - loss.item()):.0f} % of the mouth code's variance before the first step")
 
 
 def reduced_rank_regression(x, y, rank, ridge):
@@ -292,9 +376,9 @@ def collect_idle(model, pack, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-def build(args, pack, device, saved=None):
+def build(args, data, device, saved=None):
     """Networks of the stage, from nothing, from the stage before or published files, or as they were saved
-    -> (nets, ema). nets["model"] is what is trained."""
+    -> (nets, ema). nets["model"] is what is trained. data: of `training_sets`."""
     changes, parts = ({}, {}) if saved else published(args.size, args.generator, args.encoder, args.hyper)
     before = None
     if args.stage > 1 and not saved and (args.init or "generator" not in parts):
@@ -302,13 +386,14 @@ def build(args, pack, device, saved=None):
         before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
         if before["config"]["size"] != args.size:
             raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
-    config = Config.load(saved["config"]) if saved else shape(args, pack, before, changes)
+    config = Config.load(saved["config"]) if saved else shape(args, data["pack"], before, changes)
     model = FCTFG(config, generator_only=args.stage == 1).to(device)
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
     if before:
-        for name in ("generator", "encoder", "maps", "hyper")[:1 if args.stage == 2 else 4]:  # what was trained before
-            part = getattr(model, name)
+        names = ("generator", "encoder", "maps", "hyper", "mouth", "motion.mouth_up")
+        for name in names[:1 if args.stage == 2 else None]:                            # what was trained before
+            part = operator.attrgetter(name)(model)
             if part is not None and name not in parts:
                 prefix = name + "."
                 averaged = before["ema"]["model"].items()
@@ -319,7 +404,7 @@ def build(args, pack, device, saved=None):
         if target is not None:
             target.load_state_dict(network.state_dict())
     if args.stage > 1 and not saved:
-        start(args, nets, pack, device, before["networks"] if before else {}, parts)
+        start(args, nets, data, device, before["networks"] if before else {}, parts)
     for name in ("critic", "judge"):
         if saved and name in saved["networks"]:                                       # filled by `restore`
             nets[name] = (copy.deepcopy(nets["D"]) if name == "critic" else losses.SmallFaceJudge().to(device))
@@ -330,7 +415,7 @@ def build(args, pack, device, saved=None):
 
 def shape(args, pack, before, changes) -> Config:
     """The dial's, or that of the stage before, with what published files demand; a hypernetwork where one is trained"""
-    dial = Config.at(args.size)
+    dial = Config.at(args.size, template=pack.template, motion=args.motion)
     config = Config.load(before["config"]) if before else dial
     config = dataclasses.replace(config, template=pack.template, motion=args.motion, **changes)
     if "hyper" not in changes and (args.stage == 2 or not before):
@@ -340,7 +425,7 @@ def shape(args, pack, before, changes) -> Config:
     return config
 
 
-def start(args, nets, pack, device, known, parts):
+def start(args, nets, data, device, known, parts):
     """What stages 2 and 3 begin with: judges (of the stage before: `known`), the encoder's mean, the motion space"""
     model = nets["model"]
     texture = known.get("critic", known.get("D"))                                      # stage 1's D knows texture
@@ -348,16 +433,18 @@ def start(args, nets, pack, device, known, parts):
         nets["critic"] = copy.deepcopy(nets["D"])
         nets["critic"].load_state_dict(texture or parts["D"].state_dict())
     if args.stage == 2 and "encoder" not in parts:
-        start_encoder(model, pack, device)
+        start_encoder(model, data["pictures"], device)
     if model.encoder.latent_avg.isnan().any():                                         # a file without one
         model.encoder.latent_avg.copy_(mean_w(model.generator))
     if "judge" in known:
         nets["judge"] = losses.SmallFaceJudge().to(device)
         nets["judge"].load_state_dict(known["judge"])
     elif not args.w_arcface:
-        nets["judge"] = train_judge(pack, device, args.seed)
+        nets["judge"] = train_judge(data["pack"], data["photos"], device, args.seed)
     if args.stage == 3:
-        start_motion_space(model, pack, device)
+        start_motion_space(model, data["pack"], data["clips"], device)
+        if model.mouth:
+            start_lips(model, data["pack"], data["clips"], args, device)
 
 
 def optimisers(nets, args):
@@ -365,6 +452,7 @@ def optimisers(nets, args):
     model = nets["model"]
     model.requires_grad_(False)
     inversion = [model.encoder, model.maps] + [model.generator] * (args.thaw > 0)
+    inversion += [model.mouth, model.motion.mouth_up] if model.mouth else []
     parts = {1: [model.generator], 2: inversion, 3: [model]}[args.stage]
     if nets["hyper_phase"]:
         parts = [model.hyper]
@@ -400,7 +488,7 @@ def optimisers(nets, args):
 def discriminator_step(nets, out, opt_d, step, args):
     """Logistic loss, and R1 (in fp32: it is a second derivative) on every 16th turn; -> diagnostics"""
     D, augment = nets["D"].requires_grad_(True), nets["augment"]
-    real, fake = augment(out["real"]), augment(out["fake"].detach())
+    real, fake = augment(out["real"]), augment(judged(out).detach())
     with torch.autocast(real.device.type, torch.bfloat16, enabled=args.bf16):
         real_score, fake_score = D(real), D(fake)                                      # (N, 1)
     loss = losses.discriminator_loss(real_score, fake_score)
@@ -469,9 +557,10 @@ def main(argv=None):
     pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
+    sets = training_sets(args, pack)
 
     torch.manual_seed(args.seed)
-    nets, ema = build(args, pack, device, saved)
+    nets, ema = build(args, sets, device, saved)
     model = nets["model"]
     nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
     nets |= published_judges(args, device)
@@ -489,11 +578,12 @@ def main(argv=None):
     if args.stage == 3:  # even steps: few windows of five frames; odd steps: many clips of one
         see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames not decoded
         windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
-        singles = (1, args.batch, start // 2)
-        data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2), B, first, args.workers)
-                for T, B, first in (windows, singles)]
+        singles = (1, args.batch // (2 if args.photos else 1), start // 2)             # half of these are photos
+        data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2, clips=sets["clips"]),
+                        B, first, args.workers) for T, B, first in (windows, singles)]
+        photos = batches(sets["photos"], singles[1], start // 2, args.workers) if args.photos else None
     else:
-        data = [batches(Frames(pack, args.seed), args.batch, start, args.workers)]
+        data = [batches(sets["pictures"], args.batch, start, args.workers)]
     header(args, model, pack, device)
     log = open(os.path.join(args.out, f"log_stage{args.stage}.jsonl"), "a" if saved else "w")
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
@@ -504,7 +594,10 @@ def main(argv=None):
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"stage {args.stage}", disable=None)
     for step in bar:
         before = time.perf_counter()
-        batch = {k: v.to(device, non_blocking=True) for k, v in next(data[step % len(data)]).items()}
+        batch = next(data[step % len(data)])
+        if args.stage == 3 and args.photos and step % 2:
+            batch["photo"] = next(photos)["picture"]
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         waited += time.perf_counter() - before
         if step == hyper_from and not nets["hyper_phase"]:                             # stage 2: now the encoder rests
             nets["hyper_phase"] = True
@@ -520,7 +613,7 @@ def main(argv=None):
 
         # discriminator, lazy R1
         diagnostics = {}
-        if args.stage == 1 or (args.stage == 3 and args.w_adv and adversarial(out)):
+        if args.stage == 1 or (args.w_adv and adversarial(out)):
             diagnostics = discriminator_step(nets, out, opt_d, step, args)
 
         # generator and everything before it; of the hypernetwork a backward pass at each refinement
@@ -555,7 +648,7 @@ def main(argv=None):
             bar.write(format_line(line, args))
             waited, clock = 0.0, time.perf_counter()
         if (step + 1) % args.sample_every == 0 or last:
-            save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, pack, device, args)
+            save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, sets, device, args)
         if (step + 1) % args.save_every == 0 or last:
             if args.stage == 3:
                 collect_idle(ema, pack, device)
@@ -570,6 +663,21 @@ def main(argv=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # around the loop
+
+def training_sets(args, pack) -> dict:
+    """The pack, its clips to train on (of own videos every tenth is held out), photos or None, pictures: both mixed"""
+    clips, unseen = held_out(pack) if args.data else (np.arange(len(pack)),) * 2
+    pictures, photos, unseen_photos = Frames(pack, args.seed, clips=clips), None, None
+    if args.photos:
+        photos = Pack(args.photos)
+        if (photos.size, photos.template) != (pack.size, pack.template):
+            raise InputError(f"{args.photos}: {photos.size} px, template {photos.template}; the clips have "
+                             f"{pack.size} px, template {pack.template}")
+        known, unseen_photos = held_out(photos)
+        photos = Frames(photos, args.seed + 1, clips=known)
+        pictures = Mixed(pictures, photos, args.photo_share, args.seed)
+    return dict(pack=pack, clips=clips, photos=photos, pictures=pictures, held_out=unseen, held_out_photos=unseen_photos)
+
 
 def lr_factor(step, args):
     """A hundred steps up, so that what the stage before found is not thrown about, then cosine decay to 0.05; in
@@ -654,20 +762,27 @@ def memory_gib(device):
 
 
 @torch.no_grad()
-def save_samples(path, ema, pack, device, args, n=8):
-    """A grid, n columns. Stage 1: samples. Stage 2: pictures, inversions. Stage 3: sources, drivings of the next clip,
-    results."""
+def save_samples(path, ema, sets, device, args, n=8):
+    """A grid, n columns. Stage 1: samples. Stage 2: pictures, inversions, and these with the neighbour's mouth or the
+    hypernetwork. Stage 3: sources, drivings of the next clip, results. With own clips and photos: held-out ones, the last
+    six columns photos."""
     if args.stage == 1:
         z = torch.randn(3 * n, ema.generator.dim, generator=torch.Generator().manual_seed(0)).to(device)
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
         rows = ema.generator(w).unflatten(0, (3, n))
     else:
-        data = Clips(pack, 1 + 2 * CONTEXT, seed=12345, flip=False)
+        data = Clips(sets["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=sets["held_out"])
         items = [data[i] for i in range(n)]
+        if sets["photos"]:
+            for i, c in enumerate(sets["held_out_photos"][:n - 2]):
+                items[2 + i]["source"] = to_tensor(sets["photos"].pack.frame(c, 0))
         source, driving, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "driving", "mel"))
         if args.stage == 2:
-            z = ema.encoder(source)
-            rows = torch.stack([source, ema.decode(z), ema.decode(z, ema.weight_changes(source, z))])
+            z = ema.invert(source)
+            if ema.mouth:                                                              # and with the neighbour's mouth
+                rows = torch.stack([source, ema.decode(z), ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0)))])
+            else:
+                rows = torch.stack([source, ema.decode(z), ema.decode(z, ema.weight_changes(source, z))])
         else:
             driving, mel = driving.roll(1, 0), mel.roll(1, 0)                          # somebody else's head and sound
             rows = torch.stack([source, middle(driving, 1)[:, 0], ema(source, driving, mel, context=CONTEXT)[0][:, 0]])

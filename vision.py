@@ -319,6 +319,7 @@ class Template:
 
     mouth: tuple  # hidden from the motion encoder, and weighted in losses: lips, cheeks and all of the jaw
     eyes: tuple
+    lips: tuple  # the part of the mouth box that the MouthEncoder reads
     # the crop in units of a detection's larger side: its side, and the shift of its centre (right, down)
     side: float
     shift: tuple
@@ -326,21 +327,30 @@ class Template:
 
 
 TEMPLATES = {
-    "toy": Template(mouth=(0.25, 0.55, 0.75, 0.90), eyes=(0.22, 0.30, 0.78, 0.56), side=1.5, shift=(0, 0)),
+    "toy": Template(mouth=(0.25, 0.55, 0.75, 0.90), eyes=(0.22, 0.30, 0.78, 0.56), lips=(0.25, 0.55, 0.75, 0.90),
+                    side=1.5, shift=(0, 0)),
     # UTKFace's crop, so that its photos are used whole: on 150 of them and their mirror images blazeface's key points
     # are, at the median, eyes at .293 and .690 across, .298 down, mouth at .490 across, .723 down; ours is symmetric
-    "face": Template(mouth=(0.10, 0.54, 0.90, 1.0), eyes=(0.14, 0.18, 0.86, 0.42), side=1.04, shift=(0, -0.015),
+    "face": Template(mouth=(0.10, 0.54, 0.90, 1.0), eyes=(0.14, 0.18, 0.86, 0.42),
+                     lips=(0.22, 0.58, 0.78, 0.94), side=1.04, shift=(0, -0.015),
                      points=((0.302, 0.298), (0.698, 0.298), (0.5, 0.723))),
 }
 
 
-def mask_mouth(frames: torch.Tensor, template: str) -> torch.Tensor:
-    """frames (.., 3, H, W) -> a copy with a grey (0) mouth box: THE place that makes lips come from sound."""
-    H, W = frames.shape[-2:]
-    x0, y0, x1, y1 = TEMPLATES[template].mouth
+def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torch.Tensor:
+    """frames (.., 3, H, W) -> a copy with a grey (0) mouth box: THE place that makes lips come from sound.
+
+    part: "mouth", jaw and cheeks with it, for driving frames; or "lips", which leaves a source its face."""
+    rows, cols = box_slices(getattr(TEMPLATES[template], part), *frames.shape[-2:])
     frames = frames.clone()
-    frames[..., round(y0 * H) : round(y1 * H), round(x0 * W) : round(x1 * W)] = 0
+    frames[..., rows, cols] = 0
     return frames
+
+
+def box_slices(box: tuple, H: int, W: int) -> tuple[slice, slice]:
+    """Box x0, y0, x1, y1 in fractions of a picture of H x W pixels -> its rows, its columns"""
+    x0, y0, x1, y1 = box
+    return slice(round(y0 * H), round(y1 * H)), slice(round(x0 * W), round(x1 * W))
 
 
 S3FD = "s3fd-619a316812.pth"  # face-alignment's default, 90 MB: used where it lies, never fetched
@@ -596,6 +606,27 @@ class VisualEncoder(nn.Module):
         k = len(self.linear_down.weight)
         self.linear_down.weight.copy_(v[:k] * (math.sqrt(len(x)) / s[:k].clamp_min(1e-3 * s[0]))[:, None])
         self.linear_up.weight.zero_()
+
+
+class MouthEncoder(nn.Module):
+    """The mouth of a picture -> M numbers: what `mask_mouth` hides from the VisualEncoder. Ours.
+
+    So few numbers that they must mean the same on every face: how far it is open, how wide, teeth, a smile. Trained in
+    stage 2 on photos of many people, they are the language in which stage 3 lets the sound speak: see fusion.py.
+    """
+
+    def __init__(self, template: str, dim: int, width: int = 32):
+        super().__init__()
+        self.template = template
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4 * width, 4 * width, 3, 2, 1),
+            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * width * 16, dim))
+
+    def forward(self, x):  # (N, 3, H, W) -> (N, M)
+        rows, cols = box_slices(TEMPLATES[self.template].lips, *x.shape[-2:])
+        box = F.interpolate(x[..., rows, cols], (32, 32), mode="bilinear", antialias=True, align_corners=False)
+        return self.body(box.contiguous(memory_format=torch.channels_last))
 
 
 def small_picture(x):
