@@ -20,7 +20,7 @@ from PIL import Image
 import audio
 import data
 from audio import InputError, log_mel, mel_windows
-from data import Clips, Frames, Pack, PackWriter, batches, load_checkpoint, save_checkpoint
+from data import Clips, Frames, Mixed, Pack, PackWriter, batches, load_checkpoint, save_checkpoint
 from vision import TEMPLATES, VideoWriter, to_tensor
 
 ROOT = Path(data.__file__).parent
@@ -367,6 +367,20 @@ def test_single_pictures_are_drawn_by_person_and_not_by_clip(tmp_path):
     ones = sum(frames[n]["identity"] for n in range(300))
     assert 115 <= ones <= 185  # half of 300, +-4 standard deviations; by clip it would be 43
     assert frames[0]["picture"].shape == (3, 16, 16)
+
+
+def test_mixed_datasets_give_their_shares_and_item_n_of_each(pack):
+    frames, others = Frames(pack, seed=1), [dict(picture=n) for n in range(400)]
+    mixed = Mixed(frames, others, share=0.25, seed=3)
+    taken = [n for n in range(400) if mixed[n] == dict(picture=n)]
+    assert 70 < len(taken) < 130
+    n = next(n for n in range(400) if n not in taken)
+    assert torch.equal(mixed[n]["picture"], frames[n]["picture"])
+
+
+def test_datasets_keep_to_the_clips_they_are_given(pack):
+    assert {Clips(pack, 2, seed=0, clips=[1])[n]["clip"] for n in range(20)} == {1}
+    assert {Frames(pack, seed=0, clips=[1])[n]["identity"] for n in range(20)} == {int(pack.identity[1])}
 
 
 def test_a_click_and_a_flash_at_one_time_are_in_the_same_frame_of_an_item(tmp_path):

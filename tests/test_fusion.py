@@ -100,6 +100,39 @@ def test_the_direct_pose_of_a_frame_knows_that_frame_alone():
     assert (grad.abs().sum((2, 3)) > 0).nonzero().tolist() == [[1, 2]]
 
 
+def face(**changes):
+    return opened(tiny(template="face", mouth_dim=3, **changes))
+
+
+def test_with_a_mouth_code_the_lips_of_a_picture_reach_its_code_through_the_code_alone():
+    model, (x, _, _) = face(), window()
+    other = x.clone()
+    x0, y0, x1, y1 = TEMPLATES["face"].lips
+    other[..., round(16 * y0):round(16 * y1), round(16 * x0):round(16 * x1)] = 0.7
+    assert torch.equal(model.encode_source(x), model.encode_source(other))
+    change = model.invert(other) - model.invert(x)                              # (B, L, D), in M directions
+    direct = model.motion.mouth_up(model.mouth(other) - model.mouth(x)).unflatten(1, change.shape[1:])
+    torch.testing.assert_close(change, direct, atol=1e-5, rtol=1e-4)
+    assert change.abs().max() > 1e-3
+
+
+def test_given_mouth_numbers_take_the_place_of_the_pictures_own():
+    model, (x, _, _) = face(), window()
+    own, swapped = model.invert(x), model.invert(x, model.mouth(x).flip(0))      # of two pictures
+    both = model.motion.mouth_up(model.mouth(x).sum(0)).unflatten(0, own.shape[1:])
+    torch.testing.assert_close(own + swapped, 2 * model.encode_source(x) + both)
+    assert (own - swapped).abs().max() > 1e-3
+
+
+def test_the_sound_speaks_in_mouth_numbers():
+    model, (x, driving, mel) = face(), window()
+    said = model.motion.say(model.encode_sound(mel), context=2)
+    assert said.shape == (2, 1, 3)
+    pose = model.motion.pose(model.encode_driving(driving[:, 2:3]))
+    _, _, z_c2d = model(x, driving, mel, context=2)
+    torch.testing.assert_close(z_c2d, model.motion.join(pose, said))
+
+
 def test_context_frames_give_the_same_middle_as_a_long_window():
     for motion in ("direct", "paper"):
         model = opened(tiny(motion))

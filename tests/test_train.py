@@ -4,12 +4,13 @@ slow."""
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from audio import InputError, run
-from data import Pack, load_checkpoint, save_checkpoint
+from data import Pack, PackWriter, load_checkpoint, save_checkpoint
 from fusion import load_model
 from syncnet import SyncNet
 from toyfaces import make_pack
@@ -33,7 +34,7 @@ def stages(pack, tmp_path_factory):
     save_checkpoint(str(out / "sync.pt"), dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_judge", lambda pack, device, seed: quick_judge())
+        patch.setattr(train, "train_judge", lambda pack, photos, device, seed: quick_judge())
         go(pack, out, 1)
         go(pack, out, 2, "--thaw", "0", "--hyper-share", "0.5")
         go(pack, out, 3)
@@ -42,7 +43,7 @@ def stages(pack, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
-    monkeypatch.setattr(train, "train_judge", lambda pack, device, seed: quick_judge())
+    monkeypatch.setattr(train, "train_judge", lambda pack, photos, device, seed: quick_judge())
 
 
 def quick_judge():
@@ -145,7 +146,7 @@ def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
 
 def gradient_of_one_step(args, pack, stages, T):
     torch.manual_seed(1)
-    nets, _ = train.build(args, Pack(pack), torch.device("cpu"))
+    nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
     nets["sync"] = train.load_sync(str(stages / "sync.pt"), "cpu")
     train.optimisers(nets, args)
     data = train.Clips(Pack(pack), T, 0, hear=train.CONTEXT)
@@ -161,7 +162,7 @@ def gradient_of_one_step(args, pack, stages, T):
 def test_one_batch_can_be_learned_by_heart(pack, stages):
     torch.manual_seed(0)
     args = train.parse(options(pack, stages, 3))
-    nets, _ = train.build(args, Pack(pack), torch.device("cpu"))
+    nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
     model, (opt, _) = nets["model"], train.optimisers(nets, args)
     data = train.Clips(Pack(pack), 1, 0, hear=train.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
@@ -178,7 +179,7 @@ def test_one_batch_can_be_learned_by_heart(pack, stages):
 
 def test_the_face_judge_is_trained_on_clips_alone(pack):
     before = train.losses.SmallFaceJudge()
-    judge = TRAIN_JUDGE(Pack(pack), torch.device("cpu"), seed=0, steps=30, batch=8)
+    judge = TRAIN_JUDGE(Pack(pack), None, torch.device("cpu"), seed=0, steps=30, batch=8)
     faces = torch.cat([train.to_tensor(Pack(pack).frames(c, [0, 9])) for c in range(3)])   # two frames of three people
 
     def margin(net):
@@ -202,6 +203,45 @@ def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
     fitted = z @ down.t() @ up.t()
     assert torch.corrcoef(torch.stack([fitted[:, 3], motion.flatten(0, 1)[:, 3]]))[0, 1] > 0.99
     assert (person.flatten(0, 1) @ down.t() @ up.t()).abs().max() < 0.1
+
+
+@pytest.fixture(scope="module")
+def real_packs(pack, tmp_path_factory):
+    """The same clips cropped "as real faces", so that the dial gives a mouth code; and 12 photos"""
+    folder, toys = tmp_path_factory.mktemp("real"), Pack(pack)
+    with PackWriter(folder / "clips", 16, "face") as clips:
+        for c in range(len(toys)):
+            clips.add(toys.frames(c, range(int(toys.n_frames[c]))), np.asarray(toys.sound(c)), str(c), str(c))
+    with PackWriter(folder / "photos", 16, "face") as photos:
+        for i in range(12):
+            photos.add([toys.frame(i % 5, i)], np.zeros(0, np.float32), str(i), str(i))
+    return folder / "clips", folder / "photos"
+
+
+def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path):
+    clips, photos = real_packs
+    more = ["--photos", str(photos), "--thaw", "1"]
+    go(clips, tmp_path, 1, *more)
+    go(clips, tmp_path, 2, *more)
+    go(clips, tmp_path, 3, *more, "--w-sync", "0")
+    two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
+                  for k in (2, 3))
+    assert all({"around", "obey", "adv", "d"} <= set(line) for line in two)
+    assert "obey" not in three[0] and "obey" in three[1]                     # photos come with the single frames
+    before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
+    assert all(not torch.equal(before[k], after[k]) for k in ("mouth.body.0.weight", "motion.mouth_up.weight"))
+    model = load_model(str(tmp_path / "weights.pt"))
+    assert model.config.mouth_dim and model.config.template == "face"
+    assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
+
+
+def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
+    clips, photos = (Pack(folder) for folder in real_packs)
+    args = train.parse(options(clips.folder, tmp_path, 2, "--photos", str(photos.folder)))
+    sets = train.training_sets(args, clips)
+    assert not set(sets["clips"]) & set(sets["held_out"]) and len(sets["clips"]) + len(sets["held_out"]) == len(clips)
+    hidden = set(sets["held_out_photos"])
+    assert hidden and not hidden & {sets["photos"][n]["identity"] for n in range(300)}
 
 
 def test_rates_warm_up_and_decay():
