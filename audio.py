@@ -170,8 +170,8 @@ def n_frames(n_samples: int) -> int:
 
 
 @lru_cache
-def filter_bank():
-    """Slaney's mel filters, triangles of equal area, as a sparse (80, 401) matrix.
+def filter_bank(n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
+    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (80, n_fft / 2 + 1) matrix.
 
     librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start.
     """
@@ -183,9 +183,9 @@ def filter_bank():
     def hz(mel):
         return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
-    corners = hz(np.linspace(mel(MEL_LOW), mel(MEL_HIGH), N_MELS + 2))  # (82,) Hz
+    corners = hz(np.linspace(mel(low), mel(high), N_MELS + 2))  # (82,) Hz
     left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (80, 1)
-    bins = np.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT  # (401,) Hz
+    bins = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft  # Hz
     triangles = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
     return csr_array(np.maximum(0, triangles) * 2 / (right - left))
 
