@@ -12,14 +12,16 @@ Zhou et al., "Pose-Controllable Talking Face Generation by Implicitly Modularize
 What differs from the authors' code:
 - Sound and picture are in step: their frames begin with the third and their sound with the first, so their picture
   leads by two frames, 80 ms. Every frame of sound has its picture: round(25 x seconds) of them.
-- V runs once a photo, E once a pose frame, A_sync and G once a frame, in batches; theirs run V once, E and G twice a frame.
-- The noise of the generator is drawn once a clip, from --seed (theirs anew for every frame); the pose clip is walked there
+- V runs once a photo, E once a pose frame, A_sync and G once a frame, in batches; for every frame theirs run V and
+  A_sync once, E and G twice.
+- The generator's noise is drawn once a clip, from --seed (theirs anew for every frame); the pose clip is walked there
   and back without standing still for a frame at its ends.
 - Alignment looks at every fifth frame of a clip; where landmarks' weights cannot be had, the detector's box stands in.
 - They published no training. Ours follows their losses and adds what makes minutes enough, each marked "ours".
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -35,20 +37,38 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.utils import spectral_norm
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from audio import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, InputError, filter_bank, n_frames, run
-from data import Clips, Pack, batches, load_checkpoint, save_checkpoint
+import losses
+from audio import FPS, SAMPLES_PER_FRAME, InputError, check_file, filter_bank, load_audio, n_frames, run
+from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import pick_device
-from losses import Augment, load, read_weights, reconstruction_loss
-from sample import there_and_back
+from losses import identity_loss, load, perceptual_loss, read_weights, reconstruction_loss
+from sample import LOOK_HEIGHT, WAY_OUT, Stopwatch, driving_box, parse_box, photo_box, square_around, there_and_back
 from stylegan2 import StyledConv, ToRGB
 from syncnet import lr_factor, revision, toy_pack
+from toyfaces import TEST, make_pack
 from train import finite, memory_gib, update_ema
-from vision import TEMPLATES, mask_mouth, to_tensor, to_uint8
+from vision import (
+    TEMPLATES,
+    VIDEO_SUFFIXES,
+    VideoWriter,
+    check_output,
+    crop_face,
+    detect_faces,
+    face_box,
+    load_photo,
+    mask_mouth,
+    probe,
+    read_video,
+    to_tensor,
+    to_uint8,
+)
 
 PUBLISHED = {"G": "latest_net_G.pth", "V": "latest_net_V.pth", "E": "latest_net_E.pth", "A": "latest_net_A_sync.pth"}
-MOUTH_GAIN = 1.2  # the authors' factor on the sound's mouth code at inference
+HERE = Path(__file__).resolve().parent
 
 
 @dataclasses.dataclass
@@ -74,6 +94,7 @@ class Config:
     mouth: int = 500                           # numbers of the mouth code
     pose: int = 12                             # P, numbers of the pose code
     channels: tuple = (512, 512, 512, 512, 256, 128)  # G, from the identity map's size up
+    mouth_gain: float = 1.2                    # the sound's mouth code at inference, exaggerated by the authors
 
     @property
     def start(self) -> int:
@@ -92,9 +113,9 @@ class Config:
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 16 (tests), 32 and 64 for a CPU, 128 for a GPU, 224 as published."""
-        small = dict(mask=True, noise=False, v_base=8, v_groups=8, v_blocks=(1, 1, 1, 1), e_width=64, e_depth=2,
+        small = dict(template="toy", mask=True, noise=False, v_base=8, v_groups=8, v_blocks=(1, 1, 1, 1), e_width=32, e_depth=2,
                      e_maps=16, dropout=0.0, a_filters=(16, 32, 32, 64), a_blocks=(1, 1, 1, 1), a_hidden=32,
-                     hidden=128, mouth=32)
+                     hidden=128, mouth=32, mouth_gain=1.0)
         dial = {16: dict(small, v_stem=1, e_stem=2, channels=(64, 64, 32, 16)),
                 32: dict(small, v_stem=1, e_stem=2, channels=(128, 128, 64, 32)),
                 64: dict(small, v_stem=2, e_stem=4, channels=(128, 128, 128, 64, 32)),
@@ -373,3 +394,854 @@ class PCAVS(nn.Module):
         vector, identity_map = (x.expand(len(pose), *x.shape[1:]) for x in identity)
         style = torch.cat([vector.float(), self.E.mouth_embed(speech).float(), pose.float()], 1)      # (N, D)
         return self.G(style, identity_map.contiguous(memory_format=torch.channels_last), noise)
+
+    @torch.inference_mode()
+    def animate(self, photo, mel, n: int, pose=None, noise="off", batch: int = 0):
+        """Frames 0 .. n-1 of a talking face, as a stream.
+
+        Args:
+            photo: (3, H, W) in [-1, 1].
+            mel: numpy (S, 80) of `speech_mel`.
+            pose: iterable of pose frames (3, H, W); None: the photo's own pose. Each is encoded once; a clip that is
+                shorter is walked there and back, on its 12 numbers.
+            noise: of G, "off" or a list of maps.
+            batch: frames at once; 0: as many as fit into a cache (4 at 224 px), 16 on a GPU.
+
+        Yields:
+            (b, 3, H, W) in (-1, 1), n frames in all.
+        """
+        c = self.config
+        batch = batch or (16 if photo.is_cuda else max(4, min(64, (448 // c.size) ** 2)))
+        identity = self.identity(photo[None])
+        codes, frames = [], iter(pose) if pose is not None else iter([photo])
+        for first in range(0, n, batch):
+            ks = range(first, min(first + batch, n))
+            while len(codes) < ks.stop and (fresh := list(itertools.islice(frames, batch))):
+                codes += self.pose(torch.stack(fresh).to(photo))
+            head = torch.stack([codes[there_and_back(k, len(codes))] if k >= len(codes) else codes[k] for k in ks])
+            speech = c.mouth_gain * self.A(torch.from_numpy(speech_windows(mel, ks)).to(photo))
+            yield self.decode(identity, speech, head, noise)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sound: the authors' mel (the lws package's STFT, in plain NumPy), 100 steps a second, 4 a frame
+
+N_FFT, HOP, MELS = 1280, 160, 80               # samples: 80 and 10 ms; bands
+MEL_LOW, MEL_HIGH = 125.0, 7600.0              # Hz
+STEPS, STEPS_A_FRAME = 20, SAMPLES_PER_FRAME // HOP  # mel steps of a window, 0.2 s; 4
+BLOCK = 1024                                   # ours: mel steps computed at once, 13 MB however long the sound
+
+
+@lru_cache
+def stft_window() -> np.ndarray:
+    """(1280,): lws' analysis window, a sine whose squares over the hops add up to one"""
+    w2 = (1 - np.cos(2 * np.pi * (2 * np.arange(N_FFT) + 1) / (2 * N_FFT))) / 2
+    overlap = w2.reshape(-1, HOP).sum(0)                                        # (160,): the same for every hop
+    return np.sqrt(w2 / np.tile(overlap, N_FFT // HOP))
+
+
+def speech_mel(wav: np.ndarray) -> np.ndarray:
+    """Samples (n,) at 16 kHz -> mel, float32 (S, 80) in [0, 1]; 0 is silence, S = ceil(n / 160) + 7.
+
+    Brought to r.m.s. 0.1 first, so loudness does not matter. Step s sees samples 160 s - 1120 .. 160 s + 160.
+    """
+    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    loud = 0.1 / max(1e-4, float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))))
+    S = -(-len(wav) // HOP) + N_FFT // HOP - 1
+    x = np.pad(wav, (N_FFT - HOP, S * HOP - len(wav)))                           # float32, as it came
+    bank, mel = filter_bank(N_FFT, MEL_LOW, MEL_HIGH), np.empty((S, MELS), np.float32)
+    for a in range(0, S, BLOCK):
+        b = min(a + BLOCK, S)
+        frames = np.lib.stride_tricks.sliding_window_view(x[a * HOP:(b - 1) * HOP + N_FFT], N_FFT)[::HOP]  # (b-a, 1280)
+        magnitude = np.abs(np.fft.rfft(frames * (stft_window() * loud)))        # (b-a, 641)
+        db = 20 * np.log10(np.maximum(1e-5, (bank @ magnitude.T).T)) - 20
+        mel[a:b] = np.clip((db + 100) / 100, 0, 1)
+    return mel
+
+
+def speech_windows(mel: np.ndarray, frames) -> np.ndarray:
+    """mel (S, 80), T frame indices -> float32 (T, 1, 80, 20): steps 4 (f - 2) .. + 20 of frame f; outside is silence."""
+    steps = (np.asarray(frames, np.int64)[:, None] - 2) * STEPS_A_FRAME + np.arange(STEPS)  # (T, 20)
+    inside = (steps >= 0) & (steps < len(mel))
+    windows = mel[np.clip(steps, 0, len(mel) - 1)] * inside[..., None]           # (T, 20, 80)
+    return np.ascontiguousarray(windows.transpose(0, 2, 1)[:, None].astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights
+
+UNUSED = {"G": ("style.", "input.", "noises."), "V": ("fc.", "model.fc."),
+          "E": ("classifier.", "mouth_fc.", "headpose_fc."), "A": ("fc.",)}  # heads of training, G's mapping and constant
+
+
+def load_published(folder: Path, names="GVEA", config: Config | None = None, device="cpu") -> dict:
+    """{letter: network} from the authors' bare state_dicts, strictly: every key of ours there and of its shape, none
+    unknown. Parameters that inference does not use are accepted and dropped; so is the prefix of old DataParallel files.
+
+    Raises InputError, one line that names the file: missing, damaged, another network's, other shapes.
+    """
+    config, nets = config or Config(), {}
+    missing = [PUBLISHED[k] for k in names if not (folder / PUBLISHED[k]).is_file()]
+    if missing:
+        raise InputError(f"{folder}: {' and '.join(missing)} missing, of the four files {', '.join(PUBLISHED.values())}")
+    classes = dict(G=FaceGenerator, V=IdentityEncoder, E=NonIdentityEncoder, A=SpeechEncoder)
+    for k in names:
+        path = folder / PUBLISHED[k]
+        state = read_weights(path)
+        if state and all(key.startswith("module.") for key in state):
+            state = {key.removeprefix("module."): v for key, v in state.items()}
+        state = {key: v.flatten() if key.endswith("activate.bias") and torch.is_tensor(v) else v
+                 for key, v in state.items() if not key.startswith(UNUSED[k])}  # (1, C, 1, 1) there, (C,) here
+        nets[k] = load(classes[k](config), state, path, device)
+    return nets
+
+
+def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
+    """Networks for inference: a folder of the four published files, or a weights.pt of `train`.
+
+    Raises InputError: what is missing or wrong, by name.
+    """
+    path = Path(path)
+    if path.is_dir():
+        with torch.device("meta"):
+            model = PCAVS(Config())
+        for k, net in load_published(path, device=device).items():
+            setattr(model, k, net)
+        return model.eval()
+    checkpoint = load_checkpoint(path, "pcavs")
+    try:
+        model = PCAVS(Config.load(checkpoint["config"]))
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v
+                               for k, v in checkpoint["networks"]["model"].items()})
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise InputError(f"{path}: not a network of this version ({str(error).splitlines()[0]})") from None
+    return model.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures: the crop that the published networks know
+
+ALIGNED = np.array([87 + 59j, 137 + 59j, 112 + 120j]) + 0.5 + 0.5j  # x + iy of eyes and mouth in the authors' 224 px
+SEEN = (16, 0, 208, 192)                       # of these 224 px, x0 y0 x1 y1: what the networks see, enlarged to 224
+LOOK_EVERY = 5                                 # ours: frames of a clip between two looks for the face
+# where a detector's box has eyes and mouth, as fractions: means of UTKFace portraits, whose crop vision.py knows
+IN_BOX = np.array([38 + 37j, 88 + 37j, 64 + 91.7j]) / 128
+
+
+@lru_cache
+def landmarks_network():
+    """FAN of face-alignment, as evaluate.py has it; None where its weights cannot be had."""
+    import evaluate
+    try:
+        return evaluate.by_fan(torch.device("cpu"), None)
+    except InputError as error:
+        print(f"aligned by the detector's box, which is rougher than landmarks: {error}")
+        return None
+
+
+def three_points(image: np.ndarray, box=None) -> np.ndarray | None:
+    """uint8 (H, W, 3) -> x + iy of eyes and mouth in pixels, complex (3,), of the largest face; None: there is none.
+
+    box: the square around the face, where the user says it.
+    """
+    if box is None:
+        faces = detect_faces(image, margins=(1.2, 1.5))
+        if faces is None:
+            raise InputError("no face detector's weights are at hand")
+        if not faces:
+            return None
+        if landmarks_network():
+            points = landmarks_network()(image, faces[0][:4])
+            if points is not None:
+                x, y = np.stack([points[a:b].mean(0) for a, b in ((36, 42), (42, 48), (60, 68))]).T
+                return x + 1j * y + 0.5 + 0.5j
+        box = face_box(faces, "face")
+    x0, y0, x1, _ = box
+    return x0 + 1j * y0 + IN_BOX * (x1 - x0)
+
+
+def scale_and_turn(points: np.ndarray) -> complex:
+    """z of the similarity z p + t that brings three points (3,) nearest to ALIGNED, by least squares"""
+    p, q = points - points.mean(), ALIGNED - ALIGNED.mean()
+    return complex((p.conj() * q).sum() / (p.conj() * p).sum())
+
+
+def align(image: np.ndarray, z: complex, mouth: complex, size: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (size, size, 3): turned and scaled by z, the mouth in its place, cut as SEEN; black
+    beyond the picture, as the authors have it."""
+    shrink = max(1, int(SEEN[2] - SEEN[0]) / size / abs(z))                      # pixels of the picture in one of ours
+    picture, k = Image.fromarray(image), max(1, int(shrink))
+    picture = picture.reduce(k) if k > 1 else picture
+    unit = (SEEN[2] - SEEN[0]) / size / z / k                                   # one step right in the result
+    corner = (mouth + (SEEN[0] + 1j * SEEN[1] - ALIGNED[2]) / z) / k
+    data = (unit.real, -unit.imag, corner.real, unit.imag, unit.real, corner.imag)
+    return np.array(picture.transform((size, size), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
+
+
+def ready_box(image: np.ndarray) -> tuple:
+    """What the networks see of a picture that is cropped the authors' way already (--aligned)"""
+    H, W = image.shape[:2]
+    return tuple(v / 224 * n for v, n in zip(SEEN, (W, H, W, H)))
+
+
+def square_middle(image: np.ndarray) -> tuple:
+    H, W = image.shape[:2]
+    return square_around(W / 2, H / 2, min(H, W))
+
+
+def photo_crop(image: np.ndarray, args, config: Config) -> np.ndarray:
+    """The photo as V sees it, uint8 (size, size, 3)"""
+    if config.template in TEMPLATES:                                            # trained here
+        return crop_face(image, photo_box(image, args, config.template), config.size)
+    if args.aligned:
+        return crop_face(image, ready_box(image), config.size)
+    H, W = image.shape[:2]
+    try:
+        points = three_points(image, parse_box(args.box, W, H) if args.box else None)
+    except InputError as error:
+        raise InputError(f"{args.face}: {error}; {WAY_OUT}, or --aligned") from None
+    if points is None:
+        raise InputError(f"{args.face}: no face was found; {WAY_OUT}")
+    return align(image, scale_and_turn(points), points[2], config.size)
+
+
+def look_for_face(path, n: int) -> tuple:
+    """First pass over a pose clip -> frames (n at most), height looked at, z, mouth (frames,) as complex x + iy.
+
+    Scale and turn are the clip's mean; the mouth is held in its place, frame by frame, as the authors do.
+    """
+    height = min(probe(path).height, LOOK_HEIGHT)
+    points, at, count = [], [], 0
+    for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
+        if (count - 1) % LOOK_EVERY == 0:
+            try:
+                found = three_points(frame)
+            except InputError as error:
+                raise InputError(f"{path}: {error}; crop the video and give --aligned") from None
+            if found is not None:
+                points.append(found)
+                at.append(count - 1)
+    if 2 * len(at) < -(-count // LOOK_EVERY):
+        raise InputError(f"{path}: a face in {len(at)} of {-(-count // LOOK_EVERY)} frames looked at")
+    points = np.array(points)                                                   # (looks, 3)
+    mouth = np.interp(np.arange(count), at, points[:, 2].real) + 1j * np.interp(np.arange(count), at, points[:, 2].imag)
+    return count, height, scale_and_turn(points.mean(0)), mouth
+
+
+def pose_clip(path, n: int, config: Config, aligned: bool):
+    """-> number of frames (n at most), a stream of them as uint8 (size, size, 3). The clip is read twice: where the
+    face is must be known before the first frame. InputError: before the stream begins."""
+    size = config.size
+    if Path(path).is_dir():                                                     # the authors' way to store a clip
+        images = map(load_photo, pictures_in(Path(path))[:n])
+        box = square_middle if config.template in TEMPLATES else ready_box
+        return len(pictures_in(Path(path))[:n]), (crop_face(image, box(image), size) for image in images)
+    full = probe(path).height
+    if config.template in TEMPLATES:
+        count, box, height = driving_box(path, n, config.template)
+        wanted = min(full, max(2, round(2 * size * height / (box[3] - box[1]))))
+        box = tuple(v * wanted / height for v in box)
+        crops = (crop_face(frame, box, size) for frame in read_video(path, wanted))
+    elif aligned:
+        count = sum(1 for _ in itertools.islice(read_video(path, 16), n))
+        crops = (crop_face(frame, ready_box(frame), size) for frame in read_video(path))
+    else:
+        count, height, z, mouth = look_for_face(path, n)
+        wanted = min(full, max(16, round(2 * height * abs(z) * size / (SEEN[2] - SEEN[0]))))
+        f = wanted / height
+        crops = (align(frame, z / f, m * f, size) for frame, m in zip(read_video(path, wanted), mouth))
+    return count, itertools.islice(crops, count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a photo, a sound, a pose clip -> a talking face
+
+def sampling_options(p):
+    """What `sample` and `evaluate` share"""
+    p.add_argument("--weights", default=HERE / "weights/pcavs_toy.pt",
+                   help="folder of the four published files, or a weights.pt of training (default: weights/pcavs_toy.pt)")
+    p.add_argument("--aligned", action="store_true",
+                   help="photo and pose clip are cropped the authors' way already (published weights)")
+    p.add_argument("--overwrite", action="store_true", help="replace what exists")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--seed", type=int, default=0, help="of the generator's noise")
+    p.add_argument("--bf16", action="store_true", help="bf16 autocast: 2 to 5 times as fast on a CPU with AMX, and a GPU")
+
+
+def parse_sample(argv):
+    p = argparse.ArgumentParser(prog="pcavs.py", description="PC-AVS: a photo, a sound, a pose video -> a talking face. "
+                                "Other commands: pcavs.py train, pcavs.py evaluate (each with --help)")
+    p.add_argument("face", help="photo (a file named train or evaluate: ./train)")
+    p.add_argument("speech", help="sound, or video with it")
+    p.add_argument("--pose", help="video whose head pose is taken (default: the photo's own)")
+    p.add_argument("--out", default="talk.mp4", help="the video to write (default: talk.mp4)")
+    p.add_argument("--grid", action="store_true", help="write photo, pose and result side by side")
+    p.add_argument("--box", metavar="x0,y0,x1,y1", help="where the face is in the photo, in pixels")
+    p.add_argument("--face", type=int, dest="number", metavar="N", help="the N-th largest face (weights of training)")
+    sampling_options(p)
+    return p.parse_args(argv)
+
+
+def talk(model, crop, wav, pose, args, device):
+    """crop uint8 (size, size, 3), wav (n,), pose: None or a stream of crops -> a stream of uint8 (b, size, size, 3)"""
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = [x.to(device) for x in model.G.draw_noise(generator)] if model.config.noise else "off"
+    frames = map(to_tensor, pose) if pose is not None else None
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        stream = model.animate(to_tensor(crop).to(device), speech_mel(wav), n_frames(len(wav)), frames, noise)
+        yield from map(to_uint8, stream)
+
+
+class Kept:
+    """Passes a stream of crops on and keeps them, for the grid: crop k of a clip walked there and back"""
+
+    def __init__(self, items, keep: bool):
+        self.items, self.keep, self.crops = items, keep, []
+
+    def __iter__(self):
+        for crop in self.items:
+            if self.keep:
+                self.crops.append(crop)
+            yield crop
+
+    def __getitem__(self, k):
+        return self.crops[there_and_back(k, len(self.crops)) if k >= len(self.crops) else k]
+
+
+def sample(argv):
+    args = parse_sample(argv)
+    begin = time.perf_counter()
+
+    # everything that can be wrong, the quick things first
+    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
+    photo, wav = load_photo(args.face), load_audio(args.speech)
+    if args.pose:
+        probe(args.pose)
+    device = pick_device(args.device)
+    model = load_pcavs(args.weights, device)
+    size, n = model.config.size, n_frames(len(wav))
+    crop = photo_crop(photo, args, model.config)
+    pose = Kept(Stopwatch(pose_clip(args.pose, n, model.config, args.aligned)[1]) if args.pose else [crop], args.grid)
+
+    network = Stopwatch(talk(model, crop, wav, pose, args, device))
+    width = 3 * size if args.grid else size
+    with VideoWriter(out, size, width, wav, args.overwrite) as video, tqdm(total=n, unit="frame") as bar:
+        try:
+            for frames in network:
+                for frame in frames:
+                    video.write(np.hstack([crop, pose[video.count], frame]) if args.grid else frame)
+                bar.update(len(frames))
+        except FloatingPointError as error:
+            raise InputError(f"{args.weights}: the networks fail, {error}") from None
+        assert video.count == n, f"{video.count} frames for {n} of sound"
+
+    seconds = time.perf_counter() - begin
+    alone = network.seconds - (pose.items.seconds if args.pose else 0)           # without reading the pose clip
+    print(f"{out}: {n} frames, {n / FPS:.2f} s; {n / seconds:.1f} frames/s end to end, "
+          f"{n / alone:.1f} frames/s by the networks alone")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+def parse_evaluate(argv):
+    p = argparse.ArgumentParser(prog="pcavs.py evaluate", description="measure clips driven by themselves (photo: their "
+                                "first frame; their pose, their sound) or the pairs of a csv against the real frames")
+    p.add_argument("clips", nargs="*", help="videos with sound, or one file of pairs (.csv) as in the authors' demo")
+    p.add_argument("--toy", action="store_true", help="weights of the toy world: evaluate.py's control table, no clips")
+    p.add_argument("--people", type=int, default=32, help="toy world: people held out for good")
+    p.add_argument("--cache", default="out/evaluate", help="toy world: where the probe and its drawn people are kept")
+    p.add_argument("--out", default="out/pcavs_eval", help="folder for the clips real/ and fake/")
+    p.add_argument("--json", help="write evaluate.py's numbers there, too")
+    sampling_options(p)
+    args = p.parse_args(argv)
+    if bool(args.clips) == args.toy:
+        raise InputError("give clips, a file of pairs (.csv), or --toy")
+    return args
+
+
+def pairs_of(path: Path) -> list[dict]:
+    """The authors' csv: a line has photo folder, its number, pose folder, its number, sound, folder of the real frames,
+    its number, mel file, with blanks between -> photo, pose (None: the photo's own), sound, truth (None: there is none)
+
+    A folder of pictures counts as a clip. Names are relative to the working directory, or to the csv.
+    """
+    jobs = []
+    for i, line in enumerate(check_file(path).read_text(errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = line.split()
+        if len(fields) != 8:
+            raise InputError(f"{path}: line {i} has {len(fields)} fields, expected 8")
+        photo, _, pose, _, sound, truth, _, _ = (f if Path(f).exists() else path.parent / f for f in fields)
+        pictures = pictures_in(Path(photo)) if Path(photo).is_dir() else [Path(photo)]
+        if not pictures:
+            raise InputError(f"{path}: line {i}: no picture in {photo}")
+        jobs.append(dict(name=f"{i:03d}_{Path(photo).stem}_{Path(pose).stem}_{Path(sound).stem}", photo=pictures[0],
+                         pose=Path(pose) if Path(pose).exists() else None, sound=check_file(sound),
+                         truth=Path(truth) if Path(truth).exists() else None))
+    if not jobs:
+        raise InputError(f"{path}: no pairs in it")
+    return jobs
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+
+
+def grey_ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """SSIM of two uint8 (H, W, 3) pictures, grey, at 224 px: talkingface-toolkit's"""
+    from evaluate import ssim
+    a, b = (np.array(Image.fromarray(x).convert("L").resize((224, 224), Image.Resampling.BILINEAR)) for x in (a, b))
+    return float(ssim(*(np.repeat(x[..., None], 3, -1) for x in (a, b))))
+
+
+def measure_clip(model, job: dict, args, device, out: Path) -> float | None:
+    """Makes one clip: fake/NAME.mp4 and, where there are real frames, real/NAME.mp4 -> mean grey SSIM, or None"""
+    c, wav = model.config, load_audio(job["sound"])
+    n, scores = n_frames(len(wav)), []
+    truth = pose_clip(job["truth"], n, c, args.aligned)[1] if job["truth"] else None
+    if job["photo"]:
+        args.face, args.box, args.number = job["photo"], None, None
+        crop = photo_crop(load_photo(job["photo"]), args, c)
+    else:
+        crop = next(pose_clip(job["pose"], 1, c, args.aligned)[1])              # its own first frame
+    pose = pose_clip(job["pose"], n, c, args.aligned)[1] if job["pose"] else [crop]
+    fakes = (frame for frames in talk(model, crop, wav, pose, args, device) for frame in frames)
+    with contextlib.ExitStack() as stack:
+        fake_video, real_video = (
+            stack.enter_context(VideoWriter(out / kind / f"{job['name']}.mp4", c.size, c.size, wav, args.overwrite))
+            if kind == "fake" or truth is not None else None for kind in ("fake", "real"))
+        for frame in tqdm(fakes, job["name"], n, unit="frame", leave=False, disable=None):
+            fake_video.write(frame)
+            if truth is not None and (real := next(truth, None)) is not None:
+                real_video.write(real)
+                scores.append(grey_ssim(real, frame))
+    return float(np.mean(scores)) if scores else None
+
+
+def evaluate(argv):
+    import evaluate as metrics
+    args = parse_evaluate(argv)
+    device = pick_device(args.device)
+    pairs = len(args.clips) == 1 and args.clips[0].endswith(".csv")
+    jobs = pairs_of(Path(args.clips[0])) if pairs else [
+        dict(name=Path(p).stem, photo=None, pose=check_file(p), sound=p, truth=check_file(p)) for p in args.clips]
+    args.aligned = args.aligned or pairs                                        # the authors' pairs are cropped already
+    model = load_pcavs(args.weights, device)
+    if args.toy:
+        return toy_table(metrics, model, args, device)
+    out = Path(args.out)
+    try:
+        for kind in ("fake", "real"):
+            (out / kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: no directory to write to ({error.strerror})") from None
+    for job in jobs:
+        check_output(out / "fake" / f"{job['name']}.mp4", args.overwrite)
+    scores = {job["name"]: measure_clip(model, job, args, device, out) for job in jobs}
+    measured = {name: score for name, score in scores.items() if score is not None}
+    for name in scores.keys() - measured.keys():
+        print(f"{out / 'fake' / name}.mp4: made; no real frames to compare it with")
+    if measured:
+        print(f"SSIM, grey at 224 px: {np.mean(list(measured.values())):.3f}, {len(measured)} clips")
+        names = [f"{name}.mp4" for name in measured]
+        real, fake = (out / kind / names[0] if len(names) == 1 else out / kind for kind in ("real", "fake"))
+        metrics.main([str(real), str(fake), *(["--json", args.json] if args.json else [])])
+
+
+def toy_table(metrics, model, args, device):
+    """evaluate.py's control table and matrix of changes, for PC-AVS"""
+    c = model.config
+    if c.template != "toy":
+        raise InputError("--toy: networks of real faces have no truth to be measured by")
+    if args.people < 6:
+        raise InputError(f"--people {args.people}: at least 6, so that the people of a trial and the strangers differ")
+
+    def clip(face, wav, driving=None):
+        frames = to_tensor(driving) if driving is not None else None
+        n = len(frames) if frames is not None else n_frames(len(wav))
+        return torch.cat(list(model.animate(to_tensor(face).to(device), speech_mel(wav), n, frames)))
+
+    folder = Path(args.cache)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--cache {folder}: cannot be made a directory ({error.strerror})") from None
+    probe_network = metrics.train_probe(c.size, folder, device)
+    toys = folder / f"test_toys{c.size}_{args.people}"
+    make_pack(toys, c.size, args.people, 3.0, TEST, os.cpu_count())
+    pack = Pack(toys)
+    truth = np.load(toys / "truth.npy").reshape(len(pack), -1, 10)
+    table = metrics.control_table(clip, probe_network, pack, truth, device)
+    ceiling = metrics.probe_row(probe_network, pack, truth, device)
+    rows = {"real frames (the probe's ceiling)": ceiling, str(args.weights): table}
+    print(metrics.markdown({name: {k: row[k] for k in table} for name, row in rows.items()}))
+    matrix = metrics.change_matrix(clip, probe_network, pack, truth, device)
+    print("\nchange one input (row), see what moves (column)\n" + metrics.markdown(matrix))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows | {"matrix": matrix}, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+class Moments(Dataset):
+    """Item: one clip at K + 1 different moments. source (3, H, W), frames (K, 3, H, W), mel (K, 1, 80, 20), person.
+
+    Half of the items are mirrored, each as a whole. Item n is a function of (seed, n) alone, as in data.py.
+    """
+
+    def __init__(self, pack: Pack, K: int, seed: int, flip: bool = True):
+        self.pack, self.K, self.seed, self.flip, self.mels = pack, K, seed, flip, {}
+
+    def __len__(self):
+        return ENDLESS
+
+    def mel(self, c: int) -> np.ndarray:
+        """The mel of clip c, kept for some hundred clips"""
+        if c not in self.mels:
+            if len(self.mels) >= 512:                                           # 50 MB of three-second clips
+                self.mels.clear()
+            self.mels[c] = speech_mel(self.pack.sound(c))
+        return self.mels[c]
+
+    def __getitem__(self, n: int) -> dict:
+        rng = np.random.default_rng([self.seed, n, self.K])
+        c = int(rng.integers(len(self.pack)))
+        length = int(self.pack.n_frames[c])
+        moments = rng.choice(length, self.K + 1, replace=length <= self.K)
+        pictures = self.pack.frames(c, moments)                                 # (1 + K, H, W, 3)
+        if self.flip and rng.random() < 0.5:
+            pictures = pictures[:, :, ::-1]
+        pictures = to_tensor(np.ascontiguousarray(pictures))
+        mel = torch.from_numpy(speech_windows(self.mel(c), moments[1:]))
+        return dict(source=pictures[0], frames=pictures[1:], mel=mel, person=int(self.pack.identity[c]))
+
+
+def disguise(frames):
+    """The paper's augmented frames: another person's shape and colours, the same head pose. (N, 3, H, W) -> the same.
+
+    Shape: width and height stretched by up to 15 %, each alone, and moved by up to 10 %; no turning, that is pose.
+    Colours: mixed among each other and shifted. The numbers are ours.
+    """
+    N, dev = len(frames), frames.device
+    theta = torch.zeros(N, 2, 3, device=dev)
+    theta[:, (0, 1), (0, 1)] = 1 + 0.15 * (2 * torch.rand(N, 2, device=dev) - 1)
+    theta[:, :, 2] = 0.1 * (2 * torch.rand(N, 2, device=dev) - 1)
+    grid = F.affine_grid(theta, frames.shape, align_corners=False)
+    frames = F.grid_sample(frames, grid, padding_mode="reflection", align_corners=False)
+    mix = torch.eye(3, device=dev) + 0.4 * torch.randn(N, 3, 3, device=dev)
+    return torch.einsum("nij,njhw->nihw", mix, frames) + 0.3 * torch.randn(N, 3, 1, 1, device=dev)
+
+
+def contrastive_loss(a, b):
+    """Row i of a (n, E) belongs to row i of b (n, E): softmax over b with the published similarity 1 / |a - b| of
+    features of unit length. ln n where nothing is known. Gradients go to b alone, as published: call it both ways."""
+    a, b = F.normalize(a.detach().float(), dim=1), F.normalize(b.float(), dim=1)
+    distance = (2 - 2 * a @ b.t()).clamp_min(1e-4).sqrt()                       # (n, n); ours: 1 / 0 is no number
+    return F.cross_entropy(1 / distance, torch.arange(len(a), device=a.device))
+
+
+def pose_loss(a, b):
+    """Ours. Pose codes of K frames of a clip, of two disguises: a, b (B, K, P). Which of the clip's K frames is it?
+
+    Within a clip the person is constant, so what tells its frames apart, with the mouth masked, is the head, and
+    nothing of the person helps. Gaussian similarity: it also fixes the code's scale.
+    """
+    logits = -torch.cdist(a.float(), b.float()).square()                        # (B, K, K)
+    target = torch.arange(a.shape[1], device=a.device).expand(len(a), -1)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.transpose(1, 2), target)) / 2
+
+
+class PatchDiscriminator(nn.Module):
+    """Two scales of 4x4 convolutions with spectral and instance norm (pix2pixHD, SPADE) -> maps of each, scores last"""
+
+    def __init__(self, width: int = 64, layers: int = 4):
+        super().__init__()
+        def net():
+            ch = [3] + [min(width * 2 ** i, 512) for i in range(layers)]
+            parts = nn.ModuleList([nn.Sequential(nn.Conv2d(3, ch[1], 4, 2, 2), nn.LeakyReLU(0.2))])
+            for i in range(1, layers):
+                conv = nn.Conv2d(ch[i], ch[i + 1], 4, 1 if i == layers - 1 else 2, 2)
+                parts.append(nn.Sequential(spectral_norm(conv), nn.InstanceNorm2d(ch[i + 1]), nn.LeakyReLU(0.2)))
+            return parts.append(nn.Conv2d(ch[-1], 1, 4, 1, 2))
+        self.scales = nn.ModuleList([net(), net()])
+
+    def forward(self, x) -> list:
+        out = []
+        for net in self.scales:
+            maps = [x]
+            for part in net:
+                maps.append(part(maps[-1]))
+            out.append(maps[1:])
+            x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+        return out
+
+
+def hinge_d(real, fake):
+    """-min(0, D(real) - 1) - min(0, -D(fake) - 1), mean over scales; 2 where D knows nothing"""
+    return sum(torch.relu(1 - r[-1]).mean() + torch.relu(1 + f[-1]).mean() for r, f in zip(real, fake)) / len(real)
+
+
+def hinge_g(fake):
+    return -sum(f[-1].mean() for f in fake) / len(fake)
+
+
+def matching_loss(real, fake):
+    """L1 of the discriminator's maps, a mean over scales of the sum over layers (pix2pixHD)"""
+    return sum((f - r.detach()).abs().mean() for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])) / len(real)
+
+
+def parse_train(argv):
+    p = argparse.ArgumentParser(prog="pcavs.py train", description="train the four networks together",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default="out/pcavs32", help="directory of checkpoint, log and pictures")
+    p.add_argument("--data", help="pack directory written by data.py; default: the toy world, drawn into --out")
+    p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the picture: the dial")
+    p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
+    p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
+    p.add_argument("--identity", help="published latest_net_V.pth to start V from (full width only)")
+    p.add_argument("--steps", type=int, default=5000)
+    p.add_argument("--clips", type=int, default=8, help="clips of a step")
+    p.add_argument("--frames", type=int, default=4, help="frames of each clip")
+    p.add_argument("--lr", type=float, default=1e-3, help="rate of V, E, A_sync")
+    p.add_argument("--lr-g", type=float, default=5e-3, help="rate of G, whose layers have an equalised learning rate")
+    p.add_argument("--lr-d", type=float, default=1e-3, help="rate of the discriminator")
+    p.add_argument("--ema-kimg", type=float, default=3.0, help="half-life of the averaged weights in thousand pictures")
+    p.add_argument("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AMX)")
+    for name, default, note in (
+            ("adv", 0.0, "hinge GAN; published 1"), ("match", 0.0, "feature matching; published 10"),
+            ("vgg", 0.0, "VGG19's features (downloads it); published 10"),
+            ("arcface", 0.0, "ArcFace in VGGFace's place (downloads it); VGGFace published 5"),
+            ("rec", 10.0, "ours, in VGG's place: L1 of picture, mouth, eyes and smaller pictures"),
+            ("contrast", 1.0, "speech content: sound and mouth, both ways; published 100"),
+            ("cross", 1.0, "L1 of the sound's and the mouth's features; published 1"),
+            ("id", 1.0, "classification of people by V; published 1"),
+            ("pose", 1.0, "ours: which frame of the clip is it?"),
+            ("mouth", 3.0, "of the mouth box in rec"), ("eyes", 3.0, "of the eyes box in rec")):
+        p.add_argument(f"--w-{name}", type=float, default=default, help=note)
+    p.add_argument("--resume", action="store_true", help="continue the checkpoint in --out")
+    p.add_argument("--overwrite", action="store_true", help="start anew although a checkpoint exists")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=int, default=0, help="processes that load data")
+    p.add_argument("--log-every", type=int, default=50)
+    p.add_argument("--save-every", type=int, default=500)
+    args = p.parse_args(argv)
+    args.batch = args.clips * args.frames
+    return args
+
+
+def forward(nets, batch, args):
+    """One forward: photo, sounds, disguised frames -> the frames, and the features that the contrasts compare"""
+    model = nets["model"]
+    frames = batch["frames"].flatten(0, 1)                                      # (N, 3, H, W), N = B K
+    identity = model.identity(batch["source"])
+    scores = nets["people"](identity[0])                                        # (B, people)
+    identity = [x.repeat_interleave(args.frames, 0) for x in identity]
+    speech = model.A(batch["mel"].flatten(0, 1))                                # (N, hidden)
+    with torch.autocast(frames.device.type, enabled=False):
+        seen = [disguise(frames), disguise(model.masked(frames)), disguise(model.masked(frames))]
+    feature = model.E.model(torch.cat(seen).contiguous(memory_format=torch.channels_last))  # (3N, hidden)
+    bare, first, second = feature.chunk(3)
+    pose = [model.E.headpose_embed(model.E.to_headpose(x)) for x in (first, second)]
+    fake = model.decode(identity, speech, pose[0], "random" if model.config.noise else "off").float()
+    return dict(real=frames, fake=fake, scores=scores, speech=speech, mouth=model.E.to_mouth(bare), pose=pose)
+
+
+def loss_terms(nets, out, batch, args):
+    template = TEMPLATES[nets["model"].config.template]
+    boxes = ((template.mouth, args.w_mouth), (template.eyes, args.w_eyes))
+    real, fake, speech, mouth = out["real"], out["fake"], out["speech"].float(), out["mouth"].float()
+    B, K = batch["frames"].shape[:2]
+    terms = dict(rec=reconstruction_loss(fake, real, boxes),
+                 contrast=contrastive_loss(mouth, speech) + contrastive_loss(speech, mouth),
+                 cross=(mouth.detach() - speech).abs().mean(),
+                 id=F.cross_entropy(out["scores"].float(), batch["person"]),
+                 pose=pose_loss(*(p.unflatten(0, (B, K)) for p in out["pose"])))
+    if args.w_adv:
+        fake_maps = nets["D"](fake)
+        terms["adv"] = hinge_g(fake_maps)
+        if args.w_match:
+            with torch.no_grad():
+                real_maps = nets["D"](real)
+            terms["match"] = matching_loss(real_maps, fake_maps)
+    if args.w_vgg:
+        terms["vgg"] = perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
+    if args.w_arcface:
+        terms["arcface"] = identity_loss(nets["arcface"](fake), nets["arcface"](real))
+    return terms
+
+
+def build(args, pack, device):
+    """-> nets, the averaged model, optimisers"""
+    model = PCAVS(Config.at(args.size, template=pack.template)).to(device)
+    nets = dict(model=model, people=nn.Linear(32 * model.config.v_base, len(pack.identities)).to(device))
+    if args.w_adv:
+        nets["D"] = PatchDiscriminator(32 if args.size < 128 else 64, 3 if args.size < 128 else 4).to(device)
+    groups = [dict(params=[*model.V.parameters(), *model.E.parameters(), *model.A.parameters(),
+                           *nets["people"].parameters()], lr=args.lr),
+              dict(params=model.G.parameters(), lr=args.lr_g)]
+    optimisers = dict(g=torch.optim.Adam(groups, betas=(0.9, 0.99)))            # ours: L1 leads, not the adversary
+    if args.w_adv:
+        optimisers["d"] = torch.optim.Adam(nets["D"].parameters(), args.lr_d, betas=(0.0, 0.9))  # published
+    for opt in optimisers.values():
+        for group in opt.param_groups:
+            group["initial_lr"] = group["lr"]
+    return nets, copy.deepcopy(model).eval().requires_grad_(False), optimisers
+
+
+def train(argv):
+    args = parse_train(argv)
+    device = pick_device(args.device)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.out}: no directory to write to ({error.strerror})") from None
+    path = os.path.join(args.out, "pcavs.pt")
+    if os.path.exists(path) and not (args.resume or args.overwrite):
+        raise InputError(f"{path} exists: --resume continues it, --overwrite starts anew")
+    saved = load_checkpoint(path, "pcavs-train", map_location=device) if args.resume else None
+    pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
+    if pack.size != args.size:
+        raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
+
+    torch.manual_seed(args.seed)
+    nets, ema, optimisers = build(args, pack, device)
+    model, start = nets["model"], 0
+    if args.w_vgg:
+        nets["vgg"] = losses.vgg19(device)
+    if args.w_arcface:
+        nets["arcface"] = losses.arcface(device)
+    if saved:
+        start = restore(saved, path, nets, ema, optimisers)
+    data = batches(Moments(pack, args.frames, args.seed), args.clips, start, args.workers)
+    count = {k: sum(q.numel() for q in part.parameters()) / 1e6 for k, part in model.named_children()}
+    print(f"PC-AVS on {device}: {len(pack)} clips of {len(pack.identities)} people, M parameters: "
+          + ", ".join(f"{k} {v:.2f}" for k, v in count.items()))
+    log = open(os.path.join(args.out, "log_pcavs.jsonl"), "a" if saved else "w")
+    versions = dict(torch=torch.__version__, python=sys.version.split()[0])
+    log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args))) + "\n")
+    weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")}
+    waited, clock = 0.0, time.perf_counter()
+
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="PC-AVS", disable=None)
+    for step in bar:
+        before = time.perf_counter()
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(data).items()}
+        waited += time.perf_counter() - before
+        for opt in optimisers.values():
+            for group in opt.param_groups:
+                group["lr"] = group["initial_lr"] * lr_factor(step, args.steps)
+
+        # one fake forward
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            out = forward(nets, batch, args)
+
+        # discriminator
+        diagnostics = {}
+        if args.w_adv:
+            diagnostics = discriminator_step(nets["D"], out, optimisers["d"], args)
+
+        # the four networks
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            terms = loss_terms(nets, out, batch, args)
+        for name, value in terms.items():
+            finite(name, value)
+        loss = sum(weight[k] * v for k, v in terms.items())
+        optimisers["g"].zero_grad(set_to_none=True)
+        loss.backward()
+        optimisers["g"].step()
+        update_ema(ema, model, (step + 1) * args.batch, args)
+
+        last = step + 1 == args.steps
+        if step % args.log_every == 0 or last:
+            line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
+            line |= {k: float(v) for k, v in diagnostics.items()}
+            seconds = (time.perf_counter() - clock) / (args.log_every if step > start else 1)
+            line |= dict(step=step, ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
+                         waiting=round(waited / max(seconds * args.log_every, 1e-9), 3), gib=round(memory_gib(device), 2))
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.write(format_line(line, args))
+            waited, clock = 0.0, time.perf_counter()
+        if (step + 1) % args.save_every == 0 or last:
+            save_samples(os.path.join(args.out, "pcavs.png"), ema, pack, device)
+            save(path, step + 1, nets, ema, optimisers, args)
+    log.close()
+    weights = os.path.join(args.out, "weights.pt")
+    state = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
+    save_checkpoint(weights, dict(kind="pcavs", format=1, config=vars(ema.config), args=vars(args),
+                                  networks=dict(model=state)))
+    print(f"{weights}: for pcavs.py --weights")
+
+
+def discriminator_step(D, out, opt, args):
+    """Hinge loss on real and generated frames -> diagnostics"""
+    D.requires_grad_(True)
+    with torch.autocast(out["real"].device.type, torch.bfloat16, enabled=args.bf16):
+        real, fake = D(out["real"]), D(out["fake"].detach())
+        loss = hinge_d(real, fake)
+    finite("d", loss)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+    D.requires_grad_(False)
+    return dict(d=loss.detach(), real=-hinge_g(real).detach(), fake=-hinge_g(fake).detach())
+
+
+def save(path, step, nets, ema, optimisers, args):
+    """Everything that the next step depends on"""
+    networks = {k: nets[k].state_dict() for k in ("model", "people", "D") if k in nets}
+    save_checkpoint(path, dict(
+        kind="pcavs-train", format=1, config=vars(ema.config), args=vars(args), step=step, networks=networks,
+        ema=dict(model=ema.state_dict()), optimisers={k: v.state_dict() for k, v in optimisers.items()},
+        rng=dict(torch=torch.get_rng_state())))
+
+
+def restore(saved, path, nets, ema, optimisers) -> int:
+    """Load a checkpoint of `save` -> its step"""
+    try:
+        for name, state in saved["networks"].items():
+            nets[name].load_state_dict(state)
+        ema.load_state_dict(saved["ema"]["model"])
+        for name, state in saved["optimisers"].items():
+            optimisers[name].load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: was trained with other options ({str(error).splitlines()[0]})") from None
+    torch.set_rng_state(saved["rng"]["torch"].cpu())
+    return saved["step"]
+
+
+def format_line(line, args):
+    skip = ("step", "ms", "images_s", "waiting", "gib")
+    numbers = "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in skip)
+    eta = (args.steps - line["step"]) * line["ms"] / 60000
+    return (f"{line['step']:6d}  {numbers}  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, "
+            f"{100 * line['waiting']:.0f} % waiting, {line['gib']:.1f} GiB, {eta:.1f} min left")
+
+
+@torch.no_grad()
+def save_samples(path, model, pack, device, n=8):
+    """Four rows of n: photos, the next clip's pose frames, results; below, the frames whose sound is heard"""
+    data = Moments(pack, 1, seed=12345, flip=False)
+    items = [data[i] for i in range(n)]
+    source, frames, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "frames", "mel"))
+    pose, heard = frames[:, 0].roll(1, 0), frames[:, 0].roll(2, 0)
+    fake = model.decode(model.identity(source), model.A(mel[:, 0].roll(2, 0)), model.pose(pose), "off")
+    rows = torch.cat([torch.cat(list(row), -1) for row in (source, pose, fake, heard)], -2)
+    image = Image.fromarray(to_uint8(rows.clamp(-1, 1)))
+    scale = max(1, 64 // model.config.size)
+    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path + ".tmp.png")
+    os.replace(path + ".tmp.png", path)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = dict(train=train, evaluate=evaluate).get(argv[0]) if argv else None
+    command(argv[1:]) if command else sample(argv)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,786 @@
+"""PC-AVS: each network against a naive float64 restatement, the four files, the mel, the order of calls, step and length,
+alignment, what bad input gets, and training."""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io.wavfile
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import pcavs
+from audio import InputError, load_audio, run
+from data import Pack, load_checkpoint, save_checkpoint
+from pcavs import PCAVS, Config, speech_mel, speech_windows
+from toyfaces import make_pack, toy_clip
+from vision import VideoWriter, read_video, to_tensor
+
+RATE = 16000
+FORMATS = Path("/work/shared/formats")  # the published key lists, where this checkout has them beside it
+NARROW = Config(size=96, v_base=4, v_groups=2, v_blocks=(2, 1, 1, 2), e_width=16, e_depth=4, e_maps=5,
+                a_filters=(8, 16, 24, 32), a_blocks=(1, 2, 1, 1), a_hidden=6, hidden=20, mouth=9, pose=3,
+                channels=(12, 10, 8, 7, 6, 4))  # every number its own, stems as published
+
+
+def shaken(module, seed=0):
+    """BatchNorm statistics, biases and zero-started weights away from their start, so that each of them matters"""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            if name.endswith(("running_var", "bn1.weight", "bn2.weight", "bn3.weight")):
+                value.uniform_(0.5, 1.5, generator=g)
+            elif value.ndim <= 1 and value.is_floating_point():
+                value.add_(0.2 * torch.randn(value.shape, generator=g))
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    torch.manual_seed(1)
+    return shaken(PCAVS(NARROW))
+
+
+def doubles(module):
+    return {k: v.double() for k, v in module.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the networks, restated
+
+def bn(w, name, x):
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    mean, var, scale, bias = (w[f"{name}.{k}"].reshape(shape) for k in ("running_mean", "running_var", "weight", "bias"))
+    return (x - mean) / (var + 1e-5).sqrt() * scale + bias
+
+
+def conv(w, name, x, **k):
+    return F.conv2d(x, w[f"{name}.weight"], w.get(f"{name}.bias"), **k)
+
+
+def linear(w, name, x):
+    return x @ w[f"{name}.weight"].t() + w[f"{name}.bias"]
+
+
+def test_V_is_a_ResNeXt_with_its_last_map_brought_to_the_generators_width(narrow):
+    w, x = doubles(narrow.V), torch.randn(2, 3, 96, 96).double()
+    y = F.max_pool2d(bn(w, "model.bn1", conv(w, "model.conv1", x, stride=2, padding=3)).relu(), 3, 2, 1)
+    for layer, count in enumerate((2, 1, 1, 2), start=1):
+        for i in range(count):
+            n, stride = f"model.layer{layer}.{i}", 2 if layer > 1 and i == 0 else 1
+            z = bn(w, f"{n}.bn1", conv(w, f"{n}.conv1", y)).relu()
+            halves = [F.conv2d(part, k, stride=stride, padding=1)                      # two groups, one by one
+                      for part, k in zip(z.chunk(2, 1), w[f"{n}.conv2.weight"].chunk(2, 0))]
+            z = bn(w, f"{n}.bn2", torch.cat(halves, 1)).relu()
+            z = bn(w, f"{n}.bn3", conv(w, f"{n}.conv3", z))
+            if f"{n}.downsample.0.weight" in w:
+                y = bn(w, f"{n}.downsample.1", conv(w, f"{n}.downsample.0", y, stride=stride))
+            y = (y + z).relu()
+    vector, identity_map = narrow.V(x.float())
+    assert vector.shape == (2, 128) and identity_map.shape == (2, 12, 3, 3)
+    torch.testing.assert_close(vector.double(), y.mean((2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(identity_map.double(), conv(w, "conv1x1", y), rtol=1e-4, atol=1e-4)
+
+
+def fan_block(w, n, x):
+    a = conv(w, f"{n}.conv1", bn(w, f"{n}.bn1", x).relu(), padding=1)
+    b = conv(w, f"{n}.conv2", bn(w, f"{n}.bn2", a).relu(), padding=1)
+    c = conv(w, f"{n}.conv3", bn(w, f"{n}.bn3", b).relu(), padding=1)
+    if f"{n}.downsample.2.weight" in w:
+        x = conv(w, f"{n}.downsample.2", bn(w, f"{n}.downsample.0", x).relu())
+    return torch.cat([a, b, c], 1) + x
+
+
+def bilinear(x, size):
+    """Half-pixel bilinear interpolation, pixel by pixel"""
+    n = x.shape[-1]
+    at = ((np.arange(size) + 0.5) * n / size - 0.5).clip(0)
+    lo = np.minimum(np.floor(at).astype(int), n - 1)
+    hi, f = np.minimum(lo + 1, n - 1), torch.from_numpy(at - lo)
+    x = x[..., lo] * (1 - f) + x[..., hi] * f
+    return x[..., lo, :] * (1 - f)[:, None] + x[..., hi, :] * f[:, None]
+
+
+def test_E_is_FAN_with_one_hourglass_read_through_one_map(narrow):
+    w, x = doubles(narrow.E), torch.randn(2, 3, 96, 96).double()
+    y = fan_block(w, "model.conv2", bn(w, "model.bn1", conv(w, "model.conv1", x, stride=2, padding=3)).relu())
+    y = fan_block(w, "model.conv4", fan_block(w, "model.conv3", F.max_pool2d(y, 2)))   # (2, 16, 24, 24)
+
+    def hourglass(level, x):  # 24, 12, 6, 3, 1
+        low = fan_block(w, f"model.m0.b2_{level}", F.max_pool2d(x, 2))
+        low = hourglass(level - 1, low) if level > 1 else fan_block(w, "model.m0.b2_plus_1", low)
+        return fan_block(w, f"model.m0.b1_{level}", x) + bilinear(fan_block(w, f"model.m0.b3_{level}", low), x.shape[-1])
+
+    y = fan_block(w, "model.top_m_0", hourglass(4, y))
+    y = conv(w, "model.l0", bn(w, "model.bn_end0", conv(w, "model.conv_last0", y)).relu())
+    y = conv(w, "model.conv6", bn(w, "model.bn5", y).relu(), stride=2, padding=1)
+    assert y.shape == (2, 1, 12, 12)
+    feature = linear(w, "model.fc", y.reshape(2, 144).relu())
+    torch.testing.assert_close(narrow.E.model(x.float()).double(), feature, rtol=1e-4, atol=1e-4)
+    pose = linear(w, "to_headpose.2", linear(w, "to_headpose.0", feature).relu())
+    pose = linear(w, "headpose_embed.1", pose.relu())
+    torch.testing.assert_close(narrow.pose(x.float()).double(), pose, rtol=1e-4, atol=1e-4)
+
+
+def test_A_is_a_ResNet_with_squeeze_and_excitation_and_attention_over_time(narrow):
+    w, x = doubles(narrow.A), torch.rand(3, 1, 80, 20).double()
+    y = bn(w, "model.bn1", conv(w, "model.conv1", x, padding=1).relu())
+    for layer, count in enumerate((1, 2, 1, 1), start=1):
+        for i in range(count):
+            n, stride = f"model.layer{layer}.{i}", 2 if layer > 1 and i == 0 else 1
+            z = bn(w, f"{n}.bn1", conv(w, f"{n}.conv1", y, stride=stride, padding=1).relu())
+            z = bn(w, f"{n}.bn2", conv(w, f"{n}.conv2", z, padding=1))
+            gate = linear(w, f"{n}.se.fc.2", linear(w, f"{n}.se.fc.0", z.mean((2, 3))).relu())
+            z = z / (1 + (-gate).exp())[:, :, None, None]
+            if f"{n}.downsample.0.weight" in w:
+                y = bn(w, f"{n}.downsample.1", conv(w, f"{n}.downsample.0", y, stride=stride))
+            y = (y + z).relu()
+    assert y.shape == (3, 32, 10, 3)
+    y = y.reshape(3, 320, 3)
+    weights = torch.einsum("oi,nit->not", w["model.attention.0.weight"][..., 0], y) + w["model.attention.0.bias"][:, None]
+    weights = bn(w, "model.attention.2", weights.relu())
+    weights = torch.einsum("oi,nit->not", w["model.attention.3.weight"][..., 0], weights)
+    weights = (weights + w["model.attention.3.bias"][:, None]).exp()
+    y = (y * weights / weights.sum(2, keepdim=True)).sum(2)
+    torch.testing.assert_close(narrow.A(x.float()).double(), linear(w, "model.fc", y), rtol=1e-4, atol=1e-4)
+
+
+def blurred(x, before, after, gain):
+    """[1, 3, 3, 1] along both axes, each sum written out"""
+    k = torch.tensor([1, 3, 3, 1]).double() / 8 * math.sqrt(gain)
+    x = F.pad(x, (before, after, before, after))
+    n = x.shape[-1] - 3
+    x = sum(k[i] * x[..., i:i + n] for i in range(4))
+    return sum(k[i] * x[..., i:i + n, :] for i in range(4))
+
+
+def with_zeros(x):
+    """A zero behind every pixel, along both axes"""
+    y = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    y[..., ::2, ::2] = x
+    return y
+
+
+def modulated(w, n, x, style, up=False, demodulate=True):
+    """rosinality's order: one set of weights a sample; the upsampling as zeros and a full convolution"""
+    weight, D = w[f"{n}.weight"][0], style.shape[1]
+    s = style @ w[f"{n}.modulation.weight"].t() / math.sqrt(D) + w[f"{n}.modulation.bias"]
+    rows = []
+    for i in range(len(x)):
+        k = weight * s[i][None, :, None, None] / math.sqrt(weight[0].numel())
+        if demodulate:
+            k = k / (k.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if up:  # transposed convolution: the kernel turned round, run over the zeros
+            rows.append(blurred(F.conv2d(with_zeros(x[i:i + 1]), k.flip(2, 3), padding=2)[..., :-1, :-1], 1, 1, 4))
+        else:
+            rows.append(F.conv2d(x[i:i + 1], k, padding=k.shape[-1] // 2))
+    return torch.cat(rows)
+
+
+def test_G_is_rosinalitys_generator_from_the_identity_map_up_with_one_style_for_all_layers(narrow):
+    w = doubles(narrow.G)
+    style, x = torch.randn(2, NARROW.style).double(), torch.randn(2, 12, 3, 3).double()
+    noise = narrow.G.draw_noise(torch.Generator().manual_seed(3))
+    assert [m.shape[-1] for m in noise] == [3, 6, 6, 12, 12, 24, 24, 48, 48, 96, 96]
+
+    def styled(n, x, up, m):
+        y = modulated(w, f"{n}.conv", x, style, up) + w[f"{n}.noise.weight"] * m.double()
+        return F.leaky_relu(y + w[f"{n}.activate.bias"][:, None, None], 0.2) * math.sqrt(2)
+
+    y = styled("conv1", x, False, noise[0])
+    rgb = modulated(w, "to_rgb1.conv", y, style, demodulate=False) + w["to_rgb1.bias"]
+    for i in range(5):
+        y = styled(f"convs.{2 * i}", y, True, noise[2 * i + 1])
+        y = styled(f"convs.{2 * i + 1}", y, False, noise[2 * i + 2])
+        part = modulated(w, f"to_rgbs.{i}.conv", y, style, demodulate=False) + w[f"to_rgbs.{i}.bias"]
+        rgb = blurred(with_zeros(rgb), 2, 1, 4) + part
+    assert rgb.shape == (2, 3, 96, 96)
+    with torch.no_grad():
+        ours = narrow.G(style.float(), x.float(), noise)
+    torch.testing.assert_close(ours.double(), rgb.tanh(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_style_is_identity_vector_mouth_code_and_pose_code_in_this_order(narrow, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(narrow.G, "forward", lambda style, identity_map, noise: seen.update(style=style) or style)
+    vector, speech, pose = torch.randn(1, 128), torch.randn(5, 20), torch.randn(5, 3)
+    with torch.no_grad():
+        narrow.decode((vector, torch.randn(1, 12, 3, 3)), speech, pose)
+    w = doubles(narrow.E)
+    mouth = linear(w, "mouth_embed.1", speech.double().relu())
+    expected = torch.cat([vector.expand(5, -1).double(), mouth, pose.double()], 1)
+    torch.testing.assert_close(seen["style"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_published_shapes():
+    with torch.device("meta"):
+        model = PCAVS(Config())
+    shapes = {k: {n: tuple(v.shape) for n, v in getattr(model, k).state_dict().items()} for k in "GVEA"}
+    assert (Config().style, Config().start) == (2560, 7)
+    assert shapes["V"]["model.layer1.0.conv2.weight"] == (128, 4, 3, 3)
+    assert shapes["V"]["model.layer4.2.conv3.weight"] == (2048, 1024, 1, 1)
+    assert shapes["V"]["conv1x1.weight"] == (512, 2048, 1, 1)
+    assert shapes["E"]["model.fc.weight"] == (512, 784) and shapes["E"]["model.l0.weight"] == (68, 256, 1, 1)
+    assert shapes["E"]["mouth_embed.1.weight"] == (500, 512) and shapes["E"]["headpose_embed.1.weight"] == (12, 512)
+    assert shapes["A"]["model.attention.3.weight"] == (2560, 128, 1) and shapes["A"]["model.fc.weight"] == (512, 2560)
+    assert shapes["G"]["convs.9.conv.modulation.weight"] == (128, 2560)
+    assert shapes["G"]["convs.8.conv.weight"] == (1, 128, 256, 3, 3)
+    assert [len(shapes[k]) for k in "GVEA"] == [89, 320, 355, 292]
+
+
+@pytest.mark.skipif(not FORMATS.is_dir(), reason="the published key lists are not at hand")
+@pytest.mark.parametrize("letter", "GVEA")
+def test_every_published_key_is_ours_or_one_of_the_unused(letter):
+    lines = (FORMATS / f"pcavs_{pcavs.PUBLISHED[letter][11:-4]}.txt").read_text().splitlines()[1:]
+    listed = {key: tuple(map(int, shape.split("x"))) if shape != "scalar" else ()
+              for key, shape, _ in (line.split() for line in lines)}
+    with torch.device("meta"):
+        ours = {k: tuple(v.shape) for k, v in getattr(PCAVS(Config()), letter).state_dict().items()}
+    unused = {k for k in listed if k.startswith(pcavs.UNUSED[letter])}
+    kept = {k: (v[1],) if k.endswith("activate.bias") else v for k, v in listed.items() if k not in unused}
+    assert unused and kept == ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the four files
+
+def published_state(net, letter):
+    """As the authors saved it: biases (1, C, 1, 1), and what inference does not use"""
+    state = {k: v.reshape(1, -1, 1, 1).clone() if k.endswith("activate.bias") else v.clone()
+             for k, v in net.state_dict().items()}
+    return state | {prefix + "weight": torch.zeros(7, 3) for prefix in pcavs.UNUSED[letter]}
+
+
+@pytest.fixture
+def four(narrow, tmp_path):
+    for letter, name in pcavs.PUBLISHED.items():
+        torch.save(published_state(getattr(narrow, letter), letter), tmp_path / name)
+    return tmp_path
+
+
+def test_four_published_files_load_and_what_is_unused_is_not_kept(narrow, four):
+    for prefix in ("", "module."):  # DataParallel's, in old files
+        state = torch.load(four / "latest_net_G.pth", weights_only=True)
+        torch.save({prefix + k: v for k, v in state.items()}, four / "latest_net_G.pth")
+        nets = pcavs.load_published(four, config=NARROW)
+        for letter in "GVEA":
+            theirs, ours = nets[letter].state_dict(), getattr(narrow, letter).state_dict()
+            assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
+            assert not any(p.requires_grad for p in nets[letter].parameters()) and not nets[letter].training
+
+
+def spoil(folder, name, how):
+    path = folder / name
+    state = torch.load(path, weights_only=True)
+    key = next(k for k in state if k.endswith("weight") and not k.startswith(("style.", "input.", "noises.")))
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif how == "a web page":
+        path.write_text("<!DOCTYPE html>")
+    elif how == "holds code":
+        torch.save(dict(state, x=argparse.Namespace()), path)
+    elif how == "one key short":
+        torch.save({k: v for k, v in state.items() if k != key}, path)
+    elif how == "one key more":
+        torch.save(state | {"surprise.weight": torch.zeros(2)}, path)
+    elif how == "another shape":
+        torch.save(state | {key: state[key][..., :-1]}, path)
+
+
+HOWS = ("missing", "empty", "truncated", "a web page", "holds code", "one key short", "one key more", "another shape")
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", pcavs.PUBLISHED.values())
+def test_a_wrong_or_missing_file_is_one_line_that_names_it(four, name, how):
+    spoil(four, name, how)
+    with pytest.raises(InputError) as caught:
+        pcavs.load_published(four, config=NARROW)
+    line = str(caught.value).split(" missing, of the four")[0]
+    assert name in line and "\n" not in line
+    assert not any(other in line for other in pcavs.PUBLISHED.values() if other != name)
+
+
+def test_one_networks_file_under_anothers_name_is_refused(four):
+    os.replace(four / "latest_net_E.pth", four / "latest_net_V.pth")
+    torch.save(published_state(PCAVS(NARROW).E, "E"), four / "latest_net_E.pth")
+    with pytest.raises(InputError, match="latest_net_V.pth: not the weights of IdentityEncoder"):
+        pcavs.load_published(four, config=NARROW)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sound
+
+def noise(n, seed=4):
+    return (np.random.default_rng(seed).normal(size=n) * 2500).astype(np.int16)
+
+
+def test_the_mel_agrees_with_a_naive_one():
+    import librosa
+    wav = (noise(2005) / 32768 * np.hanning(2005)).astype(np.float32)
+    mel = speech_mel(wav)
+    assert mel.shape == (13 + 7, 80) and mel.dtype == np.float32
+    x = wav.astype(np.float64) / np.sqrt(np.mean(wav.astype(np.float64) ** 2)) * 0.1
+    x = np.concatenate([np.zeros(1120), x, np.zeros(3000)])
+    k = np.arange(1280)
+    w = np.sqrt((1 - np.cos(2 * np.pi * (2 * k + 1) / 2560)) / 2)
+    s = w / np.array([sum(w[j] ** 2 for j in range(i % 160, 1280, 160)) for i in k])
+    bank = librosa.filters.mel(sr=16000, n_fft=1280, n_mels=80, fmin=125, fmax=7600)
+    for step in (0, 7, 12, 19):
+        spectrum = np.exp(-2j * np.pi * np.outer(np.arange(641), k) / 1280) @ (x[160 * step:160 * step + 1280] * np.sqrt(w * s))
+        level = 20 * np.log10(np.maximum(1e-5, bank @ np.abs(spectrum))) - 20
+        np.testing.assert_allclose(mel[step], np.clip((level + 100) / 100, 0, 1), atol=2e-5)
+
+
+def test_the_squares_of_the_window_add_up_to_one():
+    np.testing.assert_allclose(np.square(pcavs.stft_window()).reshape(8, 160).sum(0), 1)
+
+
+def test_the_mel_minds_no_loudness_and_hears_silence_as_zero(monkeypatch):
+    wav = (noise(5000) / 32768).astype(np.float32)
+    whole = speech_mel(wav)
+    np.testing.assert_allclose(speech_mel(wav / 7), whole, atol=1e-5)
+    assert not speech_mel(np.zeros(3000, np.float32)).any()
+    monkeypatch.setattr(pcavs, "BLOCK", 9)
+    np.testing.assert_allclose(speech_mel(wav), whole, atol=1e-6)
+
+
+def test_a_frame_hears_twenty_steps_from_two_frames_before_it_and_silence_outside():
+    mel = np.arange(1, 27 * 80 + 1, dtype=np.float32).reshape(27, 80)
+    windows = speech_windows(mel, [0, 3, 6])
+    assert windows.shape == (3, 1, 80, 20)
+    np.testing.assert_array_equal(windows[1, 0], mel[4:24].T)
+    assert not windows[0, 0, :, :8].any()
+    np.testing.assert_array_equal(windows[0, 0, :, 8:], mel[:12].T)
+    np.testing.assert_array_equal(windows[2, 0, :, :11], mel[16:].T)
+    assert not windows[2, 0, :, 11:].any()
+
+
+def test_a_click_is_in_the_middle_of_the_window_of_the_frame_it_is_heard_in():
+    """Not two frames off, as where the first picture is the third frame's"""
+    for k in (0, 1, 7, 24):
+        wav = np.zeros(16000, np.float32)
+        wav[640 * k + 320] = 1
+        windows = speech_windows(speech_mel(wav), range(25))[:, 0].astype(np.float64).mean(1)      # (25, 20)
+        loud = windows - windows.min()
+        off = [abs((row * np.arange(20)).sum() / row.sum() - 9.5) if row.sum() else 99 for row in loud]
+        whole = [i for i in range(25) if loud[i].sum() > 0.9 * loud.sum(1).max()]                  # sees all of the click
+        assert k in whole and abs(np.mean(whole) - k) <= 1.5
+        assert k in (0, 24) or off[k] < 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the order of calls
+
+class Counted:
+    """A network that notes how many pictures it sees, call by call"""
+
+    def __init__(self, of):
+        self.of, self.calls = of, []
+
+    def __call__(self, x, *more):
+        self.calls.append(len(x))
+        return self.of(x, *more)
+
+
+def counted(model, monkeypatch):
+    nets = {k: Counted(getattr(model, k).forward) for k in "VEAG"}
+    for k, net in nets.items():
+        monkeypatch.setattr(getattr(model, k), "forward", net)
+    return {k: net.calls for k, net in nets.items()}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(2)
+    return shaken(PCAVS(Config.at(16)))
+
+
+def test_V_runs_once_E_once_a_pose_frame_A_and_G_once_a_frame(tiny, monkeypatch):
+    calls = counted(tiny, monkeypatch)
+    photo, pose = torch.randn(3, 16, 16), torch.randn(4, 3, 16, 16)
+    mel = speech_mel(np.random.default_rng(0).normal(size=9000).astype(np.float32) / 9)
+    frames = torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=5)))
+    assert frames.shape == (14, 3, 16, 16)
+    assert calls == dict(V=[1], E=[4], A=[5, 5, 4], G=[5, 5, 4])
+
+
+def test_the_pose_clip_is_walked_there_and_back_and_batches_do_not_matter(tiny):
+    photo, pose = torch.randn(3, 16, 16), torch.randn(4, 3, 16, 16)
+    mel = speech_mel(np.random.default_rng(0).normal(size=9000).astype(np.float32) / 9)
+    frames = torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=5)))
+    walked = pose[[0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1]]
+    with torch.no_grad():
+        speech = tiny.A(torch.from_numpy(speech_windows(mel, range(14))))
+        one_by_one = torch.cat([tiny.decode(tiny.identity(photo[None]), speech[i:i + 1], tiny.pose(walked[i:i + 1]), "off")
+                                for i in range(14)])
+    torch.testing.assert_close(frames, one_by_one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=1))), frames, rtol=1e-4, atol=1e-5)
+    own = torch.cat(list(tiny.animate(photo, mel, 3)))                          # no pose clip: the photo's own
+    same = torch.cat(list(tiny.animate(photo, mel, 3, [photo])))
+    torch.testing.assert_close(own, same)
+    assert not torch.allclose(own, frames[:3], atol=1e-4)
+
+
+def test_what_lies_under_the_mouth_mask_never_reaches_the_pose_code_of_our_own_networks(tiny, narrow):
+    frames = torch.randn(2, 3, 16, 16)
+    changed = frames.clone()
+    changed[:, :, 11, 6:10] += 3
+    assert torch.equal(tiny.pose(frames), tiny.pose(changed))
+    frames = torch.randn(1, 3, 96, 96)
+    assert torch.equal(narrow.masked(frames), frames)                           # the published E sees all
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# alignment
+
+def test_eyes_and_mouth_come_to_their_places_whatever_size_and_turn_the_picture_has():
+    for size in (224, 96):
+        for turn, scale, shift in ((0.3, 0.9, 300 + 210j), (-0.2, 0.35, 150 + 130j)):
+            z = scale * np.exp(1j * turn)
+            points = (pcavs.ALIGNED - 112 - 90j) / np.conj(z) * abs(z) ** 2 / scale + shift
+            image = np.zeros((420, 600, 3), np.uint8)
+            yy, xx = np.mgrid[:420, :600] + 0.5
+            for channel, p in enumerate(points):
+                image[..., channel] = 255 * np.exp(-((xx - p.real) ** 2 + (yy - p.imag) ** 2) / (2 * (4 * scale) ** 2))
+            found = pcavs.scale_and_turn(points)
+            out = pcavs.align(image, found, points[2], size).astype(float)
+            rows, cols = np.mgrid[:size, :size] + 0.5
+            for channel, p in enumerate(pcavs.ALIGNED):
+                mass = out[..., channel] / out[..., channel].sum()
+                expected = (p - 16) * size / 192
+                assert abs((cols * mass).sum() - expected.real) < 0.6 and abs((rows * mass).sum() - expected.imag) < 0.6
+
+
+def test_a_picture_that_is_ready_is_cut_as_the_authors_do():
+    image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    cut = pcavs.crop_face(image, pcavs.ready_box(image), 192)
+    np.testing.assert_array_equal(cut, image[:192, 16:208])
+
+
+def test_the_pose_clip_is_aligned_by_its_mean_and_gaps_are_bridged(tmp_path, monkeypatch):
+    with VideoWriter(tmp_path / "clip.mp4", 120, 160, None) as video:
+        for _ in range(23):
+            video.write(np.full((120, 160, 3), 90, np.uint8))
+    base = np.array([60 + 40j, 100 + 40j, 80 + 90j])
+    seen = iter([base, None, base + 10, base + 15 + 5j, base + 20])
+    monkeypatch.setattr(pcavs, "three_points", lambda frame, box=None: next(seen))
+    count, height, z, mouth = pcavs.look_for_face(tmp_path / "clip.mp4", 99)
+    assert (count, height) == (23, 120) and abs(z - pcavs.scale_and_turn(base)) < 1e-9
+    np.testing.assert_allclose(mouth[[0, 5, 10, 20, 22]], 80 + 90j + np.array([0, 5, 10, 20, 20]), atol=1e-9)
+    seen = iter([None, None, base, None, None])
+    with pytest.raises(InputError, match="a face in 1 of 5 frames"):
+        pcavs.look_for_face(tmp_path / "clip.mp4", 99)
+
+
+def test_without_landmarks_the_detectors_box_stands_in(monkeypatch):
+    monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: [(50, 60, 150, 160, 0.9)])
+    monkeypatch.setattr(pcavs, "landmarks_network", lambda: None)
+    eyes_mouth = pcavs.three_points(np.zeros((300, 300, 3), np.uint8))
+    assert eyes_mouth[0].imag == eyes_mouth[1].imag < eyes_mouth[2].imag < 160
+    assert 50 < eyes_mouth[0].real < eyes_mouth[2].real == pytest.approx(100) and eyes_mouth[1].real < 150
+    monkeypatch.setattr(pcavs, "landmarks_network", lambda: lambda image, box: np.arange(136.0).reshape(68, 2))
+    np.testing.assert_allclose(pcavs.three_points(np.zeros((9, 9, 3))), np.array([77 + 78j, 89 + 90j, 127 + 128j]) + 0.5 + 0.5j)
+    monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: [])
+    assert pcavs.three_points(np.zeros((9, 9, 3))) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+@pytest.fixture(scope="module")
+def weights(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "weights.pt"
+    save_checkpoint(path, dict(kind="pcavs", format=1, config=vars(tiny.config), args={},
+                               networks=dict(model={k: v.half() if v.is_floating_point() else v
+                                                    for k, v in tiny.state_dict().items()})))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A drawn face, 0.84 s of noise, and a pose clip of 7 frames, in the working directory"""
+    monkeypatch.chdir(tmp_path)
+    frames, wav, _ = toy_clip(3, 0.28, 64)
+    Image.fromarray(frames[0]).save("face.png")
+    scipy.io.wavfile.write("speech.wav", RATE, noise(13440))
+    with VideoWriter("pose.mp4", 64, 64, wav) as video:
+        for frame in frames:
+            video.write(frame)
+    return tmp_path
+
+
+def say(weights, *more, face="face.png", speech="speech.wav"):
+    pcavs.main([str(face), str(speech), "--weights", str(weights), "--device", "cpu", *map(str, more)])
+
+
+def frames_of(path):
+    return np.stack(list(read_video(path)))
+
+
+@pytest.mark.parametrize("n, frames", [(1, 1), (19999, 31), (20800, 33), (20799, 32)])
+def test_there_are_25_frames_a_second_of_speech(folder, weights, n, frames):
+    scipy.io.wavfile.write("speech.wav", RATE, noise(n))
+    say(weights, "--pose", "pose.mp4")
+    assert frames_of("talk.mp4").shape == (frames, 16, 16, 3)
+    assert abs(len(load_audio("talk.mp4")) - n) < 1100  # AAC works in blocks of 1024
+
+
+def test_the_grid_shows_photo_pose_and_result_and_the_pose_walks_back(folder, weights, capsys):
+    say(weights, "--pose", "pose.mp4", "--grid", "--out", "grid.mp4")
+    say(weights, "--pose", "pose.mp4", "--out", "alone.mp4")
+    assert "21 frames" in capsys.readouterr().out.splitlines()[-1]
+    grid, alone = frames_of("grid.mp4").astype(int), frames_of("alone.mp4").astype(int)
+    assert grid.shape == (21, 16, 48, 3)
+    photo = np.array(Image.open("face.png").resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    assert abs(grid[9, :, :16] - photo).mean() < 12                             # H.264's colours
+    assert abs(grid[:, :, 32:] - alone).mean() < 12
+    clip = [np.array(Image.fromarray(f).resize((16, 16), Image.Resampling.LANCZOS)).astype(int) for f in frames_of("pose.mp4")]
+    for k, source in ((0, 0), (6, 6), (8, 4), (12, 0), (15, 3)):
+        assert abs(grid[k, :, 16:32] - clip[source]).mean() < 12
+
+
+def test_the_same_seed_gives_the_same_frames_and_noise_is_held_still(tiny, narrow):
+    args = argparse.Namespace(seed=5, bf16=False)
+    crop, wav = np.full((96, 96, 3), 100, np.uint8), (noise(1300) / 32768).astype(np.float32)
+    a, b = (np.concatenate(list(pcavs.talk(narrow, crop, wav, None, args, torch.device("cpu")))) for _ in "ab")
+    args.seed = 6
+    c = np.concatenate(list(pcavs.talk(narrow, crop, wav, None, args, torch.device("cpu"))))
+    assert a.shape == (2, 96, 96, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
+    assert abs(a[0].astype(int) - a[1]).mean() < abs(a.astype(int) - c).mean()
+
+
+BAD = [  # (what is done, the arguments, what the line says)
+    ("", ["nobody.png", "speech.wav"], "nobody.png: no such file"),
+    ("", [".", "speech.wav"], "is a directory"),
+    ("", ["face.png", "nothing.wav"], "nothing.wav: no such file"),
+    ("empty", ["face.png", "empty"], "empty: the file is empty"),
+    ("text", ["face.png", "text"], "text: is not a sound"),
+    ("text", ["text", "speech.wav"], "text: is not a picture"),
+    ("silent video", ["face.png", "mute.mp4"], "mute.mp4: has no sound"),
+    ("", ["face.png", "speech.wav", "--pose", "speech.wav"], "speech.wav: holds sound but no picture"),
+    ("", ["face.png", "speech.wav", "--pose", "gone.mp4"], "gone.mp4: no such file"),
+    ("cut", ["face.png", "speech.wav", "--pose", "cut.mp4"], "cut.mp4"),
+    ("taken", ["face.png", "speech.wav"], "talk.mp4: exists; give --overwrite"),
+    ("", ["face.png", "speech.wav", "--out", "talk.txt"], "must end in .mp4"),
+    ("", ["face.png", "speech.wav", "--out", "no/talk.mp4"], "no such directory"),
+    ("", ["face.png", "speech.wav", "--box", "5,5,500,500"], "--box 5,5,500,500: not a box inside"),
+    ("", ["face.png", "speech.wav", "--weights", "."], "latest_net_G.pth and latest_net_V.pth"),
+    ("", ["face.png", "speech.wav", "--weights", "none.pt"], "none.pt: no such file"),
+    ("text", ["face.png", "speech.wav", "--weights", "text"], "text: is truncated or no checkpoint"),
+    ("another kind", ["face.png", "speech.wav", "--weights", "other.pt"], "is a 'weights' checkpoint"),
+    ("", ["face.png", "speech.wav", "--device", "toaster"], "--device toaster"),
+    ("", ["evaluate"], "give clips"),
+    ("text", ["evaluate", "text.csv"], "line 1 has 3 fields, expected 8"),
+]
+
+
+@pytest.mark.parametrize("what, arguments, line", BAD)
+def test_bad_input_is_one_line_and_exit_status_2_before_anything_slow(folder, weights, monkeypatch, capsys, what, arguments, line):
+    Path("empty").touch()
+    for name in ("text", "text.csv"):
+        Path(name).write_text("this is nothing\n")
+    if what == "silent video":
+        with VideoWriter("mute.mp4", 16, 16, None) as video:
+            video.write(np.zeros((16, 16, 3), np.uint8))
+    if what == "cut":
+        Path("cut.mp4").write_bytes(Path("pose.mp4").read_bytes()[:700])
+    if what == "taken":
+        Path("talk.mp4").touch()
+    if what == "another kind":
+        save_checkpoint("other.pt", dict(kind="weights", format=1))
+    if "--weights" not in arguments:
+        arguments = [*arguments, "--weights", str(weights)]
+    monkeypatch.setattr(PCAVS, "animate", None)  # nothing is made
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: pcavs.main(arguments))
+    out = capsys.readouterr()
+    assert caught.value.code == 2 and line in out.err and out.err.count("\n") == 1 and "Traceback" not in out.err
+
+
+def test_networks_that_fail_say_so_and_leave_no_file(folder, weights):
+    checkpoint = load_checkpoint(weights, "pcavs")
+    checkpoint["networks"]["model"]["G.to_rgb1.bias"].fill_(float("nan"))
+    save_checkpoint("nan.pt", checkpoint)
+    with pytest.raises(InputError, match="nan.pt: the networks fail"):
+        say("nan.pt")
+    assert not Path("talk.mp4").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+def test_a_clip_drives_itself_and_is_measured(folder, weights, capsys):
+    pcavs.main(["evaluate", "pose.mp4", "--weights", str(weights), "--out", "eval", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "SSIM, grey at 224 px: 0." in printed and "PSNR" in printed
+    real, fake = frames_of("eval/real/pose.mp4"), frames_of("eval/fake/pose.mp4")
+    assert real.shape == fake.shape == (7, 16, 16, 3)
+    clip = np.stack([Image.fromarray(f).resize((16, 16), Image.Resampling.LANCZOS) for f in frames_of("pose.mp4")])
+    assert abs(real.astype(int) - clip).mean() < 12
+
+
+def test_grey_ssim_is_one_for_equals_and_blind_to_hue():
+    a = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    assert pcavs.grey_ssim(a, a) == pytest.approx(1)
+    grey = np.repeat(np.array(Image.fromarray(a).convert("L"))[..., None], 3, -1)
+    assert pcavs.grey_ssim(a, grey) > 0.99 and pcavs.grey_ssim(a, 255 - a) < 0
+
+
+def test_the_authors_file_of_pairs(folder, weights, capsys):
+    for name in ("id", "poses", "mouths"):
+        Path(name).mkdir()
+    for i, frame in enumerate(frames_of("pose.mp4")):
+        Image.fromarray(frame).save(f"poses/{i:06d}.jpg")
+        Image.fromarray(frame).save(f"mouths/{i:06d}.png")
+    os.rename("face.png", "id/000000.png")
+    Path("demo.csv").write_text("id 1 poses 7 speech.wav mouths 7 dummy\nid 1 None 1 speech.wav None 1 dummy\n\n")
+    first, second = pcavs.pairs_of(Path("demo.csv"))
+    assert first["photo"] == Path("id/000000.png") and (second["pose"], second["truth"]) == (None, None)
+    pcavs.main(["evaluate", "demo.csv", "--weights", str(weights), "--out", "eval", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "no real frames" in printed and "1 clips" in printed
+    assert len(list(Path("eval/fake").iterdir())) == 2 and len(list(Path("eval/real").iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+def test_the_contrast_is_ln_n_where_all_are_alike_and_teaches_its_second_argument_only():
+    a, b = torch.ones(6, 5).requires_grad_(), torch.ones(6, 5).requires_grad_()
+    assert float(pcavs.contrastive_loss(a, b)) == pytest.approx(math.log(6), abs=1e-4)
+    a, b = torch.eye(4, 5) * 3, torch.eye(4, 5) + 0.3 * torch.roll(torch.eye(4, 5), 1, 1)
+    d = [[np.linalg.norm(p / np.linalg.norm(p) - q / np.linalg.norm(q)) for q in b.numpy()] for p in a.numpy()]
+    expected = np.mean([-np.log(np.exp(1 / d[i][i]) / np.exp(1 / np.array(d[i])).sum()) for i in range(4)])
+    a.requires_grad_()
+    b.requires_grad_()
+    loss = pcavs.contrastive_loss(a, b)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert a.grad is None and b.grad.abs().sum() > 0
+
+
+def test_the_pose_loss_tells_the_frames_of_a_clip_apart_and_never_looks_across_clips():
+    a = torch.randn(2, 4, 3) * 9
+    assert float(pcavs.pose_loss(a, a)) < 0.05
+    assert float(pcavs.pose_loss(torch.zeros(2, 4, 3), a * 0)) == pytest.approx(math.log(4), abs=1e-5)
+    moved = a + torch.tensor([[[50.0, 0, 0]], [[-7.0, 3, 1]]])                  # another person: the same for the whole clip
+    assert float(pcavs.pose_loss(moved, moved)) == pytest.approx(float(pcavs.pose_loss(a, a)), abs=1e-4)
+
+
+def test_hinge_and_matching_have_their_known_values():
+    def maps(score, value=0.0):
+        return [[torch.full((2, 3), value), torch.full((2, 1), score)]] * 2
+    assert float(pcavs.hinge_d(maps(0.0), maps(0.0))) == 2 and float(pcavs.hinge_d(maps(1.5), maps(-1.0))) == 0
+    assert float(pcavs.hinge_g(maps(0.7))) == pytest.approx(-0.7)
+    assert float(pcavs.matching_loss(maps(0.0, 0.5), maps(9.0, 0.1))) == pytest.approx(0.4)
+
+
+def test_a_disguise_changes_colours_and_size_but_turns_nothing():
+    torch.manual_seed(0)
+    frames = torch.zeros(40, 3, 32, 32)
+    frames[:, :, 16] = 1                                                        # a level line
+    out = pcavs.disguise(frames)
+    assert out.shape == frames.shape and float((out.mean((2, 3)) - frames.mean((2, 3))).abs().mean()) > 0.1
+    assert float((out - out[..., :1]).abs().max()) < 1e-4                       # still level
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pack") / "toys"
+    make_pack(path, 16, people=5, seconds=0.8, first_seed=50, workers=0)
+    return path
+
+
+def learn(pack, out, *more, steps=4):
+    pcavs.main(["train", "--data", str(pack), "--out", str(out), "--size", "16", "--clips", "3", "--frames", "2",
+                "--steps", str(steps), "--device", "cpu", "--log-every", "1", "--save-every", "2", "--w-adv", "0.5",
+                "--w-match", "1", *more])
+
+
+def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
+    pack = Pack(pack)
+    data = pcavs.Moments(pack, 4, seed=7, flip=False)
+    for n in range(6):
+        item, again = data[n], pcavs.Moments(pack, 4, seed=7, flip=False)[n]
+        assert all(torch.equal(torch.as_tensor(item[k]), torch.as_tensor(again[k])) for k in item)
+        c = item["person"]                                                      # a clip a person here
+        clip, mel = to_tensor(pack.frames(c, range(20))), speech_mel(pack.sound(c))
+        pictures = torch.cat([item["source"][None], item["frames"]])
+        at = [int((clip - p).abs().sum((1, 2, 3)).argmin()) for p in pictures]
+        assert len(set(at)) == 5 and all(torch.equal(clip[k], p) for k, p in zip(at, pictures))
+        np.testing.assert_array_equal(item["mel"], speech_windows(mel, at[1:]))
+
+
+def test_four_steps_are_two_and_two_more_bit_for_bit(pack, tmp_path):
+    learn(pack, tmp_path / "a")
+    lr = pcavs.lr_factor
+    with pytest.MonkeyPatch.context() as patch:                                 # of four steps, although it stops at two
+        patch.setattr(pcavs, "lr_factor", lambda step, steps: lr(step, 4))
+        learn(pack, tmp_path / "b", steps=2)
+    learn(pack, tmp_path / "b", "--resume")
+    a, b = (load_checkpoint(tmp_path / k / "pcavs.pt", "pcavs-train") for k in "ab")
+    for part in ("model", "people", "D"):
+        for key, value in a["networks"][part].items():
+            assert torch.equal(value, b["networks"][part][key]), (part, key)
+    assert all(torch.equal(v, b["ema"]["model"][k]) for k, v in a["ema"]["model"].items())
+    lines = [json.loads(line) for line in open(tmp_path / "a" / "log_pcavs.jsonl")]
+    assert "args" in lines[0] and [line["step"] for line in lines[1:]] == [0, 1, 2, 3]
+    assert Image.open(tmp_path / "a" / "pcavs.png").size == (8 * 64, 4 * 64)
+    model = pcavs.load_pcavs(tmp_path / "a" / "weights.pt")
+    assert model.config == Config.at(16, template="toy")
+    with pytest.raises(InputError, match="--resume continues it"):
+        learn(pack, tmp_path / "a")
+
+
+def step_of(pack, *more):
+    """Networks, terms and weights of one step"""
+    args = pcavs.parse_train(["--size", "16", "--clips", "3", "--frames", "2", "--w-adv", "0.5", "--w-match", "1", *more])
+    torch.manual_seed(0)
+    pack = Pack(pack)
+    nets, _, _ = pcavs.build(args, pack, torch.device("cpu"))
+    batch = next(pcavs.batches(pcavs.Moments(pack, 2, 0), 3))
+    out = pcavs.forward(nets, batch, args)
+    return nets, pcavs.loss_terms(nets, out, batch, args), args
+
+
+def test_every_term_counts_and_every_parameter_of_inference_learns(pack):
+    nets, terms, args = step_of(pack)
+    assert set(terms) == {"rec", "contrast", "cross", "id", "pose", "adv", "match"}
+    assert all(float(v.detach()) != 0 for v in terms.values())
+    sum(getattr(args, f"w_{k}") * v for k, v in terms.items()).backward()
+    still = [n for n, p in nets["model"].named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert [n for n in still if not n.endswith("noise.weight")] == []            # noise is off at this size
+    assert nets["people"].weight.grad.abs().sum() > 0
+
+
+def test_one_batch_can_be_learnt(pack):
+    args = pcavs.parse_train(["--size", "16", "--clips", "2", "--frames", "2"])
+    torch.manual_seed(0)
+    nets, _, opts = pcavs.build(args, Pack(pack), torch.device("cpu"))
+    batch, curve = next(pcavs.batches(pcavs.Moments(Pack(pack), 2, 0), 2)), []
+    for _ in range(50):
+        terms = pcavs.loss_terms(nets, pcavs.forward(nets, batch, args), batch, args)
+        opts["g"].zero_grad()
+        sum(getattr(args, f"w_{k}") * v for k, v in terms.items()).backward()
+        opts["g"].step()
+        curve.append(float(terms["rec"].detach()))
+    assert np.mean(curve[-5:]) < 0.5 * curve[0]
+
+
+def test_nan_stops_the_training_and_names_the_term(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(pcavs, "pose_loss", lambda a, b: a.sum() * float("nan"))
+    with pytest.raises(InputError, match="'pose' is nan"):
+        learn(pack, tmp_path / "a")
