@@ -16,7 +16,7 @@ What differs from the authors' code:
   A_sync once, E and G twice.
 - The generator's noise is drawn once a clip, from --seed (theirs anew for every frame); the pose clip is walked there
   and back without standing still for a frame at its ends.
-- Alignment looks at every fifth frame of a clip; where landmarks' weights cannot be had, the detector's box stands in.
+- Alignment looks at every fifth frame of a clip; where landmarks' weights cannot be had, the detector's points stand in.
 - They published no training. Ours follows their losses and adds what makes minutes enough, each marked "ours".
 """
 
@@ -56,6 +56,7 @@ from vision import (
     VIDEO_SUFFIXES,
     VideoWriter,
     check_output,
+    checkpoints_dir,
     crop_face,
     detect_faces,
     face_box,
@@ -113,8 +114,8 @@ class Config:
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 16 (tests), 32 and 64 for a CPU, 128 for a GPU, 224 as published."""
-        small = dict(template="toy", mask=True, noise=False, v_base=8, v_groups=8, v_blocks=(1, 1, 1, 1), e_width=32, e_depth=2,
-                     e_maps=16, dropout=0.0, a_filters=(16, 32, 32, 64), a_blocks=(1, 1, 1, 1), a_hidden=32,
+        small = dict(template="toy", mask=True, noise=False, v_base=8, v_groups=8, v_blocks=(1, 1, 1, 1), e_width=32,
+                     e_depth=2, e_maps=16, dropout=0.0, a_filters=(16, 32, 32, 64), a_blocks=(1, 1, 1, 1), a_hidden=32,
                      hidden=128, mouth=32, mouth_gain=1.0)
         dial = {16: dict(small, v_stem=1, e_stem=2, channels=(64, 64, 32, 16)),
                 32: dict(small, v_stem=1, e_stem=2, channels=(128, 128, 64, 32)),
@@ -524,19 +525,25 @@ def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
 ALIGNED = np.array([87 + 59j, 137 + 59j, 112 + 120j]) + 0.5 + 0.5j  # x + iy of eyes and mouth in the authors' 224 px
 SEEN = (16, 0, 208, 192)                       # of these 224 px, x0 y0 x1 y1: what the networks see, enlarged to 224
 LOOK_EVERY = 5                                 # ours: frames of a clip between two looks for the face
-# where a detector's box has eyes and mouth, as fractions: means of UTKFace portraits, whose crop vision.py knows
-IN_BOX = np.array([38 + 37j, 88 + 37j, 64 + 91.7j]) / 128
+IN_BOX = np.array([complex(*p) for p in TEMPLATES["face"].points])  # eyes and mouth in a box of vision.py, of side 1
 
 
 @lru_cache
 def landmarks_network():
-    """FAN of face-alignment, as evaluate.py has it; None where its weights cannot be had."""
-    import evaluate
-    try:
-        return evaluate.by_fan(torch.device("cpu"), None)
-    except InputError as error:
-        print(f"aligned by the detector's box, which is rougher than landmarks: {error}")
+    """FAN of face-alignment, 0.7 s a picture on a CPU: (picture, detection) -> (68, 2) or None; None where its weights are
+    not at hand."""
+    weights = checkpoints_dir() / "2DFAN4-11f355bf06.pth.tar"
+    if not weights.is_file():
+        print(f"aligned by the detector's own points, rougher than landmarks (they need {weights})")
         return None
+    from face_alignment import FaceAlignment, LandmarksType
+    fan = FaceAlignment(LandmarksType.TWO_D, device="cpu", flip_input=False, compile=False, face_detector="folder")
+
+    def landmarks(picture, box):
+        found = fan.get_landmarks_from_image(np.ascontiguousarray(picture), detected_faces=[box])
+        return np.asarray(found[0], float) if found else None
+
+    return landmarks
 
 
 def three_points(image: np.ndarray, box=None) -> np.ndarray | None:
@@ -555,6 +562,8 @@ def three_points(image: np.ndarray, box=None) -> np.ndarray | None:
             if points is not None:
                 x, y = np.stack([points[a:b].mean(0) for a, b in ((36, 42), (42, 48), (60, 68))]).T
                 return x + 1j * y + 0.5 + 0.5j
+        if len(faces[0]) > 5:                                                   # blazeface's eyes and mouth
+            return np.array(faces[0][5::2]) + 1j * np.array(faces[0][6::2])
         box = face_box(faces, "face")
     x0, y0, x1, _ = box
     return x0 + 1j * y0 + IN_BOX * (x1 - x0)
@@ -592,7 +601,9 @@ def square_middle(image: np.ndarray) -> tuple:
 def photo_crop(image: np.ndarray, args, config: Config) -> np.ndarray:
     """The photo as V sees it, uint8 (size, size, 3)"""
     if config.template in TEMPLATES:                                            # trained here
-        return crop_face(image, photo_box(image, args, config.template), config.size)
+        box, how = photo_box(image, args, config.template, lambda: detect_faces(image))
+        print(f"{args.face}: {how}")
+        return crop_face(image, box, config.size)
     if args.aligned:
         return crop_face(image, ready_box(image), config.size)
     H, W = image.shape[:2]
