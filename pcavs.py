@@ -530,7 +530,7 @@ IN_BOX = np.array([complex(*p) for p in TEMPLATES["face"].points])  # eyes and m
 
 @lru_cache
 def landmarks_network():
-    """FAN of face-alignment, 0.7 s a picture on a CPU: (picture, detection) -> (68, 2) or None; None where its weights are
+    """FAN of face-alignment, 0.7 s a picture: function of (picture, detection) -> (68, 2) or None; None: its weights are
     not at hand."""
     weights = checkpoints_dir() / "2DFAN4-11f355bf06.pth.tar"
     if not weights.is_file():

@@ -680,7 +680,7 @@ def test_the_pose_loss_tells_the_frames_of_a_clip_apart_and_never_looks_across_c
     a = torch.randn(2, 4, 3) * 9
     assert float(pcavs.pose_loss(a, a)) < 0.05
     assert float(pcavs.pose_loss(torch.zeros(2, 4, 3), a * 0)) == pytest.approx(math.log(4), abs=1e-5)
-    moved = a + torch.tensor([[[50.0, 0, 0]], [[-7.0, 3, 1]]])                  # another person: the same for the whole clip
+    moved = a + torch.tensor([[[50.0, 0, 0]], [[-7.0, 3, 1]]])                  # other people: the same all clip
     assert float(pcavs.pose_loss(moved, moved)) == pytest.approx(float(pcavs.pose_loss(a, a)), abs=1e-4)
 
 
