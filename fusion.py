@@ -391,7 +391,7 @@ class FCTFG(nn.Module):
 
         Args:
             source: (3, H, W) in [-1, 1].
-            mel: (n, 1, 80, 16), one window a frame.
+            mel: (n, 1, 80, 16), one window a frame, or an iterable of pieces of it.
             driving: n frames (3, H, W) (a tensor or any iterable), or None: the photo's own pose with idle motion.
             sway: idle motion moves the head, too; without, it only blinks.
             batch: frames decoded at a time; memory does not grow with n.
@@ -402,7 +402,8 @@ class FCTFG(nn.Module):
         source = source[None]
         z_s = self.encode_source(source)
         z_s2c, deltas = self.canonical(z_s), self.weight_changes(source, z_s)
-        z_a = torch.cat([self.audio(m) for m in mel.split(256)])                  # (n, D): all the sound in one go
+        mel = mel.split(256) if torch.is_tensor(mel) else mel
+        z_a = torch.cat([self.audio(m) for m in mel])                             # (n, D): all the sound in one go
         for _, z_c2d in self.motion_stream(source, z_a, driving, sway, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 

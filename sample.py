@@ -359,7 +359,8 @@ def main(argv=None):
 
     source = to_tensor(crop_face(photo, box, size))  # (3, size, size)
     driving = Stopwatch(driving_frames(args.driving, T, size, template)) if args.driving else None
-    mel = torch.from_numpy(sound_windows(wav, range(T))).to(device)  # (T, 1, 80, 16)
+    pieces = np.array_split(np.arange(T), -(-T // 256))
+    mel = (torch.from_numpy(sound_windows(wav, k)).to(device) for k in pieces)  # (k, 1, 80, 16), T in all
 
     torch.manual_seed(args.seed)
     full = max(photo.shape[:2]) > size if args.full is None else args.full

@@ -92,6 +92,7 @@ class Listener:
     config = SimpleNamespace(size=16, template="toy")
 
     def animate(self, source, mel, driving=None, sway=True, batch=7):
+        mel = torch.cat(list(mel))
         assert source.shape == (3, 16, 16) and mel.shape[1:] == (1, 80, 16)
         loud = (mel[:, 0].amax(1) + 4).double() ** 8  # (n, 16)
         heard = (loud * torch.arange(16)).sum(1) / loud.sum(1).clamp_min(1e-9)
