@@ -266,6 +266,15 @@ def soft_box(size: int, box: tuple):
     return y[:, None] * x
 
 
+def oval(size: int):
+    """(size, size): 1 in the middle of the crop, falling to 0 towards the circle in it: a face without its hair's outline
+
+    Ours: the outline of a head that turns in a square would be cut off at the seam; the photo's stands instead.
+    """
+    t = (torch.arange(size) + 0.5) / size * 2 - 1
+    return smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
+
+
 class Paste:
     """Puts frames of the network (the crop, S x S pixels) back into the photo, at the photo's resolution.
 
@@ -326,7 +335,7 @@ def still_of(model, source, device, turning: bool):
     S, template = source.shape[-1], TEMPLATES[model.config.template]
     own = model.still(source.to(device)).cpu()
     if turning:
-        return own, soft_box(S, (0, 0, 1, 1))
+        return own, oval(S)
     silence = sound_windows(np.zeros(5 * SAMPLES_PER_FRAME, np.float32), range(5))
     rest = next(model.animate(source.to(device), torch.from_numpy(silence).to(device), sway=False))[2].cpu()
     mouth, eyes = soft_box(S, template.mouth), soft_box(S, template.eyes)
