@@ -299,7 +299,7 @@ def test_nothing_moves_outside_the_mask():
 class Smiler(Listener):
     """Its face at rest is -0.5 all over, its inversion of any photo 0.5."""
 
-    def invert(self, source):
+    def still(self, source):
         return torch.full_like(source, 0.5)
 
     def animate(self, source, mel, driving=None, sway=True, batch=7):
