@@ -314,7 +314,7 @@ def test_the_still_is_the_generated_mouth_that_fits_the_photo_and_eyes_at_rest(p
     torch.testing.assert_close(still[:, 11, 8], torch.full((3,), mouth))
     torch.testing.assert_close(still[:, 6, 5], torch.full((3,), -0.5))
     still, mask = sample.still_of(Smiler(), torch.full((3, 16, 16), photo), "cpu", True)
-    assert (still == 0.5).all() and mask[8, 8] == 1 and mask[0].max() < 0.05 and mask[:, 0].max() < 0.05
+    assert (still == 0.5).all() and mask[8, 8] == 1 and mask[0].max() < 0.1 and mask[:, 0].max() < 0.1
 
 
 def test_blinks_are_what_is_brief_in_idle_motion():
