@@ -31,6 +31,7 @@ from vision import (
     TEMPLATES,
     VIDEO_SUFFIXES,
     VideoWriter,
+    check_finite,
     check_output,
     crop_face,
     detect_faces,
@@ -242,6 +243,11 @@ def enlarger(first: int, last: int, x0: float, x1: float, size: int):
     return torch.zeros(last - first, size, dtype=torch.float64).index_add_(1, taps.clamp(0, size - 1), weight).float()
 
 
+def span(lo: float, hi: float, x0: float, x1: float, n: int) -> tuple[int, int]:
+    """The pixels first .. last - 1 of n that touch both lo..hi and x0..x1."""
+    return max(0, int(max(lo, x0))), min(n, int(np.ceil(min(hi, x1))))
+
+
 def blurrer(size: int, sigma: float):
     """(size, size): a Gaussian of sigma * size cells; edges keep their brightness"""
     x = torch.arange(size)
@@ -292,21 +298,26 @@ class Paste:
     def __init__(self, photo, box, source, still, mask, turning: bool):
         H, W = photo.shape[:2]
         S, (x0, y0, x1, y1) = source.shape[-1], box
-        rows, columns = ((max(0, int(lo)), min(n, int(np.ceil(hi)))) for lo, hi, n in ((y0, y1, H), (x0, x1, W)))
-        self.place = (slice(*rows), slice(*columns))
-        self.soft, self.spread = blurrer(S, 1 / S), blurrer(S, SPREAD)
-        self.photo, self.still, self.mask, self.turning = photo, self.crisp(still), mask, turning
+        used = mask.nonzero()  # (n, 2): only this part of the crop is ever touched, with a cell more for the cubic
+        (top, left), (bottom, right) = used.amin(0).tolist(), used.amax(0).tolist()
+        rows = span(y0 + (y1 - y0) * (top - 2) / S, y0 + (y1 - y0) * (bottom + 3) / S, y0, y1, H)
+        columns = span(x0 + (x1 - x0) * (left - 2) / S, x0 + (x1 - x0) * (right + 3) / S, x0, x1, W)
         self.rows, self.columns = enlarger(*rows, y0, y1, S), enlarger(*columns, x0, x1, S)
-        wide = blurrer(S, COLOUR)
+        self.soft, self.spread, wide = (blurrer(S, sigma) for sigma in (1 / S, SPREAD, COLOUR))
+        self.photo, self.still, self.mask, self.turning = photo, self.crisp(still), mask, turning
+        self.place = (slice(*rows), slice(*columns))
+        # from here on in steps of a byte
+        region = torch.as_tensor(photo[self.place]).movedim(-1, 0).float()  # (3, h, w)
         colour = separable(wide, source - still, wide)
-        self.region = to_tensor(photo[self.place])  # (3, h, w)
-        self.detail = self.region - self.enlarge(self.still + colour)
+        self.detail = region - self.enlarge(self.still + colour + 1)
+        self.region = region + 0.5  # rounds when cut off
 
     def crisp(self, x):
         return x + CRISP * (x - separable(self.soft, x, self.soft))
 
     def enlarge(self, x):
-        return separable(self.rows, x, self.columns)
+        """(.., S, S) in units of the network -> (.., h, w) in steps of a byte"""
+        return separable(self.rows, 127.5 * x, self.columns)
 
     def moved(self, change):
         """change (3, S, S) -> (S, S) in [0, 1]: where the photo's detail is no longer true"""
@@ -318,10 +329,12 @@ class Paste:
 
     def __call__(self, frame):
         """(3, S, S) in [-1, 1] -> uint8 (H, W, 3)"""
+        check_finite(frame)
         change = self.crisp(frame) - self.still
-        out = self.region + self.enlarge(self.mask * change) - self.enlarge(self.mask * self.moved(change)) * self.detail
+        out = self.enlarge(self.mask * change)  # (3, h, w); all in place: these are the slow lines
+        out.addcmul_(self.enlarge(self.mask * self.moved(change)) / 127.5, self.detail, value=-1).add_(self.region)
         picture = self.photo.copy()
-        picture[self.place] = to_uint8(out)
+        picture[self.place] = out.clamp_(0, 255).byte().movedim(0, -1).numpy()
         return picture
 
 

@@ -72,12 +72,17 @@ def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     return images.movedim(-1, -3).float() / 127.5 - 1
 
 
+def check_finite(images: torch.Tensor):
+    """Raises FloatingPointError: NaN as uint8 would be a black frame that nobody explains."""
+    if not torch.isfinite(images).all():
+        raise FloatingPointError("a picture holds NaN or infinite values")
+
+
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped; NaN and inf raise."""
     assert images.shape[-3] == 3, f"images are {tuple(images.shape)}, expected (.., 3, H, W)"
     images = images.detach().float()
-    if not torch.isfinite(images).all():  # as uint8 it would be a black frame that nobody explains
-        raise FloatingPointError("a picture holds NaN or infinite values")
+    check_finite(images)
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().cpu().numpy()
 
 
