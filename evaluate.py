@@ -27,7 +27,7 @@ from data import Pack, load_checkpoint, save_checkpoint
 from fusion import load_model, pick_device
 from losses import same_person_loss
 from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
-from vision import check_output, read_video, to_tensor
+from vision import check_output, read_video, to_tensor, to_uint8
 
 PROBE_PEOPLE = 4_000_000  # first person of the probe's own world: neither trained on, nor tuned on, nor tested on
 READ = ("open", "wide", "yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y")  # factors that the table is about
@@ -280,6 +280,24 @@ def people_apart(probe, pack, device):
     return people, people.roll(-5, 0)
 
 
+@torch.no_grad()
+def inversion_table(model, probe, pack, device, frames: int = 4) -> dict:
+    """People never seen as the generator makes them from their codes, with its own weights and with those that the
+    hypernetwork changes for each of them, after 1, 2, .. refinements: L1, and the cosine of the probe's embeddings."""
+    rows = {}
+    for c in range(len(pack)):
+        seen = np.linspace(0, pack.n_frames[c] - 1, frames).astype(int)
+        real = to_tensor(pack.frames(c, seen)).to(device)
+        z, deltas = model.encoder(real), None
+        for n in range(1 + (model.config.refine if model.hyper else 0)):
+            deltas = model.refine(real, z, deltas) if n else None
+            fake = model.decode(z, deltas).clamp(-1, 1)
+            same = (probe(fake)[1] * probe(real)[1]).sum(1).mean()
+            rows.setdefault(f"{n} refinements" if n else "the generator's own weights", []).append(
+                (l1(to_uint8(fake), to_uint8(real)), float(same)))
+    return {name: dict(zip(("L1", "identity"), np.mean(values, 0))) for name, values in rows.items()}
+
+
 def markdown(rows: dict) -> str:
     """{row name: {column: number}} -> a table"""
     columns = list(next(iter(rows.values())))
@@ -293,7 +311,7 @@ def toy_report(args, device):
         raise InputError(f"--people {args.people}: at least 6, so that the people of a trial and the strangers differ")
     if args.json:
         check_output(args.json, overwrite=True)                                   # before minutes of work
-    models = {path: load_model(path, device) for path in args.toy}
+    models = {path: load_model(path, device, ("weights", "stage3", "stage2")) for path in args.toy}
     sizes = {m.config.size for m in models.values()}
     if any(m.config.template != "toy" for m in models.values()):
         raise InputError("--toy: a network of real faces has no truth to be measured by")
@@ -308,8 +326,15 @@ def toy_report(args, device):
         make_pack(toys, size, args.people, 3.0, args.first_person, os.cpu_count())
         pack = Pack(toys)
         truth = np.load(toys / "truth.npy").reshape(len(pack), -1, 10)
+        inverters = {path: m for path, m in models.items() if m.config.size == size}
+        for path, m in inverters.items():
+            table = inversion_table(m, probe, pack, device)
+            print(f"{path}: pictures of people never seen, from their codes alone\n" + markdown(table) + "\n")
+            report[path + " inversion"] = table
+        mine = {path: m for path, m in inverters.items() if m.kind != "stage2"}       # that can talk
+        if not mine:
+            continue
         rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(probe, pack, truth, device)}
-        mine = {path: m for path, m in models.items() if m.config.size == size}
         rows |= {path: control_table(talker(m, device), probe, pack, truth, device) for path, m in mine.items()}
         order = list(next(iter(r for k, r in rows.items() if k in mine)))
         print(markdown({name: {k: row[k] for k in order} for name, row in rows.items()}))
@@ -338,7 +363,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="measure control on the toy world, or compare two clips",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("clips", nargs="*", help="a real clip and a generated one, frame by frame the same")
-    p.add_argument("--toy", nargs="+", help="weights trained on the toy world")
+    p.add_argument("--toy", nargs="+", help="weights trained on the toy world; of a stage2.pt its inversion alone")
     p.add_argument("--people", type=int, default=32, help="toy world: people held out for good")
     p.add_argument("--first-person", type=int, default=TEST, help="toy world: the first of them")
     p.add_argument("--cache", default="out/evaluate", help="where the probe and its drawn people are kept")

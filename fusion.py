@@ -516,16 +516,17 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
     return changes, networks
 
 
-def load_model(path: str, device="cpu") -> FCTFG:
-    """The EMA network of a "weights" or "stage3" file, in eval mode.
+def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) -> FCTFG:
+    """The EMA network of a file of one of these kinds, in eval mode; its `kind` says which.
 
     Raises:
         InputError: missing, truncated, hostile or wrong-kind file; a network of another shape.
     """
-    checkpoint = load_checkpoint(path, ("weights", "stage3"))
+    checkpoint = load_checkpoint(path, kinds)
     try:
         model = FCTFG(Config.load(checkpoint["config"]))
-        state = checkpoint["ema" if checkpoint["kind"] == "stage3" else "networks"]["model"]
+        model.kind = checkpoint["kind"]
+        state = checkpoint["networks" if model.kind == "weights" else "ema"]["model"]
         model.load_state_dict(state)                                              # fp16 becomes fp32 on the way
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as e:
         raise InputError(f"{path}: not a network of this version ({str(e).splitlines()[0]})") from None

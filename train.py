@@ -451,6 +451,9 @@ def optimisers(nets, args):
     """Adam for the stage's trained parts: rates by kind of layer; the discriminator's corrected for lazy R1."""
     model = nets["model"]
     model.requires_grad_(False)
+    model.eval()                                                                       # BatchNorm of the published forms:
+    if args.stage == 2:                                                                # batch statistics where their
+        (model.hyper if nets["hyper_phase"] else model.encoder).train()                # authors trained with them
     inversion = [model.encoder, model.maps] + [model.generator] * (args.thaw > 0)
     inversion += [model.mouth, model.motion.mouth_up] if model.mouth else []
     parts = {1: [model.generator], 2: inversion, 3: [model]}[args.stage]
@@ -468,6 +471,9 @@ def optimisers(nets, args):
         if parameter.requires_grad:
             if name.startswith("generator."):
                 rate = args.lr_gan * (args.thaw if args.stage == 2 else c)
+            elif name.startswith("encoder.") and model.config.encoder != "slim" or (
+                    name.startswith("hyper.") and model.config.hyper != "slim"):
+                rate = 0.1 * args.lr  # 1e-4: pSp's and HyperStyle's
             elif "down." in name or "canonical.mlp.0" in name:
                 rate = 0.1 * args.lr  # a thousand whitened inputs: ten times as touchy
             elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
@@ -568,7 +574,7 @@ def main(argv=None):
     start = 0
     if saved:
         start = restore(saved, nets, ema)
-    nets["hyper_phase"] = start >= hyper_from
+    nets["hyper_phase"] = start >= hyper_from and model.hyper is not None
     opt_g, opt_d = optimisers(nets, args)
     if saved:
         opt_g.load_state_dict(saved["optimisers"]["g"])
@@ -731,7 +737,10 @@ def restore(saved, nets, ema) -> int:
 
 def export_weights(path, ema, args):
     """What sampling needs, in fp16: the averaged network and its config."""
-    state = {k: v.half() if v.is_floating_point() else v for k, v in ema.state_dict().items()}
+    halves = {}                                                                        # a shared head stays one tensor
+    for v in ema.state_dict().values():
+        halves.setdefault((v.data_ptr(), v.shape), v.half() if v.is_floating_point() else v)
+    state = {k: halves[v.data_ptr(), v.shape] for k, v in ema.state_dict().items()}
     save_checkpoint(path, dict(kind="weights", format=1, config=vars(ema.config), args=vars(args),
                                networks=dict(model=state)))
 
@@ -740,6 +749,10 @@ def header(args, model, pack, device):
     count = {k: sum(q.numel() for q in part.parameters()) for k, part in model.named_children()}
     print(f"stage {args.stage} on {device}: {len(pack)} clips, {sum(count.values()) / 1e6:.2f} M parameters ("
           + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in count.items()) + ")")
+    moved = sum(q.numel() for q in model.parameters() if q.requires_grad)
+    print(f"memory: {8 * sum(count.values()) / 2 ** 30:.2f} GiB of weights and averages, {12 * moved / 2 ** 30:.2f} "
+          f"of gradients and Adam's moments ({moved / 1e6:.2f} M learn now), then pictures in the making; "
+          f"{memory_gib(device):.2f} GiB so far")
     if args.stage > 1 and not (args.w_vgg and args.w_arcface):
         off = [n for n, w in (("VGG19 (--w-vgg)", args.w_vgg), ("ArcFace (--w-arcface)", args.w_arcface)) if not w]
         print(f"off: {', '.join(off)}; on in their place: features of stage 1's discriminator, "
