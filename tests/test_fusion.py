@@ -14,11 +14,15 @@ from fusion import (
     IdentityMaps,
     TemporalFusion,
     Whiten,
+    changed_layers,
     idle_pose,
     load_model,
+    mean_w,
     pick_device,
+    published,
 )
-from vision import TEMPLATES
+from stylegan2 import Discriminator, Generator, save_rosinality
+from vision import TEMPLATES, GradualStyleEncoder, HyperStyleNet
 
 SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5,
              refine=1)
@@ -230,6 +234,101 @@ def test_hypernetwork_starts_silent_and_then_acts_on_its_own_clip():
     opened(model)
     deltas = model.weight_changes(source, z)
     assert not torch.allclose(model.decode(z, deltas), model.decode(z), atol=1e-4)
+
+
+def test_refinements_sum_up_and_pass_gradients_through_the_last_alone():
+    model = opened(tiny(refine=3))
+    source = window()[0]
+    z = model.encoder(source).detach()
+    deltas, pictures = None, []
+    for _ in range(3):  # HyperStyle, by hand: look at what came of it, add the next change
+        pictures.append(model.decode(z, deltas).detach())
+        change = model.hyper(source, pictures[-1])
+        deltas = [None if c is None else c + (0 if deltas is None else d.detach())
+                  for c, d in zip(change, deltas or change)]
+    got = model.weight_changes(source, z)
+    for a, b in zip(got, deltas):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    parameters = list(model.hyper.parameters())
+    want = torch.autograd.grad(sum(c.square().sum() for c in deltas if c is not None), parameters)
+    given = torch.autograd.grad(sum(c.square().sum() for c in got if c is not None), parameters)
+    for a, b in zip(given, want):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    model.config.refine = 0  # the generator's own weights
+    assert model.weight_changes(source, z) is None
+    assert tiny(hyper="none").weight_changes(source, z) is None
+
+
+# narrow, but not below 16: there the gradient of a 1x1 convolution of stride 2 crashes oneDNN (channels_last, torch 2.13)
+PUBLISHED = dict(encoder_width=16, hyper_width=16, base=1024, cap=128, map_code=0, noise=True)
+
+
+@pytest.mark.parametrize("encoder, hyper", [("psp", "shared"), ("w", "separable")])
+def test_every_parameter_of_the_published_forms_gets_a_gradient(encoder, hyper):
+    model = opened(tiny(encoder=encoder, hyper=hyper, refine=2, **PUBLISHED))
+    frames, *_ = model(*window(T=2))
+    (frames.square().sum() + model.generator.mapping(torch.randn(2, 24)).sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
+
+
+def test_the_dial_gives_the_papers_networks_at_256():
+    with torch.device("meta"):
+        model = FCTFG(Config.at(256))
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count["generator"] == 30_034_338 and count["encoder"] == 209_450_688 and count["hyper"] == 198_710_080
+    assert model.maps is None and model.config.refine == 5 and model.config.L == 14
+    with torch.device("meta"):
+        alone = FCTFG(Config.at(256), generator_only=True)
+    assert [name for name, _ in alone.named_children()] == ["generator"]
+
+
+def files(tmp_path):
+    """Published files in small: a generator with its discriminator; pSp's and HyperStyle's, with that generator inside"""
+    torch.manual_seed(0)
+    G, D = Generator(16, dim=24, n_mlp=2, base=1024, cap=128), Discriminator(16, base=1024, cap=128)
+    encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "shared", 16)
+    decoder = {f"decoder.{k}": v for k, v in G.state_dict().items()}
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
+    save_rosinality(tmp_path / "g.pt", g_ema=G, d=D)
+    torch.save(dict(state_dict=decoder | state, latent_avg=torch.randn(6, 24)), tmp_path / "psp.pt")
+    torch.save(dict(state_dict=decoder | {f"hypernet.{k}": v for k, v in hyper.state_dict().items()}), tmp_path / "h.pt")
+    torch.save(dict(state_dict=state), tmp_path / "bare.pt")
+    return (str(tmp_path / name) for name in ("g.pt", "psp.pt", "h.pt", "bare.pt")), G, D, encoder, hyper
+
+
+def test_published_files_build_a_network_that_fits_them(tmp_path):
+    (g, psp, h, bare), G, D, encoder, hyper = files(tmp_path)
+    changes, parts = published(16, g, psp, h)
+    assert set(parts) == {"generator", "D", "encoder", "hyper"}
+    model = FCTFG(Config.at(16, **changes))
+    for name, author in (("generator", G), ("encoder", encoder), ("hyper", hyper)):
+        getattr(model, name).load_state_dict(parts[name].state_dict())
+        for a, b in zip(getattr(model, name).parameters(), author.parameters()):
+            assert torch.equal(a, b), name
+    assert model.config.encoder == "psp" and model.config.hyper == "shared" and model.maps is None
+    assert parts["D"].state_dict()["final_conv.0.weight"].equal(D.final_conv[0].weight)
+    for arguments in ((None, psp, None), (None, None, h), (None, bare, h)):  # the generator that lies in a file
+        assert published(16, *arguments)[1]["generator"].input.input.equal(G.input.input)
+    changes, parts = published(16, None, bare, None)
+    assert changes == dict(encoder="psp", encoder_width=16) and set(parts) == {"encoder"}
+    assert published(16) == ({}, {})
+    w = mean_w(G, 4096)
+    assert w.shape == (24,) and (w - G.mapping(torch.randn(4096, 24)).mean(0)).abs().max() < 0.05 * w.std() + 0.05
+
+
+def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
+    (g, psp, h, bare), G, *_ = files(tmp_path)
+    save_rosinality(tmp_path / "wide.pt", g=Generator(16, dim=40, n_mlp=2, base=256, cap=32))
+    save_rosinality(tmp_path / "d.pt", d=Discriminator(16, base=256, cap=32))
+    save_rosinality(tmp_path / "thin.pt", g=Generator(16, dim=24, n_mlp=2, base=512, cap=128))
+    for arguments, match in (((32, g), "g.pt.*16 px"), ((16, str(tmp_path / "wide.pt"), psp), "psp.pt: its codes"),
+                             ((16, str(tmp_path / "d.pt")), "no generator in it"),
+                             ((16, str(tmp_path / "thin.pt"), None, h), "h.pt: not the weights"),
+                             ((8, None, None, h), "neither in it nor given"), ((16, None, None, bare), "neither")):
+        with pytest.raises(InputError, match=match):
+            published(*arguments)
 
 
 def test_every_size_of_the_dial_builds_and_the_toy_fits_its_file():
