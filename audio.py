@@ -170,12 +170,8 @@ def n_frames(n_samples: int) -> int:
 
 
 @lru_cache
-def filter_bank(n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
-    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (80, n_fft / 2 + 1) matrix.
-
-    librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start.
-    """
-    from scipy.sparse import csr_array
+def band_corners(low: float = MEL_LOW, high: float = MEL_HIGH) -> np.ndarray:
+    """(82,) Hz: band i of the mel is a triangle from corner i over i + 1 to i + 2. Slaney's scale."""
 
     def mel(hz):  # linear below 1 kHz, logarithmic above: 27 steps for a factor of 6.4
         return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
@@ -183,7 +179,18 @@ def filter_bank(n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH
     def hz(mel):
         return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
-    corners = hz(np.linspace(mel(low), mel(high), N_MELS + 2))  # (82,) Hz
+    return hz(np.linspace(mel(low), mel(high), N_MELS + 2))
+
+
+@lru_cache
+def filter_bank(n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
+    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (80, n_fft / 2 + 1) matrix.
+
+    librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start.
+    """
+    from scipy.sparse import csr_array
+
+    corners = band_corners(low, high)
     left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (80, 1)
     bins = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft  # Hz
     triangles = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
@@ -279,6 +286,66 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
     mel[..., low : low + height, :] = SILENCE
     mel[..., begin : begin + width] = SILENCE
     return mel
+
+
+def other_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same words by another voice, nearer or farther, in a noisier room: mel (.., 80, S) -> a new array.
+
+    The frequency axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013, has 10), the
+    level moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, and a hiss covers what is quieter than it
+    in every third call (widths ours). Bands that the stretch takes from beyond 7.6 kHz repeat the last one.
+    """
+    centres = band_corners()[1:-1]
+    wanted = np.interp(centres * np.exp(rng.uniform(-0.15, 0.15)), centres, np.arange(N_MELS))  # band to read, (80,)
+    below = np.minimum(wanted.astype(int), N_MELS - 2)
+    part = (wanted - below)[:, None]
+    voice = (1 - part) * mel[..., below, :] + part * mel[..., below + 1, :]
+    decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
+    voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB; silence stays
+    if rng.random() < 1 / 3:
+        voice = np.maximum(voice, rng.uniform(-4, -1.5) + rng.normal(0, 0.25, voice.shape))
+    return np.clip(voice, SILENCE, -SILENCE).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# speech out of a mix
+
+PIECE, OVERLAP = 60, 1  # seconds; ours: similar frames are looked for within a piece; its ends are faded
+
+
+def isolate_voice(wav: np.ndarray) -> np.ndarray:
+    """Speech over music or a steady noise, (n,) in [-1, 1] -> the same length with what repeats taken down.
+
+    librosa's vocal separation (Rafii & Pardo's REPET-SIM, ISMIR 2012): the background of a frame is the median of the
+    frames that are like it and far from it in time; a voice does not repeat. Margins 2 and 10 and power 2 are those of
+    librosa's example, and its 2 s that a frame must be away, less where a sound is shorter than 8 s.
+    A sound of less than half a second comes back unchanged: nothing in it can repeat.
+    """
+    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    piece, overlap = PIECE * SAMPLE_RATE, OVERLAP * SAMPLE_RATE
+    voice, weight = np.zeros(len(wav)), np.zeros(len(wav))
+    for a in range(0, max(1, len(wav) - overlap), piece - overlap):
+        part = wav[a : a + piece]
+        ramp = np.minimum(1, (np.arange(len(part)) + 1) / overlap)
+        ramp = np.minimum(ramp, ramp[::-1])  # rises and falls over the overlap
+        voice[a : a + piece] += ramp * isolate_piece(part)
+        weight[a : a + piece] += ramp
+    return (voice / weight).astype(np.float32)
+
+
+def isolate_piece(wav: np.ndarray) -> np.ndarray:
+    """isolate_voice of at most PIECE seconds; memory grows with their square"""
+    import librosa
+
+    if len(wav) < SAMPLE_RATE // 2:
+        return wav
+    spectrum = librosa.stft(wav, n_fft=1024, hop_length=256)  # 64 ms; the example's 2048 at 22 kHz are 93
+    magnitude = np.abs(spectrum)
+    apart = min(round(2 * SAMPLE_RATE / 256), magnitude.shape[1] // 4)  # steps
+    back = librosa.decompose.nn_filter(magnitude, aggregate=np.median, metric="cosine", width=apart)
+    back = np.minimum(magnitude, back)  # what repeats is a part of the mix, not more
+    mask = librosa.util.softmask(magnitude - back, 10 * back, power=2)
+    return librosa.istft(spectrum * mask, hop_length=256, n_fft=1024, length=len(wav))
 
 
 # ------------------------------------------------------------------------------------------------------------

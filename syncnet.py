@@ -28,27 +28,49 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
+import tempfile
 import time
+import zlib
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from audio import FPS, AudioEncoder, ConvBlock, InputError, check_file, load_audio, log_mel, mel_windows, run
-from data import ENDLESS, NEAR, Pack, batches, load_checkpoint, save_checkpoint, segment_box
+from audio import (
+    FPS,
+    SAMPLE_RATE,
+    AudioEncoder,
+    ConvBlock,
+    InputError,
+    check_file,
+    decoder,
+    load_audio,
+    log_mel,
+    mel_windows,
+    other_voice,
+    run,
+    spec_augment,
+    why,
+)
+from data import ENDLESS, HIGHEST, NEAR, SEGMENT, Pack, batches, load_checkpoint, save_checkpoint, segment_box
 from fusion import pick_device
-from vision import check_output, crop_face, detect_faces, probe, read_video, to_tensor
+from losses import wav2lip_expert
+from vision import VIDEO_SUFFIXES, check_output, crop_face, face_detectors, place, probe, read_video, to_tensor
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
 HALF = SPAN // 2
-LARGEST = 96  # pixels: Wav2Lip's size; larger pictures are shrunk to it, the lips need no more
+FAR = SPAN  # frames: a sound shifted so far shares nothing with the own one
 REACH = 15  # frames: offsets are looked for in -15 .. 15, as SyncNet does
+SHIPPED = Path(__file__).parent / "weights" / "sync.pt"  # a real speaker's, see its card
+TOY = "out/toy32/sync.pt"  # where `train` without options writes
 CHANCE = math.log(2)  # the loss of an expert that knows nothing
 
 
@@ -64,7 +86,7 @@ class FaceTower(nn.Module):
     def __init__(self, size: int, dim: int, width: float):
         super().__init__()
         c = [max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512)]
-        rows = min(size, LARGEST) // 2
+        rows = size // 2
         layers = [ConvBlock(3 * SPAN, c[0]), ConvBlock(c[0], c[1], stride=(1, 2)), ConvBlock(c[1], c[1], residual=True)]
         level = 1  # (B, c1, rows, rows) so far
         while rows > 4:  # 96 px: 48, 24, 12, 6, 3; 32 px: 16, 8, 4
@@ -84,8 +106,8 @@ class FaceTower(nn.Module):
 class SyncNet(nn.Module):
     """Two towers and what their cosine means: logit = scale * cos + bias, positive for "in sync".
 
-    size: edge of the whole crops, a multiple of 16. dim: E. width: channels of the towers, 1 is Wav2Lip's.
-    The crop's lower half is taken here, whatever the face's template: lips and chin are in it, eyes are not.
+    size: edge of the whole crops it looks at, a multiple of 16; larger ones are shrunk to it. dim: E. width: channels of
+    the towers, 1 is Wav2Lip's. The crop's lower half is taken here: lips and chin are in it, eyes are not.
     """
 
     def __init__(self, size: int = 96, dim: int = 512, width: float = 1.0):
@@ -99,32 +121,44 @@ class SyncNet(nn.Module):
         self.bias = nn.Parameter(torch.tensor(0.0))  # SigLIP's -10 is for one positive in 32,000; ours are balanced
 
     def face(self, frames):
-        """Whole crops (B, 5, 3, H, W) in [-1, 1] -> (B, E) of unit length"""
-        expected = (SPAN, 3, self.size, self.size)
-        assert frames.shape[1:] == expected, f"frames are {tuple(frames.shape)}, expected (B, {expected})"
-        x = frames[..., self.size // 2 :, :]  # (B, 5, 3, H/2, W)
-        if self.size > LARGEST:
-            x = F.interpolate(x.flatten(0, 1), (LARGEST // 2, LARGEST), mode="bilinear", antialias=True)
-            x = x.unflatten(0, (-1, SPAN))
-        return F.normalize(self.face_tower(x), dim=1)
+        """Whole crops (B, 5, 3, H, H) in [-1, 1], H >= size -> (B, E) of unit length"""
+        H = frames.shape[-1]
+        assert frames.shape[1:] == (SPAN, 3, H, H) and H >= self.size, (
+            f"frames are {tuple(frames.shape)}, expected (B, {SPAN}, 3, H, H) with H >= {self.size}")
+        x = shrink(frames, self.size)[..., self.size // 2 :, :]  # (B, 5, 3, size/2, size)
+        return F.normalize(self.face_tower(x).float(), dim=1)
 
     def sound(self, mel):
         """Mel windows (B, 1, 80, 16) of the middle frames -> (B, E) of unit length"""
-        return F.normalize(self.sound_tower(mel), dim=1)
+        return F.normalize(self.sound_tower(mel).float(), dim=1)
 
     def logits(self, face, sound):
         """(B, E), (B2, E) of unit length -> (B, B2): log odds that they belong together"""
         return self.log_scale.exp() * face @ sound.t() + self.bias
 
 
-def load_sync(path: str | Path, device, size: int | None = None) -> SyncNet:
+def shrink(frames, size: int):
+    """Pictures (.., 3, H, H), H >= size -> (.., 3, size, size)"""
+    if frames.shape[-1] == size:
+        return frames
+    shape = frames.shape[:-2]
+    x = F.interpolate(frames.flatten(0, -4), (size, size), mode="bilinear", antialias=True)
+    return x.view(*shape, size, size)
+
+
+def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
     """A trained expert, frozen, in eval mode. size: the pictures it will be shown.
 
-    Raises InputError: what load_checkpoint refuses; made for pictures of another size; not whole.
+    path "wav2lip" is Wav2Lip's published expert, fetched; a file *.pth is one's own copy of that.
+    Raises InputError: what load_checkpoint refuses; made for larger pictures; not whole; Wav2Lip's cannot be had.
     """
+    if str(path) == "wav2lip" or Path(path).suffix == ".pth":
+        expert = wav2lip_expert(device, None if str(path) == "wav2lip" else path)
+        expert.size, expert.template = 96, "face"  # it enlarges what is smaller
+        return expert
     expert = network_of(load_checkpoint(path, "syncnet", map_location="cpu"), path)
-    if size is not None and size != expert.size:
-        raise InputError(f"{path}: an expert for pictures of {expert.size} px, these are {size} px")
+    if size is not None and size < expert.size:
+        raise InputError(f"{path}: an expert for pictures of {expert.size} px or more, these are {size} px")
     return expert.to(device).eval().requires_grad_(False)
 
 
@@ -206,12 +240,18 @@ def sync_loss(expert, frames, mel):
 class Windows(Dataset):
     """Several five-frame windows of one clip, NEAR frames or more apart where it is long enough.
 
-    clips: which clips of the pack to draw from. Item n is a function of (seed, n) alone: see data.batches.
+    clips: which clips of the pack to draw from. size: edge of the pictures, the pack's or less. augment: pictures and
+    voices vary. masks: SpecAugment on the sound. Item n is a function of (seed, n) alone: see data.batches.
     """
 
-    def __init__(self, pack: Pack, clips, windows: int, seed: int, augment: bool = True):
-        self.pack, self.clips, self.windows, self.seed, self.augment = pack, np.asarray(clips), windows, seed, augment
-        self.mels = {}  # of the last 1000 clips: computing a mel costs more than decoding the pictures
+    KEPT = 2**31  # bytes; ours: what a pack may hold for its shrunk pictures to be kept in memory
+
+    def __init__(self, pack: Pack, clips, windows: int, seed: int, size: int | None = None, augment: bool = True,
+                 masks: bool = False):
+        self.pack, self.clips, self.windows, self.seed = pack, np.asarray(clips), windows, seed
+        self.size, self.augment, self.masks = size or pack.size, augment, masks
+        self.keep = int(pack.frame_start[-1]) * self.size**2 * 3 <= self.KEPT
+        self.kept = {}  # clip -> pictures, mel: decoding and shrinking cost as much as a training step
 
     def __len__(self):
         return ENDLESS
@@ -223,23 +263,47 @@ class Windows(Dataset):
         length = int(self.pack.n_frames[c])
         k = HALF + spaced(rng, max(1, length - SPAN + 1), self.windows)  # (windows,)
         shown = np.minimum(k[:, None] + np.arange(-HALF, HALF + 1), length - 1)  # a short clip stands still at its end
-        pictures, mel = self.pack.frames(c, shown.ravel()), self.mel(c, k)
-        if self.augment and rng.random() < 0.5:
-            pictures = pictures[:, :, ::-1]
-        frames = to_tensor(np.ascontiguousarray(pictures)).unflatten(0, shown.shape)
-        if self.augment:  # ours: light and colour of the whole item move a little
-            frames = frames * torch.from_numpy(rng.uniform(0.9, 1.1, (3, 1, 1))).float()
+        frames, mel = self.read(c, k, shown)
+        if self.augment:
+            frames, mel = vary(frames, rng), other_voice(mel, rng)
+        if self.masks:
+            mel = np.stack([spec_augment(window, rng) for window in mel])
         return dict(frames=frames, mel=torch.from_numpy(mel), clip=torch.full((len(k),), c), k=torch.from_numpy(k))
 
-    def mel(self, c: int, k):
-        """pack.windows(c, k), from the kept mel of the clip where it is short"""
-        if self.pack.n_frames[c] > 1000:
-            return self.pack.windows(c, k)
-        if c not in self.mels:
-            if len(self.mels) == 1000:
-                del self.mels[next(iter(self.mels))]
-            self.mels[c] = log_mel(self.pack.sound(c))
-        return mel_windows(self.mels[c], k)
+    def read(self, c: int, k, shown):
+        """Clip c -> its frames `shown` (windows, 5) as (windows, 5, 3, size, size), the mel windows of frames k."""
+        if not self.keep:
+            pictures = to_tensor(self.pack.frames(c, shown.ravel()))
+            return shrink(pictures, self.size).unflatten(0, shown.shape), self.pack.windows(c, k)
+        if c not in self.kept:
+            pictures = to_tensor(self.pack.frames(c, range(self.pack.n_frames[c])))
+            pictures = ((shrink(pictures, self.size) + 1) * 127.5).round().byte()  # (T, 3, size, size)
+            self.kept[c] = pictures, log_mel(self.pack.sound(c))
+        pictures, mel = self.kept[c]
+        return pictures[torch.from_numpy(shown)].float() / 127.5 - 1, mel_windows(mel, k)
+
+
+def vary(frames, rng):
+    """Windows of one clip (K, 5, 3, H, W) as other cameras might have seen them; the five of a window always alike.
+
+    All are mirrored or none; each window is turned by up to 5 degrees, zoomed and moved by up to 8 %, lit otherwise (gain
+    30 %, tint 10 %, brightness .15 of the range), and every third is blurred to half its size, as young generators do.
+    The widths are ours.
+    """
+    K, H = len(frames), frames.shape[-1]
+    turn, zoom = rng.uniform(-0.09, 0.09, K), np.exp(rng.uniform(-0.08, 0.08, K))
+    mirror = -1 if rng.random() < 0.5 else 1
+    cos, sin, zero = zoom * np.cos(turn), zoom * np.sin(turn), np.zeros(K)
+    theta = np.array([[mirror * cos, -sin, zero], [mirror * sin, cos, zero]]).transpose(2, 0, 1)  # (K, 2, 3)
+    theta[:, :, 2] = rng.uniform(-0.16, 0.16, (K, 2))  # of half the edge
+    grid = F.affine_grid(torch.from_numpy(theta).float(), (K, 1, H, H), align_corners=False)
+    x = F.grid_sample(frames.flatten(1, 2), grid, padding_mode="border", align_corners=False)  # (K, 15, H, W)
+    soft = torch.from_numpy(rng.random(K) < 1 / 3)
+    if soft.any():
+        x[soft] = F.interpolate(F.avg_pool2d(x[soft], 2), (H, H), mode="bilinear")
+    light = rng.uniform(0.7, 1.3, (K, 1, 1, 1, 1)) * rng.uniform(0.9, 1.1, (K, 1, 3, 1, 1))
+    brightness = rng.uniform(-0.3, 0.3, (K, 1, 1, 1, 1))
+    return x.view_as(frames) * torch.from_numpy(light).float() + torch.from_numpy(brightness).float()
 
 
 def spaced(rng, length: int, count: int):
@@ -251,12 +315,23 @@ def spaced(rng, length: int, count: int):
 
 
 def held_out(pack: Pack):
-    """-> clips to train on, clips to validate on: every tenth person, or every tenth clip where people are few"""
+    """-> clips to train on, to validate on, to test on.
+
+    Every tenth person is held out, or every tenth clip where people are few: the first, third .. of them validate, the
+    others test. One that is alone does both.
+    """
     by = np.asarray(pack.identity) if len(pack.identities) >= 10 else np.arange(len(pack))
     if len(by) < 2:
         raise InputError(f"{pack.folder}: one clip is too few, one is needed to train and one to validate")
     out = by % 10 == min(9, len(np.unique(by)) - 1)
-    return np.flatnonzero(~out), np.flatnonzero(out)
+    testing = out & (by // 10 % 2 == 1)
+    validating = out & ~testing
+    return np.flatnonzero(~out), np.flatnonzero(validating), np.flatnonzero(testing if testing.any() else validating)
+
+
+def fingerprint(pack: Pack) -> int:
+    """A number that packs of the same clips share, whatever the size of their pictures"""
+    return zlib.crc32(pack.samples[::997].tobytes(), zlib.crc32(pack.n_frames.tobytes()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,15 +340,17 @@ def held_out(pack: Pack):
 
 @torch.no_grad()
 def embed(expert, pictures, mel, device, batch: int = 128):
-    """All windows of a clip: iterable of uint8 (H, W, 3), mel (80, S) -> face (K, E), sound (K, E); K = frames - 4.
+    """All windows of a clip: iterable of uint8 (H, H, 3), mel (80, S) -> face (K, E), sound (K, E); K = frames - 4.
 
     Window i has frames i .. i+4. Streams: no more than `batch` windows are held.
     """
     faces, held = [], []
 
     def flush():
-        frames = to_tensor(np.stack(held)).to(device).unfold(0, SPAN, 1).movedim(-1, 1)  # (b, 5, 3, H, W)
-        faces.append(expert.face(frames))
+        frames = to_tensor(np.stack(held)).to(device)
+        if frames.shape[-1] > expert.size:
+            frames = shrink(frames, expert.size)  # here, and not five times each
+        faces.append(expert.face(frames.unfold(0, SPAN, 1).movedim(-1, 1)))  # (b, 5, 3, H, W)
         del held[: len(held) - SPAN + 1]  # the next window begins with the last four
 
     for picture in pictures:
@@ -321,40 +398,89 @@ def best_offset(table):
 
 
 def judge(expert, pack: Pack, clips, device, reach: int = REACH) -> dict:
-    """How well an expert hears on these clips of a pack.
+    """How well an expert hears on these clips of a pack. Clips of fewer than five frames are skipped.
 
-    Returns, all in 0..1 but loss: accuracy (in sync called in sync, and sound NEAR .. reach frames away called shifted,
-    half and half), paired (the own sound's logit is above the shifted one's: no threshold), by_shift (size of the shift
-    -> accuracy, paired), window and clip (the offset found within one frame, from one window and from a whole clip),
-    loss (in sync and shifted, ln 2 is chance), windows, clips. Clips of fewer than five frames are skipped.
+    Returns loss (in sync and shifted by FAR .. reach, half and half; ln 2 is chance), accuracy, paired, speech, second
+    (means of by_shift over FAR .. reach), window and clip (the offset found within one frame, from one window and from
+    a whole clip), curve (mean logit at each offset), windows, clips, and by_shift: size of the shift -> dict of
+
+        called    windows of 0.2 s with a logit above 0, which is the word "in sync": right at shift 0 only
+        accuracy  half of what is called in sync at 0, half of what is not at this shift
+        speech    the same where own or shifted sound speaks: in a pause any pause is as good as another
+        second    the same for the mean logit of each second of the clip
+        paired    the own sound's logit is above the shifted one's: no threshold
     """
-    tables, clip_hits = [], []
+    tables, seconds, speech = [], [], []
     for c in clips:
         T = int(pack.n_frames[c])
         if T >= SPAN:
-            pictures = (pack.frame(c, k) for k in range(T))
-            tables.append(by_shift(expert, *embed(expert, pictures, log_mel(pack.sound(c)), device), reach))
-            clip_hits.append(abs(best_offset(tables[-1])[0]) <= 1)
+            mel = log_mel(pack.sound(c))
+            tables.append(by_shift(expert, *embed(expert, (pack.frame(c, k) for k in range(T)), mel, device), reach))
+            seconds.append(running_mean(tables[-1], FPS - SPAN + 1))
+            speech.append(np.where(either(speaks(mel, len(tables[-1])), reach), tables[-1], math.nan))
     if not tables:
         raise InputError(f"{pack.folder}: no clip has {SPAN} frames")
-    table = np.concatenate(tables)  # (windows, S)
-    own = table[:, reach]
-    shifts = {}
-    for d in range(1, reach + 1):
-        wrong = table[:, [reach - d, reach + d]]  # (windows, 2)
-        there = np.isfinite(wrong)
-        if there.any():
-            paired = (own[:, None] > wrong)[there].mean()
-            shifts[d] = (((own > 0).mean() + (wrong[there] < 0).mean()) / 2, paired)
-    far = [shifts[d] for d in shifts if d >= NEAR] or [(math.nan, math.nan)]
-    wrong = np.delete(table, range(reach - NEAR + 1, reach + NEAR), 1)
+    table, seconds, speech = map(np.concatenate, (tables, seconds, speech))  # (windows, S)
+    shifts = {d: dict(called=called(table, d), accuracy=accuracy(table, d), speech=accuracy(speech, d),
+                      second=accuracy(seconds, d), paired=paired(table, d)) for d in range(reach + 1)}
+    far = [shifts[d] for d in range(FAR, reach + 1)]
+    own, wrong = table[:, reach], np.delete(table, range(reach - FAR + 1, reach + FAR), 1)
     wrong = wrong[np.isfinite(wrong)]
     loss = (np.logaddexp(0, -own).mean() + (np.logaddexp(0, wrong).mean() if len(wrong) else CHANCE)) / 2
-    guess = np.nanargmax(table, 1) - reach
-    accuracy, paired = np.mean(far, 0)
-    return dict(accuracy=float(accuracy), paired=float(paired), loss=float(loss), window=float((abs(guess) <= 1).mean()),
-                clip=float(np.mean(clip_hits)), by_shift={d: [round(float(v), 4) for v in s] for d, s in shifts.items()},
-                windows=len(table), clips=len(tables))
+    means = {name: float(np.mean([d[name] for d in far])) for name in ("accuracy", "paired", "speech", "second")}
+    return means | dict(loss=float(loss), window=float((abs(np.nanargmax(table, 1) - reach) <= 1).mean()),
+                        clip=float(np.mean([abs(best_offset(t)[0]) <= 1 for t in tables])),
+                        curve=[round(float(v), 4) for v in column_means(table)], windows=len(table), clips=len(tables),
+                        by_shift={d: {k: round(float(v), 4) for k, v in row.items()} for d, row in shifts.items()})
+
+
+def at_shift(table, d: int):
+    """(K, S) of by_shift -> (K, 2), what stands d frames to both sides of the own sound; NaN where a clip ends"""
+    middle = table.shape[1] // 2
+    return table[:, [middle - d, middle + d]]
+
+
+def called(table, d: int) -> float:
+    """Share called in sync at shift d; NaN where no window has such a shift"""
+    logits = at_shift(table, d)
+    logits = logits[np.isfinite(logits)]
+    return float((logits > 0).mean()) if len(logits) else math.nan
+
+
+def accuracy(table, d: int) -> float:
+    """Half of what is called in sync at shift 0, half of what is not at shift d"""
+    return called(table, 0) if d == 0 else (called(table, 0) + 1 - called(table, d)) / 2
+
+
+def paired(table, d: int) -> float:
+    """How often the own sound's logit is above the one d frames away; at d = 0 a coin's half"""
+    wrong = at_shift(table, d)
+    there = np.isfinite(wrong)
+    above = (table[:, table.shape[1] // 2, None] > wrong)[there]
+    return 0.5 if d == 0 else float(above.mean()) if len(above) else math.nan
+
+
+def column_means(table):
+    """Mean logit at each offset, (S,); NaN where no window has it"""
+    counts = np.isfinite(table).sum(0)
+    return np.where(counts, np.nansum(table, 0) / np.maximum(counts, 1), math.nan)
+
+
+def running_mean(table, n: int):
+    """(K, S) -> the mean of every n consecutive rows, (K - n + 1, S); of all where there are fewer"""
+    views = np.lib.stride_tricks.sliding_window_view(table, min(n, len(table)), 0)  # (K - n + 1, S, n)
+    return views.mean(-1)
+
+
+def speaks(mel, K: int):
+    """In which of a clip's K windows somebody speaks, (K,) bool: above the middle, in dB, of its quietest and loudest."""
+    level = mel_windows(mel, HALF + np.arange(K)).mean((1, 2, 3))
+    return level > (level.min() + level.max()) / 2
+
+
+def either(speech, reach: int):
+    """(K,) bool -> (K, S): the own window speaks, or the one d frames away"""
+    return speech[:, None] | np.lib.stride_tricks.sliding_window_view(np.pad(speech, reach), 2 * reach + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,49 +488,35 @@ def judge(expert, pack: Pack, clips, device, reach: int = REACH) -> dict:
 
 
 def train(args):
-    """Resumable, bit for bit on a CPU: item n of the data is a function of the seed and n alone."""
+    """Writes --out, the weights with the least loss on held-out clips, and beside it OUT_last.pt for --resume, which
+    goes on bit for bit on a CPU: item n of the data is a function of the seed and n alone."""
     device = pick_device(args.device)
     out = Path(args.out).absolute()
-    saved = load_checkpoint(out, "syncnet", map_location=device) if args.resume else None
-    expert = network_of(saved, out) if saved else None
+    last = out.with_stem(f"{out.stem}_last")
+    saved = load_checkpoint(last, "syncnet", map_location=device) if args.resume else None
+    expert = network_of(saved, last) if saved else None
     if saved and expert.size != args.size:
-        raise InputError(f"{out}: an expert for pictures of {expert.size} px, --size is {args.size}")
-    given = Pack(args.data) if args.data else None
-    if given and given.size != args.size:
-        raise InputError(f"{args.data}: pictures of {given.size} px, --size is {args.size}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out.parent}: cannot be made a directory ({error.strerror})") from None
-    if out.exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{out} exists: --resume continues it, --overwrite starts anew")
-    check_output(out, overwrite=True)
-    if given:
-        pack, (clips, val_clips) = given, held_out(given)
-        val = pack
-    else:
-        pack = toy_pack(out.parent, args.size, args.people, args.seconds)
-        val = toy_pack(out.parent, args.size, 40, 3.0, "tune")
-        clips, val_clips = np.arange(len(pack)), np.arange(len(val))
-
+        raise InputError(f"{last}: an expert for pictures of {expert.size} px, --size is {args.size}")
+    pack, clips, val, val_clips = worlds(args, out)
     torch.manual_seed(args.seed)
-    expert = (expert or SyncNet(args.size, args.dim, args.width)).to(device)
+    expert = (expert or SyncNet(args.size, args.dim, args.width)).to(device, memory_format=torch.channels_last)
     calibration = [expert.log_scale, expert.bias]
     weights = [p for p in expert.parameters() if all(p is not q for q in calibration)]
     # ours: two lone numbers have to come far, from 5 to 40
     groups = [dict(params=weights, lr=args.lr), dict(params=calibration, lr=10 * args.lr)]
     opt = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    start = 0
+    start, best = 0, math.inf
     if saved:
         opt.load_state_dict(saved["optimisers"]["adam"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
-        start = saved["step"]
+        start, best = saved["step"], saved["best"]
     if start >= args.steps:
-        return print(f"{out}: has {start} steps already; --steps is {args.steps}")
+        return print(f"{last}: has {start} steps already; --steps is {args.steps}")
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
           f"{sum(p.numel() for p in expert.parameters()) / 1e6:.2f} M parameters; chance is a loss of {CHANCE:.3f}")
 
-    data = batches(Windows(pack, clips, args.windows, args.seed), args.batch, start, args.workers)
+    windows = Windows(pack, clips, args.windows, args.seed, args.size, masks=args.masks)
+    data = batches(windows, args.batch, start, args.workers)
     log = open(out.with_name(f"log_{out.stem}.jsonl"), "a" if saved else "w")
     versions = dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
     log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args))) + "\n")
@@ -414,42 +526,70 @@ def train(args):
         batch = {name: x.to(device, non_blocking=True).flatten(0, 1) for name, x in next(data).items()}  # (N, ..)
         for group, rate in zip(opt.param_groups, (1, 10)):
             group["lr"] = rate * args.lr * lr_factor(step, args.steps)
-        logits = expert.logits(expert.face(batch["frames"]), expert.sound(batch["mel"]))  # (N, N)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            face, sound = expert.face(batch["frames"]), expert.sound(batch["mel"])
+        logits = expert.logits(face, sound)  # (N, N)
         terms = expert_loss(logits, batch["clip"], batch["k"])
         sigmoid = sigmoid_part(terms)
         loss = sigmoid + 0.5 * terms["contrast"]  # ours: .5
         if not torch.isfinite(loss):
             bad = ", ".join(f"'{name}' is {value.item():g}" for name, value in terms.items() if not torch.isfinite(value))
+            log.write(json.dumps(dict(step=step, error=bad)) + "\n")
+            log.close()
             raise InputError(f"step {step}: the loss term {bad}: stopped; the last checkpoint is whole. Lower --lr")
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
         counted += 1
 
-        last = step + 1 == args.steps
-        if (step + 1) % args.log_every == 0 or last:
-            seconds = (time.perf_counter() - clock) / counted
+        end = step + 1 == args.steps
+        if (step + 1) % args.log_every == 0 or end:
+            ms = 1000 * (time.perf_counter() - clock) / counted
             line = dict(step=step + 1, loss=sigmoid.item(), **{name: value.item() for name, value in terms.items()},
                         accuracy=batch_accuracy(logits.detach(), batch["clip"], batch["k"]),
-                        scale=expert.log_scale.exp().item(), bias=expert.bias.item(), ms=1000 * seconds,
-                        eta=seconds * (args.steps - step - 1))
+                        scale=expert.log_scale.exp().item(), bias=expert.bias.item(), ms=ms,
+                        eta=ms / 1000 * (args.steps - step - 1))
             write(log, bar, line, "loss {loss:.3f} (chance {chance:.3f}): in sync {in_sync:.3f}, shifted {shifted:.3f}, "
                   "other {other:.3f}; contrast {contrast:.2f}; accuracy {accuracy:.3f}; "
                   "logit {scale:.1f} cos {bias:+.2f}; {ms:.0f} ms, {eta:.0f} s to go")
             clock, counted = time.perf_counter(), 0
-        if (step + 1) % args.val_every == 0 or last:
-            line = dict(step=step + 1, val=judge(expert.eval(), val, val_clips, device))
+        if (step + 1) % args.val_every == 0 or end:
+            found = judge(expert.eval(), val, val_clips, device)
             expert.train()
-            write(log, bar, line, "unseen: accuracy {val[accuracy]:.3f}, paired {val[paired]:.3f}, offset within "
-                  "one frame: {val[window]:.2f} of windows, {val[clip]:.2f} of clips")
+            write(log, bar, dict(step=step + 1, val=found), "unseen: loss {val[loss]:.3f}, accuracy {val[accuracy]:.3f}, "
+                  "of speech {val[speech]:.3f}, offset found for {val[window]:.2f} of windows, {val[clip]:.2f} of clips")
+            net = dict(kind="syncnet", format=1, config=dict(net=expert.config, template=pack.template),
+                       step=step + 1, clips=fingerprint(pack), val=found)
+            if found["loss"] < best:
+                best = found["loss"]
+                half = {name: p.half().contiguous() for name, p in expert.state_dict().items()}
+                save_checkpoint(out, net | dict(networks=dict(expert=half)))
+            save_checkpoint(last, net | dict(
+                args=vars(args), best=best, networks=dict(expert=expert.state_dict()),
+                optimisers=dict(adam=opt.state_dict()), rng=dict(torch=torch.get_rng_state())))
             clock, counted = time.perf_counter(), 0
-        if (step + 1) % args.save_every == 0 or last:
-            save_checkpoint(out, dict(
-                kind="syncnet", format=1, config=dict(net=expert.config, template=pack.template), args=vars(args),
-                step=step + 1, networks=dict(expert=expert.state_dict()), optimisers=dict(adam=opt.state_dict()),
-                rng=dict(torch=torch.get_rng_state()), data=dict(step=step + 1)))
     log.close()
-    print(f"{out}: test it with  python syncnet.py test --sync {args.out}")
+    print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --sync {args.out}")
+
+
+def worlds(args, out: Path):
+    """Checks where train reads and writes -> pack, clips to train on; pack, clips to validate on"""
+    given = Pack(args.data) if args.data else None
+    if given and given.size < args.size:
+        raise InputError(f"{args.data}: pictures of {given.size} px, --size is {args.size}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out.parent}: cannot be made a directory ({error.strerror})") from None
+    if out.exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{out} exists: --resume continues it, --overwrite starts anew")
+    check_output(out, overwrite=True)
+    if given:
+        clips, val_clips, _ = held_out(given)
+        return given, clips, given, val_clips
+    pack = toy_pack(out.parent, args.size, args.people, args.seconds)
+    val = toy_pack(out.parent, args.size, 40, 3.0, "tune")
+    return pack, np.arange(len(pack)), val, np.arange(len(val))
 
 
 def lr_factor(step: int, steps: int) -> float:
@@ -496,83 +636,188 @@ def toy_pack(folder: Path, size: int, people: int, seconds: float, split: str = 
 
 
 def test(args):
-    """Prints what `judge` finds on held-out clips."""
+    """Prints what `judge` finds on held-out clips, and draws it."""
     device = pick_device(args.device)
-    path = Path(args.sync).absolute()
+    path = args.sync or (SHIPPED if args.data else TOY)
+    picture = Path(args.picture).absolute()
+    if picture.parent.is_dir():
+        check_output(picture, overwrite=True, suffixes=(".png",))
     expert = load_sync(path, device)
     if args.data:
         pack = Pack(args.data)
-        if pack.size != expert.size:
-            raise InputError(f"{args.data}: pictures of {pack.size} px, the expert is for {expert.size} px")
-        trained_on = load_checkpoint(path, "syncnet")["args"]["data"]
-        same = trained_on and Path(trained_on).absolute() == Path(args.data).absolute()
-        clips = held_out(pack)[1] if same else np.arange(len(pack))
-        what = f"{args.data}" + (", the tenth held out from training" if same else "")
+        if isinstance(expert, SyncNet) and pack.size < expert.size:
+            raise InputError(f"{args.data}: pictures of {pack.size} px, the expert is for {expert.size} px or more")
+        same = isinstance(expert, SyncNet) and load_checkpoint(path, "syncnet").get("clips") == fingerprint(pack)
+        clips = held_out(pack)[2] if same else np.arange(len(pack))
+        what = f"{args.data}" + (", the clips held out from training and validation" if same else "")
     elif expert.template == "toy":
-        pack = toy_pack(path.parent, expert.size, args.people, 3.0, "test")
+        pack = toy_pack(Path(path).absolute().parent, expert.size, args.people, 3.0, "test")
         clips, what = np.arange(len(pack)), "toy people and speech held out for good"
     else:
         raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
     found = judge(expert, pack, tqdm(clips, "clips", disable=None), device)
     print(f"{what}: {found['clips']} clips, {found['windows']} windows; loss {found['loss']:.3f} (chance {CHANCE:.3f})\n")
-    print("| shift, frames | accuracy (threshold 0) | own sound above the shifted |\n|---:|---:|---:|")
-    for d, (accuracy, paired) in found["by_shift"].items():
-        print(f"| {d} | {accuracy:.3f} | {paired:.3f} |")
-    print(f"| {NEAR}-{REACH} | {found['accuracy']:.3f} | {found['paired']:.3f} |\n")
+    columns = ("called", "accuracy", "speech", "second", "paired")
+    print("| shift, frames | called in sync | accuracy | of speech | of seconds | own above shifted |\n|" + "---:|" * 6)
+    for d, row in found["by_shift"].items():
+        print(f"| {d} | " + " | ".join(f"{row[name]:.3f}" for name in columns) + " |")
+    print(f"| {FAR}-{REACH} | | " + " | ".join(f"{found[name]:.3f}" for name in columns[1:]) + " |\n")
     print(f"offset within one frame: {found['window']:.3f} of single windows, {found['clip']:.3f} of clips")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(found, what).save(picture)
+    print(f"{picture}: accuracy by shift, and the mean logit by offset")
+
+
+def draw(found: dict, title: str) -> Image.Image:
+    """What `judge` found: bars of accuracy by size of the shift; the mean logit over the offsets."""
+    image, font = Image.new("RGB", (1000, 380), "white"), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(image)
+    pen.text((500, 10), title, "black", font, "ma")
+    series = dict(accuracy=("#4878a8", "0.2 s"), speech=("#e49444", "0.2 s of speech"), second=("#6a9f58", "1 s"))
+
+    def axes(x0, x1, low, high, ticks, name):
+        """-> function that turns a value into a height"""
+        def y(v):
+            return 320 - 250 * (v - low) / (high - low)
+        for tick in ticks:
+            pen.line((x0, y(tick), x1, y(tick)), "#ddd")
+            pen.text((x0 - 6, y(tick)), f"{tick:g}", "black", font, "rm")
+        pen.text(((x0 + x1) / 2, 352), name, "black", font, "ma")
+        return y
+
+    y = axes(60, 540, 0.4, 1, np.arange(4, 11) / 10, "shift of the sound, frames; bars: accuracy (.5 is chance)")
+    shifts = [d for d in found["by_shift"] if d]
+    step = 480 / max(1, len(shifts))
+    for n, d in enumerate(shifts):
+        for i, (name, (colour, _)) in enumerate(series.items()):
+            if math.isfinite(value := found["by_shift"][d][name]):
+                left = 60 + n * step + 3 + i * (step - 6) / 3
+                pen.rectangle((left, y(max(0.4, value)), left + (step - 6) / 3 - 1, y(0.4)), colour)
+        pen.text((60 + (n + 0.5) * step, 328), str(d), "black", font, "ma")
+    for i, (colour, name) in enumerate(series.values()):
+        pen.rectangle((70 + 120 * i, 40, 80 + 120 * i, 50), colour)
+        pen.text((86 + 120 * i, 45), name, "black", font, "lm")
+
+    curve = [(i - len(found["curve"]) // 2, v) for i, v in enumerate(found["curve"]) if math.isfinite(v)]
+    values = [v for _, v in curve]
+    low, high = math.floor(min(values + [0])), math.ceil(max(values + [1]))
+    ticks = np.unique(np.linspace(low, high, 6).round())
+    y = axes(610, 980, low, high, ticks, "offset of the sound, frames; line: mean logit")
+    points = [(795 + 175 * d / max(1, len(found["curve"]) // 2), y(v)) for d, v in curve]
+    pen.line((610, y(0), 980, y(0)), "#999")
+    pen.line((795, y(low), 795, y(high)), "#999")
+    pen.line(points, series["accuracy"][0], 3)
+    for (x, _), (d, _) in zip(points, curve):
+        if d % 5 == 0:
+            pen.text((x, 328), str(d), "black", font, "ma")
+    return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # offset
 
 
-def clip_box(path: Path, box: str | None) -> tuple:
-    """Where the face is in a video: --box, the whole of a square one, else the median of what the detector finds.
-
-    Raises InputError: the box is none; no detector, no face, a face that moves too far, in the first six seconds.
-    """
-    height = min(720, probe(path).height)  # what data.py looks at
-    first = list(islice(read_video(path, height), 150))
-    if not first:
-        raise InputError(f"{path}: holds no picture")
-    H, W = first[0].shape[:2]
-    if box:
-        scale = H / probe(path).height
-        try:
-            x0, y0, x1, y1 = (float(v) * scale for v in box.split(","))
-        except ValueError:
-            raise InputError(f"--box {box}: expected x0,y0,x1,y1 in pixels") from None
-        if not (0 <= x0 < x1 <= W + 1 and 0 <= y0 < y1 <= H + 1):
-            raise InputError(f"--box {box}: not inside the picture of {path}")
-        return x0, y0, x1, y1
-    if H == W:
-        print(f"{path}: square, taken whole as a crop of the face (else: --box)")
-        return 0, 0, W, H
-    if detect_faces(first[0]) is None:
-        raise InputError(f"{path}: no face detector's weights are at hand; give --box x0,y0,x1,y1")
-    try:
-        return segment_box(first)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; give --box x0,y0,x1,y1") from None
-
-
 def offset(args):
-    """Prints by how many frames a clip's sound is late, and how sure that is. Streams: memory grows by 1 kB a frame."""
+    """Prints by how many frames a clip's sound is late, and how sure that is; --fix writes it in step."""
     device = pick_device(args.device)
     expert = load_sync(args.sync, device)
     path = check_file(args.clip)
+    out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES) if args.fix else None
+    late, confidence, fit, windows = clip_offset(expert, path, device, args.box)
+    words = f"{abs(late)} frame{'s' * (abs(late) != 1)} ({abs(late) / FPS:.2f} s) {'late' if late > 0 else 'early'}"
+    doubt = "" if fit > 0 else "; a guess, nowhere do mouth and sound fit"
+    words = f"{words if late else 'in step'}; confidence {confidence:.1f} ({windows} windows){doubt}"
+    print(f"{path}: the sound is {words}")
+    if out:
+        write_shifted(path, late, out)
+        print(f"{out}: the same pictures, the sound moved by {-late / FPS:+.2f} s")
+
+
+def clip_offset(expert, path: Path, device, box: str | None = None):
+    """-> frames by which the sound is late, confidence, fit (see best_offset), windows. Memory grows by 1 kB a frame."""
     mel = log_mel(load_audio(path))
-    box, height = clip_box(path, args.box), min(720, probe(path).height)
-    crops = (crop_face(frame, box, expert.size) for frame in tqdm(read_video(path, height), "frames", disable=None))
+    crops = face_crops(path, expert, box)
     first = list(islice(crops, SPAN + 1))
     if len(first) < SPAN + 1:
         raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {SPAN + 1}")
-    table = by_shift(expert, *embed(expert, chain(first, crops), mel, device))
-    late, confidence, fit = best_offset(table)
-    words = f"{abs(late)} frame{'s' * (abs(late) != 1)} ({abs(late) / FPS:.2f} s) {'late' if late > 0 else 'early'}"
-    doubt = "" if fit > 0 else "; a guess, nowhere do mouth and sound fit"
-    words = f"{words if late else 'in step'}; confidence {confidence:.1f} ({len(table)} windows){doubt}"
-    print(f"{path}: the sound is {words}")
+    table = by_shift(expert, *embed(expert, tqdm(chain(first, crops), "frames", disable=None), mel, device))
+    return *best_offset(table), len(table)
+
+
+def face_crops(path: Path, expert, box: str | None = None):
+    """A video -> crops uint8 (size, size, 3) of the face in it, as a stream.
+
+    The face is in `box` ("x0,y0,x1,y1" in pixels); for an expert of drawn faces in the largest square in the middle;
+    else where the detector finds it, anew every six seconds (where it finds none later on, it keeps the last box). A
+    square video in which it finds none, or one that fills it, is a crop already.
+    Raises InputError: no such box; no detector; no face in the first six seconds, or one that moves too far.
+    """
+    source = probe(path)
+    height = min(source.height, HIGHEST)
+    frames = read_video(path, height)
+    where = given_box(path, box, source, height) if box else None
+    while part := list(islice(frames, SEGMENT)):
+        H, W = part[0].shape[:2]
+        if where is None and expert.template == "toy":
+            side = min(H, W)
+            where = ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2)
+        elif not box and expert.template != "toy":
+            where = found_box(path, part, where)
+        for frame in part:
+            yield crop_face(frame, where, expert.size)
+
+
+def given_box(path: Path, box: str, source, height: int) -> tuple:
+    """--box, in pixels of the source -> of its frames at this height"""
+    try:
+        x0, y0, x1, y1 = (float(v) for v in box.split(","))
+    except ValueError:
+        raise InputError(f"--box {box}: expected x0,y0,x1,y1 in pixels") from None
+    if not (0 <= x0 < x1 <= source.width + 1 and 0 <= y0 < y1 <= source.height + 1):
+        raise InputError(f"--box {box}: not inside the picture of {path}, {source.width}x{source.height}")
+    return tuple(v * height / source.height for v in (x0, y0, x1, y1))
+
+
+def found_box(path: Path, frames: list, last: tuple | None) -> tuple:
+    """Where the detector finds the face in these frames; see face_crops."""
+    H, W = frames[0].shape[:2]
+    whole = (0, 0, W, H)
+    if not face_detectors():
+        if H == W:
+            return whole
+        raise InputError(f"{path}: no face detector's weights are at hand; give --box x0,y0,x1,y1")
+    try:
+        box = segment_box(frames)
+    except InputError as error:
+        if last or H == W:
+            return last or whole
+        raise InputError(f"{path}: {error}; give --box x0,y0,x1,y1") from None
+    return whole if H == W and box[2] - box[0] > 0.8 * W else box  # ours: .8
+
+
+def write_shifted(path: Path, late: int, out: Path):
+    """The video with its sound moved `late` frames towards the beginning.
+
+    Pictures are copied where they are H.264, else encoded as that. The sound keeps its rate, channels and length: silence
+    fills what is missing. Raises InputError: ffmpeg cannot.
+    """
+    seconds, length = abs(late) / FPS, len(load_audio(path)) / SAMPLE_RATE
+    move = f"atrim=start={seconds},asetpts=PTS-STARTPTS,apad=pad_dur={seconds}"
+    if late < 0:
+        move = f"adelay={round(1000 * seconds)}:all=1,atrim=end={length}"
+    sound = ["-af", f"aresample=async=1:first_pts=0,{move}", "-c:a", "aac", "-b:a", "192k"]
+    description = subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
+    pictures = ["-c:v", "copy"]
+    if not re.search(r"Stream #.*: Video: h264", description):
+        even = "pad=ceil(iw/2)*2:ceil(ih/2)*2"  # players want even sizes
+        pictures = ["-vf", even, "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]
+    with tempfile.TemporaryDirectory(prefix="talk-") as folder:
+        draft = Path(folder) / f"video{out.suffix.lower()}"
+        options = ["-map", "0:V:0", "-map", "0:a:0", *pictures, *sound, "-movflags", "+faststart"]
+        done = subprocess.run(decoder(path, *options, str(draft)), capture_output=True)
+        if done.returncode:
+            raise InputError(f"{out}: could not be written ({why(done.stderr.decode(errors='replace'))})")
+        place(draft, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,12 +829,13 @@ def parse(argv=None):
     options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p = commands.add_parser("train", help="train an expert", **options)
     p.add_argument("--data", help="pack, a tenth of which is held out; default: the toy world, drawn beside --out")
-    p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 96, 128, 256), help="edge of the picture")
-    p.add_argument("--out", default="out/toy32/sync.pt", help="checkpoint")
+    p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
+                   help="edge of the pictures it looks at; larger ones are shrunk to it")
+    p.add_argument("--out", default=TOY, help="checkpoint")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
     p.add_argument("--dim", type=int, default=128, help="length of an embedding (Wav2Lip: 512)")
-    p.add_argument("--width", type=float, help="channels, 1 is Wav2Lip's; default: .25 up to 64 px, else .5")
+    p.add_argument("--width", type=float, help="channels, 1 is Wav2Lip's; default: .25 up to 32 px, else .5")
     p.add_argument("--steps", type=int, default=1000, help="steps in all; the rate falls towards the last")
     p.add_argument("--batch", type=int, default=16, help="clips a step")
     p.add_argument("--windows", type=int, default=4, help="windows a clip")
@@ -599,30 +845,36 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
     p.add_argument("--log-every", type=int, default=50)
-    p.add_argument("--val-every", type=int, default=250)
-    p.add_argument("--save-every", type=int, default=250)
+    p.add_argument("--val-every", type=int, default=250, help="steps between looks at held-out clips; it saves then")
+    p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
+    p.add_argument("--masks", action="store_true", help="SpecAugment: mask bands and steps of the sound")
     p.add_argument("--device", default="auto")
-    p = commands.add_parser("test", help="accuracy on held-out clips", **options)
-    p.add_argument("--sync", default="out/toy32/sync.pt", help="checkpoint")
-    p.add_argument("--data", help="pack of held-out clips; default: toy people held out for good, drawn beside --sync")
+    p = commands.add_parser("test", help="accuracy by shift on held-out clips", **options)
+    p.add_argument("--sync", help="checkpoint, wav2lip, or a copy of that (.pth); default: with --data the shipped "
+                   f"weights/sync.pt, without {TOY}")
+    p.add_argument("--data", help="pack; of one that the expert was trained on, the held-out clips; default: toy people "
+                   "and speech held out for good, drawn beside --sync")
     p.add_argument("--people", type=int, default=40, help="toy world: how many people")
+    p.add_argument("--picture", default="out/sync_test.png", help="what is found, drawn")
     p.add_argument("--device", default="auto")
     p = commands.add_parser("offset", help="the audio-video offset of a clip", **options)
     p.add_argument("clip", help="video with sound")
-    p.add_argument("--sync", default="out/toy32/sync.pt", help="checkpoint")
+    p.add_argument("--sync", default=SHIPPED, help="checkpoint, wav2lip, or a copy of that (.pth)")
     p.add_argument("--box", help="square around the face, x0,y0,x1,y1 in pixels")
+    p.add_argument("--fix", metavar="OUT", help="write the clip with its sound in step (mp4, mov or mkv)")
+    p.add_argument("--overwrite", action="store_true", help="replace what --fix names")
     p.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     many = (1, 10**9)
     limits = dict(people=(1, 10**6), seconds=(0.4, 600), dim=(1, 4096), width=(0.01, 4), steps=many, batch=(1, 10**4),
                   windows=(2, 100), lr=(0, math.inf), seed=(0, 2**62), workers=(0, 256), log_every=many,
-                  val_every=many, save_every=many)
+                  val_every=many)
     for name, (low, high) in limits.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     if args.command == "train" and args.width is None:
-        args.width = 0.25 if args.size <= 64 else 0.5
+        args.width = 0.25 if args.size <= 32 else 0.5
     return args
 
 
