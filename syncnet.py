@@ -286,16 +286,16 @@ class Windows(Dataset):
 def vary(frames, rng):
     """Windows of one clip (K, 5, 3, H, W) as other cameras might have seen them; the five of a window always alike.
 
-    All are mirrored or none; each window is turned by up to 5 degrees, zoomed and moved by up to 8 %, lit otherwise (gain
+    All are mirrored or none; each window is turned by up to 4 degrees, zoomed and moved by up to 5 %, lit otherwise (gain
     30 %, tint 10 %, brightness .15 of the range), and every third is blurred to half its size, as young generators do.
     The widths are ours.
     """
     K, H = len(frames), frames.shape[-1]
-    turn, zoom = rng.uniform(-0.09, 0.09, K), np.exp(rng.uniform(-0.08, 0.08, K))
+    turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
     cos, sin, zero = zoom * np.cos(turn), zoom * np.sin(turn), np.zeros(K)
     theta = np.array([[mirror * cos, -sin, zero], [mirror * sin, cos, zero]]).transpose(2, 0, 1)  # (K, 2, 3)
-    theta[:, :, 2] = rng.uniform(-0.16, 0.16, (K, 2))  # of half the edge
+    theta[:, :, 2] = rng.uniform(-0.1, 0.1, (K, 2))  # of half the edge
     grid = F.affine_grid(torch.from_numpy(theta).float(), (K, 1, H, H), align_corners=False)
     x = F.grid_sample(frames.flatten(1, 2), grid, padding_mode="border", align_corners=False)  # (K, 15, H, W)
     soft = torch.from_numpy(rng.random(K) < 1 / 3)

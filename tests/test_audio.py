@@ -203,6 +203,80 @@ def test_spec_augment_masks_one_block_of_bands_and_one_of_steps():
     assert seen_bands == set(range(10)) and seen_steps == set(range(5))
 
 
+class Fixed:
+    """A random generator that gives the middle of what it is asked for, or a chosen value for the first uniform."""
+
+    def __init__(self, first, hiss=False):
+        self.first, self.hiss = first, hiss
+
+    def uniform(self, low, high):
+        value, self.first = (low + high) / 2 if self.first is None else self.first, None
+        return value
+
+    def random(self):
+        return 0.0 if self.hiss else 1.0
+
+
+def test_another_voice_is_the_same_one_with_its_frequencies_stretched():
+    log_stretch = 0.12
+    low, high = tone(1500, RATE), tone(1500 * np.exp(-log_stretch), RATE)
+    heard = audio.other_voice(log_mel(low), Fixed(log_stretch))  # band at f shows what was at f e^.12
+    band, wanted, before = (mel[:, 40].argmax() for mel in (heard, log_mel(high), log_mel(low)))
+    assert abs(band - wanted) <= 1 < abs(band - before)
+    same = audio.other_voice(log_mel(low), Fixed(0.0))
+    np.testing.assert_allclose(same, log_mel(low), atol=1e-5)
+
+
+def test_another_voice_keeps_silence_and_range_and_moves_no_step_in_time():
+    rng = np.random.default_rng(1)
+    mel = log_mel(np.concatenate([np.zeros(4000, np.float32), noise(4000), np.zeros(4000, np.float32)]))
+    onsets = set()
+    for _ in range(40):
+        out = audio.other_voice(mel[None, None], rng)
+        assert out.shape == (1, 1, *mel.shape) and out.dtype == np.float32 and np.abs(out).max() <= 4
+        onsets.add(int(np.diff(out[0, 0].mean(0)).argmax()))
+    assert len(onsets) == 1
+    quiet = [audio.other_voice(np.full((80, 16), -4, np.float32), rng) for _ in range(40)]
+    hissing = [q.max() > -4 for q in quiet]
+    assert 4 < sum(hissing) < 25  # every third
+
+
+def speech_over_music(seconds):
+    """Words that never come back, a chord that comes back every half second; each (n,)"""
+    t = np.arange(seconds * RATE) / RATE
+    rng = np.random.default_rng(4)
+    glide = np.cumsum(np.interp(t, np.arange(0, seconds + 1, 0.2), rng.uniform(120, 300, 5 * seconds + 5))) / RATE
+    loud = np.interp(t, np.arange(0, seconds + 1, 0.11), rng.random(len(np.arange(0, seconds + 1, 0.11))))
+    words = 0.1 * loud * sum(np.sin(2 * np.pi * h * glide) / h for h in range(1, 9))
+    chord = 0.05 * (t % 0.5 < 0.25) * sum(np.sin(2 * np.pi * hz * t) for hz in (440, 554, 659, 1500))
+    return words.astype(np.float32), chord.astype(np.float32)
+
+
+def test_an_isolated_voice_stands_out_of_the_music_that_repeats():
+    words, chord = speech_over_music(6)
+    voice = audio.isolate_voice(words + chord)
+    assert voice.shape == words.shape and voice.dtype == np.float32
+
+    def level(wav, hz):  # of one tone, by projection
+        return np.abs(np.exp(-2j * np.pi * hz * np.arange(len(wav)) / RATE) @ wav)
+
+    assert all(level(voice, hz) < 0.25 * level(words + chord, hz) for hz in (440, 554, 659, 1500))  # 12 dB
+    assert voice @ words > 0.4 * (words @ words)  # 8 dB
+
+
+def test_a_long_sound_is_isolated_piece_by_piece_without_a_seam(monkeypatch):
+    monkeypatch.setattr(audio, "PIECE", 3)
+    monkeypatch.setattr(audio, "isolate_piece", lambda wav: 0.5 * wav)
+    wav = noise(int(7.3 * RATE))
+    np.testing.assert_allclose(audio.isolate_voice(wav), 0.5 * wav, atol=1e-6)
+
+
+def test_short_and_silent_sounds_are_isolated_too():
+    for wav in (noise(1), noise(100), noise(9000), np.zeros(20000, np.float32)):
+        voice = audio.isolate_voice(wav)
+        assert voice.shape == wav.shape and np.isfinite(voice).all()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # encoder
 

@@ -16,8 +16,9 @@ from PIL import Image
 import audio
 import syncnet
 import toyfaces
-from audio import InputError, log_mel, mel_windows
+from audio import InputError, load_audio, log_mel, mel_windows
 from data import Pack, PackWriter, load_checkpoint, save_checkpoint
+from losses import Wav2LipExpert
 from syncnet import (
     SyncNet,
     Windows,
@@ -30,7 +31,7 @@ from syncnet import (
     sigmoid_part,
     sync_loss,
 )
-from vision import VideoWriter, to_tensor
+from vision import VideoWriter, read_video, to_tensor
 
 LN2 = math.log(2)
 CLIP = torch.tensor([7, 7, 7, 3, 3, 9])
@@ -472,6 +473,141 @@ def test_foreign_sound_is_called_a_guess(world, tmp_path, capsys):
             video.write(frame)
     syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"])
     assert "a guess" in capsys.readouterr().out
+
+
+def write_clip(path, frames, wav):
+    with VideoWriter(path, *frames.shape[1:3], wav) as video:
+        for frame in frames:
+            video.write(frame)
+
+
+@pytest.mark.parametrize("late", [-6, 5])
+def test_a_clip_is_put_in_step_with_its_pictures_untouched(world, tmp_path, capsys, late):
+    frames, own = bar_clip(1001)
+    wav = np.concatenate([np.zeros(640 * late, np.float32), own])[: 640 * 60] if late > 0 else own[-640 * late :]
+    write_clip(tmp_path / "clip.mp4", frames, wav)
+    command = ["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"]
+    syncnet.main([*command, "--fix", str(tmp_path / "fixed.mp4")])
+    assert f"the sound moved by {-late / 25:+.2f} s" in capsys.readouterr().out
+    before, after = (np.stack(list(read_video(tmp_path / name))) for name in ("clip.mp4", "fixed.mp4"))
+    assert np.array_equal(before, after)
+    heard = load_audio(tmp_path / "fixed.mp4")
+    assert abs(len(heard) - len(wav)) <= 1024  # a block of AAC
+    middle = slice(640 * 10, 640 * 45)  # the mouth opens with the loudness of what is heard now
+    assert np.corrcoef(heard[middle], own[middle])[0, 1] > 0.8
+    assert syncnet.clip_offset(load_sync(world[1], "cpu"), tmp_path / "fixed.mp4", "cpu")[0] == 0
+    with pytest.raises(InputError, match="--overwrite"):
+        syncnet.main([*command, "--fix", str(tmp_path / "fixed.mp4")])
+
+
+def test_pictures_that_are_not_h264_are_encoded_anew_and_the_sound_keeps_its_rate_and_channels(tmp_path):
+    frames, wav = bar_clip(1001)
+    write_clip(tmp_path / "clip.mp4", frames, wav)
+    args = ["-i", tmp_path / "clip.mp4", "-vf", "scale=64:48", "-c:v", "mpeg1video", "-b:v", "2M"]
+    args += ["-ac", "2", "-ar", "44100", "-c:a", "mp2"]
+    subprocess.run([audio.ffmpeg_path(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
+    syncnet.write_shifted(tmp_path / "old.mpg", 3, tmp_path / "new.mkv")
+    text = subprocess.run(audio.decoder(tmp_path / "new.mkv"), capture_output=True, text=True).stderr
+    assert "Video: h264" in text and "44100 Hz, stereo" in text and "64x48" in text
+    moved, old = load_audio(tmp_path / "new.mkv"), load_audio(tmp_path / "old.mpg")
+    assert np.corrcoef(moved[5000:25000], old[5000 + 3 * 640 : 25000 + 3 * 640])[0, 1] > 0.9
+
+
+def test_a_drawn_face_is_looked_for_in_the_middle_of_a_wide_picture(world, tmp_path, capsys):
+    frames, wav = bar_clip(1001)
+    wide = np.pad(frames, ((0, 0), (0, 0), (10, 10), (0, 0)))  # (60, 16, 36, 3)
+    write_clip(tmp_path / "wide.mp4", wide, np.concatenate([np.zeros(640 * 3, np.float32), wav]))
+    command = ["offset", str(tmp_path / "wide.mp4"), "--sync", str(world[1]), "--device", "cpu"]
+    syncnet.main(command)
+    assert "the sound is 3 frames" in capsys.readouterr().out
+    syncnet.main([*command, "--box", "10,0,26,16"])
+    assert "the sound is 3 frames" in capsys.readouterr().out
+
+
+def test_a_face_is_looked_for_anew_every_six_seconds_and_kept_where_none_is_found(world, tmp_path, monkeypatch):
+    write_clip(tmp_path / "clip.mp4", bar_clip(1, T=330, size=32)[0][:, :, :24], bar_clip(1, T=330)[1])
+    expert, parts = load_sync(world[1], "cpu"), []
+    expert.template = "face"
+
+    def found(frames):
+        parts.append(len(frames))
+        if len(parts) == 2:
+            raise InputError("a face in 0 of 30 frames looked at")
+        return (4.0 * len(parts), 0.0, 16.0, 12.0)
+
+    crops = []
+    monkeypatch.setattr(syncnet, "face_detectors", lambda: ["one"])
+    monkeypatch.setattr(syncnet, "segment_box", found)
+    monkeypatch.setattr(syncnet, "crop_face", lambda frame, box, size: crops.append(box[0]))
+    list(syncnet.face_crops(tmp_path / "clip.mp4", expert))
+    assert parts == [150, 150, 30] and crops == [4.0] * 300 + [12.0] * 30
+    monkeypatch.setattr(syncnet, "face_detectors", lambda: [])
+    with pytest.raises(InputError, match="no face detector's weights are at hand; give --box"):
+        list(syncnet.face_crops(tmp_path / "clip.mp4", expert))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Wav2Lip's expert in our place
+
+
+def test_wav2lips_expert_stands_in_our_place(world, tmp_path, capsys):
+    torch.manual_seed(0)
+    net = Wav2LipExpert()
+    for module in net.modules():  # random weights, but a ReLU that lets half of everything through
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(0.1)
+    torch.save(dict(state_dict=net.state_dict()), tmp_path / "lipsync_expert.pth")
+    expert = load_sync(tmp_path / "lipsync_expert.pth", "cpu", size=16)
+    frames, mel = random_batch(2, 32)
+    frames.requires_grad_(True)
+    loss = sync_loss(expert, frames, mel)
+    loss.backward()
+    assert loss.isfinite() and (frames.grad[..., 16:, :].abs().amax((2, 3, 4)) > 0).all()
+    assert not expert.training and all(not p.requires_grad for p in expert.parameters())
+
+    with PackWriter(tmp_path / "pack", 16, "toy") as pack:
+        pack.add(*bar_clip(3, T=14), "a", "a")
+    write_clip(tmp_path / "clip.mp4", *bar_clip(3, T=14))
+    options = ["--sync", str(tmp_path / "lipsync_expert.pth"), "--device", "cpu"]
+    syncnet.main(["test", "--data", str(tmp_path / "pack"), "--picture", str(tmp_path / "found.png"), *options])
+    assert "1 clips, 10 windows" in capsys.readouterr().out
+    syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--box", "0,0,16,16", *options])
+    assert "10 windows" in capsys.readouterr().out
+    with pytest.raises(InputError, match="not the Wav2Lip expert"):
+        torch.save(dict(weights=1), tmp_path / "other.pth")
+        load_sync(tmp_path / "other.pth", "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# judging: rates by shift
+
+
+def test_rates_by_shift_are_those_of_a_naive_count():
+    rng = np.random.default_rng(2)
+    table = rng.normal(size=(40, 9))
+    table[:3, 0] = table[-2:, 8] = math.nan
+    for d in range(1, 5):
+        wrong = [v for row in table for v in (row[4 - d], row[4 + d]) if math.isfinite(v)]
+        yes, no = np.mean([v > 0 for v in table[:, 4]]), np.mean([v > 0 for v in wrong])
+        assert syncnet.called(table, d) == pytest.approx(no)
+        assert syncnet.accuracy(table, d) == pytest.approx((yes + 1 - no) / 2)
+        above = [row[4] > v for row in table for v in (row[4 - d], row[4 + d]) if math.isfinite(v)]
+        assert syncnet.paired(table, d) == pytest.approx(np.mean(above))
+    assert syncnet.called(table, 0) == syncnet.accuracy(table, 0) == np.mean(table[:, 4] > 0)
+
+
+def test_a_second_is_the_mean_of_its_windows_and_a_pause_is_left_out_beside_a_pause():
+    table = np.arange(12.0).reshape(6, 2)
+    assert np.allclose(syncnet.running_mean(table, 4), [table[i : i + 4].mean(0) for i in range(3)])
+    assert np.allclose(syncnet.running_mean(table, 99), [table.mean(0)])
+    speech = np.array([False, False, True, False, False, False])
+    there = syncnet.either(speech, 2)
+    for k in range(6):
+        for d in range(-2, 3):
+            assert there[k, 2 + d] == (speech[k] or (0 <= k + d < 6 and speech[k + d])), (k, d)
+    loud = np.concatenate([np.zeros(640 * 20, np.float32), bar_clip(0, T=20)[1], np.zeros(640 * 20, np.float32)])
+    found = syncnet.speaks(log_mel(loud), 56)
+    assert not found[:14].any() and not found[-14:].any() and found[20:36].mean() > 0.6
 
 
 # ------------------------------------------------------------------------------------------------------------
