@@ -315,18 +315,20 @@ def spaced(rng, length: int, count: int):
 
 
 def held_out(pack: Pack):
-    """-> clips to train on, to validate on, to test on.
-
-    Every tenth person is held out, or every tenth clip where people are few: the first, third .. of them validate, the
-    others test. One that is alone does both.
-    """
+    """-> clips to train on, clips held out: every tenth person, or every tenth clip where people are few"""
     by = np.asarray(pack.identity) if len(pack.identities) >= 10 else np.arange(len(pack))
     if len(by) < 2:
         raise InputError(f"{pack.folder}: one clip is too few, one is needed to train and one to validate")
     out = by % 10 == min(9, len(np.unique(by)) - 1)
-    testing = out & (by // 10 % 2 == 1)
-    validating = out & ~testing
-    return np.flatnonzero(~out), np.flatnonzero(validating), np.flatnonzero(testing if testing.any() else validating)
+    return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def halves(pack: Pack, held):
+    """Clips held out -> those that choose the checkpoint, those that test it: by turns people, or clips where people are
+    few. What is alone does both."""
+    by = np.asarray(pack.identity)[held] if len(pack.identities) >= 10 else held
+    odd = by // 10 % 2 == 1
+    return (held[~odd], held[odd]) if odd.any() else (held, held)
 
 
 def fingerprint(pack: Pack) -> int:
@@ -585,8 +587,8 @@ def worlds(args, out: Path):
         raise InputError(f"{out} exists: --resume continues it, --overwrite starts anew")
     check_output(out, overwrite=True)
     if given:
-        clips, val_clips, _ = held_out(given)
-        return given, clips, given, val_clips
+        clips, held = held_out(given)
+        return given, clips, given, halves(given, held)[0]
     pack = toy_pack(out.parent, args.size, args.people, args.seconds)
     val = toy_pack(out.parent, args.size, 40, 3.0, "tune")
     return pack, np.arange(len(pack)), val, np.arange(len(val))
@@ -648,7 +650,7 @@ def test(args):
         if isinstance(expert, SyncNet) and pack.size < expert.size:
             raise InputError(f"{args.data}: pictures of {pack.size} px, the expert is for {expert.size} px or more")
         same = isinstance(expert, SyncNet) and load_checkpoint(path, "syncnet").get("clips") == fingerprint(pack)
-        clips = held_out(pack)[2] if same else np.arange(len(pack))
+        clips = halves(pack, held_out(pack)[1])[1] if same else np.arange(len(pack))
         what = f"{args.data}" + (", the clips held out from training and validation" if same else "")
     elif expert.template == "toy":
         pack = toy_pack(Path(path).absolute().parent, expert.size, args.people, 3.0, "test")

@@ -26,6 +26,7 @@ from syncnet import (
     by_shift,
     embed,
     expert_loss,
+    halves,
     held_out,
     load_sync,
     sigmoid_part,
@@ -390,11 +391,14 @@ def test_people_are_held_out_where_there_are_enough_and_clips_where_there_are_no
             for i in range(40):
                 pack.add(frames, wav, f"p{i % people}", str(i))
     pack = Pack(tmp_path / "many")
-    train, val, test = held_out(pack)
+    train, held = held_out(pack)
+    val, test = halves(pack, held)
     assert sorted([*train, *val, *test]) == list(range(40)) and len(val) == len(test) == 2
     for one, other in ((train, val), (train, test), (val, test)):
         assert not set(pack.identity[one]) & set(pack.identity[other])
-    train, val, test = held_out(Pack(tmp_path / "few"))
+    few = Pack(tmp_path / "few")
+    train, held = held_out(few)
+    val, test = halves(few, held)
     assert sorted([*train, *val, *test]) == list(range(40)) and val.tolist() == [9, 29] and test.tolist() == [19, 39]
 
 
@@ -402,8 +406,9 @@ def test_one_that_is_held_out_alone_validates_and_tests(tmp_path):
     with PackWriter(tmp_path / "pack", 16, "toy") as pack:
         for i in range(3):
             pack.add(*bar_clip(i, T=5), f"p{i}", str(i))
-    train, val, test = held_out(Pack(tmp_path / "pack"))
-    assert train.tolist() == [0, 1] and val.tolist() == test.tolist() == [2]
+    pack = Pack(tmp_path / "pack")
+    train, held = held_out(pack)
+    assert train.tolist() == [0, 1] and held.tolist() == [2] and all(part.tolist() == [2] for part in halves(pack, held))
 
 
 # ------------------------------------------------------------------------------------------------------------
