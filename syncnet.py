@@ -501,7 +501,7 @@ def train(args):
         raise InputError(f"{last}: an expert for pictures of {expert.size} px, --size is {args.size}")
     pack, clips, val, val_clips = worlds(args, out)
     torch.manual_seed(args.seed)
-    expert = (expert or SyncNet(args.size, args.dim, args.width)).to(device, memory_format=torch.channels_last)
+    expert = (expert or SyncNet(args.size, args.dim, args.width)).to(device)
     calibration = [expert.log_scale, expert.bias]
     weights = [p for p in expert.parameters() if all(p is not q for q in calibration)]
     # ours: two lone numbers have to come far, from 5 to 40
@@ -564,7 +564,7 @@ def train(args):
                        step=step + 1, clips=fingerprint(pack), val=found)
             if found["loss"] < best:
                 best = found["loss"]
-                half = {name: p.half().contiguous() for name, p in expert.state_dict().items()}
+                half = {name: p.half() for name, p in expert.state_dict().items()}
                 save_checkpoint(out, net | dict(networks=dict(expert=half)))
             save_checkpoint(last, net | dict(
                 args=vars(args), best=best, networks=dict(expert=expert.state_dict()),
