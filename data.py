@@ -46,7 +46,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from audio import SAMPLES_PER_FRAME, InputError, check_file, load_audio, log_mel, n_frames, run, sound_windows
+from audio import (
+    SAMPLES_PER_FRAME,
+    InputError,
+    check_file,
+    isolate_voice,
+    load_audio,
+    log_mel,
+    n_frames,
+    run,
+    sound_windows,
+)
 from vision import (
     SAME_FACE,
     TEMPLATES,
@@ -582,13 +592,14 @@ def segment_box(frames: list[np.ndarray]) -> tuple:
     return box
 
 
-def prepare_video(path: Path, size: int, sync: Path | None = None):
+def prepare_video(path: Path, size: int, sync: Path | None = None, isolate: bool = False):
     """One video, decoded once -> (what became of a stretch of it, JPEGs, samples) one by one, in order.
 
     Raises InputError: not a video, no sound, damaged. Sound is read first, so of most such files nothing gets
     into the pack; of a video whose pictures break off, what came before does.
     """
     info, wav = probe(path), load_audio(path)
+    wav = isolate_voice(wav) if isolate else wav
     height = min(info.height, HIGHEST)
     total = n_frames(len(wav))
     length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
@@ -688,6 +699,7 @@ class Job:
     size: int
     spool: Path  # what the parent will write into the pack: of each clip all JPEGs, then its samples
     sync: Path | None = None
+    isolate: bool = False
     first: int = 0
 
     def inputs(self):
@@ -695,7 +707,7 @@ class Job:
         parts = Path(self.name).parts
         who = parts[0] if len(parts) > 1 else Path(self.name).stem  # the folder, or the file by itself
         if self.kind == "video":
-            yield self.name, who, str(self.path), prepare_video(self.path, self.size, self.sync)
+            yield self.name, who, str(self.path), prepare_video(self.path, self.size, self.sync, self.isolate)
         elif self.kind == "photo":
             yield self.name, who, str(self.path), prepare_photo(self.path, "", self.size)
         else:
@@ -765,12 +777,12 @@ def in_order(jobs: list[Job], workers: int):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def jobs_of(folder: Path, out: Path, size: int, spools: Path, done: list[str], sync: Path | None) -> list[Job]:
-    """The jobs that are left when the manifest has lines about `done`, in the order of the files' names.
+def jobs_of(folder: Path, out: Path, spools: Path, done: list[str], **common) -> list[Job]:
+    """The jobs that are left when the manifest has lines about `done`, in the order of the files' names; common: a Job's
+    size, sync and isolate.
 
     A folder in which more than half of the files are named as pictures is one of photos; an .npz is an archive.
     """
-    common = dict(size=size, sync=sync)
     if folder.is_file():
         count = len(open_archive(folder)[2])
         return [Job(folder, folder.name, "archive", spool=spools / str(first), first=first, **common)
@@ -800,13 +812,14 @@ def pour(job: Job, lines: list[dict], pack: PackWriter, log, person: str | None)
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
-            sync: Path | None = None) -> list[dict]:
+            sync: Path | None = None, isolate: bool = False) -> list[dict]:
     """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`; manifest.jsonl there has
     a line for each, also returned.
 
     person: who it is in all of them; None: the folder in `folder` says it. sync: file of a sync expert that corrects
-    offsets and drops clips that do not fit. The pack is the same whatever the number of workers. A killed run goes on
-    where it stopped: behind the last file that the manifest names.
+    offsets and drops clips that do not fit. isolate: of the sound the speech alone, what repeats taken down. The pack is
+    the same whatever the number of workers. A killed run goes on where it stopped: behind the last file that the manifest
+    names.
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     if find_faces([]) is None:
@@ -821,7 +834,8 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
         for left in out.glob(".spool-*"):  # a killed run's; the pack is ours alone
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
-            jobs = jobs_of(folder, out, size, Path(spools), [outcome["path"] for outcome in outcomes], sync)
+            done = [outcome["path"] for outcome in outcomes]
+            jobs = jobs_of(folder, out, Path(spools), done, size=size, sync=sync, isolate=isolate)
             for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
                 pour(job, found, pack, log, person)
                 outcomes += found
@@ -866,6 +880,8 @@ def main():
     parser.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
     help = "checkpoint of a sync expert (syncnet.py): corrects each clip's offset, drops clips that do not fit"
     parser.add_argument("--check-sync", type=Path, metavar="FILE", help=help)
+    help = "take music and noise that repeat down (librosa's vocal separation; 0.2 s a second of sound)"
+    parser.add_argument("--isolate-voice", action="store_true", help=help)
     args = parser.parse_args()
     if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
         raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
@@ -875,7 +891,7 @@ def main():
         sync_expert(args.check_sync)  # refused now, not in every worker
     begun, person = time.time(), args.videos.absolute().name if args.one_person else None
     try:
-        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync)
+        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync, args.isolate_voice)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
     except OSError as error:  # of the output; what cannot be read is a line of the manifest

@@ -666,6 +666,14 @@ def test_a_file_that_meets_a_bug_is_a_line_and_the_others_go_on(videos, tmp_path
     assert manifest(tmp_path / "out")["bob.mkv"]["reason"].startswith("ZeroDivisionError")
 
 
+def test_the_voice_alone_goes_into_the_pack_where_that_is_asked_for(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "isolate_voice", lambda wav: 0.25 * wav)
+    for isolate in (False, True):
+        data.prepare(videos, tmp_path / str(isolate), 32, isolate=isolate)
+    whole, voice = (Pack(tmp_path / name).sound(0) for name in ("False", "True"))
+    assert np.abs(whole).max() > 0.01 and np.abs(voice - 0.25 * whole).max() < 2 / 32768
+
+
 def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(videos, tmp_path):
     data.prepare(videos, tmp_path / "out", 32)
     box = Pack(tmp_path / "out").box[0]
