@@ -475,7 +475,7 @@ def test_the_offset_of_a_video_with_shifted_sound_is_found(world, tmp_path, caps
 def test_an_offset_at_which_nothing_fits_is_called_a_guess(world, tmp_path, capsys, monkeypatch):
     write_clip(tmp_path / "clip.mp4", *bar_clip(1001, T=12))
     for fit, said in ((-0.1, True), (0.1, False)):
-        monkeypatch.setattr(syncnet, "best_offset", lambda table: (-2, 1.25, fit))
+        monkeypatch.setattr(syncnet, "best_offset", lambda table, fit=fit: (-2, 1.25, fit))
         syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"])
         out = capsys.readouterr().out
         assert "2 frames (0.08 s) early; confidence 1.2 (8 windows)" in out and ("a guess" in out) == said
