@@ -52,6 +52,7 @@ LONGEST = 1280  # ours: longest side of the video in pixels; a player's window, 
 FEATHER = 0.12  # ours: width of a seam in units of the crop
 COLOUR = 0.1  # ours: sigma of what counts as colour, in units of the crop: wider than lips, narrower than a cheek
 SPREAD = 0.02  # ours: sigma of how far around a change the detail goes, in units of the crop
+CAST = 0.15  # ours: sigma with which a cast of colour is carried inwards, in units of the crop
 CRISP = 0.6  # ours: unsharp mask on the network's frames, radius one of its pixels; more shows rings
 MOVED = (0.06, 0.2)  # ours: change, of 2 from black to white, that keeps all of the photo's detail; none of it
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
@@ -288,6 +289,8 @@ class Paste:
 
     The first term adds the change: where frame and still agree, the photo stays as it is, pore by pore. The second
     takes the photo's detail away where the change is large: teeth must not shine through lips that closed over them.
+    What changes at the mask's own edge is no movement but a cast of colour: it is spread inwards and taken off the change
+    (a cheap form of Poisson image editing, Perez et al. 2003), so that there is no seam.
     `colour` is what still differs from the photo by in the large, and stays: skin keeps its own tone. Where `moved` is
     1, this is a feathered copy of the colour-matched frame, and so it is everywhere for a head that turns.
 
@@ -303,7 +306,8 @@ class Paste:
         rows = span(y0 + (y1 - y0) * (top - 2) / S, y0 + (y1 - y0) * (bottom + 3) / S, y0, y1, H)
         columns = span(x0 + (x1 - x0) * (left - 2) / S, x0 + (x1 - x0) * (right + 3) / S, x0, x1, W)
         self.rows, self.columns = enlarger(*rows, y0, y1, S), enlarger(*columns, x0, x1, S)
-        self.soft, self.spread, wide = (blurrer(S, sigma) for sigma in (1 / S, SPREAD, COLOUR))
+        self.soft, self.spread, wide, self.far = (blurrer(S, sigma) for sigma in (1 / S, SPREAD, COLOUR, CAST))
+        self.edge = mask * (1 - mask)
         self.photo, self.still, self.mask, self.turning = photo, self.crisp(still), mask, turning
         self.place = (slice(*rows), slice(*columns))
         # from here on in steps of a byte
@@ -319,6 +323,11 @@ class Paste:
         """(.., S, S) in units of the network -> (.., h, w) in steps of a byte"""
         return separable(self.rows, 127.5 * x, self.columns)
 
+    def cast(self, change):
+        """change (3, S, S) -> (3, S, S): its values on the mask's edge, carried on over all of it"""
+        sums, weights = (separable(self.far, x, self.far) for x in (self.edge * change, self.edge))
+        return sums / weights.clamp_min(1e-6)
+
     def moved(self, change):
         """change (3, S, S) -> (S, S) in [0, 1]: where the photo's detail is no longer true"""
         if self.turning:
@@ -331,6 +340,8 @@ class Paste:
         """(3, S, S) in [-1, 1] -> uint8 (H, W, 3)"""
         check_finite(frame)
         change = self.crisp(frame) - self.still
+        if not self.turning:
+            change = change - self.cast(change)
         out = self.enlarge(self.mask * change)  # (3, h, w); all in place: these are the slow lines
         out.addcmul_(self.enlarge(self.mask * self.moved(change)) / 127.5, self.detail, value=-1).add_(self.region)
         picture = self.photo.copy()

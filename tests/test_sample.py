@@ -273,13 +273,20 @@ def test_where_nothing_changes_the_photo_stays_bit_for_bit():
 
 def test_a_small_change_is_added_under_the_photos_detail_and_a_large_one_takes_it_away():
     photo, paste = pasting()
-    small, large = paste(torch.full((3, 16, 16), 0.24)), paste(torch.full((3, 16, 16), 0.6))
+    patch = torch.zeros(3, 16, 16)
+    patch[:, 4:12, 4:12] = 1
+    small, large = paste(0.2 + 0.04 * patch), paste(0.2 + 0.4 * patch)
     assert stripes(photo) == stripes(small) == 40 and stripes(large) < 1
     # the middle: change 0.04 and 0.4 of 127.5 a unit; the still's wrong colour does not matter
     for out, change in ((small, 0.04), (large, 0.4)):
         assert abs(out[40:50, 45:61].mean() - photo[40:50, 45:61].mean() - 127.5 * change) < 1
-    seam = np.abs(np.diff(large[:, 0::2, 0].astype(int), axis=1)).max()
-    assert seam < 30  # 51 in all, over the feather of 8 pixels on either side
+
+
+def test_a_cast_of_colour_over_the_whole_crop_is_no_movement():
+    photo, paste = pasting()
+    cast = torch.tensor([0.3, 0.0, -0.2])[:, None, None] + 0.1 * torch.linspace(-1, 1, 16).expand(3, 16, 16)
+    out = paste(0.2 + cast)
+    assert abs(out[12:72, 22:82].astype(int) - photo[12:72, 22:82]).mean() < 3  # of 13 to 51
 
 
 def test_a_turning_head_is_replaced_as_a_whole_in_the_photos_colours():
@@ -292,8 +299,10 @@ def test_a_turning_head_is_replaced_as_a_whole_in_the_photos_colours():
 def test_nothing_moves_outside_the_mask():
     mask = sample.soft_box(16, vision.TEMPLATES["face"].mouth)
     photo, paste = pasting(mask=mask)
-    changed = (paste(torch.full((3, 16, 16), 0.9)) != photo).any((1, 2))
-    assert changed[55:70].all() and not changed[:40].any()
+    frame = torch.full((3, 16, 16), 0.2)
+    frame[:, 3:14, 4:12] += 0.7
+    changed = (paste(frame) != photo).any((1, 2))
+    assert changed[52:64].all() and not changed[:38].any()
 
 
 class Smiler(Listener):
