@@ -990,7 +990,10 @@ class PoseTeacher(nn.Module):
         self.std.copy_(torch.cat(codes).std(0) + 1e-3)
         codes = [(x - self.mean) / self.std for x in codes]
         motion = torch.cat([x - x.mean(0) for x in codes])
-        self.down.copy_(reduced_rank_regression(torch.cat(codes), motion, len(self.down), ridge)[0])
+        down = reduced_rank_regression(torch.cat(codes), motion, len(self.down), ridge)[0]
+        poses = [x @ down.t() for x in codes]                                   # a world that moves in fewer than P ways
+        within = torch.stack([x.var(0) for x in poses]).mean(0)                 # leaves some that tell people apart:
+        self.down.copy_(down * (within / torch.cat(poses).var(0))[:, None])     # each as far as it varies within clips
 
 
 class PatchDiscriminator(nn.Module):

@@ -18,7 +18,7 @@ import pcavs
 from audio import InputError, load_audio, run
 from data import Pack, load_checkpoint, save_checkpoint
 from pcavs import PCAVS, Config, speech_mel, speech_windows
-from toyfaces import FACTORS, make_pack, toy_clip
+from toyfaces import make_pack, toy_clip
 from vision import VideoWriter, read_video, to_tensor
 
 RATE = 16000
@@ -706,7 +706,7 @@ def pack(tmp_path_factory):
 def learn(pack, out, *more, steps=4):
     pcavs.main(["train", "--data", str(pack), "--out", str(out), "--size", "16", "--clips", "3", "--frames", "2",
                 "--steps", str(steps), "--device", "cpu", "--log-every", "1", "--save-every", "2", "--w-adv", "0.5",
-                "--w-match", "1", *more])
+                "--w-match", "1", "--taught", "0", *more])
 
 
 def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
@@ -756,21 +756,41 @@ def step_of(pack, step, *more):
     return nets, pcavs.loss_terms(nets, out, batch, args), args
 
 
-def test_the_linear_teacher_reads_the_head_of_people_it_never_saw_and_no_person(tmp_path):
-    """Its code of a clip moves with yaw; two people in the same pose have nearly the same code"""
-    for name, first in (("known", 0), ("new", 300)):
-        make_pack(tmp_path / name, 32, people=24, seconds=1.2, first_seed=first, workers=0)
-    known, new = Pack(tmp_path / "known"), Pack(tmp_path / "new")
+class Puppets:
+    """In a pack's place: people of forty random patterns each, who all move along the same two"""
+
+    def __init__(self, people, seed, T=20):
+        rng = np.random.default_rng(seed)
+        shapes = np.random.default_rng(1).normal(size=(42, 16, 16, 3))          # the world's, for everybody
+        self.motion, self.n_frames = rng.uniform(-1, 1, (people, T, 2)), np.full(people, T)
+        looks = np.einsum("pk,khwc->phwc", rng.normal(size=(people, 40)), shapes[2:])
+        moves = np.einsum("ptk,khwc->pthwc", self.motion, shapes[:2])
+        clips = (128 + 3 * looks[:, None] + 12 * moves).clip(0, 255)
+        self.clips = clips.round().astype(np.uint8).repeat(2, 2).repeat(2, 3)   # (people, T, 32, 32, 3)
+
+    def __len__(self):
+        return len(self.clips)
+
+    def frames(self, c, ks):
+        return self.clips[c, ks]
+
+
+def test_the_linear_teacher_reads_motion_of_people_it_never_saw_and_nothing_of_the_person():
     teacher = pcavs.PoseTeacher(Config.at(32))
-    teacher.learn(known, ridge=0.3)
-    codes = [teacher(to_tensor(new.frames(c, range(30)))).numpy() for c in range(24)]
-    yaw = np.load(tmp_path / "new" / "truth.npy")[:, FACTORS.index("yaw")].reshape(24, 30)
-    fit, test = np.concatenate(codes[:12]), np.concatenate(codes[12:])
-    weights = np.linalg.lstsq(np.c_[fit, np.ones(len(fit))], yaw[:12].ravel(), rcond=None)[0]
-    assert np.corrcoef(np.c_[test, np.ones(len(test))] @ weights, yaw[12:].ravel())[0, 1] > 0.5
-    changed = to_tensor(new.frames(0, range(3)))
-    changed[:, :, 20:26, 10:22] += 1                                            # lips are not seen
-    torch.testing.assert_close(teacher(changed), torch.from_numpy(codes[0][:3]), rtol=1e-4, atol=1e-4)
+    teacher.learn(Puppets(150, 2))
+    new = Puppets(30, 3)
+    frames = to_tensor(new.clips.reshape(-1, 32, 32, 3))
+    codes, motion = teacher(frames).double().numpy(), new.motion.reshape(-1, 2)
+    inputs = np.c_[codes, np.ones(len(codes))]
+    read = inputs @ np.linalg.lstsq(inputs[:300], motion[:300], rcond=None)[0]
+    assert all(np.corrcoef(read[300:, k], motion[300:, k])[0, 1] > 0.9 for k in range(2))
+    moves = codes.reshape(30, 20, 12)
+    means = np.c_[new.motion.mean(1), np.ones(30)]
+    person = moves.mean(1) - means @ np.linalg.lstsq(means, moves.mean(1), rcond=None)[0]  # what no motion explains
+    assert person.var(0).sum() < 0.05 * moves.var(1).mean(0).sum()
+    lips = frames[:3].clone()
+    lips[:, :, 20:26, 10:22] += 1                                               # not seen
+    torch.testing.assert_close(teacher(lips), teacher(frames[:3]))
 
 
 @pytest.mark.parametrize("step", [0, 2000])
@@ -789,13 +809,13 @@ def test_one_batch_can_be_learnt(pack):
     torch.manual_seed(0)
     nets, _, opts = pcavs.build(args, Pack(pack), torch.device("cpu"))
     batch, curve = next(pcavs.batches(pcavs.Moments(Pack(pack), 2, 0), 2)), []
-    for _ in range(50):
+    for _ in range(40):
         terms = pcavs.loss_terms(nets, pcavs.forward(nets, batch, 49, args), batch, args)
         opts["g"].zero_grad()
         sum(getattr(args, f"w_{k}") * v for k, v in terms.items()).backward()
         opts["g"].step()
         curve.append(float(terms["rec"].detach()))
-    assert np.mean(curve[-5:]) < 0.5 * curve[0]
+    assert np.mean(curve[-5:]) < 0.55 * curve[0]
 
 
 def test_nan_stops_the_training_and_names_the_term(pack, tmp_path, monkeypatch):
