@@ -3,11 +3,11 @@
 Zhou et al., "Pose-Controllable Talking Face Generation by Implicitly Modularized Audio-Visual Representation", CVPR 2021
 (arXiv 2104.11116). The four networks have the names and shapes of the published files latest_net_{G,V,E,A_sync}.pth.
 
-    python pcavs.py face.jpg speech.wav --pose pose.mp4 --weights checkpoints/demo --out talk.mp4
-    python pcavs.py train                                          # the toy world at 32 px: TRAIN_TIME
-    python pcavs.py examples/face.png examples/speech.wav --pose clip.mp4 --weights out/pcavs32/weights.pt
-    python pcavs.py evaluate --weights checkpoints/demo clip.mp4   # or pairs.csv of the authors' demo
-    python pcavs.py evaluate --weights out/pcavs32/weights.pt --toy
+    python pcavs.py face.jpg speech.wav --pose pose.mp4 --weights checkpoints/demo --out talk.mp4     # published weights
+    python pcavs.py examples/face.png examples/speech.wav --out toy.mp4    # shipped toy weights, 100 frames in a second
+    python pcavs.py train --bf16                                   # the toy world at 32 px, README has time and result
+    python pcavs.py evaluate clip.mp4 --weights checkpoints/demo   # or pairs.csv of the authors' demo
+    python pcavs.py evaluate --toy                                 # the control table of the shipped weights
 
 What differs from the authors' code:
 - Sound and picture are in step: their frames begin with the third and their sound with the first, so their picture
@@ -686,7 +686,8 @@ def parse_sample(argv):
     p.add_argument("speech", help="sound, or video with it")
     p.add_argument("--pose", help="video whose head pose is taken (default: the photo's own)")
     p.add_argument("--out", default="talk.mp4", help="the video to write (default: talk.mp4)")
-    p.add_argument("--grid", action="store_true", help="write photo, pose and result side by side")
+    p.add_argument("--grid", action="store_true", help="write photo, pose and result side by side "
+                   "(keeps the pose clip in memory: 0.15 MB a frame at 224 px)")
     p.add_argument("--box", metavar="x0,y0,x1,y1", help="where the face is in the photo, in pixels")
     p.add_argument("--face", type=int, dest="number", metavar="N", help="the N-th largest face (weights of training)")
     sampling_options(p)
@@ -698,9 +699,13 @@ def talk(model, crop, wav, pose, args, device):
     generator = torch.Generator().manual_seed(args.seed)
     noise = [x.to(device) for x in model.G.draw_noise(generator)] if model.config.noise else "off"
     frames = map(to_tensor, pose) if pose is not None else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        stream = model.animate(to_tensor(crop).to(device), speech_mel(wav), n_frames(len(wav)), frames, noise)
-        yield from map(to_uint8, stream)
+    stream = model.animate(to_tensor(crop).to(device), speech_mel(wav), n_frames(len(wav)), frames, noise)
+    while True:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            made = next(stream, None)                                           # (b, 3, size, size)
+        if made is None:
+            return
+        yield to_uint8(made)
 
 
 class Kept:
@@ -1043,8 +1048,9 @@ def parse_train(argv):
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the picture: the dial")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
-    p.add_argument("--identity", help="published latest_net_V.pth to start V from (full width only)")
-    p.add_argument("--steps", type=int, default=2500)
+    p.add_argument("--identity", help="folder of the published latest_net_V.pth: V as it is, frozen, in place of one "
+                   "that learns by classification")
+    p.add_argument("--steps", type=int, default=2000)
     p.add_argument("--clips", type=int, default=8, help="clips of a step")
     p.add_argument("--frames", type=int, default=4, help="frames of each clip")
     p.add_argument("--taught", type=float, default=0.3,
@@ -1074,6 +1080,7 @@ def parse_train(argv):
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
     args.batch = args.clips * args.frames
+    args.w_id = 0.0 if args.identity else args.w_id
     return args
 
 
@@ -1119,9 +1126,18 @@ def loss_terms(nets, out, batch, args):
     return terms
 
 
+GIVEN_V = {k: getattr(Config, k) for k in ("v_base", "v_groups", "v_blocks")}   # the published V's shape
+GIVEN_MAP = Config.channels[0]
+
+
 def build(args, pack, device):
     """-> nets, the averaged model, optimisers"""
-    model = PCAVS(Config.at(args.size, template=pack.template)).to(device)
+    changes = dict(template=pack.template)
+    if args.identity:
+        changes |= GIVEN_V | dict(channels=(GIVEN_MAP, *Config.at(args.size).channels[1:]))
+    model = PCAVS(Config.at(args.size, **changes)).to(device)
+    if args.identity:
+        model.V = load_published(Path(args.identity), "V", model.config, device)["V"]
     nets = dict(model=model, teacher=PoseTeacher(model.config).to(device),
                 people=nn.Linear(32 * model.config.v_base, len(pack.identities)).to(device))
     if args.w_adv:

@@ -804,6 +804,19 @@ def test_every_term_counts_and_every_parameter_of_inference_learns(pack, step):
     assert nets["people"].weight.grad.abs().sum() > 0
 
 
+def test_a_given_identity_network_stays_as_it_is_and_the_others_learn(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(pcavs, "GIVEN_V", dict(v_base=4, v_groups=2, v_blocks=(1, 2, 1, 1)))
+    monkeypatch.setattr(pcavs, "GIVEN_MAP", 20)
+    V = shaken(PCAVS(Config.at(16, **pcavs.GIVEN_V, channels=(20, 64, 32, 16)))).V
+    torch.save(published_state(V, "V"), tmp_path / "latest_net_V.pth")
+    learn(pack, tmp_path / "a", "--identity", str(tmp_path), steps=2)
+    model = pcavs.load_pcavs(tmp_path / "a" / "weights.pt")
+    for key, value in V.state_dict().items():
+        kept = value.half().float() if value.is_floating_point() else value
+        torch.testing.assert_close(model.V.state_dict()[key], kept)
+    assert load_checkpoint(tmp_path / "a" / "pcavs.pt", "pcavs-train")["args"]["w_id"] == 0
+
+
 def test_one_batch_can_be_learnt(pack):
     args = pcavs.parse_train(["--size", "16", "--clips", "2", "--frames", "2"])
     torch.manual_seed(0)
