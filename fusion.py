@@ -78,7 +78,8 @@ class Config:
     def load(cls, plain: dict) -> "Config":
         """From a checkpoint; in the first ones the networks had one form each"""
         first = dict(encoder="slim", hyper="slim" if plain["hyper_rank"] else "none", refine=1)
-        return cls(**(first | plain | dict(map_channels=tuple(plain["map_channels"]))))
+        return cls(**(first | plain | dict(hyper_rank=plain["hyper_rank"] or 2,
+                                           map_channels=tuple(plain["map_channels"]))))
 
     @classmethod
     def at(cls, size: int, **changes) -> "Config":

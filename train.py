@@ -574,7 +574,7 @@ def main(argv=None):
     start = 0
     if saved:
         start = restore(saved, nets, ema)
-    nets["hyper_phase"] = start >= hyper_from and model.hyper is not None
+    nets["hyper_phase"] = start > hyper_from and model.hyper is not None              # at hyper_from the loop switches
     opt_g, opt_d = optimisers(nets, args)
     if saved:
         opt_g.load_state_dict(saved["optimisers"]["g"])
