@@ -283,7 +283,8 @@ def people_apart(probe, pack, device):
 @torch.no_grad()
 def inversion_table(model, probe, pack, device, frames: int = 4) -> dict:
     """People never seen as the generator makes them from their codes, with its own weights and with those that the
-    hypernetwork changes for each of them, after 1, 2, .. refinements: L1, and the cosine of the probe's embeddings."""
+    hypernetwork changes for each of them, after 1, 2, .. refinements: L1 in grey levels (of 255), and the cosine of the
+    probe's embeddings."""
     rows = {}
     for c in range(len(pack)):
         seen = np.linspace(0, pack.n_frames[c] - 1, frames).astype(int)
@@ -294,7 +295,7 @@ def inversion_table(model, probe, pack, device, frames: int = 4) -> dict:
             fake = model.decode(z, deltas).clamp(-1, 1)
             same = (probe(fake)[1] * probe(real)[1]).sum(1).mean()
             rows.setdefault(f"{n} refinements" if n else "the generator's own weights", []).append(
-                (l1(to_uint8(fake), to_uint8(real)), float(same)))
+                (255 * l1(to_uint8(fake), to_uint8(real)), float(same)))
     return {name: dict(zip(("L1", "identity"), np.mean(values, 0))) for name, values in rows.items()}
 
 

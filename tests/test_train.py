@@ -11,9 +11,11 @@ import torch
 import train
 from audio import InputError, run
 from data import Pack, PackWriter, load_checkpoint, save_checkpoint
-from fusion import load_model
+from fusion import changed_layers, load_model
+from stylegan2 import Discriminator, Generator, save_rosinality
 from syncnet import SyncNet
 from toyfaces import make_pack
+from vision import GradualStyleEncoder, HyperStyleNet
 
 TRAIN_JUDGE = train.train_judge  # the tests of stages use a quick stand-in
 
@@ -87,6 +89,7 @@ class Killed(Exception):
 def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, monkeypatch):
     more = [] if stage == 1 else ["--init", str(stages / f"stage{stage - 1}.pt")]
     more += ["--sync", str(stages / "sync.pt")] if stage == 3 else []
+    more += ["--hyper-share", "0.5"] if stage == 2 else []  # killed just where the hypernetwork's phase begins
     go(pack, tmp_path / "straight", stage, *more)
     save = train.save
 
@@ -104,6 +107,38 @@ def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, mo
     straight, broken = (load_checkpoint(path, f"stage{stage}") for path in paths)
     assert straight["step"] == 4
     equal(straight, broken)
+
+
+def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
+    """Stage 2 moves pSp's encoder, then HyperStyle's hypernetwork, each alone; stage 3 starts from files without either
+    stage, hears the published expert, and has no critic or judge but those asked for."""
+    torch.manual_seed(0)
+    G, D = Generator(16, dim=24, n_mlp=2, base=1024, cap=128), Discriminator(16, base=1024, cap=128)
+    encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "separable", 16)
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
+    save_rosinality(tmp_path / "g.pt", g_ema=G, d=D)
+    torch.save(dict(state_dict=state), tmp_path / "psp.pt")
+    torch.save(dict(state_dict={f"hypernet.{k}": v for k, v in hyper.state_dict().items()}), tmp_path / "h.pt")
+    given = [word for kind, name in (("generator", "g"), ("encoder", "psp"), ("hyper", "h"))
+             for word in (f"--{kind}", str(tmp_path / f"{name}.pt"))] + ["--batch", "2", "--refine", "2"]
+    go(pack, tmp_path / "two", 2, *given, "--hyper-share", "0.5", "--thaw", "0", steps=2)
+    two = load_checkpoint(str(tmp_path / "two" / "stage2.pt"), "stage2")
+    now = two["networks"]["model"]
+
+    def moved(part, author):
+        return any(not torch.equal(now[f"{part}.{k}"], v) for k, v in author.named_parameters())
+
+    assert moved("hyper", hyper) and not moved("generator", G) and not now["encoder.latent_avg"].isnan().any()
+    assert (two["config"]["encoder"], two["config"]["hyper"], two["config"]["refine"]) == ("psp", "separable", 2)
+    assert torch.equal(two["networks"]["critic"]["final_conv.0.weight"], D.final_conv[0].weight)
+    monkeypatch.setattr(train, "start_motion_space", lambda *a: None)
+    heard, sync = [], train.sync_loss
+    monkeypatch.setattr(train, "sync_loss", lambda expert, *a: heard.append(type(expert)) or sync(expert, *a))
+    torch.save(dict(state_dict=train.losses.Wav2LipExpert().state_dict()), tmp_path / "expert.pth")
+    go(pack, tmp_path / "three", 3, *given, "--sync", str(tmp_path / "expert.pth"), steps=2)
+    now = load_checkpoint(str(tmp_path / "three" / "stage3.pt"), "stage3")["networks"]["model"]
+    assert moved("hyper", hyper) and moved("generator", G) and moved("encoder", encoder)
+    assert heard == [train.losses.Wav2LipExpert]
 
 
 def test_each_stage_trains_what_is_its_own(stages):
