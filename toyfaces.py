@@ -250,6 +250,33 @@ def draw(who: Person, state: dict, size: int, supersample: int = 4) -> np.ndarra
     return np.asarray(head.image.reduce(supersample))
 
 
+def landmarks(who: Person, state: dict, size: int) -> np.ndarray:
+    """Where the 68 points of iBUG's annotation are in draw(who, state, size), float32 (68, 2): x, y in pixels.
+
+    Jaw 0-16, brows 17-26, nose 27-35, eyes 36-47, outer lips 48-59, inner lips 60-67; from left to right in the
+    picture, lips clockwise. Eyes and lips lie on the curves that are drawn; the nose's ridge, which is not drawn
+    on its whole length, lies above its stroke.
+    """
+    state = {**REST, **state}
+    head = Head(who, state, size, 1)
+    jaw = head.outline(*head.face_edge(np.pi - np.arange(17) * np.pi / 16))
+    t = np.linspace(1, -1, 5)  # from temple to nose
+    x, y = brow_curve(head, who, state, t)
+    brows = np.concatenate((head.surface(-x, y), head.surface(x[::-1], y[::-1])))
+    ridge = head.surface(np.zeros(4), np.linspace(-0.02, 0.25, 4), 0.09)
+    base = head.surface(np.linspace(-0.10, 0.10, 5) * who.nose, 0.275 + 0.055 * (1 - U[::6] ** 2), 0.10)
+    a = np.pi * (1 + np.array((0, 1, 2, 3, 4, 5)) / 3)  # left corner, over the top, right corner, below
+    half_w, half_h, y0 = eye_shape(head, who)
+    x, y = np.cos(a) * half_w, y0 + np.sin(a) * half_h * (1 - state["blink"])
+    eyes = [head.surface(side * who.eye_apart + x, y) for side in (-1, 1)]
+    half, _, up, down, top, bottom = mouth_curves(head, who, state)
+    over, under, inner = np.arange(0, 25, 4), np.arange(20, 0, -4), np.array((0, 6, 12, 18, 24))
+    x = U[np.concatenate((over, under, inner, inner[3:0:-1]))] * half
+    y = np.concatenate((top[over], bottom[under], up[inner], down[inner[3:0:-1]]))
+    points = (jaw, brows, ridge, base, *eyes, head.surface(x, y, 0.02))
+    return np.concatenate(points).astype(np.float32)
+
+
 def draw_back_hair(head, who, state):
     """What hangs or stands behind the head."""
     w, shade = who.width, who.hair * 0.82
@@ -333,12 +360,18 @@ def draw_moustache(head, who, state):
     head.stroke(head.surface(U * 0.30, y, 0.04), 0.035 + 0.085 * (1 - U**2), who.hair * 0.80)
 
 
+def eye_shape(head, who):
+    """Half the width and height of an open eye, and the height of its middle, in head units."""
+    size = who.eye_size * head.feature
+    return 0.178 * size, 0.158 * size, -0.07 - 0.16 * (head.feature - 1)
+
+
 def draw_eyes(head, who, state):
     size = who.eye_size * head.feature
-    half_w, half_h = 0.178 * size, 0.158 * size
+    half_w, half_h, y0 = eye_shape(head, who)
     slit = half_h * (1 - state["blink"])
     for side in (-1, 1):
-        x0, y0 = side * who.eye_apart, -0.07 - 0.16 * (head.feature - 1)
+        x0 = side * who.eye_apart
         if slit > 0.2 * half_h:
             head.fill(head.surface(x0 + COS * half_w, y0 + SIN * slit), WHITE)
             gaze_x, gaze_y = 0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"]
@@ -357,14 +390,19 @@ def draw_eyes(head, who, state):
         head.stroke(head.surface(x0 + U[::2] * half_w * 1.05, y0 + lash[::2]), 0.055 * size, INK)
 
 
+def brow_curve(head, who, state, t):
+    """x (right of the nose) and y of a brow in head units; t is -1 at the nose, 1 at the temple."""
+    x = who.eye_apart + 0.01 + t * 0.19 * head.feature
+    return x, -0.37 - 0.05 * (head.feature - 1) - 0.085 * state["brow"] + 0.075 * (t + 0.05) ** 2 + 0.02 * t
+
+
 def draw_brows(head, who, state):
     """Darker than the skin and near the hair's colour, so that they read on everybody."""
     colour = blend(who.hair * 0.75, who.skin * (0.36, 0.32, 0.32), 0.55)
     t = U[::2]
+    x, y = brow_curve(head, who, state, t)
     for side in (-1, 1):
-        x = side * (who.eye_apart + 0.01 + t * 0.19 * head.feature)  # t -1 at the nose, 1 at the temple
-        y = -0.37 - 0.05 * (head.feature - 1) - 0.085 * state["brow"] + 0.075 * (t + 0.05) ** 2 + 0.02 * t
-        head.stroke(head.surface(x, y), who.brow * (1 - 0.45 * (t + 1) / 2), colour)
+        head.stroke(head.surface(side * x, y), who.brow * (1 - 0.45 * (t + 1) / 2), colour)
 
 
 def draw_nose(head, who, state):
@@ -381,8 +419,9 @@ def draw_nose(head, who, state):
     )
 
 
-def draw_mouth(head, who, state):
-    """Lips, the line where they meet, and when they part the dark inside, tongue and upper teeth."""
+def mouth_curves(head, who, state):
+    """Half the mouth's width, and heights at U, all in head units: where the lips meet, inner edge of the upper
+    and the lower lip, outer edge of both; (half, middle, up, down, top, bottom)."""
     gap, wide, f = state["open"], state["wide"], head.feature
     half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
     y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
@@ -393,6 +432,13 @@ def draw_mouth(head, who, state):
     thick = who.lips * (1.15 - 0.3 * wide) * f
     bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
     top, bottom = up - 0.052 * thick * bow, down + 0.072 * thick * arc**0.7
+    return half, middle, up, down, top, bottom
+
+
+def draw_mouth(head, who, state):
+    """Lips, the line where they meet, and when they part the dark inside, tongue and upper teeth."""
+    gap, f = state["open"], head.feature
+    half, middle, up, down, top, bottom = mouth_curves(head, who, state)
     red = blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
 
     def between(a, b, colour, part=slice(None)):  # the area from curve a down to curve b
