@@ -626,7 +626,7 @@ class Talks(Dataset):
         first = int(rng.integers(max(1, len(codes) // rate - self.T + 1)))
         louder = np.float32(rng.uniform(-8, 8))  # dB
         if self.kind == "transformer":
-            features = np.clip(features + np.float32(0.08) * louder * (features > -4), -4, 4)  # 8 / 100 dB is the mel's scale
+            features = np.clip(features + np.float32(0.08) * louder * (features > -4), -4, 4)  # the mel's 8 for 100 dB
             features = spec_augment(features, rng, steps=8)
         else:
             features = features + np.float32(math.log(10) / 10 * louder) * (np.arange(13) == 0)  # the log energy
@@ -1375,7 +1375,7 @@ def parse(argv=None):
         if data:
             p.add_argument("--data", help="pack of data.py with landmarks (see extract); default: the toy world")
             p.add_argument("--landmarks", help="folder of its landmarks; default: DATA/landmarks")
-            p.add_argument("--people", type=int, default=300, help="toy world: how many people to train on")
+            p.add_argument("--people", type=int, default=200, help="toy world: how many people to train on")
         if device:
             p.add_argument("--device", default="auto")
         return p
@@ -1404,7 +1404,7 @@ def parse(argv=None):
     p.add_argument("--w-velocity", type=float, default=1.0, help="weight of the loss on velocities")
     p.add_argument("--frames", type=int, help="of a window; default: transformer 50, lstm 5")
     p.add_argument("--batch", type=int, default=16, help="windows a step")
-    p.add_argument("--steps", type=int, default=800, help="steps in all; the rate falls towards the last")
+    p.add_argument("--steps", type=int, default=400, help="steps in all; the rate falls towards the last")
     p.add_argument("--lr", type=float, default=1e-3, help="rate of AdamW")
     p.add_argument("--clip", type=float, default=100.0, help="gradients are cut to this norm")
     p.add_argument("--bf16", action="store_true", help="bfloat16 where the chip likes it")

@@ -1,0 +1,761 @@
+"""Audio -> keypoints: landmarks lie where the face is, the shape model is principal components, frame t hears frame t."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import keypoints as kp
+import toyfaces
+from audio import InputError, load_audio, mfcc, n_frames
+from data import Pack, load_checkpoint, save_checkpoint
+from keypoints import Humans, Mouth, Talks, Wav2KP, bridge, hear, normalise, predict, smooth
+from syncnet import SyncNet
+from vision import read_video, write_wav
+
+SHARED = Path(__file__).parents[2] / "shared"
+REST = dict(toyfaces.REST)
+
+
+def toy_faces(people=6, first=500):
+    """Normalised landmarks (n, 68, 2) of some toy people"""
+    talk = kp.ToyTalk(first, people, 1.0)
+    return np.concatenate([talk.faces(i) for i in range(people)])
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return toy_faces()
+
+
+@pytest.fixture(scope="module")
+def mouth(faces):
+    return Mouth.fit(faces, 5, 20)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """A toy pack of 20 people, a second each, with its landmarks beside it"""
+    folder = tmp_path_factory.mktemp("toys") / "pack"
+    toyfaces.make_pack(folder, 16, 20, 1.0, 700, workers=0)
+    kp.main(["extract", str(folder)])
+    return folder
+
+
+def network(kind="transformer", seed=3, **options):
+    torch.manual_seed(seed)
+    if kind == "lstm":
+        return Wav2KP(5, 12).eval()
+    return Humans(5, width=16, layers=2, heads=4, look=3, **options).eval()
+
+
+def wave(frames, seed=0):
+    rng = np.random.default_rng(seed)
+    loud = np.repeat(rng.random(frames), 640)
+    return (0.3 * loud * rng.uniform(-1, 1, 640 * frames)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# landmarks
+
+
+@pytest.mark.parametrize("size", [32, 200])
+def test_toy_landmarks_lie_on_the_edges_of_the_lips_that_are_drawn(size):
+    who, state = toyfaces.person(4), dict(open=0.9, wide=0.6)
+    picture, points = toyfaces.draw(who, state, size).astype(int), toyfaces.landmarks(who, state, size)
+    red = toyfaces.blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
+    y, x = np.nonzero(np.abs(picture - red).max(-1) < (12 if size == 200 else 40))
+    lips = points[48:60]
+    near = (np.abs(x + 0.5 - points[51, 0]) < 0.15 * size) & (y > points[33, 1] + 0.01 * size)  # not the cheeks
+    slack = max(1.2, 0.012 * size)
+    assert y[near].min() == pytest.approx(lips[:, 1].min(), abs=slack)
+    assert y[near].max() + 1 == pytest.approx(lips[:, 1].max(), abs=slack)
+    inside = picture[int(points[[62, 66], 1].mean()), int(points[62, 0])]
+    assert np.abs(inside - red).max() > 40, "between the inner lips is no lip"
+
+
+def test_each_factor_moves_its_own_toy_landmarks():
+    who, still = toyfaces.person(7), toyfaces.landmarks(toyfaces.person(7), {}, 64)
+    assert still.shape == (68, 2) and still.dtype == np.float32
+    parts = dict(open=[*range(17), *range(48, 68)], blink=range(36, 48), brow=range(17, 27), wide=range(48, 68))
+    for factor, own in parts.items():
+        value = 0.0 if factor == "wide" else 1.0
+        moved = np.abs(toyfaces.landmarks(who, {factor: value}, 64) - still).max(1) > 1e-4
+        assert moved.any() and not moved[np.setdiff1d(np.arange(68), list(own))].any(), factor
+    turned = toyfaces.landmarks(who, dict(roll=13.0), 64)
+    eyes = turned[45] - turned[36]
+    assert math.degrees(math.atan2(eyes[1], eyes[0])) == pytest.approx(13, abs=1.0)
+
+
+def test_the_landmarks_run_from_left_to_right_and_lips_clockwise():
+    p = toyfaces.landmarks(toyfaces.person(3), dict(open=0.8), 100)
+    assert (np.diff(p[:17, 0]) > 0).all() and p[8, 1] == p[:17, 1].max()
+    assert (np.diff(p[17:27, 0]) > 0).all() and (np.diff(p[31:36, 0]) > 0).all()
+    for start, n in ((36, 6), (42, 6), (48, 12), (60, 8)):  # clockwise in a picture: the shoelace sum is positive
+        x, y = p[start : start + n].T
+        assert (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() > 0, start
+    assert p[62, 1] < p[66, 1] and p[51, 1] < p[62, 1] and p[57, 1] > p[66, 1]
+
+
+def test_the_mesh_of_mediapipe_names_68_different_vertices():
+    assert len(kp.MESH) == len(set(kp.MESH)) == 68 and max(kp.MESH) < 468
+    assert sorted(p for which, _ in kp.PARTS.values() for p in which) == list(range(68))
+
+
+def test_short_holes_are_bridged_linearly_and_their_number_is_told():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(20, 60, (68, 2))
+    base[36], base[45] = (30, 40), (70, 40)
+    true = base + np.arange(30)[:, None, None] * rng.uniform(-0.1, 0.1, (68, 2))
+    found = [None if t in (0, 7, 8, 9, 29) else true[t] for t in range(30)]
+    points, missing = bridge(found)
+    assert missing == 5 and points.dtype == np.float32 and points.shape == (30, 68, 2)
+    np.testing.assert_allclose(points[1:29], true[1:29], atol=1e-4)
+    np.testing.assert_allclose(points[0], true[1], atol=1e-5)  # at the ends: the nearest
+
+
+def test_a_reading_of_something_else_counts_as_none():
+    face = toyfaces.landmarks(toyfaces.person(1), {}, 64)
+    found = [face] * 20
+    found[6] = face * 0.4  # a smaller face in the background
+    points, missing = bridge(found)
+    assert missing == 1
+    np.testing.assert_allclose(points[6], face, atol=1e-4)
+
+
+def test_long_holes_and_many_holes_are_refused_with_the_reason():
+    face = toyfaces.landmarks(toyfaces.person(1), {}, 64)
+    with pytest.raises(InputError, match="no face in 6 frames in a row"):
+        bridge([face] * 20 + [None] * 6 + [face] * 20)
+    with pytest.raises(InputError, match="a face in 14 of 21 frames"):
+        bridge([face, face, None] * 7)
+    with pytest.raises(InputError, match="a face in 0 of 3"):
+        bridge([None] * 3)
+
+
+def test_smoothing_keeps_a_parabola_and_takes_jitter():
+    t = np.arange(40.0)
+    curve = np.broadcast_to((0.3 * t**2 - 2 * t)[:, None, None], (40, 68, 2))
+    np.testing.assert_allclose(smooth(curve)[2:-2], curve[2:-2], atol=1e-3)
+    noise = np.random.default_rng(0).standard_normal((4000, 68, 2))
+    weights = np.array((-3, 12, 17, 12, -3)) / 35  # Savitzky and Golay's table
+    assert smooth(noise).var() == pytest.approx((weights**2).sum(), rel=0.02)
+    short = np.ones((3, 68, 2), np.float32)
+    assert smooth(short) is short
+
+
+def test_extract_writes_the_truth_of_a_toy_pack_and_goes_on_where_it_was_killed(pack):
+    folder, opened = pack / "landmarks", Pack(pack)
+    whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
+    found = kp.Landmarks(folder, opened)
+    assert len(found.kept) == 20 and found.detector == "truth" and len(lines) == 21
+    truth = np.load(pack / "truth.npy")[opened.frame_start[3]]
+    expected = toyfaces.landmarks(toyfaces.person(703), dict(zip(toyfaces.FACTORS, truth.tolist())), 16)
+    np.testing.assert_array_equal(found.points[opened.frame_start[3]], expected)
+    (folder / "clips.jsonl").write_bytes(b"".join(lines[:8]) + lines[8][:11])  # killed in the middle of a line
+    (folder / "points.bin").write_bytes(whole[: int(opened.frame_start[8]) * 544 + 99])
+    assert list(kp.Landmarks(folder, opened).kept) == list(range(7)), "what was finished can be used"
+    kp.main(["extract", str(pack)])
+    assert (folder / "points.bin").read_bytes() == whole
+    assert (folder / "clips.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_a_clip_without_a_face_is_dropped_with_its_reason(pack, tmp_path, monkeypatch):
+    opened = Pack(pack)
+    face = toyfaces.landmarks(toyfaces.person(1), {}, 16)
+    blind = opened.frame(2, 0).tobytes(), opened.frame(2, 1).tobytes()
+    (pack / "truth.npy").rename(pack / "away.npy")
+
+    @kp.contextmanager
+    def eye(template):
+        yield lambda frame: None if frame.tobytes() in blind or frame.tobytes() in clip5 else face
+
+    clip5 = {opened.frame(5, k).tobytes() for k in range(opened.n_frames[5])}
+    monkeypatch.setattr(kp, "fan_eye", eye)
+    try:
+        kp.main(["extract", str(pack), "--landmarks", str(tmp_path / "lm")])
+    finally:
+        (pack / "away.npy").rename(pack / "truth.npy")
+    found = kp.Landmarks(tmp_path / "lm", opened)
+    lines = [json.loads(line) for line in open(tmp_path / "lm" / "clips.jsonl")][1:]
+    assert list(found.kept) == [c for c in range(20) if c != 5] and lines[5]["reason"] == "a face in 0 of 25 frames"
+    assert lines[2]["bridged"] == 2 and found.detector == "fan"
+    assert np.isnan(found.points[opened.frame_start[5]]).all()
+    talk = kp.PackTalk(opened, found)
+    assert talk.name(5) == "toyfaces seed 706", "clip 5 of the talk is clip 6 of the pack"
+
+
+def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
+    with pytest.raises(InputError, match="no landmarks"):
+        kp.Landmarks(tmp_path, Pack(pack))
+    (tmp_path / "clips.jsonl").write_text(json.dumps(dict(format=1, detector="fan", clips=3, frames=9, size=16)) + "\n")
+    (tmp_path / "points.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="of another pack"):
+        kp.Landmarks(tmp_path, Pack(pack))
+
+
+def test_fan_gets_the_box_that_the_template_implies_and_unsure_readings_are_none(monkeypatch, tmp_path):
+    import face_alignment
+
+    asked, sure = [], [0.5]
+
+    class Fan:
+        def __init__(self, kind, **options):
+            asked.append(options)
+
+        def get_landmarks_from_image(self, frame, boxes, return_landmark_score):
+            asked.append(boxes[0])
+            return [np.ones((68, 2))], [np.full(68, sure[0])], None
+
+    monkeypatch.setattr(face_alignment, "FaceAlignment", Fan)
+    monkeypatch.setattr(kp, "checkpoints_dir", lambda: tmp_path)
+    with pytest.raises(InputError, match="2DFAN4.*missing; put https"), kp.fan_eye("face"):
+        pass
+    (tmp_path / kp.FAN_FILE).write_bytes(b"weights")
+    with kp.fan_eye("face") as look:
+        assert look(np.zeros((100, 100, 3), np.uint8)).shape == (68, 2)
+        np.testing.assert_allclose(asked[1], (0, -3, 100, 97))  # side 1, its centre .03 above the crop's
+        sure[0] = 0.1
+        assert look(np.zeros((100, 100, 3), np.uint8)) is None
+    assert asked[0]["compile"] is False and asked[0]["flip_input"] is False and asked[0]["device"] == "cpu"
+
+
+def test_mediapipe_finds_the_lips_of_a_real_face():
+    pytest.importorskip("mediapipe", reason="mediapipe is an optional package")
+    model, clips = SHARED / "weights" / "face_landmarker.task", SHARED / "media" / "grid_s1_original"
+    if not model.is_file() or not clips.is_dir():
+        pytest.skip("../shared has no model or no clips here")
+    frame = next(iter(read_video(sorted(clips.iterdir())[0])))
+    with kp.mediapipe_eye(str(model)) as look:
+        assert look(np.zeros((128, 128, 3), np.uint8)) is None
+        p = look(frame)
+    assert (np.diff(p[:17, 0]) > 0).all() and p[36, 0] < p[39, 0] < p[42, 0] < p[45, 0]
+    assert p[27:31, 1].max() < p[51, 1] < p[62, 1] <= p[66, 1] + 1 < p[57, 1] < p[8, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the shape of a mouth
+
+
+def test_place_size_and_tilt_of_a_head_make_no_difference(faces):
+    a, (c, s) = 0.3, (math.cos(0.3), math.sin(0.3))
+    assert a
+    moved = faces[:25] @ (70 * np.array(((c, s), (-s, c)))) + (31, -8)
+    np.testing.assert_allclose(normalise(moved), normalise(faces[:25]), atol=2e-5)
+    left, right = normalise(faces[:25])[:, 36], normalise(faces[:25])[:, 45]
+    np.testing.assert_allclose(left[:, 1], 0, atol=1e-6)
+    np.testing.assert_allclose(left, -right, atol=1e-6)
+    assert np.median(right[:, 0] - left[:, 0]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("points", [20, 18])
+def test_the_codes_are_those_of_a_singular_value_decomposition(faces, points):
+    m = Mouth.fit(faces, 5, points)
+    x = faces[:, list(m.points)].astype(np.float64)
+    x = (x - x.mean(1, keepdims=True)).reshape(len(x), -1)
+    _, sizes, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    np.testing.assert_allclose(np.abs((m.basis * basis[:5]).sum(1)), 1, atol=1e-4)  # the same but for the sign
+    missed = kp.mse(m.decode(m.encode(faces)), m.shapes(faces))
+    assert missed == pytest.approx(1e4 * (sizes[5:] ** 2).sum() / x.size, rel=1e-3)
+    np.testing.assert_allclose(m.scale, sizes[:5] / math.sqrt(len(x)), rtol=1e-3)
+
+
+def test_all_codes_together_say_everything(faces):
+    m = Mouth.fit(faces, 36, 18)
+    np.testing.assert_allclose(m.decode(m.encode(faces)), m.shapes(faces), atol=1e-5)
+
+
+def test_opening_is_the_distance_of_the_inner_lips_for_18_and_20_points(faces):
+    true = np.hypot(*(faces[:, 66] - faces[:, 62]).T)
+    for points in (18, 20):
+        m = Mouth.fit(faces, 8, points)
+        np.testing.assert_allclose(m.opening(m.shapes(faces)), true, atol=1e-6)
+    assert m.opening(m.decode(m.rest[None]))[0] <= np.quantile(true, 0.1) + 1e-3
+
+
+def test_the_face_of_codes_has_the_mouth_of_the_codes(mouth):
+    codes = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32) * mouth.scale
+    face = mouth.to_face(codes)
+    assert face.shape == (7, 68, 2)
+    np.testing.assert_allclose(mouth.shapes(face), mouth.decode(codes), atol=1e-3)
+
+
+def test_a_mouth_survives_its_checkpoint(mouth, tmp_path):
+    save_checkpoint(tmp_path / "m.pt", dict(kind="x", format=1, mouth=mouth.state()))
+    again = Mouth.load(load_checkpoint(tmp_path / "m.pt", "x")["mouth"])
+    assert again.points == mouth.points
+    for name in ("mean", "basis", "scale", "rest", "face"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(mouth, name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the networks hear
+
+
+def test_mfcc_windows_are_those_of_a_naive_loop():
+    features = np.random.default_rng(0).standard_normal((50, 13)).astype(np.float32)
+    windows = kp.mfcc_windows(features, [0, 23, 49])
+    for row, j in zip(windows, (0, 23, 49)):
+        for i, s in enumerate(range(j - 20, j + 20)):
+            expected = features[s] if 0 <= s < 50 else [math.log(2.220446049250313e-16), *[0] * 12]
+            np.testing.assert_allclose(row[i], expected, rtol=1e-6)
+
+
+def test_outside_of_the_sound_is_what_silence_sounds_like():
+    np.testing.assert_allclose(hear("lstm", np.zeros(4000, np.float32)), np.tile(kp.QUIET, (24, 1)), atol=1e-5)
+
+
+def test_mfcc_of_a_long_sound_are_the_same_in_blocks():
+    wav = wave(1600)  # 64 s: more than one block
+    np.testing.assert_allclose(hear("lstm", wav), mfcc(wav).T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_click_in_the_middle_of_a_frame_is_in_the_middle_of_its_windows():
+    wav = np.zeros(40 * 640, np.float32)
+    wav[20 * 640 + 320] = 0.9  # the middle of frame 20, at 82 steps of 10 ms
+    windows = kp.windows_of("lstm", hear("lstm", wav), 20, 21)  # (4, 40, 13)
+    centre = [(np.flatnonzero(w[:, 0] > -30) + 0.5).mean() for w in windows]
+    np.testing.assert_allclose(centre, np.array((21.25, 20.25, 19.25, 18.25)), atol=0.6)  # 19.75 on average
+
+
+def test_keypoints_are_brought_to_the_audio_rate_linearly():
+    ramp = np.stack((np.arange(6.0), 5 - np.arange(6.0)), 1)
+    fine = kp.upsample(ramp)
+    assert fine.shape == (24, 2)
+    np.testing.assert_allclose(fine[2:-2, 0], (np.arange(24) / 4 - 0.375)[2:-2], atol=1e-6)
+    np.testing.assert_allclose(fine.reshape(6, 4, 2).mean(1)[1:-1], ramp[1:-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, steps", [("transformer", 1), ("lstm", 4)])
+def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(pack, mouth, kind, steps, monkeypatch):
+    opened = Pack(pack)
+    talk = kp.PackTalk(opened, kp.Landmarks(pack / "landmarks", opened))
+    monkeypatch.setattr(Talks, "SILENT", 0.0)
+    data = Talks(talk, np.arange(4, 9), mouth, kind, 7, seed=1)
+    item, again = data[5], Talks(talk, np.arange(4, 9), mouth, kind, 7, seed=1)[5]
+    assert item["codes"].shape == (7 * steps, 5)
+    assert item["sound"].shape == ((7, 1, 80, 16) if kind == "transformer" else (28, 40, 13))
+    assert item["sound"].dtype == item["codes"].dtype == np.float32
+    np.testing.assert_array_equal(item["sound"], again["sound"])
+    fits = []
+    for c in range(4, 9):  # the item is a stretch of one of these clips, sound and codes from the same place
+        features, codes = data.clip(c)
+        for first in range(25 - 7 + 1):
+            if np.array_equal(codes[first * steps : (first + 7) * steps], item["codes"]):
+                windows = kp.windows_of(kind, features, first, first + 7)
+                fits.append(np.corrcoef(windows.ravel(), item["sound"].ravel())[0, 1])
+    assert len(fits) == 1 and fits[0] > 0.9
+    assert not np.array_equal(data[6]["codes"], item["codes"])
+
+
+def test_silent_items_show_a_mouth_at_rest(pack, mouth, monkeypatch):
+    opened = Pack(pack)
+    talk = kp.PackTalk(opened, kp.Landmarks(pack / "landmarks", opened))
+    monkeypatch.setattr(Talks, "SILENT", 1.0)
+    for kind, rows in (("transformer", 3), ("lstm", 12)):
+        item = Talks(talk, np.arange(5), mouth, kind, 3, seed=1)[0]
+        np.testing.assert_array_equal(item["codes"], np.tile(mouth.rest, (rows, 1)))
+
+
+def test_every_tenth_clip_is_for_the_test_and_parts_do_not_meet(pack):
+    opened = Pack(pack)
+    parts = kp.split(kp.PackTalk(opened, kp.Landmarks(pack / "landmarks", opened)))
+    assert list(parts["test"]) == [9, 19] and list(parts["valid"]) == [8, 18] and len(parts["train"]) == 16
+    train, valid, test = (set(talk.seeds) for talk, _ in kp.toy_split(50).values())
+    assert not train & valid and not train & test and not valid & test
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the networks
+
+KINDS = [dict(kind="lstm"), dict(), dict(autoregressive=True), dict(tower=dict(dim=24, width=0.25))]
+NAMES = ["lstm", "transformer", "autoregressive", "encoder"]
+
+
+def inputs(model, B=3, T=7, seed=0):
+    shape = (B, 4 * T, 40, 13) if model.kind == "lstm" else (B, T, 1, 80, 16)
+    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("options", KINDS, ids=NAMES)
+def test_every_parameter_gets_a_gradient(options):
+    model = network(**options).train()
+    model(inputs(model)).square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=NAMES)
+def test_clips_of_a_batch_know_nothing_of_each_other(options):
+    model = network(**options)
+    x = inputs(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_frame_depends_on_its_reach_to_each_side_and_on_nothing_else():
+    model = network()
+    x = inputs(model, B=1, T=23).requires_grad_()
+    model(x)[0, 11].sum().backward()
+    heard = x.grad[0].abs().sum((1, 2, 3)) > 0
+    assert model.reach == 6 and heard.nonzero().ravel().tolist() == list(range(5, 18))
+
+
+def test_an_autoregressive_frame_remembers_what_came_before_and_not_what_comes():
+    model = network(autoregressive=True)
+    h = torch.randn(1, 9, 16, requires_grad=True)
+    model.decode(h)[0, 4].sum().backward()
+    assert (h.grad[0].abs().sum(1) > 0).tolist() == [True] * 5 + [False] * 4
+
+
+@pytest.mark.parametrize("options", KINDS, ids=NAMES)
+def test_a_long_sound_in_chunks_is_a_long_sound_in_one_pass(options):
+    model, wav = network(**options), wave(37)
+    whole = predict(model, wav, "cpu", chunk=1000)
+    assert whole.shape == (37, 5)
+    np.testing.assert_allclose(predict(model, wav, "cpu", chunk=8), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 639, 960, 16000, 24321])
+def test_codes_are_as_many_as_frames(samples):
+    for options in KINDS[:2]:
+        assert predict(network(**options), np.zeros(samples, np.float32), "cpu").shape == (n_frames(samples), 5)
+
+
+def test_the_loss_is_the_mean_square_of_coordinates_and_of_their_velocities(mouth):
+    rng = np.random.default_rng(0)
+    codes, true = (rng.standard_normal((3, 6, 5)).astype(np.float32) * mouth.scale for _ in range(2))
+    a, b = (np.stack([mouth.decode(row) for row in x]).astype(np.float64) for x in (codes, true))
+    terms = kp.keypoint_loss(torch.from_numpy(codes), torch.from_numpy(true), 20)
+    assert terms["position"].item() == pytest.approx(1e4 * ((a - b) ** 2).mean(), rel=1e-4)
+    moves = np.diff(a, axis=1) - np.diff(b, axis=1)
+    assert terms["velocity"].item() == pytest.approx(1e4 * (moves**2).mean(), rel=1e-4)
+    fine = kp.keypoint_loss(torch.from_numpy(codes), torch.from_numpy(true), 20, rate=4)
+    assert fine["velocity"].item() == pytest.approx(16 * terms["velocity"].item(), rel=1e-4)
+
+
+def test_the_average_of_weights_is_their_mean():
+    states = [dict(a=torch.tensor([1.0, 2]), b=torch.tensor(4.0)), dict(a=torch.tensor([3.0, 8]), b=torch.tensor(0.0))]
+    mean = kp.average(states)
+    assert mean["a"].tolist() == [2, 5] and mean["b"].item() == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# judging
+
+
+def test_a_late_mouth_is_found_late_and_by_how_much(mouth, faces):
+    true = mouth.shapes(np.concatenate([faces[25 * i : 25 * i + 25] for i in (0, 2, 5)]))
+    late = np.concatenate((true[:3], true[:-3]))
+    assert kp.score(mouth, [(late, true)])["delay"] == 3
+    assert kp.score(mouth, [(true[3:], true[:-3])])["delay"] == -3
+    same = kp.score(mouth, [(true, true)])
+    assert same["mse"] == 0 and same["delay"] == 0
+    assert same["r"] == pytest.approx(1) and same["spread"] == pytest.approx(1)
+
+
+def test_the_moving_part_of_the_error_does_not_count_whose_mouth_it_is(mouth, faces):
+    true = mouth.shapes(faces[:25])
+    whose = np.linspace(0, 0.1, 40)
+    found = kp.score(mouth, [(true + whose, true)])
+    assert found["moving"] == pytest.approx(0, abs=1e-6) and found["mse"] == pytest.approx(1e4 * np.mean(whose**2))
+
+
+def test_a_curve_that_is_only_the_profile_has_no_residual():
+    rng = np.random.default_rng(0)
+    profile, own = rng.random(60), rng.random(60)
+    np.testing.assert_allclose(kp.residual(3 * profile + 2, profile), 0, atol=1e-9)
+    rest = kp.residual(own + 5 * profile, profile)
+    assert abs(rest @ profile) < 1e-9 and abs(rest.sum()) < 1e-9
+    assert np.corrcoef(rest, kp.residual(own, profile))[0, 1] == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# units
+
+
+def test_word_times_are_read_and_damaged_ones_refused(tmp_path):
+    (tmp_path / "a.align").write_text("0 23750 sil\n23750 29500 bin\n")
+    assert kp.read_align(tmp_path / "a.align") == [(0, 0.95, "sil"), (0.95, 1.18, "bin")]
+    (tmp_path / "b.align").write_text("0 23750 sil\nnot two\n")
+    with pytest.raises(InputError, match="b.align: expected lines"):
+        kp.read_align(tmp_path / "b.align")
+    with pytest.raises(InputError, match="no such file"):
+        kp.read_align(tmp_path / "c.align")
+
+
+def test_the_units_of_a_toy_clip_are_those_that_were_spoken():
+    talk = kp.ToyTalk(9, 1, 3.0)
+    said = talk.said(0)
+    assert said[0][0] == 0 and said[-1][1] >= 3.0
+    assert all(a[1] == pytest.approx(b[0]) for a, b in zip(said, said[1:]))
+    gap = toyfaces.clip_truth(9, 3.0, toyfaces.person(9))[1][:, toyfaces.FACTORS.index("open")]
+    k = [round((a + b) / 2 * 25 - 0.5) for a, b, unit in said if unit in ("a", "sil") and b - a > 0.15 and b < 3]
+    units = [unit for a, b, unit in said if unit in ("a", "sil") and b - a > 0.15 and b < 3]
+    assert {"a", "sil"} == set(units)
+    for frame, unit in zip(k, units):
+        assert gap[frame] > 0.7 if unit == "a" else gap[frame] < 0.1, (frame, unit)
+
+
+class Spoken:
+    """Two clips in which "up" raises the first code linearly from 0 to 1 and "down" lowers it, whatever its length"""
+
+    times = [[(0.0, 0.4, "up"), (0.4, 1.2, "down")], [(0.0, 0.8, "down"), (0.8, 1.6, "up")]]
+
+    def said(self, i):
+        return self.times[i]
+
+    def codes(self, i):
+        t = (np.arange(40) + 0.5) / 25
+        edges = [0.0, *(end for _, end, _ in self.times[i])]
+        values = [0, 1, 0] if i == 0 else [1, 0, 1]
+        return np.interp(t, edges, values)[:, None] * np.ones((1, 5))
+
+    def faces(self, i):
+        return i
+
+
+class Straight:
+    """A mouth whose codes are given"""
+
+    rest = np.full(5, -1.0, np.float32)
+
+    def encode(self, i):
+        return Spoken().codes(i)
+
+
+def test_the_table_has_each_units_mean_motion_and_says_it_at_any_length():
+    table = kp.unit_table(Spoken(), [0, 1], Straight())
+    assert list(table) == ["down", "up"] and table["up"]["count"] == 2
+    assert table["up"]["seconds"] == pytest.approx(0.6) and table["down"]["seconds"] == pytest.approx(0.8)
+    phases = (np.arange(8) + 0.5) / 8
+    np.testing.assert_allclose(table["up"]["motion"][:, 2], phases, atol=0.03)  # 25 fps has no sharp turns
+    np.testing.assert_allclose(table["down"]["motion"][:, 0], 1 - phases, atol=0.03)
+    codes = kp.by_table(table, [(0.0, 2.0, "up"), (2.0, 2.4, "what"), (2.6, 3.0, "down")], 80, Straight.rest)
+    assert codes.shape == (80, 5)
+    np.testing.assert_allclose(codes[4:46, 1], (np.arange(4, 46) + 0.5) / 50, atol=0.03)
+    assert (codes[50:65] == -1).all() and (codes[75:] == -1).all(), "rest where nothing known is said"
+    assert codes[65:75, 0].tolist() == sorted(codes[65:75, 0], reverse=True)
+
+
+def test_text_is_as_long_as_its_units_and_unknown_ones_are_named():
+    table = kp.unit_table(Spoken(), [0, 1], Straight())
+    assert kp.text_to_codes("up down  up", table, Straight.rest).shape == (50, 5)
+    with pytest.raises(InputError, match="unknown: left; the table knows down up"):
+        kp.text_to_codes("up left", table, Straight.rest)
+    with pytest.raises(InputError, match="nothing to say"):
+        kp.text_to_codes(" ", table, Straight.rest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# end to end
+
+BRIEF = "--width 16 --layers 1 --batch 3 --codes 5 --log-every 2 --val-every 2 --device cpu".split()
+
+
+def trained(pack, out, *options):
+    kp.main(["train", "--data", str(pack), "--out", str(out), *BRIEF, *options])
+    return load_checkpoint(out, "keypoints")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pack, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "kp.pt"
+    trained(pack, out, "--steps", "40", "--val-every", "10", "--lr", "0.01", "--frames", "20")
+    return out
+
+
+@pytest.mark.parametrize("model", ["lstm", "transformer"])
+def test_four_steps_are_two_steps_and_two_resumed_ones(pack, tmp_path, model):
+    whole = trained(pack, tmp_path / "whole.pt", "--model", model, "--steps", "4")
+    half = ["--model", model, "--steps", "4"]
+    real = kp.save_checkpoint
+
+    class Killed(Exception):
+        pass
+
+    def save_and_die(path, content):
+        real(path, content)
+        raise Killed
+
+    kp.save_checkpoint = save_and_die
+    try:
+        with pytest.raises(Killed):
+            trained(pack, tmp_path / "half.pt", *half)
+    finally:
+        kp.save_checkpoint = real
+    assert load_checkpoint(tmp_path / "half.pt", "keypoints")["step"] == 2
+    resumed = trained(pack, tmp_path / "half.pt", *half, "--resume")
+    for which in ("last", "best", "average"):
+        for name, p in whole["networks"][which].items():
+            assert torch.equal(p, resumed["networks"][which][name]), (which, name)
+
+
+def test_it_learns_and_the_table_says_how_well(pack, checkpoint, capsys):
+    lines = [json.loads(line) for line in open(checkpoint.with_name("log_kp.jsonl"))]
+    assert lines[0]["args"]["steps"] == 40 and "revision" in lines[0]
+    scores = [line["mse"] for line in lines if "mse" in line]
+    model, mouth = kp.load_keypoints(checkpoint, "cpu")
+    opened = Pack(pack)
+    talk = kp.PackTalk(opened, kp.Landmarks(pack / "landmarks", opened))
+    assert min(scores) < 0.8 * kp.mean_mouth_mse(mouth, talk, [8, 18])
+    capsys.readouterr()
+    kp.main(["evaluate", str(checkpoint), "--data", str(pack)])
+    out = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
+    rows = {name: values for name, *values in cells}
+    assert float(rows["PCA, 5 codes"][1]) < float(rows["kp (transformer), average"][1]) < float(rows["mean mouth"][1])
+    assert float(rows["PCA, 5 codes"][3]) > 0.98 and rows["PCA, 5 codes"][5] == "+0" and "silence" in out
+    kp.main(["evaluate", str(checkpoint), "--data", str(pack), "--landmarks", str(pack / "landmarks")])
+
+
+def test_a_sound_gives_a_video_and_numbers_of_exactly_its_length(checkpoint, tmp_path):
+    for frames, samples in ((1, 500), (31, 31 * 640 + 300)):
+        write_wav(tmp_path / "s.wav", wave(32)[:samples])
+        out = tmp_path / f"{frames}.mp4"
+        kp.main(["sample", str(tmp_path / "s.wav"), "--weights", str(checkpoint), "--out", str(out), "--size", "64"])
+        shown = list(read_video(out))
+        table = np.load(out.with_suffix(".npy"), allow_pickle=False)
+        assert len(shown) == frames and table.shape == (frames, 68, 2) and table.dtype == np.float32
+        assert shown[0].shape == (64, 64, 3) and shown[0].std() > 10
+    assert len(load_audio(out)) >= 31 * 640
+
+
+def test_the_shipped_weights_keep_a_silent_mouth_shut_and_open_a_speaking_one():
+    path = Path(kp.__file__).parent / "weights" / "keypoints.pt"
+    if not path.is_file():
+        pytest.skip("no keypoint weights are shipped")
+    model, mouth = kp.load_keypoints(path, "cpu")
+    shut = mouth.opening(mouth.decode(mouth.rest[None]))[0]
+    speech = load_audio(Path(kp.__file__).parent / "examples" / "speech.wav")
+    said = mouth.opening(mouth.decode(predict(model, speech, "cpu")))
+    for seed, level in ((0, 0.0), (1, 0.0005)):
+        room = level * np.random.default_rng(seed).standard_normal(32000)
+        still = mouth.opening(mouth.decode(predict(model, room.astype(np.float32), "cpu")))
+        assert still.max() < shut + 0.02 and said.max() > shut + 0.05
+
+
+def test_exported_weights_are_the_mean_of_the_best_in_half_precision(checkpoint, tmp_path):
+    kp.main(["export", str(checkpoint), "--best", "2", "--out", str(tmp_path / "small.pt")])
+    top, small = load_checkpoint(checkpoint, "keypoints")["top"], load_checkpoint(tmp_path / "small.pt", "keypoints")
+    assert [t["mse"] for t in top] == sorted(t["mse"] for t in top) and "top" not in small
+    for name, p in small["networks"]["average"].items():
+        expected = (top[0]["state"][name].float() + top[1]["state"][name].float()) / 2
+        torch.testing.assert_close(p, expected.half(), rtol=0, atol=0)
+    codes = [predict(kp.load_keypoints(path, "cpu")[0], wave(9), "cpu") for path in (checkpoint, tmp_path / "small.pt")]
+    assert np.abs(codes[0] - codes[1]).max() < 0.2
+    with pytest.raises(InputError, match="hold no checkpoints"):
+        kp.main(["export", str(tmp_path / "small.pt"), "--out", str(tmp_path / "x.pt")])
+    with pytest.raises(InputError, match="cannot be resumed"):
+        trained("nowhere", tmp_path / "small.pt", "--resume")
+
+
+def test_an_experts_tower_is_taken_over_and_moves_only_where_it_is_tuned(pack, tmp_path):
+    torch.manual_seed(0)
+    expert = SyncNet(16, 24, 0.25)
+    config, networks = dict(net=expert.config, template="toy"), dict(expert=expert.state_dict())
+    save_checkpoint(tmp_path / "sync.pt", dict(kind="syncnet", format=1, config=config, networks=networks))
+    tower = expert.sound_tower.state_dict()
+    same = {}
+    for name, extra in (("frozen", []), ("tuned", ["--finetune"])):
+        saved = trained(pack, tmp_path / f"{name}.pt", "--encoder", str(tmp_path / "sync.pt"), "--steps", "2", *extra)
+        last = saved["networks"]["last"]
+        same[name] = all(torch.equal(last[f"front.tower.{key}"], p) for key, p in tower.items())
+    assert same == dict(frozen=True, tuned=False)
+
+
+def test_a_table_of_units_is_made_drawn_and_spoken(tmp_path, monkeypatch):
+    monkeypatch.setattr(kp, "parts_of", lambda args: dict(train=(kp.ToyTalk(40, 4, 2.0), np.arange(4))))
+    kp.main(["units", "--out", str(tmp_path / "new" / "u.pt")])
+    table, mouth = kp.load_units(tmp_path / "new" / "u.pt")
+    assert {"a", "m", "sil"} <= set(table) and (tmp_path / "new" / "u.png").stat().st_size > 5000
+    gap = {unit: mouth.opening(mouth.decode(table[unit]["motion"])) for unit in "am"}
+    assert gap["a"][4] > 0.1 and gap["m"].min() < 0.4 * gap["a"][4]
+    command = ["sample", "--text", "m a m a", "--units", str(tmp_path / "new" / "u.pt"), "--size", "64"]
+    kp.main([*command, "--out", str(tmp_path / "mama.mp4")])
+    length = sum(table[unit]["seconds"] for unit in "sil m a m a sil".split())
+    assert len(list(read_video(tmp_path / "mama.mp4"))) == round(25 * length)
+
+
+def test_a_clip_is_shown_as_a_picture_and_as_a_video(pack, checkpoint, tmp_path):
+    kp.main(["show", str(checkpoint), "--data", str(pack), "--clip", "1", "--out", str(tmp_path / "a.png")])
+    from PIL import Image
+
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    assert sheet.shape == (562, 1008, 3) and all(part.std() > 5 for part in np.array_split(sheet, 5))
+    kp.main(["show", str(checkpoint), "--data", str(pack), "--out", str(tmp_path / "a.mp4")])
+    assert len(list(read_video(tmp_path / "a.mp4"))) == 25
+    with pytest.raises(InputError, match="has clips 0 to 1"):
+        kp.main(["show", str(checkpoint), "--data", str(pack), "--clip", "2", "--out", str(tmp_path / "b.png")])
+
+
+def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeypatch):
+    face = toyfaces.landmarks(toyfaces.person(1), {}, 16)
+    eyes = dict(mediapipe_eye=face + 1, fan_eye=face)
+    for name, points in eyes.items():
+        @kp.contextmanager
+        def eye(_, points=points):
+            yield lambda frame: points
+
+        monkeypatch.setattr(kp, name, eye)
+    monkeypatch.setattr(kp, "in_crop", lambda look, frame: look(frame))
+    kp.main(["compare", str(pack), "--frames", "4", "--mediapipe", "x.task"])
+    out = capsys.readouterr().out
+    apart = 100 * math.sqrt(2) / np.hypot(*(face[45] - face[36]))
+    assert "| face-alignment FAN | 0.0" in out and f"| 4 of 4 | {apart:.1f} |" in out
+    monkeypatch.undo()
+    monkeypatch.setattr(kp, "checkpoints_dir", lambda: Path("nowhere"))
+    with pytest.raises(InputError, match="no detector"):
+        kp.main(["compare", str(pack), "--frames", "4"])
+
+
+@pytest.mark.parametrize("command, message", [
+    ("sample nothing.wav", "nothing.wav: no such file"),
+    ("sample empty.wav", "empty.wav: the file is empty"),
+    ("sample .", "is a directory"),
+    ("sample words.txt", "is not a sound file"),
+    ("sample", "give a sound file, or --text"),
+    ("sample --text hello", "needs --units"),
+    ("sample --text hello --units words.txt", "truncated or no checkpoint"),
+    ("sample good.wav --out there.mp4", "exists; give --overwrite"),
+    ("sample good.wav --out new.avi", "must end in .mp4"),
+    ("sample good.wav --out no/where.mp4", "no such directory"),
+    ("sample good.wav --weights words.txt", "truncated or no checkpoint"),
+    ("sample good.wav --weights other.pt", "is a 'syncnet' checkpoint"),
+    ("sample good.wav --weights empty.pt", "do not fit this version"),
+    ("sample good.wav --size 8", "must lie between 32 and 2048"),
+    ("train --encoder x.pt --model lstm", "are the transformer's"),
+    ("train --finetune", "needs an --encoder"),
+    ("train --width 30", "multiple of 4"),
+    ("train --data nowhere", "nowhere"),
+    ("train --out there.mp4", "exists"),
+    ("extract nowhere", "nowhere"),
+    ("units --data nowhere --out u.pt", "needs --words"),
+    ("show other.pt", "is a 'syncnet' checkpoint"),
+    ("evaluate words.txt", "truncated or no checkpoint"),
+])
+def test_what_the_user_got_wrong_is_said_in_one_line(command, message, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "there.mp4").write_text("old")
+    (tmp_path / "words.txt").write_text("no sound at all")
+    write_wav(tmp_path / "good.wav", wave(3))
+    save_checkpoint(tmp_path / "other.pt", dict(kind="syncnet", format=1))
+    save_checkpoint(tmp_path / "empty.pt", dict(kind="keypoints", format=1, networks={}))
+    arguments = command.split()
+    if arguments[0] == "sample" and "--weights" not in arguments:
+        arguments += ["--weights", str(checkpoint)]
+    with pytest.raises(InputError, match=message.replace(".", r"\.").replace("(", r"\(")) as error:
+        kp.main(arguments)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "there.mp4").read_text() == "old" and not (tmp_path / "keypoints.mp4").exists()
+
+
+def test_a_wrong_input_ends_the_script_with_status_2_and_one_line(tmp_path):
+    import subprocess
+
+    done = subprocess.run([sys.executable, kp.__file__, "sample", "no.wav"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "keypoints.py:" in done.stderr
