@@ -1187,7 +1187,7 @@ def draw_face(face: np.ndarray, size: int, parts=tuple(PARTS), middle=(0.5, 0.36
     xy = (face * unit + middle) * size * FINE
     for part in parts:
         which, closed = PARTS[part]
-        line = [tuple(xy[p]) for p in (*which, *which[:1] * closed)]
+        line = [tuple(xy[p]) for p in (*which, *which[:closed])]
         pen.line(line, LIPS if part in ("lips", "inner") else LINE, max(1, round(size * FINE / 110)), "curve")
     return image.reduce(FINE)
 
