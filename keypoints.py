@@ -918,27 +918,31 @@ def train(args):
                         eta=seconds * (args.steps - step - 1))
             write(log, bar, line, "position {position:.2f}, velocity {velocity:.2f}; {ms:.0f} ms, {eta:.0f} s to go")
             clock, counted = time.perf_counter(), 0
-        if (step + 1) % args.val_every == 0 or last:
+        due = (step + 1) % args.save_every == 0 or last
+        if (step + 1) % args.val_every == 0 or due:
             found = judge(model.eval(), mouth, *parts["valid"], device)
             state = {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
             top = sorted([*top, dict(mse=found["mse"], step=step + 1, state=state)], key=lambda t: t["mse"])[:BEST]
+            line = dict(step=step + 1, **found, best=top[0]["mse"])
+            write(log, bar if due else None, line,
+                  "unseen: MSE {mse:.2f} (best {best:.2f}), opening r {r:.3f}, delay {delay:+d} frames")
+            clock, counted = time.perf_counter(), 0
+        if due:
             networks = dict(last=state, best=top[0]["state"], average=average([t["state"] for t in top]))
             save_checkpoint(out, dict(
                 kind="keypoints", format=1, config=dict(kind=model.kind, net=model.config), mouth=mouth.state(),
                 args=vars(args), step=step + 1, networks=networks, top=top, optimisers=dict(adamw=opt.state_dict()),
                 rng=dict(torch=torch.get_rng_state())))
-            line = dict(step=step + 1, **found, best=top[0]["mse"])
-            write(log, bar, line, "unseen: MSE {mse:.2f} (best {best:.2f}), opening r {r:.3f}, delay {delay:+d} frames")
-            clock, counted = time.perf_counter(), 0
     log.close()
     print(f"{out}: judge it with  python keypoints.py evaluate {args.out}")
 
 
 def write(log, bar, line: dict, text: str):
-    """One line of the log, as JSON and for people."""
+    """One line of the log, as JSON and, where there is a bar, for people."""
     log.write(json.dumps(line) + "\n")
     log.flush()
-    bar.write(f"{line['step']:6d}  " + text.format(**line))
+    if bar is not None:
+        bar.write(f"{line['step']:6d}  " + text.format(**line))
 
 
 def export(args):
@@ -1404,7 +1408,7 @@ def parse(argv=None):
     p.add_argument("--w-velocity", type=float, default=1.0, help="weight of the loss on velocities")
     p.add_argument("--frames", type=int, help="of a window; default: transformer 50, lstm 5")
     p.add_argument("--batch", type=int, default=16, help="windows a step")
-    p.add_argument("--steps", type=int, default=400, help="steps in all; the rate falls towards the last")
+    p.add_argument("--steps", type=int, default=600, help="steps in all; the rate falls towards the last")
     p.add_argument("--lr", type=float, default=1e-3, help="rate of AdamW")
     p.add_argument("--clip", type=float, default=100.0, help="gradients are cut to this norm")
     p.add_argument("--bf16", action="store_true", help="bfloat16 where the chip likes it")
@@ -1412,8 +1416,9 @@ def parse(argv=None):
     p.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
-    p.add_argument("--log-every", type=int, default=50)
-    p.add_argument("--val-every", type=int, default=50, help="steps between validations, each of which saves")
+    p.add_argument("--log-every", type=int, default=60)
+    p.add_argument("--val-every", type=int, default=15, help="steps between validations; the best ten are averaged")
+    p.add_argument("--save-every", type=int, default=60)
     p = command("evaluate", "the table, on held-out clips", data=True, device=True)
     p.add_argument("weights", nargs="+", help="checkpoints of train; a row for each one's best and averaged weights")
     p.add_argument("--words", help="folder of .align files of --data: adds the table of units")
@@ -1447,10 +1452,10 @@ def parse(argv=None):
 
 def checked(args):
     """Numbers within their limits, options that go together"""
-    many = (1, 10**9)
+    many, positive = (1, 10**9), (0, math.inf)
     limits = dict(people=(1, 10**6), codes=(1, 36), width=(4, 4096), layers=(1, 64), look=(1, 1000), frames=many,
-                  w_velocity=(0, math.inf), batch=(1, 10**5), steps=many, lr=(0, math.inf), clip=(0, math.inf),
-                  seed=(0, 2**62), workers=(0, 256), log_every=many, val_every=many, best=(1, BEST), size=(32, 2048))
+                  w_velocity=positive, batch=(1, 10**5), steps=many, lr=positive, clip=positive, seed=(0, 2**62),
+                  workers=(0, 256), log_every=many, val_every=many, save_every=many, best=(1, BEST), size=(32, 2048))
     for name, (low, high) in limits.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:

@@ -553,7 +553,7 @@ def test_text_is_as_long_as_its_units_and_unknown_ones_are_named():
 # ---------------------------------------------------------------------------------------------------------------------
 # end to end
 
-BRIEF = "--width 16 --layers 1 --batch 3 --codes 5 --log-every 2 --val-every 2 --device cpu".split()
+BRIEF = "--width 16 --layers 1 --batch 3 --codes 5 --log-every 2 --val-every 2 --save-every 2 --device cpu".split()
 
 
 def trained(pack, out, *options):
@@ -564,7 +564,7 @@ def trained(pack, out, *options):
 @pytest.fixture(scope="module")
 def checkpoint(pack, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "kp.pt"
-    trained(pack, out, "--steps", "40", "--val-every", "10", "--lr", "0.01", "--frames", "20")
+    trained(pack, out, "--steps", "40", "--val-every", "4", "--save-every", "40", "--lr", "0.01", "--frames", "20")
     return out
 
 
