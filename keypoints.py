@@ -5,7 +5,7 @@ sliding window of 40 steps, LSTM, keypoints brought to the audio rate); the shap
 Suwajanakorn et al., "Synthesizing Obama" (SIGGRAPH 2017). Neither system's code or exact sizes are copied: what is not
 marked with a source is ours.
 
-    python keypoints.py train                          # out/toy_kp.pt: the toy world from nothing   ({TOYTIME})
+    python keypoints.py train                          # out/toy_kp.pt: the toy world from nothing   (1.5 min of two cores)
     python keypoints.py evaluate out/toy_kp.pt         # the table, on people and speech never met   (20 s)
     python keypoints.py sample speech.wav              # keypoints.mp4 and keypoints.npy, shipped weights (2 s)
     python keypoints.py extract PACK --mediapipe face_landmarker.task      # of a pack of data.py (11 ms a frame)
