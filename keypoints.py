@@ -5,12 +5,12 @@ sliding window of 40 steps, LSTM, keypoints brought to the audio rate); the shap
 Suwajanakorn et al., "Synthesizing Obama" (SIGGRAPH 2017). Neither system's code or exact sizes are copied: what is not
 marked with a source is ours.
 
-    python keypoints.py train                          # out/toy_kp.pt: the toy world from nothing   (1.5 min of two cores)
-    python keypoints.py evaluate out/toy_kp.pt         # the table, on people and speech never met   (20 s)
-    python keypoints.py sample speech.wav              # keypoints.mp4 and keypoints.npy, shipped weights (2 s)
-    python keypoints.py extract PACK --mediapipe face_landmarker.task      # of a pack of data.py (11 ms a frame)
-    python keypoints.py train --data PACK --out out/kp.pt                  # one's own clips
-    python keypoints.py show out/kp.pt --data PACK                         # what each step made of a clip, side by side
+    python keypoints.py train                    # out/toy_kp.pt: the toy world from nothing    (1.5 min, two cores)
+    python keypoints.py evaluate out/toy_kp.pt   # the table, on people and speech never met    (15 s)
+    python keypoints.py sample speech.wav --weights out/toy_kp.pt      # keypoints.mp4 and keypoints.npy    (3 s)
+    python keypoints.py extract PACK --mediapipe face_landmarker.task  # landmarks of one's own clips    (12 ms a frame)
+    python keypoints.py train --data PACK --out out/kp.pt
+    python keypoints.py show out/kp.pt --data PACK       # what each step made of a clip, side by side
 
 A landmark is one of the 68 of iBUG's annotation. `normalise` takes place, size and in-plane tilt of the head away; the
 mouth's 20 points, centred, become D = 8 principal components: the codes that the networks predict.
