@@ -15,7 +15,7 @@ from audio import InputError, load_audio, mfcc, n_frames
 from data import Pack, load_checkpoint, save_checkpoint
 from keypoints import Humans, Mouth, Talks, Wav2KP, bridge, hear, normalise, predict, smooth
 from syncnet import SyncNet
-from vision import read_video, write_wav
+from vision import Template, read_video, write_wav
 
 SHARED = Path(__file__).parents[2] / "shared"
 REST = dict(toyfaces.REST)
@@ -216,9 +216,11 @@ def test_fan_gets_the_box_that_the_template_implies_and_unsure_readings_are_none
     with pytest.raises(InputError, match="2DFAN4.*missing; put https"), kp.fan_eye("face"):
         pass
     (tmp_path / kp.FAN_FILE).write_bytes(b"weights")
+    loose = Template(mouth=(), eyes=(), side=1.25, shift=(0.02, -0.1))
+    monkeypatch.setitem(kp.TEMPLATES, "face", loose)
     with kp.fan_eye("face") as look:
         assert look(np.zeros((100, 100, 3), np.uint8)).shape == (68, 2)
-        np.testing.assert_allclose(asked[1], (0, -3, 100, 97))  # side 1, its centre .03 above the crop's
+        np.testing.assert_allclose(asked[1], (8.4, 18, 88.4, 98))  # 80 wide; the crop is shifted off its centre
         sure[0] = 0.1
         assert look(np.zeros((100, 100, 3), np.uint8)) is None
     assert asked[0]["compile"] is False and asked[0]["flip_input"] is False and asked[0]["device"] == "cpu"
