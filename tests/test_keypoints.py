@@ -216,7 +216,7 @@ def test_fan_gets_the_box_that_the_template_implies_and_unsure_readings_are_none
     with pytest.raises(InputError, match="2DFAN4.*missing; put https"), kp.fan_eye("face"):
         pass
     (tmp_path / kp.FAN_FILE).write_bytes(b"weights")
-    loose = Template(mouth=(), eyes=(), side=1.25, shift=(0.02, -0.1))
+    loose = Template(mouth=(), eyes=(), lips=(), side=1.25, shift=(0.02, -0.1))
     monkeypatch.setitem(kp.TEMPLATES, "face", loose)
     with kp.fan_eye("face") as look:
         assert look(np.zeros((100, 100, 3), np.uint8)).shape == (68, 2)
