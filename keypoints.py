@@ -884,7 +884,7 @@ def train(args):
     M = len(mouth.points)
     print(f"{model.kind} on {device}: {len(clips)} clips to train on, {len(parts['valid'][1])} to validate, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {args.codes} codes of {M} points miss "
-          f"{unseen_mse(mouth, *parts['valid']):.2f}, the mean mouth {mean_mouth_mse(mouth, *parts['valid']):.2f}")
+          f"{unseen_mse(mouth, *parts['valid']):.3g}, the mean mouth {mean_mouth_mse(mouth, *parts['valid']):.3g}")
 
     data = batches(Talks(talk, clips, mouth, model.kind, args.frames, args.seed), args.batch, start, args.workers)
     rate = 1 if model.kind == "transformer" else STEPS
@@ -953,7 +953,9 @@ def export(args):
         raise InputError(f"{args.weights}: weights alone hold no checkpoints to average")
     top = saved["top"][: args.best]
     state = {name: p.half() for name, p in average([t["state"] for t in top]).items()}
-    keep = {name: saved[name] for name in ("kind", "format", "config", "mouth", "args")}
+    keep = {name: saved[name] for name in ("kind", "format", "config", "mouth")}
+    data = saved["args"].get("data")
+    keep["args"] = dict(data=data and Path(data).name)  # the pack's name; folders of one's own disk stay at home
     save_checkpoint(out, keep | dict(networks=dict(average=state)))
     steps = ", ".join(str(t["step"]) for t in top)
     print(f"{out}: mean of the {len(top)} best, steps {steps}; {out.stat().st_size / 1e6:.1f} MB")
