@@ -7,7 +7,7 @@ marked with a source is ours.
 
     python keypoints.py train                    # out/toy_kp.pt: the toy world from nothing    (1.5 min, two cores)
     python keypoints.py evaluate out/toy_kp.pt   # the table, on people and speech never met    (15 s)
-    python keypoints.py sample speech.wav --weights out/toy_kp.pt      # keypoints.mp4 and keypoints.npy    (3 s)
+    python keypoints.py sample speech.wav        # keypoints.mp4, keypoints.npy by weights/keypoints.pt    (3 s)
     python keypoints.py extract PACK --mediapipe face_landmarker.task  # landmarks of one's own clips    (12 ms a frame)
     python keypoints.py train --data PACK --out out/kp.pt
     python keypoints.py show out/kp.pt --data PACK       # what each step made of a clip, side by side
@@ -1186,7 +1186,7 @@ LIPS = (255, 112, 126)
 FINE = 3  # drawn so many times larger, then reduced
 
 
-def draw_face(face: np.ndarray, size: int, parts=tuple(PARTS), middle=(0.5, 0.36), unit: float = 0.44) -> Image.Image:
+def draw_face(face: np.ndarray, size: int, parts=tuple(PARTS), middle=(0.5, 0.32), unit: float = 0.42) -> Image.Image:
     """Normalised landmarks (68, 2) as lines -> a picture; the origin at `middle` of it, the eye distance `unit` of it"""
     image = Image.new("RGB", (size * FINE, size * FINE), INK)
     pen = ImageDraw.Draw(image)
