@@ -64,6 +64,8 @@ def parse(argv=None):
     p.add_argument("speech", nargs="?", default=HERE / "examples/speech.wav", help="sound, or video with it")
     p.add_argument("--driving", help="video that gives pose, eyes, expression (default: the photo's, idling)")
     p.add_argument("--weights", help="network (default: weights/face.pt, for drawn portraits weights/toy.pt)")
+    p.add_argument("--refine", type=int, help="refinements of the weights for this photo, where a hypernetwork "
+                   "was trained; 0: none (default: as trained)")
     p.add_argument("--out", default="talk.mp4", help="the video to write (default: talk.mp4)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     p.add_argument("--box", metavar="x0,y0,x1,y1", help="where the face is in the photo, in pixels")
@@ -385,6 +387,8 @@ def main(argv=None):
     look = functools.cache(lambda: detect_faces(photo))
     weights = pick_weights(photo, args, look)
     model = load_model(weights, device)
+    if args.refine is not None:
+        model.config.refine = args.refine
     size, template = model.config.size, model.config.template
     T = n_frames(len(wav))
     box, how = photo_box(photo, args, template, look)

@@ -352,6 +352,7 @@ def reduced_rank_regression(x, y, rank, ridge):
     else:
         _, v = torch.linalg.eigh(fitted.t() @ fitted)
     v = v[:, -rank:].flip(1)                                                           # (o, rank): where most of it moves
+    v = torch.nn.functional.pad(v, (0, rank - v.shape[1]))                             # few pictures: the rest is zero
     down = full @ v
     std = (x @ down).std(0).clamp_min(1e-6)
     return (down / std).t().float(), (v * std).float()

@@ -279,6 +279,19 @@ def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
     assert hidden and not hidden & {sets["photos"][n]["identity"] for n in range(300)}
 
 
+def test_few_pictures_of_many_numbers_give_the_same_map_as_the_long_way():
+    """With fewer rows than columns the smaller Gram matrix is solved; beyond their number directions are zero."""
+    torch.manual_seed(0)
+    x, y, ridge = torch.randn(9, 14).double(), torch.randn(9, 11).double(), 0.02
+    full = torch.linalg.solve(x.t() @ x + ridge * 9 * torch.eye(14), x.t() @ y)
+    _, _, v = torch.linalg.svd(x @ full)
+    down, up = train.reduced_rank_regression(x, y, 4, ridge)
+    torch.testing.assert_close((down.t() @ up.t()).double(), full @ v[:4].t() @ v[:4], atol=1e-5, rtol=1e-4)
+    down, up = train.reduced_rank_regression(x, y, 10, ridge)
+    assert down.shape == (10, 14) and up.shape == (11, 10) and down[9].abs().max() == 0
+    torch.testing.assert_close((down.t() @ up.t()).double(), full, atol=1e-5, rtol=1e-4)
+
+
 def test_rates_warm_up_and_decay():
     args = train.parse(["--stage", "3", "--steps", "1000"])
     factors = [train.lr_factor(step, args) for step in range(1000)]
