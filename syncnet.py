@@ -703,7 +703,7 @@ def draw(found: dict, title: str) -> Image.Image:
     curve = [(i - len(found["curve"]) // 2, v) for i, v in enumerate(found["curve"]) if math.isfinite(v)]
     values = [v for _, v in curve]
     low, high = math.floor(min(values + [0])), math.ceil(max(values + [1]))
-    ticks = np.unique(np.linspace(low, high, 6).round())
+    ticks = np.unique(np.linspace(low, high, 6).round()) + 0.0  # no -0
     y = axes(610, 980, low, high, ticks, "offset of the sound, frames; line: mean logit")
     points = [(795 + 175 * d / max(1, len(found["curve"]) // 2), y(v)) for d, v in curve]
     pen.line((610, y(0), 980, y(0)), "#999")
