@@ -69,7 +69,7 @@ def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 (.., H, W, 3) -> float32 (.., 3, H, W) in [-1, 1]"""
     images = torch.as_tensor(images)
     assert images.dtype == torch.uint8 and images.shape[-1] == 3, f"{images.dtype} {tuple(images.shape)}"
-    return images.movedim(-1, -3).float() / 127.5 - 1
+    return images.movedim(-1, -3).float().div_(127.5).sub_(1)  # in place: the loader's time is copying
 
 
 def check_finite(images: torch.Tensor):
@@ -462,7 +462,8 @@ def find_faces(frames: list) -> list[list[tuple]] | None:
     """Frames of one video, uint8 (H, W, 3) -> for each what detect_faces gives, by one or two looks in place of eight.
 
     A single look can be wrong; who follows a face through many frames (data.face_tracks) is not misled by it.
-    The model for far faces looks where the first saw nothing. Each face is looked at once more from near, for points.
+    The model for far faces looks where the first saw nothing. Each face is looked at once more from near, for points; who
+    lies or stands on the head is left out.
     """
     detectors = face_detectors()
     if not detectors:
@@ -473,8 +474,18 @@ def find_faces(frames: list) -> list[list[tuple]] | None:
         views = [frames[i] for i in blank]
         for i, faces in zip(blank, look(detector, views, [around(frame, MARGIN) for frame in views])):
             found[i] = [face for face in faces if face[4] >= MIN_SCORE]
-    found = closer(frames, found)
+    found = [[face for face in faces if upright(face)] for faces in closer(frames, found)]
     return [sorted((tuple(map(float, f)) for f in faces), key=lambda b: (b[0] - b[2]) * (b[3] - b[1])) for faces in found]
+
+
+def upright(face: tuple) -> bool:
+    """Whether a face's points, where it has them, show it less than 40 degrees off upright: blazeface finds lying and
+    standing-on-its-head faces, too, which a crop without rotation cannot bring to the template."""
+    if len(face) < 11:
+        return True
+    eye, other, mouth = np.reshape(face[5:11], (3, 2))
+    across, down = other - eye, mouth - (eye + other) / 2
+    return bool(across[0] > 1.2 * abs(across[1]) and down[1] > 1.2 * abs(down[0]))
 
 
 def closer(frames: list, found: list[list[np.ndarray]]) -> list[list[np.ndarray]]:

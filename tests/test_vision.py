@@ -570,6 +570,15 @@ def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_s
     np.testing.assert_allclose(found, (best[1], best[2], best[1] + best[0], best[2] + best[0]), atol=1e-5)
 
 
+def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
+    points = np.array(vision.TEMPLATES["face"].points) - 0.5
+    for angle, expected in ((0, True), (30, True), (-30, True), (60, False), (-90, False), (180, False)):
+        c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+        turned = points @ np.array([[c, s], [-s, c]])
+        assert vision.upright((0, 0, 9, 9, 0.9, *turned.ravel())) == expected, angle
+    assert vision.upright((0, 0, 9, 9, 0.9))  # a detector without points
+
+
 def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
     asked = []
 
