@@ -11,9 +11,10 @@ FC-TFG (arXiv 2304.03275), section 3.4, names six terms; the GAN terms are Style
 
 The paper prints no weights: those in train.py are ours. Pictures are (N, 3, H, W) in [-1, 1]; every loss is a scalar.
 
-The published judges (VGG19, LPIPS, ArcFace, SyncNet v2, the Wav2Lip expert) are built under the names of their authors'
-files and load them strictly; pictures come in as ours and are brought to each author's size, range and channel order
-inside. Weights are fetched on first use into $TORCH_HOME/hub/checkpoints (default ~/.cache/torch), pinned by SHA256.
+The published judges (VGG19, LPIPS, ArcFace, SyncNet v2, the Wav2Lip expert, FID's Inception) are built under the names
+of their authors' files and load them strictly; pictures come in as ours and are brought to each author's size, range and
+channel order inside. Weights are fetched on first use into $TORCH_HOME/hub/checkpoints (default ~/.cache/torch), pinned
+by SHA256.
 None may be shipped; terms: VGG BSD (ImageNet's terms), LPIPS BSD-2, IR-SE50 trained on non-commercial data, SyncNet
 without a licence (cite it), Wav2Lip research only.
 """
@@ -417,6 +418,104 @@ class Wav2LipExpert(nn.Module):
         return torch.logit(face @ sound.t(), eps=1e-4)  # ours: at most +-9.2, finite where a cosine is 0 or 1
 
 
+class Mixed(nn.Module):
+    """An Inception block: several branches side by side, their channels joined. (N, C, H, W) -> (N, C', H', W').
+
+    branches: lists of layer names, called in turn; a pair of names are two layers on the same input, joined; "avg", "max"
+    keep the size, "half" halves it. layers: name -> (channels in, out, kernel) or (.., stride).
+    """
+
+    POOLS = dict(avg=nn.AvgPool2d(3, 1, 1, count_include_pad=False), max=nn.MaxPool2d(3, 1, 1), half=nn.MaxPool2d(3, 2))
+
+    def __init__(self, branches: list, **layers):
+        super().__init__()
+        self.branches = branches
+        for name, plan in layers.items():
+            setattr(self, name, inception_conv(*plan))
+
+    def step(self, name, x):
+        if isinstance(name, tuple):
+            return torch.cat([self.step(part, x) for part in name], 1)
+        return self.POOLS[name](x) if name in self.POOLS else getattr(self, f"branch{name}")(x)
+
+    def forward(self, x):
+        outs = []
+        for branch in self.branches:
+            y = x
+            for name in branch:
+                y = self.step(name, y)
+            outs.append(y)
+        return torch.cat(outs, 1)
+
+
+def inception_conv(c_in: int, c_out: int, kernel, stride: int = 1, padding: bool = True) -> nn.Sequential:
+    """Convolution, BatchNorm, ReLU under torchvision's names; the size is kept where stride is 1 and padding on"""
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    pad = tuple(k // 2 for k in kernel) if padding and stride == 1 else 0
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(c_in, c_out, kernel, stride, pad, bias=False),
+                                     bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU()))
+
+
+def mixed_a(c_in: int, pool: int) -> Mixed:
+    return Mixed([["1x1"], ["5x5_1", "5x5_2"], ["3x3dbl_1", "3x3dbl_2", "3x3dbl_3"], ["avg", "_pool"]],
+                 branch1x1=(c_in, 64, 1), branch5x5_1=(c_in, 48, 1), branch5x5_2=(48, 64, 5),
+                 branch3x3dbl_1=(c_in, 64, 1), branch3x3dbl_2=(64, 96, 3), branch3x3dbl_3=(96, 96, 3),
+                 branch_pool=(c_in, pool, 1))
+
+
+def mixed_c(c: int) -> Mixed:
+    row, column = (1, 7), (7, 1)
+    double = [f"7x7dbl_{k}" for k in range(1, 6)]
+    return Mixed([["1x1"], ["7x7_1", "7x7_2", "7x7_3"], double, ["avg", "_pool"]], branch1x1=(768, 192, 1),
+                 branch7x7_1=(768, c, 1), branch7x7_2=(c, c, row), branch7x7_3=(c, 192, column),
+                 branch7x7dbl_1=(768, c, 1), branch7x7dbl_2=(c, c, column), branch7x7dbl_3=(c, c, row),
+                 branch7x7dbl_4=(c, c, column), branch7x7dbl_5=(c, 192, row), branch_pool=(768, 192, 1))
+
+
+def mixed_e(c_in: int, pool: str) -> Mixed:
+    row, column = (1, 3), (3, 1)
+    return Mixed([["1x1"], ["3x3_1", ("3x3_2a", "3x3_2b")], ["3x3dbl_1", "3x3dbl_2", ("3x3dbl_3a", "3x3dbl_3b")],
+                  [pool, "_pool"]], branch1x1=(c_in, 320, 1), branch3x3_1=(c_in, 384, 1), branch3x3_2a=(384, 384, row),
+                 branch3x3_2b=(384, 384, column), branch3x3dbl_1=(c_in, 448, 1), branch3x3dbl_2=(448, 384, 3),
+                 branch3x3dbl_3a=(384, 384, row), branch3x3dbl_3b=(384, 384, column), branch_pool=(c_in, 192, 1))
+
+
+class Inception(nn.Module):
+    """FID's eye (Szegedy et al. 2015, as Heusel et al. 2017 use it): pictures (N, 3, H, W) in [-1, 1] -> (N, 2048).
+
+    TensorFlow's network of 2015-12-05 under torchvision's names, as pytorch-fid ports it: average pools do not count
+    their padding, and the last block pools by maximum. Pictures are brought to 299 px bilinearly, without prefilter.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = inception_conv(3, 32, 3, 2)                                   # (N, 32, 149, 149)
+        self.Conv2d_2a_3x3 = inception_conv(32, 32, 3, padding=False)
+        self.Conv2d_2b_3x3 = inception_conv(32, 64, 3)                                     # 147, then pooled to 73
+        self.Conv2d_3b_1x1 = inception_conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = inception_conv(80, 192, 3, padding=False)                     # 71, then pooled to 35
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
+        self.Mixed_6a = Mixed([["3x3"], ["3x3dbl_1", "3x3dbl_2", "3x3dbl_3"], ["half"]],   # (N, 768, 17, 17)
+                              branch3x3=(288, 384, 3, 2), branch3x3dbl_1=(288, 64, 1), branch3x3dbl_2=(64, 96, 3),
+                              branch3x3dbl_3=(96, 96, 3, 2))
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_c, (128, 160, 160, 192))
+        self.Mixed_7a = Mixed([["3x3_1", "3x3_2"], [f"7x7x3_{k}" for k in range(1, 5)], ["half"]],  # (N, 1280, 8, 8)
+                              branch3x3_1=(768, 192, 1), branch3x3_2=(192, 320, 3, 2), branch7x7x3_1=(768, 192, 1),
+                              branch7x7x3_2=(192, 192, (1, 7)), branch7x7x3_3=(192, 192, (7, 1)),
+                              branch7x7x3_4=(192, 192, 3, 2))
+        self.Mixed_7b, self.Mixed_7c = mixed_e(1280, "avg"), mixed_e(2048, "max")          # (N, 2048, 8, 8)
+        self.fc = nn.Linear(2048, 1008)  # in the file, and not asked
+
+    def forward(self, x):
+        check_pictures(x, 1)
+        x = resized(x, 299)
+        x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
+        for name, block in self.named_children():
+            x = block(x) if name.startswith("Mixed") else x
+        return x.mean((2, 3))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # their weights
 
@@ -463,6 +562,12 @@ def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
     return load(Wav2LipExpert(), state, path, device)
 
 
+def inception(device, path: str | Path | None = None) -> Inception:
+    """Frozen. path: your copy of pytorch-fid's file; None fetches it."""
+    path = fetch("inception", path)
+    return load(Inception(), read_weights(path), path, device)
+
+
 def load(judge: nn.Module, state: dict, source, device) -> nn.Module:
     """Weights into a judge, strictly; it is frozen and put on the device. InputError where any key or shape differs."""
     return freeze(load_strictly(judge, state, source)).to(device)
@@ -473,7 +578,7 @@ def load(judge: nn.Module, state: dict, source, device) -> nn.Module:
 
 @dataclass(frozen=True)
 class Published:
-    """A file to fetch: its name in the cache, its hash, its bytes (None: unknown), where it is"""
+    """A file to fetch: its name in the cache, its hash or the beginning of it, its bytes (None: unknown), where it is"""
 
     file: str
     sha256: str
@@ -514,6 +619,12 @@ PUBLISHED = {
         "lipsync_expert.pth", "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5", None,
         ("https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
          "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth")),
+    "fan": Published(  # 100 MB, landmarks, for face-alignment; of this hash and the next the file's name tells the
+        "2DFAN4-11f355bf06.pth.tar", "11f355bf06", None,  # beginning, as is torch.hub's custom
+        ("https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar",)),
+    "inception": Published(  # 96 MB, FID's
+        "pt_inception-2015-12-05-6726825d.pth", "6726825d", None,
+        ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",)),
 }
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte; ours
 ABANDONED = 120  # seconds; ours: a part file this long untouched, four timeouts, belongs to no living download
@@ -566,7 +677,7 @@ def matches(path: Path, pin: Published) -> bool:
     if not path.is_file() or pin.size not in (None, path.stat().st_size):
         return False
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == pin.sha256
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(pin.sha256)
 
 
 def claim_part(target: Path) -> Path:

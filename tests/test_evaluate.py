@@ -2,29 +2,47 @@
 
 import functools
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import skimage.metrics
 import torch
+from scipy.spatial.transform import Rotation
 
 import evaluate
+import losses
 import toyfaces
-from audio import log_mel, mel_windows, run
+from audio import InputError, log_mel, mel_windows, mfcc, run
 from data import save_checkpoint
 from evaluate import (
+    METRICS,
     READ,
+    Moments,
     Probe,
+    Watch,
+    align_face,
     change_matrix,
     control_table,
     correlation,
+    cpbd,
+    eye_opening,
+    five_points,
+    frechet_distance,
+    head_pose,
     l1,
+    landmark_distance,
+    lip_sync_error,
     markdown,
+    measure,
+    mouth_distance,
     probe_row,
     psnr,
     retrieval,
     ssim,
+    ssim_and_ms_ssim,
     talker,
 )
 from toyfaces import FACTORS, TEST, person
@@ -32,6 +50,10 @@ from vision import VideoWriter, read_video, to_tensor, to_uint8
 
 LIPS = [FACTORS.index("open"), FACTORS.index("wide")]
 CPU = torch.device("cpu")
+
+
+NOBODY = dict(device=CPU, every=5, skip={}, sync=None, landmarks=None, lpips=None, arcface=None, syncnet=None,
+              inception=None, follow=False)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,8 +98,234 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     wang = dict(
         gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1, data_range=255
     )
-    assert ssim(a, b) == pytest.approx(skimage.metrics.structural_similarity(a, b, **wang), abs=1e-9)
+    assert ssim(a, b) == pytest.approx(skimage.metrics.structural_similarity(a, b, **wang), abs=1e-6)
     assert ssim(a, a) == pytest.approx(1) and 0 < ssim(a, b) < 0.99
+    dark = a // 20, a // 20 + (np.arange(31) % 2)[:, None].astype(np.uint8)  # little contrast, a small difference
+    assert ssim(*dark) == pytest.approx(skimage.metrics.structural_similarity(*dark, **wang), abs=1e-6)
+
+
+def test_measures_of_a_stack_of_pictures_are_those_of_each():
+    a, b = pictures(2, 2, 5, 19, 17, 3)
+    for metric in (l1, psnr, ssim):
+        apart = [[metric(p, q) for p, q in zip(*rows)] for rows in zip(a, b)]
+        np.testing.assert_allclose(metric(a, b), apart, rtol=1e-6)
+
+
+def ms_ssim_by_loops(a, b):
+    """Wang et al. 2003 for one channel, (H, W), every window on its own, in float64"""
+    a, b = a.astype(float), b.astype(float)
+    g = np.exp(-np.square(np.arange(-5, 6)) / 4.5)
+    g = np.outer(g, g) / g.sum() ** 2
+    result = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        rows, columns = a.shape[0] - 10, a.shape[1] - 10
+        structure, all_terms = np.zeros((rows, columns)), np.zeros((rows, columns))
+        for i in range(rows):
+            x, y = (np.stack([p[i : i + 11, j : j + 11] for j in range(columns)]) for p in (a, b))  # a row of windows
+            mx, my = ((g * w).sum((1, 2)) for w in (x, y))
+            x, y = x - mx[:, None, None], y - my[:, None, None]
+            vx, vy, cov = (g * x * x).sum((1, 2)), (g * y * y).sum((1, 2)), (g * x * y).sum((1, 2))
+            structure[i] = (2 * cov + 58.5225) / (vx + vy + 58.5225)
+            all_terms[i] = structure[i] * (2 * mx * my + 6.5025) / (mx * mx + my * my + 6.5025)
+        result *= (all_terms if scale == 4 else structure).mean() ** weight
+        a, b = (x[: len(x) // 2 * 2, : x.shape[1] // 2 * 2] for x in (a, b))
+        a, b = ((x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4 for x in (a, b))
+    return result
+
+
+def test_ms_ssim_is_that_of_a_loop_over_windows():
+    rng = np.random.default_rng(3)
+    a = rng.integers(0, 256, (23, 25, 1)).repeat(8, 0).repeat(8, 1)[:177, :181].astype(np.uint8).repeat(3, 2)
+    b = np.clip(a * 0.9 + rng.normal(12, 30, (177, 181, 1)), 0, 255).astype(np.uint8)
+    value, multi = ssim_and_ms_ssim(a, b)
+    assert multi == pytest.approx(ms_ssim_by_loops(a[..., 0], b[..., 0]), abs=1e-5)
+    assert 0.3 < multi < 0.99 and value == ssim(a, b)
+    assert ssim_and_ms_ssim(a, a)[1] == pytest.approx(1)
+    assert np.isnan(ssim_and_ms_ssim(a[:175], b[:175])[1])  # no room for the coarsest window
+
+
+def slopes(width, contrast):
+    """Uint8 (70, 140, 3) of upright edges `width` pixels wide, dark to bright and back"""
+    ramp = (1 - np.cos(np.pi * np.arange(width + 1) / width)) / 2
+    wave = np.concatenate([np.zeros(14), ramp, np.ones(14), ramp[::-1]])
+    row = 100 + contrast * np.resize(wave, 140)
+    return np.broadcast_to(row[None, :, None].round(), (70, 140, 3)).astype(np.uint8)
+
+
+def test_cpbd_counts_edges_up_to_three_pixels_as_sharp_and_up_to_five_where_contrast_is_low():
+    assert [cpbd(slopes(w, 150)) for w in (2, 4, 6)] == [1, 0, 0]
+    assert [cpbd(slopes(w, 45)) for w in (2, 4, 6)] == [1, 1, 0]
+
+
+def test_cpbd_falls_with_blur_and_is_not_a_number_where_nothing_is_upright_or_large_enough():
+    from scipy.ndimage import gaussian_filter
+
+    sharp = pictures(4, 16, 24, 3)[0].repeat(8, 0).repeat(8, 1)
+    values = [cpbd(gaussian_filter(sharp, (s, s, 0))) for s in (0, 0.7, 1.2, 3)]
+    assert values[0] > 0.95 and values == sorted(values, reverse=True) and values[-1] < 0.2
+    assert np.isnan(cpbd(slopes(2, 150).swapaxes(0, 1))) and np.isnan(cpbd(np.full((64, 64, 3), 9, np.uint8)))
+    assert np.isnan(cpbd(slopes(2, 150)[:63]))
+
+
+def test_the_width_of_a_slope_runs_from_its_darkest_to_its_brightest_pixel():
+    rng = np.random.default_rng(5)
+    grey = rng.integers(0, 9, (3, 40)).astype(float)
+    gradient = np.gradient(grey, axis=1)
+    widths = evaluate.slope_widths(grey, gradient)
+    for y, x in np.ndindex(grey.shape):
+        sign, left, right = np.sign(gradient[y, x]), x, x
+        while sign and left > 0 and np.sign(grey[y, left] - grey[y, left - 1]) == sign:
+            left -= 1
+        while sign and right < 39 and np.sign(grey[y, right + 1] - grey[y, right]) == sign:
+            right += 1
+        assert widths[y, x] == right - left, (y, x)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# landmarks
+
+
+def test_landmarks_that_move_are_as_far_as_they_moved_and_a_mouth_has_no_place():
+    rng = np.random.default_rng(6)
+    a = rng.normal(60, 30, (4, 68, 2))
+    np.testing.assert_allclose(landmark_distance(a, a + [3, -4]), 5)
+    np.testing.assert_allclose(mouth_distance(a, a + [3, -4]), 0, atol=1e-12)
+    b = a + rng.normal(0, 2, a.shape)
+    far = [np.mean([np.hypot(*(p - q)) for p, q in zip(*faces)]) for faces in zip(a, b)]
+    np.testing.assert_allclose(landmark_distance(a, b), far)
+    wide = a.copy()
+    wide[:, 48:] = 1.5 * (wide[:, 48:] - wide[:, 48:].mean(1, keepdims=True)) + 7
+    spread = np.linalg.norm(a[:, 48:] - a[:, 48:].mean(1, keepdims=True), axis=2).mean(1)
+    np.testing.assert_allclose(mouth_distance(a, wide), 0.5 * spread)
+
+
+def test_the_pose_of_a_turned_average_face_is_its_turn():
+    turns = np.array([(0, 0, 0), (25, 0, 0), (0, -18, 0), (0, 0, 33), (-30, 12, -8)], float)  # yaw, pitch, roll
+    points = np.full((len(turns), 68, 2), 500.0)  # what is not on the skull must not matter
+    for k, (yaw, pitch, roll) in enumerate(turns):
+        turn = Rotation.from_euler("zxy", [-roll, -pitch, yaw], degrees=True)  # first about y, then x, then z
+        seen = turn.apply(evaluate.AVERAGE)[:, :2] * 4.3 + [3, -8]
+        points[k, evaluate.RIGID] = seen * [1, -1] + 90
+    # rows of a rotation: the face's direction is the third column
+    expected = []
+    for yaw, pitch, roll in turns:
+        R = Rotation.from_euler("zxy", [-roll, -pitch, yaw], degrees=True).as_matrix()
+        f = R[:, 2]
+        angles = np.arctan2(f[0], f[2]), np.arctan2(f[1], np.hypot(f[0], f[2])), -np.arctan2(R[1, 0], R[0, 0])
+        expected.append(np.degrees(angles))
+    np.testing.assert_allclose(head_pose(points), expected, atol=1e-6)
+    np.testing.assert_allclose(head_pose(points)[:4], turns[:4], atol=1e-6)  # one angle at a time: that angle
+
+
+def test_an_eye_twice_as_open_has_twice_the_ratio():
+    points = np.zeros((3, 68, 2))
+    for k, height in enumerate((0, 3, 6)):
+        for begin in (36, 42):
+            points[k, begin : begin + 6] = [(0, 0), (7, height), (13, height), (20, 0), (13, -height), (7, -height)]
+    np.testing.assert_allclose(eye_opening(points), [0, 0.3, 0.6])
+
+
+@pytest.mark.parametrize("scale", [0.8, 4.6])
+def test_an_aligned_face_has_its_points_where_arcface_wants_them(scale):
+    y, x = np.mgrid[:700, :800]
+    where = np.stack([x * 0.3, y * 0.3, 0 * x], 2).astype(np.uint8)  # the colour says the place
+    turn = scale * np.exp(0.2j) * (evaluate.ARCFACE_POINTS @ [1, 1j]) + 90 + 70j
+    five = np.stack([turn.real, turn.imag], 1)
+    crop = align_face(where, five)
+    assert crop.shape == (112, 112, 3)
+    for (cx, cy), (px, py) in zip(evaluate.ARCFACE_POINTS, five):
+        np.testing.assert_allclose(crop[int(cy), int(cx), :2], [px * 0.3, py * 0.3], atol=0.3 * scale + 1.5)
+    points = np.zeros((68, 2))
+    points[36:42], points[42:48], points[[30, 48, 54]] = five[0], five[1], five[2:]
+    np.testing.assert_allclose(five_points(points), five)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# lips and sound, sets of pictures
+
+
+@pytest.mark.parametrize("late", [-6, 0, 4])
+@pytest.mark.parametrize("pad", [True, False])
+def test_sound_that_is_late_by_k_has_offset_k(late, pad):
+    torch.manual_seed(0)
+    face = torch.randn(60, 7)
+    least, sure, found = lip_sync_error(face, face.roll(late, 0) + 0.1 * torch.randn(60, 7), pad=pad)
+    assert found == late and least < 1 and sure > 2
+
+
+def test_lip_sync_error_is_that_of_a_loop_with_zeros_beyond_the_ends():
+    torch.manual_seed(1)
+    face, sound, reach = torch.randn(9, 5), torch.randn(9, 5), 4
+    means, inside = [], []
+    for d in range(-reach, reach + 1):
+        far = [[float((face[k] - (sound[k + d] if 0 <= k + d < 9 else 0)).norm()), 0 <= k + d < 9] for k in range(9)]
+        means.append(np.mean([x for x, _ in far]))
+        inside.append(np.mean([x for x, there in far if there]))
+    expected = min(means), np.median(means) - min(means), np.argmin(means) - reach
+    assert lip_sync_error(face, sound, reach) == pytest.approx(expected, abs=1e-4)
+    expected = min(inside), np.median(inside) - min(inside), np.argmin(inside) - reach
+    assert lip_sync_error(face, sound, reach, pad=False) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError):
+        lip_sync_error(face[:0], sound[:0])
+
+
+def test_published_lse_is_that_of_a_loop_over_windows_of_five_frames(monkeypatch):
+    torch.manual_seed(2)
+    net = losses.freeze(losses.SyncNetV2())
+    box = (30.0, 20.0, 60.0, 44.0)
+    monkeypatch.setattr(evaluate, "detect_faces", lambda picture, margins: [(*box, 0.9)])
+    frames = pictures(7, 8, 70, 90, 3)[0]
+    wav = np.random.default_rng(8).uniform(-0.4, 0.4, 640 * 7 + 300).astype(np.float32)  # 7 frames of sound
+    watch = Watch(SimpleNamespace(**(NOBODY | dict(syncnet=net, follow=True))))
+    watch.add(frames[:6])
+    watch.add(frames[6:])
+    values, why = watch.alone(wav)
+    x, y, s = 45, 32, 15  # SyncNet's script: from x - 1.4 s, y - s, a square of 2.8 s
+    crop = [evaluate.crop_face(f, (x - 1.4 * s, y - s, x + 1.4 * s, y + 1.8 * s), 224) for f in frames]
+    steps, face, sound = mfcc(wav), [], []
+    for k in range(7 - 5):
+        bgr = torch.from_numpy(np.stack(crop[k : k + 5])[..., ::-1].copy()).float().permute(3, 0, 1, 2)[None]
+        with torch.no_grad():
+            face.append(net.netfclip(net.netcnnlip(bgr).flatten(1))[0])
+            heard = torch.from_numpy(steps[None, None, :, 4 * k : 4 * k + 20]).float()
+            sound.append(net.netfcaud(net.netcnnaud(heard).flatten(1))[0])
+    means = []
+    for d in range(-15, 16):
+        pairs = [(face[k], sound[k + d] if 0 <= k + d < len(sound) else torch.zeros(1024)) for k in range(len(face))]
+        means.append(float(np.mean([float((f - s).norm()) for f, s in pairs])))
+    assert values["LSE-D"] == pytest.approx(min(means), rel=1e-3)
+    assert values["LSE-C"] == pytest.approx(np.median(means) - min(means), abs=2e-3 * max(means)) and "LSE" not in why
+
+
+def gaussian_moments(seed, n, mean, scale):
+    moments = Moments()
+    x = np.random.default_rng(seed).normal(size=(n, len(mean))) @ scale + mean
+    for part in np.array_split(x, 3):
+        moments.add(torch.from_numpy(part))
+    return moments, x
+
+
+def test_moments_in_batches_are_those_of_numpy_and_add_up():
+    moments, x = gaussian_moments(0, 50, np.arange(4.0), np.diag([1, 2, 3, 4.0]))
+    other, y = gaussian_moments(1, 30, np.ones(4), np.eye(4))
+    moments.merge(other)
+    both = np.concatenate([x, y])
+    np.testing.assert_allclose(moments.mean(), both.mean(0))
+    np.testing.assert_allclose(moments.covariance(), np.cov(both.T), atol=1e-12)
+
+
+def test_frechet_distance_is_0_of_equal_sets_and_the_closed_form_of_two_gaussians():
+    rng = np.random.default_rng(2)
+    a, x = gaussian_moments(3, 90, rng.normal(size=5), rng.normal(size=(5, 5)))
+    b, y = gaussian_moments(4, 70, rng.normal(size=5), rng.normal(size=(5, 5)))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    closed = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(closed, rel=1e-6) and closed > 0.1
+    few, x = gaussian_moments(5, 4, np.zeros(9), np.eye(9))  # fewer pictures than features
+    moved = Moments()
+    moved.add(torch.from_numpy(x + 2))
+    assert frechet_distance(few, moved) == pytest.approx(9 * 4, rel=1e-6)
 
 
 def test_retrieval_counts_the_queries_that_find_their_own_row():
@@ -351,8 +599,8 @@ def cells(line):
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
-def film(path, frames):
-    with VideoWriter(path, *frames.shape[1:3]) as video:
+def film(path, frames, wav=None):
+    with VideoWriter(path, *frames.shape[1:3], wav) as video:
         for frame in frames:
             video.write(frame)
     return str(path)
@@ -360,7 +608,7 @@ def film(path, frames):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A clip of 7 frames of 24x32 pixels, the same a little brighter, and one of another size"""
+    """A clip of 7 frames of 24x32 pixels, the same a little brighter, and one of another shape"""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     frames = rng.integers(40, 190, (7, 4, 3, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)  # (T, 32, 24, 3)
@@ -371,34 +619,29 @@ def clips(tmp_path_factory):
     )
 
 
-def printed(capsys):
-    """The last table printed -> {column: cell} of its only row"""
-    lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
-    ]
-    return dict(zip(lines[0], lines[-1]))
+def printed(text):
+    """The table printed -> {metric: cell} of the row of the real clips and of that of the others"""
+    head, _, *rows = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip([name.split(",")[0].rstrip(" ↑↓") for name in head], row)) for row in rows]
 
 
 def test_two_clips_are_compared_frame_by_frame(clips, capsys):
     real, fake, _ = clips
     evaluate.main([real, fake])
-    row = printed(capsys)
+    out = capsys.readouterr().out
+    itself, row = printed(out)
     pairs = list(zip(read_video(real), read_video(fake)))
-    assert float(row["frames"]) == len(pairs) == 7 and row[""] == "fake.mp4"
+    assert "1 pairs, 7 frames" in out and len(pairs) == 7 and row[""] == "fake.mp4"
     wang = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1)
-    assert float(row["SSIM"]) == pytest.approx(
-        np.mean([skimage.metrics.structural_similarity(a, b, **wang) for a, b in pairs]), abs=0.006
-    )
-    assert float(row["PSNR"]) == pytest.approx(
-        np.mean([skimage.metrics.peak_signal_noise_ratio(a, b) for a, b in pairs]), abs=0.006
-    )
+    similar = [skimage.metrics.structural_similarity(a, b, **wang) for a, b in pairs]
+    assert float(row["SSIM"]) == pytest.approx(np.mean(similar), abs=0.0006)
+    noise = [skimage.metrics.peak_signal_noise_ratio(a, b) for a, b in pairs]
+    assert float(row["PSNR"]) == pytest.approx(np.mean(noise), abs=0.006)
     assert float(row["L1"]) == pytest.approx(20 / 255, abs=0.015)  # the codec rounds
-
-
-def test_a_clip_is_equal_to_itself(clips, capsys):
-    evaluate.main([clips[0], clips[0]])
-    row = printed(capsys)
-    assert float(row["L1"]) == 0 and float(row["SSIM"]) == 1 and row["PSNR"] == "inf"
+    assert (itself["SSIM"], itself["PSNR"], itself["L1"]) == ("1.000", "inf", "0.0000")
+    assert "MS-SSIM" not in row and "CPBD" not in row  # too small for them, and so it is said
+    assert "fake.mp4: MS-SSIM: 24x32 px are too few" in out and "CPBD: no edge" in out
+    assert "left out: FID" in out or "FID" in row
 
 
 def refused(capsys, *argv):
@@ -410,23 +653,31 @@ def refused(capsys, *argv):
 
 
 def test_what_the_user_got_wrong_is_one_line_and_status_two(clips, tmp_path, capsys, monkeypatch):
-    real, _, wide = clips
+    real, fake, wide = clips
     text = tmp_path / "notes.txt"
     text.write_text("no clip, no weights")
-    tiny = film(tmp_path / "tiny.mp4", np.zeros((2, 8, 8, 3), np.uint8))
     assert "two clips" in refused(capsys)
     assert "two clips" in refused(capsys, real)
     assert "nowhere.mp4" in refused(capsys, real, tmp_path / "nowhere.mp4")
     assert "notes.txt" in refused(capsys, text, real)
     error = refused(capsys, real, wide)
     assert "wide.mp4" in error and "32x24" in error and "24x32" in error
-    assert "8x8" in refused(capsys, tiny, tiny)  # no room for the window of SSIM
+    assert "--every 0" in refused(capsys, real, fake, "--every", 0)
+    assert "--skip SIM" in refused(capsys, real, fake, "--skip", "SIM")
+    assert "--path vgg" in refused(capsys, real, fake, "--path", "vgg=a.pth")
+    assert "nowhere.pth" in refused(capsys, real, fake, "--path", f"inception={tmp_path}/nowhere.pth")
+    assert "notes.txt" in refused(capsys, real, fake, "--path", f"inception={text}")  # named, so not left out
+    assert "notes.txt" in refused(capsys, real, fake, "--expert", text)
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    assert "pip install mediapipe" in refused(capsys, real, fake, "--landmarker", text)
+    (tmp_path / "empty").mkdir()
+    assert "no clip here" in refused(capsys, tmp_path / "empty", tmp_path / "empty")
+    assert "directory" in refused(capsys, tmp_path / "empty", real)
     cache = ("--cache", tmp_path / "cache")
     assert "nowhere.pt" in refused(capsys, "--toy", tmp_path / "nowhere.pt", *cache)
     assert "notes.txt" in refused(capsys, "--toy", text, *cache)
-    assert "--people 5" in refused(
-        capsys, "--toy", text, "--people", 5, *cache
-    )  # A, B, C and the strangers must differ
+    # A, B, C and the strangers must differ
+    assert "--people 5" in refused(capsys, "--toy", text, "--people", 5, *cache)
     assert "nonsense" in refused(capsys, "--toy", text, "--device", "nonsense", *cache)
     assert "nowhere" in refused(capsys, "--toy", text, "--json", tmp_path / "nowhere" / "a.json", *cache)
     model = SimpleNamespace(config=SimpleNamespace(size=32, template="face"))
@@ -434,3 +685,191 @@ def test_what_the_user_got_wrong_is_one_line_and_status_two(clips, tmp_path, cap
     assert "real faces" in refused(capsys, "--toy", "some.pt", *cache)
     model.config.template = "toy"
     assert "notes.txt" in refused(capsys, "--toy", "some.pt", "--cache", text / "cache")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pairs of clips, with judges whose answers are known
+
+
+def bright(crops):
+    """An expert's eye: is the middle frame of five bright?"""
+    return torch.stack([torch.where(crops[:, 2].mean((1, 2, 3)) > 0, 1.0, -1.0), torch.ones(len(crops))], 1)
+
+
+def loud(windows):
+    """Its ear: is the middle of the sound loud?"""
+    level = windows[:, 0, :, 7:9].amax((1, 2))
+    return torch.stack([torch.where(level > (level.min() + level.max()) / 2, 1.0, -1.0), torch.ones(len(windows))], 1)
+
+
+def all_judges(**others):
+    def landmarks(picture, box):  # they hang on the colours
+        base = np.random.default_rng(0).uniform(20, 70, (68, 2))
+        return base * (1 + picture.mean() / 255)
+
+    landmarks.name = "colours"
+    return SimpleNamespace(**(NOBODY | dict(
+        sync=SimpleNamespace(template="toy", size=16, face=bright, sound=loud), landmarks=landmarks,
+        lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)), inception=lambda x: x.mean((2, 3)),
+        arcface=SimpleNamespace(embed=lambda x: torch.nn.functional.normalize(x.mean((2, 3)) + 2, dim=1))) | others))
+
+
+LIT = np.random.default_rng(9).integers(0, 2, 30).repeat(3)  # which frames are bright, and loud
+
+
+def talking(late=0, n=90, size=72):
+    """Frames (n, size, size, 3) that are bright, and sound (n,) that is loud `late` frames after, where LIT says so"""
+    texture = np.random.default_rng(10).integers(0, 40, (n, 9, 9, 3)).repeat(size // 9, 1).repeat(size // 9, 2)
+    frames = (60 + 110 * LIT[:n, None, None, None] + texture).astype(np.uint8)
+    tone = np.sin(np.arange(640 * n) * 2 * np.pi * 900 / 16000)
+    return frames, (tone * np.roll(np.where(LIT, 0.5, 0.003), late)[:n].repeat(640)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talks")
+    return folder, film(folder / "real.mp4", *talking()), film(folder / "late.mp4", *talking(late=4))
+
+
+def test_a_clip_against_itself_has_the_values_that_the_table_says(talks):
+    _, real, _ = talks
+    pair = measure(real, real, all_judges())
+    expected = {name: m.itself for name, m in METRICS.items() if m.itself is not None}
+    for name in expected.keys() - {"FID", "MS-SSIM"}:  # one is of sets, one of larger pictures
+        assert pair["fake"][name] == pytest.approx(expected[name], abs=1e-5), name
+    assert frechet_distance(*(w.moments for w in pair["watches"])) == pytest.approx(0, abs=1e-9)
+    assert pair["real"].items() <= pair["fake"].items() and {"CPBD", "Sync-D"} <= pair["real"].keys()
+
+
+def test_the_offset_of_a_clip_whose_sound_is_four_frames_late_is_four(talks):
+    _, real, late = talks
+    pair = measure(real, late, all_judges())
+    assert pair["real"]["Sync offset"] == 0 and pair["fake"]["Sync offset"] == 4
+    assert pair["fake"]["Sync-D"] < 0.3 and pair["fake"]["Sync-C"] > 0.3
+
+
+def test_a_reencoded_clip_stays_near_itself(talks, tmp_path):
+    _, real, _ = talks
+    again = film(tmp_path / "again.mp4", np.stack(list(read_video(real))), talking()[1])
+    fake = measure(real, again, all_judges())["fake"]
+    assert fake["SSIM"] > 0.97 and fake["PSNR"] > 35 and fake["L1"] < 0.01 and fake["CSIM"] > 0.999
+    assert fake["LMD"] < 0.3 and fake["Sync offset"] == 0
+
+
+def test_chunks_do_not_show_in_the_numbers(talks, monkeypatch):
+    _, real, late = talks
+    whole = measure(real, late, all_judges())
+    monkeypatch.setattr(evaluate, "CHUNK", 13)
+    parts = measure(real, late, all_judges())
+    assert parts["fake"] == pytest.approx(whole["fake"], rel=1e-6) and parts["frames"] == whole["frames"] == 90
+
+
+def test_a_face_is_followed_on_a_line_between_looks_and_a_clip_without_one_says_so(monkeypatch):
+    looks = iter([None, [(10, 10, 30, 30, 0.9)], [(20, 10, 40, 30, 0.9)], None])
+    monkeypatch.setattr(evaluate, "detect_faces", lambda picture, margins: next(looks))
+    watch = Watch(SimpleNamespace(**(NOBODY | dict(follow=True))))
+    frames = np.zeros((5, 60, 80, 3), np.uint8)
+    watch.shape = (60, 80)
+    assert {tuple(b[:4]) for b in watch.follow(frames)} == {(10, 10, 30, 30)}  # nothing at first: the first one found
+    np.testing.assert_allclose(watch.follow(frames)[:, 0], [12, 14, 16, 18, 20])
+    assert watch.faceless() is None
+    np.testing.assert_allclose(watch.follow(frames)[:, 0], 20)  # lost: stays
+    monkeypatch.setattr(evaluate, "detect_faces", lambda picture, margins: [])
+    for _ in range(2):
+        watch.follow(frames)
+    assert watch.faceless() == "a face in 2 of 6 frames looked at"
+    face = SimpleNamespace(template="face", size=16, face=bright, sound=loud)
+    watch = Watch(all_judges(sync=face, follow=True, landmarks=lambda picture, box: None))
+    watch.add(frames)
+    assert "a face in 0 of 2" in watch.alone(np.zeros(3200, np.float32))[1]["Sync"]
+    assert evaluate.between(watch, watch)[1].keys() == {"landmarks", "CSIM"}
+
+
+def test_what_is_odd_about_a_pair_is_said_and_the_rest_of_the_table_comes(talks, tmp_path, capsys, monkeypatch):
+    real, fake = tmp_path / "real", tmp_path / "fake"
+    (real / "who").mkdir(parents=True)
+    (fake / "who").mkdir(parents=True)
+    frames, wav = talking()
+    names = "long", "who/mute", "tiny", "small", "broken", "cut", "wide", "alone"
+    for name in names:
+        (real / f"{name}.mp4").symlink_to(talks[1])
+    film(fake / "long.mp4", frames[:60], wav[: 60 * 640])
+    film(fake / "who" / "mute.mp4", frames)
+    film(fake / "tiny.mov", frames[:3], wav[:1920])
+    film(fake / "small.mp4", frames[:, ::2, ::2], wav)
+    (fake / "broken.mp4").write_bytes(b"no clip")
+    (fake / "cut.mp4").write_bytes(open(talks[1], "rb").read()[:20000])
+    film(fake / "wide.mp4", frames[:, :40], wav)
+    stand_ins = all_judges(inception=None), {"FID": "no eye"}
+    monkeypatch.setattr(evaluate, "judges_at_hand", lambda args, device: stand_ins)
+    evaluate.main([str(real), str(fake), "--json", str(tmp_path / "n.json"), "--trained-with", "wav2lip"])
+    out = capsys.readouterr().out
+    assert "long: 60 frames, the real clip has 90: 60 compared" in out
+    assert "who/mute: Sync: has no sound" in out and "4 pairs: MS-SSIM: 72x72 px are too few" in out
+    assert "tiny: Sync: too short: 3 frames" in out and "small: resized from 36x36 to 72x72" in out
+    for name, reason in dict(broken="is not a", cut="cut", wide="frames are 72x40").items():
+        line = next(line for line in out.splitlines() if line.startswith(f"{name}: left out: "))
+        assert f"{name}.mp4: " in line and reason in line
+    assert f"without a partner: {real / 'alone.mp4'}" in out and "left out: FID: no eye" in out
+    assert "4 pairs, 243 frames" in out
+    itself, row = printed(out)
+    assert row[""] == "fake" and float(row["SSIM"]) > 0.8 and "FID" not in row and float(itself["CPBD"]) >= 0
+    report = json.loads((tmp_path / "n.json").read_text())
+    assert report["rows"]["fake"]["SSIM"] == pytest.approx(float(row["SSIM"]), abs=6e-4)
+    assert report["rows"]["real, against itself"]["PSNR"] == "inf" and report["columns"]["PSNR"]["unit"] == "dB"
+    assert [p["name"] for p in report["pairs"]] == sorted(n for n in names if n != "alone")
+    assert report["left_out"] == {"FID": "no eye"} and report["versions"]["torch"] == torch.__version__
+    alike = [p["fake"]["SSIM"] for p in report["pairs"] if "fake" in p]
+    assert report["rows"]["fake"]["SSIM"] == pytest.approx(np.mean(alike))
+
+
+def test_the_expert_that_trained_must_not_score_in_silence(tmp_path):
+    expert = tmp_path / "sync.pt"
+    expert.write_bytes(b"weights")
+    args = SimpleNamespace(expert=str(expert), trained_with=str(expert))
+    lines = evaluate.said(args, all_judges(landmarks=None), {}, [], [], 0)
+    assert any("THE ONE THAT SCORES" in line for line in lines)
+    args.trained_with = "wav2lip"
+    assert not any("THE ONE" in line for line in evaluate.said(args, all_judges(landmarks=None), {}, [], [], 0))
+
+
+def test_judges_without_weights_are_left_out_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(evaluate, "EXPERT", tmp_path / "sync.pt")
+    args = evaluate.parse(["a.mp4", "b.mp4", "--skip", "CPBD, L1"])
+    found, missing = evaluate.judges_at_hand(args, CPU)
+    assert not any((found.sync, found.landmarks, found.lpips, found.arcface, found.syncnet, found.inception))
+    assert missing.keys() == METRICS.keys() - {"SSIM", "MS-SSIM", "PSNR"}
+    assert "vgg16" in missing["LPIPS"] and "2DFAN4" in missing["LMD"] and "sync.pt" in missing["Sync-D"]
+    assert "inception" in missing["FID"] and "syncnet_v2" in missing["LSE-D"] and missing["CPBD"] == "--skip"
+
+
+def test_fan_gets_the_detectors_box_on_one_thread_without_a_second_look(monkeypatch):
+    import face_alignment
+
+    seen = {}
+
+    class Stub:
+        def __init__(self, kind, **options):
+            seen.update(options)
+
+        def get_landmarks_from_image(self, picture, detected_faces):
+            seen["box"] = detected_faces
+            return [np.full((68, 2), 7.0)]
+
+    monkeypatch.setattr(face_alignment, "FaceAlignment", Stub)
+    monkeypatch.setattr(losses, "fetch", lambda name: seen.update(fetched=name))
+    points = evaluate.by_fan(CPU, None)(np.zeros((9, 8, 3), np.uint8), np.array([1, 2, 5, 6, 0.9]))
+    assert points.shape == (68, 2) and seen["fetched"] == "fan" and seen["device"] == "cpu"
+    assert not seen["flip_input"] and not seen["compile"] and list(seen["box"][0][:4]) == [1, 2, 5, 6]
+
+
+def test_pairs_are_of_the_same_name_and_two_of_one_name_are_refused(tmp_path):
+    for name in ("a/x.mp4", "b/x.mpg", "b/.x.mp4", "b/y.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"clip")
+    pairs, alone = evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
+    assert [p[0] for p in pairs] == ["x"] and pairs[0][2].name == "x.mpg" and alone == []
+    (tmp_path / "b" / "x.avi").write_bytes(b"clip")
+    with pytest.raises(InputError, match="same name"):
+        evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
