@@ -56,6 +56,12 @@ NOBODY = dict(device=CPU, every=5, skip={}, sync=None, landmarks=None, lpips=Non
               inception=None, follow=False)  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_expert(monkeypatch, tmp_path):
+    """The shipped expert wants a face detector, which may have to be fetched: no test needs a network"""
+    monkeypatch.setattr(evaluate, "EXPERT", tmp_path / "no_sync.pt")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # pure functions
 
