@@ -54,7 +54,7 @@ class EqualLinear(nn.Module):
 class EqualConv2d(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel).to(memory_format=torch.channels_last))
         self.scale, self.stride, self.padding = 1 / math.sqrt(c_in * kernel ** 2), stride, padding
 
     def forward(self, x, bias=None, gain: float = 1.0):  # (N, I, H, W) -> gain * (conv(x) + bias), (N, O, H', W')
@@ -134,7 +134,10 @@ class ModulatedConv2d(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, dim: int, up: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, 3, 3))
+        # in memory as the convolution reads it: (O, 3, 3, I), and (I, 3, 3, O) where it is a transposed one
+        order = (3, 0, 1, 2) if up else (0, 3, 1, 2)
+        weight = torch.randn(c_in, 3, 3, c_out) if up else torch.randn(c_out, 3, 3, c_in)
+        self.weight = nn.Parameter(weight.permute(order)[None])                 # (1, O, I, 3, 3)
         self.modulation = EqualLinear(dim, c_in, bias_init=1)
         self.scale, self.up = 1 / math.sqrt(9 * c_in), up
         if up:
@@ -155,7 +158,9 @@ class ModulatedConv2d(nn.Module):
             s = self.modulation(style.to(self.weight.dtype))                    # (N, I)
             weight = self.weight[0]                                             # (O, I, 3, 3)
             if delta is None:
-                variance = s.square() @ weight.square().sum((2, 3)).t()         # (N, O)
+                w = weight.transpose(0, 1) if self.up else weight               # summed in the order of the memory
+                power = w.square().sum((2, 3))                                  # (I, O) or (O, I)
+                variance = s.square() @ (power if self.up else power.t())       # (N, O)
             else:
                 weight = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, 3, 3)
                 per_clip = s.square().unflatten(0, (len(delta), -1))            # (B, T, I)
@@ -194,13 +199,13 @@ class NoiseInjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))  # one strength a layer
 
-    def forward(self, x, noise="random", gain: float = 1.0):
-        """x (N, C, H, W), overwritten; noise (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
+    def forward(self, x, noise="random"):
+        """What to add to x (N, H, W, C); noise is (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
         if isinstance(noise, str) and noise == "off":
-            return x
+            return 0.0
         if isinstance(noise, str):
-            noise = torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device, dtype=x.dtype)
-        return x.add_((self.weight * gain * noise).to(x.dtype))
+            noise = torch.randn(x.shape[0], 1, *x.shape[1:3], device=x.device, dtype=x.dtype)
+        return self.weight * noise.movedim(1, 3)                                # (1 or N, H, W, 1)
 
 
 class StyledConv(nn.Module):
@@ -212,10 +217,11 @@ class StyledConv(nn.Module):
 
     def forward(self, x, style, noise="random", delta=None):
         y, demodulation = self.conv.unscaled(x, style, delta)
-        gain = self.activate.gain
-        factor, bias = (demodulation * gain).to(y.dtype), (self.activate.bias * gain).to(y.dtype)
-        y = torch.addcmul(bias[:, None, None], y, factor[:, :, None, None])     # demodulation and bias in one pass
-        return self.activate(self.noise(y, noise, gain))
+        y, gain = y.permute(0, 2, 3, 1), self.activate.gain                     # (N, H, W, C), as it lies in memory
+        factor = demodulation[:, None, None] * gain                             # (N, 1, 1, C)
+        offset = self.noise(y, noise) * gain + self.activate.bias * gain        # (C,) or (1 or N, H, W, C)
+        y = torch.addcmul(offset.to(y.dtype), y, factor.to(y.dtype))            # all of it in one pass
+        return self.activate(y).permute(0, 3, 1, 2)
 
 
 class ToRGB(nn.Module):

@@ -1,0 +1,321 @@
+"""How fast: every line is a ratio to a plain baseline that is timed in the same run, in turns, and the median is shown.
+
+    python tests/bench.py                    # all of it: about four minutes on two idle CPU cores
+    python tests/bench.py forward1 mel       # some of: forward1 forward8 training r1 mel gpu
+
+Baselines are the public forms of StyleGAN2 in PyTorch, written out below and checked to give the same pictures:
+grouped      weights scaled for each picture, the batch as groups of one convolution (the public default)
+loop         weights scaled for each picture, one convolution after the other
+activations  activations scaled, weights shared (the public form without fused modulation)
+All three are in NCHW with the public resampling: transposed convolution, zeros and padding written out, 4x4 filter.
+A ratio above 1 says how many times as fast as the baseline ours is. Run it on an idle machine: on a busy one all of it is
+noise. Under pytest nothing is timed.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from audio import log_mel  # noqa: E402
+from fusion import keep_memory  # noqa: E402
+from losses import discriminator_loss, generator_loss, path_length_penalty, r1_penalty  # noqa: E402
+from stylegan2 import Blur, Discriminator, Generator, channels_at  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the public forms, on the weights of our Generator
+
+def resample(x, kernel, up=1, pad=(0, 0)):
+    """Zeros between pixels, padding, filter: each channel as a picture of its own."""
+    N, C, H, W = x.shape
+    x = F.pad(x.reshape(N * C, 1, H, 1, W, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(N * C, 1, H * up, W * up)
+    y = F.conv2d(F.pad(x, (*pad, *pad)), kernel.to(x.dtype)[None, None])
+    return y.view(N, C, *y.shape[2:])
+
+
+def public_conv(layer, x, style, form, demodulate, up):
+    """Modulated convolution in one of the public forms: x (N, I, H, W), style (N, D) -> (N, O, H', W')"""
+    N, I, H, W = x.shape
+    s, weight = layer.modulation(style), layer.weight * layer.scale                   # (N, I), (1, O, I, k, k)
+    O, k = weight.shape[1], weight.shape[-1]
+    if form == "activations":
+        w = weight[0]
+        x = x * s[:, :, None, None]
+        y = F.conv_transpose2d(x, w.transpose(0, 1), stride=2) if up else F.conv2d(x, w, padding=k // 2)
+        if demodulate:
+            power = (weight * s[:, None, :, None, None]).square().sum((2, 3, 4))      # (N, O)
+            y = y * torch.rsqrt(power + 1e-8)[:, :, None, None]
+    else:
+        w = weight * s[:, None, :, None, None]                                        # (N, O, I, k, k)
+        if demodulate:
+            w = w * torch.rsqrt(w.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+        if form == "loop":
+            pairs = zip(x.split(1), w)
+            y = torch.cat([F.conv_transpose2d(a, b.transpose(0, 1), stride=2) if up else F.conv2d(a, b, padding=k // 2)
+                           for a, b in pairs])
+        elif up:
+            w = w.transpose(1, 2).reshape(N * I, O, k, k)
+            y = F.conv_transpose2d(x.reshape(1, N * I, H, W), w, stride=2, groups=N)
+        else:
+            y = F.conv2d(x.reshape(1, N * I, H, W), w.view(N * O, I, k, k), padding=k // 2, groups=N)
+        y = y.view(N, O, *y.shape[2:])
+    return resample(y, layer.blur.kernel, pad=(1, 1)) if up else y
+
+
+def public_generator(G, w_plus, form):
+    """Pictures of G, fixed noise maps, all in NCHW."""
+    noise = iter(G.noises.buffers())
+
+    def styled(layer, x, style):
+        y = public_conv(layer.conv, x, style, form, True, layer.conv.up)
+        y = y + layer.noise.weight * next(noise)
+        return F.leaky_relu(y + layer.activate.bias[:, None, None], 0.2) * math.sqrt(2)
+
+    def to_rgb(layer, x, style, skip):
+        y = public_conv(layer.conv, x, style, form, False, False) + layer.bias
+        return y if skip is None else y + resample(skip, layer.upsample.kernel, up=2, pad=(2, 1))
+
+    x = styled(G.conv1, G.input.input.repeat(len(w_plus), 1, 1, 1), w_plus[:, 0])
+    rgb = to_rgb(G.to_rgb1, x, w_plus[:, 1], None)
+    for i, layer in enumerate(G.to_rgbs):
+        x = styled(G.convs[2 * i], x, w_plus[:, 2 * i + 1])
+        x = styled(G.convs[2 * i + 1], x, w_plus[:, 2 * i + 2])
+        rgb = to_rgb(layer, x, w_plus[:, 2 * i + 3], rgb)
+    return rgb
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timing
+
+def timed(call, device="cpu") -> float:
+    """Seconds of one call"""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(calls: dict, rounds: int, device="cpu") -> dict:
+    """Seconds of every call, (rounds,) each, taken in turns after one round of warming up."""
+    seconds = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            took = timed(call, device)
+            if turn:
+                seconds[name].append(took)
+    return seconds
+
+
+def show(title, seconds, work=None):
+    """One line: ours in seconds, how many times as fast as each baseline; where work is (its GFLOP, those of the plain
+    convolution): the rates of both."""
+    ours = seconds["ours"]
+    parts = [f"{title}: ours {statistics.median(ours):.3g} s"]
+    for name, took in seconds.items():
+        if name not in ("ours", "plain convolution"):
+            parts.append(f"{statistics.median(b / a for a, b in zip(ours, took)):.2f} x {name}")
+    if work:
+        rate = statistics.median(work[0] / a for a in ours)
+        parts.append(f"{rate:.0f} GFLOP/s")
+        share = statistics.median(work[0] / a / (work[1] / b) for a, b in zip(ours, seconds["plain convolution"]))
+        plain = statistics.median(work[1] / b for b in seconds["plain convolution"])
+        parts[-1] += f", {share:.2f} of a plain convolution's {plain:.0f}"
+    print("  ".join(parts), flush=True)
+
+
+def gflop(size: int, base=32768, cap=512) -> float:
+    """Of one picture's 3x3 convolutions, at two operations a multiplication; a transposed one has them at its input's
+    size."""
+    total, before = 2 * 9 * channels_at(4, base, cap) ** 2 * 4 ** 2, channels_at(4, base, cap)
+    for res in [2 ** i for i in range(3, int(math.log2(size)) + 1)]:
+        here = channels_at(res, base, cap)
+        total += 2 * 9 * here * (before * (res // 2) ** 2 + here * res ** 2)
+        before = here
+    return total / 1e9
+
+
+def plain_convolution(channels=512, edge=64, batch=1, **kind):
+    """-> (call, its GFLOP): a 3x3 convolution, weights and picture as a convolution likes them best."""
+    x = torch.randn(batch, channels, edge, edge, **kind).to(memory_format=torch.channels_last)
+    w = torch.randn(channels, channels, 3, 3, **kind).to(memory_format=torch.channels_last)
+
+    def call():
+        with torch.no_grad():
+            F.conv2d(x, w, padding=1)
+    return call, 2 * 9 * channels ** 2 * edge ** 2 * batch / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is measured
+
+FORMS = ("grouped", "loop", "activations")
+
+
+def forward(batch: int, rounds: int, size=256):
+    """The generator as in sampling: W+ codes -> pictures, fp32."""
+    torch.manual_seed(0)
+    G = Generator(size).eval()
+    w = torch.randn(batch, G.L, G.dim)
+    with torch.inference_mode():
+        for form in FORMS:
+            torch.testing.assert_close(public_generator(G, w[:1], form), G(w[:1]), atol=2e-4, rtol=1e-3)
+        calls = dict(ours=lambda: G(w)) | {form: lambda form=form: public_generator(G, w, form) for form in FORMS}
+        calls["plain convolution"], work = plain_convolution()
+        seconds = in_turns(calls, rounds)
+    show(f"generator {size} px, forward, batch {batch}", seconds, (gflop(size) * batch, work))
+
+
+def training(batch=8, size=64, rounds=5):
+    """Forward and backward of the full-width generator at 64 px, fp32."""
+    torch.manual_seed(0)
+    G = Generator(size)
+    w = torch.randn(batch, G.L, G.dim)
+
+    def step(generate):
+        def call():
+            G.zero_grad(set_to_none=True)
+            generate().square().mean().backward()
+        return call
+    calls = dict(ours=step(lambda: G(w)))
+    calls |= {form: step(lambda form=form: public_generator(G, w, form)) for form in FORMS}
+    calls["plain convolution"], work = plain_convolution()
+    show(f"generator {size} px, forward + backward, batch {batch}", in_turns(calls, rounds),
+         (3 * gflop(size) * batch, work))
+
+
+def r1(batch=16, size=64, rounds=5):
+    """R1, a second derivative, of the dial's 64 px discriminator, against PyTorch's own derivative of its filters."""
+    torch.manual_seed(0)
+    D = Discriminator(size, base=2048, cap=128)
+    x = torch.randn(batch, 3, size, size)
+
+    def grouped(blur, x):
+        return F.conv2d(F.pad(x, (blur.pad,) * 4), blur.kernel.expand(x.shape[1], 1, 4, 4), groups=x.shape[1])
+
+    def call():
+        D.zero_grad(set_to_none=True)
+        real = x.clone().requires_grad_(True)
+        r1_penalty(real, D(real)).backward()
+
+    def plain():
+        own, Blur.forward = Blur.forward, grouped
+        try:
+            call()
+        finally:
+            Blur.forward = own
+    show(f"R1 {size} px, batch {batch}", in_turns(dict(ours=call, grouped=plain), rounds))
+
+
+def mel(minutes=10, rounds=5):
+    """Wav2Lip's mel of ten minutes, against the same by librosa's functions."""
+    import librosa
+    import scipy.signal
+    wav = np.random.default_rng(0).uniform(-0.5, 0.5, minutes * 60 * 16000).astype(np.float32)
+
+    def plain():
+        emphasised = scipy.signal.lfilter([1, -0.97], [1], wav)
+        spectrum = np.abs(librosa.stft(emphasised, n_fft=800, hop_length=200, win_length=800))
+        bank = librosa.filters.mel(sr=16000, n_fft=800, n_mels=80, fmin=55, fmax=7600)
+        db = 20 * np.log10(np.maximum(1e-5, bank @ spectrum)) - 20
+        return np.clip(8 * (db + 100) / 100 - 4, -4, 4)
+    np.testing.assert_allclose(log_mel(wav), plain(), atol=1e-4)
+    show(f"log-mel of {minutes} minutes", in_turns({"ours": lambda: log_mel(wav), "librosa": plain}, rounds))
+
+
+def gpu(device="cuda", size=256, batches=(8, 32), rounds=10, **width):
+    """bf16 on a GPU: forward; forward and backward; sixteen whole steps of stage 1."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print("gpu: SKIPPED, no CUDA device here: none of the GPU's numbers were measured", flush=True)
+        return
+    torch.manual_seed(0)
+    G, D = Generator(size, **width).to(device), Discriminator(size, **width).to(device)
+    for batch in batches:
+        gpu_ratios(G, batch, gflop(size, **width) * batch, device, rounds)
+        took = timed(lambda n=batch: stage1_steps(G, D, n, device), device)  # the first warm up
+        took = timed(lambda n=batch: stage1_steps(G, D, n, device), device)
+        print(f"{device} bf16 {size} px, stage 1, batch {batch}: {16 * batch / took:.1f} images/s", flush=True)
+
+
+def gpu_ratios(G, batch, work, device, rounds):
+    w = torch.randn(batch, G.L, G.dim, device=device)
+    forms = dict(ours=lambda: G(w), grouped=lambda: public_generator(G, w, "grouped"))
+    plain, plain_work = plain_convolution(batch=batch, device=device, dtype=torch.bfloat16)
+
+    def forward(generate):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            generate()
+
+    def train(generate):
+        G.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            fake = generate()
+        fake.float().square().mean().backward()
+
+    for what, step, passes in (("forward", forward, 1), ("forward + backward", train, 3)):
+        calls = {name: lambda s=step, g=generate: s(g) for name, generate in forms.items()}
+        calls["plain convolution"] = plain
+        show(f"{device} bf16 {G.size} px, {what}, batch {batch}", in_turns(calls, rounds, device),
+             (passes * work, plain_work))
+
+
+def stage1_steps(G, D, batch, device, steps=16):
+    """Sixteen steps of stage 1 as train.py takes them, with R1 once and path length four times, on noise for pictures."""
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), 1e-4, betas=(0.0, 0.99)) for net in (G, D))
+    bf16 = torch.autocast(device, torch.bfloat16)
+
+    def generate(n):
+        w = G.mapping(torch.randn(n, G.dim, device=device))[:, None].repeat(1, G.L, 1)
+        return G(w, "random").float(), w
+
+    def descend(opt, loss):
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+
+    for step in range(steps):
+        real = torch.randn(batch, 3, G.size, G.size, device=device)
+        with bf16:
+            fake, _ = generate(batch)
+            scores = D(real), D(fake.detach())
+        descend(opt_d, discriminator_loss(*scores))
+        if step % 16 == 0:
+            real.requires_grad_(True)
+            descend(opt_d, r1_penalty(real, D(real)))
+        with bf16:
+            score = D(fake)
+        descend(opt_g, generator_loss(score))
+        if step % 4 == 0:
+            penalty, _ = path_length_penalty(*generate(max(1, batch // 2)), torch.zeros((), device=device))
+            descend(opt_g, penalty)
+
+
+BENCHES = dict(forward1=lambda: forward(1, 7), forward8=lambda: forward(8, 3), training=training, r1=r1, mel=mel, gpu=gpu)
+
+
+def main():
+    p = argparse.ArgumentParser(description="Ratios of this code's speed to plain baselines.")
+    p.add_argument("names", nargs="*", help=f"what to measure, of {' '.join(BENCHES)} (default: all)")
+    p.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
+    args = p.parse_args()
+    unknown = set(args.names) - set(BENCHES)
+    if unknown:
+        p.error(f"{' '.join(sorted(unknown))}: expected some of {' '.join(BENCHES)}")
+    torch.set_num_threads(args.threads)
+    keep_memory()
+    print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}", flush=True)
+    for name in args.names or BENCHES:
+        BENCHES[name]()
+
+
+if __name__ == "__main__":
+    main()
