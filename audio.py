@@ -34,7 +34,7 @@ MEL_RATE = SAMPLE_RATE // HOP  # 80 steps a second, 3.2 a frame
 WINDOW = 16  # mel steps of one window: 0.2 s, five frames
 SILENCE = -4.0  # mel value of silence, and of everything outside the sound
 
-BLOCK = 1024  # ours: mel steps computed at once; bounds memory to 30 MB however long the sound
+BLOCK = 512  # ours: mel steps computed at once: they stay in the cache, however long the sound
 
 # ffmpeg opens media containers only: its text and playlist formats (tty, hls, concat) can name other files
 DEMUXERS = (
@@ -194,13 +194,13 @@ def filter_bank(n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH
     left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (80, 1)
     bins = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft  # Hz
     triangles = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
-    return csr_array(np.maximum(0, triangles) * 2 / (right - left))
+    return csr_array((np.maximum(0, triangles) * 2 / (right - left)).astype(np.float32))
 
 
 @lru_cache
 def hann() -> np.ndarray:
-    """The periodic Hann window, (800,)."""
-    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
+    """The periodic Hann window, float32 (800,)."""
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)).astype(np.float32)
 
 
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
@@ -208,21 +208,21 @@ def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
 
     Every step is computed alone, by the same operations in the same order, whatever the range: FFT by rows,
     square roots instead of np.abs, a sparse filter bank (a dense product rounds differently for each shape).
-    So any range of steps equals that part of the whole, to the bit.
+    So any range of steps equals that part of the whole, to the bit. float32 rounds below 16-bit samples.
     """
     mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
     for a in range(first, stop, BLOCK):
         b = min(a + BLOCK, stop)
         begin, end = a * HOP - N_FFT // 2, (b - 1) * HOP + N_FFT // 2  # samples that steps a .. b-1 see
         lo, hi = max(begin - 1, 0), min(end, len(wav))  # one more in front, for the pre-emphasis
-        x = np.zeros(end - begin + 1)  # x[0] is sample begin-1; zeros outside, as librosa pads today
+        x = np.zeros(end - begin + 1, np.float32)  # x[0] is sample begin-1; zeros outside, as librosa pads today
         x[lo - begin + 1 : hi - begin + 1] = wav[lo:hi]
-        x = x[1:] - PREEMPHASIS * x[:-1]
+        x = x[1:] - np.float32(PREEMPHASIS) * x[:-1]
         if end > len(wav):  # padding comes after the pre-emphasis: no echo of the last sample
             x[max(0, len(wav) - begin) :] = 0
-        frames = np.lib.stride_tricks.sliding_window_view(x, N_FFT)[::HOP]  # (b-a, 800)
-        spectrum = np.fft.rfft(frames * hann())  # (b-a, 401)
-        magnitude = np.sqrt(spectrum.real**2 + spectrum.imag**2)
+        frames = torch.from_numpy(x).unfold(0, N_FFT, HOP)  # (b-a, 800); PyTorch's FFT has three times NumPy's speed
+        spectrum = torch.view_as_real(torch.fft.rfft(frames * torch.from_numpy(hann()))).square_()  # (b-a, 401, 2)
+        magnitude = (spectrum[..., 0] + spectrum[..., 1]).sqrt_().numpy()
         power = filter_bank() @ np.ascontiguousarray(magnitude.T)  # (80, b-a)
         db = 20 * np.log10(np.maximum(10 ** (FLOOR_DB / 20), power)) - REFERENCE_DB
         mel[:, a - first : b - first] = np.clip(8 * (db - FLOOR_DB) / -FLOOR_DB - 4, -4, 4)  # symmetric

@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,7 @@ def in_turns(calls: dict, rounds: int, device="cpu") -> dict:
     seconds = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
+            time.sleep(0.2)  # until the threads of the one before no longer spin
             took = timed(call, device)
             if turn:
                 seconds[name].append(took)
@@ -175,7 +177,7 @@ def forward(batch: int, rounds: int, size=256):
     show(f"generator {size} px, forward, batch {batch}", seconds, (gflop(size) * batch, work))
 
 
-def training(batch=8, size=64, rounds=5):
+def training(batch=8, size=64, rounds=3):
     """Forward and backward of the full-width generator at 64 px, fp32."""
     torch.manual_seed(0)
     G = Generator(size)
@@ -299,13 +301,15 @@ def stage1_steps(G, D, batch, device, steps=16):
             descend(opt_g, penalty)
 
 
-BENCHES = dict(forward1=lambda: forward(1, 7), forward8=lambda: forward(8, 3), training=training, r1=r1, mel=mel, gpu=gpu)
+BENCHES = dict(forward1=partial(forward, 1, rounds=7), forward8=partial(forward, 8, rounds=3), training=training, r1=r1,
+               mel=mel, gpu=gpu)
 
 
 def main():
     p = argparse.ArgumentParser(description="Ratios of this code's speed to plain baselines.")
     p.add_argument("names", nargs="*", help=f"what to measure, of {' '.join(BENCHES)} (default: all)")
     p.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
+    p.add_argument("--rounds", type=int, help="timed turns (default: as many as each needs to be steady)")
     args = p.parse_args()
     unknown = set(args.names) - set(BENCHES)
     if unknown:
@@ -314,7 +318,7 @@ def main():
     keep_memory()
     print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}", flush=True)
     for name in args.names or BENCHES:
-        BENCHES[name]()
+        BENCHES[name](**(dict(rounds=args.rounds) if args.rounds else {}))
 
 
 if __name__ == "__main__":
