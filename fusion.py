@@ -107,9 +107,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+    if device.type == "cpu":
+        keep_memory()
+    return device
 
 
 def bf16_native(device) -> bool:
