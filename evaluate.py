@@ -591,7 +591,8 @@ class Watch:
 
     def look(self, picture):
         """Detects the face; the box, or the last one found, or None"""
-        found = detect_faces(picture, margins=(1.2,))
+        with torch.autocast(self.judges.device.type, enabled=False):  # the detector wants fp32
+            found = detect_faces(picture, margins=(1.2,))
         self.looks, self.found = self.looks + 1, self.found + bool(found)
         if found:
             self.box = np.array(found[0])  # with the points that some detectors give: see vision.face_box
