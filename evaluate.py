@@ -1129,7 +1129,7 @@ def inversion_table(model, probe, pack, device, frames: int = 4) -> dict:
     for c in range(len(pack)):
         seen = np.linspace(0, pack.n_frames[c] - 1, frames).astype(int)
         real = to_tensor(pack.frames(c, seen)).to(device)
-        z, deltas = model.encoder(real), None
+        z, deltas = model.invert(real), None
         for n in range(1 + (model.config.refine if model.hyper else 0)):
             deltas = model.refine(real, z, deltas) if n else None
             fake = model.decode(z, deltas).clamp(-1, 1)

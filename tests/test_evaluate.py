@@ -566,6 +566,27 @@ def test_the_matrix_is_one_where_an_input_should_move_something_and_nought_elsew
             assert value == pytest.approx(float(column == moved), abs=0.02), (name, column)
 
 
+def test_the_inversion_table_has_a_row_for_each_refinement(world):
+    """A generator that is 9 grey levels off, and 3 less after each of two refinements"""
+    pictures = 2 * torch.arange(4 * 3 * 8 * 8).reshape(4, 3, 8, 8) % 201 / 255 - 1         # whole grey levels
+    network = SimpleNamespace(
+        config=SimpleNamespace(refine=2), hyper=True, invert=lambda x: x,
+        refine=lambda x, z, deltas: (deltas or 0) + 1, decode=lambda z, deltas: z + (9 - 3 * (deltas or 0)) / 127.5)
+
+    class OneClip(list):
+        n_frames = [4]
+
+        def frames(self, c, seen):
+            return to_uint8(pictures[seen])
+
+    pack = OneClip(["clip"])
+    judge = lambda x: (None, torch.nn.functional.normalize(x.flatten(1), dim=1))           # noqa: E731
+    rows = evaluate.inversion_table(network, judge, pack, CPU)
+    assert [round(row["L1"], 3) for row in rows.values()] == [9, 6, 3]
+    same = [row["identity"] for row in rows.values()]
+    assert same == sorted(same) and same[-1] < 1
+
+
 def test_the_toy_report_prints_both_tables_and_writes_the_numbers(world, tmp_path, monkeypatch, capsys):
     def make_pack(folder, size, people, seconds, first, workers):
         folder.mkdir()
@@ -573,11 +594,12 @@ def test_the_toy_report_prints_both_tables_and_writes_the_numbers(world, tmp_pat
 
     networks = dict(good=Network(world), deaf=Network(world, ("sound",)))
     stand_ins = dict(
-        load_model=lambda path, device: networks[path],
+        load_model=lambda path, device, kinds: networks[path],
         train_probe=lambda size, folder, device: world,
         draw=world.draw,
         make_pack=make_pack,
         Pack=lambda folder: world,
+        inversion_table=lambda model, *rest: {"the generator's own weights": dict(L1=3.0, identity=0.5)},
         change_matrix=functools.partial(change_matrix, trials=1),
     )
     for name, stand_in in stand_ins.items():
@@ -590,7 +612,7 @@ def test_the_toy_report_prints_both_tables_and_writes_the_numbers(world, tmp_pat
     assert report["good matrix"]["sound"]["lips"] > 0.98 and report["deaf matrix"]["sound"]["lips"] < 0.02
     out = capsys.readouterr().out
     lines = [cells(line) for line in out.splitlines() if line.startswith("|")]
-    columns = lines[0]
+    columns = next(line for line in lines if "open" in line)
     good, deaf = (dict(zip(columns, line)) for line in lines if line[0] in networks)
     assert good["open"] == good["yaw"] == good["identity"] == "1.00" and deaf["driving mouth"] == "1.00"
     assert "deaf: change one input" in out
@@ -687,7 +709,7 @@ def test_what_the_user_got_wrong_is_one_line_and_status_two(clips, tmp_path, cap
     assert "nonsense" in refused(capsys, "--toy", text, "--device", "nonsense", *cache)
     assert "nowhere" in refused(capsys, "--toy", text, "--json", tmp_path / "nowhere" / "a.json", *cache)
     model = SimpleNamespace(config=SimpleNamespace(size=32, template="face"))
-    monkeypatch.setattr(evaluate, "load_model", lambda path, device: model)
+    monkeypatch.setattr(evaluate, "load_model", lambda path, device, kinds: model)
     assert "real faces" in refused(capsys, "--toy", "some.pt", *cache)
     model.config.template = "toy"
     assert "notes.txt" in refused(capsys, "--toy", "some.pt", "--cache", text / "cache")

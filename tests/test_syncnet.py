@@ -342,7 +342,9 @@ def test_pictures_larger_than_the_experts_are_shrunk_alike_in_training_and_in_ju
     assert (item["frames"] - plain["frames"]).abs().mean() < 0.06  # the filter softens edges
     face, _ = embed(net, (big(4, k) for k in range(60)), log_mel(pack.sound(4)), "cpu")
     with torch.no_grad():
-        assert torch.allclose(net.face(item["frames"]), face[item["k"] - 2], atol=2e-2)  # uint8 in between
+        alike = (net.face(item["frames"]) * face[item["k"] - 2]).sum(1)  # cosines; uint8 in between
+        unlike = (net.face(item["frames"]) * face[(item["k"] + 18) % 50]).sum(1)
+    assert alike.min() > 0.98 and alike.min() > unlike.max(), (alike, unlike)
 
 
 def test_what_is_not_kept_in_memory_is_the_same(world, monkeypatch):
