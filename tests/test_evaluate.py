@@ -476,6 +476,7 @@ class Network:
     def __init__(self, world, ignores=()):
         self.world, self.ignores = world, ignores
         self.config = SimpleNamespace(size=world.size, template="toy")
+        self.kind = "weights"
 
     def animate(self, source, mel, driving=None):
         world = self.world
