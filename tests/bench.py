@@ -1,6 +1,6 @@
 """How fast: every line is a ratio to a plain baseline that is timed in the same run, in turns, and the median is shown.
 
-    python tests/bench.py                    # all of it: about four minutes on two idle CPU cores
+    python tests/bench.py                    # all of it: some ten minutes on two idle CPU cores
     python tests/bench.py forward1 mel       # some of: forward1 forward8 training r1 mel gpu
 
 Baselines are the public forms of StyleGAN2 in PyTorch, written out below and checked to give the same pictures:
