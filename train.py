@@ -35,7 +35,7 @@ from tqdm import tqdm
 import losses
 from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint
-from fusion import FCTFG, Config, mean_w, middle, pick_device, published
+from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
 from stylegan2 import Discriminator, mix_styles, read_weights
 from syncnet import held_out, load_sync, revision, sync_loss, toy_pack
 from vision import TEMPLATES, VideoWriter, mask_mouth, to_tensor, to_uint8
@@ -754,6 +754,8 @@ def header(args, model, pack, device):
     print(f"memory: {8 * sum(count.values()) / 2 ** 30:.2f} GiB of weights and averages, {12 * moved / 2 ** 30:.2f} "
           f"of gradients and Adam's moments ({moved / 1e6:.2f} M learn now), then pictures in the making; "
           f"{memory_gib(device):.2f} GiB so far")
+    if args.bf16 != bf16_native(device):
+        print("--bf16 is emulated on this chip: slower than fp32" if args.bf16 else "this chip has bf16: try --bf16")
     if args.stage > 1 and not (args.w_vgg and args.w_arcface):
         off = [n for n, w in (("VGG19 (--w-vgg)", args.w_vgg), ("ArcFace (--w-arcface)", args.w_arcface)) if not w]
         print(f"off: {', '.join(off)}; on in their place: features of stage 1's discriminator, "

@@ -22,7 +22,7 @@ from toyfaces import make_pack, toy_clip
 from vision import VideoWriter, read_video, to_tensor
 
 RATE = 16000
-FORMATS = Path(__file__).resolve().parents[2] / "shared" / "formats"  # published key lists, where a checkout has them beside it
+FORMATS = Path(__file__).resolve().parents[2] / "shared" / "formats"  # published key lists, where they lie beside this
 NARROW = Config(size=96, v_base=4, v_groups=2, v_blocks=(2, 1, 1, 2), e_width=16, e_depth=4, e_maps=5,
                 a_filters=(8, 16, 24, 32), a_blocks=(1, 2, 1, 1), a_hidden=6, hidden=20, mouth=9, pose=3,
                 channels=(12, 10, 8, 7, 6, 4))  # every number its own, stems as published
