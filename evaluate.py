@@ -77,7 +77,7 @@ class Metric(NamedTuple):
 METRICS = {
     "SSIM": Metric("", "higher", 1, 3, "structure of windows of 11 px, colour; Wang et al. 2004"),
     "MS-SSIM": Metric("", "higher", 1, 3, "the same over five scales, 176 px or more; Wang et al. 2003"),
-    "PSNR": Metric("dB", "higher", float("inf"), 2, "peak signal to noise, mean over frames"),
+    "PSNR": Metric("dB", "higher", float("inf"), 2, "peak signal to noise, mean over frames that differ"),
     "LPIPS": Metric("", "lower", 0, 3, "distance of VGG16's features, every fifth frame; Zhang et al. 2018"),
     "L1": Metric("", "lower", 0, 4, "mean absolute difference, white being 1"),
     "LMD": Metric("px", "lower", 0, 2, "distance of 68 landmarks, pictures scaled to a height of 256; Chen et al. 2018"),
@@ -733,7 +733,7 @@ def measure(real, fake, judges) -> dict:
         watches[1].add(b)
     if counts[0] != counts[1]:
         notes.append(f"{counts[1]} frames, the real clip has {counts[0]}: {counts.min()} compared")
-    values = {name: float(np.concatenate(v).mean()) for name, v in per_frame.items()}
+    values = {name: mean_of(np.concatenate(v)) for name, v in per_frame.items()}
     small = {name: f"{a.shape[2]}x{a.shape[1]} px are too few" for name, v in values.items() if np.isnan(v)}
     shapes, none = between(*watches)
     (own, own_none), (fakes, fakes_none) = (w.alone(sound_of(path)) for w, path in zip(watches, (real, fake)))
@@ -807,11 +807,17 @@ def pairs_of(real: Path, fake: Path) -> tuple[list, list]:
 # ---------------------------------------------------------------------------------------------------------------------
 # the table
 
+def mean_of(values) -> float:
+    """Mean without what is infinite (the PSNR of a frame that is equal), unless all of it is"""
+    values = np.asarray(values, float)
+    return float(values[~np.isinf(values)].mean() if not np.isinf(values).all() else values.mean())
+
+
 def mean_rows(pairs: list[dict]) -> tuple[dict, dict]:
     """Measured pairs -> the row of the real clips, each against itself, and that of the fakes: means over the pairs"""
     def mean(side, name):
         values = [pair[side][name] for pair in pairs if name in pair[side]]
-        return float(np.mean(np.abs(values) if "offset" in name else values)) if values else None
+        return mean_of(np.abs(values) if "offset" in name else values) if values else None
 
     fake = {name: value for name in METRICS if (value := mean("fake", name)) is not None}
     real = {name: mean("real", name) if METRICS[name].itself is None else METRICS[name].itself for name in fake}

@@ -96,6 +96,11 @@ def test_l1_and_psnr_of_a_known_difference():
     assert l1(a, a) == 0 and psnr(a, a) == float("inf")
 
 
+def test_a_frame_that_is_equal_does_not_make_a_clip_perfect():
+    assert evaluate.mean_of([30, float("inf"), 32]) == 31 and evaluate.mean_of([float("inf")] * 2) == float("inf")
+    assert np.isnan(evaluate.mean_of([1, float("nan")]))
+
+
 def test_psnr_and_ssim_are_those_of_scikit_image():
     a, b = pictures(1, 23, 31, 3)
     assert psnr(a, b) == pytest.approx(
