@@ -18,7 +18,8 @@ What differs from the paper:
   default): head, eyes and brows of frame t are a linear map of that frame's normalised code down to P numbers and up to
   W+; only the sound goes through an MLP. A nonlinear joint path learns the lips and never picks up the pose, or picks it
   up with the driver's face: pairs from one clip never show it two people. README has the numbers of both.
-- IdentityMaps (ours): the code also feeds the generator's coarse features directly, which holds unseen faces.
+- IdentityMaps (ours): the code also feeds the generator's coarse features directly, and of real faces a coarse picture,
+  which holds unseen people.
 - The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
 """
 
@@ -62,6 +63,7 @@ class Config:
     linear: int = 256           # numbers of the slim encoder's linear path; 0: none
     map_code: int = 0           # numbers behind the identity maps; 0: none, as with published generators
     map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
+    picture: int = 0            # edge of the coarse picture that is a linear image of the code, see IdentityMaps; 0: none
     audio_width: float = 1.0    # of Wav2Lip's channel counts
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
@@ -90,8 +92,8 @@ class Config:
         small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
         if changes.get("template") == "face" and size < 256:  # ours: real faces are harder than drawn ones
-            face = dict(small, dim=256, cap=256, encoder_width=48, linear=512, map_code=512, audio_width=0.5)
-            face |= dict(mouth_dim=16) if changes.get("motion") != "paper" else {}
+            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1024, map_code=1024, map_channels=())
+            face |= dict(picture=min(32, size), mouth_dim=24 * (changes.get("motion") != "paper"))
             dial = {16: dict(face, base=1024), 32: dict(face, base=2048), 64: dict(face, base=4096),
                     128: dict(face, base=8192)}
         else:
@@ -257,26 +259,39 @@ class DirectMotion(nn.Module):
 
 
 class IdentityMaps(nn.Module):
-    """W+ code (N, L, D) -> pictures (N, C', H, W) for the generator's features up to 32x32. Ours.
+    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse picture
+    (N, 3, P, P) to add to its RGB, or None. Ours.
 
     PC-AVS's generator starts from an identity map; here the map is a linear image of the moved code z_s2d, because one
     of the source's own code would carry the source's pose and mouth past the motion space.
+
+    The coarse picture is for real faces. A linear image of a thousand numbers holds anybody from the first step, in the
+    manner of eigenfaces: photos that it never saw keep an identity cosine of .89, where a young encoder and generator
+    need days to get there. The generator sees that picture at each of its resolutions and learns what is still missing.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        resolutions = [r for r in (4, 8, 16, 32) if r <= config.size // 2]
-        self.shapes = [(min(c, config.cap, config.base // r), r, r) for c, r in zip(config.map_channels, resolutions)]
+        edge = config.picture
+        resolutions = [r for r in (4, 8, 16, 32) if r <= (edge or config.size // 2)]
+        channels = [min(config.cap, config.base // r) for r in resolutions]
+        self.shapes = [(min(c, most), r, r) for c, most, r in zip(config.map_channels, channels, resolutions)]
         self.down = nn.Linear(config.L * config.dim, config.map_code)
         self.up = nn.ModuleList(nn.Linear(config.map_code, math.prod(s)) for s in self.shapes)
-        for layer in self.up:  # closed at first: a generator of stage 1 is met as it was trained
+        self.picture = nn.Linear(config.map_code, 3 * edge ** 2) if edge else None
+        self.views = nn.ModuleList(nn.Conv2d(3, c, 3, padding=1) for c in channels if edge)
+        for layer in (*self.up, *self.views):  # closed at first: a generator of stage 1 is met as it was trained
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, w_plus):
         code = self.down(w_plus.flatten(1))
-        maps = (up(code).unflatten(1, shape) for up, shape in zip(self.up, self.shapes))
-        return [x.contiguous(memory_format=torch.channels_last) for x in maps]
+        maps, picture = [up(code).unflatten(1, shape) for up, shape in zip(self.up, self.shapes)], None
+        if self.picture:
+            edge = math.isqrt(self.picture.out_features // 3)
+            picture = self.picture(code).unflatten(1, (3, edge, edge))
+            maps = [view(nn.functional.adaptive_avg_pool2d(picture, 4 * 2 ** i)) for i, view in enumerate(self.views)]
+        return [x.contiguous(memory_format=torch.channels_last) for x in maps], picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,8 +331,8 @@ class FCTFG(nn.Module):
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> (N, 3, H, W)"""
-        maps = self.maps(w_plus) if self.maps else ()
-        return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas)
+        maps, picture = self.maps(w_plus) if self.maps else ((), None)
+        return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, picture)
 
     def refine(self, source, z_s, deltas=None):
         """One of HyperStyle's refinements: what is still wrong with the picture changes the weights a little more.

@@ -291,7 +291,7 @@ class Generator(nn.Module):
         """The 3x3 layers from coarse to fine, in the order of noise maps and of `deltas`."""
         return [self.conv1, *self.convs]
 
-    def forward(self, w_plus, noise="fixed", maps=(), deltas=None):
+    def forward(self, w_plus, noise="fixed", maps=(), deltas=None, picture=None):
         """Decode.
 
         Args:
@@ -301,6 +301,7 @@ class Generator(nn.Module):
             maps: pictures (N, C', H, W) to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
             deltas: list with a relative weight change (B, O, I), or (B, O, I, 3, 3), or None for each layer of
                 `styled_convs`.
+            picture: (N, 3, H, H) to add to the RGB of H px, or None; ours, see there.
 
         Returns:
             (N, 3, size, size), about [-1, 1], unclamped.
@@ -322,6 +323,8 @@ class Generator(nn.Module):
             x = self.convs[2 * i](x, w[a], noise[a], deltas[a])                       # (N, C, 2H, 2W)
             x = self.convs[2 * i + 1](add_map(x, maps, i + 1), w[b], noise[b], deltas[b])
             rgb = to_rgb(x, w[b + 1], rgb)
+            if picture is not None and rgb.shape == picture.shape:
+                rgb = rgb + picture
         return rgb
 
 

@@ -38,7 +38,7 @@ from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_chec
 from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
 from stylegan2 import Discriminator, mix_styles, read_weights
 from syncnet import held_out, load_sync, revision, sync_loss, toy_pack
-from vision import TEMPLATES, VideoWriter, mask_mouth, to_tensor, to_uint8
+from vision import TEMPLATES, VideoWriter, mask_mouth, small_picture, to_tensor, to_uint8
 
 CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
 WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
@@ -246,9 +246,38 @@ def start_encoder(model, pictures, device, most=3000):
     """Stage 2: mean w of the generator, principal components of training pictures for the linear path."""
     model.encoder.latent_avg.copy_(mean_w(model.generator))
     if getattr(model.encoder, "linear_down", None) is not None:
-        n = max(2 * len(model.encoder.linear_down.weight), most)
+        n = max((8 if model.config.picture else 2) * len(model.encoder.linear_down.weight), most)
         seen = torch.stack([pictures[i]["picture"] for i in range(n)]).to(device)
-        model.encoder.start_linear(mask_mouth(seen, model.config.template, "lips") if model.mouth else seen)
+        masked = mask_mouth(seen, model.config.template, "lips") if model.mouth else seen
+        model.encoder.start_linear(masked)
+        if model.config.picture:
+            start_picture(model, masked, seen)
+
+
+@torch.no_grad()
+def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
+    """Stage 2 with a coarse picture: pictures (n, 3, H, W), lips `masked` -> linear path -> W+ -> the picture as `seen`,
+    in closed form. Ours.
+
+    The components go into W+ in orthonormal directions, so short that the generator hardly notices (`scale`), and
+    `maps.down` reads them back; the picture is ridge regression on them, less what the generator paints by itself.
+    """
+    encoder, maps = model.encoder, model.maps
+    torch.nn.init.orthogonal_(encoder.linear_up.weight, gain=scale)                    # (L * D, k)
+    for layer in (*(head[-1] for head in encoder.heads), maps.picture):                # the trunk speaks up later
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    if model.mouth:
+        model.motion.mouth_up.weight.mul_(0.1 * scale)
+    codes = encoder.linear_down(small_picture(masked)).double()                        # (n, k), of unit variance
+    mean, codes = codes.mean(0), codes - codes.mean(0)
+    maps.down.weight.copy_(encoder.linear_up.weight.t() / scale ** 2)
+    maps.down.bias.copy_(-maps.down.weight @ encoder.latent_avg.flatten() - mean)
+    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, model.config.picture).flatten(1).double()
+                         for x in (model.decode(encoder.latent_avg[None]), seen))
+    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(codes.shape[1], device=codes.device)
+    maps.picture.weight.copy_(torch.linalg.solve(gram, codes.t() @ (wanted - wanted.mean(0))).t())
+    maps.picture.bias.copy_(wanted.mean(0) - by_itself[0])
 
 
 def train_judge(pack, photos, device, seed, steps=400, batch=48):
@@ -475,6 +504,8 @@ def optimisers(nets, args):
             elif name.startswith("encoder.") and model.config.encoder != "slim" or (
                     name.startswith("hyper.") and model.config.hyper != "slim"):
                 rate = 0.1 * args.lr  # 1e-4: pSp's and HyperStyle's
+            elif model.config.picture and any(part in name for part in ("linear_", "maps.down.", "maps.picture.")):
+                rate = 0.02 * args.lr  # found in closed form: it needs only care
             elif "down." in name or "canonical.mlp.0" in name:
                 rate = 0.1 * args.lr  # a thousand whitened inputs: ten times as touchy
             elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):

@@ -615,8 +615,9 @@ def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
         H, W = image.shape[:2]
         for shift in (0, H):  # the face out of the middle of a tall picture is found as well
             found = vision.detect_faces(np.concatenate([np.full((shift, W, 3), 99, np.uint8), image]))
-            x0, y0, x1, y1, score = found[0]
+            x0, y0, x1, y1, score, *points = found[0]
             assert score > 0.5 and x0 < W / 2 < x1 and shift < (y0 + y1) / 2 < shift + 0.7 * H
+            assert len(points) == 6 and x0 < points[0] < points[2] < x1 and y0 < points[1] < points[5] < y1
         assert vision.detect_faces(load_photo(photos / "dog_no_human_face.jpg")) == []
     finally:
         forget_detectors()
