@@ -68,6 +68,7 @@ class Config:
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
     mouth_dim: int = 0          # M, numbers of the mouth code, see FCTFG.invert; 0: none, as in the paper
+    state_dim: int = 0          # K of its directions speak, the others are the person's own, see DirectMotion.say
     hyper: str = "separable"    # HyperStyle's heads: "separable" or "shared"; "slim": HyperNetwork; "none"
     hyper_width: int = 64       # of "separable" and "shared"
     hyper_rank: int = 2         # of a weight change of "slim"
@@ -92,10 +93,11 @@ class Config:
         small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
         if changes.get("template") == "face" and size < 256:  # ours: real faces are harder than drawn ones
-            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1024, map_code=1024, map_channels=())
-            face |= dict(picture=min(32, size), mouth_dim=24 * (changes.get("motion") != "paper"))
-            dial = {16: dict(face, base=1024), 32: dict(face, base=2048), 64: dict(face, base=4096),
-                    128: dict(face, base=8192)}
+            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=())
+            face |= dict(picture=min(32, size))
+            face |= dict(mouth_dim=24, state_dim=8) if changes.get("motion") != "paper" else {}
+            dial = {16: dict(face, base=1024, linear=200, map_code=224), 32: dict(face, base=2048),
+                    64: dict(face, base=4096), 128: dict(face, base=8192)}
         else:
             middle = dict(slim, dim=256, base=8192, cap=256, encoder_width=48, map_code=256, audio_width=0.5)
             dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: middle,
@@ -225,28 +227,40 @@ class PaperMotion(nn.Module):
 
 class DirectMotion(nn.Module):
     """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear readings of its whitened code; the lips are an
-    MLP of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face."""
+    MLP of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face.
+
+    With a mouth code (ours) the sound speaks in it: in the K directions `state` in which mouths of training clips move
+    while they speak. What a mouth is in the other directions, its owner keeps (`own`)."""
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
-        L, D, P, M = config.L, config.dim, config.pose_dim, config.mouth_dim
+        L, D, P, M, K = config.L, config.dim, config.pose_dim, config.mouth_dim, config.state_dim
         self.shape = (L, D)
         self.whiten = Whiten(L, D)
         self.fusion = TemporalFusion(D, visual=False)
         self.pose_down, self.pose_up = nn.Linear(L * D, P), nn.Linear(P, L * D, bias=False)
         self.lips = nn.Sequential(nn.Linear(D, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
-                                  nn.Linear(hidden, M or L * D))
+                                  nn.Linear(hidden, K or M or L * D))
         self.mouth_up = nn.Linear(M, L * D, bias=False) if M else nn.Identity()   # mouth code -> W+
         nn.init.normal_(self.lips[4].weight, std=0.01)
         nn.init.zeros_(self.lips[4].bias)
         self.register_buffer("idle", torch.zeros(8, 75, P))                       # 8 clips of 3 s
+        self.register_buffer("state", torch.eye(K, M) if K else None)             # orthonormal rows
+        self.register_buffer("mouth_mean", torch.zeros(M) if K else None)
 
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
 
     def say(self, z_a, context=0):  # (B, T + 2 context, D) -> mouth code (B, T, M), or the lips in W+ where there is none
         z_a, _ = self.fusion(z_a, None)
-        return self.lips(z_a[:, context:z_a.shape[1] - context])
+        said = self.lips(z_a[:, context:z_a.shape[1] - context])
+        return said if self.state is None else said @ self.state + self.mouth_mean
+
+    def spoken(self, mouth):  # mouth code (.., M) -> the part of it that speech decides
+        return mouth if self.state is None else (mouth - self.mouth_mean) @ self.state.t() @ self.state + self.mouth_mean
+
+    def own(self, mouth):  # mouth code (.., M) -> the part that it does not, in W+ (.., L, D)
+        return self.mouth_up(mouth - self.spoken(mouth)).unflatten(-1, self.shape)
 
     def join(self, pose, mouth):  # (.., P), (.., M) -> (.., L, D)
         return (self.pose_up(pose) + self.mouth_up(mouth)).unflatten(-1, self.shape)
@@ -280,7 +294,8 @@ class IdentityMaps(nn.Module):
         self.up = nn.ModuleList(nn.Linear(config.map_code, math.prod(s)) for s in self.shapes)
         self.picture = nn.Linear(config.map_code, 3 * edge ** 2) if edge else None
         self.views = nn.ModuleList(nn.Conv2d(3, c, 3, padding=1) for c in channels if edge)
-        for layer in (*self.up, *self.views):  # closed at first: a generator of stage 1 is met as it was trained
+        for layer in (*self.up, *self.views, *[self.picture] * (edge > 0)):
+            # closed at first: a generator of stage 1 is met as it was trained
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -365,6 +380,11 @@ class FCTFG(nn.Module):
                 deltas = self.refine(source, z_s, deltas)
         return deltas
 
+    def person(self, source):
+        """source (B, 3, H, W) -> its code z_s and its canonical code z_s2c, both (B, L, D)"""
+        z_s = self.encode_source(source)
+        return z_s, self.canonical(z_s) + (self.motion.own(self.mouth(source)) if self.config.state_dim else 0.0)
+
     def encode_source(self, source):
         """source (B, 3, H, W) -> z_s (B, L, D), without its mouth where a mouth code carries that"""
         return self.encoder(mask_mouth(source, self.config.template, "lips") if self.mouth else source)
@@ -405,8 +425,7 @@ class FCTFG(nn.Module):
         T = mel.shape[1] - 2 * context
         assert driving.shape[1] in (T, mel.shape[1]), (
             f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}")
-        z_s = self.encode_source(source)
-        z_s2c = self.canonical(z_s)
+        z_s, z_s2c = self.person(source)
         if self.config.motion == "direct":                                        # its poses know no neighbours
             driving = middle(driving, T)
         z_c2d = self.motion(self.encode_sound(mel), self.encode_driving(driving), context)
@@ -442,8 +461,8 @@ class FCTFG(nn.Module):
             (b, 3, H, W) in [-1, 1], n frames in all.
         """
         source = source[None]
-        z_s = self.encode_source(source)
-        z_s2c, deltas = self.canonical(z_s), self.weight_changes(source, z_s)
+        z_s, z_s2c = self.person(source)
+        deltas = self.weight_changes(source, z_s)
         mel = mel.split(256) if torch.is_tensor(mel) else mel
         z_a = torch.cat([self.audio(m) for m in mel])                             # (n, D): all the sound in one go
         for _, z_c2d in self.motion_stream(source, z_a, driving, sway, batch):

@@ -13,12 +13,14 @@ stage resumes with --resume, bit for bit on a CPU: item n of the data is a funct
 
 What differs from the paper (which prints no weights, rates, batch or window): all numbers are ours. Stage 3 starts from a
 closed-form guess of the motion space (`start_motion_space`), and its steps alternate between a few five-frame windows,
-which the sync expert can judge, and many clips of one frame, which teach people and poses faster.
+which the sync expert can judge, and many clips of one frame, which teach people and poses faster (without the sync loss
+all steps are such).
 """
 
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import math
 import operator
@@ -92,7 +94,8 @@ def parse(argv=None):
             ("feat", 0.2, "perceptual, features of stage 1's discriminator"),
             ("adv", None, "adversarial; default: 0.01 in stage 3, and with photos in stage 2, else 0"),
             ("around", 1.0, "photos with another mouth: L1 around it"), ("obey", 0.1, "and the code read back from it"),
-            ("mouth", 3.0, "extra L1 in the mouth box"), ("eyes", 3.0, "extra L1 in the eyes box"),
+            ("mouth", 3.0, "extra L1 in the mouth box, or with a mouth code of the lips"),
+            ("eyes", 3.0, "extra L1 in the eyes box"),
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
         p.add_argument(f"--w-{name}", type=float, default=default, help=note)
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
@@ -157,19 +160,22 @@ def forward_stage3(nets, batch, args):
 def forward_photos(model, batch, out):
     """Stage 3 on photos: each is its own driving video; once with its own mouth, once with what a clip's sound says."""
     photo = batch["photo"]                                                             # (N, 3, H, W)
-    z_s2c, pose = model.canonical(model.encode_source(photo)), model.motion.pose(model.encode_driving(photo[None]))[0]
+    (_, z_s2c), pose = model.person(photo), model.motion.pose(model.encode_driving(photo[None]))[0]
+    mouth = model.mouth(photo)                                                         # (N, M)
     with torch.no_grad():
         said = model.motion.say(model.encode_sound(batch["mel"]), CONTEXT)[:, 0]       # (B, M)
         said = said[torch.arange(len(photo), device=said.device) % len(said)]
-    w_plus = torch.cat([z_s2c + model.motion.join(pose, m) for m in (model.mouth(photo), said)])
-    fake, moved = model.decode(w_plus).chunk(2)
+    spoken = model.motion.spoken(mouth), said
+    fake, moved = model.decode(torch.cat([z_s2c + model.motion.join(pose, m) for m in spoken])).chunk(2)
+    said = said + (mouth - spoken[0]).detach()                                         # what the picture should read as
     return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), moved=moved, said=said)
 
 
 def picture_terms(nets, out, args):
     """Reconstruction, perceptual and identity: what stages 2 and 3 share."""
     template = TEMPLATES[nets["model"].config.template]
-    boxes = ((template.mouth, args.w_mouth), (template.eyes, args.w_eyes))
+    mouth = template.lips if nets["model"].mouth else template.mouth
+    boxes = ((mouth, args.w_mouth), (template.eyes, args.w_eyes))
     real, fake = out["real"], out["fake"]
     terms = dict(rec=losses.reconstruction_loss(fake, real, boxes))
     if args.w_feat and "critic" in nets:
@@ -208,9 +214,11 @@ def moved_terms(model, out):
         return {}
     around = [mask_mouth(x, model.config.template) for x in (out["moved"], out["real"][-len(out["moved"]):])]
     frozen = {k: q.detach() for k, q in model.mouth.named_parameters()}                # else they would agree on a sign
-    read = torch.func.functional_call(model.mouth, frozen, (out["moved"],)).float()
+    read, said = torch.func.functional_call(model.mouth, frozen, (out["moved"],)).float(), out["said"].float()
+    if "frames" in out and model.motion.state is not None:                             # stage 3: what is spoken counts
+        read, said = read @ model.motion.state.t(), said @ model.motion.state.t()
     return dict(around=(around[0] - around[1]).abs().mean(),
-                obey=(read - out["said"]).square().mean() / out["said"].float().var(0).mean().clamp_min(1e-6))
+                obey=(read - said).square().mean() / said.var(0).mean().clamp_min(1e-6))
 
 
 def judged(out):
@@ -257,27 +265,41 @@ def start_encoder(model, pictures, device, most=3000):
 @torch.no_grad()
 def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
     """Stage 2 with a coarse picture: pictures (n, 3, H, W), lips `masked` -> linear path -> W+ -> the picture as `seen`,
-    in closed form. Ours.
+    in closed form; so is the mouth code's, for what the rest of the face cannot tell about its lips. Ours.
 
-    The components go into W+ in orthonormal directions, so short that the generator hardly notices (`scale`), and
-    `maps.down` reads them back; the picture is ridge regression on them, less what the generator paints by itself.
+    Principal components and mouth numbers go into W+ in orthonormal directions, so short that the generator hardly
+    notices (`scale`), `maps.down` reads them back, and the picture is a ridge regression on them, less what the
+    generator paints by itself.
     """
-    encoder, maps = model.encoder, model.maps
-    torch.nn.init.orthogonal_(encoder.linear_up.weight, gain=scale)                    # (L * D, k)
+    encoder, maps, edge, k = model.encoder, model.maps, model.config.picture, model.config.linear
     for layer in (*(head[-1] for head in encoder.heads), maps.picture):                # the trunk speaks up later
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    if model.mouth:
-        model.motion.mouth_up.weight.mul_(0.1 * scale)
-    codes = encoder.linear_down(small_picture(masked)).double()                        # (n, k), of unit variance
-    mean, codes = codes.mean(0), codes - codes.mean(0)
-    maps.down.weight.copy_(encoder.linear_up.weight.t() / scale ** 2)
-    maps.down.bias.copy_(-maps.down.weight @ encoder.latent_avg.flatten() - mean)
-    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, model.config.picture).flatten(1).double()
+    codes = encoder.linear_down(small_picture(masked))                                 # (n, k), of unit variance
+    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, edge)
                          for x in (model.decode(encoder.latent_avg[None]), seen))
-    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(codes.shape[1], device=codes.device)
-    maps.picture.weight.copy_(torch.linalg.solve(gram, codes.t() @ (wanted - wanted.mean(0))).t())
-    maps.picture.bias.copy_(wanted.mean(0) - by_itself[0])
+    mean, centre = codes.mean(0), wanted.mean(0)
+    codes, rest = (codes - mean).double(), (wanted - centre).flatten(1).double()
+    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(k, device=codes.device)
+    picture = torch.linalg.solve(gram, codes.t() @ rest).float()                       # (k, 3 * edge * edge)
+    if model.mouth:
+        rest = (rest.float() - codes.float() @ picture).unflatten(1, (3, edge, edge))
+        rest = (rest - mask_mouth(rest, model.config.template, "lips")).flatten(1)     # of the lips alone
+        box = model.mouth.box(seen).flatten(1)
+        down, up = reduced_rank_regression(box - box.mean(0), rest, model.config.mouth_dim, ridge * box.var(0).mean())
+        model.mouth.linear.weight.copy_(down)
+        model.mouth.linear.bias.copy_(-down @ box.mean(0))
+        for q in (model.mouth.body[-1].weight, model.mouth.body[-1].bias):
+            torch.nn.init.zeros_(q)
+        picture, mean = torch.cat([picture, up.t()]), torch.nn.functional.pad(mean, (0, len(down)))
+    directions = scale * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture), device=mean.device))[0]
+    encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
+    if model.mouth:
+        model.motion.mouth_up.weight.copy_(directions[:, k:])
+    maps.down.weight[:len(picture)] = directions.t() / scale ** 2
+    maps.down.bias[:len(picture)] = -maps.down.weight[:len(picture)] @ encoder.latent_avg.flatten() - mean
+    maps.picture.weight[:, :len(picture)] = picture.t()
+    maps.picture.bias.copy_((centre - by_itself[0]).flatten())
 
 
 def train_judge(pack, photos, device, seed, steps=400, batch=48):
@@ -306,13 +328,16 @@ def train_judge(pack, photos, device, seed, steps=400, batch=48):
 
 
 @torch.no_grad()
-def start_motion_space(model, pack, chosen, device, clips=300, per_clip=16, ridge=0.02):
+def start_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02, still=1.0):
     """Stage 3: a closed-form start of canonical encoder and pose path. Ours.
 
     Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that
     predicts it from the code of frame t alone, fitted over many people, can use no direction in which people differ: it
     is free of identity by construction. From the whole picture's code it gives what the canonical encoder must take
     away, from the mouth-masked picture's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
+
+    Where the clips show few people, photos stand in for the many: of one photo there is no mean to deviate from, so it
+    enters as a face that keeps still, with a weight of `still`.
     """
     rng = np.random.default_rng(2)
     chosen = rng.permutation(chosen)[:clips]
@@ -323,21 +348,32 @@ def start_motion_space(model, pack, chosen, device, clips=300, per_clip=16, ridg
         x = to_tensor(pack.frames(c, seen)).to(device)                                 # (K, 3, H, W)
         z.append(model.encode_source(x))
         z_masked.append(model.encode_driving(x[None])[0])
-    model.set_statistics(torch.cat(z), torch.cat(z_masked))
-    deviation = torch.cat([codes - codes.mean(0) for codes in z]).flatten(1)           # (n, L * D)
+    deviation = [codes - codes.mean(0) for codes in z]
+    weight = [torch.ones(len(torch.cat(z)), 1)]
+    if photos is not None:
+        for i in range(0, clips * per_clip // 2, 64):
+            x = torch.stack([photos[k]["picture"] for k in range(i, i + 64)]).to(device)
+            z.append(model.encode_source(x))
+            z_masked.append(model.encode_driving(x[None])[0])
+            deviation.append(torch.zeros_like(z[-1]))
+            weight.append(torch.full((64, 1), math.sqrt(still)))
+    z, z_masked, weight = torch.cat(z), torch.cat(z_masked), torch.cat(weight).to(device)
+    deviation = torch.cat(deviation).flatten(1)                                        # (n, L * D)
+    model.set_statistics(z, z_masked)
     canonical, motion = model.canonical, model.motion
-    down, up = reduced_rank_regression(canonical.whiten(torch.cat(z)), -deviation, len(canonical.down.weight), ridge)
+    down, up = reduced_rank_regression(weight * canonical.whiten(z), -deviation, len(canonical.down.weight), ridge)
     canonical.down.weight.copy_(down)
     canonical.up.weight.copy_(up)
     if model.config.motion == "direct":
-        down, up = reduced_rank_regression(motion.whiten(torch.cat(z_masked)), deviation, model.config.pose_dim, ridge)
+        down, up = reduced_rank_regression(weight * motion.whiten(z_masked), deviation, model.config.pose_dim, ridge)
         motion.pose_down.weight.copy_(down)
         motion.pose_down.bias.zero_()
         motion.pose_up.weight.copy_(up)
 
 
-def start_lips(model, pack, chosen, args, device, clips=300, steps=300, batch=12, span=16):
-    """Stage 3, with a mouth code: sound -> code, regressed on the MouthEncoder's readings before any picture is made.
+def start_lips(model, pack, chosen, args, device, clips=800, steps=800, batch=12, span=16):
+    """Stage 3, with a mouth code: sound -> code, regressed on the MouthEncoder's readings before any picture is made,
+    and the directions in which the mouth of a clip moves.
 
     A step of this costs a tenth of one through the generator, which then only refines it. `batch` stretches of `span`
     frames a step: neighbouring frames share their sound windows."""
@@ -345,14 +381,24 @@ def start_lips(model, pack, chosen, args, device, clips=300, steps=300, batch=12
     chosen = rng.permutation([c for c in chosen if pack.n_frames[c] >= span])[:clips]
     with torch.no_grad():
         codes = [model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in chosen]  # (T, M)
-    spread = torch.cat(codes).std(0).clamp_min(1e-3)                                   # (M,)
-    model.motion.lips[-1].bias.data.copy_(torch.cat(codes).mean(0))
+    if model.config.state_dim:
+        moves = torch.cat([c - c.mean(0) for c in codes])                              # (n, M): one person's, at one time
+        variance, directions = torch.linalg.eigh(moves.t() @ moves / len(moves))       # ascending
+        model.motion.state.copy_(directions[:, -model.config.state_dim:].t())
+        model.motion.mouth_mean.copy_(torch.cat(codes).mean(0))
+        spoken = variance[-model.config.state_dim:].sum() / variance.sum()
+        print(f"of a mouth's motion {100 * spoken:.0f} % lie in {model.config.state_dim} directions")
+        codes = [model.motion.spoken(c) for c in codes]
+    else:
+        model.motion.lips[-1].bias.data.copy_(torch.cat(codes).mean(0))
+    spread = torch.cat(codes).std().clamp_min(1e-3)
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
     opt = torch.optim.Adam(trained, 1e-3)
+    # each clip's sound windows are computed once: 0.4 MB a clip of 3 s
+    heard = functools.cache(lambda i: pack.windows(chosen[i], np.arange(-CONTEXT, len(codes[i]) + CONTEXT)))
     for step in tqdm(range(steps), desc="lips", leave=False, disable=None):
         items = [(i, int(rng.integers(len(codes[i]) - span + 1))) for i in rng.integers(len(chosen), size=batch)]
-        heard = np.arange(-CONTEXT, span + CONTEXT)
-        mel = torch.from_numpy(np.stack([pack.windows(chosen[i], k + heard) for i, k in items])).to(device)
+        mel = torch.from_numpy(np.stack([heard(i)[k:k + span + 2 * CONTEXT] for i, k in items])).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             said = model.motion.say(model.encode_sound(mel), CONTEXT)                  # (B, span, M)
         target = torch.stack([codes[i][k:k + span] for i, k in items])
@@ -472,7 +518,7 @@ def start(args, nets, data, device, known, parts):
     elif not args.w_arcface:
         nets["judge"] = train_judge(data["pack"], data["photos"], device, args.seed)
     if args.stage == 3:
-        start_motion_space(model, data["pack"], data["clips"], device)
+        start_motion_space(model, data["pack"], data["clips"], device, data["photos"])
         if model.mouth:
             start_lips(model, data["pack"], data["clips"], args, device)
 
@@ -494,6 +540,10 @@ def optimisers(nets, args):
             part.requires_grad_(True)
     if args.stage > 1:
         model.generator.style.requires_grad_(False)                                    # z -> w is stage 1's alone
+    if model.config.picture and model.encoder:                                         # its closed forms stay:
+        linear = [model.encoder.linear_down, model.encoder.linear_up, model.maps.down, model.maps.picture]
+        for part in linear + ([model.mouth.linear, model.motion.mouth_up] if model.mouth else []):
+            part.requires_grad_(False)                                                 # Adam would shake a picture apart
     c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k/(k+1), k = 4
     beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2: 0; ours where L1 leads
     groups = {}
@@ -504,8 +554,10 @@ def optimisers(nets, args):
             elif name.startswith("encoder.") and model.config.encoder != "slim" or (
                     name.startswith("hyper.") and model.config.hyper != "slim"):
                 rate = 0.1 * args.lr  # 1e-4: pSp's and HyperStyle's
-            elif model.config.picture and any(part in name for part in ("linear_", "maps.down.", "maps.picture.")):
-                rate = 0.02 * args.lr  # found in closed form: it needs only care
+            elif model.config.picture and name.startswith(("canonical.", "motion.pose_")):
+                rate = 0.01 * args.lr  # closed forms, too, and a small step in W+ is a large one in the coarse picture
+            elif model.config.picture and name.startswith(("encoder.", "mouth.")):
+                rate = 0.1 * args.lr
             elif "down." in name or "canonical.mlp.0" in name:
                 rate = 0.1 * args.lr  # a thousand whitened inputs: ten times as touchy
             elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
@@ -613,13 +665,14 @@ def main(argv=None):
         opt_d.load_state_dict(saved["optimisers"]["d"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
 
-    if args.stage == 3:  # even steps: few windows of five frames; odd steps: many clips of one
+    if args.stage == 3:  # even steps: few windows of five frames, for the sync loss; odd steps: many clips of one
         see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames not decoded
+        turns = 2 if args.w_sync else 1
         windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
-        singles = (1, args.batch // (2 if args.photos else 1), start // 2)             # half of these are photos
+        singles = (1, args.batch // (2 if args.photos else 1), start // turns)         # half of these are photos
         data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2, clips=sets["clips"]),
-                        B, first, args.workers) for T, B, first in (windows, singles)]
-        photos = batches(sets["photos"], singles[1], start // 2, args.workers) if args.photos else None
+                        B, first, args.workers) for T, B, first in (windows, singles)[-turns:]]
+        photos = batches(sets["photos"], singles[1], singles[2], args.workers) if args.photos else None
     else:
         data = [batches(sets["pictures"], args.batch, start, args.workers)]
     header(args, model, pack, device)
@@ -633,7 +686,7 @@ def main(argv=None):
     for step in bar:
         before = time.perf_counter()
         batch = next(data[step % len(data)])
-        if args.stage == 3 and args.photos and step % 2:
+        if args.stage == 3 and args.photos and (step + 1) % turns == 0:
             batch["photo"] = next(photos)["picture"]
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         waited += time.perf_counter() - before

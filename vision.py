@@ -634,15 +634,19 @@ class MouthEncoder(nn.Module):
     def __init__(self, template: str, dim: int, width: int = 32):
         super().__init__()
         self.template = template
+        self.linear = nn.Linear(3 * 32 * 32, dim)  # as of the VisualEncoder: train.start_picture sets it
         self.body = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4 * width, 4 * width, 3, 2, 1),
             nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * width * 16, dim))
 
-    def forward(self, x):  # (N, 3, H, W) -> (N, M)
+    def box(self, x):  # (N, 3, H, W) -> (N, 3, 32, 32): the lips
         rows, cols = box_slices(TEMPLATES[self.template].lips, *x.shape[-2:])
-        box = F.interpolate(x[..., rows, cols], (32, 32), mode="bilinear", antialias=True, align_corners=False)
-        return self.body(box.contiguous(memory_format=torch.channels_last))
+        return F.interpolate(x[..., rows, cols], (32, 32), mode="bilinear", antialias=True, align_corners=False)
+
+    def forward(self, x):  # (N, 3, H, W) -> (N, M)
+        box = self.box(x)
+        return self.linear(box.flatten(1)) + self.body(box.contiguous(memory_format=torch.channels_last))
 
 
 def small_picture(x):

@@ -105,7 +105,7 @@ def test_the_direct_pose_of_a_frame_knows_that_frame_alone():
 
 
 def face(**changes):
-    return opened(tiny(template="face", mouth_dim=3, **changes))
+    return opened(tiny(**(dict(template="face", mouth_dim=3, state_dim=2) | changes)))
 
 
 def test_with_a_mouth_code_the_lips_of_a_picture_reach_its_code_through_the_code_alone():
@@ -135,6 +135,24 @@ def test_the_sound_speaks_in_mouth_numbers():
     pose = model.motion.pose(model.encode_driving(driving[:, 2:3]))
     _, _, z_c2d = model(x, driving, mel, context=2)
     torch.testing.assert_close(z_c2d, model.motion.join(pose, said))
+
+
+def test_speech_moves_a_mouth_in_its_directions_and_the_rest_stays_its_owners():
+    model, (x, driving, mel) = face(), window()
+    model.motion.state.copy_(torch.linalg.qr(torch.randn(3, 2))[0].t())
+    model.motion.mouth_mean.copy_(torch.randn(3))
+    mouth = model.mouth(x)                                                      # (B, M)
+    own = model.motion.own(mouth)
+    torch.testing.assert_close(model.motion.mouth_up(mouth).unflatten(1, own.shape[1:]),
+                               own + model.motion.mouth_up(model.motion.spoken(mouth)).unflatten(1, own.shape[1:]))
+    said = model.motion.say(model.encode_sound(mel))                            # (B, T, M)
+    torch.testing.assert_close(model.motion.spoken(said), said, atol=1e-5, rtol=1e-4)
+    assert (said[:, 1:] - said[:, :1]).abs().max() > 1e-4                       # it does speak
+    pictured = model.motion.spoken(mouth) + 2 * model.motion.state[0]           # the same mouth, otherwise open
+    torch.testing.assert_close(model.motion.own(mouth - model.motion.spoken(mouth) + pictured), own, atol=1e-5, rtol=1e-4)
+    z_s, z_s2c = model.person(x)
+    torch.testing.assert_close(z_s2c, model.canonical(z_s) + own)
+    assert own.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
 
 
 def test_context_frames_give_the_same_middle_as_a_long_window():
@@ -174,13 +192,27 @@ def test_canonical_encoder_starts_as_the_identity():
 
 def test_identity_maps_are_closed_at_the_start_and_linear_later():
     maps = IdentityMaps(tiny().config)
-    z = torch.randn(3, 6, 24)
-    assert [m.shape for m in maps(z)] == [(3, 8, 4, 4), (3, 6, 8, 8)] and all(m.abs().max() == 0 for m in maps(z))
+    (m4, m8), picture = maps(torch.randn(3, 6, 24))
+    assert (m4.shape, m8.shape, picture) == ((3, 8, 4, 4), (3, 6, 8, 8), None) and m4.abs().max() == m8.abs().max() == 0
     for layer in maps.up:
         torch.nn.init.normal_(layer.weight)
     a, b = torch.randn(2, 1, 6, 24).unbind(0)
-    for m_ab, m_a, m_b, m_0 in zip(maps(a + b), maps(a), maps(b), maps(torch.zeros_like(a))):
+    for m_ab, m_a, m_b, m_0 in zip(*(maps(z)[0] for z in (a + b, a, b, torch.zeros_like(a)))):
         torch.testing.assert_close(m_ab, m_a + m_b - m_0, atol=1e-4, rtol=1e-4)
+
+
+def test_a_coarse_picture_is_linear_in_the_code_and_added_to_the_pictures_rgb():
+    model, z = tiny(picture=8, map_channels=()), torch.randn(3, 6, 24)
+    maps, picture = model.maps(z)
+    channels = [min(32, 256 // r) for r in (4, 8)]
+    assert [m.shape for m in maps] == [(3, c, r, r) for c, r in zip(channels, (4, 8))] and picture.shape == (3, 3, 8, 8)
+    assert picture.abs().max() == 0 and all(m.abs().max() == 0 for m in maps)   # closed at first
+    before = model.decode(z)
+    model.maps.picture.bias.data.fill_(0.25)
+    torch.testing.assert_close(model.decode(z)[..., 4:-4, 4:-4], before[..., 4:-4, 4:-4] + 0.25, atol=1e-5, rtol=1e-4)
+    torch.nn.init.normal_(model.maps.picture.weight)
+    a, b, ab, zero = (model.maps(x)[1] for x in (z[:1], z[1:2], z[:1] + z[1:2], torch.zeros_like(z[:1])))
+    torch.testing.assert_close(ab, a + b - zero, atol=1e-4, rtol=1e-4)
 
 
 def test_statistics_whiten_the_codes_they_were_taken_from():

@@ -4,6 +4,7 @@ slow."""
 import argparse
 import functools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ import torch
 import train
 from audio import InputError, run
 from data import Pack, PackWriter, load_checkpoint, save_checkpoint
-from fusion import changed_layers, load_model
+from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, changed_layers, load_model
 from stylegan2 import Discriminator, Generator, save_rosinality
 from syncnet import SyncNet
 from toyfaces import make_pack
-from vision import GradualStyleEncoder, HyperStyleNet
+from vision import TEMPLATES, GradualStyleEncoder, HyperStyleNet, box_slices, mask_mouth
 
 TRAIN_JUDGE = train.train_judge  # the tests of stages use a quick stand-in
 
@@ -266,10 +267,67 @@ def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, 
     assert all({"around", "obey", "adv", "d"} <= set(line) for line in two)
     assert "obey" not in three[0] and "obey" in three[1]                     # photos come with the single frames
     before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
-    assert all(not torch.equal(before[k], after[k]) for k in ("mouth.body.0.weight", "motion.mouth_up.weight"))
+    assert all(not torch.equal(before[k], after[k]) for k in ("mouth.body.0.weight", "motion.lips.0.weight"))
+    assert torch.equal(before["motion.mouth_up.weight"], after["motion.mouth_up.weight"])  # a closed form, and stays
     model = load_model(str(tmp_path / "weights.pt"))
     assert model.config.mouth_dim and model.config.template == "face"
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
+
+
+def test_a_coarse_picture_holds_faces_and_moves_mouths_before_the_first_step():
+    """Faces of 12 independent numbers and mouths of 3: the closed form finds both, and tells them apart."""
+    torch.manual_seed(0)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, state_dim=2)
+    model = FCTFG(Config.at(16, **shape)).eval()
+    face, lips = torch.randn(12, 3, 16, 16), torch.randn(3, 3, 16, 16)
+    face, lips = mask_mouth(face, "face", "lips"), lips - mask_mouth(lips, "face", "lips")
+    numbers, said = torch.randn(300, 12), torch.randn(300, 3)
+
+    def draw(numbers, said):
+        return 0.1 * (torch.einsum("nk,kchw->nchw", numbers, face) + torch.einsum("nm,mchw->nchw", said, lips))
+
+    seen = [dict(picture=x) for x in draw(numbers, said)]
+    train.start_encoder(model, seen, torch.device("cpu"), most=300)
+    other, new = torch.randn(2, 40, 12), torch.randn(2, 40, 3)                  # people and mouths never seen
+    with torch.no_grad():
+        for told in (None, new[1]):
+            mouth = None if told is None else model.mouth(draw(other[1], told))
+            made = model.decode(model.invert(draw(other[0], new[0]), mouth))
+            wanted = draw(other[0], new[0 if told is None else 1])
+            rows, cols = box_slices(TEMPLATES["face"].lips, 16, 16)
+            for part in (slice(None), (..., rows, cols)):
+                error = (made - wanted)[part].square().mean() / wanted[part].square().mean()
+                assert error < 0.1, (told is None, part, float(error))
+
+
+def test_photos_are_faces_that_keep_still(monkeypatch):
+    """One man's clips cannot tell a pose from the rest of him; photos of others say what is no pose."""
+    torch.manual_seed(0)
+    L, D = 6, 24
+    turn, looks = torch.linalg.qr(torch.randn(L * D, 21))[0].t().split([1, 20])
+
+    class Codes:  # a "picture" is its code already
+        config = types.SimpleNamespace(motion="direct", pose_dim=2)
+        canonical, motion = CanonicalEncoder(L, D, 8, 4), DirectMotion(Config.at(16, dim=D, pose_dim=2))
+        set_statistics = FCTFG.set_statistics
+        encode_source = staticmethod(lambda x: x)
+        encode_driving = staticmethod(lambda x: x)
+
+    class Clips:
+        n_frames = np.full(40, 8)
+
+        def frames(self, c, k):  # he turns, and his looks always turn along
+            angle = torch.randn(len(k), 1, generator=torch.Generator().manual_seed(int(c)))
+            return (angle @ turn + 0.5 * angle @ looks.sum(0, keepdim=True)).unflatten(1, (L, D))
+
+    others = [dict(picture=(torch.randn(20) @ looks).unflatten(0, (L, D))) for _ in range(64 * 5)]
+    monkeypatch.setattr(train, "to_tensor", lambda x: x)
+    moved = {}
+    for photos in (None, others):
+        train.start_motion_space(Codes(), Clips(), np.arange(40), torch.device("cpu"), photos, clips=40, per_clip=16)
+        faces = torch.stack([photo["picture"] for photo in others])
+        moved[photos is None] = Codes.motion.pose_up(Codes.motion.pose(faces)).norm(dim=1).mean()
+    assert moved[False] < 0.3 * moved[True]
 
 
 def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
