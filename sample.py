@@ -364,7 +364,8 @@ def still_of(model, source, device, turning: bool):
         return own, oval(S)
     silence = sound_windows(np.zeros(5 * SAMPLES_PER_FRAME, np.float32), range(5))
     rest = next(model.animate(source.to(device), torch.from_numpy(silence).to(device), sway=False))[2].cpu()
-    mouth, eyes = soft_box(S, template.mouth), soft_box(S, template.eyes)
+    mouth = soft_box(S, template.lips if model.mouth else template.mouth)  # with a mouth code speech is told there
+    eyes = soft_box(S, template.eyes)
     way = own - rest
     share = float((mouth * way * (source - rest)).sum() / (mouth * way * way).sum().clamp_min(1e-6))  # least squares
     return rest + min(max(share, 0), 1) * mouth * way, torch.maximum(mouth, eyes)

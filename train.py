@@ -93,11 +93,14 @@ def parse(argv=None):
             ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
             ("feat", 0.2, "perceptual, features of stage 1's discriminator"),
             ("adv", None, "adversarial; default: 0.01 in stage 3, and with photos in stage 2, else 0"),
-            ("around", 1.0, "photos with another mouth: L1 around it"), ("obey", 0.1, "and the code read back from it"),
+            ("around", 1.0, "photos with another mouth: L1 around it"),
+            ("obey", None, "and the code read back; default: 0.1, stage 3 0.03 (more spoils faces)"),
             ("mouth", 3.0, "extra L1 in the mouth box, or with a mouth code of the lips"),
             ("eyes", 3.0, "extra L1 in the eyes box"),
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
         p.add_argument(f"--w-{name}", type=float, default=default, help=note)
+    p.add_argument("--articulate", type=float, default=2.0,
+                   help="stage 3 with a mouth code: how many times as far the lips go as the regression on sound says")
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     # running
     p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out")
@@ -111,6 +114,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
+    args.w_obey = (0.03 if args.stage == 3 else 0.1) if args.w_obey is None else args.w_obey
     args.w_adv = 0.01 * (args.stage == 3 or bool(args.photos)) if args.w_adv is None else args.w_adv
     return args
 
@@ -407,6 +411,9 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=800, batch=12
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
+    if model.config.state_dim:  # ours: what is half predictable is predicted half as far, and drawn less than it is told
+        for q in (model.motion.lips[-1].weight, model.motion.lips[-1].bias):
+            q.data.mul_(args.articulate)
     print(f"lips from sound: {100 * (1 - loss.item()):.0f} % of the mouth code's variance before the first step")
 
 
