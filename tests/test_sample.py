@@ -20,7 +20,7 @@ import vision
 from audio import InputError, load_audio
 from data import save_checkpoint
 from fusion import FCTFG, Config, blinks, load_model
-from vision import read_video
+from vision import TEMPLATES, MouthEncoder, read_video
 
 RATE = 16000
 HERE = Path(__file__).resolve().parent
@@ -308,6 +308,8 @@ def test_nothing_moves_outside_the_mask():
 class Smiler(Listener):
     """Its face at rest is -0.5 all over, its inversion of any photo 0.5."""
 
+    mouth = None
+
     def still(self, source):
         return torch.full_like(source, 0.5)
 
@@ -324,6 +326,18 @@ def test_the_still_is_the_generated_mouth_that_fits_the_photo_and_eyes_at_rest(p
     torch.testing.assert_close(still[:, 6, 5], torch.full((3,), -0.5))
     still, mask = sample.still_of(Smiler(), torch.full((3, 16, 16), photo), "cpu", True)
     assert (still == 0.5).all() and mask[8, 8] == 1 and mask[0].max() < 0.1 and mask[:, 0].max() < 0.1
+
+
+def test_with_a_mouth_code_only_the_box_that_it_tells_is_touched():
+    model = Smiler()
+    model.config = Config.at(64, template="face")
+    _, wide = sample.still_of(model, torch.zeros(3, 64, 64), "cpu", False)
+    model.mouth = MouthEncoder("face", 24)
+    _, mask = sample.still_of(model, torch.zeros(3, 64, 64), "cpu", False)
+    x0, y0, x1, y1 = (round(64 * v) for v in TEMPLATES["face"].lips)
+    below = mask[round(0.45 * 64):]  # without the eyes
+    assert below[:, :x0].max() == below[:, x1:].max() == mask[y1:].max() == 0 and mask[50, 32] == 1
+    assert wide[50, x0 - 3] > 0.3
 
 
 def test_blinks_are_what_is_brief_in_idle_motion():
