@@ -280,8 +280,9 @@ class IdentityMaps(nn.Module):
     of the source's own code would carry the source's pose and mouth past the motion space.
 
     The coarse picture is for real faces. A linear image of a thousand numbers holds anybody from the first step, in the
-    manner of eigenfaces: photos that it never saw keep an identity cosine of .89, where a young encoder and generator
-    need days to get there. The generator sees that picture at each of its resolutions and learns what is still missing.
+    manner of eigenfaces: 1024 components of 32x32 pixels alone keep an identity cosine of .89 on photos never seen, this
+    network starts at .70 (train.start_picture). The generator sees the picture at each of its resolutions and learns what
+    is still missing.
     """
 
     def __init__(self, config: Config):

@@ -501,6 +501,8 @@ def shape(args, pack, before, changes) -> Config:
     dial = Config.at(args.size, template=pack.template, motion=args.motion)
     config = Config.load(before["config"]) if before else dial
     config = dataclasses.replace(config, template=pack.template, motion=args.motion, **changes)
+    if not config.map_code or config.encoder != "slim":                                # published networks know no such
+        config.picture = 0
     if "hyper" not in changes and (args.stage == 2 or not before):
         config.hyper = dial.hyper if args.stage == 2 and args.hyper_share else "none"
     if args.refine is not None:

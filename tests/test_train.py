@@ -274,6 +274,14 @@ def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, 
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
 
 
+def test_a_published_generator_takes_real_faces_without_the_coarse_picture(real_packs, tmp_path):
+    clips, photos = real_packs
+    torch.manual_seed(0)
+    save_rosinality(tmp_path / "g.pt", g_ema=Generator(16, 32, 2, 512, 32), d=Discriminator(16, 512, 32))
+    go(clips, tmp_path, 2, "--generator", str(tmp_path / "g.pt"), "--photos", str(photos), "--w-adv", "0", steps=2)
+    assert load_checkpoint(str(tmp_path / "stage2.pt"), "stage2")["config"]["picture"] == 0
+
+
 def test_a_coarse_picture_holds_faces_and_moves_mouths_before_the_first_step():
     """Faces of 12 independent numbers and mouths of 3: the closed form finds both, and tells them apart."""
     torch.manual_seed(0)
