@@ -69,6 +69,7 @@ class Config:
     pose_dim: int = 32          # P
     mouth_dim: int = 0          # M, numbers of the mouth code, see FCTFG.invert; 0: none, as in the paper
     state_dim: int = 0          # K of its directions speak, the others are the person's own, see DirectMotion.say
+    landmarks: bool = False     # these K are the lips' shape, taught by landmarks; the first is how far they are open
     hyper: str = "separable"    # HyperStyle's heads: "separable" or "shared"; "slim": HyperNetwork; "none"
     hyper_width: int = 64       # of "separable" and "shared"
     hyper_rank: int = 2         # of a weight change of "slim"
@@ -229,8 +230,10 @@ class DirectMotion(nn.Module):
     """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear readings of its whitened code; the lips are an
     MLP of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face.
 
-    With a mouth code (ours) the sound speaks in it: in the K directions `state` in which mouths of training clips move
-    while they speak. What a mouth is in the other directions, its owner keeps (`own`)."""
+    With a mouth code (ours) the sound speaks in it: in the K directions `state`. What a mouth is in the others, its owner
+    keeps (`own`). Where landmarks taught the code, these are its first K numbers, the lips' shape, and of them only the
+    opening is taken from the owner: how wide a mouth is, and a smile, stay, and speech moves them from there. Without
+    landmarks they are those in which mouths of training clips move, and all are taken."""
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
@@ -247,6 +250,7 @@ class DirectMotion(nn.Module):
         self.register_buffer("idle", torch.zeros(8, 75, P))                       # 8 clips of 3 s
         self.register_buffer("state", torch.eye(K, M) if K else None)             # orthonormal rows
         self.register_buffer("mouth_mean", torch.zeros(M) if K else None)
+        self.taken = 1 if config.landmarks else K
 
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
@@ -257,7 +261,10 @@ class DirectMotion(nn.Module):
         return said if self.state is None else said @ self.state + self.mouth_mean
 
     def spoken(self, mouth):  # mouth code (.., M) -> the part of it that speech decides
-        return mouth if self.state is None else (mouth - self.mouth_mean) @ self.state.t() @ self.state + self.mouth_mean
+        if self.state is None:
+            return mouth
+        taken = self.state[:self.taken]
+        return (mouth - self.mouth_mean) @ taken.t() @ taken + self.mouth_mean
 
     def own(self, mouth):  # mouth code (.., M) -> the part that it does not, in W+ (.., L, D)
         return self.mouth_up(mouth - self.spoken(mouth)).unflatten(-1, self.shape)
@@ -343,7 +350,8 @@ class FCTFG(nn.Module):
         self.audio = AudioEncoder(c.dim, c.audio_width)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
         assert not c.mouth_dim or c.motion == "direct", "a mouth code is of the direct form"
-        self.mouth = MouthEncoder(c.template, c.mouth_dim) if c.mouth_dim else None
+        shape_dim = c.state_dim if c.landmarks else 0
+        self.mouth = MouthEncoder(c.template, c.mouth_dim, shape_dim) if c.mouth_dim else None
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> (N, 3, H, W)"""
@@ -411,7 +419,7 @@ class FCTFG(nn.Module):
         """mel (B, T, 1, 80, 16) -> z_a (B, T, D)"""
         return self.audio(mel.flatten(0, 1)).unflatten(0, (len(mel), -1))
 
-    def forward(self, source, driving, mel, context: int = 0):
+    def forward(self, source, driving, mel, context: int = 0, mouth=None):
         """One window of each clip.
 
         Args:
@@ -419,6 +427,7 @@ class FCTFG(nn.Module):
             driving: (B, T', 3, H, W), T' = T + 2 context; of the "direct" form the T frames suffice.
             mel: (B, T', 1, 80, 16).
             context: frames at both ends that the temporal convolution may see and that are not decoded.
+            mouth: (B, T, M), with a mouth code: what is said in place of the sound's; NaN where the sound decides.
 
         Returns:
             frames (B, T, 3, H, W), z_s2c (B, L, D), z_c2d (B, T, L, D).
@@ -429,7 +438,12 @@ class FCTFG(nn.Module):
         z_s, z_s2c = self.person(source)
         if self.config.motion == "direct":                                        # its poses know no neighbours
             driving = middle(driving, T)
-        z_c2d = self.motion(self.encode_sound(mel), self.encode_driving(driving), context)
+        z_a, z_v = self.encode_sound(mel), self.encode_driving(driving)
+        if mouth is None:
+            z_c2d = self.motion(z_a, z_v, context)
+        else:
+            said = self.motion.say(z_a, context)
+            z_c2d = self.motion.join(self.motion.pose(z_v), torch.where(mouth.isnan(), said, mouth.to(said)))
         w_plus = (z_s2c[:, None] + z_c2d).flatten(0, 1)                           # (N, L, D)
         frames = self.decode(w_plus, self.weight_changes(source, z_s))
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d

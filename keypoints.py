@@ -82,9 +82,25 @@ FAN_FILE = "2DFAN4-11f355bf06.pth.tar"
 FAN_URL = f"https://www.adrianbulat.com/downloads/python-fan/{FAN_FILE}"
 FAN_SCORE = 0.2  # ours: mean height of the 68 heat maps below which there is no face
 
+STARTS = {"face": ((0.5, 0.58), 0.9)}  # dlib's box in a crop of this template, middle and side: ours, least error of a few
+
 LONGEST_GAP = 5  # frames, ours: a fifth of a second is bridged; a mouth may open and shut in more
 MOST_MISSING = 0.2  # of a clip
 STRAY = 0.3  # a frame whose eye distance is so far off the clip's median is no reading of this face
+
+
+# the same mouth in a mirror: which of its 20 points stands for which
+MIRRORED = (6, 5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 16, 15, 14, 13, 12, 19, 18, 17)
+
+
+def mouth_shape(points: np.ndarray) -> np.ndarray:
+    """Landmarks (n, 68, 2) -> (n, 42): how far the lips are open, the jaw's drop from nose to chin, and the mouth's 20
+    points about their middle, averaged with their mirror image, all in the landmarks' unit. Upright heads."""
+    mouth = points[:, 48:68] - points[:, 48:68].mean(1, keepdims=True)                # (n, 20, 2)
+    mouth = (mouth + mouth[:, MIRRORED] * (-1, 1)) / 2
+    opening = np.mean([points[:, b, 1] - points[:, a, 1] for a, b in ((61, 67), (62, 66), (63, 65))], 0)
+    jaw = points[:, 8, 1] - points[:, 33, 1]
+    return np.concatenate([opening[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
 
 
 @contextmanager
@@ -129,7 +145,7 @@ def fan_eye(template: str):
     """
     path = checkpoints_dir() / FAN_FILE
     if not path.is_file():
-        raise InputError(f"{path}: missing; put {FAN_URL} there, or give --mediapipe face_landmarker.task")
+        raise InputError(f"{path}: missing; put {FAN_URL} there, or give --mediapipe face_landmarker.task or --dlib FILE")
     from face_alignment import FaceAlignment, LandmarksType
 
     options = dict(device="cpu", flip_input=False, compile=False, face_detector="folder")  # "folder" needs no weights
@@ -145,6 +161,40 @@ def fan_eye(template: str):
         box = np.array((x - unit / 2, y - unit / 2, x + unit / 2, y + unit / 2))
         points, scores, _ = network.get_landmarks_from_image(frame, [box], return_landmark_score=True)
         return points[0].astype(np.float32) if float(np.mean(scores[0])) >= FAN_SCORE else None
+
+    yield look
+
+
+@contextmanager
+def dlib_eye(model: str, template: str):
+    """dlib's shape predictor as a function: a crop with air around it as of `in_crop`, uint8 (H, W, 3) -> float32 (68, 2).
+
+    Its trees jitter with the box that they start from, so it looks from five (ours). The box follows from the template:
+    no detector runs, and what is no face gets landmarks, too. Raises InputError: the package is not installed; the
+    model file is missing or none.
+    """
+    model = check_file(model)
+    try:
+        import dlib
+    except ImportError:
+        raise InputError("--dlib needs a package that is not installed: pip install dlib-bin") from None
+    try:
+        network = dlib.shape_predictor(str(model))
+    except RuntimeError as error:
+        raise InputError(f"{model}: is no shape predictor of dlib ({str(error).splitlines()[0][:80]})") from None
+    if template not in STARTS:
+        raise InputError(f"--dlib looks at real faces, not at crops of the template {template}")
+    middle, side = STARTS[template]
+    shifts = ((0, 0), (-0.02, 0), (0.02, 0), (0, -0.03), (0, 0.03))
+
+    def look(frame):
+        unit = len(frame) / (1 + 2 * MARGIN)  # the crop without air
+        points = []
+        for right, down in shifts:
+            x, y = (unit * (MARGIN + m - side / 2 + d) for m, d in zip(middle, (right, down)))
+            box = dlib.rectangle(*(round(v) for v in (x, y, x + side * unit, y + side * unit)))
+            points.append([(p.x, p.y) for p in network(np.ascontiguousarray(frame), box).parts()])
+        return np.mean(points, 0, dtype=np.float32)
 
     yield look
 
@@ -234,9 +284,10 @@ class Landmarks:
 def extract(args):
     """Landmarks of every clip of a pack, beside it. A killed run goes on behind the last finished clip."""
     pack, folder = Pack(args.data), landmarks_folder(args)
-    toy = (pack.folder / "truth.npy").is_file() and not args.mediapipe
-    detector = "truth" if toy else "mediapipe" if args.mediapipe else "fan"
-    with eye_for(pack, detector, args.mediapipe) as look:
+    asked = "mediapipe" if args.mediapipe else "dlib" if args.dlib else "fan"
+    toy = (pack.folder / "truth.npy").is_file() and asked == "fan"
+    detector = "truth" if toy else asked
+    with eye_for(pack, detector, args) as look:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = begun(folder, header_of(pack, detector), args.overwrite)
@@ -282,7 +333,7 @@ def begun(folder: Path, header: dict, overwrite: bool) -> list[bytes]:
 
 
 @contextmanager
-def eye_for(pack: Pack, detector: str, model: str | None):
+def eye_for(pack: Pack, detector: str, args):
     """A function: number of a clip -> its landmarks, (68, 2) or None a frame"""
     if detector == "truth":
         truth = np.load(pack.folder / "truth.npy", allow_pickle=False)
@@ -293,9 +344,21 @@ def eye_for(pack: Pack, detector: str, model: str | None):
 
         yield look
         return
-    with mediapipe_eye(model) if detector == "mediapipe" else fan_eye(pack.template) as eye:
-        one = (lambda frame: in_crop(eye, frame)) if detector == "mediapipe" else eye
-        yield lambda c: [one(pack.frame(c, k)) for k in range(pack.n_frames[c])]
+    with detector_of(detector, pack.template, args) as look:
+        yield lambda c: [look(pack.frame(c, k)) for k in range(pack.n_frames[c])]
+
+
+@contextmanager
+def detector_of(name: str, template: str, args):
+    """A detector as a function: a crop, uint8 (H, W, 3) -> its landmarks (68, 2) in pixels, or None"""
+    if name == "fan":
+        with fan_eye(template) as eye:
+            yield eye
+        return
+    if not getattr(args, name):
+        raise InputError(f"--{name} not given")
+    with mediapipe_eye(args.mediapipe) if name == "mediapipe" else dlib_eye(args.dlib, template) as eye:
+        yield lambda frame: in_crop(eye, frame)
 
 
 def compare(args):
@@ -307,12 +370,9 @@ def compare(args):
     found = {}
     print(f"{len(frames)} crops of {pack.size} px from {args.data}, one thread, loading not counted\n")
     print("| detector | seconds a frame | found | apart from the first, % of the eye distance |\n|---|---:|---:|---:|")
-    for name in ("face-alignment FAN", "MediaPipe"):
+    for name, detector in (("face-alignment FAN", "fan"), ("MediaPipe", "mediapipe"), ("dlib", "dlib")):
         try:
-            if name == "MediaPipe" and not args.mediapipe:
-                raise InputError("--mediapipe not given")
-            with mediapipe_eye(args.mediapipe) if name == "MediaPipe" else fan_eye(pack.template) as eye:
-                look = (lambda frame, eye=eye: in_crop(eye, frame)) if name == "MediaPipe" else eye
+            with detector_of(detector, pack.template, args) as look:
                 look(frames[0])  # the first picture pays for the set-up
                 clock = time.perf_counter()
                 found[name] = [look(frame) for frame in tqdm(frames, name, disable=None, leave=False)]
@@ -1391,6 +1451,8 @@ def parse(argv=None):
         p.add_argument("data", help="pack of data.py; a toy pack brings its own truth")
         p.add_argument("--mediapipe", metavar="FILE", help="MediaPipe's face_landmarker.task (pip install mediapipe); "
                        "without it face-alignment's FAN looks")
+        p.add_argument("--dlib", metavar="FILE", help="or dlib's shape_predictor_68_face_landmarks.dat "
+                       "(pip install dlib-bin)")
         if name == "extract":
             p.add_argument("--landmarks", help="folder to write; default: DATA/landmarks")
             p.add_argument("--overwrite", action="store_true", help="replace landmarks of another detector")

@@ -38,6 +38,7 @@ import losses
 from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
+from keypoints import Landmarks, mouth_shape
 from stylegan2 import Discriminator, mix_styles, read_weights
 from syncnet import held_out, load_sync, revision, sync_loss, toy_pack
 from vision import TEMPLATES, VideoWriter, mask_mouth, small_picture, to_tensor, to_uint8
@@ -94,13 +95,14 @@ def parse(argv=None):
             ("feat", 0.2, "perceptual, features of stage 1's discriminator"),
             ("adv", None, "adversarial; default: 0.01 in stage 3, and with photos in stage 2, else 0"),
             ("around", 1.0, "photos with another mouth: L1 around it"),
-            ("obey", None, "and the code read back; default: 0.1, stage 3 0.03 (more spoils faces)"),
+            ("obey", None, "and the code read back; default: 0.5, 0.3 in stage 3, where landmarks taught it, else 0.1 and "
+             "0.03 (more spoils faces)"),
             ("mouth", 3.0, "extra L1 in the mouth box, or with a mouth code of the lips"),
             ("eyes", 3.0, "extra L1 in the eyes box"),
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
         p.add_argument(f"--w-{name}", type=float, default=default, help=note)
-    p.add_argument("--articulate", type=float, default=2.0,
-                   help="stage 3 with a mouth code: how many times as far the lips go as the regression on sound says")
+    p.add_argument("--articulate", type=float, help="stage 3 with a mouth code: how many times as far the lips go as the "
+                   "regression on sound says; default: 1.1 where landmarks taught it, else 2")
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     # running
     p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out")
@@ -114,7 +116,6 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
-    args.w_obey = (0.03 if args.stage == 3 else 0.1) if args.w_obey is None else args.w_obey
     args.w_adv = 0.01 * (args.stage == 3 or bool(args.photos)) if args.w_adv is None else args.w_adv
     return args
 
@@ -138,14 +139,21 @@ def forward_stage1(nets, batch, args):
 def forward_stage2(nets, batch, args, deltas=None):
     """picture -> code -> picture; in the second phase the encoder rests and the hypernetwork refines `deltas`.
 
-    With a mouth code, half of the faces are made once more with the mouth of another: `moved`."""
+    With a mouth code, half of the faces are made once more with the mouth of another: `moved`. Where landmarks taught its
+    shape, with the other's opening, and the rest of the shape a little off; and the looks of every fourth mouth are kept
+    from the generator, so that it goes by the shape."""
     model, real = nets["model"], batch["picture"]
     if not model.mouth or nets["hyper_phase"]:
         z = model.invert(real)
         deltas = model.refine(real, z, deltas) if nets["hyper_phase"] else None
         return dict(real=real, fake=model.decode(z, deltas), deltas=deltas)
     mouth = model.mouth(real)                                                          # (N, M)
-    said = mouth.detach().roll(1, 0)[len(real) // 2:]                                  # the neighbours'
+    said = mouth.detach().roll(1, 0)                                                   # the neighbours'
+    if model.config.landmarks:
+        shape, looks = mouth.split([model.config.state_dim, mouth.shape[1] - model.config.state_dim], 1)
+        said = torch.cat([said[:, :1], shape[:, 1:] + torch.randn_like(shape[:, 1:]), looks], 1).detach()
+        mouth = torch.cat([shape, looks * (torch.rand(len(looks), 1, device=looks.device) > 0.25)], 1)
+    said = said[len(real) // 2:]
     own, other = (model.motion.mouth_up(m).unflatten(1, model.motion.shape) for m in (mouth, said))
     z = model.encode_source(real)                                                      # (N, L, D): no mouth in it
     fake, moved = model.decode(torch.cat([z + own, z[-len(said):] + other])).split([len(real), len(said)])
@@ -153,12 +161,23 @@ def forward_stage2(nets, batch, args, deltas=None):
 
 
 def forward_stage3(nets, batch, args):
-    """source, driving frames and sound -> the driving frames, in the source's looks"""
-    frames, z_s2c, z_c2d = nets["model"](batch["source"], batch["driving"], batch["mel"], context=CONTEXT)
-    real = middle(batch["driving"], frames.shape[1])                                   # (B, T, 3, H, W)
-    out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
+    """source, driving frames and sound -> the driving frames, in the source's looks.
+
+    Where landmarks taught the mouth's shape, every other clip is told the true one: what sound cannot tell, the generator
+    would learn to paint half."""
+    model, T = nets["model"], batch["mel"].shape[1] - 2 * CONTEXT
+    real, told, shape = middle(batch["driving"], T), None, None                        # (B, T, 3, H, W)
+    if model.config.landmarks:
+        with torch.no_grad():
+            shape = model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])
+            shape[..., model.config.state_dim:] = 0                                    # the looks are the source's
+            told = shape - (model.mouth(batch["source"]) - model.motion.spoken(model.mouth(batch["source"])))[:, None]
+            told[..., model.config.state_dim:] = 0
+            told[1::2] = math.nan
+    frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], CONTEXT, told)
+    out = dict(shape=shape, real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
                mel=middle(batch["mel"], 1)[:, 0])                                      # of the window's middle frame
-    return out | forward_photos(nets["model"], batch, out) if "photo" in batch else out
+    return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
 def forward_photos(model, batch, out):
@@ -212,17 +231,36 @@ def terms_stage2(nets, out, args):
 
 def moved_terms(model, out):
     """A face with the mouth of another: around the mouth it is the same picture, and the mouth reads as it was told.
+    Where its shape is read, the whole keeps its colours, too.
 
     This is what moves the lips of people who are known from one photo. Ours."""
     if "moved" not in out:
         return {}
     around = [mask_mouth(x, model.config.template) for x in (out["moved"], out["real"][-len(out["moved"]):])]
+    around, said, pictures = (around[0] - around[1]).abs().mean(), out["said"].float(), out["moved"]
+    if model.config.landmarks:
+        hue = [x - x.mean(1, keepdim=True) for x in (out["moved"], out["real"][-len(out["moved"]):])]
+        hue = torch.nn.functional.avg_pool2d(hue[0] - hue[1], max(1, out["moved"].shape[-1] // 16))
+        around = around + hue.abs().mean()                                             # opening a mouth paints nothing pink
+        if "frames" in out:                                                            # stage 3: clips have a truth
+            said = torch.cat([said, out["shape"].flatten(0, 1).float()])
+            pictures = torch.cat([pictures, out["frames"].flatten(0, 1)])
+        said = said[:, :model.config.state_dim]
+        wrong = (read_softly(model.mouth, pictures) - said).square() / said.var(0).clamp_min(0.25)
+        return dict(around=around, obey=(wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2)   # the opening is half of it
     frozen = {k: q.detach() for k, q in model.mouth.named_parameters()}                # else they would agree on a sign
-    read, said = torch.func.functional_call(model.mouth, frozen, (out["moved"],)).float(), out["said"].float()
+    read = torch.func.functional_call(model.mouth, frozen, (out["moved"],)).float()
     if "frames" in out and model.motion.state is not None:                             # stage 3: what is spoken counts
         read, said = read @ model.motion.state.t(), said @ model.motion.state.t()
-    return dict(around=(around[0] - around[1]).abs().mean(),
-                obey=(read - said).square().mean() / said.var(0).mean().clamp_min(1e-6))
+    return dict(around=around, obey=(read - said).square().mean() / said.var(0).mean().clamp_min(1e-6))
+
+
+def read_softly(mouth, pictures):
+    """The lips' shape (N, K) of pictures as a loss reads it: shifted and soft, so that fine patterns tell it nothing"""
+    boxes = mouth.box(pictures.float(), air=0.125)
+    down, right = (int(v) for v in torch.randint(boxes.shape[-1] - 31, (2,)))
+    boxes = torch.nn.functional.avg_pool2d(boxes[..., down:down + 32, right:right + 32], 2)
+    return mouth.read(torch.nn.functional.interpolate(boxes, scale_factor=2, mode="bilinear")).float()
 
 
 def judged(out):
@@ -272,8 +310,8 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
     in closed form; so is the mouth code's, for what the rest of the face cannot tell about its lips. Ours.
 
     Principal components and mouth numbers go into W+ in orthonormal directions, so short that the generator hardly
-    notices (`scale`), `maps.down` reads them back, and the picture is a ridge regression on them, less what the
-    generator paints by itself.
+    notices (`scale`; the shape of lips is longer), `maps.down` reads them back, and the picture is a ridge regression on
+    them, less what the generator paints by itself.
     """
     encoder, maps, edge, k = model.encoder, model.maps, model.config.picture, model.config.linear
     for layer in (*(head[-1] for head in encoder.heads), maps.picture):                # the trunk speaks up later
@@ -290,20 +328,83 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
         rest = (rest.float() - codes.float() @ picture).unflatten(1, (3, edge, edge))
         rest = (rest - mask_mouth(rest, model.config.template, "lips")).flatten(1)     # of the lips alone
         box = model.mouth.box(seen).flatten(1)
-        down, up = reduced_rank_regression(box - box.mean(0), rest, model.config.mouth_dim, ridge * box.var(0).mean())
+        if model.mouth.reader:                                                         # the lips' shape goes first
+            shape = torch.cat([model.mouth.read(x) for x in model.mouth.box(seen).split(256)])
+            mean, shape = torch.cat([mean, shape.mean(0)]), shape - shape.mean(0)
+            gram = shape.t() @ shape + ridge * len(shape) * torch.eye(shape.shape[1], device=shape.device)
+            effect = torch.linalg.solve(gram, shape.t() @ rest)                        # (K, 3 * edge * edge)
+            picture, rest = torch.cat([picture, effect]), rest - shape @ effect
+        free = len(model.mouth.linear.weight)
+        down, up = reduced_rank_regression(box - box.mean(0), rest, free, ridge * box.var(0).mean())
         model.mouth.linear.weight.copy_(down)
         model.mouth.linear.bias.copy_(-down @ box.mean(0))
-        for q in (model.mouth.body[-1].weight, model.mouth.body[-1].bias):
+        for q in model.mouth.body[-1].parameters() if model.mouth.body else ():
             torch.nn.init.zeros_(q)
         picture, mean = torch.cat([picture, up.t()]), torch.nn.functional.pad(mean, (0, len(down)))
-    directions = scale * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture), device=mean.device))[0]
+    length = torch.full((len(picture),), scale, device=mean.device)
+    if model.mouth and model.mouth.reader:                                             # these few it must hear: they decide
+        length[k:k + model.config.state_dim] = 40 * scale                              # what the mouth's pixels are
+    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture), device=mean.device))[0]
     encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
     if model.mouth:
         model.motion.mouth_up.weight.copy_(directions[:, k:])
-    maps.down.weight[:len(picture)] = directions.t() / scale ** 2
+    maps.down.weight[:len(picture)] = (directions / length.square()).t()
     maps.down.bias[:len(picture)] = -maps.down.weight[:len(picture)] @ encoder.latent_avg.flatten() - mean
     maps.picture.weight[:, :len(picture)] = picture.t()
     maps.picture.bias.copy_((centre - by_itself[0]).flatten())
+
+
+def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, per_clip=30):
+    """Stage 2 with landmarks: the MouthEncoder learns to read the lips' shape off their pixels, of clips and photos. Ours.
+
+    The shape's first number is how far the lips are open; the others are principal components of what else moves while one
+    person speaks, less what follows the opening; each in units of its spread there, from its mean.
+    """
+    rng, K = np.random.default_rng([seed, 4]), model.config.state_dim
+    boxes, shapes = [], []
+    of_clips, of_photos = data["landmarks"]
+
+    def collect(pack, marks, c, ks):
+        air = model.mouth.box(to_tensor(pack.frames(c, ks)), air=0.125)                # to shift in
+        boxes.append(air.to(torch.float16))
+        shapes.append(mouth_shape(np.asarray(marks.points[pack.frame_start[c] + ks]) / pack.size))
+
+    for c in rng.permutation(np.intersect1d(data["clips"], of_clips.kept))[:clips]:
+        collect(data["pack"], of_clips, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
+    shape, moves = np.concatenate(shapes), np.concatenate([s - s.mean(0) for s in shapes])  # (n, 42): one's, at one time
+    moving = len(shape)
+    slope = moves[:, 0] @ moves[:, 1:] / (moves[:, 0] @ moves[:, 0])                   # what follows the opening
+    _, directions = np.linalg.eigh((rest := moves[:, 1:] - moves[:, :1] * slope).T @ rest)
+    directions = directions[:, :-K:-1]                                                 # (41, K - 1)
+
+    def numbers(shape):
+        return np.concatenate([shape[:, :1], (shape[:, 1:] - shape[:, :1] * slope) @ directions], 1)
+
+    centre, spread = numbers(shape).mean(0), numbers(moves).std(0)
+    if of_photos is not None:
+        photos = data["photos"].pack
+        for c in rng.permutation(np.intersect1d(data["photos"].order, of_photos.kept))[:moving]:
+            collect(photos, of_photos, c, np.arange(1))
+    boxes, target = torch.cat(boxes), (numbers(np.concatenate(shapes)) - centre) / spread
+    target = torch.from_numpy(target).float().clamp(-8, 8)                             # landmarks err
+    weight = 1 / target.var(0)
+    model.mouth.reader.requires_grad_(True)
+    opt = torch.optim.Adam(model.mouth.reader.parameters(), 1e-3)
+    for step in tqdm(range(steps), desc="reader of lips", leave=False, disable=None):
+        half = torch.randint(moving, (batch // 2,))
+        i = torch.cat([half, torch.randint(moving, len(boxes), (batch // 2,)) if len(boxes) > moving else half])
+        down, right = (int(v) for v in torch.randint(boxes.shape[-1] - 31, (2,)))
+        x = boxes[i][..., down:down + 32, right:right + 32].to(device, torch.float32)
+        if step % 2:
+            x = x.flip(-1)                                                             # shapes are symmetric
+        if step % 4 > 1:                                                               # what a generator paints is soft
+            x = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        loss = ((model.mouth.read(x) - target[i].to(device)).square() * weight.to(device)).mean()
+        opt.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+    print(f"lips' shape read off pixels: {100 * (1 - loss.item()):.0f} % of its variance, as landmarks tell it")
 
 
 def train_judge(pack, photos, device, seed, steps=400, batch=48):
@@ -375,7 +476,7 @@ def start_motion_space(model, pack, chosen, device, photos=None, clips=300, per_
         motion.pose_up.weight.copy_(up)
 
 
-def start_lips(model, pack, chosen, args, device, clips=800, steps=800, batch=12, span=16):
+def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=12, span=16):
     """Stage 3, with a mouth code: sound -> code, regressed on the MouthEncoder's readings before any picture is made,
     and the directions in which the mouth of a clip moves.
 
@@ -385,7 +486,11 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=800, batch=12
     chosen = rng.permutation([c for c in chosen if pack.n_frames[c] >= span])[:clips]
     with torch.no_grad():
         codes = [model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in chosen]  # (T, M)
-    if model.config.state_dim:
+    if model.config.landmarks:                                                         # the opening; the rest from its mean
+        codes = [torch.cat([c[:, :1], c[:, 1:model.config.state_dim] - c[:, 1:model.config.state_dim].mean(0)], 1)
+                 for c in codes]
+        codes = [c @ model.motion.state for c in codes]                                # (T, M): of the looks nothing
+    elif model.config.state_dim:
         moves = torch.cat([c - c.mean(0) for c in codes])                              # (n, M): one person's, at one time
         variance, directions = torch.linalg.eigh(moves.t() @ moves / len(moves))       # ascending
         model.motion.state.copy_(directions[:, -model.config.state_dim:].t())
@@ -395,7 +500,12 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=800, batch=12
         codes = [model.motion.spoken(c) for c in codes]
     else:
         model.motion.lips[-1].bias.data.copy_(torch.cat(codes).mean(0))
-    spread = torch.cat(codes).std().clamp_min(1e-3)
+    spread, weight = torch.cat(codes).std().clamp_min(1e-3), torch.ones(codes[0].shape[1], device=device)
+    if model.config.landmarks:                                                         # each in units of its own spread
+        power = torch.cat(codes).var(0)
+        weight = spread.square() / power.clamp_min(1e-3)
+        weight[0] *= 5                                                                 # ours: the opening is what one sees
+        weight = weight / (weight * power / spread.square()).mean()
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
     opt = torch.optim.Adam(trained, 1e-3)
     # each clip's sound windows are computed once: 0.4 MB a clip of 3 s
@@ -406,14 +516,15 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=800, batch=12
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             said = model.motion.say(model.encode_sound(mel), CONTEXT)                  # (B, span, M)
         target = torch.stack([codes[i][k:k + span] for i, k in items])
-        loss = ((said.float() - target) / spread).square().mean()
+        loss = (((said.float() - target) / spread).square() * weight).mean()
         opt.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
     if model.config.state_dim:  # ours: what is half predictable is predicted half as far, and drawn less than it is told
+        reach = args.articulate or (1.1 if model.config.landmarks else 2.0)
         for q in (model.motion.lips[-1].weight, model.motion.lips[-1].bias):
-            q.data.mul_(args.articulate)
+            q.data.mul_(reach)
     print(f"lips from sound: {100 * (1 - loss.item()):.0f} % of the mouth code's variance before the first step")
 
 
@@ -469,7 +580,7 @@ def build(args, data, device, saved=None):
         before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
         if before["config"]["size"] != args.size:
             raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
-    config = Config.load(saved["config"]) if saved else shape(args, data["pack"], before, changes)
+    config = Config.load(saved["config"]) if saved else shape(args, data["pack"], before, changes, data["landmarks"])
     model = FCTFG(config, generator_only=args.stage == 1).to(device)
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
@@ -496,7 +607,7 @@ def build(args, data, device, saved=None):
     return nets, copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def shape(args, pack, before, changes) -> Config:
+def shape(args, pack, before, changes, landmarks=None) -> Config:
     """The dial's, or that of the stage before, with what published files demand; a hypernetwork where one is trained"""
     dial = Config.at(args.size, template=pack.template, motion=args.motion)
     config = Config.load(before["config"]) if before else dial
@@ -507,6 +618,9 @@ def shape(args, pack, before, changes) -> Config:
         config.hyper = dial.hyper if args.stage == 2 and args.hyper_share else "none"
     if args.refine is not None:
         config.refine = args.refine
+    if args.stage == 2:                                                                # later stages inherit it
+        config.landmarks = bool(config.state_dim) and landmarks is not None
+        config.state_dim = min(config.state_dim, 6) if config.landmarks else config.state_dim
     return config
 
 
@@ -517,6 +631,8 @@ def start(args, nets, data, device, known, parts):
     if texture or "D" in parts:
         nets["critic"] = copy.deepcopy(nets["D"])
         nets["critic"].load_state_dict(texture or parts["D"].state_dict())
+    if args.stage == 2 and model.config.landmarks:
+        train_reader(model, data, device, args.seed)
     if args.stage == 2 and "encoder" not in parts:
         start_encoder(model, data["pictures"], device)
     if model.encoder.latent_avg.isnan().any():                                         # a file without one
@@ -551,7 +667,9 @@ def optimisers(nets, args):
         model.generator.style.requires_grad_(False)                                    # z -> w is stage 1's alone
     if model.config.picture and model.encoder:                                         # its closed forms stay:
         linear = [model.encoder.linear_down, model.encoder.linear_up, model.maps.down, model.maps.picture]
-        for part in linear + ([model.mouth.linear, model.motion.mouth_up] if model.mouth else []):
+        if model.mouth:
+            linear += [model.mouth.linear, model.motion.mouth_up] + [model.mouth.reader] * model.config.landmarks
+        for part in linear:
             part.requires_grad_(False)                                                 # Adam would shake a picture apart
     c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k/(k+1), k = 4
     beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2: 0; ours where L1 leads
@@ -567,6 +685,8 @@ def optimisers(nets, args):
                 rate = 0.01 * args.lr  # closed forms, too, and a small step in W+ is a large one in the coarse picture
             elif model.config.picture and name.startswith(("encoder.", "mouth.")):
                 rate = 0.1 * args.lr
+            elif model.config.landmarks and name.startswith(("audio.", "motion.fusion", "motion.lips")):
+                rate = 0.1 * args.lr  # regressed on the shape itself, which tells them more than a picture of it
             elif "down." in name or "canonical.mlp.0" in name:
                 rate = 0.1 * args.lr  # a thousand whitened inputs: ten times as touchy
             elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
@@ -661,6 +781,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     nets, ema = build(args, sets, device, saved)
     model = nets["model"]
+    if args.w_obey is None:
+        args.w_obey = ((0.1, 0.03), (0.5, 0.3))[model.config.landmarks][args.stage == 3]
     nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
     nets |= published_judges(args, device)
     hyper_from = args.steps - round(args.hyper_share * args.steps) if args.stage == 2 else args.steps + 1
@@ -776,7 +898,16 @@ def training_sets(args, pack) -> dict:
         known, unseen_photos = held_out(photos)
         photos = Frames(photos, args.seed + 1, clips=known)
         pictures = Mixed(pictures, photos, args.photo_share, args.seed)
-    return dict(pack=pack, clips=clips, photos=photos, pictures=pictures, held_out=unseen, held_out_photos=unseen_photos)
+    return dict(pack=pack, clips=clips, photos=photos, pictures=pictures, held_out=unseen, held_out_photos=unseen_photos,
+                landmarks=landmarks_of(pack, photos.pack if photos else None))
+
+
+def landmarks_of(pack, photos):
+    """Those beside the pack and beside that of photos (keypoints.py extract); None unless all have some"""
+    packs = [p for p in (pack, photos) if p is not None]
+    if not all((p.folder / "landmarks" / "clips.jsonl").exists() for p in packs):
+        return None
+    return [Landmarks(p.folder / "landmarks", p) for p in packs] + [None] * (2 - len(packs))
 
 
 def lr_factor(step, args):

@@ -629,23 +629,39 @@ class MouthEncoder(nn.Module):
 
     So few numbers that they must mean the same on every face: how far it is open, how wide, teeth, a smile. Trained in
     stage 2 on photos of many people, they are the language in which stage 3 lets the sound speak: see fusion.py.
+
+    With `shape_dim` the first so many are the lips' shape, as landmarks taught the `reader` (train.train_reader), and mean
+    the same by force; the others are what it leaves: colour, teeth, a beard.
     """
 
-    def __init__(self, template: str, dim: int, width: int = 32):
+    def __init__(self, template: str, dim: int, shape_dim: int = 0, width: int = 32):
         super().__init__()
         self.template = template
-        self.linear = nn.Linear(3 * 32 * 32, dim)  # as of the VisualEncoder: train.start_picture sets it
-        self.body = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4 * width, 4 * width, 3, 2, 1),
-            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * width * 16, dim))
 
-    def box(self, x):  # (N, 3, H, W) -> (N, 3, 32, 32): the lips
-        rows, cols = box_slices(TEMPLATES[self.template].lips, *x.shape[-2:])
-        return F.interpolate(x[..., rows, cols], (32, 32), mode="bilinear", antialias=True, align_corners=False)
+        self.linear = nn.Linear(3 * 32 * 32, dim - shape_dim)  # as of the VisualEncoder: train.start_picture sets it
+        body = nn.Sequential(
+            nn.Conv2d(1 if shape_dim else 3, width, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4 * width, 4 * width, 3, 2, 1),
+            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * width * 16, shape_dim or dim))
+        self.reader, self.body = (body, None) if shape_dim else (None, body)
+
+    def box(self, x, air: float = 0.0):
+        """(N, 3, H, W) -> (N, 3, 32, 32): the lips; air: more on each side, in box sides, and so more pixels"""
+        x0, y0, x1, y1 = TEMPLATES[self.template].lips
+        across, down, edge = air * (x1 - x0), air * (y1 - y0), round(32 * (1 + 2 * air))
+        rows, cols = box_slices((x0 - across, y0 - down, x1 + across, y1 + down), *x.shape[-2:])
+        return F.interpolate(x[..., rows, cols], (edge, edge), mode="bilinear", antialias=True, align_corners=False)
+
+    def read(self, box):  # (N, 3, 32, 32) -> the lips' shape (N, K): colour, skin and lamp say nothing about it
+        box = box.mean(1, keepdim=True)
+        box = box - box.mean((2, 3), keepdim=True)
+        box = box / box.std((2, 3), keepdim=True).clamp_min(1e-2)
+        return self.reader(box.contiguous(memory_format=torch.channels_last))
 
     def forward(self, x):  # (N, 3, H, W) -> (N, M)
         box = self.box(x)
+        if self.reader:
+            return torch.cat([self.read(box), self.linear(box.flatten(1))], 1)
         return self.linear(box.flatten(1)) + self.body(box.contiguous(memory_format=torch.channels_last))
 
 

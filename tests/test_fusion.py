@@ -1,6 +1,7 @@
 """The two spaces and the whole network: what sees what, and what must not."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -153,6 +154,36 @@ def test_speech_moves_a_mouth_in_its_directions_and_the_rest_stays_its_owners():
     z_s, z_s2c = model.person(x)
     torch.testing.assert_close(z_s2c, model.canonical(z_s) + own)
     assert own.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
+
+
+def test_where_landmarks_taught_the_shape_speech_takes_the_opening_alone():
+    model, (x, _, _) = face(landmarks=True), window()
+    assert model.mouth.body is None and model.motion.spoken(model.mouth(x)).shape == (2, 3)
+    shape = model.mouth.read(model.mouth.box(x))                                # (B, K), the first numbers of the code
+    torch.testing.assert_close(model.mouth(x)[:, :2], shape)
+    opened, wider, redder = (model.mouth(x) + 2 * direction for direction in torch.eye(3))
+    own = model.motion.own(model.mouth(x))
+    torch.testing.assert_close(model.motion.own(opened), own)                   # an open photo starts shut
+    assert all((model.motion.own(mouth) - own).abs().max() > 1e-3 for mouth in (wider, redder))
+
+
+def test_a_mouth_that_is_told_goes_before_the_sounds():
+    model, (x, driving, mel) = face(), window()
+    told = torch.full((2, 1, 3), math.nan)
+    torch.testing.assert_close(model(x, driving, mel, 2, told), model(x, driving, mel, 2))
+    told[0] = torch.tensor([1.0, -2.0, 0.5])
+    loud, quiet = (model(x, driving, sound, 2, told)[0] for sound in (mel, -mel))
+    torch.testing.assert_close(loud[0], quiet[0])                               # the first hears nothing
+    assert not torch.allclose(loud[1], quiet[1], atol=1e-4)
+    assert not torch.allclose(loud[0], model(x, driving, mel, 2)[0][0], atol=1e-4)
+
+
+def test_lamp_and_skin_do_not_change_the_shape_of_lips():
+    model, (x, _, _) = face(landmarks=True), window()
+    box = model.mouth.box(x)
+    torch.testing.assert_close(model.mouth.read(box), model.mouth.read(0.5 * box + torch.tensor([0.3, -0.1, 0.2])[:, None, None]))
+    air = model.mouth.box(x, air=0.125)
+    assert box.shape[-2:] == (32, 32) and air.shape[-2:] == (40, 40)
 
 
 def test_context_frames_give_the_same_middle_as_a_long_window():

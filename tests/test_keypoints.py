@@ -1,8 +1,10 @@
 """Audio -> keypoints: landmarks lie where the face is, the shape model is principal components, frame t hears frame t."""
 
+import argparse
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +226,45 @@ def test_fan_gets_the_box_that_the_template_implies_and_unsure_readings_are_none
         sure[0] = 0.1
         assert look(np.zeros((100, 100, 3), np.uint8)) is None
     assert asked[0]["compile"] is False and asked[0]["flip_input"] is False and asked[0]["device"] == "cpu"
+
+
+def test_dlib_looks_from_five_boxes_that_follow_from_the_crop(tmp_path, monkeypatch):
+    (tmp_path / "model.dat").write_bytes(b"trees")
+    asked = []
+
+    def rectangle(*box):
+        asked.append(box)
+        return box
+
+    def predictor(path):  # puts every landmark into the middle of the box
+        return lambda frame, box: types.SimpleNamespace(
+            parts=lambda: [types.SimpleNamespace(x=(box[0] + box[2]) / 2, y=(box[1] + box[3]) / 2)] * 68)
+
+    monkeypatch.setitem(sys.modules, "dlib", types.SimpleNamespace(rectangle=rectangle, shape_predictor=predictor))
+    args = argparse.Namespace(dlib=str(tmp_path / "model.dat"))
+    with kp.detector_of("dlib", "face", args) as look:
+        points = look(np.zeros((128, 128, 3), np.uint8))
+    middle, side = kp.STARTS["face"]
+    np.testing.assert_allclose(points, [np.multiply(128, middle)] * 68, atol=1)
+    assert len(asked) == 5 and all(abs((x1 - x0) * (1 + 2 * kp.MARGIN) / kp.SIDE - side) < 0.02 for x0, _, x1, _ in asked)
+    with pytest.raises(InputError, match="not at crops of the template toy"), kp.detector_of("dlib", "toy", args):
+        pass
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    with pytest.raises(InputError, match="pip install dlib-bin"), kp.detector_of("dlib", "face", args):
+        pass
+
+
+def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or_side():
+    shut, wide = (toyfaces.landmarks(toyfaces.person(2), dict(open=v), 100)[None] for v in (0.0, 1.0))
+    a, b = kp.mouth_shape(shut)[0], kp.mouth_shape(wide)[0]
+    assert b[0] == pytest.approx(np.mean([wide[0, k, 1] - wide[0, j, 1] for j, k in ((61, 67), (62, 66), (63, 65))]))
+    assert a.shape == (42,) and b[0] > a[0] + 3
+    np.testing.assert_allclose(kp.mouth_shape(wide + (5, -7))[0], b, atol=1e-4)
+    mirror = wide[:, [*range(48), *(48 + np.array(kp.MIRRORED)), ]] * (-1, 1)
+    np.testing.assert_allclose(kp.mouth_shape(mirror)[0], b, atol=1e-4)
+    crooked = wide.copy()
+    crooked[0, 48] += (-4, 2)                                                   # one corner: half of it is seen
+    assert np.abs(kp.mouth_shape(crooked)[0] - b)[2:].max() < 2.1
 
 
 def test_mediapipe_finds_the_lips_of_a_real_face():

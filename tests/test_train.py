@@ -4,12 +4,15 @@ slow."""
 import argparse
 import functools
 import json
+import shutil
 import types
 
 import numpy as np
 import pytest
 import torch
 
+import keypoints
+import toyfaces
 import train
 from audio import InputError, run
 from data import Pack, PackWriter, load_checkpoint, save_checkpoint
@@ -17,7 +20,7 @@ from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, changed_layers
 from stylegan2 import Discriminator, Generator, save_rosinality
 from syncnet import SyncNet
 from toyfaces import make_pack
-from vision import TEMPLATES, GradualStyleEncoder, HyperStyleNet, box_slices, mask_mouth
+from vision import TEMPLATES, GradualStyleEncoder, HyperStyleNet, box_slices, mask_mouth, to_tensor
 
 TRAIN_JUDGE = train.train_judge  # the tests of stages use a quick stand-in
 
@@ -272,6 +275,52 @@ def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, 
     model = load_model(str(tmp_path / "weights.pt"))
     assert model.config.mouth_dim and model.config.template == "face"
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def marked_packs(real_packs, pack, tmp_path_factory):
+    """Copies of these packs with the drawn faces' true landmarks beside them"""
+    toys, folders = Pack(pack), []
+    truth = np.load(toys.folder / "truth.npy")
+    for source in real_packs:
+        folder = tmp_path_factory.mktemp("marked") / source.name
+        shutil.copytree(source, folder)
+        here, points = Pack(folder), []
+        for c in range(len(here)):
+            first, k = (toys.frame_start[c], here.n_frames[c]) if source.name == "clips" else (toys.frame_start[c % 5] + c, 1)
+            who = toyfaces.person(int(toys.identities[toys.identity[c % 5]].removeprefix("toy")))
+            points.append(keypoints.toy_points(who, truth[first:first + k], here.size))
+        (folder / "landmarks").mkdir()
+        (folder / "landmarks" / "points.bin").write_bytes(np.concatenate(points).astype("<f4").tobytes())
+        lines = [keypoints.header_of(here, "truth")] + [{}] * len(here)
+        (folder / "landmarks" / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(folder)
+    return folders
+
+
+def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "start_lips", functools.partial(train.start_lips, steps=2))
+    monkeypatch.setattr(train, "train_reader", functools.partial(train.train_reader, steps=200, batch=32))
+    clips, photos = marked_packs
+    more = ["--photos", str(photos), "--w-adv", "0"]
+    go(clips, tmp_path, 1, *more)
+    go(clips, tmp_path, 2, *more)
+    go(clips, tmp_path, 3, *more, "--w-sync", "0")
+    log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
+    assert all("obey" in line for line in log)
+    before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("mouth."))
+    model, toys = load_model(str(tmp_path / "weights.pt")), Pack(clips)
+    assert model.config.landmarks
+    landmarks = keypoints.Landmarks(clips / "landmarks", toys)
+    read, true = [], []
+    for c in range(len(toys)):
+        read.append(model.mouth(to_tensor(toys.frames(c, range(toys.n_frames[c]))))[:, 0].detach().numpy())
+        true.append(keypoints.mouth_shape(landmarks.points[toys.frame_start[c]:toys.frame_start[c + 1]])[:, 0])
+    assert np.corrcoef(np.concatenate(read), np.concatenate(true))[0, 1] > 0.6
+    with pytest.raises(InputError, match="landmarks"):
+        shutil.copytree(photos / "landmarks", clips / "landmarks", dirs_exist_ok=True)
+        go(clips, tmp_path / "other", 1, *more)
 
 
 def test_a_published_generator_takes_real_faces_without_the_coarse_picture(real_packs, tmp_path):
