@@ -82,7 +82,7 @@ FAN_FILE = "2DFAN4-11f355bf06.pth.tar"
 FAN_URL = f"https://www.adrianbulat.com/downloads/python-fan/{FAN_FILE}"
 FAN_SCORE = 0.2  # ours: mean height of the 68 heat maps below which there is no face
 
-STARTS = {"face": ((0.5, 0.58), 0.9)}  # dlib's box in a crop of this template, middle and side: ours, least error of a few
+STARTS = {"face": ((0.5, 0.58), 0.9)}  # dlib's box in a crop of this template, middle and side: ours, best of a few
 
 LONGEST_GAP = 5  # frames, ours: a fifth of a second is bridged; a mouth may open and shut in more
 MOST_MISSING = 0.2  # of a clip
@@ -167,7 +167,7 @@ def fan_eye(template: str):
 
 @contextmanager
 def dlib_eye(model: str, template: str):
-    """dlib's shape predictor as a function: a crop with air around it as of `in_crop`, uint8 (H, W, 3) -> float32 (68, 2).
+    """dlib's shape predictor as a function: a crop with air around it (see `in_crop`), uint8 (H, W, 3) -> (68, 2).
 
     Its trees jitter with the box that they start from, so it looks from five (ours). The box follows from the template:
     no detector runs, and what is no face gets landmarks, too. Raises InputError: the package is not installed; the

@@ -95,8 +95,8 @@ def parse(argv=None):
             ("feat", 0.2, "perceptual, features of stage 1's discriminator"),
             ("adv", None, "adversarial; default: 0.01 in stage 3, and with photos in stage 2, else 0"),
             ("around", 1.0, "photos with another mouth: L1 around it"),
-            ("obey", None, "and the code read back; default: 0.5, 0.3 in stage 3, where landmarks taught it, else 0.1 and "
-             "0.03 (more spoils faces)"),
+            ("obey", None, "and the code read back; default: 0.5, 0.3 in stage 3, where landmarks taught it, "
+             "else 0.1 and 0.03 (more spoils faces)"),
             ("mouth", 3.0, "extra L1 in the mouth box, or with a mouth code of the lips"),
             ("eyes", 3.0, "extra L1 in the eyes box"),
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
@@ -241,7 +241,7 @@ def moved_terms(model, out):
     if model.config.landmarks:
         hue = [x - x.mean(1, keepdim=True) for x in (out["moved"], out["real"][-len(out["moved"]):])]
         hue = torch.nn.functional.avg_pool2d(hue[0] - hue[1], max(1, out["moved"].shape[-1] // 16))
-        around = around + hue.abs().mean()                                             # opening a mouth paints nothing pink
+        around = around + hue.abs().mean()                                             # an opening mouth does not blush
         if "frames" in out:                                                            # stage 3: clips have a truth
             said = torch.cat([said, out["shape"].flatten(0, 1).float()])
             pictures = torch.cat([pictures, out["frames"].flatten(0, 1)])
@@ -342,8 +342,8 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
             torch.nn.init.zeros_(q)
         picture, mean = torch.cat([picture, up.t()]), torch.nn.functional.pad(mean, (0, len(down)))
     length = torch.full((len(picture),), scale, device=mean.device)
-    if model.mouth and model.mouth.reader:                                             # these few it must hear: they decide
-        length[k:k + model.config.state_dim] = 40 * scale                              # what the mouth's pixels are
+    if model.mouth and model.mouth.reader:                                             # these few must be heard: they
+        length[k:k + model.config.state_dim] = 40 * scale                              # decide what the mouth is
     directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture), device=mean.device))[0]
     encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
     if model.mouth:
@@ -355,10 +355,10 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
 
 
 def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, per_clip=30):
-    """Stage 2 with landmarks: the MouthEncoder learns to read the lips' shape off their pixels, of clips and photos. Ours.
+    """Stage 2 with landmarks: the MouthEncoder learns to read the shape of lips off clips and photos. Ours.
 
-    The shape's first number is how far the lips are open; the others are principal components of what else moves while one
-    person speaks, less what follows the opening; each in units of its spread there, from its mean.
+    The shape's first number is how far the lips are open; the others are principal components of what else moves while
+    one person speaks, less what follows the opening; each in units of its spread there, from its mean.
     """
     rng, K = np.random.default_rng([seed, 4]), model.config.state_dim
     boxes, shapes = [], []
@@ -371,10 +371,11 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
 
     for c in rng.permutation(np.intersect1d(data["clips"], of_clips.kept))[:clips]:
         collect(data["pack"], of_clips, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
-    shape, moves = np.concatenate(shapes), np.concatenate([s - s.mean(0) for s in shapes])  # (n, 42): one's, at one time
-    moving = len(shape)
+    shape, moving = np.concatenate(shapes), sum(map(len, shapes))                      # (n, 42)
+    moves = np.concatenate([s - s.mean(0) for s in shapes])                            # one person's, at one time
     slope = moves[:, 0] @ moves[:, 1:] / (moves[:, 0] @ moves[:, 0])                   # what follows the opening
-    _, directions = np.linalg.eigh((rest := moves[:, 1:] - moves[:, :1] * slope).T @ rest)
+    rest = moves[:, 1:] - moves[:, :1] * slope
+    _, directions = np.linalg.eigh(rest.T @ rest)                                      # ascending
     directions = directions[:, :-K:-1]                                                 # (41, K - 1)
 
     def numbers(shape):
@@ -486,10 +487,9 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
     chosen = rng.permutation([c for c in chosen if pack.n_frames[c] >= span])[:clips]
     with torch.no_grad():
         codes = [model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in chosen]  # (T, M)
-    if model.config.landmarks:                                                         # the opening; the rest from its mean
-        codes = [torch.cat([c[:, :1], c[:, 1:model.config.state_dim] - c[:, 1:model.config.state_dim].mean(0)], 1)
-                 for c in codes]
-        codes = [c @ model.motion.state for c in codes]                                # (T, M): of the looks nothing
+    if model.config.landmarks:                                                         # opening; the rest from its mean
+        shapes = [c[:, :model.config.state_dim] for c in codes]
+        codes = [torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) @ model.motion.state for s in shapes]  # (T, M)
     elif model.config.state_dim:
         moves = torch.cat([c - c.mean(0) for c in codes])                              # (n, M): one person's, at one time
         variance, directions = torch.linalg.eigh(moves.t() @ moves / len(moves))       # ascending
@@ -504,7 +504,7 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
     if model.config.landmarks:                                                         # each in units of its own spread
         power = torch.cat(codes).var(0)
         weight = spread.square() / power.clamp_min(1e-3)
-        weight[0] *= 5                                                                 # ours: the opening is what one sees
+        weight[0] *= 5                                                                 # ours: the opening shows most
         weight = weight / (weight * power / spread.square()).mean()
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
     opt = torch.optim.Adam(trained, 1e-3)

@@ -630,19 +630,20 @@ class MouthEncoder(nn.Module):
     So few numbers that they must mean the same on every face: how far it is open, how wide, teeth, a smile. Trained in
     stage 2 on photos of many people, they are the language in which stage 3 lets the sound speak: see fusion.py.
 
-    With `shape_dim` the first so many are the lips' shape, as landmarks taught the `reader` (train.train_reader), and mean
-    the same by force; the others are what it leaves: colour, teeth, a beard.
+    With `shape_dim` the first so many are the lips' shape, as landmarks taught the `reader` (train.train_reader), and
+    mean the same by force; the others are what it leaves: colour, teeth, a beard.
     """
 
     def __init__(self, template: str, dim: int, shape_dim: int = 0, width: int = 32):
         super().__init__()
         self.template = template
-
         self.linear = nn.Linear(3 * 32 * 32, dim - shape_dim)  # as of the VisualEncoder: train.start_picture sets it
         body = nn.Sequential(
-            nn.Conv2d(1 if shape_dim else 3, width, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4 * width, 4 * width, 3, 2, 1),
-            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * width * 16, shape_dim or dim))
+            nn.Conv2d(1 if shape_dim else 3, width, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Flatten(), nn.Linear(4 * width * 16, shape_dim or dim))
         self.reader, self.body = (body, None) if shape_dim else (None, body)
 
     def box(self, x, air: float = 0.0):

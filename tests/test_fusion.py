@@ -181,7 +181,8 @@ def test_a_mouth_that_is_told_goes_before_the_sounds():
 def test_lamp_and_skin_do_not_change_the_shape_of_lips():
     model, (x, _, _) = face(landmarks=True), window()
     box = model.mouth.box(x)
-    torch.testing.assert_close(model.mouth.read(box), model.mouth.read(0.5 * box + torch.tensor([0.3, -0.1, 0.2])[:, None, None]))
+    tinted = 0.5 * box + torch.tensor([0.3, -0.1, 0.2])[:, None, None]
+    torch.testing.assert_close(model.mouth.read(box), model.mouth.read(tinted))
     air = model.mouth.box(x, air=0.125)
     assert box.shape[-2:] == (32, 32) and air.shape[-2:] == (40, 40)
 

@@ -287,7 +287,8 @@ def marked_packs(real_packs, pack, tmp_path_factory):
         shutil.copytree(source, folder)
         here, points = Pack(folder), []
         for c in range(len(here)):
-            first, k = (toys.frame_start[c], here.n_frames[c]) if source.name == "clips" else (toys.frame_start[c % 5] + c, 1)
+            photo = source.name == "photos"
+            first, k = (toys.frame_start[c % 5] + c, 1) if photo else (toys.frame_start[c], here.n_frames[c])
             who = toyfaces.person(int(toys.identities[toys.identity[c % 5]].removeprefix("toy")))
             points.append(keypoints.toy_points(who, truth[first:first + k], here.size))
         (folder / "landmarks").mkdir()
