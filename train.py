@@ -169,10 +169,9 @@ def forward_stage3(nets, batch, args):
     real, told, shape = middle(batch["driving"], T), None, None                        # (B, T, 3, H, W)
     if model.config.landmarks:
         with torch.no_grad():
-            shape = model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])
-            shape[..., model.config.state_dim:] = 0                                    # the looks are the source's
-            told = shape - (model.mouth(batch["source"]) - model.motion.spoken(model.mouth(batch["source"])))[:, None]
-            told[..., model.config.state_dim:] = 0
+            source, shape = model.mouth(batch["source"]), model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])
+            told = shape - (source - model.motion.spoken(source))[:, None]             # (B, T, M): beside the source's
+            told[..., model.config.state_dim:] = 0                                     # looks
             told[1::2] = math.nan
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], CONTEXT, told)
     out = dict(shape=shape, real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
@@ -236,20 +235,20 @@ def moved_terms(model, out):
     This is what moves the lips of people who are known from one photo. Ours."""
     if "moved" not in out:
         return {}
-    around = [mask_mouth(x, model.config.template) for x in (out["moved"], out["real"][-len(out["moved"]):])]
-    around, said, pictures = (around[0] - around[1]).abs().mean(), out["said"].float(), out["moved"]
+    moved, real, said = out["moved"], out["real"][-len(out["moved"]):], out["said"].float()
+    around = (mask_mouth(moved, model.config.template) - mask_mouth(real, model.config.template)).abs().mean()
     if model.config.landmarks:
-        hue = [x - x.mean(1, keepdim=True) for x in (out["moved"], out["real"][-len(out["moved"]):])]
-        hue = torch.nn.functional.avg_pool2d(hue[0] - hue[1], max(1, out["moved"].shape[-1] // 16))
-        around = around + hue.abs().mean()                                             # an opening mouth does not blush
+        hue = [x - x.mean(1, keepdim=True) for x in (moved, real)]
+        hue = torch.nn.functional.avg_pool2d(hue[0] - hue[1], max(1, moved.shape[-1] // 16))
         if "frames" in out:                                                            # stage 3: clips have a truth
+            moved = torch.cat([moved, out["frames"].flatten(0, 1)])
             said = torch.cat([said, out["shape"].flatten(0, 1).float()])
-            pictures = torch.cat([pictures, out["frames"].flatten(0, 1)])
         said = said[:, :model.config.state_dim]
-        wrong = (read_softly(model.mouth, pictures) - said).square() / said.var(0).clamp_min(0.25)
-        return dict(around=around, obey=(wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2)   # the opening is half of it
+        wrong = (read_softly(model.mouth, moved) - said).square() / said.var(0).clamp_min(0.25)
+        wrong = (wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2                         # the opening is half of it
+        return dict(around=around + hue.abs().mean(), obey=wrong)
     frozen = {k: q.detach() for k, q in model.mouth.named_parameters()}                # else they would agree on a sign
-    read = torch.func.functional_call(model.mouth, frozen, (out["moved"],)).float()
+    read = torch.func.functional_call(model.mouth, frozen, (moved,)).float()
     if "frames" in out and model.motion.state is not None:                             # stage 3: what is spoken counts
         read, said = read @ model.motion.state.t(), said @ model.motion.state.t()
     return dict(around=around, obey=(read - said).square().mean() / said.var(0).mean().clamp_min(1e-6))

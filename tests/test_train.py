@@ -324,6 +324,23 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, 
         go(clips, tmp_path / "other", 1, *more)
 
 
+def test_every_other_clip_is_told_the_true_shape_of_its_lips_and_keeps_the_looks_of_its_source():
+    torch.manual_seed(0)
+    model = FCTFG(Config.at(16, template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3, landmarks=True)).eval()
+    batch = dict(source=torch.rand(2, 3, 16, 16) - 0.5, driving=torch.rand(2, 1, 3, 16, 16) - 0.5,
+                 mel=torch.randn(2, 5, 1, 80, 16))
+    with torch.no_grad():
+        out = train.forward_stage3(dict(model=model), batch, None)
+        shape, looks = model.mouth(batch["driving"][:, 0])[:, :3], model.mouth(batch["source"])[:, 3:]
+        pose = model.motion.pose_up(model.motion.pose(model.encode_driving(batch["driving"])[:, 0]))
+        still = model.canonical(model.encode_source(batch["source"])) + pose.unflatten(1, model.motion.shape)
+        mouth = out["z_s2c"] + out["z_c2d"][:, 0] - still
+        told = model.motion.mouth_up(torch.cat([shape, looks], 1)).unflatten(1, model.motion.shape)
+    torch.testing.assert_close(mouth[0], told[0], atol=1e-4, rtol=1e-3)
+    assert (mouth[1] - told[1]).abs().max() > 1e-2                           # this one listens
+    torch.testing.assert_close(out["shape"][:, 0, :3], shape)
+
+
 def test_a_published_generator_takes_real_faces_without_the_coarse_picture(real_packs, tmp_path):
     clips, photos = real_packs
     torch.manual_seed(0)
