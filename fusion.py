@@ -232,8 +232,8 @@ class DirectMotion(nn.Module):
 
     With a mouth code (ours) the sound speaks in it: in the K directions `state`. What a mouth is in the others, its owner
     keeps (`own`). Where landmarks taught the code, these are its first K numbers, the lips' shape, and of them only the
-    opening is taken from the owner: how wide a mouth is, and a smile, stay, and speech moves them from there. Without
-    landmarks they are those in which mouths of training clips move, and all are taken."""
+    opening is taken from the owner, and kept in `range`: how wide a mouth is, and a smile, stay, and speech moves them
+    from there. Without landmarks they are those in which mouths of training clips move, and all are taken."""
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
@@ -251,6 +251,7 @@ class DirectMotion(nn.Module):
         self.register_buffer("state", torch.eye(K, M) if K else None)             # orthonormal rows
         self.register_buffer("mouth_mean", torch.zeros(M) if K else None)
         self.taken = 1 if config.landmarks else K
+        self.register_buffer("range", torch.tensor([-torch.inf, torch.inf]) if config.landmarks else None)
 
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
@@ -258,6 +259,8 @@ class DirectMotion(nn.Module):
     def say(self, z_a, context=0):  # (B, T + 2 context, D) -> mouth code (B, T, M), or the lips in W+ where there is none
         z_a, _ = self.fusion(z_a, None)
         said = self.lips(z_a[:, context:z_a.shape[1] - context])
+        if self.range is not None:  # lips shut no tighter and open no wider than those of training clips
+            said = torch.cat([said[..., :1].clamp(*self.range), said[..., 1:]], -1)
         return said if self.state is None else said @ self.state + self.mouth_mean
 
     def spoken(self, mouth):  # mouth code (.., M) -> the part of it that speech decides

@@ -102,7 +102,7 @@ def parse(argv=None):
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
         p.add_argument(f"--w-{name}", type=float, default=default, help=note)
     p.add_argument("--articulate", type=float, help="stage 3 with a mouth code: how many times as far the lips go as the "
-                   "regression on sound says; default: 1.1 where landmarks taught it, else 2")
+                   "regression on sound says; default: 1.5 where landmarks taught it, else 2")
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     # running
     p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out")
@@ -387,7 +387,7 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
             collect(photos, of_photos, c, np.arange(1))
     boxes, target = torch.cat(boxes), (numbers(np.concatenate(shapes)) - centre) / spread
     target = torch.from_numpy(target).float().clamp(-8, 8)                             # landmarks err
-    weight = 1 / target.var(0)
+    weight, unread = 1 / target.var(0), 1.0
     model.mouth.reader.requires_grad_(True)
     opt = torch.optim.Adam(model.mouth.reader.parameters(), 1e-3)
     for step in tqdm(range(steps), desc="reader of lips", leave=False, disable=None):
@@ -404,7 +404,8 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
-    print(f"lips' shape read off pixels: {100 * (1 - loss.item()):.0f} % of its variance, as landmarks tell it")
+        unread += 0.02 * (loss.item() - unread)
+    print(f"shape of lips: {100 * (1 - unread):.0f} % of its variance, as landmarks tell it, is read off pixels")
 
 
 def train_judge(pack, photos, device, seed, steps=400, batch=48):
@@ -521,9 +522,11 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
         loss.backward()
         opt.step()
     if model.config.state_dim:  # ours: what is half predictable is predicted half as far, and drawn less than it is told
-        reach = args.articulate or (1.1 if model.config.landmarks else 2.0)
+        reach = args.articulate or (1.5 if model.config.landmarks else 2.0)
         for q in (model.motion.lips[-1].weight, model.motion.lips[-1].bias):
             q.data.mul_(reach)
+        if model.config.landmarks:
+            model.motion.range.copy_(torch.cat(shapes)[:, 0].quantile(torch.tensor([0.02, 0.95], device=device)))
     print(f"lips from sound: {100 * (1 - loss.item()):.0f} % of the mouth code's variance before the first step")
 
 
@@ -632,6 +635,9 @@ def start(args, nets, data, device, known, parts):
         nets["critic"].load_state_dict(texture or parts["D"].state_dict())
     if args.stage == 2 and model.config.landmarks:
         train_reader(model, data, device, args.seed)
+    elif args.stage == 2 and model.mouth:
+        print("no landmarks beside all packs (keypoints.py extract): what a mouth is, is learned from pixels alone, and "
+              "strangers' lips obey sound less")
     if args.stage == 2 and "encoder" not in parts:
         start_encoder(model, data["pictures"], device)
     if model.encoder.latent_avg.isnan().any():                                         # a file without one

@@ -167,6 +167,16 @@ def test_where_landmarks_taught_the_shape_speech_takes_the_opening_alone():
     assert all((model.motion.own(mouth) - own).abs().max() > 1e-3 for mouth in (wider, redder))
 
 
+def test_speech_opens_lips_no_wider_than_the_training_clips_did():
+    model, (_, _, mel) = face(landmarks=True), window()
+    free = model.motion.say(model.encode_sound(mel))
+    low, high = free[..., 0].quantile(torch.tensor([0.2, 0.8]))
+    model.motion.range.copy_(torch.stack([low, high]))
+    said = model.motion.say(model.encode_sound(mel))
+    torch.testing.assert_close(said[..., 0], free[..., 0].clamp(low, high))
+    assert (free[..., 0] - said[..., 0]).abs().max() > 0 and torch.equal(said[..., 1:], free[..., 1:])
+
+
 def test_a_mouth_that_is_told_goes_before_the_sounds():
     model, (x, driving, mel) = face(), window()
     told = torch.full((2, 1, 3), math.nan)
