@@ -53,6 +53,7 @@ FEATHER = 0.12  # ours: width of a seam in units of the crop
 COLOUR = 0.1  # ours: sigma of what counts as colour, in units of the crop: wider than lips, narrower than a cheek
 SPREAD = 0.02  # ours: sigma of how far around a change the detail goes, in units of the crop
 CAST = 0.15  # ours: sigma with which a cast of colour is carried inwards, in units of the crop
+HUE = 0.7  # of a change of colour, see Paste
 CRISP = 0.6  # ours: unsharp mask on the network's frames, radius one of its pixels; more shows rings
 MOVED = (0.06, 0.2)  # ours: change, of 2 from black to white, that keeps all of the photo's detail; none of it
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
@@ -291,6 +292,7 @@ class Paste:
 
     The first term adds the change: where frame and still agree, the photo stays as it is, pore by pore. The second
     takes the photo's detail away where the change is large: teeth must not shine through lips that closed over them.
+    Of a still head's change the colour counts less than light and dark (HUE, ours): few pixels taught it.
     What changes at the mask's own edge is no movement but a cast of colour: it is spread inwards and taken off the change
     (a cheap form of Poisson image editing, Perez et al. 2003), so that there is no seam.
     `colour` is what still differs from the photo by in the large, and stays: skin keeps its own tone. Where `moved` is
@@ -344,6 +346,8 @@ class Paste:
         change = self.crisp(frame) - self.still
         if not self.turning:
             change = change - self.cast(change)
+            light = change.mean(0, keepdim=True)
+            change = light + HUE * (change - light)
         out = self.enlarge(self.mask * change)  # (3, h, w); all in place: these are the slow lines
         out.addcmul_(self.enlarge(self.mask * self.moved(change)) / 127.5, self.detail, value=-1).add_(self.region)
         picture = self.photo.copy()

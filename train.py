@@ -102,7 +102,7 @@ def parse(argv=None):
             ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
         p.add_argument(f"--w-{name}", type=float, default=default, help=note)
     p.add_argument("--articulate", type=float, help="stage 3 with a mouth code: how many times as far the lips go as the "
-                   "regression on sound says; default: 1.5 where landmarks taught it, else 2")
+                   "regression on sound says; default: 1.25 where landmarks taught it, else 2")
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     # running
     p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out")
@@ -522,11 +522,11 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
         loss.backward()
         opt.step()
     if model.config.state_dim:  # ours: what is half predictable is predicted half as far, and drawn less than it is told
-        reach = args.articulate or (1.5 if model.config.landmarks else 2.0)
+        reach = args.articulate or (1.25 if model.config.landmarks else 2.0)
         for q in (model.motion.lips[-1].weight, model.motion.lips[-1].bias):
             q.data.mul_(reach)
         if model.config.landmarks:
-            model.motion.range.copy_(torch.cat(shapes)[:, 0].quantile(torch.tensor([0.02, 0.95], device=device)))
+            model.motion.range.copy_(torch.cat(shapes)[:, 0].quantile(torch.tensor([0.02, 0.9], device=device)))
     print(f"lips from sound: {100 * (1 - loss.item()):.0f} % of the mouth code's variance before the first step")
 
 
