@@ -282,6 +282,14 @@ def test_a_small_change_is_added_under_the_photos_detail_and_a_large_one_takes_i
         assert abs(out[40:50, 45:61].mean() - photo[40:50, 45:61].mean() - 127.5 * change) < 1
 
 
+def test_a_change_of_colour_is_added_in_part_and_one_of_light_whole():
+    photo, paste = pasting()
+    patch = torch.zeros(3, 16, 16)
+    patch[:, 4:12, 4:12] = torch.tensor([0.06, 0.03, 0.0])[:, None, None]
+    change = (paste(0.2 + patch).astype(float) - photo)[40:50, 45:61].mean((0, 1))
+    np.testing.assert_allclose(change / 127.5, 0.03 + sample.HUE * np.array([0.03, 0.0, -0.03]), atol=0.005)
+
+
 def test_a_cast_of_colour_over_the_whole_crop_is_no_movement():
     photo, paste = pasting()
     cast = torch.tensor([0.3, 0.0, -0.2])[:, None, None] + 0.1 * torch.linspace(-1, 1, 16).expand(3, 16, 16)
