@@ -53,7 +53,7 @@ FEATHER = 0.12  # ours: width of a seam in units of the crop
 COLOUR = 0.1  # ours: sigma of what counts as colour, in units of the crop: wider than lips, narrower than a cheek
 SPREAD = 0.02  # ours: sigma of how far around a change the detail goes, in units of the crop
 CAST = 0.15  # ours: sigma with which a cast of colour is carried inwards, in units of the crop
-HUE = 0.7  # of a change of colour, see Paste
+HUE = 0.7  # ours: what counts of a change of colour, see Paste
 CRISP = 0.6  # ours: unsharp mask on the network's frames, radius one of its pixels; more shows rings
 MOVED = (0.06, 0.2)  # ours: change, of 2 from black to white, that keeps all of the photo's detail; none of it
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
@@ -292,7 +292,7 @@ class Paste:
 
     The first term adds the change: where frame and still agree, the photo stays as it is, pore by pore. The second
     takes the photo's detail away where the change is large: teeth must not shine through lips that closed over them.
-    Of a still head's change the colour counts less than light and dark (HUE, ours): few pixels taught it.
+    Of a still head's change the colour counts `hue` of light and dark (ours, for real faces: few pixels taught it).
     What changes at the mask's own edge is no movement but a cast of colour: it is spread inwards and taken off the change
     (a cheap form of Poisson image editing, Perez et al. 2003), so that there is no seam.
     `colour` is what still differs from the photo by in the large, and stays: skin keeps its own tone. Where `moved` is
@@ -302,7 +302,7 @@ class Paste:
     still: (3, S, S) the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the head moves.
     """
 
-    def __init__(self, photo, box, source, still, mask, turning: bool):
+    def __init__(self, photo, box, source, still, mask, turning: bool, hue: float = 1.0):
         H, W = photo.shape[:2]
         S, (x0, y0, x1, y1) = source.shape[-1], box
         used = mask.nonzero()  # (n, 2): only this part of the crop is ever touched, with a cell more for the cubic
@@ -312,7 +312,7 @@ class Paste:
         self.rows, self.columns = enlarger(*rows, y0, y1, S), enlarger(*columns, x0, x1, S)
         self.soft, self.spread, wide, self.far = (blurrer(S, sigma) for sigma in (1 / S, SPREAD, COLOUR, CAST))
         self.edge = mask * (1 - mask)
-        self.photo, self.still, self.mask, self.turning = photo, self.crisp(still), mask, turning
+        self.photo, self.still, self.mask, self.turning, self.hue = photo, self.crisp(still), mask, turning, hue
         self.place = (slice(*rows), slice(*columns))
         # from here on in steps of a byte
         region = torch.as_tensor(photo[self.place]).movedim(-1, 0).float()  # (3, h, w)
@@ -347,7 +347,7 @@ class Paste:
         if not self.turning:
             change = change - self.cast(change)
             light = change.mean(0, keepdim=True)
-            change = light + HUE * (change - light)
+            change = light + self.hue * (change - light)
         out = self.enlarge(self.mask * change)  # (3, h, w); all in place: these are the slow lines
         out.addcmul_(self.enlarge(self.mask * self.moved(change)) / 127.5, self.detail, value=-1).add_(self.region)
         picture = self.photo.copy()
@@ -410,7 +410,8 @@ def main(argv=None):
     if full:
         photo, box = limit(photo, box)
         turning, shape = driving is not None, photo.shape[:2]
-        show = Paste(photo, box, source, *still_of(model, source, device, turning), turning)
+        hue = HUE if model.mouth else 1.0
+        show = Paste(photo, box, source, *still_of(model, source, device, turning), turning, hue)
     crops = model.animate(source.to(device), mel, driving, sway=not full)
     network = Stopwatch(frames.cpu() for frames in crops)  # (b, 3, size, size)
     with VideoWriter(out, *shape, wav, args.overwrite) as video, tqdm(total=T, unit="frame") as bar:
