@@ -20,6 +20,8 @@ What differs from the paper:
   up with the driver's face: pairs from one clip never show it two people. README has the numbers of both.
 - IdentityMaps (ours): the code also feeds the generator's coarse features directly, and of real faces a coarse picture,
   which holds unseen people.
+- A mouth code (ours, real faces): a few numbers hold the lips that the encoder does not see. Landmarks teach the first of
+  them, the shape of lips, in which the sound speaks and which means the same on every face: see DirectMotion.
 - The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
 """
 

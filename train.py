@@ -478,8 +478,8 @@ def start_motion_space(model, pack, chosen, device, photos=None, clips=300, per_
 
 
 def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=12, span=16):
-    """Stage 3, with a mouth code: sound -> code, regressed on the MouthEncoder's readings before any picture is made,
-    and the directions in which the mouth of a clip moves.
+    """Stage 3, with a mouth code: sound -> code, regressed on the MouthEncoder's readings before any picture is made.
+    Without landmarks also the directions in which the mouth of a clip moves; with them the range of its opening.
 
     A step of this costs a tenth of one through the generator, which then only refines it. `batch` stretches of `span`
     frames a step: neighbouring frames share their sound windows."""
@@ -673,9 +673,11 @@ def optimisers(nets, args):
     if model.config.picture and model.encoder:                                         # its closed forms stay:
         linear = [model.encoder.linear_down, model.encoder.linear_up, model.maps.down, model.maps.picture]
         if model.mouth:
-            linear += [model.mouth.linear, model.motion.mouth_up] + [model.mouth.reader] * model.config.landmarks
+            linear += [model.mouth.linear, model.motion.mouth_up]
         for part in linear:
             part.requires_grad_(False)                                                 # Adam would shake a picture apart
+    if model.mouth and model.mouth.reader:                                             # else it and the generator would
+        model.mouth.reader.requires_grad_(False)                                       # agree on another shape
     c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k/(k+1), k = 4
     beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2: 0; ours where L1 leads
     groups = {}

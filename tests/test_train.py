@@ -324,6 +324,17 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, 
         go(clips, tmp_path / "other", 1, *more)
 
 
+@pytest.mark.parametrize("picture", [0, 16])
+def test_what_landmarks_taught_is_not_taught_anew_by_the_pictures(picture):
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3, landmarks=True)
+    config = Config.at(16, **shape, picture=picture)
+    for stage in ("2", "3"):
+        nets = dict(model=FCTFG(config), D=Discriminator(16, 512, 32), hyper_phase=False)
+        train.optimisers(nets, train.parse(["--stage", stage, "--size", "16"]))
+        assert not any(q.requires_grad for q in nets["model"].mouth.reader.parameters())
+        assert nets["model"].mouth.linear.weight.requires_grad == (picture == 0)
+
+
 def test_every_other_clip_is_told_the_true_shape_of_its_lips_and_keeps_the_looks_of_its_source():
     torch.manual_seed(0)
     model = FCTFG(Config.at(16, template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3, landmarks=True)).eval()
