@@ -55,7 +55,7 @@ from audio import (
     spec_augment,
 )
 from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint
-from evaluate import correlation
+from evaluate import FAN_SCORE, MARGIN, SIDE, by_mediapipe, correlation
 from fusion import pick_device
 from syncnet import load_sync, lr_factor, revision
 from vision import TEMPLATES, VideoWriter, check_output, checkpoints_dir, crop_face
@@ -72,15 +72,8 @@ GAP = 62, 66  # middle of the upper and the lower inner lip: the mouth's opening
 # ---------------------------------------------------------------------------------------------------------------------
 # landmarks of pictures
 
-# MediaPipe's 478-point mesh in iBUG's order: the vertices nearest to what its 68 points mark
-MESH = [162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389,  # jaw
-        71, 63, 105, 66, 107, 336, 296, 334, 293, 301, 168, 197, 5, 4, 75, 97, 2, 326, 305,  # brows, nose
-        33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,  # eyes
-        61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]  # lips
-MARGIN, SIDE = 0.25, 256  # ours: MediaPipe's detector wants air around the face; a tight crop gets a quarter on each side
 FAN_FILE = "2DFAN4-11f355bf06.pth.tar"
 FAN_URL = f"https://www.adrianbulat.com/downloads/python-fan/{FAN_FILE}"
-FAN_SCORE = 0.2  # ours: mean height of the 68 heat maps below which there is no face
 
 STARTS = {"face": ((0.5, 0.58), 0.9)}  # dlib's box in a crop of this template, middle and side: ours, best of a few
 
@@ -105,36 +98,12 @@ def mouth_shape(points: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def mediapipe_eye(model: str):
-    """MediaPipe's face landmarker as a function: uint8 (H, W, 3) -> float32 (68, 2) in pixels, or None.
-
-    Raises InputError: the package is not installed; the model file is missing or none.
-    """
-    model = check_file(model)
+    """MediaPipe's face landmarker as a function: uint8 (H, W, 3) -> (68, 2) in pixels, or None; see by_mediapipe."""
+    look = by_mediapipe(model)  # pictures one by one: its video mode lags
     try:
-        os.environ.setdefault("GLOG_minloglevel", "2")
-        import mediapipe
-        from mediapipe.tasks.python import BaseOptions
-        from mediapipe.tasks.python import vision as tasks
-    except ImportError:
-        raise InputError("--mediapipe needs a package that is not installed: pip install mediapipe") from None
-    options = tasks.FaceLandmarkerOptions(base_options=BaseOptions(model_asset_path=str(model)), num_faces=1)
-    try:
-        network = tasks.FaceLandmarker.create_from_options(options)  # pictures one by one: its video mode lags
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{model}: is no face landmarker of MediaPipe ({str(error).splitlines()[0][:80]})") from None
-
-    def look(frame):
-        image = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(frame))
-        found = network.detect(image).face_landmarks
-        if not found:
-            return None
-        H, W = frame.shape[:2]
-        return np.array([(found[0][i].x * W, found[0][i].y * H) for i in MESH], np.float32)
-
-    try:
-        yield look
+        yield lambda frame: look(frame, None)
     finally:
-        network.close()  # left to the interpreter's end it prints a traceback
+        look.close()
 
 
 @contextmanager

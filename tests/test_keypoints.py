@@ -1,6 +1,7 @@
 """Audio -> keypoints: landmarks lie where the face is, the shape model is principal components, frame t hears frame t."""
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import keypoints as kp
 import toyfaces
 from audio import InputError, load_audio, mfcc, n_frames
@@ -104,7 +106,8 @@ def test_the_landmarks_run_from_left_to_right_and_lips_clockwise():
 
 
 def test_the_mesh_of_mediapipe_names_68_different_vertices():
-    assert len(kp.MESH) == len(set(kp.MESH)) == 68 and max(kp.MESH) < 468
+    mesh = evaluate.FROM_478
+    assert len(mesh) == len(set(mesh)) == 68 and max(mesh) < 468
     assert sorted(p for which, _ in kp.PARTS.values() for p in which) == list(range(68))
 
 
@@ -276,11 +279,31 @@ def test_mediapipe_finds_the_lips_of_a_real_face():
     with kp.mediapipe_eye(str(model)) as look:
         assert look(np.zeros((128, 128, 3), np.uint8)) is None
         p = look(frame)
-    assert (np.diff(p[:17, 0]) > 0).all() and p[36, 0] < p[39, 0] < p[42, 0] < p[45, 0]
+    assert (np.diff(p[1:16, 0]) > 0).all() and p[0, 0] < p[3, 0] and p[13, 0] < p[16, 0]
+    assert p[36, 0] < p[39, 0] < p[42, 0] < p[45, 0]
     assert p[27:31, 1].max() < p[51, 1] < p[62, 1] <= p[66, 1] + 1 < p[57, 1] < p[8, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+def test_mediapipes_points_lie_near_dlibs_where_the_two_annotations_are_hard_to_match():
+    pytest.importorskip("mediapipe", reason="mediapipe is an optional package")
+    dlib = pytest.importorskip("dlib", reason="dlib is an optional package")
+    models = importlib.util.find_spec("face_recognition_models")  # not imported: it wants pkg_resources
+    model, clips = SHARED / "weights" / "face_landmarker.task", SHARED / "media" / "grid_others"
+    if not models or not model.is_file() or not clips.is_dir():
+        pytest.skip("dlib's network, or ../shared's model or clips are not here")
+    network = Path(models.origin).parent / "models" / "shape_predictor_68_face_landmarks.dat"
+    predict_68, off = dlib.shape_predictor(str(network)), []
+    detect = dlib.get_frontal_face_detector()
+    with kp.mediapipe_eye(str(model)) as look:
+        for path in sorted(clips.iterdir()):
+            frame = next(iter(read_video(path)))
+            theirs = np.array([(p.x, p.y) for p in predict_68(frame, detect(frame)[0]).parts()])
+            off.append(np.hypot(*(look(frame) - theirs).T) / np.hypot(*(theirs[45] - theirs[36])))
+    off = np.mean(off, 0)
+    assert off[[0, 16, 17, 26]].mean() < 0.08 and off[[4, 6, 9, 10, 12]].mean() < 0.08
+
+
 # the shape of a mouth
 
 
