@@ -16,12 +16,14 @@ the mouth).
 """
 
 import argparse
+import hashlib
 import io
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -32,7 +34,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -349,6 +351,11 @@ class Pack:
         """Mel windows of frames ks of clip c, float32 (len(ks), 1, 80, 16); ks may lie outside the clip."""
         return sound_windows(self.lazy_sound(c), np.asarray(ks))
 
+    @cached_property
+    def fingerprints(self) -> torch.Tensor:
+        """int64 (clips,): see `fingerprints`. Reads all sound, once."""
+        return fingerprints(map(self.sound, range(len(self))))
+
     def source(self, c: int) -> str:
         """The file it came from"""
         name = self.names[self.source_start[c] : self.source_start[c + 1]].tobytes()
@@ -369,6 +376,106 @@ class LazySound:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         return self.samples[part].astype(np.float32) / 32768
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is held out: one rule for everything that is trained
+
+USES = dict(train="train on", valid="validate on", test="test on")
+SEVERAL = 10  # people; ours: where there are fewer, clips are held out, not people
+
+
+def split_options(p: argparse.ArgumentParser):
+    """The options that `split` reads"""
+    for part, use in USES.items():
+        text = f"list of clips or people of --data to {use}, one name a line; default: every tenth is held out"
+        p.add_argument(f"--{part}", metavar="FILE", help=text)
+
+
+def split(pack: Pack, args=None) -> dict:
+    """-> dict(train, valid, test), the numbers of a pack's clips, each in one part at most; test may be empty.
+
+    Every tenth person is held out, or every tenth clip where there are fewer than SEVERAL people; of fewer than twenty
+    the last two. By turns they validate, which chooses the checkpoint, and test.
+    args: has data, and of split_options train, valid and test. A listed part is that list. Beside a train list
+    everything else is held out. Without data it is the toy world, whose held-out people are in no pack: all is in all.
+    Raises InputError: a name of no clip, or of several files; a clip in two lists; too few clips.
+    """
+    lists = {part: path for part in USES if (path := getattr(args, part, None))}
+    if args is not None and not args.data:
+        if lists:
+            raise InputError(f"--{next(iter(lists))} lists clips of --data, which is not given")
+        return dict.fromkeys(USES, np.arange(len(pack)))
+    parts = {part: named_clips(pack, path) for part, path in lists.items()}
+    taken, count = np.unique(np.concatenate([np.zeros(0, int), *parts.values()]), return_counts=True)
+    if (count > 1).any():
+        raise InputError(f"{', '.join(lists.values())}: {pack.source(taken[count > 1][0])} is in two of them")
+    free = np.setdiff1d(np.arange(len(pack)), taken)
+    units = np.unique(unit_of(pack)[free])
+    left = [part for part in ("valid", "test") if part not in parts]
+    held = units if "train" in parts else units[9::10]
+    if len(held) < len(left) and "train" not in parts:
+        held = units[1:][-len(left) :]
+    parts |= zip(left, by_turns(pack, free[np.isin(unit_of(pack)[free], held)], len(left)))
+    if "train" not in parts:
+        parts["train"] = np.setdiff1d(free, np.concatenate(list(parts.values())))
+    for part in ("train", "valid"):
+        if not len(parts[part]):
+            raise InputError(f"{pack.folder}: {len(pack)} clips leave none to {USES[part]}")
+    return {part: parts[part] for part in USES}
+
+
+def unit_of(pack: Pack) -> np.ndarray:
+    """(clips,): what is held out as a whole, the person or the clip"""
+    return np.asarray(pack.identity) if len(pack.identities) >= SEVERAL else np.arange(len(pack))
+
+
+def by_turns(pack: Pack, clips: np.ndarray, n: int = 2) -> list[np.ndarray]:
+    """Clips dealt to n parts, person by person or clip by clip"""
+    unit = unit_of(pack)[clips]
+    return [clips[np.isin(unit, np.unique(unit)[k::n])] for k in range(n)]
+
+
+def named_clips(pack: Pack, path: str | Path) -> np.ndarray:
+    """Numbers of the clips that a list names: a person, or the end of a file's path, with or without its suffix.
+    Raises InputError: see split."""
+    lines = check_file(path).read_text(errors="replace").splitlines()
+    found = {name: {} for line in lines if (name := line.strip())}  # name -> {clip: its file}
+    for c in range(len(pack)):
+        source = pack.source(c)
+        file = source.rpartition("#")[0] or source  # of a video, without where in it the clip begins
+        names = {pack.identities[pack.identity[c]]}
+        for whole in (Path(source), Path(file), Path(file).with_suffix("")):
+            names |= {"/".join(whole.parts[k:]) for k in range(len(whole.parts))} | {str(whole)}
+        for name in names & found.keys():
+            found[name][c] = file
+    for name, files in found.items():
+        if not files:
+            raise InputError(f"{path}: '{name}' is no clip and no person of {pack.folder}")
+        if len(set(files.values())) > 1 and name not in pack.identities:
+            raise InputError(f"{path}: '{name}' is the name of several files, write more of the path")
+    return np.array(sorted({c for files in found.values() for c in files}), int)
+
+
+def fingerprints(sounds) -> torch.Tensor:
+    """Sounds of clips (n,) -> int64, a number each, by which a clip is known in any pack and at any size of picture"""
+    digests = (hashlib.blake2b(to_int16(wav).tobytes(), digest_size=8).digest() for wav in sounds)
+    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
+
+
+def clips_used(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
+    """-> dict(train, valid): fingerprints of the clips that trained and that chose a checkpoint. A file of before they
+    were stored counts as trained on this pack by the rule of `split`, which leaves its test part."""
+    used = checkpoint.get("clips")
+    if not isinstance(used, dict) or not all(torch.is_tensor(used.get(part)) for part in ("train", "valid")):
+        print(f"{path}: does not say what it was trained on; of {pack.folder} the test part counts", file=sys.stderr)
+        return {part: pack.fingerprints[clips] for part, clips in split(pack).items() if part != "test"}
+    return used
+
+
+def known_clips(pack: Pack, *prints: torch.Tensor) -> np.ndarray:
+    """Numbers of the clips whose fingerprint is among these"""
+    return np.flatnonzero(torch.isin(pack.fingerprints, torch.cat(prints)).numpy())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -54,10 +54,23 @@ from audio import (
     run,
     spec_augment,
 )
-from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint
+from data import (
+    ENDLESS,
+    USES,
+    Pack,
+    batches,
+    by_turns,
+    clips_used,
+    fingerprints,
+    known_clips,
+    load_checkpoint,
+    save_checkpoint,
+    split,
+    split_options,
+)
 from evaluate import FAN_SCORE, MARGIN, SIDE, by_mediapipe, correlation
 from fusion import pick_device
-from syncnet import load_sync, lr_factor, revision
+from syncnet import TUNED, load_sync, lr_factor, revision
 from vision import TEMPLATES, VideoWriter, check_output, checkpoints_dir, crop_face
 
 # iBUG's parts, as polylines to draw: points, and whether the line closes
@@ -519,6 +532,8 @@ class PackTalk:
 
     def said(self, i):
         source, _, begin = self.pack.source(self.clips[i]).rpartition("#")
+        if not begin.isdecimal():
+            raise InputError(f"{self.pack.folder}: clip '{begin}' says no place in a video, --words has no times for it")
         offset = int(begin) / FPS
         times = read_align(Path(self.words) / f"{Path(source).stem}.align")
         length = self.pack.n_frames[self.clips[i]] / FPS
@@ -544,34 +559,77 @@ def with_pauses(times: list[tuple], seconds: float) -> list[tuple]:
     return out + ([(now, seconds, "sil")] if seconds > now + 1e-6 else [])
 
 
-def split(talk) -> dict:
-    """Numbers of clips to train, validate and test on: every tenth clip, or person where there are ten or more, is for
-    the test (those that syncnet.py holds out, too), the one before it for validation."""
-    who = np.arange(len(talk))
-    if isinstance(talk, PackTalk):
-        by = np.asarray(talk.pack.identity) if len(talk.pack.identities) >= 10 else np.arange(len(talk.pack))
-        who = by[talk.clips]
-    tenth = who % 10
-    parts = dict(train=np.flatnonzero(tenth < 8), valid=np.flatnonzero(tenth == 8), test=np.flatnonzero(tenth == 9))
-    if min(map(len, parts.values())) == 0:
-        raise InputError(f"{talk.pack.folder}: {len(talk)} clips are too few to hold two tenths out, ten are needed")
-    return parts
-
-
-def toy_split(people: int) -> dict:
-    """part -> (talk, its clips); people that never meet"""
-    sizes = dict(train=(toyfaces.TRAIN, people), valid=(toyfaces.TUNE, 30), test=(toyfaces.TEST, 40))
+def toy_split(people: int, beside: int = 0) -> dict:
+    """part -> (talk, its clips); people that never meet. beside: of those to validate on, how many to pass over"""
+    sizes = dict(train=(toyfaces.TRAIN, people), valid=(toyfaces.TUNE + beside, 30), test=(toyfaces.TEST, 40))
     talks = {part: ToyTalk(*size) for part, size in sizes.items()}
     return {part: (talk, np.arange(len(talk))) for part, talk in talks.items()}
 
 
-def parts_of(args) -> dict:
-    """part -> (talk, its clips), of --data or the toy world"""
-    if not args.data:
-        return toy_split(args.people)
+def talk_of(args) -> PackTalk:
+    """The clips of --data that have landmarks"""
     pack = Pack(args.data)
-    talk = PackTalk(pack, Landmarks(landmarks_folder(args), pack), getattr(args, "words", None))
-    return {part: (talk, clips) for part, clips in split(talk).items()}
+    return PackTalk(pack, Landmarks(landmarks_folder(args), pack), getattr(args, "words", None))
+
+
+def of_talk(talk: PackTalk, parts: dict) -> dict:
+    """part -> clips of the pack, to part -> (talk, its clips)"""
+    return {part: (talk, np.flatnonzero(np.isin(talk.clips, clips))) for part, clips in parts.items()}
+
+
+def expert_clips(args) -> list[torch.Tensor]:
+    """Fingerprints of the clips that trained and that chose the sync expert of --encoder"""
+    if not args.encoder:
+        return []
+    saved = load_checkpoint(args.encoder, "syncnet")
+    if args.data:
+        return list(clips_used(saved, Pack(args.data), args.encoder).values())
+    return list(saved["clips"].values()) if isinstance(saved.get("clips"), dict) else []
+
+
+def parts_of(args, expert=()) -> dict:
+    """part -> (talk, its clips), of --data or the toy world, to train on.
+
+    expert: of expert_clips; these neither validate nor test. Where that leaves nothing to validate on, since the expert
+    was chosen by the same rule's clips, half of the test part does.
+    """
+    if not args.data:
+        return toy_split(args.people, TUNED if getattr(args, "encoder", None) else 0)
+    talk = talk_of(args)
+    parts = split(talk.pack, args)
+    if expert:
+        seen = known_clips(talk.pack, *expert)
+        parts |= {part: np.setdiff1d(parts[part], seen) for part in ("valid", "test")}
+        if not len(parts["valid"]):
+            parts["valid"], parts["test"] = by_turns(talk.pack, parts["test"])
+    parts = of_talk(talk, parts)
+    for part in ("train", "valid"):
+        if not len(parts[part][1]):
+            beside = f" that {args.encoder} was not trained on or chosen by" if expert else ""
+            raise InputError(f"{args.data}: no clip with landmarks{beside} is left to {USES[part]}")
+    return parts
+
+
+def judged_parts(args, nets: list) -> dict:
+    """part -> (talk, its clips), of --data or the toy world, for checkpoints [(path, content), ..]: test has the clips
+    that trained or chose none of them, train and valid those that trained and chose all."""
+    if not args.data:
+        for path, saved in nets:
+            if saved["args"].get("data"):
+                raise InputError(f"{path}: not trained on the toy world; give --data, a pack with landmarks")
+        tower = any(saved["config"]["net"].get("tower") for _, saved in nets)
+        return toy_split(args.people, TUNED if tower else 0)
+    talk = talk_of(args)
+    parts, test = {}, set(range(len(talk.pack)))
+    for path, saved in nets:
+        for part, prints in clips_used(saved, talk.pack, path).items():
+            known = set(known_clips(talk.pack, prints).tolist())
+            parts[part] = parts.get(part, known) & known
+            test -= known
+    parts = of_talk(talk, {part: sorted(clips) for part, clips in (parts | dict(test=test)).items()})
+    if not len(parts["test"][1]):
+        raise InputError(f"{args.data}: all its clips trained or chose one of the networks, none is left to test on")
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -891,11 +949,15 @@ def train(args):
         raise InputError(f"{out} exists: --resume continues it, --overwrite starts anew")
     check_output(out, overwrite=True)
     torch.manual_seed(args.seed)
-    parts = parts_of(args)
+    expert = expert_clips(args)
+    parts = parts_of(args, expert)
     if saved:
         model, mouth = model_of(saved, out, "last")
         if model.kind != args.model:
             raise InputError(f"{out}: holds an '{model.kind}', --model is '{args.model}'")
+        if saved["args"].get("finetune") != args.finetune:
+            wrong = "without --finetune, leave it out" if args.finetune else "with --finetune, give it"
+            raise InputError(f"{out}: was trained {wrong}")
     else:
         talk, clips = parts["train"]
         faces = [talk.faces(c) for c in tqdm(clips[:: -(-len(clips) // 400)], "mouths", disable=None)]
@@ -910,6 +972,8 @@ def train(args):
     if start >= args.steps:
         return print(f"{out}: has {start} steps already; --steps is {args.steps}")
     talk, clips = parts["train"]
+    used = {part: fingerprints(map(parts[part][0].sound, parts[part][1])) for part in ("train", "valid")}
+    used["train"] = torch.cat([used["train"], *expert])
     M = len(mouth.points)
     print(f"{model.kind} on {device}: {len(clips)} clips to train on, {len(parts['valid'][1])} to validate, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {args.codes} codes of {M} points miss "
@@ -960,8 +1024,8 @@ def train(args):
             networks = dict(last=state, best=top[0]["state"], average=average([t["state"] for t in top]))
             save_checkpoint(out, dict(
                 kind="keypoints", format=1, config=dict(kind=model.kind, net=model.config), mouth=mouth.state(),
-                args=vars(args), step=step + 1, networks=networks, top=top, optimisers=dict(adamw=opt.state_dict()),
-                rng=dict(torch=torch.get_rng_state())))
+                args=vars(args), clips=used, step=step + 1, networks=networks, top=top,
+                optimisers=dict(adamw=opt.state_dict()), rng=dict(torch=torch.get_rng_state())))
     log.close()
     print(f"{out}: judge it with  python keypoints.py evaluate {args.out}")
 
@@ -981,13 +1045,14 @@ def export(args):
     if "top" not in saved:
         raise InputError(f"{args.weights}: weights alone hold no checkpoints to average")
     top = saved["top"][: args.best]
+    which = "average" if len(top) > 1 else "best"
     state = {name: p.half() for name, p in average([t["state"] for t in top]).items()}
-    keep = {name: saved[name] for name in ("kind", "format", "config", "mouth")}
+    keep = {name: saved[name] for name in ("kind", "format", "config", "mouth", "clips") if name in saved}
     data = saved["args"].get("data")
     keep["args"] = dict(data=data and Path(data).name)  # the pack's name; folders of one's own disk stay at home
-    save_checkpoint(out, keep | dict(networks=dict(average=state)))
+    save_checkpoint(out, keep | dict(networks={which: state}))
     steps = ", ".join(str(t["step"]) for t in top)
-    print(f"{out}: mean of the {len(top)} best, steps {steps}; {out.stat().st_size / 1e6:.1f} MB")
+    print(f"{out}: {which} of the {len(top)} best, steps {steps}; {out.stat().st_size / 1e6:.1f} MB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1055,12 +1120,6 @@ def judge(model, mouth: Mouth, talk, clips, device, profile=None) -> dict:
                          for c in clips], profile)
 
 
-def trained_here(args, saved: dict) -> bool:
-    """Whether a checkpoint was trained on --data (or on the toy world where none is given)"""
-    data = saved["args"].get("data")
-    return data is None if not args.data else data is not None and Path(data).absolute() == Path(args.data).absolute()
-
-
 def evaluate(args):
     """The table: what no network does, the units' table, and each checkpoint's best and averaged weights."""
     device, start = pick_device(args.device), time.perf_counter()
@@ -1068,16 +1127,13 @@ def evaluate(args):
     loaded = [(path, which, *model_of(saved, path, which)) for path, saved in nets
               for which in ("best", "average") if which in saved.get("networks", {})]
     mouth = loaded[0][3]
-    home = all(trained_here(args, saved) for _, saved in nets)
-    if home:
-        parts = parts_of(args)
-    elif args.data:
-        pack = Pack(args.data)
-        talk = PackTalk(pack, Landmarks(landmarks_folder(args), pack))
-        parts = dict(test=(talk, np.arange(len(talk))))
-    else:
-        raise InputError(f"{args.weights[0]}: not trained on the toy world; give --data, a pack with landmarks")
-    rows = {part: {} for part in parts if part != "train"}
+    for path, _, _, own in loaded:
+        if own.points != mouth.points:
+            raise InputError(f"{path}: has {len(own.points)} points of the mouth, {loaded[0][0]} {len(mouth.points)}: "
+                             "their errors do not compare, evaluate them one by one")
+    parts = judged_parts(args, nets)
+    rows = {part: {} for part in ("valid", "test") if len(parts[part][1])}
+    home = len(parts["train"][1]) > 0
     profile = mean_profile(mouth, *parts["train" if home else "test"])
     table = None
     if home and (args.words or not args.data):
@@ -1096,8 +1152,8 @@ def evaluate(args):
         for path, which, model, own in loaded:
             name = f"{Path(path).stem} ({model.kind}{label(model)}), {which}"
             found[name] = judge(model.to(device).eval(), own, talk, clips, device, profile)
-    train = f"{len(parts['train'][1])} to train on, {len(parts['valid'][1])} valid, " if home else ""
-    print(f"{args.data or 'toy world'}: clips: {train}{len(parts['test'][1])} test; MSE in (% of the eye distance)^2 a "
+    counts = ", ".join(f"{len(clips)} {part}" for part, (_, clips) in parts.items() if len(clips))
+    print(f"{args.data or 'toy world'}: clips: {counts}; MSE in (% of the eye distance)^2 a "
           f"coordinate, moving: each clip's mean mouth taken out\n")
     print("| | MSE valid | MSE test | moving | opening r | residual r | delay, frames | spread |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
@@ -1338,11 +1394,7 @@ def show(args):
     device = pick_device(args.device)
     saved = load_checkpoint(args.weights, "keypoints")
     model, mouth = load_keypoints(args.weights, device)
-    if args.data or trained_here(args, saved):
-        parts = parts_of(args)
-    else:
-        raise InputError(f"{args.weights}: not trained on the toy world; give --data, a pack with landmarks")
-    talk, clips = parts["test"]
+    talk, clips = judged_parts(args, [(args.weights, saved)])["test"]
     if not 0 <= args.clip < len(clips):
         raise InputError(f"--clip {args.clip}: the test part has clips 0 to {len(clips) - 1}")
     strip = Strip(talk, int(clips[args.clip]), model, mouth, device, words=bool(args.words or not args.data))
@@ -1428,6 +1480,7 @@ def parse(argv=None):
         else:
             p.add_argument("--frames", type=int, default=50, help="how many frames to look at")
     p = command("train", "train a network", data=True, device=True)
+    split_options(p)
     p.add_argument("--out", default="out/toy_kp.pt", help="checkpoint")
     p.add_argument("--model", default="transformer", choices=tuple(KINDS), help="Humans' or WAV2KP's")
     p.add_argument("--autoregressive", action="store_true", help="transformer: one frame after the other")
@@ -1469,6 +1522,7 @@ def parse(argv=None):
     p.add_argument("--size", type=int, default=256, help="of the video in pixels")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p = command("units", "mean lip motion of words or phones, and a picture of it", data=True)
+    split_options(p)
     p.add_argument("--words", help="folder of .align files of --data; the toy world brings its own")
     p.add_argument("--codes", type=int, default=8, help="principal components of the mouth")
     p.add_argument("--points", type=int, default=20, choices=tuple(MOUTHS), help="of the mouth")
@@ -1493,9 +1547,15 @@ def checked(args):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    if args.command == "extract" and args.mediapipe and args.dlib:
+        raise InputError("--mediapipe and --dlib: give one of them")
+    if args.command in ("train", "units") and not args.data and (args.train or args.valid or args.test):
+        raise InputError("--train, --valid and --test list clips of --data, which is not given")
     if args.command == "train":
         if args.frames is None:
             args.frames = 50 if args.model == "transformer" else 5
+        if args.model == "transformer" and args.frames < 2:
+            raise InputError(f"--frames {args.frames}: one frame has no velocity, give two or more")
         if args.model == "lstm" and (args.encoder or args.autoregressive):
             raise InputError("--encoder and --autoregressive are the transformer's")
         if args.finetune and not args.encoder:

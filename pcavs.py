@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import losses
 from audio import FPS, SAMPLES_PER_FRAME, InputError, check_file, filter_bank, load_audio, n_frames, run
-from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint
+from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint, split, split_options
 from fusion import pick_device
 from losses import identity_loss, load, perceptual_loss, read_weights, reconstruction_loss
 from sample import LOOK_HEIGHT, WAY_OUT, Stopwatch, driving_box, parse_box, photo_box, square_around, there_and_back
@@ -906,10 +906,12 @@ class Moments(Dataset):
     """Item: one clip at K + 1 different moments. source (3, H, W), frames (K, 3, H, W), mel (K, 1, 80, 20), person.
 
     Half of the items are mirrored, each as a whole. Item n is a function of (seed, n) alone, as in data.py.
+    clips: the numbers of the clips to draw from; all where None.
     """
 
-    def __init__(self, pack: Pack, K: int, seed: int, flip: bool = True):
+    def __init__(self, pack: Pack, K: int, seed: int, flip: bool = True, clips=None):
         self.pack, self.K, self.seed, self.flip, self.mels = pack, K, seed, flip, {}
+        self.clips = np.arange(len(pack)) if clips is None else clips
 
     def __len__(self):
         return ENDLESS
@@ -924,7 +926,7 @@ class Moments(Dataset):
 
     def __getitem__(self, n: int) -> dict:
         rng = np.random.default_rng([self.seed, n, self.K])
-        c = int(rng.integers(len(self.pack)))
+        c = int(self.clips[rng.integers(len(self.clips))])
         length = int(self.pack.n_frames[c])
         moments = rng.choice(length, self.K + 1, replace=length <= self.K)
         pictures = self.pack.frames(c, moments)                                 # (1 + K, H, W, 3)
@@ -985,9 +987,10 @@ class PoseTeacher(nn.Module):
         return ((self.small(frames) - self.mean) / self.std) @ self.down.t()
 
     @torch.no_grad()
-    def learn(self, pack: Pack, clips: int = 400, per_clip: int = 16, ridge: float = 0.1):
+    def learn(self, pack: Pack, clips=None, per_clip: int = 16, ridge: float = 0.1):
+        """clips: the numbers of those to look at, 400 at most; all where None"""
         rng, codes = np.random.default_rng(2), []
-        for c in rng.permutation(len(pack))[:clips]:
+        for c in rng.permutation(len(pack) if clips is None else clips)[:400]:
             length = int(pack.n_frames[c])
             frames = to_tensor(pack.frames(c, rng.choice(length, min(per_clip, length), replace=False)))
             codes += [self.small(frames.to(self.mean.device)), self.small(frames.flip(3).to(self.mean.device))]
@@ -1045,6 +1048,7 @@ def parse_train(argv):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/pcavs32", help="directory of checkpoint, log and pictures")
     p.add_argument("--data", help="pack directory written by data.py; default: the toy world, drawn into --out")
+    split_options(p)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the picture: the dial")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
@@ -1168,6 +1172,8 @@ def train(argv):
     pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
+    parts = split(pack, args)
+    unseen = np.union1d(parts["valid"], parts["test"])
 
     torch.manual_seed(args.seed)
     nets, ema, optimisers = build(args, pack, device)
@@ -1179,10 +1185,10 @@ def train(argv):
     if saved:
         start = restore(saved, path, nets, ema, optimisers)
     else:
-        nets["teacher"].learn(pack)
-    data = batches(Moments(pack, args.frames, args.seed), args.clips, start, args.workers)
+        nets["teacher"].learn(pack, parts["train"])
+    data = batches(Moments(pack, args.frames, args.seed, clips=parts["train"]), args.clips, start, args.workers)
     count = {k: sum(q.numel() for q in part.parameters()) / 1e6 for k, part in model.named_children()}
-    print(f"PC-AVS on {device}: {len(pack)} clips of {len(pack.identities)} people, M parameters: "
+    print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, M parameters: "
           + ", ".join(f"{k} {v:.2f}" for k, v in count.items()))
     log = open(os.path.join(args.out, "log_pcavs.jsonl"), "a" if saved else "w")
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
@@ -1231,7 +1237,7 @@ def train(argv):
             bar.write(format_line(line, args))
             waited, clock = 0.0, time.perf_counter()
         if (step + 1) % args.save_every == 0 or last:
-            save_samples(os.path.join(args.out, "pcavs.png"), ema, pack, device)
+            save_samples(os.path.join(args.out, "pcavs.png"), ema, pack, unseen, device)
             save(path, step + 1, nets, ema, optimisers, args)
     log.close()
     weights = os.path.join(args.out, "weights.pt")
@@ -1287,9 +1293,9 @@ def format_line(line, args):
 
 
 @torch.no_grad()
-def save_samples(path, model, pack, device, n=8):
+def save_samples(path, model, pack, clips, device, n=8):
     """Four rows of n: photos, the next clip's pose frames, results; below, the frames whose sound is heard"""
-    data = Moments(pack, 1, seed=12345, flip=False)
+    data = Moments(pack, 1, seed=12345, flip=False, clips=clips)
     items = [data[i] for i in range(n)]
     source, frames, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "frames", "mel"))
     pose, heard = frames[:, 0].roll(1, 0), frames[:, 0].roll(2, 0)

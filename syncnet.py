@@ -32,7 +32,6 @@ import re
 import subprocess
 import tempfile
 import time
-import zlib
 from itertools import chain, islice
 from pathlib import Path
 
@@ -60,7 +59,21 @@ from audio import (
     spec_augment,
     why,
 )
-from data import ENDLESS, HIGHEST, NEAR, SEGMENT, Pack, batches, load_checkpoint, save_checkpoint, segment_box
+from data import (
+    ENDLESS,
+    HIGHEST,
+    NEAR,
+    SEGMENT,
+    Pack,
+    batches,
+    clips_used,
+    known_clips,
+    load_checkpoint,
+    save_checkpoint,
+    segment_box,
+    split,
+    split_options,
+)
 from fusion import pick_device
 from losses import wav2lip_expert
 from vision import VIDEO_SUFFIXES, check_output, crop_face, face_detectors, place, probe, read_video, to_tensor
@@ -68,6 +81,7 @@ from vision import VIDEO_SUFFIXES, check_output, crop_face, face_detectors, plac
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
 HALF = SPAN // 2
 FAR = SPAN  # frames: a sound shifted so far shares nothing with the own one
+TUNED = 40  # toy people who choose the checkpoint, from toyfaces.TUNE on
 REACH = 15  # frames: offsets are looked for in -15 .. 15, as SyncNet does
 SHIPPED = Path(__file__).parent / "weights" / "sync.pt"  # a real speaker's, see its card
 TOY = "out/toy32/sync.pt"  # where `train` without options writes
@@ -314,28 +328,6 @@ def spaced(rng, length: int, count: int):
     return np.sort(rng.choice(slack, count, replace=False)) + (NEAR - 1) * np.arange(count)
 
 
-def held_out(pack: Pack):
-    """-> clips to train on, clips held out: every tenth person, or every tenth clip where people are few"""
-    by = np.asarray(pack.identity) if len(pack.identities) >= 10 else np.arange(len(pack))
-    if len(by) < 2:
-        raise InputError(f"{pack.folder}: one clip is too few, one is needed to train and one to validate")
-    out = by % 10 == min(9, len(np.unique(by)) - 1)
-    return np.flatnonzero(~out), np.flatnonzero(out)
-
-
-def halves(pack: Pack, held):
-    """Clips held out -> those that choose the checkpoint, those that test it: by turns people, or clips where people are
-    few. What is alone does both."""
-    by = np.asarray(pack.identity)[held] if len(pack.identities) >= 10 else held
-    odd = by // 10 % 2 == 1
-    return (held[~odd], held[odd]) if odd.any() else (held, held)
-
-
-def fingerprint(pack: Pack) -> int:
-    """A number that packs of the same clips share, whatever the size of their pictures"""
-    return zlib.crc32(pack.samples[::997].tobytes(), zlib.crc32(pack.n_frames.tobytes()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # judging clips
 
@@ -517,6 +509,7 @@ def train(args):
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
           f"{sum(p.numel() for p in expert.parameters()) / 1e6:.2f} M parameters; chance is a loss of {CHANCE:.3f}")
 
+    used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
     windows = Windows(pack, clips, args.windows, args.seed, args.size, masks=args.masks)
     data = batches(windows, args.batch, start, args.workers)
     log = open(out.with_name(f"log_{out.stem}.jsonl"), "a" if saved else "w")
@@ -561,7 +554,7 @@ def train(args):
             write(log, bar, dict(step=step + 1, val=found), "unseen: loss {val[loss]:.3f}, accuracy {val[accuracy]:.3f}, "
                   "of speech {val[speech]:.3f}, offset found for {val[window]:.2f} of windows, {val[clip]:.2f} of clips")
             net = dict(kind="syncnet", format=1, config=dict(net=expert.config, template=pack.template),
-                       step=step + 1, clips=fingerprint(pack), val=found)
+                       step=step + 1, clips=used, val=found)
             if found["loss"] < best:
                 best = found["loss"]
                 half = {name: p.half() for name, p in expert.state_dict().items()}
@@ -586,12 +579,12 @@ def worlds(args, out: Path):
     if out.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{out} exists: --resume continues it, --overwrite starts anew")
     check_output(out, overwrite=True)
+    pack = given or toy_pack(out.parent, args.size, args.people, args.seconds)
+    parts = split(pack, args)
     if given:
-        clips, held = held_out(given)
-        return given, clips, given, halves(given, held)[0]
-    pack = toy_pack(out.parent, args.size, args.people, args.seconds)
-    val = toy_pack(out.parent, args.size, 40, 3.0, "tune")
-    return pack, np.arange(len(pack)), val, np.arange(len(val))
+        return pack, parts["train"], pack, parts["valid"]
+    val = toy_pack(out.parent, args.size, TUNED, 3.0, "tune")
+    return pack, parts["train"], val, np.arange(len(val))
 
 
 def lr_factor(step: int, steps: int) -> float:
@@ -649,9 +642,13 @@ def test(args):
         pack = Pack(args.data)
         if isinstance(expert, SyncNet) and pack.size < expert.size:
             raise InputError(f"{args.data}: pictures of {pack.size} px, the expert is for {expert.size} px or more")
-        same = isinstance(expert, SyncNet) and load_checkpoint(path, "syncnet").get("clips") == fingerprint(pack)
-        clips = halves(pack, held_out(pack)[1])[1] if same else np.arange(len(pack))
-        what = f"{args.data}" + (", the clips held out from training and validation" if same else "")
+        clips, what = np.arange(len(pack)), f"{args.data}"
+        if isinstance(expert, SyncNet):
+            known = known_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
+            clips = np.setdiff1d(clips, known)
+            what += ", the clips held out from training and validation" if len(known) else ""
+            if not len(clips):
+                raise InputError(f"{args.data}: all its clips trained {path} or chose it, none is left to test on")
     elif expert.template == "toy":
         pack = toy_pack(Path(path).absolute().parent, expert.size, args.people, 3.0, "test")
         clips, what = np.arange(len(pack)), "toy people and speech held out for good"
@@ -831,6 +828,7 @@ def parse(argv=None):
     options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p = commands.add_parser("train", help="train an expert", **options)
     p.add_argument("--data", help="pack, a tenth of which is held out; default: the toy world, drawn beside --out")
+    split_options(p)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
                    help="edge of the pictures it looks at; larger ones are shrunk to it")
     p.add_argument("--out", default=TOY, help="checkpoint")

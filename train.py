@@ -36,11 +36,11 @@ from tqdm import tqdm
 
 import losses
 from audio import InputError, log_mel, mel_windows, n_frames, run
-from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint
+from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint, split, split_options
 from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
 from keypoints import Landmarks, mouth_shape
 from stylegan2 import Discriminator, mix_styles, read_weights
-from syncnet import held_out, load_sync, revision, sync_loss, toy_pack
+from syncnet import load_sync, revision, sync_loss, toy_pack
 from vision import TEMPLATES, VideoWriter, mask_mouth, small_picture, to_tensor, to_uint8
 
 CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
@@ -54,6 +54,7 @@ def parse(argv=None):
     p.add_argument("--out", default="out/toy32", help="directory of checkpoints, logs and pictures")
     p.add_argument("--data", help="pack directory written by data.py; "
                    "default: the toy world, drawn into --out on first use")
+    split_options(p)
     p.add_argument("--photos", help="pack of photos: identities for all stages, where the clips show few people")
     p.add_argument("--photo-share", type=float, default=0.75, help="share of photos in the pictures of stages 1 and 2")
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the picture: the dial")
@@ -895,15 +896,17 @@ def main(argv=None):
 
 def training_sets(args, pack) -> dict:
     """The pack, its clips to train on (of own videos every tenth is held out), photos or None, pictures: both mixed"""
-    clips, unseen = held_out(pack) if args.data else (np.arange(len(pack)),) * 2
+    parts = split(pack, args)
+    clips, unseen = parts["train"], np.union1d(parts["valid"], parts["test"])
     pictures, photos, unseen_photos = Frames(pack, args.seed, clips=clips), None, None
     if args.photos:
         photos = Pack(args.photos)
         if (photos.size, photos.template) != (pack.size, pack.template):
             raise InputError(f"{args.photos}: {photos.size} px, template {photos.template}; the clips have "
                              f"{pack.size} px, template {pack.template}")
-        known, unseen_photos = held_out(photos)
-        photos = Frames(photos, args.seed + 1, clips=known)
+        parts = split(photos)
+        unseen_photos = np.union1d(parts["valid"], parts["test"])
+        photos = Frames(photos, args.seed + 1, clips=parts["train"])
         pictures = Mixed(pictures, photos, args.photo_share, args.seed)
     return dict(pack=pack, clips=clips, photos=photos, pictures=pictures, held_out=unseen, held_out_photos=unseen_photos,
                 landmarks=landmarks_of(pack, photos.pack if photos else None))

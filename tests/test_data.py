@@ -1,5 +1,6 @@
 """Packs give back what went in, items are functions of their number, checkpoints stay whole."""
 
+import argparse
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ from PIL import Image
 import audio
 import data
 from audio import InputError, log_mel, mel_windows
-from data import Clips, Frames, Mixed, Pack, PackWriter, batches, load_checkpoint, save_checkpoint
+from data import Clips, Frames, Mixed, Pack, PackWriter, batches, load_checkpoint, save_checkpoint, split
 from vision import TEMPLATES, VideoWriter, to_tensor
 
 ROOT = Path(data.__file__).parent
@@ -250,6 +251,87 @@ def test_a_begun_pack_of_another_size_is_not_continued(tmp_path):
     writer.release()
     with pytest.raises(InputError, match="other options"):
         PackWriter(tmp_path / "p", 16, "toy", keep=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is held out
+
+
+def many(folder, clips, people, names="{}/{:05d}.mp4"):
+    """A pack of `clips` clips of 2 frames by `people` people in turn, each with a sound of its own"""
+    with PackWriter(folder, 8, "toy") as writer:
+        for i in range(clips):
+            who = f"p{i % people}"
+            writer.add(drawn(2, 8), noise(2, i), who, "/videos/" + names.format(who, i // people) + "#0")
+    return Pack(folder)
+
+
+def asked(**lists):
+    return argparse.Namespace(data="pack", **dict(train=None, valid=None, test=None) | lists)
+
+
+def test_every_tenth_person_or_of_few_people_every_tenth_clip_is_held_out_and_by_turns_validates_and_tests(tmp_path):
+    pack = many(tmp_path / "people", 80, 40)
+    parts = split(pack)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(80))
+    assert parts["valid"].tolist() == [9, 29, 49, 69] and parts["test"].tolist() == [19, 39, 59, 79]
+    people = [set(pack.identity[clips].tolist()) for clips in parts.values()]
+    assert not people[0] & people[1] and not people[0] & people[2] and not people[1] & people[2]
+    parts = split(many(tmp_path / "clips", 40, 3))
+    assert parts["valid"].tolist() == [9, 29] and parts["test"].tolist() == [19, 39] and len(parts["train"]) == 36
+
+
+def test_of_a_small_pack_the_last_two_clips_are_held_out_and_one_clip_is_too_few(tmp_path):
+    for clips, expected in ((15, ([*range(13)], [13], [14])), (2, ([0], [1], []))):
+        assert tuple(part.tolist() for part in split(many(tmp_path / str(clips), clips, 1)).values()) == expected
+    with pytest.raises(InputError, match="1 clips leave none to validate on"):
+        split(many(tmp_path / "one", 1, 1))
+
+
+def test_lists_of_clips_and_people_are_the_parts_that_they_are_given_for(tmp_path):
+    pack = many(tmp_path / "pack", 40, 4)
+    (tmp_path / "test").write_text("p3/00001.mp4\n\n  p2/00002  \n/videos/p0/00000.mp4\n")
+    (tmp_path / "train").write_text("p0\np1\n")
+    tested = split(pack, asked(test=str(tmp_path / "test")))
+    assert tested["test"].tolist() == [0, 7, 10] and len(tested["valid"]) == 3  # every tenth of the other 37
+    assert sorted(np.concatenate(list(tested.values()))) == list(range(40))
+    trained = split(pack, asked(train=str(tmp_path / "train")))
+    assert set(pack.identity[trained["train"]]) == {0, 1} and len(trained["train"]) == 20
+    assert len(trained["valid"]) == len(trained["test"]) == 10  # everybody else
+    (tmp_path / "two").write_text("p2")
+    (tmp_path / "one").write_text("p3/00000")
+    three = split(pack, asked(**{part: str(tmp_path / name) for part, name in zip(data.USES, ("train", "two", "one"))}))
+    assert three["test"].tolist() == [3] and len(three["valid"]) == 10 and len(three["train"]) == 20  # p3's rest: unused
+
+
+@pytest.mark.parametrize("text, message", [
+    ("p1\nnobody", "'nobody' is no clip and no person"),
+    ("00001.mp4", "'00001.mp4' is the name of several files"),
+    ("p0/00001", "p0/00001.mp4#0 is in two of them"),
+])
+def test_lists_that_do_not_fit_the_pack_are_refused_in_one_line(tmp_path, text, message):
+    pack = many(tmp_path / "pack", 40, 4)
+    (tmp_path / "valid").write_text(text)
+    (tmp_path / "test").write_text("p0")
+    with pytest.raises(InputError, match=message):
+        split(pack, asked(valid=str(tmp_path / "valid"), test=str(tmp_path / "test")))
+    with pytest.raises(InputError, match="--test lists clips of --data, which is not given"):
+        split(pack, argparse.Namespace(data=None, test=str(tmp_path / "test")))
+
+
+def test_clips_are_known_by_their_sound_in_another_pack_at_another_size_and_place(tmp_path, capsys):
+    first, second = many(tmp_path / "first", 30, 3), tmp_path / "second"
+    with PackWriter(second, 16, "toy") as writer:
+        for i in (50, 3, 29, 51):
+            writer.add(drawn(2, 16), noise(2, i), "x", f"{i}.mp4")
+    parts = split(first)
+    checkpoint = dict(clips={part: first.fingerprints[parts[part]] for part in ("train", "valid")})
+    used = data.clips_used(checkpoint, Pack(second), "net.pt")
+    assert data.known_clips(Pack(second), *used.values()).tolist() == [1, 2]
+    assert capsys.readouterr().err == ""
+    used = data.clips_used(dict(clips=12345), first, "old.pt")  # of before
+    assert sorted(data.known_clips(first, *used.values())) == sorted({*range(30)} - {*parts["test"].tolist()})
+    assert "old.pt: does not say what it was trained on" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,6 @@ from syncnet import (
     by_shift,
     embed,
     expert_loss,
-    halves,
-    held_out,
     load_sync,
     sigmoid_part,
     sync_loss,
@@ -384,33 +382,6 @@ def test_a_clip_shorter_than_a_window_stands_still(tmp_path):
     pack = Pack(tmp_path / "pack")
     item = Windows(pack, [0], 2, seed=0, augment=False)[0]
     assert torch.equal(item["frames"][0], to_tensor(pack.frames(0, [0, 1, 2, 2, 2])))
-
-
-def test_people_are_held_out_where_there_are_enough_and_clips_where_there_are_not(tmp_path):
-    frames, wav = bar_clip(0, T=5)
-    for name, people in (("many", 20), ("few", 3)):
-        with PackWriter(tmp_path / name, 16, "toy") as pack:
-            for i in range(40):
-                pack.add(frames, wav, f"p{i % people}", str(i))
-    pack = Pack(tmp_path / "many")
-    train, held = held_out(pack)
-    val, test = halves(pack, held)
-    assert sorted([*train, *val, *test]) == list(range(40)) and len(val) == len(test) == 2
-    for one, other in ((train, val), (train, test), (val, test)):
-        assert not set(pack.identity[one]) & set(pack.identity[other])
-    few = Pack(tmp_path / "few")
-    train, held = held_out(few)
-    val, test = halves(few, held)
-    assert sorted([*train, *val, *test]) == list(range(40)) and val.tolist() == [9, 29] and test.tolist() == [19, 39]
-
-
-def test_one_that_is_held_out_alone_validates_and_tests(tmp_path):
-    with PackWriter(tmp_path / "pack", 16, "toy") as pack:
-        for i in range(3):
-            pack.add(*bar_clip(i, T=5), f"p{i}", str(i))
-    pack = Pack(tmp_path / "pack")
-    train, held = held_out(pack)
-    assert train.tolist() == [0, 1] and held.tolist() == [2] and all(part.tolist() == [2] for part in halves(pack, held))
 
 
 # ------------------------------------------------------------------------------------------------------------
