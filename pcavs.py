@@ -644,9 +644,12 @@ def pose_clip(path, n: int, config: Config, aligned: bool):
     face is must be known before the first frame. InputError: before the stream begins."""
     size = config.size
     if Path(path).is_dir():                                                     # the authors' way to store a clip
-        images = map(load_photo, pictures_in(Path(path))[:n])
+        pictures = pictures_in(Path(path))[:n]
+        if not pictures:
+            raise InputError(f"{path}: no picture (jpg, png) in this folder")
+        images = map(load_photo, pictures)
         box = square_middle if config.template in TEMPLATES else ready_box
-        return len(pictures_in(Path(path))[:n]), (crop_face(image, box(image), size) for image in images)
+        return len(pictures), (crop_face(image, box(image), size) for image in images)
     full = probe(path).height
     if config.template in TEMPLATES:
         count, box, height = driving_box(path, n, config.template)
@@ -780,7 +783,8 @@ def pairs_of(path: Path) -> list[dict]:
     """The authors' csv: a line has photo folder, its number, pose folder, its number, sound, folder of the real frames,
     its number, mel file, with blanks between -> photo, pose (None: the photo's own), sound, truth (None: there is none)
 
-    A folder of pictures counts as a clip. Names are relative to the working directory, or to the csv.
+    A folder of pictures counts as a clip. Names are relative to the working directory, or to the csv; the pose and the
+    real frames may be the word None. Raises InputError: a line of other fields, one that names what is not there.
     """
     jobs = []
     for i, line in enumerate(check_file(path).read_text(errors="replace").splitlines(), start=1):
@@ -789,16 +793,49 @@ def pairs_of(path: Path) -> list[dict]:
         fields = line.split()
         if len(fields) != 8:
             raise InputError(f"{path}: line {i} has {len(fields)} fields, expected 8")
-        photo, _, pose, _, sound, truth, _, _ = (f if Path(f).exists() else path.parent / f for f in fields)
-        pictures = pictures_in(Path(photo)) if Path(photo).is_dir() else [Path(photo)]
-        if not pictures:
-            raise InputError(f"{path}: line {i}: no picture in {photo}")
-        jobs.append(dict(name=f"{i:03d}_{Path(photo).stem}_{Path(pose).stem}_{Path(sound).stem}", photo=pictures[0],
-                         pose=Path(pose) if Path(pose).exists() else None, sound=check_file(sound),
-                         truth=Path(truth) if Path(truth).exists() else None))
+        paths = {}
+        for kind, field in zip(("photo", "pose", "sound", "truth"), (fields[k] for k in (0, 2, 4, 5))):
+            there = [p for p in (Path(field), path.parent / field) if p.exists()]
+            if not there and (field != "None" or kind in ("photo", "sound")):
+                raise InputError(f"{path}: line {i}: {field}: no such file or folder")
+            if there and there[0].is_dir() and not pictures_in(there[0]):
+                raise InputError(f"{path}: line {i}: no picture in {there[0]}")
+            paths[kind] = there[0] if there else None
+        photo, pose, sound, truth = paths.values()
+        jobs.append(dict(name=f"{i:03d}_{photo.stem}_{pose.stem if pose else None}_{sound.stem}", pose=pose,
+                         photo=pictures_in(photo)[0] if photo.is_dir() else photo, sound=check_file(sound), truth=truth))
     if not jobs:
         raise InputError(f"{path}: no pairs in it")
     return jobs
+
+
+def clips_of(names: list[str]) -> list[dict]:
+    """Clips that drive themselves, as pairs_of; each is named by its path below the folder that all of them are in."""
+    paths = [check_file(name).absolute() for name in names]
+    root = os.path.commonpath([path.parent for path in paths])
+    jobs = {str(path.relative_to(root).with_suffix("")): path for path in paths}
+    if len(jobs) < len(paths):
+        raise InputError(f"{len(paths)} clips have {len(jobs)} names (without suffix): measure them one by one")
+    return [dict(name=name, photo=None, pose=path, sound=path, truth=path) for name, path in jobs.items()]
+
+
+def eval_files(out: Path, jobs: list[dict], overwrite: bool):
+    """Checks where the clips of `evaluate` go. Raises InputError: not writable; there already; others lie there, which
+    would be measured, too."""
+    files = [out / "fake" / f"{job['name']}.mp4" for job in jobs]
+    files += [out / "real" / f"{job['name']}.mp4" for job in jobs if job["truth"]]
+    try:
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: no directory to write to ({error.strerror})") from None
+    for file in files:
+        check_output(file, overwrite)
+    for kind in ("fake", "real"):
+        for file in (out / kind).rglob("*"):
+            if file.suffix.lower() in VIDEO_SUFFIXES and file not in files:
+                raise InputError(f"{file}: is of another run and would be measured, too: "
+                                 "remove it or give another --out")
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -841,20 +878,13 @@ def evaluate(argv):
     args = parse_evaluate(argv)
     device = pick_device(args.device)
     pairs = len(args.clips) == 1 and args.clips[0].endswith(".csv")
-    jobs = pairs_of(Path(args.clips[0])) if pairs else [
-        dict(name=Path(p).stem, photo=None, pose=check_file(p), sound=p, truth=check_file(p)) for p in args.clips]
+    jobs = [] if args.toy else pairs_of(Path(args.clips[0])) if pairs else clips_of(args.clips)
     args.aligned = args.aligned or pairs                                        # the authors' pairs are cropped already
     model = load_pcavs(args.weights, device)
     if args.toy:
         return toy_table(metrics, model, args, device)
-    out = Path(args.out)
-    try:
-        for kind in ("fake", "real"):
-            (out / kind).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: no directory to write to ({error.strerror})") from None
-    for job in jobs:
-        check_output(out / "fake" / f"{job['name']}.mp4", args.overwrite)
+    out = Path(args.out).absolute()
+    eval_files(out, jobs, args.overwrite)
     scores = {job["name"]: measure_clip(model, job, args, device, out) for job in jobs}
     measured = {name: score for name, score in scores.items() if score is not None}
     for name in scores.keys() - measured.keys():
@@ -863,7 +893,8 @@ def evaluate(argv):
         print(f"SSIM, grey at 224 px: {np.mean(list(measured.values())):.3f}, {len(measured)} clips")
         names = [f"{name}.mp4" for name in measured]
         real, fake = (out / kind / names[0] if len(names) == 1 else out / kind for kind in ("real", "fake"))
-        metrics.main([str(real), str(fake), *(["--json", args.json] if args.json else [])])
+        metrics.main([str(real), str(fake), "--device", args.device, *["--bf16"] * args.bf16,
+                      *(["--json", args.json] if args.json else [])])
 
 
 def toy_table(metrics, model, args, device):
@@ -877,7 +908,8 @@ def toy_table(metrics, model, args, device):
     def clip(face, wav, driving=None):
         frames = to_tensor(driving) if driving is not None else None
         n = len(frames) if frames is not None else n_frames(len(wav))
-        return torch.cat(list(model.animate(to_tensor(face).to(device), speech_mel(wav), n, frames)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            return torch.cat(list(model.animate(to_tensor(face).to(device), speech_mel(wav), n, frames))).float()
 
     folder = Path(args.cache)
     try:
@@ -1053,7 +1085,7 @@ def parse_train(argv):
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
     p.add_argument("--identity", help="folder of the published latest_net_V.pth: V as it is, frozen, in place of one "
-                   "that learns by classification")
+                   "that learns by classification (--size 128)")
     p.add_argument("--steps", type=int, default=2000)
     p.add_argument("--clips", type=int, default=8, help="clips of a step")
     p.add_argument("--frames", type=int, default=4, help="frames of each clip")
@@ -1083,6 +1115,10 @@ def parse_train(argv):
     p.add_argument("--log-every", type=int, default=50)
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
+    if args.w_match and not args.w_adv:
+        raise InputError("--w-match compares the discriminator's features: give --w-adv, too")
+    if args.identity and Config.at(args.size).v_stem != Config.v_stem:
+        raise InputError(f"--identity: the published V has strides for --size 128 and more, --size is {args.size}")
     args.batch = args.clips * args.frames
     args.w_id = 0.0 if args.identity else args.w_id
     return args

@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import os
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 import pcavs
 from audio import InputError, load_audio, run
-from data import Pack, load_checkpoint, save_checkpoint
+from data import Pack, PackWriter, load_checkpoint, save_checkpoint
 from pcavs import PCAVS, Config, speech_mel, speech_windows
 from toyfaces import make_pack, toy_clip
 from vision import VideoWriter, read_video, to_tensor
@@ -659,6 +660,49 @@ def test_the_authors_file_of_pairs(folder, weights, capsys):
     assert len(list(Path("eval/fake").iterdir())) == 2 and len(list(Path("eval/real").iterdir())) == 1
 
 
+@pytest.mark.parametrize("line, message", [
+    ("face.png 1 pse.mp4 7 speech.wav None 7 dummy", "line 1: pse.mp4: no such file or folder"),
+    ("face.png 1 None 7 speech.wav mouth 7 dummy", "line 1: mouth: no such file or folder"),
+    ("None 1 pose.mp4 7 speech.wav None 7 dummy", "line 1: None: no such file or folder"),
+    ("face.png 1 empty 7 speech.wav None 7 dummy", "line 1: no picture in empty"),
+])
+def test_what_a_line_of_pairs_names_is_there(folder, line, message):
+    Path("empty").mkdir()
+    Path("demo.csv").write_text(line)
+    with pytest.raises(InputError, match=message):
+        pcavs.pairs_of(Path("demo.csv"))
+    with pytest.raises(InputError, match="empty: no picture"):
+        pcavs.pose_clip("empty", 5, Config.at(16), False)
+
+
+def test_clips_of_one_name_keep_apart_and_those_of_other_runs_do_not_count(folder, weights, capsys, monkeypatch):
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "main", lambda argv: None)
+    for name in "ab":
+        Path(name).mkdir()
+        os.symlink(folder / "pose.mp4", f"{name}/00001.mp4")
+    command = ["evaluate", "--weights", str(weights), "--out", "eval", "--device", "cpu"]
+    pcavs.main([*command, "a/00001.mp4", "b/00001.mp4"])
+    assert {str(path) for path in Path("eval").rglob("*.mp4")} == {f"eval/{k}/{n}/00001.mp4" for k in ("real", "fake")
+                                                                  for n in "ab"}
+    assert "2 clips" in capsys.readouterr().out
+    with pytest.raises(InputError, match="00001.mp4: is of another run and would be measured"):
+        pcavs.main([*command, "pose.mp4", "--overwrite"])
+    with pytest.raises(InputError, match="2 clips have 1 names"):
+        pcavs.main([*command, "a/00001.mp4", "a/00001.mp4"])
+
+
+def test_the_metrics_run_where_and_how_the_networks_do(folder, weights, monkeypatch):
+    import evaluate
+
+    asked = []
+    monkeypatch.setattr(evaluate, "main", asked.append)
+    pcavs.main(["evaluate", "pose.mp4", "--weights", str(weights), "--out", "eval", "--device", "cpu", "--bf16"])
+    args = evaluate.parse(asked[0])
+    assert args.device == "cpu" and args.bf16 and args.clips[0].endswith("real/pose.mp4")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # losses
 
@@ -707,6 +751,41 @@ def learn(pack, out, *more, steps=4):
     pcavs.main(["train", "--data", str(pack), "--out", str(out), "--size", "16", "--clips", "3", "--frames", "2",
                 "--steps", str(steps), "--device", "cpu", "--log-every", "1", "--save-every", "2", "--w-adv", "0.5",
                 "--w-match", "1", "--taught", "0", *more])
+
+
+def test_every_tenth_clip_is_held_out_from_networks_teacher_and_pictures(tmp_path, monkeypatch):
+    frames, wav, _ = toy_clip(3, 0.28, 16)
+    with PackWriter(tmp_path / "pack", 16, "toy") as writer:
+        for i in range(20):
+            writer.add(frames, wav, f"p{i % 3}", str(i))
+    seen = dict(network=set(), pictures=set(), teacher=set())
+    item, teach = pcavs.Moments.__getitem__, pcavs.PoseTeacher.learn
+
+    def watched(self, n):
+        seen["network" if self.flip else "pictures"].update(np.asarray(self.clips).tolist())
+        return item(self, n)
+
+    def taught(self, pack, clips):
+        seen["teacher"].update(clips.tolist())
+        teach(self, pack, clips)
+
+    monkeypatch.setattr(pcavs.Moments, "__getitem__", watched)
+    monkeypatch.setattr(pcavs.PoseTeacher, "learn", taught)
+    learn(tmp_path / "pack", tmp_path / "out", steps=1)
+    rest = {*range(20)} - {9, 19}
+    assert seen == dict(network=rest, teacher=rest, pictures={9, 19})
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--w-match", "1"], "--w-match compares the discriminator's features: give --w-adv"),
+    (["--identity", "folder", "--size", "32"], "strides for --size 128 and more, --size is 32"),
+    (["--test", "list"], "--test lists clips of --data"),
+])
+def test_options_that_do_not_go_together_are_refused(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr(pcavs, "toy_pack", lambda *_: types.SimpleNamespace(size=32))
+    monkeypatch.setattr(pcavs, "Moments", None)  # nothing is trained
+    with pytest.raises(InputError, match=message):
+        pcavs.main(["train", "--out", str(tmp_path / "out"), *options])
 
 
 def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
@@ -807,6 +886,7 @@ def test_every_term_counts_and_every_parameter_of_inference_learns(pack, step):
 def test_a_given_identity_network_stays_as_it_is_and_the_others_learn(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(pcavs, "GIVEN_V", dict(v_base=4, v_groups=2, v_blocks=(1, 2, 1, 1)))
     monkeypatch.setattr(pcavs, "GIVEN_MAP", 20)
+    monkeypatch.setattr(Config, "v_stem", 1)
     V = shaken(PCAVS(Config.at(16, **pcavs.GIVEN_V, channels=(20, 64, 32, 16)))).V
     torch.save(published_state(V, "V"), tmp_path / "latest_net_V.pth")
     learn(pack, tmp_path / "a", "--identity", str(tmp_path), steps=2)
