@@ -604,6 +604,23 @@ def test_a_trained_expert_tells_in_sync_from_shifted_on_people_it_never_saw(worl
     assert picture.size == (1000, 380) and len(picture.getcolors(10**6)) > 10
 
 
+def test_a_pack_with_one_clip_more_is_still_known_and_listed_clips_are_never_seen(world, tmp_path, capsys, monkeypatch):
+    with PackWriter(tmp_path / "more", 16, "toy") as pack:
+        for seed in (99, *range(24)):
+            pack.add(*bar_clip(seed), identity=f"p{seed}", source=f"bar {seed}")
+    tested = []
+    monkeypatch.setattr(syncnet, "judge", lambda expert, pack, clips, device: tested.extend(clips) or 1 / 0)
+    command = ["test", "--data", str(tmp_path / "more"), "--device", "cpu", "--sync"]
+    with pytest.raises(ZeroDivisionError):
+        syncnet.main([*command, str(world[1])])
+    assert tested == [0, 20]  # the new one, and seed 19, which was held out for the test
+    monkeypatch.undo()
+    (tmp_path / "list").write_text("p0\np1\np5")
+    args = syncnet.parse(["train", "--data", str(world[0]), "--size", "16", "--test", str(tmp_path / "list")])
+    _, clips, _, val_clips = syncnet.worlds(args, tmp_path / "sync.pt")
+    assert not {0, 1, 5} & {*clips, *val_clips} and len(clips) + len(val_clips) == 21
+
+
 def test_the_log_says_what_ran_and_how_it_went(world):
     lines = [json.loads(line) for line in open(world[1].with_name("log_sync.jsonl"))]
     assert {"revision", "torch", "numpy", "python", "args"} <= set(lines[0]) and lines[0]["args"]["steps"] == 90

@@ -421,6 +421,9 @@ def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
     args = train.parse(options(clips.folder, tmp_path, 2, "--photos", str(photos.folder)))
     sets = train.training_sets(args, clips)
     assert not set(sets["clips"]) & set(sets["held_out"]) and len(sets["clips"]) + len(sets["held_out"]) == len(clips)
+    (tmp_path / "list").write_text("1\n2")
+    listed = train.parse(options(clips.folder, tmp_path, 2, "--train", str(tmp_path / "list")))
+    assert train.training_sets(listed, clips)["clips"].tolist() == [1, 2]
     hidden = set(sets["held_out_photos"])
     assert hidden and not hidden & {sets["photos"][n]["identity"] for n in range(300)}
 
