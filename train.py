@@ -587,7 +587,7 @@ def build(args, data, device, saved=None):
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
     if before:
-        names = ("generator", "encoder", "maps", "hyper", "mouth", "motion.mouth_up")
+        names = ("generator", "encoder", "maps", "hyper", "mouth") + ("motion.mouth_up",) * bool(model.mouth)
         for name in names[:1 if args.stage == 2 else None]:                            # what was trained before
             part = operator.attrgetter(name)(model)
             if part is not None and name not in parts:
@@ -620,9 +620,12 @@ def shape(args, pack, before, changes, landmarks=None) -> Config:
         config.hyper = dial.hyper if args.stage == 2 and args.hyper_share else "none"
     if args.refine is not None:
         config.refine = args.refine
-    if args.stage == 2:                                                                # later stages inherit it
+    if args.stage == 2:                                                                # later stages inherit these
+        config.mouth_dim, config.state_dim = dial.mouth_dim, dial.state_dim
         config.landmarks = bool(config.state_dim) and landmarks is not None
         config.state_dim = min(config.state_dim, 6) if config.landmarks else config.state_dim
+    if args.stage == 3 and config.mouth_dim and config.motion == "paper":
+        raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
     return config
 
 

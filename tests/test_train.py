@@ -277,6 +277,18 @@ def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, 
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
 
 
+def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_stage_2_that_has_one(real_packs):
+    pack = Pack(real_packs[0])
+    for first in ("direct", "paper"):
+        before = dict(config=vars(Config.at(16, template="face", motion=first)))
+        for second, mouth in (("direct", 24), ("paper", 0)):
+            config = train.shape(train.parse(["--stage", "2", "--size", "16", "--motion", second]), pack, before, {})
+            assert (config.mouth_dim, config.motion) == (mouth, second)
+    before = dict(config=vars(Config.at(16, template="face")))
+    with pytest.raises(InputError, match="train stage 2 with --motion paper"):
+        train.shape(train.parse(["--stage", "3", "--size", "16", "--motion", "paper"]), pack, before, {})
+
+
 @pytest.fixture(scope="module")
 def marked_packs(real_packs, pack, tmp_path_factory):
     """Copies of these packs with the drawn faces' true landmarks beside them"""
