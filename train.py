@@ -180,8 +180,16 @@ def forward_stage3(nets, batch, args):
 
 
 def forward_photos(model, batch, out):
-    """Stage 3 on photos: each is its own driving video; once with its own mouth, once with what a clip's sound says."""
+    """Stage 3 on photos: each is its own driving video; once with its own mouth, once with what a clip's sound says.
+
+    Without a mouth code the first is the photo's inversion, as no sound is known that fits its own mouth."""
     photo = batch["photo"]                                                             # (N, 3, H, W)
+    if not model.mouth:
+        mel = batch["mel"][torch.arange(len(photo)) % len(batch["mel"])]
+        moved = model(photo, photo[:, None].expand(-1, mel.shape[1], -1, -1, -1), mel, CONTEXT)[0][:, 0]
+        z_s = model.invert(photo)
+        fake = model.decode(z_s, model.weight_changes(photo, z_s))
+        return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), moved=moved)
     (_, z_s2c), pose = model.person(photo), model.motion.pose(model.encode_driving(photo[None]))[0]
     mouth = model.mouth(photo)                                                         # (N, M)
     with torch.no_grad():
@@ -235,8 +243,11 @@ def moved_terms(model, out):
     This is what moves the lips of people who are known from one photo. Ours."""
     if "moved" not in out:
         return {}
-    moved, real, said = out["moved"], out["real"][-len(out["moved"]):], out["said"].float()
+    moved, real = out["moved"], out["real"][-len(out["moved"]):]
     around = (mask_mouth(moved, model.config.template) - mask_mouth(real, model.config.template)).abs().mean()
+    if not model.mouth:
+        return dict(around=around)
+    said = out["said"].float()
     if model.config.landmarks:
         hue = [x - x.mean(1, keepdim=True) for x in (moved, real)]
         hue = torch.nn.functional.avg_pool2d(hue[0] - hue[1], max(1, moved.shape[-1] // 16))
