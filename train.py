@@ -255,14 +255,19 @@ def moved_terms(model, out):
             moved = torch.cat([moved, out["frames"].flatten(0, 1)])
             said = torch.cat([said, out["shape"].flatten(0, 1).float()])
         said = said[:, :model.config.state_dim]
-        wrong = (read_softly(model.mouth, moved) - said).square() / said.var(0).clamp_min(0.25)
+        wrong = (read_softly(model.mouth, moved) - said).square() / variance(said).clamp_min(0.25)
         wrong = (wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2                         # the opening is half of it
         return dict(around=around + hue.abs().mean(), obey=wrong)
     frozen = {k: q.detach() for k, q in model.mouth.named_parameters()}                # else they would agree on a sign
     read = torch.func.functional_call(model.mouth, frozen, (moved,)).float()
     if "frames" in out and model.motion.state is not None:                             # stage 3: what is spoken counts
         read, said = read @ model.motion.state.t(), said @ model.motion.state.t()
-    return dict(around=around, obey=(read - said).square().mean() / said.var(0).mean().clamp_min(1e-6))
+    return dict(around=around, obey=(read - said).square().mean() / variance(said).mean().clamp_min(1e-6))
+
+
+def variance(codes):
+    """Of mouth codes (N, M), over the batch; of a single one the 1 that all mouth codes have at the start -> (M,)"""
+    return codes.var(0) if len(codes) > 1 else torch.ones_like(codes[0])
 
 
 def read_softly(mouth, pictures):
@@ -821,7 +826,7 @@ def main(argv=None):
         see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames not decoded
         turns = 2 if args.w_sync else 1
         windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
-        singles = (1, args.batch // (2 if args.photos else 1), start // turns)         # half of these are photos
+        singles = (1, max(1, args.batch // (2 if args.photos else 1)), start // turns)  # half of these are photos
         data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2, clips=sets["clips"]),
                         B, first, args.workers) for T, B, first in (windows, singles)[-turns:]]
         photos = batches(sets["photos"], singles[1], singles[2], args.workers) if args.photos else None

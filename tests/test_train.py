@@ -258,8 +258,7 @@ def real_packs(pack, tmp_path_factory):
     return folder / "clips", folder / "photos"
 
 
-def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "start_lips", functools.partial(train.start_lips, steps=2))
+def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, quick_starts):
     clips, photos = real_packs
     more = ["--photos", str(photos), "--thaw", "1"]
     go(clips, tmp_path, 1, *more)
@@ -277,6 +276,31 @@ def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, 
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
 
 
+@pytest.fixture
+def quick_starts(monkeypatch):
+    for name, changes in (("start_lips", dict(steps=2)), ("start_motion_space", dict(clips=8, per_clip=8)),
+                          ("start_encoder", dict(most=200))):
+        monkeypatch.setattr(train, name, functools.partial(getattr(train, name), **changes))
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+@pytest.mark.parametrize("world", ["toys", "real"])
+def test_all_three_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
+        motion, world, pack, stages, real_packs, tmp_path, quick_starts):
+    clips, photos = (pack, None) if world == "toys" else real_packs
+    more = ["--motion", motion, "--sync", str(stages / "sync.pt"), "--sample-every", "0", "--save-every", "0"]
+    for stage in (1, 2, 3):
+        go(clips, tmp_path, stage, *more, *(["--photos", str(photos), "--batch", "1"] if photos else []), steps=2)
+    log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
+    assert "sync" in log[0] and ("around" in log[1]) == bool(photos)         # the odd step has photos
+    before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
+    for part in ("generator.conv1", "encoder.blocks", "canonical.mlp", "audio.", "motion."):
+        assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
+    model = load_model(str(tmp_path / "weights.pt"))
+    assert (model.config.motion, bool(model.mouth)) == (motion, motion == "direct" and bool(photos))
+    assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
+
+
 def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_stage_2_that_has_one(real_packs):
     pack = Pack(real_packs[0])
     for first in ("direct", "paper"):
@@ -287,6 +311,16 @@ def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_s
     before = dict(config=vars(Config.at(16, template="face")))
     with pytest.raises(InputError, match="train stage 2 with --motion paper"):
         train.shape(train.parse(["--stage", "3", "--size", "16", "--motion", "paper"]), pack, before, {})
+
+
+@pytest.mark.parametrize("landmarks", [False, True])
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_mouth_code_learns_from_one_or_two_pictures(landmarks, N):
+    torch.manual_seed(0)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3)
+    nets = dict(model=FCTFG(Config.at(16, **shape, landmarks=landmarks)), hyper_phase=False)
+    out = train.forward_stage2(nets, dict(picture=torch.rand(N, 3, 16, 16) - 0.5), None)
+    assert all(v.isfinite() for v in train.moved_terms(nets["model"], out).values())
 
 
 @pytest.fixture(scope="module")
