@@ -39,7 +39,7 @@ from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
 from keypoints import Landmarks, mouth_shape
-from stylegan2 import Discriminator, mix_styles, read_weights
+from stylegan2 import Discriminator, mix_styles
 from syncnet import held_out, load_sync, revision, sync_loss, toy_pack
 from vision import TEMPLATES, VideoWriter, mask_mouth, small_picture, to_tensor, to_uint8
 
@@ -62,7 +62,8 @@ def parse(argv=None):
     p.add_argument("--motion", default="direct", choices=("direct", "paper"),
                    help="form of the motion encoder, see fusion.py")
     p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
-    p.add_argument("--sync", help="sync expert for stage 3, ours or Wav2Lip's (default: sync.pt in --out)")
+    p.add_argument("--sync", help="sync expert for stage 3: checkpoint, wav2lip, or a copy of that (.pth); "
+                   "default: sync.pt in --out")
     # published files that stand in for what is trained here, and for downloads
     p.add_argument("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
     p.add_argument("--encoder", help="pSp's checkpoint (the first styles of a larger one), HyperStyle's W encoder, "
@@ -798,7 +799,7 @@ def main(argv=None):
     saved = load_checkpoint(checkpoint_path, f"stage{args.stage}", map_location=device) if args.resume else None
     sync = None
     if args.stage == 3 and args.w_sync:
-        sync = listener(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
+        sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
     pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
@@ -958,13 +959,6 @@ def published_judges(args, device) -> dict:
     if args.w_arcface:
         judges["arcface"] = losses.arcface(device, args.arcface)
     return judges
-
-
-def listener(path, device, size):
-    """The sync expert in a file: ours, or the published one of Wav2Lip"""
-    if "state_dict" in read_weights(path):
-        return losses.wav2lip_expert(device, path)
-    return load_sync(path, device, size)
 
 
 def save(path, step, nets, ema, opt_g, opt_d, args):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import keypoints
+import syncnet
 import toyfaces
 import train
 from audio import InputError, run
@@ -112,6 +113,15 @@ def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, mo
     straight, broken = (load_checkpoint(path, f"stage{stage}") for path in paths)
     assert straight["step"] == 4
     equal(straight, broken)
+
+
+def test_wav2lip_is_the_name_of_a_published_expert_here_too(pack, tmp_path, monkeypatch):
+    def fetched(device, path):
+        raise InputError(f"fetched: {path}")
+
+    monkeypatch.setattr(syncnet, "wav2lip_expert", fetched)
+    with pytest.raises(InputError, match="fetched: None"):
+        go(pack, tmp_path, 3, "--sync", "wav2lip")
 
 
 def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
