@@ -637,6 +637,8 @@ def shape(args, pack, before, changes, landmarks=None) -> Config:
         config.hyper = dial.hyper if args.stage == 2 and args.hyper_share else "none"
     if args.refine is not None:
         config.refine = args.refine
+    if args.stage == 2 and args.hyper_share and not config.refine:
+        raise InputError("--hyper-share trains the hypernetwork, --refine 0 switches it off: leave out one of them")
     if args.stage == 2:                                                                # later stages inherit these
         config.mouth_dim, config.state_dim = dial.mouth_dim, dial.state_dim
         config.landmarks = bool(config.state_dim) and landmarks is not None

@@ -523,6 +523,8 @@ def test_what_the_user_got_wrong_is_one_line_and_status_two(pack, stages, tmp_pa
     (new / "stage1.pt").write_bytes((stages / "stage1.pt").read_bytes()[:5000])
     assert "truncated" in refused(capsys, options(pack, new, 1, "--resume"))
     assert "nonsense" in refused(capsys, options(pack, new, 1, "--overwrite", "--device", "nonsense"))
+    assert "--refine 0" in refused(capsys, options(pack, new, 2, "--init", str(stages / "stage1.pt"),
+                                                   "--hyper-share", "0.5", "--refine", "0"))
     (tmp_path / "file").write_text("x")
     assert "file" in refused(capsys, options(pack, tmp_path / "file", 1))
 
