@@ -111,7 +111,7 @@ def parse(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
-    p.add_argument("--log-every", type=int, default=50)
+    p.add_argument("--log-every", type=int, default=50, help="steps; of these three 0: after the last step alone")
     p.add_argument("--sample-every", type=int, default=500)
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
@@ -840,7 +840,7 @@ def main(argv=None):
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
     log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args))) + "\n")
     weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")} | (dict(adv=1.0) if args.stage == 1 else {})
-    waited, clock = 0.0, time.perf_counter()
+    waited, clock, logged = 0.0, time.perf_counter(), start - 1
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"stage {args.stage}", disable=None)
     for step in bar:
@@ -887,20 +887,18 @@ def main(argv=None):
         update_ema(ema, model, (step + 1) * args.batch, args)
 
         last = step + 1 == args.steps
-        if step % args.log_every == 0 or last:
+        if due(step, args.log_every) or last:
             line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
             line |= {k: float(v) for k, v in diagnostics.items()}
-            seconds = (time.perf_counter() - clock) / (args.log_every if step > start else 1)
-            line |= dict(step=step, p=nets["augment"].p,
-                         ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
-                         waiting=round(waited / max(seconds * args.log_every, 1e-9), 3), gib=round(memory_gib(device), 2))
+            line |= dict(step=step, p=nets["augment"].p, gib=round(memory_gib(device), 2))
+            line |= pace(time.perf_counter() - clock, waited, step - logged, args.batch)
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.write(format_line(line, args))
-            waited, clock = 0.0, time.perf_counter()
-        if (step + 1) % args.sample_every == 0 or last:
+            waited, clock, logged = 0.0, time.perf_counter(), step
+        if due(step + 1, args.sample_every) or last:
             save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, sets, device, args)
-        if (step + 1) % args.save_every == 0 or last:
+        if due(step + 1, args.save_every) or last:
             if args.stage == 3:
                 collect_idle(ema, pack, device)
             save(checkpoint_path, step + 1, nets, ema, opt_g, opt_d, args)
@@ -1014,6 +1012,17 @@ def format_line(line, args):
     numbers = "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in skip)
     return (f"{line['step']:6d}  {numbers}  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, "
             f"{100 * line['waiting']:.0f} % waiting, {line['gib']:.1f} GiB, {eta:.1f} min left")
+
+
+def due(step, every) -> bool:
+    """Whether `step` is one of every so many; 0: never"""
+    return every > 0 and step % every == 0
+
+
+def pace(seconds, waited, steps, batch) -> dict:
+    """For the log: `seconds` went by in `steps` steps of `batch` pictures, `waited` of them for data"""
+    return dict(ms=round(1000 * seconds / steps, 1), images_s=round(batch * steps / seconds, 1),
+                waiting=round(waited / seconds, 3))
 
 
 def memory_gib(device):
