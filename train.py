@@ -333,21 +333,21 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
     for layer in (*(head[-1] for head in encoder.heads), maps.picture):                # the trunk speaks up later
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    codes = encoder.linear_down(small_picture(masked))                                 # (n, k), of unit variance
-    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, edge)
-                         for x in (model.decode(encoder.latent_avg[None]), seen))
+    codes = encoder.linear_down(small_picture(masked)).cpu()                           # (n, k), of unit variance
+    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, edge).cpu()        # solved there: Apple's chips have
+                         for x in (model.decode(encoder.latent_avg[None]), seen))      # no float64
     mean, centre = codes.mean(0), wanted.mean(0)
     codes, rest = (codes - mean).double(), (wanted - centre).flatten(1).double()
-    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(k, device=codes.device)
+    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(k)
     picture = torch.linalg.solve(gram, codes.t() @ rest).float()                       # (k, 3 * edge * edge)
     if model.mouth:
         rest = (rest.float() - codes.float() @ picture).unflatten(1, (3, edge, edge))
         rest = (rest - mask_mouth(rest, model.config.template, "lips")).flatten(1)     # of the lips alone
-        box = model.mouth.box(seen).flatten(1)
+        box = model.mouth.box(seen).flatten(1).cpu()
         if model.mouth.reader:                                                         # the lips' shape goes first
-            shape = torch.cat([model.mouth.read(x) for x in model.mouth.box(seen).split(256)])
+            shape = torch.cat([model.mouth.read(x) for x in model.mouth.box(seen).split(256)]).cpu()
             mean, shape = torch.cat([mean, shape.mean(0)]), shape - shape.mean(0)
-            gram = shape.t() @ shape + ridge * len(shape) * torch.eye(shape.shape[1], device=shape.device)
+            gram = shape.t() @ shape + ridge * len(shape) * torch.eye(shape.shape[1])
             effect = torch.linalg.solve(gram, shape.t() @ rest)                        # (K, 3 * edge * edge)
             picture, rest = torch.cat([picture, effect]), rest - shape @ effect
         free = len(model.mouth.linear.weight)
@@ -357,15 +357,16 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
         for q in model.mouth.body[-1].parameters() if model.mouth.body else ():
             torch.nn.init.zeros_(q)
         picture, mean = torch.cat([picture, up.t()]), torch.nn.functional.pad(mean, (0, len(down)))
-    length = torch.full((len(picture),), scale, device=mean.device)
+    length = torch.full((len(picture),), scale)
     if model.mouth and model.mouth.reader:                                             # these few must be heard: they
         length[k:k + model.config.state_dim] = 40 * scale                              # decide what the mouth is
-    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture), device=mean.device))[0]
+    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture)))[0]
     encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
     if model.mouth:
         model.motion.mouth_up.weight.copy_(directions[:, k:])
-    maps.down.weight[:len(picture)] = (directions / length.square()).t()
-    maps.down.bias[:len(picture)] = -maps.down.weight[:len(picture)] @ encoder.latent_avg.flatten() - mean
+    back = (directions / length.square()).t()
+    maps.down.weight[:len(picture)] = back
+    maps.down.bias[:len(picture)] = -back @ encoder.latent_avg.flatten().cpu() - mean
     maps.picture.weight[:, :len(picture)] = picture.t()
     maps.picture.bias.copy_((centre - by_itself[0]).flatten())
 
@@ -509,7 +510,7 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
         codes = [torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) @ model.motion.state for s in shapes]  # (T, M)
     elif model.config.state_dim:
         moves = torch.cat([c - c.mean(0) for c in codes])                              # (n, M): one person's, at one time
-        variance, directions = torch.linalg.eigh(moves.t() @ moves / len(moves))       # ascending
+        variance, directions = torch.linalg.eigh((moves.t() @ moves / len(moves)).cpu())  # ascending
         model.motion.state.copy_(directions[:, -model.config.state_dim:].t())
         model.motion.mouth_mean.copy_(torch.cat(codes).mean(0))
         spoken = variance[-model.config.state_dim:].sum() / variance.sum()
@@ -548,14 +549,14 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
 
 
 def reduced_rank_regression(x, y, rank, ridge):
-    """y ~ x down^T up^T with `rank` numbers of unit variance between.
+    """y ~ x down^T up^T with `rank` numbers of unit variance between, solved on the CPU: Apple's chips have no float64.
 
-    x (n, i), y (n, o) -> down (rank, i), up (o, rank)
+    x (n, i), y (n, o) -> down (rank, i), up (o, rank), on the device of x
     """
-    x, y = x.double(), y.double()
+    device, x, y = x.device, x.cpu().double(), y.cpu().double()
     n, i = x.shape
     gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
-    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype)
     full = x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)  # (i, o)
     fitted = x @ full
     if n < y.shape[1]:
@@ -567,7 +568,7 @@ def reduced_rank_regression(x, y, rank, ridge):
     v = torch.nn.functional.pad(v, (0, rank - v.shape[1]))                             # few pictures: the rest is zero
     down = full @ v
     std = (x @ down).std(0).clamp_min(1e-6)
-    return (down / std).t().float(), (v * std).float()
+    return (down / std).t().float().to(device), (v * std).float().to(device)
 
 
 @torch.no_grad()
@@ -1028,8 +1029,12 @@ def pace(seconds, waited, steps, batch) -> dict:
 def memory_gib(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    try:
+        import resource
+    except ImportError:                                                                # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2 ** 10                                  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 @torch.no_grad()

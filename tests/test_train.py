@@ -5,6 +5,7 @@ import argparse
 import functools
 import json
 import shutil
+import sys
 import types
 
 import numpy as np
@@ -261,6 +262,42 @@ def test_the_face_judge_is_trained_on_clips_alone(pack):
         return float((alike[0, 1] + alike[2, 3] + alike[4, 5]) / 3 - (alike[0, 2] + alike[2, 4] + alike[4, 0]) / 3)
 
     assert margin(judge) > margin(before) + 0.1
+
+
+class Apple(torch.Tensor):
+    """A tensor on a chip without float64 and without eigenvalues"""
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("double", "linalg_eigh", "linalg_svd", "linalg_qr"):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        result = super().__torch_function__(function, kinds, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if name == "cpu" else result
+
+
+def test_closed_forms_are_solved_where_there_is_float64():
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 6), torch.randn(40, 5)
+    for a, b in zip(train.reduced_rank_regression(x.as_subclass(Apple), y.as_subclass(Apple), 2, 0.1),
+                    train.reduced_rank_regression(x, y, 2, 0.1)):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, state_dim=2)
+    model = FCTFG(Config.at(16, **shape)).eval()
+    seen = [dict(picture=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
+    train.start_encoder(model, seen, torch.device("cpu"), most=160)
+    assert model.encoder.linear_down.weight.isfinite().all() and model.maps.picture.weight.abs().sum() > 0
+
+
+def test_memory_is_counted_in_bytes_on_macos_and_not_at_all_on_windows(monkeypatch):
+    resource, cpu = types.SimpleNamespace(RUSAGE_SELF=0), torch.device("cpu")
+    resource.getrusage = lambda who: types.SimpleNamespace(ru_maxrss=3 * 2 ** 20)
+    monkeypatch.setitem(sys.modules, "resource", resource)
+    for system, gib in (("linux", 3), ("darwin", 3 / 1024)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert train.memory_gib(cpu) == gib
+    monkeypatch.setitem(sys.modules, "resource", None)                       # its import fails
+    assert train.memory_gib(cpu) == 0
 
 
 def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
