@@ -745,7 +745,7 @@ def discriminator_step(nets, out, opt_d, step, args):
     opt_d.zero_grad(set_to_none=True)
     loss.backward()
     opt_d.step()
-    turn = step if args.stage == 1 else step // 2                                      # the discriminator's own count
+    turn = step // 2 if args.stage == 3 and args.w_sync else step                      # the discriminator's own count
     if turn % 16 == 0:
         real = augment(out["real"]).detach().requires_grad_(True)
         penalty = args.w_r1 / 2 * 16 * losses.r1_penalty(real, D(real))

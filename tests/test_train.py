@@ -264,6 +264,20 @@ def test_the_face_judge_is_trained_on_clips_alone(pack):
     assert margin(judge) > margin(before) + 0.1
 
 
+@pytest.mark.parametrize("stage, w_sync, due", [(1, "0", [0, 16, 32]), (2, "0", [0, 16, 32]), (3, "0", [0, 16, 32]),
+                                                (3, "1", [1, 33])])
+def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, w_sync, due, monkeypatch):
+    args = train.parse(["--stage", str(stage), "--w-sync", w_sync, "--augment", "-1"])
+    nets = dict(D=torch.nn.Linear(3, 1), augment=lambda x: x)
+    nets = dict(D=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1)), augment=train.losses.Augment())
+    opt = torch.optim.SGD(nets["D"].parameters(), 0.1)
+    out, came = dict(real=torch.ones(2, 3, 1, 1), fake=torch.zeros(2, 3, 1, 1)), []
+    monkeypatch.setattr(train.losses, "r1_penalty", lambda real, score: came.append(step) or score.square().mean())
+    for step in range(1 if w_sync == "1" else 0, 40, 2 if w_sync == "1" else 1):
+        train.discriminator_step(nets, out, opt, step, args)
+    assert came == due
+
+
 class Apple(torch.Tensor):
     """A tensor on a chip without float64 and without eigenvalues"""
 
