@@ -426,25 +426,33 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
     print(f"shape of lips: {100 * (1 - unread):.0f} % of its variance, as landmarks tell it, is read off pixels")
 
 
-def train_judge(pack, photos, device, seed, steps=400, batch=48):
-    """The small face judge: frames of one clip are one person, other clips are others. About 20 s at 32 px on a CPU.
+def train_judge(data, device, seed, steps=400, batch=48):
+    """The small face judge: frames of one clip are one person, other people's are others, and where all clips show one
+    person, other clips are. About 20 s at 32 px on a CPU.
 
     With photos, two looks at one: shifted, mirrored, and one without its mouth (a clip's two frames differ there)."""
+    photos, label = data["photos"], "identity"
+    pictures = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
+    if photos is None and len(np.unique(np.asarray(data["pack"].identity)[pictures.clips])) == 1:
+        label = "clip"
+    if len(photos.people if photos else pictures.clips) < 2:
+        raise InputError(f"{pictures.pack.folder}: one person, from whom the face judge can tell nobody: --w-id 0 "
+                         "does without it")
     torch.manual_seed(seed)
     judge = losses.SmallFaceJudge().to(device)
     opt = torch.optim.Adam(judge.parameters(), 2e-3)
     if photos is not None:
         batch, looks, template = 2 * batch, losses.Augment(p=0.5), photos.pack.template
-    data = batches(photos or Clips(pack, T=1, seed=seed + 1), batch, 0)
+    stream = batches(pictures, batch, 0)
     for _ in tqdm(range(steps), desc="face judge", leave=False, disable=None):
-        item = next(data)
+        item = next(stream)
         if photos is None:
             faces = item["source"], item["driving"][:, 0]                              # two of each clip
         else:
             faces = looks(item["picture"]), looks(mask_mouth(item["picture"], template, "lips"))
         # ours: colour and brightness move a little, so that the judge does not count pixels of one lamp
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in faces)
-        loss = losses.same_person_loss(judge(a), judge(b), item["identity"].to(device), judge.log_scale, judge.bias)
+        loss = losses.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -668,8 +676,8 @@ def start(args, nets, data, device, known, parts):
     if "judge" in known:
         nets["judge"] = losses.SmallFaceJudge().to(device)
         nets["judge"].load_state_dict(known["judge"])
-    elif not args.w_arcface:
-        nets["judge"] = train_judge(data["pack"], data["photos"], device, args.seed)
+    elif args.w_id and not args.w_arcface:
+        nets["judge"] = train_judge(data, device, args.seed)
     if args.stage == 3:
         start_motion_space(model, data["pack"], data["clips"], device, data["photos"])
         if model.mouth:

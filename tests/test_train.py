@@ -43,7 +43,7 @@ def stages(pack, tmp_path_factory):
     save_checkpoint(str(out / "sync.pt"), dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_judge", lambda pack, photos, device, seed: quick_judge())
+        patch.setattr(train, "train_judge", lambda data, device, seed: quick_judge())
         go(pack, out, 1)
         go(pack, out, 2, "--thaw", "0", "--hyper-share", "0.5")
         go(pack, out, 3)
@@ -52,7 +52,7 @@ def stages(pack, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
-    monkeypatch.setattr(train, "train_judge", lambda pack, photos, device, seed: quick_judge())
+    monkeypatch.setattr(train, "train_judge", lambda data, device, seed: quick_judge())
 
 
 def quick_judge():
@@ -254,7 +254,8 @@ def test_one_batch_can_be_learned_by_heart(pack, stages):
 
 def test_the_face_judge_is_trained_on_clips_alone(pack):
     before = train.losses.SmallFaceJudge()
-    judge = TRAIN_JUDGE(Pack(pack), None, torch.device("cpu"), seed=0, steps=30, batch=8)
+    data = dict(pack=Pack(pack), photos=None, clips=np.arange(5))
+    judge = TRAIN_JUDGE(data, torch.device("cpu"), seed=0, steps=30, batch=8)
     faces = torch.cat([train.to_tensor(Pack(pack).frames(c, [0, 9])) for c in range(3)])   # two frames of three people
 
     def margin(net):
@@ -262,6 +263,20 @@ def test_the_face_judge_is_trained_on_clips_alone(pack):
         return float((alike[0, 1] + alike[2, 3] + alike[4, 5]) / 3 - (alike[0, 2] + alike[2, 4] + alike[4, 0]) / 3)
 
     assert margin(judge) > margin(before) + 0.1
+
+
+def test_clips_of_one_person_teach_the_face_judge_as_clips_and_held_out_ones_do_not(pack, monkeypatch):
+    one, seen = Pack(pack), set()
+    one.identity = np.zeros(5, np.int32)
+    frames = one.frames
+    monkeypatch.setattr(one, "frames", lambda c, ks: seen.add(int(c)) or frames(c, ks))
+    data = dict(pack=one, photos=None, clips=np.arange(4))
+    judge = TRAIN_JUDGE(data, torch.device("cpu"), seed=0, steps=30, batch=8)
+    assert seen == {0, 1, 2, 3}
+    faces = judge(torch.cat([to_tensor(frames(c, [0])) for c in range(4)]))
+    assert (faces @ faces.t()).triu(1).max() < 0.99 and faces.isfinite().all()
+    with pytest.raises(InputError, match="--w-id 0"):
+        TRAIN_JUDGE(data | dict(clips=np.arange(1)), torch.device("cpu"), seed=0, steps=1)
 
 
 @pytest.mark.parametrize("stage, w_sync, due", [(1, "0", [0, 16, 32]), (2, "0", [0, 16, 32]), (3, "0", [0, 16, 32]),
