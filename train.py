@@ -580,13 +580,13 @@ def reduced_rank_regression(x, y, rank, ridge):
 
 
 @torch.no_grad()
-def collect_idle(model, pack, device):
+def collect_idle(model, pack, chosen, device):
     """Fill DirectMotion.idle: pose deviations of the calmest of 64 training clips, from zero at their first frame."""
     if model.config.motion != "direct":
         return
     n, T, _ = model.motion.idle.shape
     walks = []
-    for c in np.flatnonzero(np.asarray(pack.n_frames) >= T)[:64]:
+    for c in chosen[pack.n_frames[chosen] >= T][:64]:
         frames = to_tensor(pack.frames(c, range(T))).split(16)                         # memory does not grow with T
         pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in frames])
         walks.append(pose - pose[:1])                                                  # (T, P)
@@ -909,7 +909,7 @@ def main(argv=None):
             save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, sets, device, args)
         if due(step + 1, args.save_every) or last:
             if args.stage == 3:
-                collect_idle(ema, pack, device)
+                collect_idle(ema, pack, sets["clips"], device)
             save(checkpoint_path, step + 1, nets, ema, opt_g, opt_d, args)
     log.close()
     if args.stage == 3:

@@ -279,6 +279,15 @@ def test_clips_of_one_person_teach_the_face_judge_as_clips_and_held_out_ones_do_
         TRAIN_JUDGE(data | dict(clips=np.arange(1)), torch.device("cpu"), seed=0, steps=1)
 
 
+def test_idle_motion_is_of_clips_to_train_on(monkeypatch):
+    model = FCTFG(Config.at(16))
+    pack = types.SimpleNamespace(n_frames=np.array([80, 80, 20, 80]))
+    pack.frames = lambda c, ks: seen.append(int(c)) or np.full((len(ks), 16, 16, 3), 60, np.uint8)
+    seen = []
+    train.collect_idle(model, pack, np.array([0, 2, 3]), torch.device("cpu"))
+    assert seen == [0, 3]                                                    # 1 is held out, 2 is too short
+
+
 @pytest.mark.parametrize("stage, w_sync, due", [(1, "0", [0, 16, 32]), (2, "0", [0, 16, 32]), (3, "0", [0, 16, 32]),
                                                 (3, "1", [1, 33])])
 def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, w_sync, due, monkeypatch):
