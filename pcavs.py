@@ -50,7 +50,7 @@ from sample import LOOK_HEIGHT, WAY_OUT, Stopwatch, driving_box, parse_box, phot
 from stylegan2 import StyledConv, ToRGB
 from syncnet import lr_factor, revision, toy_pack
 from toyfaces import TEST, make_pack
-from train import due, finite, memory_gib, pace, reduced_rank_regression, update_ema
+from train import due, finite, memory_gib, pace, reduced_rank_regression, restore_optimiser, update_ema
 from vision import (
     TEMPLATES,
     VIDEO_SUFFIXES,
@@ -1270,7 +1270,7 @@ def restore(saved, path, nets, ema, optimisers) -> int:
             nets[name].load_state_dict(state)
         ema.load_state_dict(saved["ema"]["model"])
         for name, state in saved["optimisers"].items():
-            optimisers[name].load_state_dict(state)
+            restore_optimiser(optimisers[name], state)
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: was trained with other options ({str(error).splitlines()[0]})") from None
     torch.set_rng_state(saved["rng"]["torch"].cpu())

@@ -106,7 +106,7 @@ def parse(argv=None):
                    "regression on sound says; default: 1.25 where landmarks taught it, else 2")
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     # running
-    p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out")
+    p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out, with its options")
     p.add_argument("--overwrite", action="store_true", help="start anew although a checkpoint exists")
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
@@ -115,6 +115,8 @@ def parse(argv=None):
     p.add_argument("--sample-every", type=int, default=500)
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))                            # defaults are not filled in here
+    args.given = [k for k, v in vars(p.parse_args(argv, unset)).items() if v is not None]
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
     args.w_adv = 0.01 * (args.stage == 3 or bool(args.photos)) if args.w_adv is None else args.w_adv
@@ -122,6 +124,26 @@ def parse(argv=None):
 
 
 STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
+
+# what --resume may change (and loss weights): how long, how fast, where files lie, where and how it runs
+CHANGEABLE = {"steps", "lr", "lr_gan", "ema_kimg", "data", "photos", "sync", "vgg", "lpips", "arcface",
+              "device", "workers", "log_every", "sample_every", "save_every"}
+
+
+def resume_options(args, before, path):
+    """Options of a run that goes on: those in its checkpoint (`before`), but what is CHANGEABLE and given anew.
+
+    A line says what has changed. InputError: another option is given with another value."""
+    own = {"stage", "out", "resume", "overwrite", "given"}                             # of this call
+    anew = {k: getattr(args, k) for k in args.given if k in before and k not in own and getattr(args, k) != before[k]}
+    fixed = {k for k in anew if k not in CHANGEABLE and not k.startswith("w_")}
+    if args.stage == 2 and before["hyper_share"]:                                      # a share of the steps
+        fixed |= anew.keys() & {"steps"}
+    words = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in anew.items() if not fixed or k in fixed]
+    if fixed:
+        raise InputError(f"{path}: --resume cannot change {', '.join(words)}; --overwrite starts anew")
+    print(f"{path}: goes on with its own options" + "".join(f", {word}" for word in words))
+    return argparse.Namespace(**vars(args) | {k: v for k, v in before.items() if k in vars(args) and k not in own} | anew)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,6 +649,8 @@ def build(args, data, device, saved=None):
             target.load_state_dict(network.state_dict())
     if args.stage > 1 and not saved:
         start(args, nets, data, device, before["networks"] if before else {}, parts)
+    if saved and args.stage > 1 and args.w_id and not args.w_arcface and "judge" not in saved["networks"]:
+        nets["judge"] = train_judge(data, device, args.seed)                           # a weight that was 0 so far
     for name in ("critic", "judge"):
         if saved and name in saved["networks"]:                                       # filled by `restore`
             nets[name] = (copy.deepcopy(nets["D"]) if name == "critic" else losses.SmallFaceJudge().to(device))
@@ -711,28 +735,29 @@ def optimisers(nets, args):
         model.mouth.reader.requires_grad_(False)                                       # agree on another shape
     c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k/(k+1), k = 4
     beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2: 0; ours where L1 leads
-    groups = {}
+    groups = {}                                                                        # not by rate: rates may change
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            option = "lr"
             if name.startswith("generator."):
-                rate = args.lr_gan * (args.thaw if args.stage == 2 else c)
+                option, share = "lr_gan", args.thaw if args.stage == 2 else c
             elif name.startswith("encoder.") and model.config.encoder != "slim" or (
                     name.startswith("hyper.") and model.config.hyper != "slim"):
-                rate = 0.1 * args.lr  # 1e-4: pSp's and HyperStyle's
+                share = 0.1  # 1e-4: pSp's and HyperStyle's
             elif model.config.picture and name.startswith(("canonical.", "motion.pose_")):
-                rate = 0.01 * args.lr  # closed forms, too, and a small step in W+ is a large one in the coarse picture
+                share = 0.01  # closed forms, too, and a small step in W+ is a large one in the coarse picture
             elif model.config.picture and name.startswith(("encoder.", "mouth.")):
-                rate = 0.1 * args.lr
+                share = 0.1
             elif model.config.landmarks and name.startswith(("audio.", "motion.fusion", "motion.lips")):
-                rate = 0.1 * args.lr  # regressed on the shape itself, which tells them more than a picture of it
+                share = 0.1  # regressed on the shape itself, which tells them more than a picture of it
             elif "down." in name or "canonical.mlp.0" in name:
-                rate = 0.1 * args.lr  # a thousand whitened inputs: ten times as touchy
+                share = 0.1  # a thousand whitened inputs: ten times as touchy
             elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
-                rate = 0.2 * args.lr  # found before: codes drift slowly under the maps
+                share = 0.2  # found before: codes drift slowly under the maps
             else:
-                rate = args.lr
-            groups.setdefault(rate, []).append(parameter)
-    groups = [dict(params=parameters, lr=rate) for rate, parameters in groups.items()]
+                share = 1.0
+            groups.setdefault((option, share), []).append(parameter)
+    groups = [dict(params=parameters, lr=share * getattr(args, option)) for (option, share), parameters in groups.items()]
     opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)
     c = 16 / 17                                                                        # lazy R1: k = 16
     opt_d = torch.optim.Adam(nets["D"].parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
@@ -799,21 +824,26 @@ def update_ema(ema, model, images, args):
 
 def main(argv=None):
     args = parse(argv)
+    checkpoint_path = os.path.join(args.out, f"stage{args.stage}.pt")
+    saved = load_checkpoint(checkpoint_path, f"stage{args.stage}") if args.resume else None
+    if saved:
+        args = resume_options(args, saved["args"], checkpoint_path)
+    del args.given
     device = pick_device(args.device)
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise InputError(f"{args.out}: no directory to write to ({error.strerror})") from None
-    checkpoint_path = os.path.join(args.out, f"stage{args.stage}.pt")
     if os.path.exists(checkpoint_path) and not (args.resume or args.overwrite):
         raise InputError(f"{checkpoint_path} exists: --resume continues it, --overwrite starts anew")
-    saved = load_checkpoint(checkpoint_path, f"stage{args.stage}", map_location=device) if args.resume else None
     sync = None
     if args.stage == 3 and args.w_sync:
         sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
     pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
+    if saved and pack.template != saved["config"]["template"]:
+        raise InputError(f"{args.data}: template {pack.template}, --resume needs {saved['config']['template']} as so far")
     sets = training_sets(args, pack)
 
     torch.manual_seed(args.seed)
@@ -830,8 +860,8 @@ def main(argv=None):
     nets["hyper_phase"] = start > hyper_from and model.hyper is not None              # at hyper_from the loop switches
     opt_g, opt_d = optimisers(nets, args)
     if saved:
-        opt_g.load_state_dict(saved["optimisers"]["g"])
-        opt_d.load_state_dict(saved["optimisers"]["d"])
+        restore_optimiser(opt_g, saved["optimisers"]["g"])
+        restore_optimiser(opt_d, saved["optimisers"]["d"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
 
     if args.stage == 3:  # even steps: few windows of five frames, for the sync loss; odd steps: many clips of one
@@ -985,8 +1015,16 @@ def restore(saved, nets, ema) -> int:
     for name, state in saved["networks"].items():
         nets[name].load_state_dict(state)
     ema.load_state_dict(saved["ema"]["model"])
-    nets["augment"].p, nets["mean_path"] = saved["augment_p"], saved["mean_path"]
+    nets["augment"].p, nets["mean_path"] = saved["augment_p"], saved["mean_path"].to(nets["mean_path"])
     return saved["step"]
+
+
+def restore_optimiser(opt, state):
+    """Adam's moments as they were saved, at the rates of today's options"""
+    rates = [group["initial_lr"] for group in opt.param_groups]
+    opt.load_state_dict(state)
+    for group, rate in zip(opt.param_groups, rates):
+        group["initial_lr"] = rate
 
 
 def export_weights(path, ema, args):

@@ -116,6 +116,42 @@ def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, mo
     equal(straight, broken)
 
 
+def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack, stages, tmp_path, capsys):
+    shutil.copy(stages / "stage1.pt", tmp_path / "stage1.pt")
+    here = ["--stage", "1", "--out", str(tmp_path), "--resume"]
+    for change in (["--size", "32"], ["--augment", "0.5"], ["--batch", "3", "--lr-gan", "0.1"]):
+        assert f"cannot change {change[0]} " in refused(capsys, [*here, *change])
+    train.main([*here, "--steps", "5", "--lr-gan", "0.0005", "--w-r1", "7"])  # neither --size nor --data nor --batch
+    line = capsys.readouterr().out.splitlines()[0]
+    assert all(f"--{word}" in line for word in ("steps 4 -> 5", "lr-gan 0.004 -> 0.0005", "w-r1 1.0 -> 7.0"))
+    saved = load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")
+    assert saved["step"] == 5 and saved["args"]["batch"] == 6 and saved["args"]["w_r1"] == 7
+    assert saved["optimisers"]["g"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 4 / 5)
+    assert saved["optimisers"]["d"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 16 / 17)
+    shutil.copy(stages / "stage2.pt", tmp_path / "stage2.pt")
+    two = ["--stage", "2", "--out", str(tmp_path), "--resume"]
+    assert "cannot change --steps 4 -> 9;" in refused(capsys, [*two, "--steps", "9"])  # --hyper-share divides them
+    assert "hyper-share" in refused(capsys, [*two, "--hyper-share", "0.25"])
+
+
+def test_a_resumed_run_keeps_its_judge_until_told_otherwise(pack, stages, tmp_path, monkeypatch, quick_starts):
+    monkeypatch.setattr(train.losses, "arcface", lambda device, path: train.losses.freeze(quick_judge()))
+    go(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w-arcface", "0.1", steps=1)
+    for steps, change, term in ((2, [], "arcface"), (3, ["--w-arcface", "0"], "id"), (4, ["--w-id", "2"], "id")):
+        train.main(["--stage", "2", "--out", str(tmp_path), "--resume", "--steps", str(steps), *change])
+        last = json.loads((tmp_path / "log_stage2.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == steps - 1 and term in last and len({"id", "arcface"} & set(last)) == 1
+
+
+def test_rates_that_become_equal_do_not_mix_up_groups():
+    nets = dict(model=FCTFG(Config.at(16)), D=Discriminator(16, 512, 32), hyper_phase=False)
+    shapes = []
+    for rate in ("4e-3", "1e-3"):  # the second is that of --lr
+        opt = train.optimisers(nets, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
+        shapes.append([[q.shape for q in group["params"]] for group in opt.param_groups])
+    assert shapes[0] == shapes[1]
+
+
 def test_wav2lip_is_the_name_of_a_published_expert_here_too(pack, tmp_path, monkeypatch):
     def fetched(device, path):
         raise InputError(f"fetched: {path}")
