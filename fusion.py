@@ -378,7 +378,7 @@ class FCTFG(nn.Module):
         """
         with torch.no_grad():
             y_hat = self.decode(z_s, deltas)
-        changes = self.hyper(source, y_hat)
+        changes = [None if c is None else c.float() for c in self.hyper(source, y_hat)]  # small ones add up
         if deltas is None:
             return changes
         return [None if c is None else c + d.detach() for c, d in zip(changes, deltas)]

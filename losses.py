@@ -122,8 +122,8 @@ def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01
     y = noise / math.sqrt(fake.shape[2] * fake.shape[3])
     grad, = torch.autograd.grad((fake * y).sum(), w_plus, create_graph=True)
     lengths = grad.square().sum(2).mean(1).sqrt()                       # (N,): root mean square over the L layers
-    mean_path = (mean_path + decay * (lengths.mean() - mean_path)).detach()
-    return (lengths - mean_path).square().mean(), mean_path
+    mean_path = mean_path + decay * (lengths.mean() - mean_path)        # with its gradient, as in StyleGAN2
+    return (lengths - mean_path).square().mean(), mean_path.detach()
 
 
 class Augment:

@@ -50,7 +50,7 @@ from sample import LOOK_HEIGHT, WAY_OUT, Stopwatch, driving_box, parse_box, phot
 from stylegan2 import StyledConv, ToRGB
 from syncnet import lr_factor, revision, toy_pack
 from toyfaces import TEST, make_pack
-from train import finite, memory_gib, reduced_rank_regression, update_ema
+from train import due, finite, memory_gib, pace, reduced_rank_regression, restore_optimiser, update_ema
 from vision import (
     TEMPLATES,
     VIDEO_SUFFIXES,
@@ -1112,7 +1112,7 @@ def parse_train(argv):
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
-    p.add_argument("--log-every", type=int, default=50)
+    p.add_argument("--log-every", type=int, default=50, help="steps; of these two 0: after the last step alone")
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
     if args.w_match and not args.w_adv:
@@ -1230,7 +1230,7 @@ def train(argv):
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
     log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args))) + "\n")
     weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")}
-    waited, clock = 0.0, time.perf_counter()
+    waited, clock, logged = 0.0, time.perf_counter(), start - 1
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="PC-AVS", disable=None)
     for step in bar:
@@ -1262,17 +1262,16 @@ def train(argv):
         update_ema(ema, model, (step + 1) * args.batch, args)
 
         last = step + 1 == args.steps
-        if step % args.log_every == 0 or last:
+        if due(step, args.log_every) or last:
             line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
             line |= {k: float(v) for k, v in diagnostics.items()}
-            seconds = (time.perf_counter() - clock) / (args.log_every if step > start else 1)
-            line |= dict(step=step, ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
-                         waiting=round(waited / max(seconds * args.log_every, 1e-9), 3), gib=round(memory_gib(device), 2))
+            line |= dict(step=step, gib=round(memory_gib(device), 2))
+            line |= pace(time.perf_counter() - clock, waited, step - logged, args.batch)
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.write(format_line(line, args))
-            waited, clock = 0.0, time.perf_counter()
-        if (step + 1) % args.save_every == 0 or last:
+            waited, clock, logged = 0.0, time.perf_counter(), step
+        if due(step + 1, args.save_every) or last:
             save_samples(os.path.join(args.out, "pcavs.png"), ema, pack, unseen, device)
             save(path, step + 1, nets, ema, optimisers, args)
     log.close()
@@ -1313,7 +1312,7 @@ def restore(saved, path, nets, ema, optimisers) -> int:
             nets[name].load_state_dict(state)
         ema.load_state_dict(saved["ema"]["model"])
         for name, state in saved["optimisers"].items():
-            optimisers[name].load_state_dict(state)
+            restore_optimiser(optimisers[name], state)
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: was trained with other options ({str(error).splitlines()[0]})") from None
     torch.set_rng_state(saved["rng"]["torch"].cpu())

@@ -162,6 +162,7 @@ class ModulatedConv2d(nn.Module):
                 power = w.square().sum((2, 3))                                  # (I, O) or (O, I)
                 variance = s.square() @ (power if self.up else power.t())       # (N, O)
             else:
+                delta = delta.to(weight.dtype)                                  # in bf16 1 + 0.003 is 1
                 weight = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, 3, 3)
                 per_clip = s.square().unflatten(0, (len(delta), -1))            # (B, T, I)
                 variance = (per_clip @ weight.square().sum((3, 4)).transpose(1, 2)).flatten(0, 1)
@@ -253,6 +254,10 @@ class MappingNetwork(nn.Sequential):
 
     def __init__(self, dim: int, n_mlp: int = 8):
         super().__init__(PixelNorm(), *(EqualLinear(dim, dim, lr_mul=0.01, activate=True) for _ in range(n_mlp)))
+
+    def forward(self, z):
+        with torch.autocast(z.device.type, enabled=False):                      # w in fp32, as in StyleGAN2-ADA
+            return super().forward(z)
 
 
 class Generator(nn.Module):
@@ -412,8 +417,9 @@ class Discriminator(nn.Module):
         return maps
 
     def forward(self, x):  # (N, 3, H, W) -> (N, 1)
-        x = self.final_conv(minibatch_stddev(self.features(x)[-1]))
-        return self.final_linear(x.flatten(1).float())
+        x = self.features(x)[-1]
+        with torch.autocast(x.device.type, enabled=False):                            # its end in fp32, as StyleGAN2-ADA
+            return self.final_linear(self.final_conv(minibatch_stddev(x.float())).flatten(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

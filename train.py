@@ -39,7 +39,7 @@ from audio import InputError, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint, split, split_options
 from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
 from keypoints import Landmarks, mouth_shape
-from stylegan2 import Discriminator, mix_styles, read_weights
+from stylegan2 import Discriminator, mix_styles
 from syncnet import load_sync, revision, sync_loss, toy_pack
 from vision import TEMPLATES, VideoWriter, mask_mouth, small_picture, to_tensor, to_uint8
 
@@ -63,7 +63,8 @@ def parse(argv=None):
     p.add_argument("--motion", default="direct", choices=("direct", "paper"),
                    help="form of the motion encoder, see fusion.py")
     p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
-    p.add_argument("--sync", help="sync expert for stage 3, ours or Wav2Lip's (default: sync.pt in --out)")
+    p.add_argument("--sync", help="sync expert for stage 3: checkpoint, wav2lip, or a copy of that (.pth); "
+                   "default: sync.pt in --out")
     # published files that stand in for what is trained here, and for downloads
     p.add_argument("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
     p.add_argument("--encoder", help="pSp's checkpoint (the first styles of a larger one), HyperStyle's W encoder, "
@@ -106,15 +107,17 @@ def parse(argv=None):
                    "regression on sound says; default: 1.25 where landmarks taught it, else 2")
     p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     # running
-    p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out")
+    p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out, with its options")
     p.add_argument("--overwrite", action="store_true", help="start anew although a checkpoint exists")
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
-    p.add_argument("--log-every", type=int, default=50)
+    p.add_argument("--log-every", type=int, default=50, help="steps; of these three 0: after the last step alone")
     p.add_argument("--sample-every", type=int, default=500)
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))                            # defaults are not filled in here
+    args.given = [k for k, v in vars(p.parse_args(argv, unset)).items() if v is not None]
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
     args.w_adv = 0.01 * (args.stage == 3 or bool(args.photos)) if args.w_adv is None else args.w_adv
@@ -122,6 +125,26 @@ def parse(argv=None):
 
 
 STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
+
+# what --resume may change (and loss weights): how long, how fast, where files lie, where and how it runs
+CHANGEABLE = {"steps", "lr", "lr_gan", "ema_kimg", "data", "photos", "sync", "vgg", "lpips", "arcface",
+              "device", "workers", "log_every", "sample_every", "save_every"}
+
+
+def resume_options(args, before, path):
+    """Options of a run that goes on: those in its checkpoint (`before`), but what is CHANGEABLE and given anew.
+
+    A line says what has changed. InputError: another option is given with another value."""
+    own = {"stage", "out", "resume", "overwrite", "given"}                             # of this call
+    anew = {k: getattr(args, k) for k in args.given if k in before and k not in own and getattr(args, k) != before[k]}
+    fixed = {k for k in anew if k not in CHANGEABLE and not k.startswith("w_")}
+    if args.stage == 2 and before["hyper_share"]:                                      # a share of the steps
+        fixed |= anew.keys() & {"steps"}
+    words = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in anew.items() if not fixed or k in fixed]
+    if fixed:
+        raise InputError(f"{path}: --resume cannot change {', '.join(words)}; --overwrite starts anew")
+    print(f"{path}: goes on with its own options" + "".join(f", {word}" for word in words))
+    return argparse.Namespace(**vars(args) | {k: v for k, v in before.items() if k in vars(args) and k not in own} | anew)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,8 +204,16 @@ def forward_stage3(nets, batch, args):
 
 
 def forward_photos(model, batch, out):
-    """Stage 3 on photos: each is its own driving video; once with its own mouth, once with what a clip's sound says."""
+    """Stage 3 on photos: each is its own driving video; once with its own mouth, once with what a clip's sound says.
+
+    Without a mouth code the first is the photo's inversion, as no sound is known that fits its own mouth."""
     photo = batch["photo"]                                                             # (N, 3, H, W)
+    if not model.mouth:
+        mel = batch["mel"][torch.arange(len(photo)) % len(batch["mel"])]
+        moved = model(photo, photo[:, None].expand(-1, mel.shape[1], -1, -1, -1), mel, CONTEXT)[0][:, 0]
+        z_s = model.invert(photo)
+        fake = model.decode(z_s, model.weight_changes(photo, z_s))
+        return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), moved=moved)
     (_, z_s2c), pose = model.person(photo), model.motion.pose(model.encode_driving(photo[None]))[0]
     mouth = model.mouth(photo)                                                         # (N, M)
     with torch.no_grad():
@@ -236,8 +267,11 @@ def moved_terms(model, out):
     This is what moves the lips of people who are known from one photo. Ours."""
     if "moved" not in out:
         return {}
-    moved, real, said = out["moved"], out["real"][-len(out["moved"]):], out["said"].float()
+    moved, real = out["moved"], out["real"][-len(out["moved"]):]
     around = (mask_mouth(moved, model.config.template) - mask_mouth(real, model.config.template)).abs().mean()
+    if not model.mouth:
+        return dict(around=around)
+    said = out["said"].float()
     if model.config.landmarks:
         hue = [x - x.mean(1, keepdim=True) for x in (moved, real)]
         hue = torch.nn.functional.avg_pool2d(hue[0] - hue[1], max(1, moved.shape[-1] // 16))
@@ -245,14 +279,19 @@ def moved_terms(model, out):
             moved = torch.cat([moved, out["frames"].flatten(0, 1)])
             said = torch.cat([said, out["shape"].flatten(0, 1).float()])
         said = said[:, :model.config.state_dim]
-        wrong = (read_softly(model.mouth, moved) - said).square() / said.var(0).clamp_min(0.25)
+        wrong = (read_softly(model.mouth, moved) - said).square() / variance(said).clamp_min(0.25)
         wrong = (wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2                         # the opening is half of it
         return dict(around=around + hue.abs().mean(), obey=wrong)
     frozen = {k: q.detach() for k, q in model.mouth.named_parameters()}                # else they would agree on a sign
     read = torch.func.functional_call(model.mouth, frozen, (moved,)).float()
     if "frames" in out and model.motion.state is not None:                             # stage 3: what is spoken counts
         read, said = read @ model.motion.state.t(), said @ model.motion.state.t()
-    return dict(around=around, obey=(read - said).square().mean() / said.var(0).mean().clamp_min(1e-6))
+    return dict(around=around, obey=(read - said).square().mean() / variance(said).mean().clamp_min(1e-6))
+
+
+def variance(codes):
+    """Of mouth codes (N, M), over the batch; of a single one the 1 that all mouth codes have at the start -> (M,)"""
+    return codes.var(0) if len(codes) > 1 else torch.ones_like(codes[0])
 
 
 def read_softly(mouth, pictures):
@@ -317,21 +356,21 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
     for layer in (*(head[-1] for head in encoder.heads), maps.picture):                # the trunk speaks up later
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    codes = encoder.linear_down(small_picture(masked))                                 # (n, k), of unit variance
-    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, edge)
-                         for x in (model.decode(encoder.latent_avg[None]), seen))
+    codes = encoder.linear_down(small_picture(masked)).cpu()                           # (n, k), of unit variance
+    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, edge).cpu()        # solved there: Apple's chips have
+                         for x in (model.decode(encoder.latent_avg[None]), seen))      # no float64
     mean, centre = codes.mean(0), wanted.mean(0)
     codes, rest = (codes - mean).double(), (wanted - centre).flatten(1).double()
-    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(k, device=codes.device)
+    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(k)
     picture = torch.linalg.solve(gram, codes.t() @ rest).float()                       # (k, 3 * edge * edge)
     if model.mouth:
         rest = (rest.float() - codes.float() @ picture).unflatten(1, (3, edge, edge))
         rest = (rest - mask_mouth(rest, model.config.template, "lips")).flatten(1)     # of the lips alone
-        box = model.mouth.box(seen).flatten(1)
+        box = model.mouth.box(seen).flatten(1).cpu()
         if model.mouth.reader:                                                         # the lips' shape goes first
-            shape = torch.cat([model.mouth.read(x) for x in model.mouth.box(seen).split(256)])
+            shape = torch.cat([model.mouth.read(x) for x in model.mouth.box(seen).split(256)]).cpu()
             mean, shape = torch.cat([mean, shape.mean(0)]), shape - shape.mean(0)
-            gram = shape.t() @ shape + ridge * len(shape) * torch.eye(shape.shape[1], device=shape.device)
+            gram = shape.t() @ shape + ridge * len(shape) * torch.eye(shape.shape[1])
             effect = torch.linalg.solve(gram, shape.t() @ rest)                        # (K, 3 * edge * edge)
             picture, rest = torch.cat([picture, effect]), rest - shape @ effect
         free = len(model.mouth.linear.weight)
@@ -341,15 +380,16 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
         for q in model.mouth.body[-1].parameters() if model.mouth.body else ():
             torch.nn.init.zeros_(q)
         picture, mean = torch.cat([picture, up.t()]), torch.nn.functional.pad(mean, (0, len(down)))
-    length = torch.full((len(picture),), scale, device=mean.device)
+    length = torch.full((len(picture),), scale)
     if model.mouth and model.mouth.reader:                                             # these few must be heard: they
         length[k:k + model.config.state_dim] = 40 * scale                              # decide what the mouth is
-    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture), device=mean.device))[0]
+    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture)))[0]
     encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
     if model.mouth:
         model.motion.mouth_up.weight.copy_(directions[:, k:])
-    maps.down.weight[:len(picture)] = (directions / length.square()).t()
-    maps.down.bias[:len(picture)] = -maps.down.weight[:len(picture)] @ encoder.latent_avg.flatten() - mean
+    back = (directions / length.square()).t()
+    maps.down.weight[:len(picture)] = back
+    maps.down.bias[:len(picture)] = -back @ encoder.latent_avg.flatten().cpu() - mean
     maps.picture.weight[:, :len(picture)] = picture.t()
     maps.picture.bias.copy_((centre - by_itself[0]).flatten())
 
@@ -409,25 +449,33 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
     print(f"shape of lips: {100 * (1 - unread):.0f} % of its variance, as landmarks tell it, is read off pixels")
 
 
-def train_judge(pack, photos, device, seed, steps=400, batch=48):
-    """The small face judge: frames of one clip are one person, other clips are others. About 20 s at 32 px on a CPU.
+def train_judge(data, device, seed, steps=400, batch=48):
+    """The small face judge: frames of one clip are one person, other people's are others, and where all clips show one
+    person, other clips are. About 20 s at 32 px on a CPU.
 
     With photos, two looks at one: shifted, mirrored, and one without its mouth (a clip's two frames differ there)."""
+    photos, label = data["photos"], "identity"
+    pictures = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
+    if photos is None and len(np.unique(np.asarray(data["pack"].identity)[pictures.clips])) == 1:
+        label = "clip"
+    if len(photos.people if photos else pictures.clips) < 2:
+        raise InputError(f"{pictures.pack.folder}: one person, from whom the face judge can tell nobody: --w-id 0 "
+                         "does without it")
     torch.manual_seed(seed)
     judge = losses.SmallFaceJudge().to(device)
     opt = torch.optim.Adam(judge.parameters(), 2e-3)
     if photos is not None:
         batch, looks, template = 2 * batch, losses.Augment(p=0.5), photos.pack.template
-    data = batches(photos or Clips(pack, T=1, seed=seed + 1), batch, 0)
+    stream = batches(pictures, batch, 0)
     for _ in tqdm(range(steps), desc="face judge", leave=False, disable=None):
-        item = next(data)
+        item = next(stream)
         if photos is None:
             faces = item["source"], item["driving"][:, 0]                              # two of each clip
         else:
             faces = looks(item["picture"]), looks(mask_mouth(item["picture"], template, "lips"))
         # ours: colour and brightness move a little, so that the judge does not count pixels of one lamp
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in faces)
-        loss = losses.same_person_loss(judge(a), judge(b), item["identity"].to(device), judge.log_scale, judge.bias)
+        loss = losses.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -493,7 +541,7 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
         codes = [torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) @ model.motion.state for s in shapes]  # (T, M)
     elif model.config.state_dim:
         moves = torch.cat([c - c.mean(0) for c in codes])                              # (n, M): one person's, at one time
-        variance, directions = torch.linalg.eigh(moves.t() @ moves / len(moves))       # ascending
+        variance, directions = torch.linalg.eigh((moves.t() @ moves / len(moves)).cpu())  # ascending
         model.motion.state.copy_(directions[:, -model.config.state_dim:].t())
         model.motion.mouth_mean.copy_(torch.cat(codes).mean(0))
         spoken = variance[-model.config.state_dim:].sum() / variance.sum()
@@ -532,14 +580,14 @@ def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=1
 
 
 def reduced_rank_regression(x, y, rank, ridge):
-    """y ~ x down^T up^T with `rank` numbers of unit variance between.
+    """y ~ x down^T up^T with `rank` numbers of unit variance between, solved on the CPU: Apple's chips have no float64.
 
-    x (n, i), y (n, o) -> down (rank, i), up (o, rank)
+    x (n, i), y (n, o) -> down (rank, i), up (o, rank), on the device of x
     """
-    x, y = x.double(), y.double()
+    device, x, y = x.device, x.cpu().double(), y.cpu().double()
     n, i = x.shape
     gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
-    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype)
     full = x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)  # (i, o)
     fitted = x @ full
     if n < y.shape[1]:
@@ -551,17 +599,17 @@ def reduced_rank_regression(x, y, rank, ridge):
     v = torch.nn.functional.pad(v, (0, rank - v.shape[1]))                             # few pictures: the rest is zero
     down = full @ v
     std = (x @ down).std(0).clamp_min(1e-6)
-    return (down / std).t().float(), (v * std).float()
+    return (down / std).t().float().to(device), (v * std).float().to(device)
 
 
 @torch.no_grad()
-def collect_idle(model, pack, device):
+def collect_idle(model, pack, chosen, device):
     """Fill DirectMotion.idle: pose deviations of the calmest of 64 training clips, from zero at their first frame."""
     if model.config.motion != "direct":
         return
     n, T, _ = model.motion.idle.shape
     walks = []
-    for c in np.flatnonzero(np.asarray(pack.n_frames) >= T)[:64]:
+    for c in chosen[pack.n_frames[chosen] >= T][:64]:
         frames = to_tensor(pack.frames(c, range(T))).split(16)                         # memory does not grow with T
         pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in frames])
         walks.append(pose - pose[:1])                                                  # (T, P)
@@ -588,7 +636,7 @@ def build(args, data, device, saved=None):
     nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
                 augment=losses.Augment(max(args.augment, 0.0)))
     if before:
-        names = ("generator", "encoder", "maps", "hyper", "mouth", "motion.mouth_up")
+        names = ("generator", "encoder", "maps", "hyper", "mouth") + ("motion.mouth_up",) * bool(model.mouth)
         for name in names[:1 if args.stage == 2 else None]:                            # what was trained before
             part = operator.attrgetter(name)(model)
             if part is not None and name not in parts:
@@ -602,6 +650,8 @@ def build(args, data, device, saved=None):
             target.load_state_dict(network.state_dict())
     if args.stage > 1 and not saved:
         start(args, nets, data, device, before["networks"] if before else {}, parts)
+    if saved and args.stage > 1 and args.w_id and not args.w_arcface and "judge" not in saved["networks"]:
+        nets["judge"] = train_judge(data, device, args.seed)                           # a weight that was 0 so far
     for name in ("critic", "judge"):
         if saved and name in saved["networks"]:                                       # filled by `restore`
             nets[name] = (copy.deepcopy(nets["D"]) if name == "critic" else losses.SmallFaceJudge().to(device))
@@ -621,9 +671,14 @@ def shape(args, pack, before, changes, landmarks=None) -> Config:
         config.hyper = dial.hyper if args.stage == 2 and args.hyper_share else "none"
     if args.refine is not None:
         config.refine = args.refine
-    if args.stage == 2:                                                                # later stages inherit it
+    if args.stage == 2 and args.hyper_share and not config.refine:
+        raise InputError("--hyper-share trains the hypernetwork, --refine 0 switches it off: leave out one of them")
+    if args.stage == 2:                                                                # later stages inherit these
+        config.mouth_dim, config.state_dim = dial.mouth_dim, dial.state_dim
         config.landmarks = bool(config.state_dim) and landmarks is not None
         config.state_dim = min(config.state_dim, 6) if config.landmarks else config.state_dim
+    if args.stage == 3 and config.mouth_dim and config.motion == "paper":
+        raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
     return config
 
 
@@ -646,8 +701,8 @@ def start(args, nets, data, device, known, parts):
     if "judge" in known:
         nets["judge"] = losses.SmallFaceJudge().to(device)
         nets["judge"].load_state_dict(known["judge"])
-    elif not args.w_arcface:
-        nets["judge"] = train_judge(data["pack"], data["photos"], device, args.seed)
+    elif args.w_id and not args.w_arcface:
+        nets["judge"] = train_judge(data, device, args.seed)
     if args.stage == 3:
         start_motion_space(model, data["pack"], data["clips"], device, data["photos"])
         if model.mouth:
@@ -681,28 +736,29 @@ def optimisers(nets, args):
         model.mouth.reader.requires_grad_(False)                                       # agree on another shape
     c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k/(k+1), k = 4
     beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2: 0; ours where L1 leads
-    groups = {}
+    groups = {}                                                                        # not by rate: rates may change
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            option = "lr"
             if name.startswith("generator."):
-                rate = args.lr_gan * (args.thaw if args.stage == 2 else c)
+                option, share = "lr_gan", args.thaw if args.stage == 2 else c
             elif name.startswith("encoder.") and model.config.encoder != "slim" or (
                     name.startswith("hyper.") and model.config.hyper != "slim"):
-                rate = 0.1 * args.lr  # 1e-4: pSp's and HyperStyle's
+                share = 0.1  # 1e-4: pSp's and HyperStyle's
             elif model.config.picture and name.startswith(("canonical.", "motion.pose_")):
-                rate = 0.01 * args.lr  # closed forms, too, and a small step in W+ is a large one in the coarse picture
+                share = 0.01  # closed forms, too, and a small step in W+ is a large one in the coarse picture
             elif model.config.picture and name.startswith(("encoder.", "mouth.")):
-                rate = 0.1 * args.lr
+                share = 0.1
             elif model.config.landmarks and name.startswith(("audio.", "motion.fusion", "motion.lips")):
-                rate = 0.1 * args.lr  # regressed on the shape itself, which tells them more than a picture of it
+                share = 0.1  # regressed on the shape itself, which tells them more than a picture of it
             elif "down." in name or "canonical.mlp.0" in name:
-                rate = 0.1 * args.lr  # a thousand whitened inputs: ten times as touchy
+                share = 0.1  # a thousand whitened inputs: ten times as touchy
             elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
-                rate = 0.2 * args.lr  # found before: codes drift slowly under the maps
+                share = 0.2  # found before: codes drift slowly under the maps
             else:
-                rate = args.lr
-            groups.setdefault(rate, []).append(parameter)
-    groups = [dict(params=parameters, lr=rate) for rate, parameters in groups.items()]
+                share = 1.0
+            groups.setdefault((option, share), []).append(parameter)
+    groups = [dict(params=parameters, lr=share * getattr(args, option)) for (option, share), parameters in groups.items()]
     opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)
     c = 16 / 17                                                                        # lazy R1: k = 16
     opt_d = torch.optim.Adam(nets["D"].parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
@@ -723,7 +779,7 @@ def discriminator_step(nets, out, opt_d, step, args):
     opt_d.zero_grad(set_to_none=True)
     loss.backward()
     opt_d.step()
-    turn = step if args.stage == 1 else step // 2                                      # the discriminator's own count
+    turn = step // 2 if args.stage == 3 and args.w_sync else step                      # the discriminator's own count
     if turn % 16 == 0:
         real = augment(out["real"]).detach().requires_grad_(True)
         penalty = args.w_r1 / 2 * 16 * losses.r1_penalty(real, D(real))
@@ -769,21 +825,26 @@ def update_ema(ema, model, images, args):
 
 def main(argv=None):
     args = parse(argv)
+    checkpoint_path = os.path.join(args.out, f"stage{args.stage}.pt")
+    saved = load_checkpoint(checkpoint_path, f"stage{args.stage}") if args.resume else None
+    if saved:
+        args = resume_options(args, saved["args"], checkpoint_path)
+    del args.given
     device = pick_device(args.device)
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise InputError(f"{args.out}: no directory to write to ({error.strerror})") from None
-    checkpoint_path = os.path.join(args.out, f"stage{args.stage}.pt")
     if os.path.exists(checkpoint_path) and not (args.resume or args.overwrite):
         raise InputError(f"{checkpoint_path} exists: --resume continues it, --overwrite starts anew")
-    saved = load_checkpoint(checkpoint_path, f"stage{args.stage}", map_location=device) if args.resume else None
     sync = None
     if args.stage == 3 and args.w_sync:
-        sync = listener(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
+        sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
     pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
+    if saved and pack.template != saved["config"]["template"]:
+        raise InputError(f"{args.data}: template {pack.template}, --resume needs {saved['config']['template']} as so far")
     sets = training_sets(args, pack)
 
     torch.manual_seed(args.seed)
@@ -800,15 +861,15 @@ def main(argv=None):
     nets["hyper_phase"] = start > hyper_from and model.hyper is not None              # at hyper_from the loop switches
     opt_g, opt_d = optimisers(nets, args)
     if saved:
-        opt_g.load_state_dict(saved["optimisers"]["g"])
-        opt_d.load_state_dict(saved["optimisers"]["d"])
+        restore_optimiser(opt_g, saved["optimisers"]["g"])
+        restore_optimiser(opt_d, saved["optimisers"]["d"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
 
     if args.stage == 3:  # even steps: few windows of five frames, for the sync loss; odd steps: many clips of one
         see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames not decoded
         turns = 2 if args.w_sync else 1
         windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
-        singles = (1, args.batch // (2 if args.photos else 1), start // turns)         # half of these are photos
+        singles = (1, max(1, args.batch // (2 if args.photos else 1)), start // turns)  # half of these are photos
         data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2, clips=sets["clips"]),
                         B, first, args.workers) for T, B, first in (windows, singles)[-turns:]]
         photos = batches(sets["photos"], singles[1], singles[2], args.workers) if args.photos else None
@@ -819,7 +880,7 @@ def main(argv=None):
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
     log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args))) + "\n")
     weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")} | (dict(adv=1.0) if args.stage == 1 else {})
-    waited, clock = 0.0, time.perf_counter()
+    waited, clock, logged = 0.0, time.perf_counter(), start - 1
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"stage {args.stage}", disable=None)
     for step in bar:
@@ -866,22 +927,20 @@ def main(argv=None):
         update_ema(ema, model, (step + 1) * args.batch, args)
 
         last = step + 1 == args.steps
-        if step % args.log_every == 0 or last:
+        if due(step, args.log_every) or last:
             line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
             line |= {k: float(v) for k, v in diagnostics.items()}
-            seconds = (time.perf_counter() - clock) / (args.log_every if step > start else 1)
-            line |= dict(step=step, p=nets["augment"].p,
-                         ms=round(1000 * seconds, 1), images_s=round(args.batch / seconds, 1),
-                         waiting=round(waited / max(seconds * args.log_every, 1e-9), 3), gib=round(memory_gib(device), 2))
+            line |= dict(step=step, p=nets["augment"].p, gib=round(memory_gib(device), 2))
+            line |= pace(time.perf_counter() - clock, waited, step - logged, args.batch)
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.write(format_line(line, args))
-            waited, clock = 0.0, time.perf_counter()
-        if (step + 1) % args.sample_every == 0 or last:
+            waited, clock, logged = 0.0, time.perf_counter(), step
+        if due(step + 1, args.sample_every) or last:
             save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, sets, device, args)
-        if (step + 1) % args.save_every == 0 or last:
+        if due(step + 1, args.save_every) or last:
             if args.stage == 3:
-                collect_idle(ema, pack, device)
+                collect_idle(ema, pack, sets["clips"], device)
             save(checkpoint_path, step + 1, nets, ema, opt_g, opt_d, args)
     log.close()
     if args.stage == 3:
@@ -944,13 +1003,6 @@ def published_judges(args, device) -> dict:
     return judges
 
 
-def listener(path, device, size):
-    """The sync expert in a file: ours, or the published one of Wav2Lip"""
-    if "state_dict" in read_weights(path):
-        return losses.wav2lip_expert(device, path)
-    return load_sync(path, device, size)
-
-
 def save(path, step, nets, ema, opt_g, opt_d, args):
     """Everything that the next step depends on."""
     networks = {k: v.state_dict() for k, v in nets.items() if k in ("model", "D", "critic", "judge")}
@@ -966,8 +1018,16 @@ def restore(saved, nets, ema) -> int:
     for name, state in saved["networks"].items():
         nets[name].load_state_dict(state)
     ema.load_state_dict(saved["ema"]["model"])
-    nets["augment"].p, nets["mean_path"] = saved["augment_p"], saved["mean_path"]
+    nets["augment"].p, nets["mean_path"] = saved["augment_p"], saved["mean_path"].to(nets["mean_path"])
     return saved["step"]
+
+
+def restore_optimiser(opt, state):
+    """Adam's moments as they were saved, at the rates of today's options"""
+    rates = [group["initial_lr"] for group in opt.param_groups]
+    opt.load_state_dict(state)
+    for group, rate in zip(opt.param_groups, rates):
+        group["initial_lr"] = rate
 
 
 def export_weights(path, ema, args):
@@ -1004,11 +1064,26 @@ def format_line(line, args):
             f"{100 * line['waiting']:.0f} % waiting, {line['gib']:.1f} GiB, {eta:.1f} min left")
 
 
+def due(step, every) -> bool:
+    """Whether `step` is one of every so many; 0: never"""
+    return every > 0 and step % every == 0
+
+
+def pace(seconds, waited, steps, batch) -> dict:
+    """For the log: `seconds` went by in `steps` steps of `batch` pictures, `waited` of them for data"""
+    return dict(ms=round(1000 * seconds / steps, 1), images_s=round(batch * steps / seconds, 1),
+                waiting=round(waited / seconds, 3))
+
+
 def memory_gib(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    try:
+        import resource
+    except ImportError:                                                                # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2 ** 10                                  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 @torch.no_grad()

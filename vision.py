@@ -617,7 +617,7 @@ class VisualEncoder(nn.Module):
 
         The way up starts at zero (the training finds it), so that a fresh encoder is still the trunk alone.
         """
-        x = small_picture(pictures).double()
+        x = small_picture(pictures).cpu().double()                           # Apple's chips have no float64
         _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         k = len(self.linear_down.weight)
         self.linear_down.weight.copy_(v[:k] * (math.sqrt(len(x)) / s[:k].clamp_min(1e-3 * s[0]))[:, None])

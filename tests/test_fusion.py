@@ -335,6 +335,13 @@ def test_refinements_sum_up_and_pass_gradients_through_the_last_alone():
     assert tiny(hyper="none").weight_changes(source, z) is None
 
 
+def test_refinements_are_summed_in_fp32_under_autocast():
+    model, source = opened(tiny(refine=2)), window()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        deltas = model.weight_changes(source, model.encoder(source))
+    assert {d.dtype for d in deltas if d is not None} == {torch.float32}
+
+
 # narrow, but not below 16: there the gradient of a 1x1 convolution of stride 2 crashes oneDNN (channels_last, torch 2.13)
 PUBLISHED = dict(encoder_width=16, hyper_width=16, base=1024, cap=128, map_code=0, noise=True)
 

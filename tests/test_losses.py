@@ -67,6 +67,21 @@ def test_path_length_of_a_linear_generator_is_the_length_of_its_columns():
     assert penalty.item() == pytest.approx(sum((x - expected_mean) ** 2 for x in lengths) / N)
 
 
+def test_the_gradient_of_path_length_goes_through_the_running_mean():
+    noise = torch.randn(4, 3, 4, 6)
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(3 * 4 * 6, 5, 3, dtype=torch.float64)
+    w_plus = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def penalty(scale):
+        fake = scale * torch.einsum("pld,nld->np", A, w_plus).unflatten(1, (3, 4, 6))
+        return losses.path_length_penalty(fake, w_plus, torch.tensor(2.0), noise.double())[0]
+
+    slope, = torch.autograd.grad(penalty(scale), scale)
+    numeric = (penalty(scale + 1e-5) - penalty(scale - 1e-5)) / 2e-5
+    assert slope.item() == pytest.approx(numeric.item(), rel=1e-6)
+
+
 def test_orthogonality_is_0_for_right_angles_1_for_parallels_and_blind_to_length():
     z = torch.randn(2, 5, 8)  # (B, L, D)
     assert losses.orthogonality_loss(z, -3 * z[:, None].expand(2, 3, 5, 8)).item() == pytest.approx(1, abs=1e-5)

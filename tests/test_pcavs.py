@@ -823,6 +823,18 @@ def test_four_steps_are_two_and_two_more_bit_for_bit(pack, tmp_path):
         learn(pack, tmp_path / "a")
 
 
+def test_0_means_after_the_last_step_alone_and_a_resumed_run_goes_on_at_the_new_rate(pack, tmp_path, monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(pcavs.time, "perf_counter", lambda: next(now))
+    never = ["--log-every", "0", "--save-every", "0"]
+    learn(pack, tmp_path, *never, steps=1)
+    learn(pack, tmp_path, *never, "--resume", "--lr", "0.0005", steps=3)
+    lines = [json.loads(line) for line in open(tmp_path / "log_pcavs.jsonl")]
+    assert [(line["step"], line["ms"]) for line in lines if "step" in line] == [(0, 3000), (2, 2500)]
+    groups = load_checkpoint(tmp_path / "pcavs.pt", "pcavs-train")["optimisers"]["g"]["param_groups"]
+    assert groups[0]["initial_lr"] == 0.0005
+
+
 def step_of(pack, step, *more):
     """Networks, terms and weights of a step, the first of five hundred where G obeys the teacher, a later one where E"""
     args = pcavs.parse_train(["--size", "16", "--clips", "3", "--frames", "2", "--w-adv", "0.5", "--w-match", "1", *more])

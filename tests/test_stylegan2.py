@@ -67,6 +67,28 @@ def test_weight_changes_belong_to_the_clip_and_not_to_its_neighbour():
     torch.testing.assert_close(layer(x, style, torch.zeros_like(delta)), layer(x, style))
 
 
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_small_weight_changes_survive_bf16(kernel):
+    torch.manual_seed(0)
+    layer, x, style = ModulatedConv2d(6, 5, 7), torch.randn(2, 6, 8, 10), torch.randn(2, 7)
+    for change in (0.001, 0.003):
+        delta = torch.full((1, 5, 6, *kernel), change, dtype=torch.bfloat16)
+        before, after = (layer.unscaled(x, style, d)[0] for d in (None, delta))
+        assert ((after * before).sum() / before.square().sum()).item() == pytest.approx(1 + change, abs=2e-5)
+
+
+def test_w_and_the_score_are_fp32_under_autocast():
+    torch.manual_seed(0)
+    G, D = Generator(16, 24, 2, 256, 32), Discriminator(16, 256, 32)
+    z, x = torch.randn(5, 24), torch.rand(5, 3, 16, 16)
+    w, ends = G.mapping(z), []
+    for layer in (D.final_conv[0], *D.final_linear):
+        layer.register_forward_hook(lambda layer, given, result: ends.append(result.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(G.mapping(z), w) and D(x).dtype == torch.float32
+    assert ends == [torch.float32] * 3
+
+
 def test_upsample_is_zeros_between_pixels_and_a_filter():
     x, up = torch.randn(2, 3, 5, 7), Upsample()
     zeros = torch.zeros(2, 3, 10, 14)

@@ -5,6 +5,7 @@ import argparse
 import functools
 import json
 import shutil
+import sys
 import types
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import keypoints
+import syncnet
 import toyfaces
 import train
 from audio import InputError, run
@@ -41,7 +43,7 @@ def stages(pack, tmp_path_factory):
     save_checkpoint(str(out / "sync.pt"), dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_judge", lambda pack, photos, device, seed: quick_judge())
+        patch.setattr(train, "train_judge", lambda data, device, seed: quick_judge())
         go(pack, out, 1)
         go(pack, out, 2, "--thaw", "0", "--hyper-share", "0.5")
         go(pack, out, 3)
@@ -50,7 +52,7 @@ def stages(pack, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
-    monkeypatch.setattr(train, "train_judge", lambda pack, photos, device, seed: quick_judge())
+    monkeypatch.setattr(train, "train_judge", lambda data, device, seed: quick_judge())
 
 
 def quick_judge():
@@ -112,6 +114,75 @@ def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, mo
     straight, broken = (load_checkpoint(path, f"stage{stage}") for path in paths)
     assert straight["step"] == 4
     equal(straight, broken)
+
+
+def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack, stages, tmp_path, capsys):
+    shutil.copy(stages / "stage1.pt", tmp_path / "stage1.pt")
+    here = ["--stage", "1", "--out", str(tmp_path), "--resume"]
+    for change in (["--size", "32"], ["--augment", "0.5"], ["--batch", "3", "--lr-gan", "0.1"]):
+        assert f"cannot change {change[0]} " in refused(capsys, [*here, *change])
+    train.main([*here, "--steps", "5", "--lr-gan", "0.0005", "--w-r1", "7"])  # neither --size nor --data nor --batch
+    line = capsys.readouterr().out.splitlines()[0]
+    assert all(f"--{word}" in line for word in ("steps 4 -> 5", "lr-gan 0.004 -> 0.0005", "w-r1 1.0 -> 7.0"))
+    saved = load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")
+    assert saved["step"] == 5 and saved["args"]["batch"] == 6 and saved["args"]["w_r1"] == 7
+    assert saved["optimisers"]["g"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 4 / 5)
+    assert saved["optimisers"]["d"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 16 / 17)
+    shutil.copy(stages / "stage2.pt", tmp_path / "stage2.pt")
+    two = ["--stage", "2", "--out", str(tmp_path), "--resume"]
+    assert "cannot change --steps 4 -> 9;" in refused(capsys, [*two, "--steps", "9"])  # --hyper-share divides them
+    assert "hyper-share" in refused(capsys, [*two, "--hyper-share", "0.25"])
+
+
+def test_a_resumed_run_keeps_its_judge_until_told_otherwise(pack, stages, tmp_path, monkeypatch, quick_starts):
+    monkeypatch.setattr(train.losses, "arcface", lambda device, path: train.losses.freeze(quick_judge()))
+    go(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w-arcface", "0.1", steps=1)
+    for steps, change, term in ((2, [], "arcface"), (3, ["--w-arcface", "0"], "id"), (4, ["--w-id", "2"], "id")):
+        train.main(["--stage", "2", "--out", str(tmp_path), "--resume", "--steps", str(steps), *change])
+        last = json.loads((tmp_path / "log_stage2.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == steps - 1 and term in last and len({"id", "arcface"} & set(last)) == 1
+
+
+def test_rates_that_become_equal_do_not_mix_up_groups():
+    nets = dict(model=FCTFG(Config.at(16)), D=Discriminator(16, 512, 32), hyper_phase=False)
+    shapes = []
+    for rate in ("4e-3", "1e-3"):  # the second is that of --lr
+        opt = train.optimisers(nets, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
+        shapes.append([[q.shape for q in group["params"]] for group in opt.param_groups])
+    assert shapes[0] == shapes[1]
+
+
+def test_wav2lip_is_the_name_of_a_published_expert_here_too(pack, tmp_path, monkeypatch):
+    def fetched(device, path):
+        raise InputError(f"fetched: {path}")
+
+    monkeypatch.setattr(syncnet, "wav2lip_expert", fetched)
+    with pytest.raises(InputError, match="fetched: None"):
+        go(pack, tmp_path, 3, "--sync", "wav2lip")
+
+
+def test_log_lines_time_the_steps_since_the_last_and_0_means_after_the_last_step_alone(pack, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    batches, forward = train.batches, train.forward_stage1
+
+    def waiting(*a):
+        for batch in batches(*a):
+            now[0] += 1
+            yield batch
+
+    def working(*a):
+        now[0] += 3
+        return forward(*a)
+
+    monkeypatch.setattr(train, "batches", waiting)
+    monkeypatch.setitem(train.FORWARD, 1, working)
+    go(pack, tmp_path, 1, "--w-path", "0", "--log-every", "3", "--sample-every", "0", "--save-every", "0", steps=5)
+    lines = [json.loads(line) for line in (tmp_path / "log_stage1.jsonl").read_text().splitlines()[1:]]
+    assert [(x["step"], x["ms"], x["images_s"], x["waiting"]) for x in lines] == [(k, 4000, 1.5, 0.25) for k in (0, 3, 4)]
+    go(pack, tmp_path, 1, "--overwrite", "--log-every", "0", "--sample-every", "0", "--save-every", "0", steps=2)
+    assert len((tmp_path / "log_stage1.jsonl").read_text().splitlines()) == 2
+    assert load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")["step"] == 2
 
 
 def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
@@ -219,7 +290,8 @@ def test_one_batch_can_be_learned_by_heart(pack, stages):
 
 def test_the_face_judge_is_trained_on_clips_alone(pack):
     before = train.losses.SmallFaceJudge()
-    judge = TRAIN_JUDGE(Pack(pack), None, torch.device("cpu"), seed=0, steps=30, batch=8)
+    data = dict(pack=Pack(pack), photos=None, clips=np.arange(5))
+    judge = TRAIN_JUDGE(data, torch.device("cpu"), seed=0, steps=30, batch=8)
     faces = torch.cat([train.to_tensor(Pack(pack).frames(c, [0, 9])) for c in range(3)])   # two frames of three people
 
     def margin(net):
@@ -227,6 +299,79 @@ def test_the_face_judge_is_trained_on_clips_alone(pack):
         return float((alike[0, 1] + alike[2, 3] + alike[4, 5]) / 3 - (alike[0, 2] + alike[2, 4] + alike[4, 0]) / 3)
 
     assert margin(judge) > margin(before) + 0.1
+
+
+def test_clips_of_one_person_teach_the_face_judge_as_clips_and_held_out_ones_do_not(pack, monkeypatch):
+    one, seen = Pack(pack), set()
+    one.identity = np.zeros(5, np.int32)
+    frames = one.frames
+    monkeypatch.setattr(one, "frames", lambda c, ks: seen.add(int(c)) or frames(c, ks))
+    data = dict(pack=one, photos=None, clips=np.arange(4))
+    judge = TRAIN_JUDGE(data, torch.device("cpu"), seed=0, steps=30, batch=8)
+    assert seen == {0, 1, 2, 3}
+    faces = judge(torch.cat([to_tensor(frames(c, [0])) for c in range(4)]))
+    assert (faces @ faces.t()).triu(1).max() < 0.99 and faces.isfinite().all()
+    with pytest.raises(InputError, match="--w-id 0"):
+        TRAIN_JUDGE(data | dict(clips=np.arange(1)), torch.device("cpu"), seed=0, steps=1)
+
+
+def test_idle_motion_is_of_clips_to_train_on(monkeypatch):
+    model = FCTFG(Config.at(16))
+    pack = types.SimpleNamespace(n_frames=np.array([80, 80, 20, 80]))
+    pack.frames = lambda c, ks: seen.append(int(c)) or np.full((len(ks), 16, 16, 3), 60, np.uint8)
+    seen = []
+    train.collect_idle(model, pack, np.array([0, 2, 3]), torch.device("cpu"))
+    assert seen == [0, 3]                                                    # 1 is held out, 2 is too short
+
+
+@pytest.mark.parametrize("stage, w_sync, due", [(1, "0", [0, 16, 32]), (2, "0", [0, 16, 32]), (3, "0", [0, 16, 32]),
+                                                (3, "1", [1, 33])])
+def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, w_sync, due, monkeypatch):
+    args = train.parse(["--stage", str(stage), "--w-sync", w_sync, "--augment", "-1"])
+    nets = dict(D=torch.nn.Linear(3, 1), augment=lambda x: x)
+    nets = dict(D=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1)), augment=train.losses.Augment())
+    opt = torch.optim.SGD(nets["D"].parameters(), 0.1)
+    out, came = dict(real=torch.ones(2, 3, 1, 1), fake=torch.zeros(2, 3, 1, 1)), []
+    monkeypatch.setattr(train.losses, "r1_penalty", lambda real, score: came.append(step) or score.square().mean())
+    for step in range(1 if w_sync == "1" else 0, 40, 2 if w_sync == "1" else 1):
+        train.discriminator_step(nets, out, opt, step, args)
+    assert came == due
+
+
+class Apple(torch.Tensor):
+    """A tensor on a chip without float64 and without eigenvalues"""
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("double", "linalg_eigh", "linalg_svd", "linalg_qr"):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        result = super().__torch_function__(function, kinds, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if name == "cpu" else result
+
+
+def test_closed_forms_are_solved_where_there_is_float64():
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 6), torch.randn(40, 5)
+    for a, b in zip(train.reduced_rank_regression(x.as_subclass(Apple), y.as_subclass(Apple), 2, 0.1),
+                    train.reduced_rank_regression(x, y, 2, 0.1)):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, state_dim=2)
+    model = FCTFG(Config.at(16, **shape)).eval()
+    seen = [dict(picture=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
+    train.start_encoder(model, seen, torch.device("cpu"), most=160)
+    assert model.encoder.linear_down.weight.isfinite().all() and model.maps.picture.weight.abs().sum() > 0
+
+
+def test_memory_is_counted_in_bytes_on_macos_and_not_at_all_on_windows(monkeypatch):
+    resource, cpu = types.SimpleNamespace(RUSAGE_SELF=0), torch.device("cpu")
+    resource.getrusage = lambda who: types.SimpleNamespace(ru_maxrss=3 * 2 ** 20)
+    monkeypatch.setitem(sys.modules, "resource", resource)
+    for system, gib in (("linux", 3), ("darwin", 3 / 1024)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert train.memory_gib(cpu) == gib
+    monkeypatch.setitem(sys.modules, "resource", None)                       # its import fails
+    assert train.memory_gib(cpu) == 0
 
 
 def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
@@ -258,8 +403,7 @@ def real_packs(pack, tmp_path_factory):
     return folder / "clips", folder / "photos"
 
 
-def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "start_lips", functools.partial(train.start_lips, steps=2))
+def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, quick_starts):
     clips, photos = real_packs
     more = ["--photos", str(photos), "--thaw", "1"]
     go(clips, tmp_path, 1, *more)
@@ -275,6 +419,53 @@ def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, 
     model = load_model(str(tmp_path / "weights.pt"))
     assert model.config.mouth_dim and model.config.template == "face"
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
+
+
+@pytest.fixture
+def quick_starts(monkeypatch):
+    for name, changes in (("start_lips", dict(steps=2)), ("start_motion_space", dict(clips=8, per_clip=8)),
+                          ("start_encoder", dict(most=200))):
+        monkeypatch.setattr(train, name, functools.partial(getattr(train, name), **changes))
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+@pytest.mark.parametrize("world", ["toys", "real"])
+def test_all_three_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
+        motion, world, pack, stages, real_packs, tmp_path, quick_starts):
+    clips, photos = (pack, None) if world == "toys" else real_packs
+    more = ["--motion", motion, "--sync", str(stages / "sync.pt"), "--sample-every", "0", "--save-every", "0"]
+    for stage in (1, 2, 3):
+        go(clips, tmp_path, stage, *more, *(["--photos", str(photos), "--batch", "1"] if photos else []), steps=2)
+    log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
+    assert "sync" in log[0] and ("around" in log[1]) == bool(photos)         # the odd step has photos
+    before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
+    for part in ("generator.conv1", "encoder.blocks", "canonical.mlp", "audio.", "motion."):
+        assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
+    model = load_model(str(tmp_path / "weights.pt"))
+    assert (model.config.motion, bool(model.mouth)) == (motion, motion == "direct" and bool(photos))
+    assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
+
+
+def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_stage_2_that_has_one(real_packs):
+    pack = Pack(real_packs[0])
+    for first in ("direct", "paper"):
+        before = dict(config=vars(Config.at(16, template="face", motion=first)))
+        for second, mouth in (("direct", 24), ("paper", 0)):
+            config = train.shape(train.parse(["--stage", "2", "--size", "16", "--motion", second]), pack, before, {})
+            assert (config.mouth_dim, config.motion) == (mouth, second)
+    before = dict(config=vars(Config.at(16, template="face")))
+    with pytest.raises(InputError, match="train stage 2 with --motion paper"):
+        train.shape(train.parse(["--stage", "3", "--size", "16", "--motion", "paper"]), pack, before, {})
+
+
+@pytest.mark.parametrize("landmarks", [False, True])
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_mouth_code_learns_from_one_or_two_pictures(landmarks, N):
+    torch.manual_seed(0)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3)
+    nets = dict(model=FCTFG(Config.at(16, **shape, landmarks=landmarks)), hyper_phase=False)
+    out = train.forward_stage2(nets, dict(picture=torch.rand(N, 3, 16, 16) - 0.5), None)
+    assert all(v.isfinite() for v in train.moved_terms(nets["model"], out).values())
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +661,8 @@ def test_what_the_user_got_wrong_is_one_line_and_status_two(pack, stages, tmp_pa
     (new / "stage1.pt").write_bytes((stages / "stage1.pt").read_bytes()[:5000])
     assert "truncated" in refused(capsys, options(pack, new, 1, "--resume"))
     assert "nonsense" in refused(capsys, options(pack, new, 1, "--overwrite", "--device", "nonsense"))
+    assert "--refine 0" in refused(capsys, options(pack, new, 2, "--init", str(stages / "stage1.pt"),
+                                                   "--hyper-share", "0.5", "--refine", "0"))
     (tmp_path / "file").write_text("x")
     assert "file" in refused(capsys, options(pack, tmp_path / "file", 1))
 
