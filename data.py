@@ -25,7 +25,6 @@ import shutil
 import tempfile
 import threading
 import time
-import warnings
 import zipfile
 from array import array
 from collections import deque
@@ -58,6 +57,7 @@ from audio import (
     run,
     sound_windows,
 )
+from stylegan2 import items, read_weights
 from vision import (
     SAME_FACE,
     TEMPLATES,
@@ -77,6 +77,7 @@ NEAR = 4  # frames; ours: a window nearer than this sounds too alike to be calle
 ENDLESS = 2**40  # items of a dataset: it never ends
 STALE = 3600  # seconds; ours: no save takes an hour, an older draft is a killed run's
 FORMAT = 1  # of packs and checkpoints
+LARGEST = 1 << 16  # ours: no size in a network's config is larger; the base of StyleGAN2's channels is half of it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,22 +121,19 @@ def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> 
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
     path = check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch asks users of odd files to report them
-            checkpoint = torch.load(path, map_location, weights_only=True)  # nothing that could run
-    except Exception as error:  # on damaged files torch raises a dozen kinds
-        code = "global" in str(error).lower()  # it names a class or function
-        reason = (
-            "holds more than tensors and plain values" if code else "is truncated or no checkpoint at all"
-        )
-        raise InputError(f"{path}: {reason}; {expected}") from None
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+        checkpoint = read_weights(path, map_location)
+    except InputError as error:
+        raise InputError(f"{error}; {expected}") from None
+    found = checkpoint.get("kind")
     if not isinstance(found, str):
         raise InputError(f"{path}: was not written by this package; {expected}")
     if found not in kinds:
         raise InputError(f"{path}: is a '{found[:40]}' checkpoint; {expected}")
     if checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: has format {checkpoint.get('format')}, this version reads format {FORMAT}")
+    sizes = [v for v in items(checkpoint.get("config")) if isinstance(v, (int, float))]
+    if not all(abs(size) <= LARGEST for size in sizes):
+        raise InputError(f"{path}: its config asks for more than any network here has; {expected}")
     return checkpoint
 
 

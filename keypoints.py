@@ -57,6 +57,7 @@ from audio import (
 from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint
 from evaluate import correlation
 from fusion import pick_device
+from stylegan2 import load_strictly, refusing
 from syncnet import load_sync, lr_factor, revision
 from vision import TEMPLATES, VideoWriter, check_output, checkpoints_dir, crop_face
 
@@ -871,13 +872,10 @@ def new_model(args, mouth: Mouth, parts: dict):
 
 def model_of(checkpoint: dict, path, which: str = "best"):
     """(model, mouth) of a checkpoint; which: "last", "best" or "average" weights. InputError if parts do not fit."""
-    try:
+    with refusing(path, "its networks do not fit this version"):
         config = checkpoint["config"]
-        model = KINDS[config["kind"]](**config["net"])
-        model.load_state_dict(checkpoint["networks"][which])
+        model = load_strictly(lambda: KINDS[config["kind"]](**config["net"]), checkpoint["networks"][which], path)
         return model, Mouth.load(checkpoint["mouth"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: its networks do not fit this version ({str(error).splitlines()[0][:120]})") from None
 
 
 def load_keypoints(path, device, which: str | None = None):

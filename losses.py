@@ -24,6 +24,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import shutil
 import time
 import uuid
@@ -39,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from audio import InputError, check_file
-from stylegan2 import load_strictly, read_weights
+from stylegan2 import load_strictly, read_weights, refusing
 from vision import at_256, box_slices, checkpoints_dir, resized, trunk_ir_se50
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,14 +257,15 @@ class LPIPS(nn.Module):
     The published file registers its heads twice, as lin0.. and as lins.0..; so does this.
     """
 
+    SCALING = dict(shift=[-0.030, -0.088, -0.188], scale=[0.458, 0.448, 0.450])  # in no file
     ENDS = (4, 9, 16, 23, 30)  # layers of VGG16 in the slices: each tap is the last ReLU of a stage
 
     def __init__(self):
         super().__init__()
         layers = vgg_layers((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
         self.scaling_layer = nn.Module()
-        self.scaling_layer.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
-        self.scaling_layer.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+        for name, value in self.SCALING.items():
+            self.scaling_layer.register_buffer(name, torch.tensor(value)[None, :, None, None])
         self.net = nn.Sequential(OrderedDict(
             (f"slice{k + 1}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in range(start, stop))))
             for k, (start, stop) in enumerate(zip((0,) + self.ENDS, self.ENDS))))
@@ -519,58 +521,61 @@ class Inception(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # their weights
 
+# torchvision's VGG files hold a classifier, too
+CLASSIFIER = {f"classifier.{i}.{name}" for i in (0, 3, 6) for name in ("weight", "bias")}
+
+
 def vgg19(device, path: str | Path | None = None) -> VGG19Features:
     """Frozen, with torchvision's weights. path: your copy of the file; None fetches it. InputError: see fetch, load."""
     path = fetch("vgg19", path)
-    state = {k: v for k, v in read_weights(path).items() if not k.startswith("classifier.")}
-    return load(VGG19Features(), state, path, device)
+    state = {k: v for k, v in read_weights(path).items() if k not in CLASSIFIER}
+    return load(VGG19Features, state, path, device)
 
 
 def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
     """Frozen. path: your copy of torchvision's VGG16, heads: of the authors' vgg.pth; None fetches them."""
     path, heads = fetch("vgg16", path), fetch("lpips_heads", heads)
-    judge = LPIPS()
-    state = {f"scaling_layer.{k}": v for k, v in judge.scaling_layer.state_dict().items()}
+    state = {f"scaling_layer.{k}": torch.tensor(v)[None, :, None, None] for k, v in LPIPS.SCALING.items()}
     for key, value in read_weights(path).items():
-        if key.startswith("features."):
-            index = int(key.split(".")[1])
-            part = 1 + sum(index >= end for end in judge.ENDS)
-            state[key.replace("features.", f"net.slice{part}.")] = value
+        index = re.match(r"features\.(\d{1,2})\.", key)
+        if index:
+            part = 1 + sum(int(index[1]) >= end for end in LPIPS.ENDS)
+            key = key.replace("features.", f"net.slice{part}.")
+        if key not in CLASSIFIER:
+            state[key] = value
     for key, value in read_weights(heads).items():                                         # lin0.model.1.weight ..
         state |= {key: value, key.replace("lin", "lins.", 1): value}
-    return load(judge, state, f"{path} with {heads}", device)
+    return load(LPIPS, state, f"{path} with {heads}", device)
 
 
 def arcface(device, path: str | Path | None = None) -> ArcFace:
     """Frozen. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
     path = fetch("arcface", path)
-    return load(ArcFace(), read_weights(path), path, device)
+    return load(ArcFace, read_weights(path), path, device)
 
 
 def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:
     """Frozen. path: your copy; None fetches it."""
     path = fetch("syncnet_v2", path)
-    return load(SyncNetV2(), read_weights(path), path, device)
+    return load(SyncNetV2, read_weights(path), path, device)
 
 
 def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
     """Frozen. path: your copy; None fetches it. The file is a training checkpoint: weights under 'state_dict'."""
     path = fetch("wav2lip_expert", path)
-    state = read_weights(path).get("state_dict")
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: not the Wav2Lip expert: no 'state_dict' in it")
-    return load(Wav2LipExpert(), state, path, device)
+    with refusing(path, "not the Wav2Lip expert"):
+        return load(Wav2LipExpert, read_weights(path)["state_dict"], path, device)
 
 
 def inception(device, path: str | Path | None = None) -> Inception:
     """Frozen. path: your copy of pytorch-fid's file; None fetches it."""
     path = fetch("inception", path)
-    return load(Inception(), read_weights(path), path, device)
+    return load(Inception, read_weights(path), path, device)
 
 
-def load(judge: nn.Module, state: dict, source, device) -> nn.Module:
-    """Weights into a judge, strictly; it is frozen and put on the device. InputError where any key or shape differs."""
-    return freeze(load_strictly(judge, state, source)).to(device)
+def load(make, state: dict, source, device) -> nn.Module:
+    """The judge that make() builds with its weights, strictly (see load_strictly); it is frozen and put on the device."""
+    return freeze(load_strictly(make, state, source)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ from audio import (
 from data import ENDLESS, HIGHEST, NEAR, SEGMENT, Pack, batches, load_checkpoint, save_checkpoint, segment_box
 from fusion import pick_device
 from losses import wav2lip_expert
+from stylegan2 import load_strictly, refusing
 from vision import VIDEO_SUFFIXES, check_output, crop_face, face_detectors, place, probe, read_video, to_tensor
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
@@ -164,12 +165,10 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
 
 def network_of(checkpoint: dict, path) -> SyncNet:
     """The expert in a checkpoint; InputError if its parts do not fit"""
-    try:
-        expert = SyncNet(**checkpoint["config"]["net"])
-        expert.load_state_dict(checkpoint["networks"]["expert"])
-        expert.template = checkpoint["config"]["template"]
-    except (KeyError, TypeError, RuntimeError, AssertionError) as error:
-        raise InputError(f"{path}: its networks do not fit this version ({str(error).splitlines()[0][:120]})") from None
+    with refusing(path, "its networks do not fit this version"):
+        config = checkpoint["config"]
+        expert = load_strictly(lambda: SyncNet(**config["net"]), checkpoint["networks"]["expert"], path)
+        expert.template = config["template"]
     return expert
 
 

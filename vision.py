@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declared_seconds, decoder, ffmpeg_path, why
-from stylegan2 import EqualLinear, load_strictly, read_weights
+from stylegan2 import EqualLinear, load_strictly, one_line, read_weights, refusing
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -958,6 +958,7 @@ def parts_of(path: str | Path) -> tuple[dict, dict]:
     """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, {part: its state dict}).
 
     The parts are "encoder", "hypernet", "decoder", as far as the file has them; of a file with bare keys "".
+    InputError: see read_weights; weights that belong to no part beside those that do.
     """
     content = read_weights(path)
     state, parts = content.get("state_dict", content), {}
@@ -967,14 +968,22 @@ def parts_of(path: str | Path) -> tuple[dict, dict]:
         part, _, rest = str(key).partition(".")
         part, rest = (part, rest) if part in ("encoder", "hypernet", "decoder") else ("", str(key))
         parts.setdefault(part, {})[rest] = value
+    if "" in parts and len(parts) > 1:
+        raise InputError(f"{path}: {one_line(next(iter(parts['']))) or 'a nameless weight'} is unknown beside "
+                         f"{' and '.join(part for part in parts if part)}")
     return content if "state_dict" in content else {}, parts
 
 
-def load_encoder(path: str | Path, L: int) -> tuple[nn.Module, dict | None]:
+# ArcFace's last layers, which a trunk does without
+EMBEDDING = re.compile(r"output_layer\.[034]\.(weight|bias|running_mean|running_var|num_batches_tracked)")
+
+
+def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, dict | None]:
     """pSp's encoder, or HyperStyle's W encoder, for L styles, from a file of their authors.
 
     Of a file with more styles (1024 px: 18) the first L are taken, which are the same layers' of a smaller generator.
-    ArcFace's IR-SE50 is taken, too: it gives the trunk alone, from which pSp's training starts.
+    ArcFace's IR-SE50 is taken, too: it gives the trunk alone, from which pSp's training starts, with heads for codes of
+    `dim` numbers.
 
     Returns:
         (encoder, the decoder's state dict or None). encoder.latent_avg is NaN where the file has none: estimate it.
@@ -983,23 +992,29 @@ def load_encoder(path: str | Path, L: int) -> tuple[nn.Module, dict | None]:
         InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
     """
     beside, parts = parts_of(path)
-    state, arcface = parts.get("encoder") or parts.get("", {}), False
-    try:
-        width, arcface = len(state["input_layer.0.weight"]), "output_layer.3.weight" in state
-        last = "output_layer.3" if arcface else "styles.0.linear" if "styles.0.linear.weight" in state else "linear"
-        dim = len(state[f"{last}.weight"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: no encoder of pSp or HyperStyle, and no ArcFace: no {error} in it") from None
-    encoder = (WEncoder if last == "linear" else GradualStyleEncoder)(L, dim, width)
-    if arcface:
-        trunk = {key: value for key, value in state.items() if not key.startswith("output_layer.")}
-        state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("input_layer.", "body."))} | trunk
-    surplus = tuple(f"styles.{i}." for i in range(L, 18))                      # 18: the styles of 1024 px
-    state = {key: value for key, value in state.items() if not key.startswith(surplus)}
-    mean = beside.get("latent_avg")
-    mean = mean.float().reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
-    state["latent_avg"] = mean.expand(L, -1) if len(mean) == 1 else mean[:L]   # (1, D): a file made in W
-    return load_strictly(encoder, state, path), parts.get("decoder")
+    state = parts.get("encoder") or parts.get("", {})
+    with refusing(path, "no encoder of pSp or HyperStyle, and no ArcFace"):
+        width = len(state["input_layer.0.weight"])
+        if "output_layer.3.weight" in state:
+            trunk = {key: value for key, value in state.items() if not EMBEDDING.fullmatch(key)}
+            trunk = load_strictly(
+                lambda: nn.ModuleDict(zip(("input_layer", "body"), trunk_ir_se50(width))), trunk, f"{path}, ArcFace")
+            encoder = GradualStyleEncoder(L, dim, width)
+            encoder.load_state_dict(trunk.state_dict(), strict=False)
+            encoder.latent_avg.fill_(torch.nan)
+            return encoder, None
+        kind, last = WEncoder, "linear.weight"
+        if "styles.0.linear.weight" in state:
+            kind, last = GradualStyleEncoder, "styles.0.linear.weight"
+        dim, mean = len(state[last]), beside.get("latent_avg")
+        styles = max(L, sum(f"styles.{i}.linear.weight" in state for i in range(18)))  # 18: those of 1024 px
+        mean = mean.reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
+        mean = mean.repeat(styles, 1) if len(mean) == 1 else mean[:styles]             # (1, D): a file made in W
+    encoder = load_strictly(lambda: kind(styles, dim, width), state | dict(latent_avg=mean), path)
+    encoder.latent_avg = encoder.latent_avg[:L].clone()
+    if kind is GradualStyleEncoder:
+        encoder.styles = encoder.styles[:L]
+    return encoder, parts.get("decoder")
 
 
 def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, dict | None]:
@@ -1008,9 +1023,8 @@ def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, d
     layers: (O, I) of each 3x3 layer of the generator. InputError: as load_encoder; made for another generator.
     """
     _, parts = parts_of(path)
-    state = parts.get("hypernet")
-    if not state or "conv1.weight" not in state:
-        raise InputError(f"{path}: no HyperStyle checkpoint: no 'hypernet.' weights in it")
-    form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
-    network = HyperStyleNet(layers, form, width=len(state["conv1.weight"]))
-    return load_strictly(network, state, path), form, parts.get("decoder")
+    state = parts.get("hypernet", {})
+    with refusing(path, "no HyperStyle checkpoint"):
+        width = len(state["conv1.weight"])
+        form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
+    return load_strictly(lambda: HyperStyleNet(layers, form, width), state, path), form, parts.get("decoder")

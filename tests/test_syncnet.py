@@ -751,7 +751,7 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
     with pytest.raises(InputError, match="pictures of 16 px or more, these are 8 px"):
         load_sync(world[1], "cpu", size=8)
     assert load_sync(world[1], "cpu", size=128).size == 16  # larger ones are shrunk
-    with pytest.raises(InputError, match="broken.pt: its networks do not fit"):
+    with pytest.raises(InputError, match="broken.pt: not the weights of SyncNet: log_scale is absent"):
         load_sync(broken, "cpu")
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(world[1].read_bytes()[:1000])

@@ -892,7 +892,7 @@ def test_files_of_other_kinds_are_refused_in_one_line(tmp_path):
             (dict(state_dict=state | {"encoder.latlayer1.bias": torch.ones(5)}), r"\(5,\), expected \(128,\)"),
             (dict(state_dict=state, latent_avg=torch.ones(10, 9)), "latent_avg is"),
             (dict(state_dict=[1]), "expected a dict"), (dict(g_ema={}), "no encoder of pSp"), ([state], "holds a list"),
-            (dict(state_dict=state, opts=Hostile()), "no file of weights alone")):
+            (dict(state_dict=state, opts=Hostile()), "holds more than tensors")):
         torch.save(content, path)
         with pytest.raises(InputError, match=match) as error:
             vision.load_encoder(path, 10)
