@@ -95,7 +95,7 @@ class Config:
         slim = dict(encoder="slim", hyper="slim", refine=2)
         small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
-        if changes.get("template") == "face" and size < 256:  # ours: real faces are harder than drawn ones
+        if changes.get("template", "toy") != "toy" and size < 256:  # ours: real faces are harder than drawn ones
             face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=())
             face |= dict(picture=min(32, size))
             face |= dict(mouth_dim=24, state_dim=8) if changes.get("motion") != "paper" else {}

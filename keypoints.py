@@ -83,7 +83,8 @@ FAN_FILE = "2DFAN4-11f355bf06.pth.tar"
 FAN_URL = f"https://www.adrianbulat.com/downloads/python-fan/{FAN_FILE}"
 FAN_SCORE = 0.2  # ours: mean height of the 68 heat maps below which there is no face
 
-STARTS = {"face": ((0.5, 0.58), 0.9)}  # dlib's box in a crop of this template, middle and side: ours, best of a few
+# dlib's box in a crop of this template, middle and side: ours, best of a few; that of "ffhq" is the same part of the face
+STARTS = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
 
 LONGEST_GAP = 5  # frames, ours: a fifth of a second is bridged; a mouth may open and shut in more
 MOST_MISSING = 0.2  # of a clip

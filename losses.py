@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import requests
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,16 @@ from tqdm import tqdm
 
 from audio import InputError, check_file
 from stylegan2 import load_strictly, read_weights, refusing
-from vision import at_256, box_slices, checkpoints_dir, resized, trunk_ir_se50
+from vision import (
+    ARCFACE_POINTS,
+    TEMPLATES,
+    box_slices,
+    checkpoints_dir,
+    resized,
+    square_at,
+    trunk_ir_se50,
+    window,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the six terms
@@ -292,14 +302,16 @@ class LPIPS(nn.Module):
 class ArcFace(nn.Module):
     """Who is it? IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
 
-    As in pSp's identity loss the face is cut from a 256 px picture aligned as FFHQ's and pooled to 112 px. Larger
-    pictures are first pooled to 256 px, as pSp does; smaller ones are enlarged bilinearly (ours: pSp has none).
+    The face is cut so that the eyes and mouth of the pictures' template (see vision.TEMPLATES) lie where the network's
+    own training had them. Of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. The border is
+    repeated where the network wants to see more than there is; smaller pictures are enlarged bilinearly.
     """
 
-    CROP = (slice(35, 223), slice(32, 220))  # rows, columns at 256 px: pSp's "interesting region"
-
-    def __init__(self):
+    def __init__(self, template: str = "ffhq"):
         super().__init__()
+        wanted = np.vstack([ARCFACE_POINTS[:2], ARCFACE_POINTS[3:].mean(0)])               # eyes, middle of the mouth
+        square = square_at(wanted, (TEMPLATES[template].points or TEMPLATES["ffhq"].points))  # drawn faces: FFHQ's (ours)
+        self.left, self.top, self.side = map(round, square)                                # of the picture in the 112 px
         self.input_layer, self.body = trunk_ir_se50()
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(),
                                           nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512))
@@ -307,7 +319,8 @@ class ArcFace(nn.Module):
     def forward(self, x):
         check_pictures(x, 1)
         assert x.shape[2] == x.shape[3], f"pictures are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
-        return self.embed(F.adaptive_avg_pool2d(at_256(x)[:, :, self.CROP[0], self.CROP[1]], 112))
+        x = F.adaptive_avg_pool2d(x, self.side) if x.shape[2] > self.side else resized(x, self.side)
+        return self.embed(window(x, -self.left, -self.top, 112))
 
     def embed(self, x):
         """Faces already cut, (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length"""
@@ -548,10 +561,10 @@ def lpips(device, path: str | Path | None = None, heads: str | Path | None = Non
     return load(LPIPS, state, f"{path} with {heads}", device)
 
 
-def arcface(device, path: str | Path | None = None) -> ArcFace:
-    """Frozen. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
+def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
+    """Frozen, for pictures of a crop template. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
     path = fetch("arcface", path)
-    return load(ArcFace, read_weights(path), path, device)
+    return load(lambda: ArcFace(template), read_weights(path), path, device)
 
 
 def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:

@@ -1171,7 +1171,7 @@ def train(argv):
     if args.w_vgg:
         nets["vgg"] = losses.vgg19(device)
     if args.w_arcface:
-        nets["arcface"] = losses.arcface(device)
+        nets["arcface"] = losses.arcface(device, None, nets["model"].config.template)
     if saved:
         start = restore(saved, path, nets, ema, optimisers)
     else:

@@ -41,7 +41,7 @@ from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, publ
 from keypoints import Landmarks, mouth_shape
 from stylegan2 import Discriminator, mix_styles, read_weights
 from syncnet import held_out, load_sync, revision, sync_loss, toy_pack
-from vision import TEMPLATES, VideoWriter, mask_mouth, small_picture, to_tensor, to_uint8
+from vision import TEMPLATES, VideoWriter, mask_mouth, recrop, small_picture, to_tensor, to_uint8
 
 CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
 WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
@@ -273,7 +273,8 @@ def terms_stage3(nets, out, args):
     if args.w_adv and adversarial(out):
         terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](judged(out))))
     if args.w_sync and out["frames"].shape[1] == WINDOW:
-        terms["sync"] = sync_loss(nets["sync"], out["frames"], out["mel"])
+        seen = recrop(out["frames"], nets["model"].config.template, nets["sync"].template)
+        terms["sync"] = sync_loss(nets["sync"], seen, out["mel"])
     return terms
 
 
@@ -791,7 +792,7 @@ def main(argv=None):
     if args.w_obey is None:
         args.w_obey = ((0.1, 0.03), (0.5, 0.3))[model.config.landmarks][args.stage == 3]
     nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
-    nets |= published_judges(args, device)
+    nets |= published_judges(args, device, pack.template)
     hyper_from = args.steps - round(args.hyper_share * args.steps) if args.stage == 2 else args.steps + 1
     start = 0
     if saved:
@@ -929,15 +930,15 @@ def lr_factor(step, args):
     return min(1.0, (step - a + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - a) / max(1, b - a))))
 
 
-def published_judges(args, device) -> dict:
-    """The frozen judges that a weight asks for, from the user's files or fetched"""
+def published_judges(args, device, template) -> dict:
+    """The frozen judges that a weight asks for, from the user's files or fetched, for crops of a template"""
     judges = {}
     if args.w_vgg:
         judges["vgg"] = losses.vgg19(device, args.vgg)
     if args.w_lpips:
         judges["lpips"] = losses.lpips(device, *(args.lpips or ()))
     if args.w_arcface:
-        judges["arcface"] = losses.arcface(device, args.arcface)
+        judges["arcface"] = losses.arcface(device, args.arcface, template)
     return judges
 
 

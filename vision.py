@@ -339,7 +339,46 @@ TEMPLATES = {
     "face": Template(mouth=(0.10, 0.54, 0.90, 1.0), eyes=(0.14, 0.18, 0.86, 0.42),
                      lips=(0.22, 0.58, 0.78, 0.94), side=1.04, shift=(0, -0.015),
                      points=((0.302, 0.298), (0.698, 0.298), (0.5, 0.723))),
+    # FFHQ's alignment (Karras et al. 2019), which published generators and pSp know; ours does not rotate. The points are
+    # those of FFHQ faces in facexlib, made symmetric; the boxes are those of "face", brought to these points
+    "ffhq": Template(mouth=(0.25, 0.61, 0.75, 0.92), eyes=(0.28, 0.39, 0.72, 0.55),
+                     lips=(0.33, 0.64, 0.67, 0.86), side=1.7, shift=(0, -0.17),
+                     points=((0.377, 0.469), (0.623, 0.469), (0.5, 0.725))),
 }
+# eyes, tip of the nose, corners of the mouth in the 112 px crops that ArcFace was trained on (InsightFace)
+ARCFACE_POINTS = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
+                           (70.7299, 92.2041)])  # fmt: skip
+
+
+def square_at(points, wanted) -> tuple[float, float, float]:
+    """x, y, side of the square in which `wanted`, (K, 2) as fractions of it, lie nearest to points (K, 2): least squares,
+    no rotation."""
+    points, wanted = np.asarray(points, float), np.asarray(wanted, float)
+    spread = wanted - wanted.mean(0)
+    side = (spread * points).sum() / (spread**2).sum()
+    return (*(points.mean(0) - side * wanted.mean(0)), side)
+
+
+def square_within(template: str, wanted: str) -> tuple[float, float, float]:
+    """x, y, side of the crop `wanted` as fractions of the crop `template`; all of it where one of them has no points"""
+    a, b = TEMPLATES[template].points, TEMPLATES[wanted].points
+    return square_at(a, b) if a and b else (0.0, 0.0, 1.0)
+
+
+def window(x: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
+    """(.., H, W) -> (.., side, side), what is seen from column `left` and row `top` on; the border repeated beyond x"""
+    rows, cols = (torch.arange(first, first + side, device=x.device).clamp(0, edge - 1)
+                  for first, edge in ((top, x.shape[-2]), (left, x.shape[-1])))
+    return x.index_select(-2, rows).index_select(-1, cols)
+
+
+def recrop(frames: torch.Tensor, template: str, wanted: str) -> torch.Tensor:
+    """Crops (.., 3, H, H) of one template -> what the crop `wanted` would show, at the same size."""
+    H = frames.shape[-1]
+    left, top, side = (round(H * v) for v in square_within(template, wanted))
+    if (left, top, side) == (0, 0, H):
+        return frames
+    return resized(window(frames, left, top, side).flatten(0, -4), H).unflatten(0, frames.shape[:-3])
 
 
 def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torch.Tensor:
@@ -526,11 +565,8 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
     x0, y0, x1, y1 = faces[number - 1][:4]
     t, points = TEMPLATES[template], np.reshape(faces[number - 1][5:], (-1, 2))
     if len(points) and t.points:
-        wanted = np.array(t.points)
-        spread = wanted - wanted.mean(0)
-        side = (spread * points).sum() / (spread**2).sum()  # pixels of the crop's edge
+        x, y, side = square_at(points, t.points)  # side: pixels of the crop's edge
         if side > 0:
-            x, y = points.mean(0) - side * wanted.mean(0)
             return (float(x), float(y), float(x + side), float(y + side))
     unit = max(x1 - x0, y1 - y0)
     x, y = (x0 + x1) / 2 + t.shift[0] * unit, (y0 + y1) / 2 + t.shift[1] * unit

@@ -688,6 +688,17 @@ def photos(tmp_path, monkeypatch):
     return folder
 
 
+def test_a_pack_is_cropped_by_the_template_that_it_records(videos, photos, tmp_path):
+    for folder, template in itertools.product((photos, videos), ("face", "ffhq")):
+        out = tmp_path / f"{folder.name}-{template}"
+        data.prepare(folder, out, 32, template=template)
+        assert Pack(out).template == template
+    small, large = (Pack(tmp_path / f"{videos.name}-{template}").box[0] for template in ("face", "ffhq"))
+    assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # as the distance of the eyes
+    with pytest.raises(InputError, match="holds a pack|other options"):
+        data.prepare(videos, tmp_path / f"{videos.name}-ffhq", 32, template="face")
+
+
 def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
     data.prepare(photos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")

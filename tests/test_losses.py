@@ -14,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -417,26 +418,48 @@ def naive_arcface(s, x):
     return x / x.norm(dim=1, keepdim=True)
 
 
-def test_arcface_is_ir_se50_of_psps_crop(judges):
-    x = torch.rand(2, 3, 256, 256) * 2 - 1
-    crop, faces = x[:, :, 35:223, 32:220].double(), torch.zeros(2, 3, 112, 112, dtype=torch.float64)
-    for i in range(112):  # adaptive pooling, written out: cells from floor(i 188/112) to ceil((i + 1) 188/112)
-        rows = crop[:, :, i * 188 // 112:-(-(i + 1) * 188 // 112)].mean(2)
-        for j in range(112):
-            faces[:, :, i, j] = rows[:, :, j * 188 // 112:-(-(j + 1) * 188 // 112)].mean(2)
-    close(judges["arcface"](x), naive_arcface(double(judges["arcface"]), faces))
+FFHQ = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
+                 (313.08905, 371.15118)]) / 512  # fmt: skip
+# (facexlib's five points of an FFHQ face, as fractions of the picture)
+
+
+@pytest.mark.parametrize("template", ["face", "ffhq"])
+def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
+    judge = losses.ArcFace(template)
+    x, y, side = vision.square_within("ffhq", template)
+    five = (FFHQ - [x, y]) / side  # in the crop of this template
+    np.testing.assert_allclose(five * judge.side + [judge.left, judge.top], vision.ARCFACE_POINTS, atol=3.2)  # of 112 px
+    three = np.array(vision.TEMPLATES[template].points) * judge.side + [judge.left, judge.top]
+    wanted = np.vstack([vision.ARCFACE_POINTS[:2], vision.ARCFACE_POINTS[3:].mean(0)])
+    np.testing.assert_allclose(three, wanted, atol=2.5)
+    if template == "ffhq":  # pSp's "interesting region" of 256 px: columns 32 .. 220, rows 35 .. 223
+        box = 256 / judge.side * np.array([-judge.left, -judge.top, 112 - judge.left, 112 - judge.top])
+        np.testing.assert_allclose(box, (32, 35, 220, 223), atol=4)
+
+
+@pytest.mark.parametrize("template", ["face", "ffhq"])
+def test_arcface_is_ir_se50_of_its_templates_crop(judges, template):
+    judge, x = losses.ArcFace(template).eval(), torch.rand(2, 3, 256, 256) * 2 - 1
+    judge.load_state_dict(judges["arcface"].state_dict())
+    n, small = judge.side, torch.zeros(2, 3, judge.side, judge.side, dtype=torch.float64)
+    for i in range(n):  # adaptive pooling, written out: cells from floor(i 256/n) to ceil((i + 1) 256/n)
+        rows = x[:, :, i * 256 // n:-(-(i + 1) * 256 // n)].double().mean(2)
+        for j in range(n):
+            small[:, :, i, j] = rows[:, :, j * 256 // n:-(-(j + 1) * 256 // n)].mean(2)
+    faces = torch.zeros(2, 3, 112, 112, dtype=torch.float64)
+    for i in range(112):
+        for j in range(112):  # beyond the picture its border
+            row, column = (min(max(k - first, 0), n - 1) for k, first in ((i, judge.top), (j, judge.left)))
+            faces[:, :, i, j] = small[:, :, row, column]
+    close(judge(x), naive_arcface(double(judge), faces))
 
 
 def test_arcface_takes_any_square_size_and_looks_at_its_crop_only(judges):
-    judge, big = judges["arcface"], torch.rand(1, 3, 512, 512) * 2 - 1
-    small = big.unflatten(2, (256, 2)).unflatten(4, (256, 2)).mean((3, 5))
-    x = small.clone().requires_grad_()
+    judge, x = judges["arcface"], torch.rand(1, 3, 256, 256, requires_grad=True)
     e = judge(x)
-    assert torch.allclose(judge(big), e, atol=1e-5)
     e[:, :7].sum().backward()
-    outside = x.grad.clone()
-    outside[:, :, 35:223, 32:220] = 0
-    assert outside.abs().max() == 0 and (x.grad[:, :, 35:223, 32:220].abs().sum(1) > 0).all()
+    seen = x.grad.abs().sum((0, 1)) > 0
+    assert seen[40:215, 40:215].all() and not seen[:28].any() and not seen[:, :28].any() and not seen[:, 225:].any()
     e = judge(torch.rand(2, 3, 40, 40))
     assert e.shape == (2, 512) and torch.allclose(e.norm(dim=1), torch.ones(2), atol=1e-5)
     with pytest.raises(AssertionError, match="square"):

@@ -756,9 +756,10 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(world[1].read_bytes()[:1000])
     shutil.copy(broken, tmp_path / "broken_last.pt")
-    assert "do not fit" in refused(capsys, monkeypatch, "train", "--resume", "--out", broken, "--size", 16)
+    again = refused(capsys, monkeypatch, "train", "--resume", "--out", broken, "--size", 16)
+    assert "not the weights of SyncNet" in again
     missing = tmp_path / "no.pt"
-    for path, reason in ((other, "'weights'"), (truncated, "truncated"), (tmp_path, "directory"), (missing, "no such")):
+    for path, reason in ((other, "'weights'"), (truncated, "cut short"), (tmp_path, "directory"), (missing, "no such")):
         assert reason in refused(capsys, monkeypatch, "test", "--sync", path)
         assert reason in refused(capsys, monkeypatch, "offset", __file__, "--sync", path)
     assert "no_last.pt: no such file" in refused(capsys, monkeypatch, "train", "--resume", "--out", missing)
