@@ -53,6 +53,7 @@ from audio import (
     isolate_voice,
     load_audio,
     log_mel,
+    mfcc,
     n_frames,
     run,
     sound_windows,
@@ -390,10 +391,11 @@ class Clips(Dataset):
     Photos (clips of one frame) are left out.
     hear: sound windows beyond the frames, on each side (for a temporal convolution that reaches so far).
     clips: the numbers of the clips to draw from; all where None.
+    mfcc: items also have mfcc (13, 20), SyncNet v2's sound of the five frames from this one of the window on.
     """
 
-    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0, clips=None):
-        self.pack, self.T, self.seed, self.flip, self.hear = pack, T, seed, flip, hear
+    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0, clips=None, mfcc=None):
+        self.pack, self.T, self.seed, self.flip, self.hear, self.mfcc = pack, T, seed, flip, hear, mfcc
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         self.clips = clips[pack.n_frames[clips] > 1]  # the others are photos
         if not len(self.clips):
@@ -428,6 +430,9 @@ class Clips(Dataset):
         mel = torch.from_numpy(self.pack.windows(c, heard))
         wrong_mel = torch.from_numpy(self.pack.windows(c, [wrong]))[0]
         numbers = dict(identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(frames))
+        if self.mfcc is not None:  # four steps a frame, from a frame earlier on: pre-emphasis looks back
+            wav = sound_of(self.pack.lazy_sound(c), first + self.mfcc - 1, first + self.mfcc + 6)
+            numbers["mfcc"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()
         return (
             dict(source=pictures[0], driving=pictures[1:], mel=mel, wrong_mel=wrong_mel, wrong_frame=wrong)
             | numbers

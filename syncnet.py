@@ -62,7 +62,7 @@ from audio import (
 )
 from data import ENDLESS, HIGHEST, NEAR, SEGMENT, Pack, batches, load_checkpoint, save_checkpoint, segment_box
 from fusion import pick_device
-from losses import wav2lip_expert
+from losses import SyncNetV2, wav2lip_expert
 from stylegan2 import load_strictly, refusing
 from vision import VIDEO_SUFFIXES, check_output, crop_face, face_detectors, place, probe, read_video, to_tensor
 
@@ -136,6 +136,29 @@ class SyncNet(nn.Module):
     def logits(self, face, sound):
         """(B, E), (B2, E) of unit length -> (B, B2): log odds that they belong together"""
         return self.log_scale.exp() * face @ sound.t() + self.bias
+
+
+class SyncNetV2Expert(nn.Module):
+    """The published SyncNet v2 in a SyncNet's place, to be trained against; its sound is MFCC windows (B, 13, 20).
+
+    Ours: it was trained with a margin on the distance of embeddings that have no unit length, so the logit is that margin
+    less the distance. In sync they are about 7 apart, else about 14 (see evaluate.py): 10 lies between.
+    """
+
+    hears_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
+
+    def __init__(self, network: SyncNetV2):
+        super().__init__()
+        self.network = network
+
+    def face(self, frames):  # (B, 5, 3, H, W) in [-1, 1] -> (B, 1024)
+        return self.network.face(frames)[:, 0]
+
+    def sound(self, mfcc):  # (B, 13, 20) -> (B, 1024)
+        return self.network.sound(mfcc)
+
+    def logits(self, face, sound):  # (B, 1024), (B2, 1024) -> (B, B2)
+        return self.MARGIN - torch.cdist(face, sound)
 
 
 def shrink(frames, size: int):

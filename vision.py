@@ -345,6 +345,10 @@ TEMPLATES = {
                      lips=(0.33, 0.64, 0.67, 0.86), side=1.7, shift=(0, -0.17),
                      points=((0.377, 0.469), (0.623, 0.469), (0.5, 0.725))),
 }
+# what SyncNet v2 sees, 1.4 times a detection and lower (Chung & Zisserman's crops); no template of packs
+TEMPLATES["syncnet"] = Template(mouth=(0.2, 0.38, 0.8, 0.72), eyes=(0.23, 0.11, 0.77, 0.29),
+                                lips=(0.29, 0.41, 0.71, 0.67), side=1.4, shift=(0, 0.2),
+                                points=((0.353, 0.196), (0.647, 0.196), (0.5, 0.512)))
 # eyes, tip of the nose, corners of the mouth in the 112 px crops that ArcFace was trained on (InsightFace)
 ARCFACE_POINTS = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
                            (70.7299, 92.2041)])  # fmt: skip

@@ -688,10 +688,22 @@ def photos(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_pack_is_cropped_by_the_template_that_it_records(videos, photos, tmp_path):
-    for folder, template in itertools.product((photos, videos), ("face", "ffhq")):
-        out = tmp_path / f"{folder.name}-{template}"
-        data.prepare(folder, out, 32, template=template)
+def test_mfcc_of_a_window_are_those_of_the_whole_clip(tmp_path):
+    wav = noise(40, 5)
+    with data.PackWriter(tmp_path / "pack", 16, "toy") as pack:
+        pack.add(drawn(40, 16), wav, "a", "a")
+    pack = Pack(tmp_path / "pack")
+    clips, whole = Clips(pack, 9, seed=1, mfcc=2), audio.mfcc(pack.sound(0))
+    for item in (clips[n] for n in range(5)):
+        first = 4 * (int(item["frames"][0]) + 2)  # the window's third frame
+        np.testing.assert_allclose(item["mfcc"], whole[:, first : first + 20], rtol=1e-5, atol=1e-4)
+    assert "mfcc" not in Clips(pack, 9, seed=1)[0]
+
+
+def test_a_pack_is_cropped_by_the_template_that_it_records(videos, tmp_path):
+    for template in ("face", "ffhq"):
+        out = tmp_path / f"{videos.name}-{template}"
+        data.prepare(videos, out, 32, template=template)
         assert Pack(out).template == template
     small, large = (Pack(tmp_path / f"{videos.name}-{template}").box[0] for template in ("face", "ffhq"))
     assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # as the distance of the eyes

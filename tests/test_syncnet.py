@@ -558,6 +558,15 @@ def test_a_face_is_looked_for_anew_every_six_seconds_and_kept_where_none_is_foun
 # Wav2Lip's expert in our place
 
 
+def test_syncnet_v2_judges_by_a_margin_less_the_distance():
+    expert = syncnet.SyncNetV2Expert(torch.nn.Identity())
+    face, sound = torch.tensor([[0.0, 0], [6, 8]], requires_grad=True), torch.tensor([[3.0, 4], [0, 0], [6, 8]])
+    logits = expert.logits(face, sound)
+    assert torch.allclose(logits, expert.MARGIN - torch.tensor([[5.0, 0, 10], [5, 10, 0]]), atol=1e-5)
+    torch.nn.functional.softplus(-logits[:, 0]).sum().backward()
+    assert (face.grad[0] < 0).all() and (face.grad[1] > 0).all()  # both are drawn to the sound
+
+
 def test_wav2lips_expert_stands_in_our_place(world, tmp_path, capsys):
     torch.manual_seed(0)
     net = Wav2LipExpert()
