@@ -27,7 +27,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 import zipfile
 from array import array
 from collections import deque
@@ -56,10 +55,12 @@ from audio import (
     isolate_voice,
     load_audio,
     log_mel,
+    mfcc,
     n_frames,
     run,
     sound_windows,
 )
+from stylegan2 import items, read_weights
 from vision import (
     SAME_FACE,
     TEMPLATES,
@@ -71,6 +72,7 @@ from vision import (
     overlap,
     probe,
     read_video,
+    square_within,
     to_tensor,
     upright,
 )
@@ -79,6 +81,7 @@ NEAR = 4  # frames; ours: a window nearer than this sounds too alike to be calle
 ENDLESS = 2**40  # items of a dataset: it never ends
 STALE = 3600  # seconds; ours: no save takes an hour, an older draft is a killed run's
 FORMAT = 1  # of packs and checkpoints
+LARGEST = 1 << 16  # ours: no size in a network's config is larger; the base of StyleGAN2's channels is half of it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,22 +125,19 @@ def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> 
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
     path = check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch asks users of odd files to report them
-            checkpoint = torch.load(path, map_location, weights_only=True)  # nothing that could run
-    except Exception as error:  # on damaged files torch raises a dozen kinds
-        code = "global" in str(error).lower()  # it names a class or function
-        reason = (
-            "holds more than tensors and plain values" if code else "is truncated or no checkpoint at all"
-        )
-        raise InputError(f"{path}: {reason}; {expected}") from None
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+        checkpoint = read_weights(path, map_location)
+    except InputError as error:
+        raise InputError(f"{error}; {expected}") from None
+    found = checkpoint.get("kind")
     if not isinstance(found, str):
         raise InputError(f"{path}: was not written by this package; {expected}")
     if found not in kinds:
         raise InputError(f"{path}: is a '{found[:40]}' checkpoint; {expected}")
     if checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: has format {checkpoint.get('format')}, this version reads format {FORMAT}")
+    sizes = [v for v in items(checkpoint.get("config")) if isinstance(v, (int, float))]
+    if not all(abs(size) <= LARGEST for size in sizes):
+        raise InputError(f"{path}: its config asks for more than any network here has; {expected}")
     return checkpoint
 
 
@@ -498,10 +498,11 @@ class Clips(Dataset):
     Photos (clips of one frame) are left out.
     hear: sound windows beyond the frames, on each side (for a temporal convolution that reaches so far).
     clips: the numbers of the clips to draw from; all where None.
+    mfcc: items also have mfcc (13, 20), SyncNet v2's sound of the five frames from this one of the window on.
     """
 
-    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0, clips=None):
-        self.pack, self.T, self.seed, self.flip, self.hear = pack, T, seed, flip, hear
+    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, hear: int = 0, clips=None, mfcc=None):
+        self.pack, self.T, self.seed, self.flip, self.hear, self.mfcc = pack, T, seed, flip, hear, mfcc
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         self.clips = clips[pack.n_frames[clips] > 1]  # the others are photos
         if not len(self.clips):
@@ -536,6 +537,9 @@ class Clips(Dataset):
         mel = torch.from_numpy(self.pack.windows(c, heard))
         wrong_mel = torch.from_numpy(self.pack.windows(c, [wrong]))[0]
         numbers = dict(identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(frames))
+        if self.mfcc is not None:  # four steps a frame, from a frame earlier on: pre-emphasis looks back
+            wav = sound_of(self.pack.lazy_sound(c), first + self.mfcc - 1, first + self.mfcc + 6)
+            numbers["mfcc"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()
         return (
             dict(source=pictures[0], driving=pictures[1:], mel=mel, wrong_mel=wrong_mel, wrong_frame=wrong)
             | numbers
@@ -651,20 +655,20 @@ def face_tracks(looks: list[list[tuple]], scene: np.ndarray) -> list[dict]:
     return tracks
 
 
-def steady_parts(track: dict, begin: int, end: int) -> list[tuple]:
+def steady_parts(track: dict, begin: int, end: int, template: str) -> list[tuple]:
     """A track in frames begin .. end-1 -> [(begin, end, box)]: itself with the median of its boxes, or, where that does
     not hold the face, its halves' parts."""
-    boxes = np.array([face_box([face], "face") for face in track.values()])  # (n, 4)
+    boxes = np.array([face_box([face], template) for face in track.values()])  # (n, 4)
     box = np.median(boxes, 0)
     if np.percentile(np.abs(boxes - box).max(1), 90) <= STEADY * (box[2] - box[0]):
         return [(begin, end, tuple(map(float, box)))]
     looks = sorted(track)
     half = len(looks) // 2
     parts = (looks[:half], begin, looks[half] * EVERY), (looks[half:], looks[half] * EVERY, end)
-    return [clip for part, a, b in parts for clip in steady_parts({i: track[i] for i in part}, a, b)]
+    return [clip for part, a, b in parts for clip in steady_parts({i: track[i] for i in part}, a, b, template)]
 
 
-def pieces(frames: list[np.ndarray]) -> list[tuple]:
+def pieces(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
     """Frames of a stretch of video -> [(begin, end, box or None, reason)], which share it out: clips have one box each
     that cannot wobble, the median of what was found; what is no clip has a reason.
 
@@ -685,7 +689,8 @@ def pieces(frames: list[np.ndarray]) -> list[tuple]:
             end = int(same[-1]) + 1
         if all(end <= a or b <= begin for a, b in taken):
             taken.append((begin, end))
-            clips += [clip for clip in steady_parts(track, begin, end) if clip[1] - clip[0] >= SHORTEST]
+            parts = steady_parts(track, begin, end, template)
+            clips += [clip for clip in parts if clip[1] - clip[0] >= SHORTEST]
     seen, gaps, at = sum(map(bool, looks)), [], 0
     for begin, end, _ in [*sorted(clips), (len(frames), len(frames), None)]:
         if at < begin:
@@ -706,7 +711,7 @@ def segment_box(frames: list[np.ndarray]) -> tuple:
     return box
 
 
-def prepare_video(path: Path, size: int, sync: Path | None = None, isolate: bool = False):
+def prepare_video(path: Path, size: int, template: str, sync: Path | None = None, isolate: bool = False):
     """One video, decoded once -> (what became of a stretch of it, JPEGs, samples) one by one, in order.
 
     Raises InputError: not a video, no sound, damaged. Sound is read first, so of most such files nothing gets
@@ -719,13 +724,13 @@ def prepare_video(path: Path, size: int, sync: Path | None = None, isolate: bool
     length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
     stream, at = read_video(path, height=height), 0
     while frames := list(islice(stream, min(length, total - at))):
-        for begin, end, box, reason in pieces(frames):
+        for begin, end, box, reason in pieces(frames, template):
             segment = dict(begin=at + begin, frames=end - begin, outcome="skipped", reason=reason)
             jpegs, late = [], 0
             if box is not None:
                 crops = [crop_face(frame, box, size) for frame in frames[begin:end]]
                 if sync:
-                    late = lateness(sync, crops, sound_of(wav, at + begin, at + end), segment)
+                    late = lateness(sync, crops, template, sound_of(wav, at + begin, at + end), segment)
                 if not segment["reason"]:
                     jpegs = [encode_jpeg(crop, size) for crop in crops]
                     box = [round(v * info.height / height, 2) for v in box]
@@ -750,15 +755,16 @@ def sync_expert(path: Path):
     return load_sync(path, "cpu")
 
 
-def lateness(sync: Path, crops: list[np.ndarray], wav: np.ndarray, segment: dict) -> int:
+def lateness(sync: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
     """By how many frames the sound of a clip is late, by the expert in the file `sync`; 0 where that is no more than
     its own error. The segment gets what it found, and a reason to skip the clip where mouth and sound fit nowhere."""
     from syncnet import SPAN, best_offset, by_shift, embed
 
     expert = sync_expert(sync)
-    if expert.size != crops[0].shape[0]:
-        whole = (0, 0, *crops[0].shape[1::-1])
-        crops = [crop_face(crop, whole, expert.size) for crop in crops]
+    size = len(crops[0])
+    x, y, side = (size * v for v in square_within(template, expert.template))
+    if (x, y, side) != (0, 0, expert.size):
+        crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
     assert len(crops) >= SPAN, "a clip is longer than a window"
     late, confidence, fit = best_offset(by_shift(expert, *embed(expert, crops, log_mel(wav), "cpu")))
     segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
@@ -767,7 +773,7 @@ def lateness(sync: Path, crops: list[np.ndarray], wav: np.ndarray, segment: dict
     return late if abs(late) > SURE else 0
 
 
-def photo_box(image: np.ndarray) -> tuple:
+def photo_box(image: np.ndarray, template: str) -> tuple:
     """The crop of a photo, uint8 (H, W, 3): all of a square one that is cropped as ours already, else around its
     largest face. Raises InputError, without the file's name: no face, or one that the picture's edge cuts off."""
     H, W = image.shape[:2]
@@ -776,7 +782,7 @@ def photo_box(image: np.ndarray) -> tuple:
         raise InputError("no face was found")
     if not upright(faces[0]):
         raise InputError("the face is not upright")
-    box = face_box(faces, "face")
+    box = face_box(faces, template)
     if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < CLOSE * W:
         return (0.0, 0.0, float(W), float(H))
     if max(-box[0], -box[1], box[2] - W, box[3] - H) > CLOSE * (box[2] - box[0]):
@@ -797,10 +803,10 @@ def open_archive(path: Path) -> tuple:
     return jpeg, offset, names
 
 
-def prepare_photo(path: Path | io.BytesIO, name: str, size: int):
+def prepare_photo(path: Path | io.BytesIO, name: str, size: int, template: str):
     """One photo -> a clip of one frame without sound, as prepare_video. Raises InputError: not a picture, no face."""
     image = load_photo(path, name)
-    box = photo_box(image)
+    box = photo_box(image, template)
     segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
     yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
 
@@ -813,6 +819,7 @@ class Job:
     name: str
     kind: str  # "video", "photo" or "archive"
     size: int
+    template: str
     spool: Path  # what the parent will write into the pack: of each clip all JPEGs, then its samples
     sync: Path | None = None
     isolate: bool = False
@@ -823,14 +830,16 @@ class Job:
         parts = Path(self.name).parts
         who = parts[0] if len(parts) > 1 else Path(self.name).stem  # the folder, or the file by itself
         if self.kind == "video":
-            yield self.name, who, str(self.path), prepare_video(self.path, self.size, self.sync, self.isolate)
+            yield self.name, who, str(self.path), prepare_video(
+                self.path, self.size, self.template, self.sync, self.isolate)
         elif self.kind == "photo":
-            yield self.name, who, str(self.path), prepare_photo(self.path, "", self.size)
+            yield self.name, who, str(self.path), prepare_photo(self.path, "", self.size, self.template)
         else:
             jpeg, offset, names = open_archive(self.path)
             for i in range(self.first, min(self.first + PHOTOS, len(names))):
                 content, source = io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes()), f"{self.path}#{names[i]}"
-                yield f"{self.name}#{names[i]}", Path(names[i]).stem, source, prepare_photo(content, source, self.size)
+                segments = prepare_photo(content, source, self.size, self.template)
+                yield f"{self.name}#{names[i]}", Path(names[i]).stem, source, segments
 
 
 def work(job: Job) -> list[dict]:
@@ -928,14 +937,14 @@ def pour(job: Job, lines: list[dict], pack: PackWriter, log, person: str | None)
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
-            sync: Path | None = None, isolate: bool = False) -> list[dict]:
+            sync: Path | None = None, isolate: bool = False, template: str = "face") -> list[dict]:
     """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`; manifest.jsonl there has
     a line for each, also returned.
 
     person: who it is in all of them; None: the folder in `folder` says it. sync: file of a sync expert that corrects
-    offsets and drops clips that do not fit. isolate: of the sound the speech alone, what repeats taken down. The pack is
-    the same whatever the number of workers. A killed run goes on where it stopped: behind the last file that the manifest
-    names.
+    offsets and drops clips that do not fit. isolate: of the sound the speech alone, what repeats taken down. template:
+    how faces are cropped, see vision.TEMPLATES. The pack is the same whatever the number of workers. A killed run goes
+    on where it stopped: behind the last file that the manifest names.
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     if find_faces([]) is None:
@@ -945,13 +954,13 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
         lines = [line for line in manifest.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     outcomes = [json.loads(line) for line in lines]
     packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
-    with PackWriter(out, size, "face", keep=packed) as pack, open(manifest, "ab") as log:
+    with PackWriter(out, size, template, keep=packed) as pack, open(manifest, "ab") as log:
         log.truncate(sum(map(len, lines)))
         for left in out.glob(".spool-*"):  # a killed run's; the pack is ours alone
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
             done = [outcome["path"] for outcome in outcomes]
-            jobs = jobs_of(folder, out, Path(spools), done, size=size, sync=sync, isolate=isolate)
+            jobs = jobs_of(folder, out, Path(spools), done, size=size, template=template, sync=sync, isolate=isolate)
             for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
                 pour(job, found, pack, log, person)
                 outcomes += found
@@ -992,6 +1001,8 @@ def main():
     parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
     sizes = dict(type=int, default=128, choices=(32, 64, 128, 256))
     parser.add_argument("--size", **sizes, help="edge of the crops in pixels (default 128)")
+    help = "the crop: face; or ffhq, with more around the face, as published StyleGAN2, pSp and HyperStyle files know it"
+    parser.add_argument("--template", default="face", choices=("face", "ffhq"), help=help)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
     help = "checkpoint of a sync expert (syncnet.py): corrects each clip's offset, drops clips that do not fit"
@@ -1007,7 +1018,8 @@ def main():
         sync_expert(args.check_sync)  # refused now, not in every worker
     begun, person = time.time(), args.videos.absolute().name if args.one_person else None
     try:
-        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync, args.isolate_voice)
+        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync, args.isolate_voice,
+                           args.template)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
     except OSError as error:  # of the output; what cannot be read is a line of the manifest

@@ -49,6 +49,7 @@ from losses import same_person_loss
 from syncnet import HALF, REACH, SPAN, load_sync, revision
 from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
 from vision import (
+    ARCFACE_POINTS,
     check_output,
     checkpoints_dir,
     crop_face,
@@ -334,9 +335,6 @@ def eye_opening(points) -> np.ndarray:
     return np.mean(ratios, 0)
 
 
-# eyes, tip of the nose, corners of the mouth in the 112 px crops that ArcFace was trained on (InsightFace)
-ARCFACE_POINTS = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
-                           (70.7299, 92.2041)])  # fmt: skip
 # the same in the crop of vision.TEMPLATES["face"], as fractions, for want of landmarks: eyes and height of the mouth as
 # there, the rest by ARCFACE_POINTS' proportions
 CROP_POINTS = np.array([(0.302, 0.298), (0.698, 0.298), (0.5, 0.51), (0.336, 0.723), (0.664, 0.723)])

@@ -35,7 +35,7 @@ from torch import nn
 
 from audio import AudioEncoder, InputError
 from data import load_checkpoint
-from stylegan2 import Generator, generator_shape, load_rosinality, load_strictly, n_styles
+from stylegan2 import Generator, generator_shape, load_rosinality, load_strictly, n_styles, refusing
 from vision import (
     GradualStyleEncoder,
     HyperNetwork,
@@ -95,7 +95,7 @@ class Config:
         slim = dict(encoder="slim", hyper="slim", refine=2)
         small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
-        if changes.get("template") == "face" and size < 256:  # ours: real faces are harder than drawn ones
+        if changes.get("template", "toy") != "toy" and size < 256:  # ours: real faces are harder than drawn ones
             face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=())
             face |= dict(picture=min(32, size))
             face |= dict(mouth_dim=24, state_dim=8) if changes.get("motion") != "paper" else {}
@@ -575,12 +575,13 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
             raise InputError(f"{generator}: no generator in it")
         networks = dict(generator=found.get("g_ema", found.get("g"))) | ({"D": found["d"]} if "d" in found else {})
     if encoder:
-        networks["encoder"], decoder = load_encoder(encoder, n_styles(size))
+        dim = networks["generator"].dim if generator else Config.at(size).dim
+        networks["encoder"], decoder = load_encoder(encoder, n_styles(size), dim)
     if hyper and not (generator or decoder):
         decoder, source = parts_of(hyper)[1].get("decoder"), hyper
     shape = generator_shape(decoder, source) if decoder and not generator else {}
     if shape.get("size") == size:
-        networks["generator"] = load_strictly(Generator(**shape), decoder, f"{source}, decoder")
+        networks["generator"] = load_strictly(lambda: Generator(**shape), decoder, f"{source}, decoder")
     changes = {}
     if encoder:
         kind = "w" if isinstance(networks["encoder"], WEncoder) else "psp"
@@ -604,11 +605,8 @@ def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) ->
         InputError: missing, truncated, hostile or wrong-kind file; a network of another shape.
     """
     checkpoint = load_checkpoint(path, kinds)
-    try:
-        model = FCTFG(Config.load(checkpoint["config"]))
-        model.kind = checkpoint["kind"]
-        state = checkpoint["networks" if model.kind == "weights" else "ema"]["model"]
-        model.load_state_dict(state)                                              # fp16 becomes fp32 on the way
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as e:
-        raise InputError(f"{path}: not a network of this version ({str(e).splitlines()[0]})") from None
+    with refusing(path, "not a network of this version"):
+        state = checkpoint["networks" if checkpoint["kind"] == "weights" else "ema"]["model"]
+        model = load_strictly(lambda: FCTFG(Config.load(checkpoint["config"])), state, path)
+    model.kind = checkpoint["kind"]
     return model.to(device).eval()

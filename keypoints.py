@@ -70,6 +70,7 @@ from data import (
 )
 from evaluate import FAN_SCORE, MARGIN, SIDE, by_mediapipe, correlation
 from fusion import pick_device
+from stylegan2 import load_strictly, refusing
 from syncnet import TUNED, load_sync, lr_factor, revision
 from vision import TEMPLATES, VideoWriter, check_output, checkpoints_dir, crop_face
 
@@ -88,7 +89,8 @@ GAP = 62, 66  # middle of the upper and the lower inner lip: the mouth's opening
 FAN_FILE = "2DFAN4-11f355bf06.pth.tar"
 FAN_URL = f"https://www.adrianbulat.com/downloads/python-fan/{FAN_FILE}"
 
-STARTS = {"face": ((0.5, 0.58), 0.9)}  # dlib's box in a crop of this template, middle and side: ours, best of a few
+# dlib's box in a crop of this template, middle and side: ours, best of a few; that of "ffhq" is the same part of the face
+STARTS = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
 
 LONGEST_GAP = 5  # frames, ours: a fifth of a second is bridged; a mouth may open and shut in more
 MOST_MISSING = 0.2  # of a clip
@@ -898,13 +900,10 @@ def new_model(args, mouth: Mouth, parts: dict):
 
 def model_of(checkpoint: dict, path, which: str = "best"):
     """(model, mouth) of a checkpoint; which: "last", "best" or "average" weights. InputError if parts do not fit."""
-    try:
+    with refusing(path, "its networks do not fit this version"):
         config = checkpoint["config"]
-        model = KINDS[config["kind"]](**config["net"])
-        model.load_state_dict(checkpoint["networks"][which])
+        model = load_strictly(lambda: KINDS[config["kind"]](**config["net"]), checkpoint["networks"][which], path)
         return model, Mouth.load(checkpoint["mouth"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: its networks do not fit this version ({str(error).splitlines()[0][:120]})") from None
 
 
 def load_keypoints(path, device, which: str | None = None):

@@ -24,6 +24,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import shutil
 import time
 import uuid
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import requests
 import torch
 import torch.nn.functional as F
@@ -39,8 +41,17 @@ from torch import nn
 from tqdm import tqdm
 
 from audio import InputError, check_file
-from stylegan2 import load_strictly, read_weights
-from vision import at_256, box_slices, checkpoints_dir, resized, trunk_ir_se50
+from stylegan2 import load_strictly, read_weights, refusing
+from vision import (
+    ARCFACE_POINTS,
+    TEMPLATES,
+    box_slices,
+    checkpoints_dir,
+    resized,
+    square_at,
+    trunk_ir_se50,
+    window,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the six terms
@@ -256,14 +267,15 @@ class LPIPS(nn.Module):
     The published file registers its heads twice, as lin0.. and as lins.0..; so does this.
     """
 
+    SCALING = dict(shift=[-0.030, -0.088, -0.188], scale=[0.458, 0.448, 0.450])  # in no file
     ENDS = (4, 9, 16, 23, 30)  # layers of VGG16 in the slices: each tap is the last ReLU of a stage
 
     def __init__(self):
         super().__init__()
         layers = vgg_layers((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
         self.scaling_layer = nn.Module()
-        self.scaling_layer.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
-        self.scaling_layer.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+        for name, value in self.SCALING.items():
+            self.scaling_layer.register_buffer(name, torch.tensor(value)[None, :, None, None])
         self.net = nn.Sequential(OrderedDict(
             (f"slice{k + 1}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in range(start, stop))))
             for k, (start, stop) in enumerate(zip((0,) + self.ENDS, self.ENDS))))
@@ -290,14 +302,16 @@ class LPIPS(nn.Module):
 class ArcFace(nn.Module):
     """Who is it? IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
 
-    As in pSp's identity loss the face is cut from a 256 px picture aligned as FFHQ's and pooled to 112 px. Larger
-    pictures are first pooled to 256 px, as pSp does; smaller ones are enlarged bilinearly (ours: pSp has none).
+    The face is cut so that the eyes and mouth of the pictures' template (see vision.TEMPLATES) lie where the network's
+    own training had them. Of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. The border is
+    repeated where the network wants to see more than there is; smaller pictures are enlarged bilinearly.
     """
 
-    CROP = (slice(35, 223), slice(32, 220))  # rows, columns at 256 px: pSp's "interesting region"
-
-    def __init__(self):
+    def __init__(self, template: str = "ffhq"):
         super().__init__()
+        wanted = np.vstack([ARCFACE_POINTS[:2], ARCFACE_POINTS[3:].mean(0)])               # eyes, middle of the mouth
+        square = square_at(wanted, (TEMPLATES[template].points or TEMPLATES["ffhq"].points))  # drawn faces: FFHQ's (ours)
+        self.left, self.top, self.side = map(round, square)                                # of the picture in the 112 px
         self.input_layer, self.body = trunk_ir_se50()
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(),
                                           nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512))
@@ -305,7 +319,8 @@ class ArcFace(nn.Module):
     def forward(self, x):
         check_pictures(x, 1)
         assert x.shape[2] == x.shape[3], f"pictures are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
-        return self.embed(F.adaptive_avg_pool2d(at_256(x)[:, :, self.CROP[0], self.CROP[1]], 112))
+        x = F.adaptive_avg_pool2d(x, self.side) if x.shape[2] > self.side else resized(x, self.side)
+        return self.embed(window(x, -self.left, -self.top, 112))
 
     def embed(self, x):
         """Faces already cut, (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length"""
@@ -519,58 +534,61 @@ class Inception(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # their weights
 
+# torchvision's VGG files hold a classifier, too
+CLASSIFIER = {f"classifier.{i}.{name}" for i in (0, 3, 6) for name in ("weight", "bias")}
+
+
 def vgg19(device, path: str | Path | None = None) -> VGG19Features:
     """Frozen, with torchvision's weights. path: your copy of the file; None fetches it. InputError: see fetch, load."""
     path = fetch("vgg19", path)
-    state = {k: v for k, v in read_weights(path).items() if not k.startswith("classifier.")}
-    return load(VGG19Features(), state, path, device)
+    state = {k: v for k, v in read_weights(path).items() if k not in CLASSIFIER}
+    return load(VGG19Features, state, path, device)
 
 
 def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
     """Frozen. path: your copy of torchvision's VGG16, heads: of the authors' vgg.pth; None fetches them."""
     path, heads = fetch("vgg16", path), fetch("lpips_heads", heads)
-    judge = LPIPS()
-    state = {f"scaling_layer.{k}": v for k, v in judge.scaling_layer.state_dict().items()}
+    state = {f"scaling_layer.{k}": torch.tensor(v)[None, :, None, None] for k, v in LPIPS.SCALING.items()}
     for key, value in read_weights(path).items():
-        if key.startswith("features."):
-            index = int(key.split(".")[1])
-            part = 1 + sum(index >= end for end in judge.ENDS)
-            state[key.replace("features.", f"net.slice{part}.")] = value
+        index = re.match(r"features\.(\d{1,2})\.", key)
+        if index:
+            part = 1 + sum(int(index[1]) >= end for end in LPIPS.ENDS)
+            key = key.replace("features.", f"net.slice{part}.")
+        if key not in CLASSIFIER:
+            state[key] = value
     for key, value in read_weights(heads).items():                                         # lin0.model.1.weight ..
         state |= {key: value, key.replace("lin", "lins.", 1): value}
-    return load(judge, state, f"{path} with {heads}", device)
+    return load(LPIPS, state, f"{path} with {heads}", device)
 
 
-def arcface(device, path: str | Path | None = None) -> ArcFace:
-    """Frozen. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
+def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
+    """Frozen, for pictures of a crop template. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
     path = fetch("arcface", path)
-    return load(ArcFace(), read_weights(path), path, device)
+    return load(lambda: ArcFace(template), read_weights(path), path, device)
 
 
 def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:
     """Frozen. path: your copy; None fetches it."""
     path = fetch("syncnet_v2", path)
-    return load(SyncNetV2(), read_weights(path), path, device)
+    return load(SyncNetV2, read_weights(path), path, device)
 
 
 def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
     """Frozen. path: your copy; None fetches it. The file is a training checkpoint: weights under 'state_dict'."""
     path = fetch("wav2lip_expert", path)
-    state = read_weights(path).get("state_dict")
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: not the Wav2Lip expert: no 'state_dict' in it")
-    return load(Wav2LipExpert(), state, path, device)
+    with refusing(path, "not the Wav2Lip expert"):
+        return load(Wav2LipExpert, read_weights(path)["state_dict"], path, device)
 
 
 def inception(device, path: str | Path | None = None) -> Inception:
     """Frozen. path: your copy of pytorch-fid's file; None fetches it."""
     path = fetch("inception", path)
-    return load(Inception(), read_weights(path), path, device)
+    return load(Inception, read_weights(path), path, device)
 
 
-def load(judge: nn.Module, state: dict, source, device) -> nn.Module:
-    """Weights into a judge, strictly; it is frozen and put on the device. InputError where any key or shape differs."""
-    return freeze(load_strictly(judge, state, source)).to(device)
+def load(make, state: dict, source, device) -> nn.Module:
+    """The judge that make() builds with its weights, strictly (see load_strictly); it is frozen and put on the device."""
+    return freeze(load_strictly(make, state, source)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

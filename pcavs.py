@@ -45,9 +45,9 @@ import losses
 from audio import FPS, SAMPLES_PER_FRAME, InputError, check_file, filter_bank, load_audio, n_frames, run
 from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint, split, split_options
 from fusion import pick_device
-from losses import identity_loss, load, perceptual_loss, read_weights, reconstruction_loss
+from losses import identity_loss, load, perceptual_loss, reconstruction_loss
 from sample import LOOK_HEIGHT, WAY_OUT, Stopwatch, driving_box, parse_box, photo_box, square_around, there_and_back
-from stylegan2 import StyledConv, ToRGB
+from stylegan2 import StyledConv, ToRGB, load_strictly, read_weights, refusing
 from syncnet import lr_factor, revision, toy_pack
 from toyfaces import TEST, make_pack
 from train import due, finite, memory_gib, pace, reduced_rank_regression, restore_optimiser, update_ema
@@ -493,7 +493,7 @@ def load_published(folder: Path, names="GVEA", config: Config | None = None, dev
             state = {key.removeprefix("module."): v for key, v in state.items()}
         state = {key: v.flatten() if key.endswith("activate.bias") and torch.is_tensor(v) else v
                  for key, v in state.items() if not key.startswith(UNUSED[k])}  # (1, C, 1, 1) there, (C,) here
-        nets[k] = load(classes[k](config), state, path, device)
+        nets[k] = load(lambda make=classes[k]: make(config), state, path, device)
     return nets
 
 
@@ -510,12 +510,8 @@ def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
             setattr(model, k, net)
         return model.eval()
     checkpoint = load_checkpoint(path, "pcavs")
-    try:
-        model = PCAVS(Config.load(checkpoint["config"]))
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v
-                               for k, v in checkpoint["networks"]["model"].items()})
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"{path}: not a network of this version ({str(error).splitlines()[0]})") from None
+    with refusing(path, "not a network of this version"):
+        model = load_strictly(lambda: PCAVS(Config.load(checkpoint["config"])), checkpoint["networks"]["model"], path)
     return model.to(device).eval()
 
 
@@ -1217,7 +1213,7 @@ def train(argv):
     if args.w_vgg:
         nets["vgg"] = losses.vgg19(device)
     if args.w_arcface:
-        nets["arcface"] = losses.arcface(device)
+        nets["arcface"] = losses.arcface(device, None, nets["model"].config.template)
     if saved:
         start = restore(saved, path, nets, ema, optimisers)
     else:

@@ -15,8 +15,11 @@ What differs from the public code:
 """
 
 import argparse
+import contextlib
+import functools
 import math
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -425,47 +428,100 @@ class Discriminator(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # files of other people's training codes
 
-def read_weights(path: str | Path) -> dict:
-    """The dict in a published file; never runs code from it. InputError: damaged, cut short, or more than weights."""
+@contextlib.contextmanager
+def refusing(source, what: str):
+    """A block that reads a file's content: whatever it stumbles over is the file's fault. InputError, one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise InputError(f"{source}: {what} ({one_line(reason)})") from error
+
+
+def one_line(text) -> str:
+    """The beginning of a name or message from a file, fit for a message of ours"""
+    return " ".join(str(text)[:120].split())
+
+
+def read_weights(path: str | Path, map_location="cpu") -> dict:
+    """The dict in a file of weights; never runs code from it. THE reader of published files and of our own.
+
+    Raises InputError: damaged, cut short, more than tensors and plain values; no dict with names; a tensor in it, however
+    deep, that is not dense.
+    """
     path = check_file(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # options beside the weights: names and values
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # options: plain values
+            warnings.simplefilter("ignore")                                           # torch asks to report odd files
+            content = torch.load(path, map_location, weights_only=True)
     except Exception as error:  # whatever torch.load stumbles over here, it is the file
-        raise InputError(f"{path}: damaged, cut short, or no file of weights alone ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
+        code = "global" in str(error).lower()                                         # it names a class or function
+        reason = "holds more than tensors and plain values" if code else "damaged, cut short, or no file of weights"
+        raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of names and weights")
+    if not all(is_dense(item) for item in items(content) if isinstance(item, torch.Tensor)):
+        raise InputError(f"{path}: holds a sparse or empty shell of a tensor, expected dense ones")
     return content
 
 
-def load_strictly(network: nn.Module, state: dict, source) -> nn.Module:
-    """Weights into a network. InputError where any key or shape differs.
+def items(content):
+    """Everything in nested dicts, lists and tuples, each once: a file may hold a list that holds itself"""
+    todo, seen = [content], set()
+    while todo:
+        item = todo.pop()
+        if id(item) not in seen:
+            seen.add(id(item))
+            yield item
+            todo += item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
 
-    BatchNorm's batch counters may be absent (files of 2017 have none); no network here uses them.
+
+def is_dense(value) -> bool:
+    """Whether this is a plain tensor that holds all its numbers. A sparse or meta tensor, or one number seen many times
+    (stride 0), takes a few bytes in a file and any size in memory."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and not (value.is_nested or value.is_quantized or value.is_meta)
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
+def load_strictly(make, state: dict, source) -> nn.Module:
+    """The network that make() builds, with the weights of a state dict: dense tensors of its names and shapes, floating
+    point numbers where its own are.
+
+    It is built without memory first and compared, so widths that make() took from a file cost nothing until the file's
+    tensors fill them. BatchNorm's batch counters may be absent (files of 2017 have none); no network here uses them.
+    InputError where anything differs, or where make() fails.
     """
-    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    given = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
-    wrong = [f"{key} is absent" for key in shapes if key not in given and not key.endswith("num_batches_tracked")]
-    wrong += [f"{key} is unknown" for key in given if key not in shapes]
-    wrong += [f"{key} is {given[key]}, expected {shapes[key]}" for key in shapes
-              if key in given and given[key] != shapes[key]]
+    def form(value):
+        return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
+
+    with refusing(source, "its sizes fit no network of this version"), torch.device("meta"):
+        network = make()
+    name, expected = type(network).__name__, {key: form(value) for key, value in network.state_dict().items()}
+    if not isinstance(state, dict):
+        raise InputError(f"{source}: holds a {type(state).__name__} in place of the weights of {name}")
+    given = {key: form(value) if is_dense(value) else "no dense tensor" for key, value in state.items()}
+    wrong = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    wrong += [f"{one_line(key)} is unknown" for key in given if key not in expected]
+    wrong += [f"{key} is {given[key]}, expected {form}" for key, form in expected.items() if given.get(key, form) != form]
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise InputError(f"{source}: not the weights of {type(network).__name__}: {wrong[0]}{more}")
-    network.load_state_dict(state, strict=False)
+        raise InputError(f"{source}: not the weights of {name}: {wrong[0]}{more}")
+    network = make()
+    network.load_state_dict(state, strict=False)                                      # fp16 becomes fp32 on the way
     return network
 
 
 def generator_shape(state: dict, source) -> dict:
     """The arguments of `Generator` that fit rosinality's state dict. InputError: it is none, or of no such widths."""
-    try:
+    with refusing(source, "not the weights of a StyleGAN2 generator"):
         pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
         layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
         widths = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
         dim, n_mlp = state["style.1.weight"].shape[1], sum(f"style.{i}.weight" in state for i in range(1, 100))
-    except (KeyError, AttributeError, IndexError) as error:
-        raise InputError(f"{source}: not the weights of a StyleGAN2 generator ({error})") from None
-    return dict(size=4 * 2 ** pairs, dim=dim, n_mlp=n_mlp, **channel_shape(widths, source))
+        return dict(size=4 * 2 ** pairs, dim=dim, n_mlp=n_mlp, **channel_shape(widths, source))
 
 
 def channel_shape(widths: list, source) -> dict:
@@ -499,20 +555,21 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
     for name, state in states.items():
         source = f"{path}, '{name}'"
         if name == "d":
-            blocks = sum(key.endswith(".skip.1.weight") for key in state)
-            try:
+            with refusing(source, "not the weights of a StyleGAN2 discriminator"):
+                blocks = sum(key.endswith(".skip.1.weight") for key in state)
                 widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
                 widths = [state["final_linear.1.weight"].shape[1], *widths]
-            except (KeyError, AttributeError, IndexError) as error:
-                raise InputError(f"{source}: not the weights of a StyleGAN2 discriminator ({error})") from None
-            networks[name] = Discriminator(2 ** (blocks + 2), **channel_shape(widths, source))
+                network, shape = Discriminator, dict(size=2 ** (blocks + 2), **channel_shape(widths, source))
         else:
-            networks[name] = Generator(**generator_shape(state, source))
-        if size not in (None, networks[name].size):
-            raise InputError(f"{source}: a network for {networks[name].size} px, these are {size} px")
-        load_strictly(networks[name], state, source)
-    if isinstance(content.get("latent_avg"), torch.Tensor):  # in converted files
-        networks["latent_avg"] = content["latent_avg"]
+            network, shape = Generator, generator_shape(state, source)
+        if size not in (None, shape["size"]):
+            raise InputError(f"{source}: a network for {shape['size']} px, these are {size} px")
+        networks[name] = load_strictly(functools.partial(network, **shape), state, source)
+    mean, dims = content.get("latent_avg"), {net.dim for net in networks.values() if isinstance(net, Generator)}
+    if isinstance(mean, torch.Tensor):  # in converted files
+        if not mean.is_floating_point() or dims and mean.shape not in {(dim,) for dim in dims}:
+            raise InputError(f"{path}: latent_avg is {tuple(mean.shape)}, expected one number a dimension of w")
+        networks["latent_avg"] = mean
     return networks
 
 

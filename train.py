@@ -40,10 +40,11 @@ from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_chec
 from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
 from keypoints import Landmarks, mouth_shape
 from stylegan2 import Discriminator, mix_styles
-from syncnet import load_sync, revision, sync_loss, toy_pack
-from vision import TEMPLATES, VideoWriter, mask_mouth, small_picture, to_tensor, to_uint8
+from syncnet import SyncNetV2Expert, load_sync, revision, sync_loss, toy_pack
+from vision import TEMPLATES, VideoWriter, mask_mouth, recrop, small_picture, to_tensor, to_uint8
 
 CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches
+PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default; below, small stand-ins
 WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
 
 
@@ -63,12 +64,13 @@ def parse(argv=None):
     p.add_argument("--motion", default="direct", choices=("direct", "paper"),
                    help="form of the motion encoder, see fusion.py")
     p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
-    p.add_argument("--sync", help="sync expert for stage 3: checkpoint, wav2lip, or a copy of that (.pth); "
-                   "default: sync.pt in --out")
+    p.add_argument("--sync", help="sync expert for stage 3: a file of ours; wav2lip or syncnet_v2, which are fetched; or "
+                   "your copy (.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
     # published files that stand in for what is trained here, and for downloads
     p.add_argument("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
     p.add_argument("--encoder", help="pSp's checkpoint (the first styles of a larger one), HyperStyle's W encoder, "
-                   "or ArcFace's IR-SE50 for the trunk alone; with --generator in place of stage 2")
+                   "or ArcFace's IR-SE50 for the trunk alone (default at 256 px in stage 2); with --generator in place "
+                   "of stage 2")
     p.add_argument("--hyper", help="HyperStyle's checkpoint; its generator is taken if no other is given")
     p.add_argument("--vgg", help="your copy of VGG19 for --w-vgg")
     p.add_argument("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="your copies of LPIPS's two files for --w-lpips")
@@ -92,9 +94,11 @@ def parse(argv=None):
             ("orth", 0.1, "orthogonality"), ("sync", 0.3, "sync"),
             ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
             ("l2", 0.0, "squared error. pSp and HyperStyle: --w-l2 1 --w-lpips .8 --w-arcface .1, all others 0"),
-            ("vgg", 0.0, "perceptual, VGG19 (downloads it)"), ("lpips", 0.0, "perceptual, LPIPS on VGG16 (downloads it)"),
-            ("arcface", 0.0, "identity, ArcFace in place of the small judge (downloads it)"),
-            ("feat", 0.2, "perceptual, features of stage 1's discriminator"),
+            ("vgg", None, "perceptual, VGG19 (downloads it); default: 0.2 from 128 px on, else 0"),
+            ("lpips", 0.0, "perceptual, LPIPS on VGG16 (downloads it)"),
+            ("arcface", None, "identity, ArcFace in place of the small judge, and start of pSp's trunk (downloads it); "
+             "default: 0.1 from 128 px on, else 0"),
+            ("feat", None, "perceptual, features of stage 1's discriminator; default: 0.2 without --w-vgg, else 0"),
             ("adv", None, "adversarial; default: 0.01 in stage 3, and with photos in stage 2, else 0"),
             ("around", 1.0, "photos with another mouth: L1 around it"),
             ("obey", None, "and the code read back; default: 0.5, 0.3 in stage 3, where landmarks taught it, "
@@ -120,6 +124,10 @@ def parse(argv=None):
     args.given = [k for k, v in vars(p.parse_args(argv, unset)).items() if v is not None]
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
     args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
+    papers = args.size >= PAPERS_JUDGES
+    args.w_vgg = 0.2 * papers if args.w_vgg is None else args.w_vgg
+    args.w_arcface = 0.1 * papers if args.w_arcface is None else args.w_arcface
+    args.w_feat = 0.2 * (not args.w_vgg) if args.w_feat is None else args.w_feat
     args.w_adv = 0.01 * (args.stage == 3 or bool(args.photos)) if args.w_adv is None else args.w_adv
     return args
 
@@ -199,7 +207,7 @@ def forward_stage3(nets, batch, args):
             told[1::2] = math.nan
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], CONTEXT, told)
     out = dict(shape=shape, real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
-               mel=middle(batch["mel"], 1)[:, 0])                                      # of the window's middle frame
+               mel=batch["mfcc"] if "mfcc" in batch else middle(batch["mel"], 1)[:, 0])  # of the window's middle frame
     return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
@@ -313,7 +321,8 @@ def terms_stage3(nets, out, args):
     if args.w_adv and adversarial(out):
         terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](judged(out))))
     if args.w_sync and out["frames"].shape[1] == WINDOW:
-        terms["sync"] = sync_loss(nets["sync"], out["frames"], out["mel"])
+        seen = recrop(out["frames"], nets["model"].config.template, nets["sync"].template)
+        terms["sync"] = sync_loss(nets["sync"], seen, out["mel"])
     return terms
 
 
@@ -624,7 +633,7 @@ def collect_idle(model, pack, chosen, device):
 def build(args, data, device, saved=None):
     """Networks of the stage, from nothing, from the stage before or published files, or as they were saved
     -> (nets, ema). nets["model"] is what is trained. data: of `training_sets`."""
-    changes, parts = ({}, {}) if saved else published(args.size, args.generator, args.encoder, args.hyper)
+    changes, parts = ({}, {}) if saved else published(args.size, args.generator, trunk(args), args.hyper)
     before = None
     if args.stage > 1 and not saved and (args.init or "generator" not in parts):
         path = args.init or os.path.join(args.out, f"stage{args.stage - 1}.pt")
@@ -837,9 +846,8 @@ def main(argv=None):
         raise InputError(f"{args.out}: no directory to write to ({error.strerror})") from None
     if os.path.exists(checkpoint_path) and not (args.resume or args.overwrite):
         raise InputError(f"{checkpoint_path} exists: --resume continues it, --overwrite starts anew")
-    sync = None
-    if args.stage == 3 and args.w_sync:
-        sync = load_sync(args.sync or os.path.join(args.out, "sync.pt"), device, args.size)
+    sync = expert_for(args, device)
+    judges = published_judges(args, device, Pack(args.data).template if args.data else "toy")
     pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
     if pack.size != args.size:
         raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
@@ -853,7 +861,7 @@ def main(argv=None):
     if args.w_obey is None:
         args.w_obey = ((0.1, 0.03), (0.5, 0.3))[model.config.landmarks][args.stage == 3]
     nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
-    nets |= published_judges(args, device)
+    nets |= judges
     hyper_from = args.steps - round(args.hyper_share * args.steps) if args.stage == 2 else args.steps + 1
     start = 0
     if saved:
@@ -870,7 +878,8 @@ def main(argv=None):
         turns = 2 if args.w_sync else 1
         windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
         singles = (1, max(1, args.batch // (2 if args.photos else 1)), start // turns)  # half of these are photos
-        data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2, clips=sets["clips"]),
+        mfcc = see // 2 if getattr(sync, "hears_mfcc", False) else None
+        data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2, clips=sets["clips"], mfcc=mfcc),
                         B, first, args.workers) for T, B, first in (windows, singles)[-turns:]]
         photos = batches(sets["photos"], singles[1], singles[2], args.workers) if args.photos else None
     else:
@@ -991,16 +1000,44 @@ def lr_factor(step, args):
     return min(1.0, (step - a + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - a) / max(1, b - a))))
 
 
-def published_judges(args, device) -> dict:
-    """The frozen judges that a weight asks for, from the user's files or fetched"""
+def published_judges(args, device, template) -> dict:
+    """The frozen judges that a weight asks for, from the user's files or fetched, for crops of a template"""
     judges = {}
-    if args.w_vgg:
-        judges["vgg"] = losses.vgg19(device, args.vgg)
-    if args.w_lpips:
-        judges["lpips"] = losses.lpips(device, *(args.lpips or ()))
-    if args.w_arcface:
-        judges["arcface"] = losses.arcface(device, args.arcface)
+    if args.stage > 1 and args.w_vgg:
+        judges["vgg"] = unless("--w-vgg 0", losses.vgg19, device, args.vgg)
+    if args.stage > 1 and args.w_lpips:
+        judges["lpips"] = unless("--w-lpips 0", losses.lpips, device, *(args.lpips or ()))
+    if args.stage > 1 and args.w_arcface:
+        judges["arcface"] = unless("--w-arcface 0", losses.arcface, device, args.arcface, template)
     return judges
+
+
+def unless(flag, make, *options):
+    """make(*options), whose complaint about a file ends with the flag that does without it"""
+    try:
+        return make(*options)
+    except InputError as error:
+        raise InputError(f"{error}; {flag} does without") from None
+
+
+def expert_for(args, device):
+    """Stage 3's sync expert: that of --sync, else the trained one in --out, else, from 128 px on, Wav2Lip's"""
+    if args.stage < 3 or not args.w_sync:
+        return None
+    path = args.sync or os.path.join(args.out, "sync.pt")
+    if not args.sync and args.data and args.size >= PAPERS_JUDGES and not os.path.exists(path):
+        path = "wav2lip"
+    if path == "syncnet_v2" or path.endswith(".model"):
+        print("SyncNet v2 is the judge: evaluate.py's LSE, which it scores, is no independent measure of this network")
+        own = None if path == "syncnet_v2" else path
+        return SyncNetV2Expert(unless("--w-sync 0", losses.syncnet_v2, device, own))
+    return unless("--w-sync 0", load_sync, path, device, args.size)
+
+
+def trunk(args):
+    """--encoder, or where pSp's encoder starts from nothing the file of ArcFace's trunk, as in pSp"""
+    starts = args.stage == 2 and not args.encoder and args.w_arcface and Config.at(args.size).encoder == "psp"
+    return losses.fetch("arcface", args.arcface) if starts else args.encoder
 
 
 def save(path, step, nets, ema, opt_g, opt_d, args):

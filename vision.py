@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declared_seconds, decoder, ffmpeg_path, why
-from stylegan2 import EqualLinear, load_strictly, read_weights
+from stylegan2 import EqualLinear, load_strictly, one_line, read_weights, refusing
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -339,7 +339,50 @@ TEMPLATES = {
     "face": Template(mouth=(0.10, 0.54, 0.90, 1.0), eyes=(0.14, 0.18, 0.86, 0.42),
                      lips=(0.22, 0.58, 0.78, 0.94), side=1.04, shift=(0, -0.015),
                      points=((0.302, 0.298), (0.698, 0.298), (0.5, 0.723))),
+    # FFHQ's alignment (Karras et al. 2019), which published generators and pSp know; ours does not rotate. The points are
+    # those of FFHQ faces in facexlib, made symmetric; the boxes are those of "face", brought to these points
+    "ffhq": Template(mouth=(0.25, 0.61, 0.75, 0.92), eyes=(0.28, 0.39, 0.72, 0.55),
+                     lips=(0.33, 0.64, 0.67, 0.86), side=1.7, shift=(0, -0.17),
+                     points=((0.377, 0.469), (0.623, 0.469), (0.5, 0.725))),
 }
+# what SyncNet v2 sees, 1.4 times a detection and lower (Chung & Zisserman's crops); no template of packs
+TEMPLATES["syncnet"] = Template(mouth=(0.2, 0.38, 0.8, 0.72), eyes=(0.23, 0.11, 0.77, 0.29),
+                                lips=(0.29, 0.41, 0.71, 0.67), side=1.4, shift=(0, 0.2),
+                                points=((0.353, 0.196), (0.647, 0.196), (0.5, 0.512)))
+# eyes, tip of the nose, corners of the mouth in the 112 px crops that ArcFace was trained on (InsightFace)
+ARCFACE_POINTS = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
+                           (70.7299, 92.2041)])  # fmt: skip
+
+
+def square_at(points, wanted) -> tuple[float, float, float]:
+    """x, y, side of the square in which `wanted`, (K, 2) as fractions of it, lie nearest to points (K, 2): least squares,
+    no rotation."""
+    points, wanted = np.asarray(points, float), np.asarray(wanted, float)
+    spread = wanted - wanted.mean(0)
+    side = (spread * points).sum() / (spread**2).sum()
+    return (*(points.mean(0) - side * wanted.mean(0)), side)
+
+
+def square_within(template: str, wanted: str) -> tuple[float, float, float]:
+    """x, y, side of the crop `wanted` as fractions of the crop `template`; all of it where one of them has no points"""
+    a, b = TEMPLATES[template].points, TEMPLATES[wanted].points
+    return square_at(a, b) if a and b else (0.0, 0.0, 1.0)
+
+
+def window(x: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
+    """(.., H, W) -> (.., side, side), what is seen from column `left` and row `top` on; the border repeated beyond x"""
+    rows, cols = (torch.arange(first, first + side, device=x.device).clamp(0, edge - 1)
+                  for first, edge in ((top, x.shape[-2]), (left, x.shape[-1])))
+    return x.index_select(-2, rows).index_select(-1, cols)
+
+
+def recrop(frames: torch.Tensor, template: str, wanted: str) -> torch.Tensor:
+    """Crops (.., 3, H, H) of one template -> what the crop `wanted` would show, at the same size."""
+    H = frames.shape[-1]
+    left, top, side = (round(H * v) for v in square_within(template, wanted))
+    if (left, top, side) == (0, 0, H):
+        return frames
+    return resized(window(frames, left, top, side).flatten(0, -4), H).unflatten(0, frames.shape[:-3])
 
 
 def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torch.Tensor:
@@ -526,11 +569,8 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
     x0, y0, x1, y1 = faces[number - 1][:4]
     t, points = TEMPLATES[template], np.reshape(faces[number - 1][5:], (-1, 2))
     if len(points) and t.points:
-        wanted = np.array(t.points)
-        spread = wanted - wanted.mean(0)
-        side = (spread * points).sum() / (spread**2).sum()  # pixels of the crop's edge
+        x, y, side = square_at(points, t.points)  # side: pixels of the crop's edge
         if side > 0:
-            x, y = points.mean(0) - side * wanted.mean(0)
             return (float(x), float(y), float(x + side), float(y + side))
     unit = max(x1 - x0, y1 - y0)
     x, y = (x0 + x1) / 2 + t.shift[0] * unit, (y0 + y1) / 2 + t.shift[1] * unit
@@ -958,6 +998,7 @@ def parts_of(path: str | Path) -> tuple[dict, dict]:
     """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, {part: its state dict}).
 
     The parts are "encoder", "hypernet", "decoder", as far as the file has them; of a file with bare keys "".
+    InputError: see read_weights; weights that belong to no part beside those that do.
     """
     content = read_weights(path)
     state, parts = content.get("state_dict", content), {}
@@ -967,14 +1008,22 @@ def parts_of(path: str | Path) -> tuple[dict, dict]:
         part, _, rest = str(key).partition(".")
         part, rest = (part, rest) if part in ("encoder", "hypernet", "decoder") else ("", str(key))
         parts.setdefault(part, {})[rest] = value
+    if "" in parts and len(parts) > 1:
+        raise InputError(f"{path}: {one_line(next(iter(parts['']))) or 'a nameless weight'} is unknown beside "
+                         f"{' and '.join(part for part in parts if part)}")
     return content if "state_dict" in content else {}, parts
 
 
-def load_encoder(path: str | Path, L: int) -> tuple[nn.Module, dict | None]:
+# ArcFace's last layers, which a trunk does without
+EMBEDDING = re.compile(r"output_layer\.[034]\.(weight|bias|running_mean|running_var|num_batches_tracked)")
+
+
+def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, dict | None]:
     """pSp's encoder, or HyperStyle's W encoder, for L styles, from a file of their authors.
 
     Of a file with more styles (1024 px: 18) the first L are taken, which are the same layers' of a smaller generator.
-    ArcFace's IR-SE50 is taken, too: it gives the trunk alone, from which pSp's training starts.
+    ArcFace's IR-SE50 is taken, too: it gives the trunk alone, from which pSp's training starts, with heads for codes of
+    `dim` numbers.
 
     Returns:
         (encoder, the decoder's state dict or None). encoder.latent_avg is NaN where the file has none: estimate it.
@@ -983,23 +1032,29 @@ def load_encoder(path: str | Path, L: int) -> tuple[nn.Module, dict | None]:
         InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
     """
     beside, parts = parts_of(path)
-    state, arcface = parts.get("encoder") or parts.get("", {}), False
-    try:
-        width, arcface = len(state["input_layer.0.weight"]), "output_layer.3.weight" in state
-        last = "output_layer.3" if arcface else "styles.0.linear" if "styles.0.linear.weight" in state else "linear"
-        dim = len(state[f"{last}.weight"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: no encoder of pSp or HyperStyle, and no ArcFace: no {error} in it") from None
-    encoder = (WEncoder if last == "linear" else GradualStyleEncoder)(L, dim, width)
-    if arcface:
-        trunk = {key: value for key, value in state.items() if not key.startswith("output_layer.")}
-        state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("input_layer.", "body."))} | trunk
-    surplus = tuple(f"styles.{i}." for i in range(L, 18))                      # 18: the styles of 1024 px
-    state = {key: value for key, value in state.items() if not key.startswith(surplus)}
-    mean = beside.get("latent_avg")
-    mean = mean.float().reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
-    state["latent_avg"] = mean.expand(L, -1) if len(mean) == 1 else mean[:L]   # (1, D): a file made in W
-    return load_strictly(encoder, state, path), parts.get("decoder")
+    state = parts.get("encoder") or parts.get("", {})
+    with refusing(path, "no encoder of pSp or HyperStyle, and no ArcFace"):
+        width = len(state["input_layer.0.weight"])
+        if "output_layer.3.weight" in state:
+            trunk = {key: value for key, value in state.items() if not EMBEDDING.fullmatch(key)}
+            trunk = load_strictly(
+                lambda: nn.ModuleDict(zip(("input_layer", "body"), trunk_ir_se50(width))), trunk, f"{path}, ArcFace")
+            encoder = GradualStyleEncoder(L, dim, width)
+            encoder.load_state_dict(trunk.state_dict(), strict=False)
+            encoder.latent_avg.fill_(torch.nan)
+            return encoder, None
+        kind, last = WEncoder, "linear.weight"
+        if "styles.0.linear.weight" in state:
+            kind, last = GradualStyleEncoder, "styles.0.linear.weight"
+        dim, mean = len(state[last]), beside.get("latent_avg")
+        styles = max(L, sum(f"styles.{i}.linear.weight" in state for i in range(18)))  # 18: those of 1024 px
+        mean = mean.reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
+        mean = mean.repeat(styles, 1) if len(mean) == 1 else mean[:styles]             # (1, D): a file made in W
+    encoder = load_strictly(lambda: kind(styles, dim, width), state | dict(latent_avg=mean), path)
+    encoder.latent_avg = encoder.latent_avg[:L].clone()
+    if kind is GradualStyleEncoder:
+        encoder.styles = encoder.styles[:L]
+    return encoder, parts.get("decoder")
 
 
 def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, dict | None]:
@@ -1008,9 +1063,8 @@ def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, d
     layers: (O, I) of each 3x3 layer of the generator. InputError: as load_encoder; made for another generator.
     """
     _, parts = parts_of(path)
-    state = parts.get("hypernet")
-    if not state or "conv1.weight" not in state:
-        raise InputError(f"{path}: no HyperStyle checkpoint: no 'hypernet.' weights in it")
-    form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
-    network = HyperStyleNet(layers, form, width=len(state["conv1.weight"]))
-    return load_strictly(network, state, path), form, parts.get("decoder")
+    state = parts.get("hypernet", {})
+    with refusing(path, "no HyperStyle checkpoint"):
+        width = len(state["conv1.weight"])
+        form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
+    return load_strictly(lambda: HyperStyleNet(layers, form, width), state, path), form, parts.get("decoder")

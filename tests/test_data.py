@@ -546,14 +546,14 @@ REFUSED = {
     "missing": "no such file",
     "directory": "is a directory",
     "empty": "empty",
-    **{f"truncated {share}": "truncated or no checkpoint" for share in (1, 30, 70, 99)},
-    "damaged": "truncated or no checkpoint",
-    "text": "truncated or no checkpoint",
+    **{f"truncated {share}": "damaged, cut short" for share in (1, 30, 70, 99)},
+    "damaged": "damaged, cut short",
+    "text": "damaged, cut short",
     "hostile": "holds more than tensors",
-    "hostile pickle": "holds more than tensors|no checkpoint at all",
+    "hostile pickle": "holds more than tensors|damaged, cut short",
     "a network": "holds more than tensors",
     "state_dict": "was not written by this package",
-    "list": "was not written by this package",
+    "list": "holds a list",
     "tensor kind": "was not written by this package",
     "other kind": "is a 'weights' checkpoint; expected a 'stage1 or stage2' checkpoint",
     "other format": "has format 2",
@@ -768,6 +768,29 @@ def photos(tmp_path, monkeypatch):
         Image.fromarray(picture).save(folder / name)
     (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     return folder
+
+
+def test_mfcc_of_a_window_are_those_of_the_whole_clip(tmp_path):
+    wav = noise(40, 5)
+    with data.PackWriter(tmp_path / "pack", 16, "toy") as pack:
+        pack.add(drawn(40, 16), wav, "a", "a")
+    pack = Pack(tmp_path / "pack")
+    clips, whole = Clips(pack, 9, seed=1, mfcc=2), audio.mfcc(pack.sound(0))
+    for item in (clips[n] for n in range(5)):
+        first = 4 * (int(item["frames"][0]) + 2)  # the window's third frame
+        np.testing.assert_allclose(item["mfcc"], whole[:, first : first + 20], rtol=1e-5, atol=1e-4)
+    assert "mfcc" not in Clips(pack, 9, seed=1)[0]
+
+
+def test_a_pack_is_cropped_by_the_template_that_it_records(videos, tmp_path):
+    for template in ("face", "ffhq"):
+        out = tmp_path / f"{videos.name}-{template}"
+        data.prepare(videos, out, 32, template=template)
+        assert Pack(out).template == template
+    small, large = (Pack(tmp_path / f"{videos.name}-{template}").box[0] for template in ("face", "ffhq"))
+    assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # as the distance of the eyes
+    with pytest.raises(InputError, match="holds a pack|other options"):
+        data.prepare(videos, tmp_path / f"{videos.name}-ffhq", 32, template="face")
 
 
 def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):

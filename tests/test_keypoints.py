@@ -856,11 +856,11 @@ def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeyp
     ("sample words.txt", "is not a sound file"),
     ("sample", "give a sound file, or --text"),
     ("sample --text hello", "needs --units"),
-    ("sample --text hello --units words.txt", "truncated or no checkpoint"),
+    ("sample --text hello --units words.txt", "damaged, cut short"),
     ("sample good.wav --out there.mp4", "exists; give --overwrite"),
     ("sample good.wav --out new.avi", "must end in .mp4"),
     ("sample good.wav --out no/where.mp4", "no such directory"),
-    ("sample good.wav --weights words.txt", "truncated or no checkpoint"),
+    ("sample good.wav --weights words.txt", "damaged, cut short"),
     ("sample good.wav --weights other.pt", "is a 'syncnet' checkpoint"),
     ("sample good.wav --weights empty.pt", "do not fit this version"),
     ("sample good.wav --size 8", "must lie between 32 and 2048"),
@@ -875,7 +875,7 @@ def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeyp
     ("extract nowhere --mediapipe a --dlib b", "give one of them"),
     ("units --data nowhere --out u.pt", "needs --words"),
     ("show other.pt", "is a 'syncnet' checkpoint"),
-    ("evaluate words.txt", "truncated or no checkpoint"),
+    ("evaluate words.txt", "damaged, cut short"),
 ])
 def test_what_the_user_got_wrong_is_said_in_one_line(command, message, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,24 +1,31 @@
 """Loss terms with known answers, the published judges against naive float64 references, the downloader against a
 server."""
 
+import contextlib
 import errno
 import hashlib
 import math
 import multiprocessing
 import os
 import pickle
+import random
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import losses
+import vision
 from audio import InputError
+from fusion import FCTFG, Config, load_model, published
+from stylegan2 import Discriminator, Generator, items, load_rosinality
+from syncnet import SyncNet, load_sync
 
 FORMATS = Path(__file__).parent.parent.parent / "shared" / "formats"  # key lists of the published files, where present
 
@@ -426,26 +433,48 @@ def naive_arcface(s, x):
     return x / x.norm(dim=1, keepdim=True)
 
 
-def test_arcface_is_ir_se50_of_psps_crop(judges):
-    x = torch.rand(2, 3, 256, 256) * 2 - 1
-    crop, faces = x[:, :, 35:223, 32:220].double(), torch.zeros(2, 3, 112, 112, dtype=torch.float64)
-    for i in range(112):  # adaptive pooling, written out: cells from floor(i 188/112) to ceil((i + 1) 188/112)
-        rows = crop[:, :, i * 188 // 112:-(-(i + 1) * 188 // 112)].mean(2)
-        for j in range(112):
-            faces[:, :, i, j] = rows[:, :, j * 188 // 112:-(-(j + 1) * 188 // 112)].mean(2)
-    close(judges["arcface"](x), naive_arcface(double(judges["arcface"]), faces))
+FFHQ = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
+                 (313.08905, 371.15118)]) / 512  # fmt: skip
+# (facexlib's five points of an FFHQ face, as fractions of the picture)
+
+
+@pytest.mark.parametrize("template", ["face", "ffhq"])
+def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
+    judge = losses.ArcFace(template)
+    x, y, side = vision.square_within("ffhq", template)
+    five = (FFHQ - [x, y]) / side  # in the crop of this template
+    np.testing.assert_allclose(five * judge.side + [judge.left, judge.top], vision.ARCFACE_POINTS, atol=3.2)  # of 112 px
+    three = np.array(vision.TEMPLATES[template].points) * judge.side + [judge.left, judge.top]
+    wanted = np.vstack([vision.ARCFACE_POINTS[:2], vision.ARCFACE_POINTS[3:].mean(0)])
+    np.testing.assert_allclose(three, wanted, atol=2.5)
+    if template == "ffhq":  # pSp's "interesting region" of 256 px: columns 32 .. 220, rows 35 .. 223
+        box = 256 / judge.side * np.array([-judge.left, -judge.top, 112 - judge.left, 112 - judge.top])
+        np.testing.assert_allclose(box, (32, 35, 220, 223), atol=4)
+
+
+@pytest.mark.parametrize("template", ["face", "ffhq"])
+def test_arcface_is_ir_se50_of_its_templates_crop(judges, template):
+    judge, x = losses.ArcFace(template).eval(), torch.rand(2, 3, 256, 256) * 2 - 1
+    judge.load_state_dict(judges["arcface"].state_dict())
+    n, small = judge.side, torch.zeros(2, 3, judge.side, judge.side, dtype=torch.float64)
+    for i in range(n):  # adaptive pooling, written out: cells from floor(i 256/n) to ceil((i + 1) 256/n)
+        rows = x[:, :, i * 256 // n:-(-(i + 1) * 256 // n)].double().mean(2)
+        for j in range(n):
+            small[:, :, i, j] = rows[:, :, j * 256 // n:-(-(j + 1) * 256 // n)].mean(2)
+    faces = torch.zeros(2, 3, 112, 112, dtype=torch.float64)
+    for i in range(112):
+        for j in range(112):  # beyond the picture its border
+            row, column = (min(max(k - first, 0), n - 1) for k, first in ((i, judge.top), (j, judge.left)))
+            faces[:, :, i, j] = small[:, :, row, column]
+    close(judge(x), naive_arcface(double(judge), faces))
 
 
 def test_arcface_takes_any_square_size_and_looks_at_its_crop_only(judges):
-    judge, big = judges["arcface"], torch.rand(1, 3, 512, 512) * 2 - 1
-    small = big.unflatten(2, (256, 2)).unflatten(4, (256, 2)).mean((3, 5))
-    x = small.clone().requires_grad_()
+    judge, x = judges["arcface"], torch.rand(1, 3, 256, 256, requires_grad=True)
     e = judge(x)
-    assert torch.allclose(judge(big), e, atol=1e-5)
     e[:, :7].sum().backward()
-    outside = x.grad.clone()
-    outside[:, :, 35:223, 32:220] = 0
-    assert outside.abs().max() == 0 and (x.grad[:, :, 35:223, 32:220].abs().sum(1) > 0).all()
+    seen = x.grad.abs().sum((0, 1)) > 0
+    assert seen[40:215, 40:215].all() and not seen[:28].any() and not seen[:, :28].any() and not seen[:, 225:].any()
     e = judge(torch.rand(2, 3, 40, 40))
     assert e.shape == (2, 512) and torch.allclose(e.norm(dim=1), torch.ones(2), atol=1e-5)
     with pytest.raises(AssertionError, match="square"):
@@ -627,10 +656,10 @@ def test_other_keys_or_shapes_are_refused_in_one_line_that_names_them(judges):
     cases = (({k: v for k, v in state.items() if k != key}, f"{key} is absent"),
              (state | {"module.x": torch.zeros(2)}, "module.x is unknown"),
              (state | {key: torch.zeros(1024, 511)}, r"\(1024, 511\), expected \(1024, 512\)"),
-             (state | {key: 7}, "no tensor"), ({}, "and .* more"))
+             (state | {key: 7}, "no dense tensor"), ({}, "and .* more"))
     for wrong, message in cases:
         with pytest.raises(InputError, match=f"some.pth: not the weights of SyncNetV2: .*{message}"):
-            losses.load(losses.SyncNetV2(), wrong, "some.pth", "cpu")
+            losses.load(losses.SyncNetV2, wrong, "some.pth", "cpu")
 
 
 class Hostile:
@@ -657,6 +686,116 @@ def test_hostile_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, mon
     torch.save({"netG": {}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="state_dict"):
         losses.wav2lip_expert("cpu", tmp_path / "other.pth")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# every reader of files against files that are not quite right
+
+
+def plain(network):
+    return dict(network.state_dict())
+
+
+NARROW = dict(dim=24, n_mlp=2, base=256, cap=32)
+LAYERS = [(32, 32), (32, 32), (16, 32)]
+
+
+def specimen(name):
+    """The content of a small good file, its reader, and how many spoiled copies are tried (fewer of slow ones)"""
+    torch.manual_seed(0)
+    if name == "stylegan2":
+        G, D = Generator(16, **NARROW), Discriminator(16, base=256, cap=32)
+        content = dict(g_ema=plain(G), d=plain(D), latent_avg=torch.ones(24))
+        return content, lambda path: load_rosinality(path, 16), 40
+    if name in ("psp", "trunk"):
+        state = plain(vision.GradualStyleEncoder(6, dim=24, width=16))
+        if name == "trunk":
+            trunk = {k: v for k, v in state.items() if k.startswith(("input_layer.", "body."))}
+            return trunk | {"output_layer.3.weight": torch.ones(9, 9)}, lambda path: vision.load_encoder(path, 6), 6
+        del state["latent_avg"]
+        state = {f"encoder.{k}": v for k, v in state.items()}
+        state |= {f"decoder.{k}": v for k, v in plain(Generator(16, **NARROW)).items()}
+        content = dict(state_dict=state, latent_avg=torch.ones(6, 24), opts={})
+        return content, lambda path: published(16, encoder=path), 8
+    if name == "hyperstyle":
+        state = plain(vision.HyperStyleNet(LAYERS, "shared", width=4))
+        content = dict(state_dict={f"hypernet.{k}": v for k, v in state.items()})
+        return content, lambda path: vision.load_hypernet(path, LAYERS), 10
+    if name == "weights":
+        more = dict(encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5)
+        model = FCTFG(Config.at(16, **NARROW, **more))
+        content = dict(kind=name, format=1, config=vars(model.config), networks=dict(model=plain(model)))
+        return content, load_model, 40
+    if name == "sync":
+        net = dict(size=16, dim=32, width=0.125)
+        state, config = plain(SyncNet(**net)), dict(net=net, template="toy")
+        content = dict(kind="syncnet", format=1, config=config, networks=dict(expert=state))
+        return content, lambda path: load_sync(path, "cpu"), 60
+    part = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}  # whole ones hold 80 MB and more
+    if name == "wav2lip":
+        return dict(state_dict=part), lambda path: losses.wav2lip_expert("cpu", path), 30
+    if name == "vgg":
+        return part | {"classifier.0.bias": torch.ones(2)}, lambda path: losses.vgg19("cpu", path), 60
+    return part, lambda path: losses.lpips("cpu", path, path), 30
+
+
+ODD = dict(  # what a good tensor is replaced by; some take a few bytes in a file and terabytes in memory
+    sparse=lambda v: v.to_sparse(), meta=lambda v: v.to("meta"), scalar=lambda v: torch.tensor(1.0),
+    repeated=lambda v: torch.zeros(1).expand(*v.shape[:-1], 1 << 40), hollow=lambda v: torch.ones(1 << 40, 0),
+    integers=lambda v: v.long(), complex=lambda v: v + 1j, longer=lambda v: torch.ones(*v.shape[:-1], v.shape[-1] + 1),
+    quantised=lambda v: torch.quantize_per_tensor(v.float(), 1.0, 0, torch.quint8),
+    nested=lambda v: torch.nested.nested_tensor([v, v]), nothing=lambda v: None, text=lambda v: "a\nb",
+    rows=lambda v: [v])
+
+
+def spoiled(content, rng):
+    """A copy of content with one thing wrong -> (the copy, what it is)"""
+    copy = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    copy = {k: {i: dict(w) if isinstance(w, dict) else w for i, w in v.items()} if isinstance(v, dict) else v
+            for k, v in copy.items()}
+    dicts = [d for d in items(copy) if isinstance(d, dict) and d]
+    states = [d for d in dicts if sum(isinstance(v, torch.Tensor) for v in d.values()) > 1]
+    sizes = [(d, k) for d in dicts for k in d if k in ("size", "dim", "n_mlp", "base")]
+    if sizes and rng.random() < 0.2:
+        config, key = rng.choice(sizes)
+        config[key] = rng.choice([-1, 1 << 40, 10 ** 400, math.nan, "many", None, torch.ones(2), [config]])
+        return copy, f"{key} = {config[key]!r:.20}"
+    state = rng.choice(states)
+    key = rng.choice([k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim])
+    what = rng.choice([*ODD, "absent", "numbered", "surplus"])
+    if what == "surplus":
+        state[rng.choice([7, "a\nb", "body.99", ("x", 1), ""])] = torch.ones(2)
+    else:
+        value = state.pop(key)
+        if what != "absent":
+            state[7 if what == "numbered" else key] = value if what == "numbered" else ODD[what](value)
+    return copy, f"{key} {what}"
+
+
+READERS = ("stylegan2", "psp", "trunk", "hyperstyle", "weights", "sync", "vgg", "lpips", "wav2lip")
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|nested)")
+@pytest.mark.parametrize("name", READERS)
+def test_files_with_anything_wrong_in_them_are_refused_in_one_line(name, tmp_path):
+    (content, reader, turns), rng, path = specimen(name), random.Random(name), tmp_path / "odd.pt"
+    torch.save(content, path)
+    good = path.read_bytes()
+    if name not in READERS[-3:]:
+        reader(path)
+    for _ in range(turns):
+        odd, what = spoiled(content, rng)
+        torch.save(odd, path)
+        with pytest.raises(InputError) as caught:
+            reader(path)
+            pytest.fail(f"{what}: taken")
+        assert "odd.pt" in str(caught.value) and "\n" not in str(caught.value), what
+    for turn in range(6):  # a byte may be wrong where nobody looks
+        at = rng.randrange(len(good))
+        path.write_bytes(good[:at] if turn % 2 else good[:at] + bytes([good[at] ^ 255]) + good[at + 1:])
+        with contextlib.suppress(InputError):
+            reader(path)
+    assert turn == 5
 
 
 # ------------------------------------------------------------------------------------------------------------

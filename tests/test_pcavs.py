@@ -584,7 +584,7 @@ BAD = [  # (what is done, the arguments, what the line says)
     ("", ["face.png", "speech.wav", "--box", "5,5,500,500"], "--box 5,5,500,500: not a box inside"),
     ("", ["face.png", "speech.wav", "--weights", "."], "latest_net_G.pth and latest_net_V.pth"),
     ("", ["face.png", "speech.wav", "--weights", "none.pt"], "none.pt: no such file"),
-    ("text", ["face.png", "speech.wav", "--weights", "text"], "text: is truncated or no checkpoint"),
+    ("text", ["face.png", "speech.wav", "--weights", "text"], "text: damaged, cut short"),
     ("another kind", ["face.png", "speech.wav", "--weights", "other.pt"], "is a 'weights' checkpoint"),
     ("", ["face.png", "speech.wav", "--device", "toaster"], "--device toaster"),
     ("", ["evaluate"], "give clips"),

@@ -468,7 +468,7 @@ def test_files_that_are_something_else_are_refused_in_one_line(tmp_path):
     refused(dict(g_ema=g | {"more": torch.ones(1)}), "more is unknown")
     refused(dict(g_ema=g | {"convs.1.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "expected")
     refused(dict(g_ema=g | {"convs.2.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "no StyleGAN2's")
-    refused(dict(g_ema=g, args=Hostile()), "no file of weights alone")
+    refused(dict(g_ema=g, args=Hostile()), "holds more than tensors")
     refused([g], "holds a list")
     refused(lambda p: p.write_bytes((tmp_path / "good.pt").read_bytes()[:-3000]), "damaged, cut short")
     refused(lambda p: p.write_bytes(b"<html>"), "damaged, cut short")

@@ -529,6 +529,15 @@ def test_a_face_is_looked_for_anew_every_six_seconds_and_kept_where_none_is_foun
 # Wav2Lip's expert in our place
 
 
+def test_syncnet_v2_judges_by_a_margin_less_the_distance():
+    expert = syncnet.SyncNetV2Expert(torch.nn.Identity())
+    face, sound = torch.tensor([[0.0, 0], [6, 8]], requires_grad=True), torch.tensor([[3.0, 4], [0, 0], [6, 8]])
+    logits = expert.logits(face, sound)
+    assert torch.allclose(logits, expert.MARGIN - torch.tensor([[5.0, 0, 10], [5, 10, 0]]), atol=1e-5)
+    torch.nn.functional.softplus(-logits[:, 0]).sum().backward()
+    assert (face.grad[0] < 0).all() and (face.grad[1] > 0).all()  # both are drawn to the sound
+
+
 def test_wav2lips_expert_stands_in_our_place(world, tmp_path, capsys):
     torch.manual_seed(0)
     net = Wav2LipExpert()
@@ -739,14 +748,15 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
     with pytest.raises(InputError, match="pictures of 16 px or more, these are 8 px"):
         load_sync(world[1], "cpu", size=8)
     assert load_sync(world[1], "cpu", size=128).size == 16  # larger ones are shrunk
-    with pytest.raises(InputError, match="broken.pt: its networks do not fit"):
+    with pytest.raises(InputError, match="broken.pt: not the weights of SyncNet: log_scale is absent"):
         load_sync(broken, "cpu")
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(world[1].read_bytes()[:1000])
     shutil.copy(broken, tmp_path / "broken_last.pt")
-    assert "do not fit" in refused(capsys, monkeypatch, "train", "--resume", "--out", broken, "--size", 16)
+    again = refused(capsys, monkeypatch, "train", "--resume", "--out", broken, "--size", 16)
+    assert "not the weights of SyncNet" in again
     missing = tmp_path / "no.pt"
-    for path, reason in ((other, "'weights'"), (truncated, "truncated"), (tmp_path, "directory"), (missing, "no such")):
+    for path, reason in ((other, "'weights'"), (truncated, "cut short"), (tmp_path, "directory"), (missing, "no such")):
         assert reason in refused(capsys, monkeypatch, "test", "--sync", path)
         assert reason in refused(capsys, monkeypatch, "offset", __file__, "--sync", path)
     assert "no_last.pt: no such file" in refused(capsys, monkeypatch, "train", "--resume", "--out", missing)

@@ -678,3 +678,59 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(pack, tmp_pa
     with pytest.raises(InputError, match="'adv'"):
         go(pack, tmp_path, 1, steps=6)
     assert load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")["step"] == 2
+
+
+def test_the_papers_judges_are_the_default_from_128_px_on_and_small_ones_below():
+    for size, vgg, arcface, feat in ((64, 0, 0, 0.2), (128, 0.2, 0.1, 0), (256, 0.2, 0.1, 0)):
+        args = train.parse(["--stage", "2", "--size", str(size)])
+        assert (args.w_vgg, args.w_arcface, args.w_feat) == (vgg, arcface, feat)
+    args = train.parse(["--stage", "2", "--size", "128", "--w-vgg", "0"])
+    assert (args.w_vgg, args.w_feat) == (0, 0.2)  # the stand-in is back
+
+
+@pytest.mark.parametrize("more, file, flag", [
+    (["--stage", "2"], "vgg19-dcbb9e9d.pth", "--w-vgg 0"),
+    (["--stage", "2", "--w-vgg", "0"], "recognition_arcface_ir_se50.pth", "--w-arcface 0"),
+    (["--stage", "3", "--data", "pack"], "lipsync_expert.pth", "--w-sync 0"),
+    (["--stage", "3", "--sync", "syncnet_v2"], "syncnet_v2.model", "--w-sync 0"),
+])
+def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without(more, file, flag, tmp_path, monkeypatch):
+    def offline(url, **options):
+        raise train.losses.requests.ConnectionError("no route")
+
+    monkeypatch.setattr(train.losses.requests, "get", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    with pytest.raises(InputError) as caught:
+        train.main(["--size", "128", "--out", str(tmp_path / "out"), "--device", "cpu", *more])
+    line = str(caught.value)
+    assert "\n" not in line and file in line and f"{flag} does without" in line and "https://" in line
+    assert not list((tmp_path / "out").iterdir())  # before the toy world was drawn
+
+
+def test_psps_trunk_starts_from_arcface_unless_arcface_is_off(monkeypatch):
+    monkeypatch.setattr(train.losses, "fetch", lambda name, path: path or name)
+    for more, expected in (([], "arcface"), (["--arcface", "mine.pth"], "mine.pth"), (["--w-arcface", "0"], None),
+                           (["--encoder", "psp.pt"], "psp.pt"), (["--size", "128"], None)):
+        assert train.trunk(train.parse(["--stage", "2", "--size", "256", *more])) == expected
+
+
+class TinySyncNetV2(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.eye, self.ear = torch.nn.Linear(3 * 16 * 16, 7), torch.nn.Linear(13 * 20, 7)
+
+    def face(self, frames):  # (B, 5, 3, 16, 16) -> (B, 1, 7)
+        return self.eye(frames.mean(1).flatten(1))[:, None]
+
+    def sound(self, mfcc):
+        assert mfcc.shape[1:] == (13, 20)
+        return self.ear(mfcc.flatten(1))
+
+
+@pytest.mark.parametrize("motion", ["direct"])
+def test_syncnet_v2_teaches_stage_3_by_a_margin_on_its_distance(motion, pack, stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.losses, "syncnet_v2", lambda device, path: train.losses.freeze(TinySyncNetV2()))
+    go(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--sync", "syncnet_v2", "--motion", motion, steps=2)
+    assert "no independent measure" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
+    assert lines[0]["sync"] > 0

@@ -570,6 +570,21 @@ def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_s
     np.testing.assert_allclose(found, (best[1], best[2], best[1] + best[0], best[2] + best[0]), atol=1e-5)
 
 
+def test_a_crop_becomes_another_templates_with_its_points_where_that_has_them():
+    x, y, side = vision.square_within("ffhq", "face")
+    there = np.array(vision.TEMPLATES["face"].points) * side + [x, y]
+    np.testing.assert_allclose(there, vision.TEMPLATES["ffhq"].points, atol=0.012)
+    y, x = torch.meshgrid(*[(torch.arange(100) + 0.5) / 50 - 1] * 2, indexing="ij")
+    wide = torch.stack([x, y, x * 0]).expand(2, 5, 3, 100, 100)  # every pixel says where it is
+    face = vision.recrop(wide, "ffhq", "face")
+    for px, py in vision.TEMPLATES["face"].points:
+        seen = (face[1, 2, :2, int(py * 100), int(px * 100)] + 1) / 2
+        assert min(np.abs(np.array(vision.TEMPLATES["ffhq"].points) - seen.numpy()).max(1)) < 0.02
+    assert vision.recrop(wide, "face", "face") is wide and vision.recrop(wide, "toy", "face") is wide
+    beyond = vision.recrop(wide, "face", "ffhq")  # the border is repeated
+    assert beyond.shape == wide.shape and (beyond[..., 0, :, 0] < -0.98).all()
+
+
 def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
     points = np.array(vision.TEMPLATES["face"].points) - 0.5
     for angle, expected in ((0, True), (30, True), (-30, True), (60, False), (-90, False), (180, False)):
@@ -892,7 +907,7 @@ def test_files_of_other_kinds_are_refused_in_one_line(tmp_path):
             (dict(state_dict=state | {"encoder.latlayer1.bias": torch.ones(5)}), r"\(5,\), expected \(128,\)"),
             (dict(state_dict=state, latent_avg=torch.ones(10, 9)), "latent_avg is"),
             (dict(state_dict=[1]), "expected a dict"), (dict(g_ema={}), "no encoder of pSp"), ([state], "holds a list"),
-            (dict(state_dict=state, opts=Hostile()), "no file of weights alone")):
+            (dict(state_dict=state, opts=Hostile()), "holds more than tensors")):
         torch.save(content, path)
         with pytest.raises(InputError, match=match) as error:
             vision.load_encoder(path, 10)
