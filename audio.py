@@ -12,7 +12,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import wave
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +104,23 @@ def ffmpeg_path() -> str:
     return str(Path(found).absolute())
 
 
-def decoder(path: str | Path, *output: str) -> list[str]:
-    """Argument list of an ffmpeg that reads `path`, a local media file and nothing else, to `output`."""
+def decoder(path: str | Path, *output: str, before: tuple = ()) -> list[str]:
+    """Argument list of an ffmpeg that reads `path`, a local media file and nothing else, to `output`.
+
+    before: options of the input itself.
+    """
     quiet = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
-    return [ffmpeg_path(), *quiet, *local, "-i", f"file:{check_file(path)}", *output]
+    return [ffmpeg_path(), *quiet, *local, *before, "-i", f"file:{check_file(path)}", *output]
+
+
+def describe(path: str | Path) -> str:
+    """What ffmpeg says of a file before it decodes anything: its container, length and streams."""
+    return subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
+
+
+# a stream's line of it is indented by two spaces, in a group by four, tags otherwise: a title cannot pass for a stream
+STREAM = r"^\[info\]   (?:  )?Stream #0:(\d+).*?: "
 
 
 def why(log: str) -> str:
@@ -120,42 +135,210 @@ def declared_seconds(log: str) -> float:
     return int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0
 
 
+def length_is_open(path: Path) -> bool:
+    """Whether the header of a WAV or CAF file leaves the length open, as programs do that write to a pipe.
+
+    They leave 0 or a number as large as the field holds. From 1.9e9 on (ours) no size is believed that the file lacks.
+    """
+    with open(path, "rb") as file:
+        head = file.read(65536)
+    at = head.find(b"data", 12)
+    size = head[at + 4 : at + 12] if head[:4] == b"caff" else head[at + 7 : at + 3 : -1]  # CAF is big-endian
+    return head[:4] in (b"RIFF", b"caff") and at > 0 and not 0 < int.from_bytes(size, "big") < 1.9e9
+
+
+def last_packet(path: Path) -> float:
+    """Seconds from the file's beginning to the end of its last packet of sound or picture, without decoding"""
+    options = ["-map", "0:a?", "-map", "0:V?", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    table = subprocess.run(decoder(path, *options), capture_output=True).stdout.decode(errors="replace")
+    unit = {stream: int(a) / int(b) for stream, a, b in re.findall(r"^#tb (\d+): (\d+)/(\d+)", table, re.M)}
+    packets = re.findall(r"^(\d+),[^,]*, *(-?\d+), *(\d+),", table, re.M)  # stream, dts, pts, duration
+    return max(((int(begin) + int(length)) * unit[stream] for stream, begin, length in packets), default=0.0)
+
+
 def check_whole(path: Path, log: str, status: int, seconds: float):
     """InputError if ffmpeg's log, its status and the `seconds` it decoded say a file is damaged or cut.
 
-    A decoding error alone is no reason: many a file has one at its beginning and plays well.
+    A decoding error alone is no reason: many files have one at their beginning and play well. Neither is a stream shorter
+    than its file, nor a length that ffmpeg only estimates: no stream may reach the length that the header states.
     """
-    short = "[error]" in log and seconds < 0.9 * declared_seconds(log)
-    if status or short or "partial file" in log or "corrupt input packet" in log:
+    kind = re.search(r"^\[info\] Input #0, ([^,]*)", log, re.M)
+    kind = kind[1] if kind else ""
+    stated = kind not in ("mpegts", "mpeg", "h264", "hevc") and "Estimating duration" not in log
+    short = stated and "[error]" in log and seconds < 0.9 * declared_seconds(log) > last_packet(path)
+    # raw samples end before the size that the header states; other containers mark a lost packet so
+    lacking = kind in ("wav", "w64", "caf", "mxf") and "corrupt input packet" in log and not length_is_open(path)
+    if status or short or lacking or "partial file" in log:
         raise InputError(f"{path}: is damaged or cut short, only {seconds:.2f} s of it can be read")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # files -> samples
 
+TOLERANCE = 0.01  # seconds, ours: many containers round the time of a packet to 1 ms and more
+PIECE_OF_MIX = 0.5  # seconds, ours: so fast the weights of channels change where a file changes
+LOUDNESS = -15.0  # dBFS of speech, ours: the mean of GRID's clips, on which the shipped weights were trained
 
-def load_audio(path: str | Path) -> np.ndarray:
-    """Any sound file, or the sound track of a video -> float32 (n,) in [-1, 1], 16 kHz, mono.
 
-    Time 0 is the file's beginning: a track that starts late in a video is padded in front, so that frame k of
-    read_video and samples 640 k .. 640 (k + 1) belong together. More than one channel is mixed down.
+def load_audio(path: str | Path, level: bool = True) -> np.ndarray:
+    """Any sound file, or the sound track of a video -> float32 (n,) in [-1, 1], 16 kHz, mono, of one loudness.
+
+    Time 0 is the file's beginning, see on_time, so that frame k of read_video and samples 640 k .. 640 (k + 1) belong
+    together. Of several tracks the one marked default is read. level=False leaves the loudness as it is in the file.
     Raises InputError: missing, directory, empty, not media, cut short, no sound, 0 s, NaN or inf samples.
     """
     path = check_file(path)
-    # async=1 fills holes in the time stamps; first_pts=0 pads or trims at the beginning
-    args = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(SAMPLE_RATE)]
-    done = subprocess.run(decoder(path, *args, "-f", "f32le", "pipe:1"), capture_output=True)
-    log = done.stderr.decode(errors="replace")
-    if "matches no streams" in log:
+    *track, _ = sound_track(path)
+    samples, packets = decode_sound(path, *track, SAMPLE_RATE)
+    wav = np.concatenate(list(on_time(mix(path, samples), packets, SAMPLE_RATE)))
+    return set_level(wav) if level else np.clip(wav, -1, 1)
+
+
+def write_own_sound(path: str | Path, out: str | Path, n: int, late: float = 0.0):
+    """The sound that load_audio reads, with the file's own rate, channels and loudness -> a 16-bit WAV file.
+
+    n: its length in samples at 16 kHz; late: seconds to cut off in front (negative: of silence to put there). Silence
+    fills what is missing at the end. Sounds whose channels change, or that have more than 8, are mixed.
+    Raises InputError: as load_audio.
+    """
+    path = check_file(path)
+    stream, channels, pictures, rate = sound_track(path)
+    samples, packets = decode_sound(path, stream, channels, pictures, rate)
+    if samples.shape[1] != channels or channels > 8:
+        samples, channels = mix(path, samples)[:, None], 1
+    skip, left = round(late * rate), round(n * rate / SAMPLE_RATE)
+    with wave.open(str(out), "wb") as file:
+        file.setparams((channels, 2, rate, 0, "NONE", ""))
+        silence = (np.zeros((k, channels), np.float32) for k in (max(0, -skip), max(0, left + skip)))
+        for piece in chain([next(silence)], on_time(samples, packets, rate), silence):
+            piece, skip = piece[max(0, skip) :][:left], max(0, skip - len(piece))
+            left -= len(piece)
+            file.writeframes(to_int16(piece).tobytes())
+
+
+def to_int16(wav: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] -> int16; what is louder is clipped"""
+    return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")
+
+
+def beside(kind: str) -> list[str]:
+    """Options for ffmpeg to read the streams of a kind ("a", "V"), too, without decoding them.
+
+    Where clocks jump, as in transport streams one after another, ffmpeg shifts all streams that it reads by one length:
+    sound and pictures that are read by two runs are shifted alike if both read both.
+    """
+    return ["-map", f"0:{kind}", "-c", "copy", "-f", "null", "-"]
+
+
+def sound_track(path: Path) -> tuple[int, int, bool, int]:
+    """The sound that a player would choose: the first track marked default, else the first.
+
+    Returns: its stream, channels, whether the file has pictures, Hz.
+
+    Raises InputError: not media; no sound.
+    """
+    text = describe(path)
+    tracks = re.findall(STREAM + r"Audio: .*?, (\d+) Hz, ([^,\n]+)(.*)", text, re.M)
+    if "Input #0" not in text:
+        raise InputError(f"{path}: is not a sound file or video that can be read ({why(text)})")
+    if not tracks:
         raise InputError(f"{path}: has no sound")
-    if done.returncode and not done.stdout:
-        raise InputError(f"{path}: is not a sound file or video that can be read ({why(log)})")
-    wav = np.frombuffer(done.stdout, "<f4").astype(np.float32)
-    check_whole(path, log, done.returncode, len(wav) / SAMPLE_RATE)
-    if not len(wav):
-        raise InputError(f"{path}: the sound is 0 s long")
-    if not np.isfinite(wav).all():
-        raise InputError(f"{path}: the sound holds NaN or infinite samples")
+    stream, rate, layout, _ = next((track for track in tracks if "(default)" in track[-1]), tracks[0])
+    layout = layout.split("(")[0]  # mono, stereo, 5.1(side), 7.1, 3 channels
+    channels = {"mono": 1, "stereo": 2}.get(layout) or sum(map(int, re.findall(r"\d+", layout))) or 8
+    return int(stream), channels, bool(re.search(STREAM + r"Video: (?!.*\(attached pic\))", text, re.M)), int(rate)
+
+
+def decode_sound(path: Path, stream: int, channels: int, pictures: bool, rate: int) -> tuple[np.ndarray, list]:
+    """A track's samples, float32 (n, channels or more), on disk, and when its packets begin: [(sample, how many), ..].
+
+    The arguments but for the rate are sound_track's. Where the channels' number changes in the middle of a
+    file there are 8. Raises InputError: 0 s, damaged, cut short.
+    """
+    # pan, which mixes nothing here, keeps the number of channels, whatever the file does; it knows layouts up to 8
+    route = f",pan={channels}c|" + "|".join(f"c{i}=c{i}" for i in range(channels)) if channels <= 8 else ""
+    args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{route}", "-c:a", "pcm_f32le"]
+    args += ["-f", "tee", "[f=f32le]pipe\\:1|[f=framecrc]times"]  # framecrc: a table of packets
+    args += beside("V") if pictures else []
+    with tempfile.TemporaryDirectory(prefix="talk-") as folder, tempfile.TemporaryFile() as raw:
+        done = subprocess.run(decoder(path, *args), stdout=raw, stderr=subprocess.PIPE, cwd=folder)
+        log, size = done.stderr.decode(errors="replace"), raw.seek(0, 2) // 4
+        if "audio parameters changed" in log and channels < 8:
+            return decode_sound(path, stream, 8, pictures, rate)
+        if done.returncode and not size:
+            raise InputError(f"{path}: is not a sound file or video that can be read ({why(log)})")
+        table = (Path(folder) / "times").read_text()
+        packets = [(int(a), int(n)) for a, n in re.findall(r"^0,[^,]*, *(-?\d+), *(\d+),", table, re.M)]
+        check_whole(path, log, done.returncode, sum(packets[-1]) / rate if packets else 0)
+        if not size:
+            raise InputError(f"{path}: the sound is 0 s long")
+        return np.memmap(raw, "<f4", "r").reshape(-1, channels), packets
+
+
+def on_time(samples: np.ndarray, packets: list, rate: int):
+    """Samples (n, ..) -> the same in pieces, in order, the first at time 0 of the file.
+
+    Silence stands where the file has no sound: in front of a track that starts late, and in holes of any length. What
+    lies before 0, or comes twice, is left out. ffmpeg's own filters cannot do this: ffmpeg builds them anew, with their
+    clock at 0, where rate or channels change in the middle.
+    """
+    end = read = 0  # samples that came out so far, samples that were read
+    for begin, n in packets:
+        late = begin - end
+        if abs(late) <= TOLERANCE * rate and read:
+            late = 0
+        if late > 0:
+            yield np.zeros((late, *samples.shape[1:]), np.float32)
+        yield samples[read + max(0, -late) : read + n]
+        end += max(late, 0) + max(0, n - max(0, -late))
+        read += n
+
+
+def mix(path: Path, samples: np.ndarray) -> np.ndarray:
+    """Channels (n, C) -> (n,): the mean of those that carry sound, or the loudest alone where their mean cancels.
+
+    Decided every half second, with weights that move from one to the next in between. Ours: a channel 30 dB below the
+    loudest carries none; a mean of C channels cancels below 1 / 2 C of the loudest. InputError: NaN or inf samples.
+    """
+    n, C = samples.shape
+    hop = round(PIECE_OF_MIX * SAMPLE_RATE)
+    weights = []
+    for a in range(0, n, hop):
+        x = samples[a : a + hop]
+        if not np.isfinite(x).all():
+            raise InputError(f"{path}: the sound holds NaN or infinite samples")
+        power = x.var(0)  # without an offset
+        carries = power > 1e-3 * power.max()
+        weight = carries / max(1, carries.sum())
+        if (x @ weight).var() < power.max() / (2 * carries.sum() + 1e-9) ** 2:
+            weight = np.arange(C) == np.argmax(power >= power.max() / 2)
+        weights.append(weight if carries.any() else None)
+    known = [k for k, weight in enumerate(weights) if weight is not None]
+    if not known:
+        return np.zeros(n, np.float32)
+    weights = np.array([weights[k] for k in known], np.float32)  # silence takes those of its neighbours
+    centres = (np.array(known) + 0.5) * hop
+    wav = np.empty(n, np.float32)
+    for a in range(0, n, hop):
+        at = np.arange(a, min(a + hop, n))
+        wav[at] = sum(samples[at, c] * np.interp(at, centres, weights[:, c]).astype(np.float32) for c in range(C))
+    return wav
+
+
+def set_level(wav: np.ndarray) -> np.ndarray:
+    """Samples (n,) -> float32 (n,) in [-1, 1] whose speech has LOUDNESS, wherever the microphone was.
+
+    Measured is the mean power of 50 ms blocks, gated as in ITU-R BS.1770: without blocks 10 dB below the mean (here twice
+    instead of an absolute gate, so that it does not depend on the level). Sound that nowhere exceeds -70 dBFS is silence,
+    and steady sound (ours: within 6 dB) is a noise or a tone: both stay as they are.
+    """
+    n = max(1, len(wav) // 800)
+    power = np.array([block.var() for block in np.array_split(wav, n)], np.float64)
+    quiet, loud = np.percentile(power, (10, 95))
+    if power.max() > 1e-7 and loud >= 4 * quiet:
+        for _ in range(2):
+            power = power[power >= power.mean() / 10]
+        wav = wav * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
     return np.clip(wav, -1, 1)
 
 

@@ -58,7 +58,9 @@ from audio import (
     mfcc,
     n_frames,
     run,
+    set_level,
     sound_windows,
+    to_int16,
 )
 from stylegan2 import items, read_weights
 from vision import (
@@ -157,11 +159,6 @@ def encode_jpeg(frame: np.ndarray, size: int, quality: int = 95) -> bytes:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, format="JPEG", quality=quality, subsampling=0 if size <= 64 else 2)
     return file.getvalue()
-
-
-def to_int16(wav: np.ndarray) -> np.ndarray:
-    """float (n,) in [-1, 1] -> 16-bit samples; 16-bit sound passes unchanged"""
-    return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")
 
 
 class PackWriter:
@@ -718,7 +715,7 @@ def prepare_video(path: Path, size: int, template: str, sync: Path | None = None
     into the pack; of a video whose pictures break off, what came before does.
     """
     info, wav = probe(path), load_audio(path)
-    wav = isolate_voice(wav) if isolate else wav
+    wav = set_level(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
     height = min(info.height, HIGHEST)
     total = n_frames(len(wav))
     length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames

@@ -721,7 +721,7 @@ def brought_to(frames, shape, name):
 def sound_of(path):
     """Samples (n,), or why there are none"""
     try:
-        return load_audio(path)
+        return load_audio(path, level=False)  # as published
     except InputError as error:
         return str(error).removeprefix(f"{Path(path).absolute()}: ")
 

@@ -1427,7 +1427,7 @@ def sample(args):
         wav = load_audio(args.speech)
         codes = predict(model, wav, device)
     faces = mouth.to_face(codes)  # (T, 68, 2)
-    with VideoWriter(out, args.size, args.size, wav, args.overwrite) as video:
+    with VideoWriter(out, args.size, args.size, wav, args.overwrite, args.speech) as video:
         for face in tqdm(faces, "frames", disable=None):
             video.write(np.asarray(draw_face(face, args.size)))
     draft = table_of_points.with_name(f".{table_of_points.stem}-{os.getpid()}.npy")

@@ -740,7 +740,7 @@ def sample(argv):
 
     network = Stopwatch(talk(model, crop, wav, pose, args, device))
     width = 3 * size if args.grid else size
-    with VideoWriter(out, size, width, wav, args.overwrite) as video, tqdm(total=n, unit="frame") as bar:
+    with VideoWriter(out, size, width, wav, args.overwrite, args.speech) as video, tqdm(total=n, unit="frame") as bar:
         try:
             for frames in network:
                 for frame in frames:
@@ -859,7 +859,8 @@ def measure_clip(model, job: dict, args, device, out: Path) -> float | None:
     fakes = (frame for frames in talk(model, crop, wav, pose, args, device) for frame in frames)
     with contextlib.ExitStack() as stack:
         fake_video, real_video = (
-            stack.enter_context(VideoWriter(out / kind / f"{job['name']}.mp4", c.size, c.size, wav, args.overwrite))
+            stack.enter_context(VideoWriter(out / kind / f"{job['name']}.mp4", c.size, c.size, wav, args.overwrite,
+                                            job["sound"]))
             if kind == "fake" or truth is not None else None for kind in ("fake", "real"))
         for frame in tqdm(fakes, job["name"], n, unit="frame", leave=False, disable=None):
             fake_video.write(frame)

@@ -414,7 +414,7 @@ def main(argv=None):
         show = Paste(photo, box, source, *still_of(model, source, device, turning), turning, hue)
     crops = model.animate(source.to(device), mel, driving, sway=not full)
     network = Stopwatch(frames.cpu() for frames in crops)  # (b, 3, size, size)
-    with VideoWriter(out, *shape, wav, args.overwrite) as video, tqdm(total=T, unit="frame") as bar:
+    with VideoWriter(out, *shape, wav, args.overwrite, args.speech) as video, tqdm(total=T, unit="frame") as bar:
         try:
             for frames in network:
                 for frame in frames:

@@ -45,12 +45,13 @@ from tqdm import tqdm
 
 from audio import (
     FPS,
-    SAMPLE_RATE,
     AudioEncoder,
     ConvBlock,
     InputError,
+    beside,
     check_file,
     decoder,
+    describe,
     load_audio,
     log_mel,
     mel_windows,
@@ -58,6 +59,7 @@ from audio import (
     run,
     spec_augment,
     why,
+    write_own_sound,
 )
 from data import (
     ENDLESS,
@@ -819,23 +821,23 @@ def found_box(path: Path, frames: list, last: tuple | None) -> tuple:
 def write_shifted(path: Path, late: int, out: Path):
     """The video with its sound moved `late` frames towards the beginning.
 
-    Pictures are copied where they are H.264, else encoded as that. The sound keeps its rate, channels and length: silence
-    fills what is missing. Raises InputError: ffmpeg cannot.
+    Pictures are copied where they are H.264, else encoded as that: so are those of an MP4 that goes into a .mkv, which
+    would show what an edit list hides. The sound keeps its rate, channels and length: silence fills what is missing.
+    Raises InputError: ffmpeg cannot.
     """
-    seconds, length = abs(late) / FPS, len(load_audio(path)) / SAMPLE_RATE
-    move = f"atrim=start={seconds},asetpts=PTS-STARTPTS,apad=pad_dur={seconds}"
-    if late < 0:
-        move = f"adelay={round(1000 * seconds)}:all=1,atrim=end={length}"
-    sound = ["-af", f"aresample=async=1:first_pts=0,{move}", "-c:a", "aac", "-b:a", "192k"]
-    description = subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
+    text = describe(path)
     pictures = ["-c:v", "copy"]
-    if not re.search(r"Stream #.*: Video: h264", description):
-        even = "pad=ceil(iw/2)*2:ceil(ih/2)*2"  # players want even sizes
-        pictures = ["-vf", even, "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]
+    if not re.search(r"Stream #.*: Video: h264", text) or ("Input #0, mov" in text and out.suffix.lower() == ".mkv"):
+        # scale: where the size changes in the middle; players want even sizes
+        pictures = ["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2"]
+        pictures += ["-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]
     with tempfile.TemporaryDirectory(prefix="talk-") as folder:
-        draft = Path(folder) / f"video{out.suffix.lower()}"
-        options = ["-map", "0:V:0", "-map", "0:a:0", *pictures, *sound, "-movflags", "+faststart"]
-        done = subprocess.run(decoder(path, *options, str(draft)), capture_output=True)
+        sound, draft = Path(folder) / "sound.wav", Path(folder) / f"video{out.suffix.lower()}"
+        write_own_sound(path, sound, len(load_audio(path)), late / FPS)
+        options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k"]
+        options += ["-movflags", "+faststart", str(draft), *beside("a")]
+        command = decoder(path, *options, before=("-reinit_filter", "0"))
+        done = subprocess.run(command, capture_output=True)
         if done.returncode:
             raise InputError(f"{out}: could not be written ({why(done.stderr.decode(errors='replace'))})")
         place(draft, out)

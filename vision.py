@@ -26,7 +26,22 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from audio import FPS, SAMPLE_RATE, InputError, check_file, check_whole, declared_seconds, decoder, ffmpeg_path, why
+from audio import (
+    FPS,
+    SAMPLE_RATE,
+    STREAM,
+    InputError,
+    beside,
+    check_file,
+    check_whole,
+    declared_seconds,
+    decoder,
+    describe,
+    ffmpeg_path,
+    to_int16,
+    why,
+    write_own_sound,
+)
 from stylegan2 import EqualLinear, load_strictly, one_line, read_weights, refusing
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
@@ -98,6 +113,9 @@ class VideoInfo:
     seconds: float  # of the container; 0 where it does not say
     has_audio: bool
     rotation: int  # degrees the stored picture is turned for showing: 0, 90, 180, 270
+    aspect: float  # width / height as shown: pixels need not be square
+    interlaced: bool
+    hdr: str  # "arib-std-b67" (HLG), "smpte2084" (PQ) or ""
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -106,47 +124,65 @@ def probe(path: str | Path) -> VideoInfo:
     Raises InputError: missing, directory, empty, not a video.
     """
     path = check_file(path)
-    text = subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
-    # stream lines are indented by exactly two spaces, tags by more: a title cannot pass for a stream
-    has_audio = bool(re.search(r"^\[info\]   Stream #.*: Audio: ", text, re.M))
-    video = re.search(r"^\[info\]   Stream #.*: Video: (?!.*\(attached pic\)).*, (\d+)x(\d+).*", text, re.M)
+    text = describe(path)
+    has_audio = bool(re.search(STREAM + "Audio: ", text, re.M))
+    video = re.search(STREAM + r"Video: (?!.*\(attached pic\)).*, (?P<w>\d+)x(?P<h>\d+).*", text, re.M)
     if not video:
         reason = "holds sound but no picture" if has_audio else f"is not a video ({why(text)})"
         raise InputError(f"{path}: {reason}")
-    width, height = int(video[1]), int(video[2])
+    width, height = int(video["w"]), int(video["h"])
     details = text[video.end() :].split("  Stream #")[0]
     turn = re.search(r"^\[info\] +[\w ]+: rotation of (-?[\d.]+) degrees", details, re.M)
     rotation = round(-float(turn[1])) % 360 if turn else 0
     if rotation in (90, 270):
         width, height = height, width
     fps = re.search(r", ([\d.]+) fps", video[0])
-    seconds = declared_seconds(text)
-    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, seconds, has_audio, rotation)
+    aspect = width / height
+    if pixel := re.search(r"SAR (\d+):(\d+)", video[0]):
+        wide = int(pixel[1]) / int(pixel[2])
+        aspect *= 1 / wide if rotation in (90, 270) else wide
+    interlaced = bool(re.search(r"(top|bottom) (coded )?first", video[0]))
+    hdr = re.search(r"arib-std-b67|smpte2084", video[0])
+    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, declared_seconds(text), has_audio, rotation,
+                     aspect, interlaced, hdr[0] if hdr else "")
 
 
 def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
     """Frames of a video, uint8 (H, W, 3) RGB at exactly 25 fps, as a stream; frame k shows at (k + 1/2)/25 s.
 
     Any frame rate, also a variable one, is resampled from the file's beginning on, so that samples 640 k ..
-    640 (k+1) of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped.
+    640 (k+1) of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped, fields are
+    deinterlaced, HDR becomes sRGB. Where the size changes in the middle, pictures are brought to the first, with bars.
     `height`: resized to it. Raises InputError: not a video; damaged or cut short (once the cut is reached).
     """
     path = check_file(path)
-    probe(path)  # refuses what is no video
-    return decode_frames(path, height)
+    return decode_frames(path, probe(path), height)  # probe refuses what is no video
 
 
-def decode_frames(path: Path, height: int | None) -> Iterator[np.ndarray]:
+def decode_frames(path: Path, info: VideoInfo, height: int | None) -> Iterator[np.ndarray]:
     """The generator behind read_video, which checks the file at once and not at the first frame."""
+    H = height or info.height
+    W = max(1, round(H * info.aspect))
+    # scale: bwdif bears no change of size
+    filters = ["scale=iw:ih,bwdif=mode=send_frame:deint=interlaced"] if info.interlaced else []
     # start_time=0: a picture that starts late shows its first frame from 0 on; near: see the docstring above
-    fps = f"fps={FPS}:start_time=0:round=near"
-    scale = f"scale=w='max(1,round(iw*sar*{height or 'ih'}/ih))':h={height or 'ih'}"
-    scale += ":flags=area+accurate_rnd+full_chroma_int"
-    args = ["-map", "0:V:0", "-vf", f"{fps},{scale}", "-fps_mode", "passthrough"]
-    # PPM: every frame brings its own size, so rotation needs no arithmetic here
+    filters += [f"fps={FPS}:start_time=0:round=near"]
+    aspect = "iw*sar/ih"  # of each frame; 3 %: a little off is rounding, not another picture
+    w, h = (f"if(lt(abs({aspect}/{W / H}-1),0.03),{side},max(1,min({side},round({fit}))))"
+            for side, fit in ((W, f"{H}*{aspect}"), (H, f"{W}/({aspect})")))
+    filters += [f"scale=w='{w}':h='{h}':eval=frame:flags=area+accurate_rnd+full_chroma_int"]
+    filters += [f"format={'gbrp16' if info.hdr else 'rgb24'},pad={W}:{H}:-1:-1:eval=frame"]
+    filters += ["lut3d=hdr.cube"] if info.hdr else []
+    # reinit_filter: ffmpeg would build the filters anew where the size changes, and fps would count from 0 again
+    args = ["-map", "0:V:0", "-vf", ",".join(filters), "-fps_mode", "passthrough"]
     args += ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
-    with tempfile.TemporaryFile() as log:  # a file: a full pipe for stderr would stop ffmpeg
-        process = subprocess.Popen(decoder(path, *args), stdout=subprocess.PIPE, stderr=log)
+    args += beside("a") if info.has_audio else []
+    with tempfile.TemporaryDirectory(prefix="talk-") as folder, tempfile.TemporaryFile() as log:
+        if info.hdr:
+            (Path(folder) / "hdr.cube").write_text(hdr_cube(info.hdr))
+        command = decoder(path, *args, before=("-reinit_filter", "0"))
+        # stderr: a file, for a full pipe would stop ffmpeg
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=folder)
         count = 0
         try:
             while (frame := read_ppm(process.stdout)) is not None:
@@ -160,6 +196,29 @@ def decode_frames(path: Path, height: int | None) -> Iterator[np.ndarray]:
         log.seek(0)
         complaint = log.read().decode(errors="replace")
     check_whole(path, complaint, status or not count, count / FPS)
+
+
+@lru_cache
+def hdr_cube(curve: str, n: int = 33) -> str:
+    """ffmpeg's lookup table from HDR video, BT.2020 with the curve "arib-std-b67" (HLG) or "smpte2084" (PQ), to sRGB.
+
+    Both curves to light in cd/m2 (BT.2100; HLG on a display of 1000), 203 of which are white (BT.2408). What is below
+    .7 of white stays; what is brighter, up to the sun, shares the rest (ours: an exponential).
+    """
+    b, g, r = np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")  # red changes fastest
+    x = np.stack([r, g, b], -1).reshape(-1, 3)
+    if curve == "smpte2084":
+        root = x ** (32 / 2523)
+        light = 10000 * (np.maximum(root - 107 / 128, 0) / (2413 / 128 - 2392 / 128 * root)) ** (8192 / 1305)
+    else:
+        scene = np.where(x <= 0.5, x**2 / 3, (np.exp((x - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        light = 1000 * scene * (scene @ (0.2627, 0.678, 0.0593))[:, None] ** 0.2
+    to_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # BT.2407
+    x = np.maximum(light / 203 @ to_709.T, 0)
+    most = np.maximum(x.max(1, keepdims=True), 1e-9)  # all three are scaled alike: the hue stays
+    x *= np.where(most < 0.7, 1, (1 - 0.3 * np.exp((0.7 - most) / 0.3)) / most)
+    x = np.where(x < 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+    return f"LUT_3D_SIZE {n}\n" + "\n".join("%.5f %.5f %.5f" % tuple(row) for row in x) + "\n"
 
 
 def read_ppm(stream) -> np.ndarray | None:
@@ -206,12 +265,13 @@ class VideoWriter:
         video.write(frame)                              # uint8 (H, W, 3)
 
     wav: float (n,) in [-1, 1] at 16 kHz, or None; sample 0 is heard when frame 0 shows, and the sound keeps
-    its length. Odd sizes get one more row or column (players want even ones). The file appears whole, or,
+    its length. sound: the file that wav was loaded from, whose own rate, channels and loudness the video gets then.
+    Odd sizes get one more row or column (players want even ones). The file appears whole, or,
     after an error, not at all: ffmpeg works in a private temporary directory.
     Raises InputError: as check_output; disk full.
     """
 
-    def __init__(self, path, height: int, width: int, wav: np.ndarray | None = None, overwrite: bool = False):
+    def __init__(self, path, height: int, width: int, wav: np.ndarray | None = None, overwrite: bool = False, sound=None):
         self.path = check_output(path, overwrite, VIDEO_SUFFIXES)
         self.overwrite = overwrite
         self.shape = (height, width, 3)
@@ -220,10 +280,11 @@ class VideoWriter:
         folder = Path(self.folder.name)
         self.draft = folder / f"video{self.path.suffix.lower()}"
         self.log = open(folder / "log", "w+b")
-        sound = []
-        if wav is not None:
+        if sound is not None:
+            write_own_sound(sound, folder / "sound.wav", len(wav))
+        elif wav is not None:
             write_wav(folder / "sound.wav", wav)
-            sound = ["-i", str(folder / "sound.wav"), "-c:a", "aac", "-b:a", "128k"]
+        sound = [] if wav is None else ["-i", str(folder / "sound.wav"), "-c:a", "aac", "-b:a", "192k"]
         # the colours of HDTV, and said so: untagged video is shown differently by different players
         colours = "scale=out_color_matrix=bt709:out_range=tv"
         smear = f"fillborders=right={width % 2}:bottom={height % 2}:mode=smear"  # no black seam
@@ -299,7 +360,7 @@ def write_wav(path: str | Path, wav: np.ndarray):
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
-        file.writeframes(np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2").tobytes())
+        file.writeframes(to_int16(wav).tobytes())
 
 
 def place(draft: Path, path: Path):

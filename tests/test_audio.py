@@ -444,6 +444,129 @@ def test_every_bad_sound_is_refused_in_one_line_that_names_it(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# files as people have them
+
+
+def click_at(seconds, length=2.0, rate=48000):
+    """A soft hum, so that encoders have something to do, and a click"""
+    wav = 0.02 * tone(300, round(length * rate), rate)
+    wav[round(seconds * rate) :][: rate // 400] = 0.9
+    return wav
+
+
+def heard_at(path):
+    wav = load_audio(path)
+    return int(abs(wav).argmax()) / RATE
+
+
+def syllables(n=2 * RATE):
+    """A buzz in bursts: loud and silent parts, as speech has"""
+    t = np.arange(n) / RATE
+    buzz = sum(np.sin(2 * np.pi * 120 * k * t) / k for k in range(1, 12))
+    return (0.1 * buzz * (np.sin(2 * np.pi * 4 * t) > 0)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seconds", [0.03, 0.08, 0.7])
+def test_a_hole_of_any_length_in_the_sound_is_silence(tmp_path, seconds):
+    soundfile.write(tmp_path / "a.wav", click_at(1.5), 48000)
+    drop = f"noise=drop='between(pts*tb,0.5,{0.499 + seconds})'"
+    ffmpeg("-i", tmp_path / "a.wav", "-c:a", "flac", "-frame_size", "480", "-bsf:a", drop, tmp_path / "a.mkv")
+    assert abs(heard_at(tmp_path / "a.mkv") - 1.5) < 0.01
+
+
+def test_rate_and_channels_that_change_in_a_late_track_keep_its_time(tmp_path):
+    for name, rate, channels, at in (("a", 44100, 2, 0.3), ("b", 48000, 1, 0.5), ("c", 48000, 6, 0.7)):
+        sound = np.zeros((rate, channels))
+        sound[round(at * rate) :][: rate // 400, -1] = dict(a=0.3, b=0.6, c=0.9)[name]
+        soundfile.write(tmp_path / f"{name}.wav", sound, rate)
+        start = ("-output_ts_offset", dict(a=0, b=1, c=2)[name])
+        ffmpeg("-i", tmp_path / f"{name}.wav", "-c:a", "aac", *start, tmp_path / f"{name}.ts")
+    ffmpeg("-f", "lavfi", "-i", "color=s=32x32:r=25:d=2", "-c:v", "mpeg2video", tmp_path / "v.ts")
+    (tmp_path / "joined.ts").write_bytes(b"".join((tmp_path / f"{name}.ts").read_bytes() for name in "abc"))
+    late = ("-itsoffset", "1", "-i", tmp_path / "joined.ts")
+    ffmpeg("-i", tmp_path / "v.ts", *late, "-c", "copy", tmp_path / "call.ts")
+    wav = abs(load_audio(tmp_path / "call.ts"))
+    clicks = [(t * RATE + wav[t * RATE : (t + 1) * RATE].argmax()) / RATE for t in (1, 2, 3)]
+    assert np.abs(np.subtract(clicks, (1.3, 2.5, 3.7))).max() < 0.05, clicks
+
+
+def test_a_streamed_wav_is_read_whole_and_a_cut_one_refused(tmp_path):
+    scipy.io.wavfile.write(tmp_path / "a.wav", RATE, noise(RATE))
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    at = content.index(b"data") + 4
+    for size in (0, 0x7FFFFFFF, 0xFFFFFFFF, 2_000_000_000, 0x7FFFF000):
+        content[at : at + 4] = size.to_bytes(4, "little")
+        (tmp_path / "open.wav").write_bytes(content)
+        assert abs(len(load_audio(tmp_path / "open.wav")) - RATE) <= 2, hex(size)
+    content[at : at + 4] = (5 * 4 * RATE).to_bytes(4, "little")
+    (tmp_path / "cut.wav").write_bytes(content)
+    with pytest.raises(InputError, match="cut short"):
+        load_audio(tmp_path / "cut.wav")
+
+
+def test_a_sound_shorter_than_its_video_may_have_an_error(tmp_path):
+    soundfile.write(tmp_path / "a.wav", click_at(0.5, 1.0), 48000)
+    picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=4")
+    spoil = ("-bsf:a", "noise=amount='if(eq(n,3),-1,0)':dropamount=0")
+    ffmpeg(*picture, "-i", tmp_path / "a.wav", "-c:a", "flac", "-frame_size", "480", *spoil, tmp_path / "a.mkv")
+    assert abs(heard_at(tmp_path / "a.mkv") - 0.5) < 0.01
+
+
+def test_the_track_marked_default_is_read(tmp_path):
+    soundfile.write(tmp_path / "voice.wav", syllables(), RATE)
+    hum = ("-f", "lavfi", "-i", "sine=700:d=2")
+    marks = ("-map", "0", "-map", "1", "-disposition:a:0", "comment", "-disposition:a:1", "default")
+    ffmpeg(*hum, "-i", tmp_path / "voice.wav", *marks, "-c:a", "flac", tmp_path / "two.mkv")
+    assert abs(peak_hz(load_audio(tmp_path / "two.mkv")) - 120) < 5
+
+
+def channels_of(voice, kind):
+    dead = np.zeros_like(voice)
+    return {
+        "both": [voice, voice],
+        "opposite": [voice, -voice],
+        "right alone": [dead, voice],
+        "centre of 5.1": [dead, dead, voice, dead, dead, dead],
+        "last of 3": [dead, dead, voice],
+        "last of 8": [dead] * 7 + [voice],
+        "last of 12": [dead] * 11 + [voice],
+        "hiss on the other": [voice, 0.001 * noise(len(voice))],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["both", "opposite", "right alone", "centre of 5.1", "last of 3", "last of 8",
+                                  "last of 12", "hiss on the other"])
+def test_a_voice_sounds_the_same_in_whichever_channels_it_is(tmp_path, kind):
+    soundfile.write(tmp_path / "a.wav", np.stack(channels_of(syllables(), kind), 1), RATE, subtype="FLOAT")
+    wav = load_audio(tmp_path / "a.wav", level=False)
+    np.testing.assert_allclose(wav, syllables(), atol=0.002)
+
+
+def test_a_voice_that_goes_from_one_channel_to_two_keeps_its_loudness():
+    voice = syllables(4 * RATE)
+    samples = np.stack([voice, np.where(np.arange(4 * RATE) < 2 * RATE, 0, voice)], 1)
+    np.testing.assert_allclose(audio.mix("x", samples)[: RATE], voice[: RATE], atol=1e-6)
+    np.testing.assert_allclose(audio.mix("x", samples)[3 * RATE :], voice[3 * RATE :], atol=1e-6)
+
+
+def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
+    levels = []
+    for gain in (2, 0.6, 0.02):
+        soundfile.write(tmp_path / "a.wav", gain * syllables(), RATE, subtype="PCM_24")
+        levels.append(load_audio(tmp_path / "a.wav").std())
+    assert np.ptp(levels) < 0.01 * levels[0]
+    for still in (np.zeros(RATE, np.float32), 0.001 * noise(RATE), 1e-5 * syllables(), noise(RATE)):
+        np.testing.assert_array_equal(audio.set_level(still), still)
+
+
+def test_speech_at_the_loudness_that_was_trained_on_stays_as_it_is():
+    wav = syllables(4 * RATE)
+    wav *= 10 ** (audio.LOUDNESS / 20) / wav[abs(wav) > 0].std()
+    gain = audio.set_level(wav).std() / wav.std()
+    assert abs(20 * np.log10(gain)) < 1
+
+
+# ------------------------------------------------------------------------------------------------------------
 # scripts
 
 

@@ -338,11 +338,80 @@ def test_alpha_is_dropped_grey_is_grey_and_pixels_become_square(tmp_path):
     assert next(read_video(tmp_path / "wide.mp4")).shape == (24, 64, 3)
 
 
+def test_a_size_that_changes_in_the_middle_keeps_time_and_shape(tmp_path):
+    flash = "if(between(T,0.79,0.83),235,20)"
+    source = f"nullsrc=s=64x32:r=25:d=1,geq=lum='{flash}':cb=128:cr=128"
+    for name, size, at in (("a", "64:32", 0), ("b", "128:64", 1), ("c", "32:64", 2)):
+        options = ("-vf", f"scale={size}", "-c:v", "mpeg2video", "-output_ts_offset", at)
+        ffmpeg("-f", "lavfi", "-i", source, *options, tmp_path / f"{name}.ts")
+    (tmp_path / "call.ts").write_bytes(b"".join((tmp_path / f"{name}.ts").read_bytes() for name in "abc"))
+    frames = np.stack(list(read_video(tmp_path / "call.ts"))).astype(int)
+    bright = frames.mean((1, 2, 3))
+    assert len(frames) >= 74 and sorted(bright.argsort()[-3:].tolist()) == [20, 45, 70]
+    assert frames[70, 8:-8, 30:34].min() > 200 and frames[70, :, :20].max() < 40  # upright between bars
+
+
+def test_a_transport_stream_cut_in_a_group_of_pictures_is_read(tmp_path):
+    source = ("-f", "lavfi", "-i", "testsrc2=s=64x48:r=25:d=3", "-f", "lavfi", "-i", "sine=d=5")
+    ffmpeg(*source, "-g", "25", "-c:v", "libx264", "-c:a", "aac", tmp_path / "whole.ts")
+    content = (tmp_path / "whole.ts").read_bytes()
+    (tmp_path / "cut.ts").write_bytes(content[len(content) // 10 // 188 * 188 :])
+    assert sum(1 for _ in read_video(tmp_path / "cut.ts")) >= 55
+    assert len(load_audio(tmp_path / "cut.ts")) > 4 * RATE
+
+
+def test_interlaced_video_is_deinterlaced_where_it_says_so(tmp_path):
+    source = "testsrc2=s=64x64:r=50:d=0.6,geq=lum='if(lt(mod(X-4*N,32),16),235,20)':cb=128:cr=128"
+    options = ("-vf", "tinterlace=interleave_top", "-c:v", "mpeg2video", "-flags", "+ildct+ilme", "-b:v", "4M")
+    ffmpeg("-f", "lavfi", "-i", source, *options, tmp_path / "a.mpg")
+    frames = np.stack(list(read_video(tmp_path / "a.mpg"))).astype(float)
+    assert probe(tmp_path / "a.mpg").interlaced
+    assert abs(frames[:, 1:-1:2] - (frames[:, :-2:2] + frames[:, 2::2]) / 2).mean() < 8  # 25 with its combs
+
+
+@pytest.mark.parametrize("curve, white", [("arib-std-b67", 0.75), ("smpte2084", 0.5807)])  # 203 cd/m2
+def test_hdr_video_looks_as_it_should(tmp_path, curve, white):
+    grey = f"color=black:s=32x32:r=25:d=0.2,format=yuv420p10le,geq=lum='64+876*{white}':cb=512:cr=512"
+    tags = ("-color_primaries", "bt2020", "-colorspace", "bt2020nc", "-color_trc", curve, "-color_range", "tv")
+    tags += ("-vf", f"setparams=color_primaries=bt2020:colorspace=bt2020nc:color_trc={curve}:range=tv")
+    ffmpeg("-f", "lavfi", "-i", grey, *tags, "-c:v", "ffv1", tmp_path / "a.mkv")
+    frame = next(read_video(tmp_path / "a.mkv")).astype(int)
+    assert probe(tmp_path / "a.mkv").hdr == curve
+    assert 235 <= frame.min() and frame.max() <= 250
+
+
+def test_hdr_colours_are_those_of_bt_709():
+    for curve in ("arib-std-b67", "smpte2084"):
+        table = np.array([row.split() for row in vision.hdr_cube(curve).splitlines()[1:]], float).reshape(33, 33, 33, 3)
+        grey = table[range(33), range(33), range(33)]
+        assert (np.diff(grey, axis=0) >= 0).all() and np.ptp(grey, axis=1).max() < 0.01
+        b, g, r = 5, 5, 20  # a red of BT.2020 is outside BT.709
+        assert table[b, g, r, 0] > 3 * table[b, g, r, 1] and table.min() >= 0 and table.max() <= 1
+
+
+def test_a_video_with_a_timecode_track_has_its_pictures(tmp_path):
+    source = ("-f", "lavfi", "-i", "color=gray:s=32x24:r=25:d=0.4", "-timecode", "00:00:00:00")
+    ffmpeg(*source, tmp_path / "camera.mov")  # ffmpeg lists its streams as a group
+    assert len(list(read_video(tmp_path / "camera.mov"))) == 10
+
+
 def test_read_video_resizes_to_the_height_asked_for(tmp_path):
     write(tmp_path / "a.mp4", np.repeat(picture(40, 60)[None], 3, 0))
     frame = next(read_video(tmp_path / "a.mp4", height=20))
     inside = np.ix_(np.r_[2:8, 12:18], np.r_[2:13, 17:28])  # away from the edges, where colours are coarser
     assert frame.shape == (20, 30, 3) and abs(frame[inside].astype(int) - picture(20, 30)[inside]).max() < 8
+
+
+@pytest.mark.parametrize("rate, channels", [(48000, 2), (44100, 1), (22050, 6), (16000, 3), (8000, 8)])
+def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
+    sound = 0.3 * np.sin(2 * np.pi * 300 * np.arange(rate)[:, None] / rate) * np.ones(channels)
+    scipy.io.wavfile.write(tmp_path / "a.wav", rate, sound.astype(np.float32))
+    frames = drawn_frames(20, 32, 32)  # shorter than the sound
+    write(tmp_path / "a.mp4", frames, load_audio(tmp_path / "a.wav")[: 640 * 20], sound=tmp_path / "a.wav")
+    _, heard, _, hz = audio.sound_track(tmp_path / "a.mp4")
+    assert (heard, hz) == (channels, rate)
+    wav = load_audio(tmp_path / "a.mp4", level=False)
+    assert abs(len(wav) - 640 * 20) <= 2048 * 16000 / rate and abs(abs(wav[3000:9000]).max() - 0.3) < 0.03
 
 
 def test_probe_tells_what_a_video_is(tmp_path):
