@@ -70,7 +70,6 @@ from vision import (
     probe,
     read_video,
     to_tensor,
-    upright,
 )
 
 NEAR = 4  # frames; ours: a window nearer than this sounds too alike to be called wrong
@@ -512,7 +511,8 @@ CUT, SUDDEN = 20, 4  # a cut changes the mean pixel by so many of 255, and so ma
 CLOSE = 0.12  # of the crop: a square photo whose face lies so near to the template's is used whole (ours)
 SURE = 1  # frame: what a sync expert is wrong by on a clip of three seconds (ours)
 PHOTOS = 64  # photos of an archive in one job
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
+                  ".heic", ".heif")  # the last two so that the manifest says what is wrong with them
 
 
 def scenes(frames: list[np.ndarray]) -> np.ndarray:
@@ -662,13 +662,11 @@ def lateness(sync: Path, crops: list[np.ndarray], wav: np.ndarray, segment: dict
 
 def photo_box(image: np.ndarray) -> tuple:
     """The crop of a photo, uint8 (H, W, 3): all of a square one that is cropped as ours already, else around its
-    largest face. Raises InputError, without the file's name: no face, or one that the picture's edge cuts off."""
+    largest face. Raises InputError, without the file's name: no upright face, or one that the picture's edge cuts off."""
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
     if not faces:
-        raise InputError("no face was found")
-    if not upright(faces[0]):
-        raise InputError("the face is not upright")
+        raise InputError("no face that is upright was found")
     box = face_box(faces, "face")
     if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < CLOSE * W:
         return (0.0, 0.0, float(W), float(H))

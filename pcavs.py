@@ -46,7 +46,17 @@ from audio import FPS, SAMPLES_PER_FRAME, InputError, check_file, filter_bank, l
 from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import pick_device
 from losses import identity_loss, load, perceptual_loss, read_weights, reconstruction_loss
-from sample import LOOK_HEIGHT, WAY_OUT, Stopwatch, driving_box, parse_box, photo_box, square_around, there_and_back
+from sample import (
+    LOOK_HEIGHT,
+    WAY_OUT,
+    Stopwatch,
+    driving_box,
+    given_box,
+    photo_box,
+    square_around,
+    there_and_back,
+    without_colour,
+)
 from stylegan2 import StyledConv, ToRGB
 from syncnet import lr_factor, revision, toy_pack
 from toyfaces import TEST, make_pack
@@ -60,6 +70,7 @@ from vision import (
     crop_face,
     detect_faces,
     face_box,
+    is_grey,
     load_photo,
     mask_mouth,
     probe,
@@ -601,18 +612,17 @@ def square_middle(image: np.ndarray) -> tuple:
 def photo_crop(image: np.ndarray, args, config: Config) -> np.ndarray:
     """The photo as V sees it, uint8 (size, size, 3)"""
     if config.template in TEMPLATES:                                            # trained here
-        box, how = photo_box(image, args, config.template, lambda: detect_faces(image))
+        image, box, how = photo_box(image, args, config.template)
         print(f"{args.face}: {how}")
         return crop_face(image, box, config.size)
     if args.aligned:
         return crop_face(image, ready_box(image), config.size)
-    H, W = image.shape[:2]
     try:
-        points = three_points(image, parse_box(args.box, W, H) if args.box else None)
+        points = three_points(image, given_box(image, args) if args.box else None)
     except InputError as error:
         raise InputError(f"{args.face}: {error}; {WAY_OUT}, or --aligned") from None
     if points is None:
-        raise InputError(f"{args.face}: no face was found; {WAY_OUT}")
+        raise InputError(f"{args.face}: no face that is upright was found; {WAY_OUT}")
     return align(image, scale_and_turn(points), points[2], config.size)
 
 
@@ -736,7 +746,7 @@ def sample(argv):
     device = pick_device(args.device)
     model = load_pcavs(args.weights, device)
     size, n = model.config.size, n_frames(len(wav))
-    crop = photo_crop(photo, args, model.config)
+    crop, grey = photo_crop(photo, args, model.config), is_grey(photo)
     pose = Kept(Stopwatch(pose_clip(args.pose, n, model.config, args.aligned)[1]) if args.pose else [crop], args.grid)
 
     network = Stopwatch(talk(model, crop, wav, pose, args, device))
@@ -744,7 +754,7 @@ def sample(argv):
     with VideoWriter(out, size, width, wav, args.overwrite) as video, tqdm(total=n, unit="frame") as bar:
         try:
             for frames in network:
-                for frame in frames:
+                for frame in map(without_colour, frames) if grey else frames:
                     video.write(np.hstack([crop, pose[video.count], frame]) if args.grid else frame)
                 bar.update(len(frames))
         except FloatingPointError as error:
