@@ -8,6 +8,7 @@ of the first of five frames); the encoder's norm is GroupNorm, its last layer li
 Being the lowest room, it also holds what all need: InputError, run(), check_file(), how ffmpeg is called.
 """
 
+import errno
 import re
 import signal
 import subprocess
@@ -55,15 +56,25 @@ class InputError(Exception):
 
 
 def run(main):
-    """Runs a script's main(): InputError is one line on stderr and exit status 2, Ctrl-C 130, SIGTERM 143."""
+    """Runs a script's main(): InputError, or no memory, is one line on stderr and status 2, Ctrl-C 130, SIGTERM 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: `with` and `finally` clean up
     try:
         main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (InputError, MemoryError, OSError, RuntimeError) as error:
+        if not isinstance(error, InputError) and not is_out_of_memory(error):
+            raise
+        reason = error if isinstance(error, InputError) else "not enough memory: close other programs, or give it less"
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the system refused memory to Python or NumPy, to a new process or file, or to torch (whose CPU side has no
+    exception of its own)."""
+    torchs = isinstance(error, RuntimeError) and re.search("allocat|bad_alloc|out of memory", str(error))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or bool(torchs)
 
 
 def check_file(path: str | Path) -> Path:

@@ -458,6 +458,21 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(tmp_path):
     assert (done.returncode, done.stderr, done.stdout) == (2, "tool.py: a.wav: is bad\n", "")
 
 
+NO_MEMORY = [MemoryError(), OSError(12, "Cannot allocate memory"), torch.OutOfMemoryError("CUDA out of memory"),
+             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_run_says_in_one_line_that_there_is_no_memory(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        audio.run(main)
+    out = capsys.readouterr().err
+    assert "not enough memory" in out and out.count("\n") == 1
+
+
 def test_run_cleans_up_on_sigterm_and_leaves_other_errors_alone(monkeypatch):
     import os
     import signal
