@@ -8,6 +8,7 @@ of the first of five frames); the encoder's norm is GroupNorm, its last layer li
 Being the lowest room, it also holds what all need: InputError, run(), check_file(), how ffmpeg is called.
 """
 
+import argparse
 import errno
 import re
 import signal
@@ -68,6 +69,35 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# what a number option may be, by its name, in every script; others: whole ones from 1, floats from 0, up to 10^9.
+# Ours: wide enough for all that can work
+RATE, SHARE = (1e-9, 1e3), (0, 1)
+LIMITS = dict(
+    seed=(0, 2**62), workers=(0, 256), refine=(0, 100), first_person=(0, 2**62), people=(1, 10**6), seconds=(0.2, 600),
+    batch=(1, 10**5), lr=RATE, lr_gan=RATE, lr_g=RATE, lr_d=RATE, ema_kimg=(1e-6, 1e6), photo_share=SHARE,
+    hyper_share=SHARE, taught=SHARE, augment=(-1, 1),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose complaints are one line, without the usage, and that knows LIMITS."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_args(self, args=None, **limits):
+        """limits: (low, high) of options that mean something else in this script. InputError: a number outside, or NaN"""
+        args = super().parse_args(args)
+        for name, value in vars(args).items():
+            if type(value) in (int, float):
+                low, high = (LIMITS | limits).get(name, (1 if type(value) is int else 0, 10**9))
+                if not low <= value <= high:
+                    flags = [a.option_strings[0] for a in self._actions if a.dest == name]
+                    option = flags[0] if flags else "--" + name.replace("_", "-")  # a subcommand's
+                    raise InputError(f"{option} {value}: must lie between {low} and {high}")
+        return args
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -15,7 +15,6 @@ distances are ours. That the driving mouth is hidden from the network is vision.
 the mouth).
 """
 
-import argparse
 import io
 import json
 import multiprocessing
@@ -50,6 +49,7 @@ from tqdm import tqdm
 from audio import (
     SAMPLES_PER_FRAME,
     InputError,
+    Parser,
     check_file,
     isolate_voice,
     load_audio,
@@ -877,7 +877,7 @@ def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A folder of videos or photos -> a pack to train on.")
+    parser = Parser(description="A folder of videos or photos -> a pack to train on.")
     help = "folder of videos or of photos; a folder in it is one person, a file another. Or an .npz of JPEGs"
     parser.add_argument("videos", type=Path, help=help)
     parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
@@ -889,11 +889,9 @@ def main():
     parser.add_argument("--check-sync", type=Path, metavar="FILE", help=help)
     help = "take music and noise that repeat down (librosa's vocal separation; 0.2 s a second of sound)"
     parser.add_argument("--isolate-voice", action="store_true", help=help)
-    args = parser.parse_args()
+    args = parser.parse_args(workers=(1, 256))
     if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
         raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
-    if args.workers < 1:
-        raise InputError(f"--workers {args.workers}: must be 1 or more")
     if args.check_sync:
         sync_expert(args.check_sync)  # refused now, not in every worker
     begun, person = time.time(), args.videos.absolute().name if args.one_person else None

@@ -42,7 +42,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
-from audio import FPS, SAMPLES_PER_FRAME, InputError, check_file, filter_bank, load_audio, n_frames, run
+from audio import FPS, SAMPLES_PER_FRAME, InputError, Parser, check_file, filter_bank, load_audio, n_frames, run
 from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint
 from fusion import pick_device
 from losses import identity_loss, load, perceptual_loss, read_weights, reconstruction_loss
@@ -690,7 +690,7 @@ def sampling_options(p):
 
 
 def parse_sample(argv):
-    p = argparse.ArgumentParser(prog="pcavs.py", description="PC-AVS: a photo, a sound, a pose video -> a talking face. "
+    p = Parser(prog="pcavs.py", description="PC-AVS: a photo, a sound, a pose video -> a talking face. "
                                 "Other commands: pcavs.py train, pcavs.py evaluate (each with --help)")
     p.add_argument("face", help="photo (a file named train or evaluate: ./train)")
     p.add_argument("speech", help="sound, or video with it")
@@ -771,7 +771,7 @@ def sample(argv):
 # measuring
 
 def parse_evaluate(argv):
-    p = argparse.ArgumentParser(prog="pcavs.py evaluate", description="measure clips driven by themselves (photo: their "
+    p = Parser(prog="pcavs.py evaluate", description="measure clips driven by themselves (photo: their "
                                 "first frame; their pose, their sound) or the pairs of a csv against the real frames")
     p.add_argument("clips", nargs="*", help="videos with sound, or one file of pairs (.csv) as in the authors' demo")
     p.add_argument("--toy", action="store_true", help="weights of the toy world: evaluate.py's control table, no clips")
@@ -1051,7 +1051,7 @@ def matching_loss(real, fake):
 
 
 def parse_train(argv):
-    p = argparse.ArgumentParser(prog="pcavs.py train", description="train the four networks together",
+    p = Parser(prog="pcavs.py train", description="train the four networks together",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/pcavs32", help="directory of checkpoint, log and pictures")
     p.add_argument("--data", help="pack directory written by data.py; default: the toy world, drawn into --out")

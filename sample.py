@@ -13,7 +13,6 @@ Each prints one line: the file, its length, its speed. All that can be wrong wit
 the network starts.
 """
 
-import argparse
 import itertools
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from audio import FPS, SAMPLES_PER_FRAME, InputError, load_audio, n_frames, run, sound_windows
+from audio import FPS, SAMPLES_PER_FRAME, InputError, Parser, load_audio, n_frames, run, sound_windows
 from fusion import load_model, pick_device
 from vision import (
     TEMPLATES,
@@ -63,7 +62,7 @@ WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="A photo and speech (and a driving video) -> a talking face.")
+    p = Parser(description="A photo and speech (and a driving video) -> a talking face.")
     p.add_argument("face", nargs="?", default=EXAMPLE, help="photo (default: an example)")
     p.add_argument("speech", nargs="?", default=HERE / "examples/speech.wav", help="sound, or video with it")
     p.add_argument("--driving", help="video that gives pose, eyes, expression (default: the photo's, idling)")
