@@ -8,6 +8,8 @@ of the first of five frames); the encoder's norm is GroupNorm, its last layer li
 Being the lowest room, it also holds what all need: InputError, run(), check_file(), how ffmpeg is called.
 """
 
+import argparse
+import errno
 import re
 import signal
 import subprocess
@@ -58,15 +60,54 @@ class InputError(Exception):
 
 
 def run(main):
-    """Runs a script's main(): InputError is one line on stderr and exit status 2, Ctrl-C 130, SIGTERM 143."""
+    """Runs a script's main(): InputError, or no memory, is one line on stderr and status 2, Ctrl-C 130, SIGTERM 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: `with` and `finally` clean up
     try:
         main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (InputError, MemoryError, OSError, RuntimeError) as error:
+        if not isinstance(error, InputError) and not is_out_of_memory(error):
+            raise
+        reason = error if isinstance(error, InputError) else "not enough memory: close other programs, or give it less"
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# what a number option may be, by its name, in every script; others: whole ones from 1, floats from 0, up to 10^9.
+# Ours: wide enough for all that can work
+RATE, SHARE = (1e-9, 1e3), (0, 1)
+LIMITS = dict(
+    seed=(0, 2**62), workers=(0, 256), refine=(0, 100), first_person=(0, 2**62), people=(1, 10**6), seconds=(0.2, 600),
+    batch=(1, 10**5), lr=RATE, lr_gan=RATE, lr_g=RATE, lr_d=RATE, ema_kimg=(1e-6, 1e6), photo_share=SHARE,
+    hyper_share=SHARE, taught=SHARE, augment=(-1, 1),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose complaints are one line, without the usage, and that knows LIMITS."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_args(self, args=None, **limits):
+        """limits: (low, high) of options that mean something else in this script. InputError: a number outside, or NaN"""
+        args = super().parse_args(args)
+        for name, value in vars(args).items():
+            if type(value) in (int, float):
+                low, high = (LIMITS | limits).get(name, (1 if type(value) is int else 0, 10**9))
+                if not low <= value <= high:
+                    flags = [a.option_strings[0] for a in self._actions if a.dest == name]
+                    option = flags[0] if flags else "--" + name.replace("_", "-")  # a subcommand's
+                    raise InputError(f"{option} {value}: must lie between {low} and {high}")
+        return args
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the system refused memory to Python or NumPy, to a new process or file, or to torch (whose CPU side has no
+    exception of its own)."""
+    torchs = isinstance(error, RuntimeError) and re.search("allocat|bad_alloc|out of memory", str(error))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or bool(torchs)
 
 
 def check_file(path: str | Path) -> Path:

@@ -15,7 +15,6 @@ distances are ours. That the driving mouth is hidden from the network is vision.
 the mouth).
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -51,6 +50,7 @@ from tqdm import tqdm
 from audio import (
     SAMPLES_PER_FRAME,
     InputError,
+    Parser,
     check_file,
     isolate_voice,
     load_audio,
@@ -76,7 +76,6 @@ from vision import (
     read_video,
     square_within,
     to_tensor,
-    upright,
 )
 
 NEAR = 4  # frames; ours: a window nearer than this sounds too alike to be called wrong
@@ -382,7 +381,7 @@ USES = dict(train="train on", valid="validate on", test="test on")
 SEVERAL = 10  # people; ours: where there are fewer, clips are held out, not people
 
 
-def split_options(p: argparse.ArgumentParser):
+def split_options(p: Parser):
     """The options that `split` reads"""
     for part, use in USES.items():
         text = f"list of clips or people of --data to {use}, one name a line; default: every tenth is held out"
@@ -620,7 +619,8 @@ CUT, SUDDEN = 20, 4  # a cut changes the mean pixel by so many of 255, and so ma
 CLOSE = 0.12  # of the crop: a square photo whose face lies so near to the template's is used whole (ours)
 SURE = 1  # frame: what a sync expert is wrong by on a clip of three seconds (ours)
 PHOTOS = 64  # photos of an archive in one job
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
+                  ".heic", ".heif")  # the last two so that the manifest says what is wrong with them
 
 
 def scenes(frames: list[np.ndarray]) -> np.ndarray:
@@ -772,13 +772,11 @@ def lateness(sync: Path, crops: list[np.ndarray], template: str, wav: np.ndarray
 
 def photo_box(image: np.ndarray, template: str) -> tuple:
     """The crop of a photo, uint8 (H, W, 3): all of a square one that is cropped as ours already, else around its
-    largest face. Raises InputError, without the file's name: no face, or one that the picture's edge cuts off."""
+    largest face. Raises InputError, without the file's name: no upright face, or one that the picture's edge cuts off."""
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
     if not faces:
-        raise InputError("no face was found")
-    if not upright(faces[0]):
-        raise InputError("the face is not upright")
+        raise InputError("no face that is upright was found")
     box = face_box(faces, template)
     if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < CLOSE * W:
         return (0.0, 0.0, float(W), float(H))
@@ -992,7 +990,7 @@ def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A folder of videos or photos -> a pack to train on.")
+    parser = Parser(description="A folder of videos or photos -> a pack to train on.")
     help = "folder of videos or of photos; a folder in it is one person, a file another. Or an .npz of JPEGs"
     parser.add_argument("videos", type=Path, help=help)
     parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
@@ -1006,11 +1004,9 @@ def main():
     parser.add_argument("--check-sync", type=Path, metavar="FILE", help=help)
     help = "take music and noise that repeat down (librosa's vocal separation; 0.2 s a second of sound)"
     parser.add_argument("--isolate-voice", action="store_true", help=help)
-    args = parser.parse_args()
+    args = parser.parse_args(workers=(1, 256))
     if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
         raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
-    if args.workers < 1:
-        raise InputError(f"--workers {args.workers}: must be 1 or more")
     if args.check_sync:
         sync_expert(args.check_sync)  # refused now, not in every worker
     begun, person = time.time(), args.videos.absolute().name if args.one_person else None

@@ -42,7 +42,7 @@ from torch import nn
 from tqdm import tqdm
 
 import losses
-from audio import SAMPLES_PER_FRAME, InputError, check_file, load_audio, log_mel, mel_windows, mfcc, n_frames, run
+from audio import SAMPLES_PER_FRAME, InputError, Parser, check_file, load_audio, log_mel, mel_windows, mfcc, n_frames, run
 from data import Pack, load_checkpoint, save_checkpoint
 from fusion import load_model, pick_device
 from losses import same_person_loss
@@ -1211,7 +1211,7 @@ def toy_report(args, device):
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="measure pairs of clips, or control on the toy world",
+    p = Parser(description="measure pairs of clips, or control on the toy world",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("clips", nargs="*", help="real and generated: two clips, or two folders whose clips pair by name")
     p.add_argument("--landmarker", help="MediaPipe's face_landmarker.task, for landmarks (pip install mediapipe)")
@@ -1231,8 +1231,6 @@ def parse(argv=None):
     p.add_argument("--json", help="write the numbers there, too")
     p.add_argument("--device", default="auto")
     args = p.parse_args(argv)
-    if args.every < 1:
-        raise InputError(f"--every {args.every}: must be 1 or more")
     if bool(args.toy) == bool(args.clips) or len(args.clips) not in (0, 2):
         raise InputError("give two clips or two folders, real and generated, or --toy weights.pt")
     return args

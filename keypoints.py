@@ -45,6 +45,7 @@ from audio import (
     SAMPLES_PER_FRAME,
     AudioEncoder,
     InputError,
+    Parser,
     check_file,
     load_audio,
     log_mel,
@@ -1453,7 +1454,7 @@ def check_output_in_new_folder(path, overwrite: bool, suffixes: tuple) -> Path:
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="audio -> facial keypoints")
+    parser = Parser(description="audio -> facial keypoints")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, text, data=False, device=False):
@@ -1533,19 +1534,13 @@ def parse(argv=None):
     p.add_argument("--words", help="folder of .align files: writes what is said")
     p.add_argument("--out", default="show.png", help=".png or .mp4")
     p.add_argument("--overwrite", action="store_true")
-    return checked(parser.parse_args(argv))
+    limits = dict(codes=(1, 36), width=(4, 4096), layers=(1, 64), look=(1, 1000), clip=(0, 10**9), best=(1, BEST),
+                  size=(32, 2048))
+    return checked(parser.parse_args(argv, **limits))
 
 
 def checked(args):
-    """Numbers within their limits, options that go together"""
-    many, positive = (1, 10**9), (0, math.inf)
-    limits = dict(people=(1, 10**6), codes=(1, 36), width=(4, 4096), layers=(1, 64), look=(1, 1000), frames=many,
-                  w_velocity=positive, batch=(1, 10**5), steps=many, lr=positive, clip=positive, seed=(0, 2**62),
-                  workers=(0, 256), log_every=many, val_every=many, save_every=many, best=(1, BEST), size=(32, 2048))
-    for name, (low, high) in limits.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    """Options that go together"""
     if args.command == "extract" and args.mediapipe and args.dlib:
         raise InputError("--mediapipe and --dlib: give one of them")
     if args.command in ("train", "units") and not args.data and (args.train or args.valid or args.test):

@@ -42,11 +42,21 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
-from audio import FPS, SAMPLES_PER_FRAME, InputError, check_file, filter_bank, load_audio, n_frames, run
+from audio import FPS, SAMPLES_PER_FRAME, InputError, Parser, check_file, filter_bank, load_audio, n_frames, run
 from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint, split, split_options
 from fusion import pick_device
 from losses import identity_loss, load, perceptual_loss, reconstruction_loss
-from sample import LOOK_HEIGHT, WAY_OUT, Stopwatch, driving_box, parse_box, photo_box, square_around, there_and_back
+from sample import (
+    LOOK_HEIGHT,
+    WAY_OUT,
+    Stopwatch,
+    driving_box,
+    given_box,
+    photo_box,
+    square_around,
+    there_and_back,
+    without_colour,
+)
 from stylegan2 import StyledConv, ToRGB, load_strictly, read_weights, refusing
 from syncnet import lr_factor, revision, toy_pack
 from toyfaces import TEST, make_pack
@@ -60,6 +70,7 @@ from vision import (
     crop_face,
     detect_faces,
     face_box,
+    is_grey,
     load_photo,
     mask_mouth,
     probe,
@@ -597,18 +608,17 @@ def square_middle(image: np.ndarray) -> tuple:
 def photo_crop(image: np.ndarray, args, config: Config) -> np.ndarray:
     """The photo as V sees it, uint8 (size, size, 3)"""
     if config.template in TEMPLATES:                                            # trained here
-        box, how = photo_box(image, args, config.template, lambda: detect_faces(image))
+        image, box, how = photo_box(image, args, config.template)
         print(f"{args.face}: {how}")
         return crop_face(image, box, config.size)
     if args.aligned:
         return crop_face(image, ready_box(image), config.size)
-    H, W = image.shape[:2]
     try:
-        points = three_points(image, parse_box(args.box, W, H) if args.box else None)
+        points = three_points(image, given_box(image, args) if args.box else None)
     except InputError as error:
         raise InputError(f"{args.face}: {error}; {WAY_OUT}, or --aligned") from None
     if points is None:
-        raise InputError(f"{args.face}: no face was found; {WAY_OUT}")
+        raise InputError(f"{args.face}: no face that is upright was found; {WAY_OUT}")
     return align(image, scale_and_turn(points), points[2], config.size)
 
 
@@ -679,7 +689,7 @@ def sampling_options(p):
 
 
 def parse_sample(argv):
-    p = argparse.ArgumentParser(prog="pcavs.py", description="PC-AVS: a photo, a sound, a pose video -> a talking face. "
+    p = Parser(prog="pcavs.py", description="PC-AVS: a photo, a sound, a pose video -> a talking face. "
                                 "Other commands: pcavs.py train, pcavs.py evaluate (each with --help)")
     p.add_argument("face", help="photo (a file named train or evaluate: ./train)")
     p.add_argument("speech", help="sound, or video with it")
@@ -735,7 +745,7 @@ def sample(argv):
     device = pick_device(args.device)
     model = load_pcavs(args.weights, device)
     size, n = model.config.size, n_frames(len(wav))
-    crop = photo_crop(photo, args, model.config)
+    crop, grey = photo_crop(photo, args, model.config), is_grey(photo)
     pose = Kept(Stopwatch(pose_clip(args.pose, n, model.config, args.aligned)[1]) if args.pose else [crop], args.grid)
 
     network = Stopwatch(talk(model, crop, wav, pose, args, device))
@@ -743,7 +753,7 @@ def sample(argv):
     with VideoWriter(out, size, width, wav, args.overwrite, args.speech) as video, tqdm(total=n, unit="frame") as bar:
         try:
             for frames in network:
-                for frame in frames:
+                for frame in map(without_colour, frames) if grey else frames:
                     video.write(np.hstack([crop, pose[video.count], frame]) if args.grid else frame)
                 bar.update(len(frames))
         except FloatingPointError as error:
@@ -760,7 +770,7 @@ def sample(argv):
 # measuring
 
 def parse_evaluate(argv):
-    p = argparse.ArgumentParser(prog="pcavs.py evaluate", description="measure clips driven by themselves (photo: their "
+    p = Parser(prog="pcavs.py evaluate", description="measure clips driven by themselves (photo: their "
                                 "first frame; their pose, their sound) or the pairs of a csv against the real frames")
     p.add_argument("clips", nargs="*", help="videos with sound, or one file of pairs (.csv) as in the authors' demo")
     p.add_argument("--toy", action="store_true", help="weights of the toy world: evaluate.py's control table, no clips")
@@ -1073,7 +1083,7 @@ def matching_loss(real, fake):
 
 
 def parse_train(argv):
-    p = argparse.ArgumentParser(prog="pcavs.py train", description="train the four networks together",
+    p = Parser(prog="pcavs.py train", description="train the four networks together",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/pcavs32", help="directory of checkpoint, log and pictures")
     p.add_argument("--data", help="pack directory written by data.py; default: the toy world, drawn into --out")

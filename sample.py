@@ -13,8 +13,6 @@ Each prints one line: the file, its length, its speed. All that can be wrong wit
 the network starts.
 """
 
-import argparse
-import functools
 import itertools
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from audio import FPS, SAMPLES_PER_FRAME, InputError, load_audio, n_frames, run, sound_windows
+from audio import FPS, SAMPLES_PER_FRAME, InputError, Parser, load_audio, n_frames, run, sound_windows
 from fusion import load_model, pick_device
 from vision import (
     TEMPLATES,
@@ -36,15 +34,19 @@ from vision import (
     crop_face,
     detect_faces,
     face_box,
+    is_grey,
     load_photo,
+    photo_size,
     probe,
     read_video,
     to_tensor,
     to_uint8,
+    turn_upright,
 )
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE, TOY, FACE = HERE / "examples/face.png", HERE / "weights/toy.pt", HERE / "weights/face.pt"
+DRAWN = 0.17  # ours: mean difference, of 2 from black to white: drawn portraits have up to .10, all else .25 or more
 SQUARE = 0.05  # ours: sides that differ by less than this make a square portrait
 LOOKS = 8  # ours: frames of a driving video on which the face is searched
 LOOK_HEIGHT = 360  # ours: their height in pixels
@@ -60,7 +62,7 @@ WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="A photo and speech (and a driving video) -> a talking face.")
+    p = Parser(description="A photo and speech (and a driving video) -> a talking face.")
     p.add_argument("face", nargs="?", default=EXAMPLE, help="photo (default: an example)")
     p.add_argument("speech", nargs="?", default=HERE / "examples/speech.wav", help="sound, or video with it")
     p.add_argument("--driving", help="video that gives pose, eyes, expression (default: the photo's, idling)")
@@ -105,36 +107,48 @@ def whole(image: np.ndarray) -> tuple | None:
     return square_around(W / 2, H / 2, min(H, W)) if abs(H - W) <= SQUARE * max(H, W) else None
 
 
-def pick_weights(photo: np.ndarray, args, look) -> Path:
-    """--weights, else the network that knows such pictures. look(): the faces found in the photo.
+def is_drawn(photo: np.ndarray) -> bool:
+    """Whether a square picture is one of the drawn portraits that weights/toy.pt knows: that network draws it again."""
+    model = load_model(TOY)
+    x = to_tensor(crop_face(photo, whole(photo), model.config.size))
+    with torch.inference_mode():
+        return float((model.still(x) - x).abs().mean()) < DRAWN
 
-    weights/face.pt, where it is, for photos; weights/toy.pt for the example and for squares without a face to be found.
-    """
+
+def pick_weights(photo: np.ndarray, args) -> Path:
+    """--weights, else the network that knows such pictures: weights/toy.pt for drawn ones, else weights/face.pt."""
     if args.weights:
         return Path(args.weights)
     if not FACE.exists() or Path(args.face) == EXAMPLE:
         return TOY
-    return TOY if whole(photo) and not (args.box or args.number or look()) else FACE
+    return TOY if whole(photo) and not (args.box or args.number) and is_drawn(photo) else FACE
 
 
-def photo_box(photo: np.ndarray, args, template: str, look) -> tuple[tuple, str]:
-    """The square of the photo that the network gets, and why: --box, else the face found, else all of a square."""
-    H, W = photo.shape[:2]
+def given_box(photo: np.ndarray, args) -> tuple:
+    """--box, in pixels of the file, -> the square around it in the photo, which load_photo may have shrunk."""
+    width, height = photo_size(args.face)
+    return tuple(v * photo.shape[1] / width for v in parse_box(args.box, width, height))
+
+
+def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
+    """The photo, turned where the face in it lies, the square of it that the network gets, and why: --box, else the
+    face found, else all of a square."""
     if args.box:
-        return parse_box(args.box, W, H), "the face is in --box"
+        return photo, given_box(photo, args), "the face is in --box"
     if template == "toy" and whole(photo) and not args.number:  # detectors do not know drawings
-        return whole(photo), "square, taken whole as a drawn portrait (else: --box)"
-    faces = look()
+        return photo, whole(photo), "square, taken whole as a drawn portrait (else: --box)"
+    photo, faces, turned = turn_upright(photo)
     if faces is None and whole(photo) and not args.number:
-        return whole(photo), "square, taken whole: no face detector's weights are at hand (or --box)"
+        return photo, whole(photo), "square, taken whole: no face detector's weights are at hand (or --box)"
     if faces is None:
         raise InputError(f"{args.face}: no face detector's weights are at hand; {WAY_OUT}")
     if not faces:
-        raise InputError(f"{args.face}: no face was found; {WAY_OUT}")
+        raise InputError(f"{args.face}: no face was found, whichever way it is turned; {WAY_OUT}")
     box = face_box(faces, template, args.number or 1)
+    how = f"turned {turned}, " if turned else ""
     if len(faces) > 1 and not args.number:
-        return box, f"{len(faces)} faces, the largest is taken (or --face N, or --box)"
-    return box, "a face was found"
+        return photo, box, f"{how}{len(faces)} faces, the largest is taken (or --face N, or --box)"
+    return photo, box, f"{how}a face was found"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -160,7 +174,7 @@ def driving_box(path, n: int, template: str) -> tuple[int, tuple, int]:
         return count, whole(looks[0]), height
     boxes = [face_box(faces, template) for faces in found if faces]
     if not boxes:
-        reason = "no face was found" if found[0] is not None else "no face detector's weights are at hand"
+        reason = "no face that is upright was found" if found[0] is not None else "no face detector's weights are at hand"
         raise InputError(f"{path}: {reason}; crop the video to a square around the face")
     return count, tuple(np.median(boxes, axis=0)), height
 
@@ -355,6 +369,11 @@ class Paste:
         return picture
 
 
+def without_colour(frame: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> the same in grey: what a photo without colour gets of networks that know skin and lips only"""
+    return np.asarray(Image.fromarray(frame).convert("L"))[..., None].repeat(3, 2)
+
+
 def still_of(model, source, device, turning: bool):
     """What stands still in the frames of a photo: (still (3, S, S), mask (S, S) of what may move in it).
 
@@ -389,14 +408,13 @@ def main(argv=None):
     if args.driving:
         probe(args.driving)
     device = pick_device(args.device)
-    look = functools.cache(lambda: detect_faces(photo))
-    weights = pick_weights(photo, args, look)
+    weights = pick_weights(photo, args)
     model = load_model(weights, device)
     if args.refine is not None:
         model.config.refine = args.refine
     size, template = model.config.size, model.config.template
     T = n_frames(len(wav))
-    box, how = photo_box(photo, args, template, look)
+    photo, box, how = photo_box(photo, args, template)
     print(f"{args.face}: {how}; network: {weights}")
 
     source = to_tensor(crop_face(photo, box, size))  # (3, size, size)
@@ -406,6 +424,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     full = max(photo.shape[:2]) > size if args.full is None else args.full
+    grey = is_grey(photo)
     show, shape = to_uint8, (size, size)  # what makes a frame of the video of a frame of the network
     if full:
         photo, box = limit(photo, box)
@@ -418,7 +437,7 @@ def main(argv=None):
         try:
             for frames in network:
                 for frame in frames:
-                    video.write(show(frame))
+                    video.write(without_colour(show(frame)) if grey else show(frame))
                 bar.update(len(frames))
         except FloatingPointError as error:
             raise InputError(f"{weights}: the network fails, {error}") from None

@@ -48,6 +48,7 @@ from audio import (
     AudioEncoder,
     ConvBlock,
     InputError,
+    Parser,
     beside,
     check_file,
     decoder,
@@ -847,7 +848,7 @@ def write_shifted(path: Path, late: int, out: Path):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="the sync expert: does this mouth say this sound?")
+    parser = Parser(description="the sync expert: does this mouth say this sound?")
     commands = parser.add_subparsers(dest="command", required=True)
     options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p = commands.add_parser("train", help="train an expert", **options)
@@ -888,15 +889,7 @@ def parse(argv=None):
     p.add_argument("--fix", metavar="OUT", help="write the clip with its sound in step (mp4, mov or mkv)")
     p.add_argument("--overwrite", action="store_true", help="replace what --fix names")
     p.add_argument("--device", default="auto")
-    args = parser.parse_args(argv)
-    many = (1, 10**9)
-    limits = dict(people=(1, 10**6), seconds=(0.4, 600), dim=(1, 4096), width=(0.01, 4), steps=many, batch=(1, 10**4),
-                  windows=(2, 100), lr=(0, math.inf), seed=(0, 2**62), workers=(0, 256), log_every=many,
-                  val_every=many)
-    for name, (low, high) in limits.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    args = parser.parse_args(argv, seconds=(0.4, 600), dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
     if args.command == "train" and args.width is None:
         args.width = 0.25 if args.size <= 32 else 0.5
     return args

@@ -16,7 +16,6 @@ Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half 
 y down, z towards the viewer, origin in the middle of the head.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from audio import FPS, SAMPLE_RATE, InputError, n_frames, run
+from audio import FPS, SAMPLE_RATE, InputError, Parser, n_frames, run
 from data import PackWriter
 from vision import VideoWriter, check_output, write_wav
 
@@ -842,7 +841,7 @@ def example(out: Path, overwrite: bool):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draws the toy world: faces and speech with ground truth.")
+    parser = Parser(description="Draws the toy world: faces and speech with ground truth.")
     parser.add_argument(
         "--out", default="out", help="directory for toys.png, toys_32.png and toy.mp4 (default out)"
     )
@@ -861,17 +860,7 @@ def main():
     )
     parser.add_argument("--workers", type=int, help="processes that draw (default: all cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures and video that are there")
-    args = parser.parse_args()
-    for name, low, high in (
-        ("size", 16, 1024),
-        ("people", 1, 1_000_000),
-        ("seconds", 0.2, 600),
-        ("seed", 0, 2**62),
-        ("workers", 0, 256),
-    ):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
+    args = parser.parse_args(size=(16, 1024))
     if args.pack:
         make_pack(args.pack, args.size, args.people, args.seconds, args.seed, args.workers)
         return print(f"{args.pack}: {args.people} clips of {args.seconds:g} s")

@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import losses
-from audio import InputError, log_mel, mel_windows, n_frames, run
+from audio import InputError, Parser, log_mel, mel_windows, n_frames, run
 from data import Clips, Frames, Mixed, Pack, batches, load_checkpoint, save_checkpoint, split, split_options
 from fusion import FCTFG, Config, bf16_native, mean_w, middle, pick_device, published
 from keypoints import Landmarks, mouth_shape
@@ -49,7 +49,7 @@ WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="train FC-TFG, one stage at a time",
+    p = Parser(description="train FC-TFG, one stage at a time",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
     p.add_argument("--out", default="out/toy32", help="directory of checkpoints, logs and pictures")

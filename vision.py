@@ -6,6 +6,7 @@ Paper: FC-TFG (arXiv 2304.03275). Differs from it: lips must come from the sound
 driving mouth before any network sees it.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import nn
 
 from audio import (
@@ -45,7 +47,10 @@ from audio import (
 from stylegan2 import EqualLinear, load_strictly, one_line, read_weights, refusing
 
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+LARGEST = 4096  # ours: longest side of a photo in pixels, thrice that of a video: what is larger only costs memory
+SIPS = "sips -s format jpeg FILE --out FILE.jpg"
+GREY = 4  # ours: levels of 255 by which the channels of a photo without colour may differ, from rounding
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")  # containers that hold H.264 and AAC
 
 
@@ -54,30 +59,84 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")  # containers that hold H.264 and AAC
 
 
 def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
-    """A picture file -> uint8 (H, W, 3) RGB, turned upright by its EXIF entry, transparent parts white.
+    """A picture file -> uint8 (H, W, 3) RGB in sRGB, turned upright by its EXIF entry, transparent parts white.
 
     path may be the file's content (BytesIO), with a name for complaints.
-    Grey, 16-bit, palette and CMYK pictures are converted; of an animation the first frame is taken.
+    Grey, 16-bit, float, palette and CMYK pictures are converted, and colours by the profile in the file; of an animation
+    the first frame is taken. Shrunk to LARGEST while it is read; see photo_size for what the file says.
     Raises InputError: missing, directory, empty, not a picture, truncated, larger than Pillow's pixel limit.
     """
-    file = path if name else check_file(path)
-    path = name or file
-    try:
-        with Image.open(file, formats=PHOTO_FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise InputError(f"{path}: {image.width}x{image.height} pixels are too many, make it smaller")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow would clip at 255
-                grey = np.asarray(image).astype(np.float64)
-                image = Image.fromarray((np.clip(grey / 65535, 0, 1) * 255).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
-        raise InputError(f"{path}: is not a picture that can be read ({error})") from None
+    with opened(path, name) as image:
+        profile = image.info.get("icc_profile")
+        if image.mode in ("P", "1"):  # their numbers cannot be averaged
+            mode = "L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB"
+            image = ImageOps.exif_transpose(image).convert(mode)
+        image.thumbnail((LARGEST, LARGEST))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip at 255
+            image = Image.fromarray(by_range(np.asarray(image)))
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        image = to_srgb(image, profile)
+        return np.array(image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha))
+
+
+def photo_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture as a viewer shows it, before load_photo shrinks it. InputError: as load_photo"""
+    with opened(path) as image:
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # Pillow turns those
+        return (image.height, image.width) if turned else image.size
+
+
+@contextlib.contextmanager
+def opened(path: str | Path | io.BytesIO, name: str = ""):
+    """Pillow's image of a file, or of a file's content with a name; what is wrong with it becomes an InputError."""
+    with path if name else open(check_file(path), "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own words about size and metadata
+        path = name or Path(path).absolute()
+        try:
+            with Image.open(file, formats=PHOTO_FORMATS) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise InputError(f"{path}: {image.width}x{image.height} pixels are too many, make it smaller")
+                yield image
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
+            file.seek(0)
+            reason = f"is not a picture that can be read ({error})"
+            if re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.S):
+                reason = f"is HEIC, which is not read: make it a JPEG with heif-convert, on a Mac with {SIPS}"
+            raise InputError(f"{path}: {reason}") from None
+
+
+def by_range(grey: np.ndarray) -> np.ndarray:
+    """Grey of more than 8 bits, or float, (H, W) -> uint8. White is the first of 1, 255 and 65535 that 99 % of the pixels
+    keep to, with .1 of it to spare (ours): files do not say it. ValueError: NaN or infinite."""
+    if not np.isfinite(grey).all():
+        raise ValueError("it holds NaN or infinite values")
+    most = np.percentile(grey, 99)
+    white = next((top for top in (1, 255) if most <= 1.1 * top), 65535)
+    return (np.clip(grey / np.float32(white), 0, 1) * 255).round().astype(np.uint8)
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """A picture of 8 bits -> RGB, by its ICC profile where it has a usable one. What is grey stays grey."""
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    rgb = image.convert("RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            seen = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            rgb = seen.convert("L").convert("RGB") if is_grey(np.asarray(rgb)) else seen
+        except (ImageCms.PyCMSError, OSError):  # damaged, or of another kind of picture: viewers leave it out, too
+            pass
+    return rgb
+
+
+def is_grey(image: np.ndarray) -> bool:
+    """Whether a picture, uint8 (H, W, 3), is without colour: its channels are equal, but for rounding (GREY)."""
+    r, g, b = image.astype(np.int16).transpose(2, 0, 1)
+    return all(np.abs(x - y).max() <= GREY for x, y in ((r, g), (g, b), (b, r)))
 
 
 def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -545,7 +604,8 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
     One look of blazeface says little: a dog can score .82 and a woman .55. So both its models look at the
     picture inside wider and wider margins, and a face is what a third of the looks find with a mean score of
     MIN_SCORE; its box is their mean. In video, where faces are known to be, margins=(1.2,) is enough, in a
-    quarter of the time.
+    quarter of the time. Only what a look from near shows upright, with that score again, is kept (a cup seen from
+    above has .7 from afar and .5 from near).
     None when no detector's weights are at hand or can be fetched (the caller says what to do then).
     """
     detectors = face_detectors()
@@ -558,8 +618,21 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
             group = next((g for g in groups if overlap(g[0], box) > SAME_FACE), None)
             groups.append([box]) if group is None else group.append(box)
     faces = [np.mean(g, 0) for g in groups if 3 * len(g) >= len(margins) * len(detectors)]
-    faces = [tuple(map(float, face)) for face in faces if face[4] >= MIN_SCORE]
+    faces = [face for face in faces if face[4] >= MIN_SCORE]
+    near = closer([image], [faces])[0]
+    faces = [tuple(map(float, f)) for f, seen in zip(faces, near) if upright(seen) and seen[4] >= MIN_SCORE]
     return sorted(faces, key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))
+
+
+def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple] | None, str]:
+    """A photo, uint8 (H, W, 3), that may lie on its side or stand on its head -> the same turned so that a face in it is
+    upright, what detect_faces finds there, and how it was turned in words; as it is where no way shows a face."""
+    for k, how in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
+        turned = np.ascontiguousarray(np.rot90(image, k))
+        faces = detect_faces(turned)
+        if faces is None or faces:
+            return turned, faces, how
+    return image, [], ""
 
 
 def find_faces(frames: list) -> list[list[tuple]] | None:
@@ -582,7 +655,7 @@ def find_faces(frames: list) -> list[list[tuple]] | None:
     return [sorted((tuple(map(float, f)) for f in faces), key=lambda b: (b[0] - b[2]) * (b[3] - b[1])) for faces in found]
 
 
-def upright(face: tuple) -> bool:
+def upright(face) -> bool:
     """Whether a face's points, where it has them, show it less than 40 degrees off upright: blazeface finds lying and
     standing-on-its-head faces, too, which a crop without rotation cannot bring to the template."""
     if len(face) < 11:

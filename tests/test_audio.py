@@ -1,5 +1,7 @@
 """Sound: against librosa, SciPy and naive loops; where a click lands; every format and every refusal."""
 
+import argparse
+import importlib
 import subprocess
 import sys
 import wave
@@ -579,6 +581,69 @@ def run_script(tmp_path, body):
 def test_what_the_user_got_wrong_is_one_line_and_status_2(tmp_path):
     done = run_script(tmp_path, "def main():\n    raise InputError('a.wav: is\\nbad')\nrun(main)")
     assert (done.returncode, done.stderr, done.stdout) == (2, "tool.py: a.wav: is bad\n", "")
+
+
+class Built(Exception):
+    """In the place of parsing: the parser and its limits"""
+
+
+def parsers(monkeypatch):
+    """The parser of every script: (name, parser, limits, the words before an option)"""
+    def stop(self, args=None, **limits):
+        raise Built(self, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audio.Parser, "parse_args", stop)
+        for name in ("data.main", "evaluate.parse", "keypoints.parse", "pcavs.parse_sample", "pcavs.parse_evaluate",
+                     "pcavs.parse_train", "sample.parse", "syncnet.parse", "toyfaces.main", "train.parse"):
+            script, function = name.split(".")
+            with pytest.raises(Built) as built:
+                getattr(importlib.import_module(script), function)(*[[]] * (script == "pcavs"))
+            parser, limits = built.value.args
+            commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+            for word, sub in (commands[0].choices.items() if commands else [(None, parser)]):
+                words = [word] if word else []
+                for a in sub._actions:
+                    value = str(next(iter(a.choices))) if a.choices else "1"
+                    words += [a.option_strings[0], value] if a.required and a.option_strings else []
+                    words += [value] if not a.option_strings and a.nargs in (None, "+") else []
+                yield f"{name} {word or ''}", parser, limits, words, [a for a in sub._actions if a.type in (int, float)]
+
+
+# 0 is fine for these
+NOUGHT = "seed workers refine first_person clip w_ photo_share hyper_share taught thaw articulate augment".split()
+
+
+def test_no_number_option_of_any_script_takes_an_absurd_value(monkeypatch, capsys):
+    tried = set()
+    for name, parser, limits, words, options in list(parsers(monkeypatch)):
+        parser.parse_args(words, **limits)  # goes well, defaults and all
+        for a in options:
+            zero = [] if a.dest.startswith(tuple(NOUGHT)) and not name.startswith("data") else ["0"]
+            for value in [*zero, "-7", "1" + 30 * "0", "nan", "-inf", "inf", "word"]:
+                with pytest.raises((InputError, SystemExit)) as refused:
+                    parser.parse_args([*words, f"{a.option_strings[0]}={value}"], **limits)
+                    pytest.fail(f"{name} takes {a.option_strings[0]} {value}")
+                line = capsys.readouterr().err if refused.type is SystemExit else f"{refused.value}\n"
+                assert a.option_strings[0] in line and line.count("\n") == 1, (name, line)
+                assert refused.type is InputError or refused.value.code == 2
+            tried.add((name, a.dest))
+    assert len(tried) > 100
+
+
+NO_MEMORY = [MemoryError(), OSError(12, "Cannot allocate memory"), torch.OutOfMemoryError("CUDA out of memory"),
+             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_run_says_in_one_line_that_there_is_no_memory(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        audio.run(main)
+    out = capsys.readouterr().err
+    assert "not enough memory" in out and out.count("\n") == 1
 
 
 def test_run_cleans_up_on_sigterm_and_leaves_other_errors_alone(monkeypatch):

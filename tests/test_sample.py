@@ -43,6 +43,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with a square drawn face and 0.83 s of sound; no detector anywhere near."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "detect_faces", lambda image, **_: None)
+    monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, None, ""))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save("face.png")
     scipy.io.wavfile.write("speech.wav", RATE, noise(13200))
     return tmp_path
@@ -156,14 +157,16 @@ def options(**kw):
     return SimpleNamespace(**dict(face="f.png", box=None, number=None) | kw)
 
 
-def test_box_face_and_square_pictures():
+def test_box_face_and_square_pictures(monkeypatch):
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8)
     faces = [(10, 10, 40, 40, 0.9), (40, 50, 50, 60, 0.8)]
 
     def found(photo, template, faces=faces, **kw):
-        return sample.photo_box(photo, options(**kw), template, lambda: faces)
+        monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, faces, ""))
+        return sample.photo_box(photo, options(**kw), template)[1:]
 
-    assert found(tall, "face", box="10,20,30,50")[0] == (5, 20, 35, 50)  # made square
+    monkeypatch.setattr(sample, "photo_size", lambda path: (120, 180))  # shrunk while it was read
+    assert found(tall, "face", box="20,40,60,100")[0] == (5, 20, 35, 50)  # made square
     box, how = found(tall, "face")
     assert box == vision.face_box(faces, "face", 1) and "2 faces" in how
     assert found(tall, "face", number=2)[0] == vision.face_box(faces, "face", 2)
@@ -175,29 +178,61 @@ def test_box_face_and_square_pictures():
     assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
 
 
-def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out():
+def test_a_photo_that_lies_is_turned_and_said_so(monkeypatch):
+    upright, face = np.ones((60, 90, 3), np.uint8), (10, 10, 40, 40, 0.9)
+    monkeypatch.setattr(sample, "turn_upright", lambda photo: (upright, [face], "by 180 degrees"))
+    photo, box, how = sample.photo_box(np.zeros((90, 60, 3), np.uint8), options(), "face")
+    assert photo is upright and box == vision.face_box([face], "face") and how.startswith("turned by 180 degrees, ")
+
+
+def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_things_are_not():
+    assert sample.is_drawn(vision.load_photo(sample.EXAMPLE))
+    y, x = np.mgrid[:90, :90] / 90
+    sky = np.stack([150 * y + 60, 120 + 100 * y, 255 - 60 * y], -1)
+    land = np.where((y > 0.6 + 0.1 * np.sin(9 * x))[..., None], [60, 110, 40], sky)  # a landscape
+    disc = np.where(((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1)[..., None], [150, 40, 30], [245, 245, 240])  # a thing
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3))
+    for picture in (sky, land, disc, noise, 0 * sky, 0 * sky + 255):
+        assert not sample.is_drawn(picture.astype(np.uint8))
+
+
+def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeypatch):
+    written, write = [], sample.VideoWriter.write
+    monkeypatch.setattr(sample.VideoWriter, "write", lambda self, frame: written.append(frame) or write(self, frame))
+    Image.open("face.png").convert("L").save("grey.png")
+    for how in ("--crop", "--full"):
+        for face, colour in (("grey.png", False), ("face.png", True)):
+            written.clear()
+            talk(how, "--overwrite", weights=weights, face=face)
+            assert (np.ptp(written, -1).max() > 0) == colour and len(written) == 21, (how, face)
+
+
+def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch):
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 60, 3), np.uint8)
     for faces, image in ((None, tall), ([], tall), ([], square)):
         with pytest.raises(InputError, match="--box x0,y0,x1,y1"):
-            sample.photo_box(image, options(), "face", lambda faces=faces: faces)
+            monkeypatch.setattr(sample, "turn_upright", lambda photo, faces=faces: (photo, faces, ""))
+            sample.photo_box(image, options(), "face")
     with pytest.raises(InputError, match="--face 2"):
-        sample.photo_box(tall, options(number=2), "face", lambda: [(1, 1, 9, 9, 0.9)])
+        monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, [(1, 1, 9, 9, 0.9)], ""))
+        sample.photo_box(tall, options(number=2), "face")
 
 
 def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(tmp_path, monkeypatch):
-    tall, square, face = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8), [(1, 1, 9, 9, 0.9)]
+    tall, square, drawn = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8), np.ones((60, 61, 3), np.uint8)
+    monkeypatch.setattr(sample, "is_drawn", lambda photo: photo is drawn)
     monkeypatch.setattr(sample, "FACE", tmp_path / "face.pt")
 
-    def picked(photo, faces, **kw):
-        return sample.pick_weights(photo, options(**dict(weights=None) | kw), lambda: faces)
+    def picked(photo, **kw):
+        return sample.pick_weights(photo, options(**dict(weights=None) | kw))
 
-    assert picked(tall, face) == sample.TOY  # the only one there
+    assert picked(tall) == sample.TOY  # the only one there
     sample.FACE.touch()
-    assert picked(tall, face) == picked(square, face) == sample.FACE
-    assert picked(square, []) == picked(square, None) == sample.TOY
-    assert picked(tall, []) == picked(square, [], box="1,1,9,9") == picked(square, [], number=1) == sample.FACE
-    assert picked(square, face, face=sample.EXAMPLE) == sample.TOY
-    assert picked(square, [], weights="my.pt") == Path("my.pt")
+    assert picked(tall) == picked(square) == sample.FACE
+    assert picked(drawn) == sample.TOY
+    assert picked(drawn, box="1,1,9,9") == picked(drawn, number=1) == sample.FACE
+    assert picked(square, face=sample.EXAMPLE) == sample.TOY
+    assert picked(drawn, weights="my.pt") == Path("my.pt")
 
 
 @pytest.mark.parametrize("box", "1,2,3 a,b,c,d , 10,10,5,20 0,0,61,10 -1,0,10,10 0,0,nan,9".split())
@@ -576,6 +611,6 @@ def test_a_real_photo_and_real_speech_go_through(tmp_path, weights, monkeypatch)
     if not (photo.exists() and speech.exists()):
         pytest.skip("no real photo and speech at hand")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "detect_faces", lambda image: [(119, 125, 265, 271, 0.7)])
+    monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, [(119, 125, 265, 271, 0.7)], ""))
     talk(weights=weights, face=photo, speech=speech)
     assert shape_of("talk.mp4")[0] == round(25 * len(load_audio(speech)) / RATE)

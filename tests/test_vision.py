@@ -1,6 +1,8 @@
 """Pictures and videos: out comes what went in, upright, at 25 fps, the sound in step; or a clear refusal."""
 
+import io
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,127 @@ def test_grey_and_grey_with_alpha(tmp_path):
     Image.fromarray(grey).convert("LA").save(tmp_path / "la.png")
     for name in ("l.png", "la.png"):
         np.testing.assert_array_equal(load_photo(tmp_path / name), np.repeat(grey[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_a_float_tiff_is_read_by_its_range(tmp_path, white):
+    grey = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
+    Image.fromarray(grey * white).save(tmp_path / "a.tiff")
+    assert abs(load_photo(tmp_path / "a.tiff") - 255 * grey[..., None]).max() <= 0.51
+    grey[0, 0] = np.nan
+    Image.fromarray(grey * white).save(tmp_path / "nan.tiff")
+    with pytest.raises(InputError, match="nan.tiff: .* NaN"):
+        load_photo(tmp_path / "nan.tiff")
+
+
+def icc(space, pcs, **tags):
+    """The bytes of an ICC profile (version 2) of a device space, with these tags"""
+    at, table, data = 128 + 4 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        table += name.encode() + struct.pack(">II", at + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    body = struct.pack(">I", len(tags)) + table + data
+    head = struct.pack(">I4sI4s4s4s12s4s", 128 + len(body), b"", 0x02400000, b"scnr", space, pcs, b"", b"acsp")
+    return head + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(128 - len(head) - 28 - 12) + body
+
+
+def xyz(*v):
+    return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * x) for x in v))
+
+
+def gamma(g):
+    return b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(256 * g))
+
+
+WHITE = xyz(0.9642, 1, 0.8249)
+TO_XYZ = dict(  # columns red, green, blue for D50, as in the profiles of these names
+    srgb=[[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7139]],
+    adobe=[[0.6097, 0.2053, 0.1492], [0.3111, 0.6257, 0.0632], [0.0195, 0.0609, 0.7446]],
+    p3=[[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0010, 0.0419, 0.7841]],
+    prophoto=[[0.7977, 0.1352, 0.0313], [0.2880, 0.7119, 0.0001], [0.0, 0.0, 0.8249]],
+)
+
+
+def rgb_profile(name, g):
+    columns = dict(zip(("rXYZ", "gXYZ", "bXYZ"), (xyz(*c) for c in np.transpose(TO_XYZ[name]))))
+    return icc(b"RGB ", b"XYZ ", wtpt=WHITE, **columns, rTRC=gamma(g), gTRC=gamma(g), bTRC=gamma(g))
+
+
+def seen(x):
+    """XYZ (.., 3) for D50 -> sRGB in 0..255"""
+    x = np.clip(x @ np.linalg.inv(TO_XYZ["srgb"]).T, 0, 1)
+    return 255 * np.where(x < 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name, g", [("adobe", 2.2), ("p3", 2.2), ("prophoto", 1.8)])
+@pytest.mark.parametrize("kind", ["plain.png", "palette.png", "alpha.png", "plain.tiff", "plain.webp"])
+def test_colours_are_converted_by_the_profile_in_the_file(tmp_path, name, g, kind):
+    stored = (picture() * 0.6 + 50).astype(np.uint8)
+    image = Image.fromarray(stored)
+    image = image.quantize(4) if "palette" in kind else image.convert("RGBA") if "alpha" in kind else image
+    options = dict(lossless=True) if kind.endswith("webp") else {}
+    image.save(tmp_path / kind, icc_profile=rgb_profile(name, g), **options)
+    want = seen((stored / 255) ** g @ np.transpose(TO_XYZ[name]))
+    assert abs(want - stored).max() > 12  # it matters
+    assert abs(load_photo(tmp_path / kind) - want).max() <= 2.5
+
+
+def test_cmyk_is_converted_by_its_profile(tmp_path):
+    corners = np.full((16, 3), 128, np.uint8)  # Lab in bytes, the last ink fastest
+    corners[:, 0] = np.where(np.arange(16) % 2, 0, 255)
+    corners[4], corners[8] = (130, 178, 118), (140, 100, 90)  # magenta, cyan
+    straight = np.arange(256, dtype=np.uint8).tobytes()
+    head = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + (65536 * np.eye(3)).astype(">i4").tobytes()
+    profile = icc(b"CMYK", b"Lab ", wtpt=WHITE,
+                  A2B0=head + 4 * straight + corners.tobytes() + 3 * straight)
+    inks = np.zeros((8, 12, 4), np.uint8)
+    inks[:, 4:8, 1], inks[:, 8:, 0], inks[4:, :4, 3] = 255, 255, 255
+    Image.fromarray(inks, "CMYK").save(tmp_path / "a.tiff", icc_profile=profile)
+    lab = corners[[0, 4, 8, 1]].astype(float) * [100 / 255, 1, 1] - [0, 128, 128]
+    y = (lab[:, 0] + 16) / 116
+    f = np.stack([y + lab[:, 1] / 500, y, y - lab[:, 2] / 200], 1)
+    want = seen(np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.9642, 1, 0.8249])
+    got = load_photo(tmp_path / "a.tiff")[[1, 1, 1, 6], [1, 6, 10, 1]]
+    assert abs(got - want).max() <= 4, (got, want)
+
+
+def test_grey_by_its_profile_stays_grey_and_a_profile_that_cannot_be_used_is_left_out(tmp_path):
+    grey = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+    Image.fromarray(grey).save(tmp_path / "a.png", icc_profile=icc(b"GRAY", b"XYZ ", wtpt=WHITE, kTRC=gamma(1)))
+    photo = load_photo(tmp_path / "a.png")
+    want = seen((grey / 255)[..., None] * [0.9642, 1, 0.8249])
+    assert abs(photo - want).max() <= 3 and (np.ptp(photo, -1) == 0).all()
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "rgb.png", icc_profile=rgb_profile("p3", 2.2))
+    assert (np.ptp(load_photo(tmp_path / "rgb.png"), -1) == 0).all()
+    for profile in (b"no profile", rgb_profile("p3", 2.2)):  # of another kind of picture
+        Image.fromarray(grey).save(tmp_path / "b.png", icc_profile=profile)
+        np.testing.assert_array_equal(load_photo(tmp_path / "b.png")[..., 1], grey)
+
+
+def test_avif_is_read_and_heic_is_one_line_that_tells_what_to_do(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.avif", quality=95)
+    assert psnr(load_photo(tmp_path / "a.avif"), picture()) > 30
+    content = b"\0\0\0\x18ftypheic" + bytes(100)
+    (tmp_path / "a.heic").write_bytes(content)
+    for args in ((tmp_path / "a.heic",), (io.BytesIO(content), "b.npz#a.heic")):
+        with pytest.raises(InputError, match="a.heic: is HEIC.*heif-convert"):
+            load_photo(*args)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "CMYK"])
+def test_a_large_photo_is_shrunk_while_it_is_read_and_its_size_is_known(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(vision, "LARGEST", 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(picture(100, 150))
+    image = image.convert("L") if mode == "I;16" else image
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    file = tmp_path / ("a.tiff" if mode in ("CMYK", "RGBA") else "a.png")
+    image.save(file, exif=exif)
+    photo = load_photo(file)
+    assert photo.shape == (60, 40, 3) and vision.photo_size(file) == (100, 150)
+    if mode in ("RGB", "RGBA", "P"):
+        np.testing.assert_array_equal(photo[[5, 5, 50, 50], [5, 35, 5, 35]], picture()[[15, 5, 15, 5], [5, 5, 25, 25]])
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -688,6 +811,48 @@ def forget_detectors():
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def seen_by(monkeypatch, near):
+    """One detector, which finds one face of score .9; near: x, y of eye, eye and mouth in it as the look from near sees
+    them, in a square of side 1, and the score there"""
+
+    def look(detector, images, squares):
+        return [[np.array([10, 10, 30, 30, 0.9])] for _ in images]
+
+    def closer(frames, found):
+        points, score = near
+        return [[np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in faces] for faces in found]
+
+    monkeypatch.setattr(vision, "face_detectors", lambda: ["one"])
+    monkeypatch.setattr(vision, "look", look)
+    monkeypatch.setattr(vision, "closer", closer)
+
+
+UPRIGHT, LYING = (0.3, 0.3, 0.7, 0.3, 0.5, 0.7), (0.3, 0.7, 0.3, 0.3, 0.7, 0.5)
+
+
+def test_a_face_is_what_a_look_from_near_shows_upright_with_a_good_score(monkeypatch):
+    for points, score, count in ((UPRIGHT, 0.7, 1), (LYING, 0.7, 0), (UPRIGHT, 0.5, 0)):
+        seen_by(monkeypatch, (points, score))
+        found = vision.detect_faces(np.zeros((50, 50, 3), np.uint8))
+        assert len(found) == count and all(face[:4] == (10, 10, 30, 30) for face in found)
+
+
+@pytest.mark.parametrize("turns, words", [(0, ""), (1, "90 degrees to the left"), (2, "180"), (3, "to the right")])
+def test_a_photo_is_turned_until_a_face_in_it_is_upright(monkeypatch, turns, words):
+    image = np.ascontiguousarray(np.rot90(picture(), -turns))
+
+    def detect(turned):
+        return [(1, 2, 3, 4, 0.9)] if np.array_equal(turned, picture()) else []
+
+    monkeypatch.setattr(vision, "detect_faces", detect)
+    turned, faces, how = vision.turn_upright(image)
+    assert np.array_equal(turned, picture()) and len(faces) == 1 and words in how and bool(how) == bool(turns)
+    for nothing in ([], None):
+        monkeypatch.setattr(vision, "detect_faces", lambda turned, nothing=nothing: nothing)
+        turned, faces, how = vision.turn_upright(image)
+        assert np.array_equal(turned, image) and faces == nothing and how == ""
+
+
 def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
     weights, photos = SHARED / "weights/torch_home", SHARED / "media/photos"
     if not (weights.is_dir() and photos.is_dir()):
@@ -702,7 +867,11 @@ def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
             x0, y0, x1, y1, score, *points = found[0]
             assert score > 0.5 and x0 < W / 2 < x1 and shift < (y0 + y1) / 2 < shift + 0.7 * H
             assert len(points) == 6 and x0 < points[0] < points[2] < x1 and y0 < points[1] < points[5] < y1
-        assert vision.detect_faces(load_photo(photos / "dog_no_human_face.jpg")) == []
+            for turns in (1, 2, 3):  # lying and standing on the head
+                turned = np.ascontiguousarray(np.rot90(image, turns))
+                assert vision.detect_faces(turned) == []
+                assert np.array_equal(vision.turn_upright(turned)[0], image)
+        assert vision.turn_upright(load_photo(photos / "dog_no_human_face.jpg"))[1] == []
     finally:
         forget_detectors()
 
