@@ -90,9 +90,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_args(self, args=None, **limits):
+    def parse_args(self, args=None, namespace=None, **limits):
         """limits: (low, high) of options that mean something else in this script. InputError: a number outside, or NaN"""
-        args = super().parse_args(args)
+        args = super().parse_args(args, namespace)
         for name, value in vars(args).items():
             if type(value) in (int, float):
                 low, high = (LIMITS | limits).get(name, (1 if type(value) is int else 0, 10**9))

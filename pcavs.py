@@ -60,7 +60,7 @@ from sample import (
 from stylegan2 import StyledConv, ToRGB, load_strictly, read_weights, refusing
 from syncnet import lr_factor, revision, toy_pack
 from toyfaces import TEST, make_pack
-from train import due, finite, memory_gib, pace, reduced_rank_regression, restore_optimiser, update_ema
+from train import finite, memory_gib, pace, reduced_rank_regression, restore_optimiser, update_ema
 from vision import (
     TEMPLATES,
     VIDEO_SUFFIXES,
@@ -1119,7 +1119,7 @@ def parse_train(argv):
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
-    p.add_argument("--log-every", type=int, default=50, help="steps; of these two 0: after the last step alone")
+    p.add_argument("--log-every", type=int, default=50, help="steps between two log lines")
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
     if args.w_match and not args.w_adv:
@@ -1269,7 +1269,7 @@ def train(argv):
         update_ema(ema, model, (step + 1) * args.batch, args)
 
         last = step + 1 == args.steps
-        if due(step, args.log_every) or last:
+        if step % args.log_every == 0 or last:
             line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
             line |= {k: float(v) for k, v in diagnostics.items()}
             line |= dict(step=step, gib=round(memory_gib(device), 2))
@@ -1278,7 +1278,7 @@ def train(argv):
             log.flush()
             bar.write(format_line(line, args))
             waited, clock, logged = 0.0, time.perf_counter(), step
-        if due(step + 1, args.save_every) or last:
+        if (step + 1) % args.save_every == 0 or last:
             save_samples(os.path.join(args.out, "pcavs.png"), ema, pack, unseen, device)
             save(path, step + 1, nets, ema, optimisers, args)
     log.close()

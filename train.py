@@ -116,7 +116,7 @@ def parse(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
-    p.add_argument("--log-every", type=int, default=50, help="steps; of these three 0: after the last step alone")
+    p.add_argument("--log-every", type=int, default=50, help="steps between two log lines")
     p.add_argument("--sample-every", type=int, default=500)
     p.add_argument("--save-every", type=int, default=500)
     args = p.parse_args(argv)
@@ -936,7 +936,7 @@ def main(argv=None):
         update_ema(ema, model, (step + 1) * args.batch, args)
 
         last = step + 1 == args.steps
-        if due(step, args.log_every) or last:
+        if step % args.log_every == 0 or last:
             line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
             line |= {k: float(v) for k, v in diagnostics.items()}
             line |= dict(step=step, p=nets["augment"].p, gib=round(memory_gib(device), 2))
@@ -945,9 +945,9 @@ def main(argv=None):
             log.flush()
             bar.write(format_line(line, args))
             waited, clock, logged = 0.0, time.perf_counter(), step
-        if due(step + 1, args.sample_every) or last:
+        if (step + 1) % args.sample_every == 0 or last:
             save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, sets, device, args)
-        if due(step + 1, args.save_every) or last:
+        if (step + 1) % args.save_every == 0 or last:
             if args.stage == 3:
                 collect_idle(ema, pack, sets["clips"], device)
             save(checkpoint_path, step + 1, nets, ema, opt_g, opt_d, args)
@@ -1099,11 +1099,6 @@ def format_line(line, args):
     numbers = "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in skip)
     return (f"{line['step']:6d}  {numbers}  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, "
             f"{100 * line['waiting']:.0f} % waiting, {line['gib']:.1f} GiB, {eta:.1f} min left")
-
-
-def due(step, every) -> bool:
-    """Whether `step` is one of every so many; 0: never"""
-    return every > 0 and step % every == 0
 
 
 def pace(seconds, waited, steps, batch) -> dict:
