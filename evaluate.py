@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import time
+import unicodedata
 from functools import lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -805,7 +806,7 @@ def pairs_of(real: Path, fake: Path) -> tuple[list, list]:
     for folder in (real, fake):
         clips = {}
         for path in sorted(folder.rglob("*")):
-            name = str(path.relative_to(folder).with_suffix(""))
+            name = unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))  # a Mac splits letters
             if path.is_file() and path.suffix.lower() in VIDEOS and not path.name.startswith("."):
                 if name in clips:
                     raise InputError(f"{path}: {clips[name].name} beside it has the same name")

@@ -954,3 +954,11 @@ def test_pairs_are_of_the_same_name_and_two_of_one_name_are_refused(tmp_path):
     (tmp_path / "b" / "x.avi").write_bytes(b"clip")
     with pytest.raises(InputError, match="same name"):
         evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
+
+
+def test_names_of_clips_are_the_same_however_their_accents_are_stored(tmp_path):
+    for side, name in (("real", "Jos\u00e9.1.mp4"), ("fake", "Jose\u0301.1.mp4")):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / name).touch()
+    pairs, alone = evaluate.pairs_of(tmp_path / "real", tmp_path / "fake")
+    assert [name for name, *_ in pairs] == ["Jos\u00e9.1"] and not alone
