@@ -470,8 +470,10 @@ def test_a_size_that_changes_in_the_middle_keeps_time_and_shape(tmp_path):
     (tmp_path / "call.ts").write_bytes(b"".join((tmp_path / f"{name}.ts").read_bytes() for name in "abc"))
     frames = np.stack(list(read_video(tmp_path / "call.ts"))).astype(int)
     bright = frames.mean((1, 2, 3))
-    assert len(frames) >= 74 and sorted(bright.argsort()[-3:].tolist()) == [20, 45, 70]
-    assert frames[70, 8:-8, 30:34].min() > 200 and frames[70, :, :20].max() < 40  # upright between bars
+    flashes = sorted(bright.argsort()[-3:].tolist())
+    assert len(frames) >= 74 and np.abs(np.subtract(flashes, (20, 45, 70))).max() <= 1
+    last = frames[flashes[-1]]  # upright between bars
+    assert last[8:-8, 30:34].min() > 200 and last[:, :20].max() < 40
 
 
 def test_a_transport_stream_cut_in_a_group_of_pictures_is_read(tmp_path):
