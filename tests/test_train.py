@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import keypoints
+import motion
 import syncnet
 import toyfaces
 import train
@@ -501,6 +502,8 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, 
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("mouth."))
     model, toys = load_model(str(tmp_path / "weights.pt")), Pack(clips)
     assert model.config.landmarks and model.motion.range.isfinite().all()
+    gap = motion.lip_opening(model.motion.moves[:1].numpy())                             # for warp.py
+    assert gap == pytest.approx(1, abs=0.01) and model.motion.opening.abs().min() > 0
     landmarks = keypoints.Landmarks(clips / "landmarks", toys)
     read, true = [], []
     for c in range(len(toys)):
