@@ -159,6 +159,16 @@ def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
     return moves
 
 
+def lip_numbers(points: np.ndarray, moves: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks of a talking face (T, 68, 2) in pixels, measured or predicted -> opening (T,), shape (T, K - 1) that make a
+    photo's lips follow them (warp.Warp): the gap of the lips, and least squares of what else moves on `moves` (K, 68, 2)."""
+    q = held_still(points, mean)
+    opening = lip_opening(q)
+    rest = q - np.median(q, 0) - (opening - np.median(opening))[:, None, None] * moves[0]
+    shape = np.linalg.lstsq(moves[1:].reshape(len(moves) - 1, -1).T, rest.reshape(len(q), -1).T, rcond=None)[0].T
+    return opening, shape
+
+
 def fit_opening(said: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """said (n,), first number predicted from sound, real (n,) openings -> slope, offset: max(0, slope said + offset) has
     the real mean and deviation. Least squares would open mouths less: a half predictable motion is predicted half as

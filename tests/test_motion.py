@@ -108,6 +108,16 @@ def test_moves_are_found_again_in_clips_that_follow_them():
     assert np.abs(found[1] - moves()[1]).max() < 0.01
 
 
+def test_landmarks_of_another_face_give_the_numbers_that_moved_them():
+    rng, T = np.random.default_rng(0), 40
+    opening, shape = rng.uniform(0, 0.1, T), rng.normal(0, 1, (T, 1))
+    used = moves()[:2]
+    faces = mean_shape()[:68, :2] + np.einsum("tk,kpi->tpi", np.c_[opening, shape], used)
+    got, numbers = motion.lip_numbers(SCALE * faces + 150, used, mean_shape())
+    assert np.abs(got - opening * lip_opening(used[:1])).max() < 1e-3
+    assert np.abs(numbers - (shape - np.median(shape))).max() < 0.15
+
+
 def test_the_opening_gets_the_real_mean_and_deviation():
     rng = np.random.default_rng(0)
     real = np.maximum(0, rng.normal(0.05, 0.04, 4000)) + 0.02
