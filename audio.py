@@ -177,36 +177,41 @@ def declared_seconds(log: str) -> float:
 
 
 def length_is_open(path: Path) -> bool:
-    """Whether the header of a WAV or CAF file leaves the length open, as programs do that write to a pipe.
+    """Whether the header of a WAV, RF64 or CAF file leaves the length open, as programs do that write to a pipe.
 
     They leave 0 or a number as large as the field holds. From 1.9e9 on (ours) no size is believed that the file lacks.
     """
     with open(path, "rb") as file:
         head = file.read(65536)
+    if head[:4] == b"RF64":
+        return not any(head[28:36])  # the data's size in the chunk ds64
     at = head.find(b"data", 12)
     size = head[at + 4 : at + 12] if head[:4] == b"caff" else head[at + 7 : at + 3 : -1]  # CAF is big-endian
     return head[:4] in (b"RIFF", b"caff") and at > 0 and not 0 < int.from_bytes(size, "big") < 1.9e9
 
 
-def last_packet(path: Path) -> float:
-    """Seconds from the file's beginning to the end of its last packet of sound or picture, without decoding"""
-    options = ["-map", "0:a?", "-map", "0:V?", "-c", "copy", "-f", "framecrc", "pipe:1"]
+def last_packet(path: Path, *streams: str) -> float:
+    """Seconds from the file's beginning to the end of the last packet of these streams, without decoding"""
+    options = [*chain(*(("-map", stream) for stream in streams)), "-c", "copy", "-f", "framecrc", "pipe:1"]
     table = subprocess.run(decoder(path, *options), capture_output=True).stdout.decode(errors="replace")
     unit = {stream: int(a) / int(b) for stream, a, b in re.findall(r"^#tb (\d+): (\d+)/(\d+)", table, re.M)}
     packets = re.findall(r"^(\d+),[^,]*, *(-?\d+), *(\d+),", table, re.M)  # stream, dts, pts, duration
     return max(((int(begin) + int(length)) * unit[stream] for stream, begin, length in packets), default=0.0)
 
 
-def check_whole(path: Path, log: str, status: int, seconds: float):
-    """InputError if ffmpeg's log, its status and the `seconds` it decoded say a file is damaged or cut.
+def check_whole(path: Path, log: str, status: int, stream: str, seconds: float):
+    """InputError if ffmpeg's log, its status and the `seconds` that it decoded of a stream say a file is damaged or cut.
 
     A decoding error alone is no reason: many files have one at their beginning and play well. Neither is a stream shorter
-    than its file, nor a length that ffmpeg only estimates: no stream may reach the length that the header states.
+    than its file, nor a length that ffmpeg only estimates: the stream's own packets must go on, or those of no stream
+    reach the length that the header states.
     """
     kind = re.search(r"^\[info\] Input #0, ([^,]*)", log, re.M)
     kind = kind[1] if kind else ""
     stated = kind not in ("mpegts", "mpeg", "h264", "hevc") and "Estimating duration" not in log
-    short = stated and "[error]" in log and seconds < 0.9 * declared_seconds(log) > last_packet(path)
+    length = 0.9 * declared_seconds(log)
+    short = stated and "[error]" in log and seconds < length
+    short = short and (last_packet(path, "0:a?", "0:V?") < length or 0.9 * last_packet(path, stream) > seconds)
     # raw samples end before the size that the header states; other containers mark a lost packet so
     lacking = kind in ("wav", "w64", "caf", "mxf") and "corrupt input packet" in log and not length_is_open(path)
     if status or short or lacking or "partial file" in log:
@@ -301,8 +306,11 @@ def decode_sound(path: Path, stream: int, channels: int, pictures: bool, rate: i
     args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{route}", "-c:a", "pcm_f32le"]
     args += ["-f", "tee", "[f=f32le]pipe\\:1|[f=framecrc]times"]  # framecrc: a table of packets
     args += beside("V") if pictures else []
+    with open(path, "rb") as file:  # ffmpeg takes a RF64 file with an open length for an empty one
+        wave_is_open = file.read(4) == b"RF64" and length_is_open(path)
     with tempfile.TemporaryDirectory(prefix="talk-") as folder, tempfile.TemporaryFile() as raw:
-        done = subprocess.run(decoder(path, *args), stdout=raw, stderr=subprocess.PIPE, cwd=folder)
+        command = decoder(path, *args, before=("-ignore_length", "1") if wave_is_open else ())
+        done = subprocess.run(command, stdout=raw, stderr=subprocess.PIPE, cwd=folder)
         log, size = done.stderr.decode(errors="replace"), raw.seek(0, 2) // 4
         if "audio parameters changed" in log and channels < 8:
             return decode_sound(path, stream, 8, pictures, rate)
@@ -310,7 +318,7 @@ def decode_sound(path: Path, stream: int, channels: int, pictures: bool, rate: i
             raise InputError(f"{path}: is not a sound file or video that can be read ({why(log)})")
         table = (Path(folder) / "times").read_text()
         packets = [(int(a), int(n)) for a, n in re.findall(r"^0,[^,]*, *(-?\d+), *(\d+),", table, re.M)]
-        check_whole(path, log, done.returncode, sum(packets[-1]) / rate if packets else 0)
+        check_whole(path, log, done.returncode, f"0:{stream}", sum(packets[-1]) / rate if packets else 0)
         if not size:
             raise InputError(f"{path}: the sound is 0 s long")
         return np.memmap(raw, "<f4", "r").reshape(-1, channels), packets
@@ -379,7 +387,8 @@ def set_level(wav: np.ndarray) -> np.ndarray:
     if power.max() > 1e-7 and loud >= 4 * quiet:
         for _ in range(2):
             power = power[power >= power.mean() / 10]
-        wav = wav * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
+        sounds = wav != 0  # without an offset, which the gain would bring out of range
+        wav = (wav - sounds * wav[sounds].mean()) * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
     return np.clip(wav, -1, 1)
 
 

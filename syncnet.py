@@ -822,24 +822,27 @@ def found_box(path: Path, frames: list, last: tuple | None) -> tuple:
 def write_shifted(path: Path, late: int, out: Path):
     """The video with its sound moved `late` frames towards the beginning.
 
-    Pictures are copied where they are H.264, else encoded as that: so are those of an MP4 that goes into a .mkv, which
-    would show what an edit list hides. The sound keeps its rate, channels and length: silence fills what is missing.
+    Pictures are copied where they are H.264 and can be copied, else encoded as that: so are those of an MP4 that goes
+    into a .mkv, which would show what an edit list hides. The sound keeps its rate, channels and length: silence fills
+    what is missing.
     Raises InputError: ffmpeg cannot.
     """
     text = describe(path)
-    pictures = ["-c:v", "copy"]
-    if not re.search(r"Stream #.*: Video: h264", text) or ("Input #0, mov" in text and out.suffix.lower() == ".mkv"):
-        # scale: where the size changes in the middle; players want even sizes
-        pictures = ["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2"]
-        pictures += ["-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]
+    # scale: where the size changes in the middle; players want even sizes
+    ways = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
+             "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]]
+    if re.search(r"Stream #.*: Video: h264", text) and not ("Input #0, mov" in text and out.suffix.lower() == ".mkv"):
+        ways.insert(0, ["-c:v", "copy"])  # fails where pictures have no time, as in a .mkv that was cut by copying
     with tempfile.TemporaryDirectory(prefix="talk-") as folder:
         sound, draft = Path(folder) / "sound.wav", Path(folder) / f"video{out.suffix.lower()}"
         write_own_sound(path, sound, len(load_audio(path)), late / FPS)
-        options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k"]
-        options += ["-movflags", "+faststart", str(draft), *beside("a")]
-        command = decoder(path, *options, before=("-reinit_filter", "0"))
-        done = subprocess.run(command, capture_output=True)
-        if done.returncode:
+        for pictures in ways:
+            options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k"]
+            options += ["-movflags", "+faststart", "-y", str(draft), *beside("a")]
+            done = subprocess.run(decoder(path, *options, before=("-reinit_filter", "0")), capture_output=True)
+            if not done.returncode:
+                break
+        else:
             raise InputError(f"{out}: could not be written ({why(done.stderr.decode(errors='replace'))})")
         place(draft, out)
 

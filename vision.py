@@ -49,6 +49,8 @@ from stylegan2 import EqualLinear, load_strictly, one_line, read_weights, refusi
 # Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 LARGEST = 4096  # ours: longest side of a photo in pixels, thrice that of a video: what is larger only costs memory
+# Adobe RGB (1998) in EXIF, where cameras leave out the profile: an InteroperabilityIndex of R03, in either byte order
+ADOBE_RGB = rb"(\0\x01\0\x02\0\0\0\x04|\x01\0\x02\0\x04\0\0\0)R03\0"
 SIPS = "sips -s format jpeg FILE --out FILE.jpg"
 GREY = 4  # ours: levels of 255 by which the channels of a photo without colour may differ, from rounding
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")  # containers that hold H.264 and AAC
@@ -68,6 +70,7 @@ def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
     """
     with opened(path, name) as image:
         profile = image.info.get("icc_profile")
+        is_adobe = not profile and re.search(ADOBE_RGB, image.info.get("exif", b""))
         if image.mode in ("P", "1"):  # their numbers cannot be averaged
             mode = "L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB"
             image = ImageOps.exif_transpose(image).convert(mode)
@@ -76,7 +79,7 @@ def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
         if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip at 255
             image = Image.fromarray(by_range(np.asarray(image)))
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        image = to_srgb(image, profile)
+        image = adobe_to_srgb(image.convert("RGB")) if is_adobe else to_srgb(image, profile)
         return np.array(image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha))
 
 
@@ -131,6 +134,18 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         except (ImageCms.PyCMSError, OSError):  # damaged, or of another kind of picture: viewers leave it out, too
             pass
     return rgb
+
+
+def adobe_to_srgb(image: Image.Image) -> Image.Image:
+    """A picture in Adobe RGB (1998), whose gamma is 563 / 256 and whose white and blue and red hues are sRGB's"""
+    to_709 = np.array([[1.39836, -0.39836, 0], [0, 1, 0], [0, -0.04293, 1.04293]], np.float32)
+    light = (np.asarray(image, np.float32) / 255) ** (563 / 256) @ to_709.T
+    return Image.fromarray((srgb_curve(light.clip(0, 1)) * 255).round().astype(np.uint8))
+
+
+def srgb_curve(light: np.ndarray) -> np.ndarray:
+    """Light from 0 to 1 -> the number that stands for it in sRGB, from 0 to 1"""
+    return np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
 def is_grey(image: np.ndarray) -> bool:
@@ -254,7 +269,7 @@ def decode_frames(path: Path, info: VideoInfo, height: int | None) -> Iterator[n
             process.stdout.close()
         log.seek(0)
         complaint = log.read().decode(errors="replace")
-    check_whole(path, complaint, status or not count, count / FPS)
+    check_whole(path, complaint, status or not count, "0:V:0", count / FPS)
 
 
 @lru_cache
@@ -276,8 +291,7 @@ def hdr_cube(curve: str, n: int = 33) -> str:
     x = np.maximum(light / 203 @ to_709.T, 0)
     most = np.maximum(x.max(1, keepdims=True), 1e-9)  # all three are scaled alike: the hue stays
     x *= np.where(most < 0.7, 1, (1 - 0.3 * np.exp((0.7 - most) / 0.3)) / most)
-    x = np.where(x < 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
-    return f"LUT_3D_SIZE {n}\n" + "\n".join("%.5f %.5f %.5f" % tuple(row) for row in x) + "\n"
+    return f"LUT_3D_SIZE {n}\n" + "\n".join("%.5f %.5f %.5f" % tuple(row) for row in srgb_curve(x)) + "\n"
 
 
 def read_ppm(stream) -> np.ndarray | None:

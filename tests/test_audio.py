@@ -504,6 +504,29 @@ def test_a_streamed_wav_is_read_whole_and_a_cut_one_refused(tmp_path):
     (tmp_path / "cut.wav").write_bytes(content)
     with pytest.raises(InputError, match="cut short"):
         load_audio(tmp_path / "cut.wav")
+    ffmpeg("-i", tmp_path / "a.wav", "-rf64", "always", tmp_path / "rf64.wav")
+    content = (tmp_path / "rf64.wav").read_bytes()
+    (tmp_path / "open.wav").write_bytes(content[:20] + bytes(24) + content[44:])  # the chunk ds64
+    assert len(load_audio(tmp_path / "rf64.wav")) == len(load_audio(tmp_path / "open.wav")) == RATE
+
+
+def test_a_variable_mp3_is_read_whole_with_junk_in_it(tmp_path):
+    soundfile.write(tmp_path / "a.wav", syllables(3 * RATE), RATE)
+    ffmpeg("-i", tmp_path / "a.wav", "-q:a", "4", tmp_path / "a.mp3")
+    mp3, junk = (tmp_path / "a.mp3").read_bytes(), (noise(5000) * 256).astype(np.int8).tobytes()
+    for name, content in (("front", junk + mp3), ("end", mp3 + 2 * junk), ("middle", mp3[:9000] + junk + mp3[9000:])):
+        (tmp_path / f"{name}.mp3").write_bytes(content)
+        assert abs(len(load_audio(tmp_path / f"{name}.mp3")) / RATE - 3) < 0.12, name
+
+
+def test_a_sound_of_which_the_second_half_cannot_be_decoded_is_refused(tmp_path):
+    for name, layout in (("a", "mono"), ("b", "5.1")):
+        sine = ("-f", "lavfi", "-i", "sine=d=2", "-af", f"aformat=channel_layouts={layout}")
+        ffmpeg(*sine, "-c:a", "aac", tmp_path / f"{name}.ts")
+    (tmp_path / "list").write_text("file a.ts\nfile b.ts\n")
+    ffmpeg("-f", "concat", "-i", tmp_path / "list", "-c", "copy", tmp_path / "joined.mkv")
+    with pytest.raises(InputError, match="only 2.* s of it can be read"):
+        load_audio(tmp_path / "joined.mkv")
 
 
 def test_a_sound_shorter_than_its_video_may_have_an_error(tmp_path):
@@ -559,6 +582,13 @@ def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
     assert np.ptp(levels) < 0.01 * levels[0]
     for still in (np.zeros(RATE, np.float32), 0.001 * noise(RATE), 1e-5 * syllables(), noise(RATE)):
         np.testing.assert_array_equal(audio.set_level(still), still)
+
+
+def test_an_offset_is_taken_out_before_speech_is_made_louder():
+    late = np.concatenate([np.zeros(RATE, np.float32), 0.05 * syllables() + 0.4])
+    late[RATE] = 0.4
+    wav = audio.set_level(late)
+    assert abs(wav).max() < 1 and abs(wav[RATE:].mean()) < 0.01 and not wav[:RATE].any()
 
 
 def test_speech_at_the_loudness_that_was_trained_on_stays_as_it_is():

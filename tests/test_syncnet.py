@@ -492,6 +492,33 @@ def test_pictures_that_are_not_h264_are_encoded_anew_and_the_sound_keeps_its_rat
     assert np.corrcoef(moved[5000:25000], old[5000 + 3 * 640 : 25000 + 3 * 640])[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("source", ["whole.mp4", "cut.mp4", "cut.mkv", "late.mov", "late.ts"])
+def test_a_flash_stays_within_a_frame_of_its_click_in_what_is_written_in_step(tmp_path, source):
+    frames, wav = np.zeros((50, 32, 32, 3), np.uint8), np.zeros(32000, np.float32)
+    frames[35], wav[35 * 640 + 320 : 36 * 640] = 255, 0.5
+    write_clip(tmp_path / "whole.mp4", frames, wav)
+    start = ["-ss", "0.5"] if "cut" in source else []
+    late = ["-itsoffset", "0.3", "-ss", "0.3", "-i", tmp_path / "whole.mp4"]
+    options = ["-map", "0:v", "-map", "1:a", "-c:v", "libx264", "-c:a", "aac"]
+    options = [*late, *options] if "late" in source else ["-c", "copy", "-avoid_negative_ts", "disabled"]
+    if source != "whole.mp4":
+        command = [audio.ffmpeg_path(), "-loglevel", "error", *start, "-i", tmp_path / "whole.mp4", *options]
+        subprocess.run([*command, tmp_path / source], check=True)
+    at, count = flash_and_click(tmp_path / source)
+    for suffix in (".mp4", ".mkv", ".mov"):
+        out = (tmp_path / "out").with_suffix(suffix)
+        syncnet.write_shifted(tmp_path / source, 3, out)
+        moved, n = flash_and_click(out)
+        assert abs(moved - at + 3) < 1 and abs(n - count) <= 1, (suffix, at, moved, count, n)
+
+
+def flash_and_click(path):
+    """Frames from the brightest picture to the loudest sound, how many pictures"""
+    light = [frame.mean() for frame in read_video(path)]
+    wav = abs(load_audio(path, level=False))
+    return np.argmax(wav > wav.max() / 2) / 640 - np.argmax(light), len(light)
+
+
 def test_a_drawn_face_is_looked_for_in_the_middle_of_a_wide_picture(world, tmp_path, capsys):
     frames, wav = bar_clip(1001)
     wide = np.pad(frames, ((0, 0), (0, 0), (10, 10), (0, 0)))  # (60, 16, 36, 3)

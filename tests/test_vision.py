@@ -164,6 +164,27 @@ def test_colours_are_converted_by_the_profile_in_the_file(tmp_path, name, g, kin
     assert abs(load_photo(tmp_path / kind) - want).max() <= 2.5
 
 
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_adobe_rgb_that_only_exif_names_is_converted(tmp_path, order):
+    def entry(*numbers):  # tag, type, how many, and the value
+        return b"".join(n.to_bytes(k, order) for n, k in zip(numbers, (2, 2, 4, 4)))
+
+    def one(tag, kind, count, value):
+        return (1).to_bytes(2, order) + entry(tag, kind, count) + value + bytes(4)
+
+    mark = one(1, 2, 4, b"R03\0")
+    head = dict(little=b"II", big=b"MM")[order] + (42).to_bytes(2, order) + (8).to_bytes(4, order)
+    exif = one(0x8769, 4, 1, (26).to_bytes(4, order)) + one(0xA005, 4, 1, (44).to_bytes(4, order)) + mark
+    stored = (picture() * 0.6 + 50).astype(np.uint8)
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=b"Exif\0\0" + head + exif)
+    want = seen((stored / 255) ** (563 / 256) @ np.transpose(TO_XYZ["adobe"]))
+    assert abs(want - stored).max() > 12  # it matters
+    assert abs(load_photo(tmp_path / "a.png") - want).max() <= 2.5
+    profile = rgb_profile("srgb", 2.2)  # goes before the mark
+    Image.fromarray(stored).save(tmp_path / "b.png", exif=b"Exif\0\0" + head + exif, icc_profile=profile)
+    assert abs(load_photo(tmp_path / "b.png").astype(int) - stored).max() < 12
+
+
 def test_cmyk_is_converted_by_its_profile(tmp_path):
     corners = np.full((16, 3), 128, np.uint8)  # Lab in bytes, the last ink fastest
     corners[:, 0] = np.where(np.arange(16) % 2, 0, 255)
