@@ -160,8 +160,8 @@ def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
 
 
 def lip_numbers(points: np.ndarray, moves: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Landmarks of a talking face (T, 68, 2) in pixels, measured or predicted -> opening (T,), shape (T, K - 1) that make a
-    photo's lips follow them (warp.Warp): the gap of the lips, and least squares of what else moves on `moves` (K, 68, 2)."""
+    """Landmarks of a talking face (T, 68, 2) in pixels, measured or predicted -> opening (T,), shape (T, K - 1) for
+    warp.Warp: the gap of the lips, and least squares of their other motion on `moves` (K, 68, 2)."""
     q = held_still(points, mean)
     opening = lip_opening(q)
     rest = q - np.median(q, 0) - (opening - np.median(opening))[:, None, None] * moves[0]
