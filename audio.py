@@ -387,8 +387,8 @@ def set_level(wav: np.ndarray) -> np.ndarray:
     if power.max() > 1e-7 and loud >= 4 * quiet:
         for _ in range(2):
             power = power[power >= power.mean() / 10]
-        sounds = wav != 0  # without an offset, which the gain would bring out of range
-        wav = (wav - sounds * wav[sounds].mean()) * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
+        offset = (wav != 0) * np.median(wav)  # most samples have it; the gain would bring it out of range
+        wav = (wav - offset) * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
     return np.clip(wav, -1, 1)
 
 

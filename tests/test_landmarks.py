@@ -10,9 +10,10 @@ from PIL import Image
 import landmarks
 from audio import InputError
 from landmarks import MIDDLE, MIRROR, fit_crop, sample_crops, to_real
-from vision import load_photo
+from vision import crop_face, load_photo
 
-STRIP = Path(__file__).parents[1] / "examples/photos.jpg"  # ten photos, 128 pixels each, down its left side
+PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
+BOX = 134, 130, 382, 377  # where the face is in it
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,8 @@ def net():
     return landmarks.load_landmarks()
 
 
-def photo(row=0):
-    return load_photo(STRIP)[128 * row : 128 * row + 128, :128]
+def photo():
+    return crop_face(load_photo(PORTRAIT), BOX, 128)
 
 
 def interocular(points):

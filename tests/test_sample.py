@@ -155,7 +155,7 @@ def test_speech_may_come_inside_a_video_and_the_photo_may_be_of_any_kind(folder,
 
 
 def options(**kw):
-    return SimpleNamespace(**dict(face="f.png", box=None, number=None) | kw)
+    return SimpleNamespace(**dict(face="f.png", box=None, number=None, toy=False) | kw)
 
 
 def test_box_face_and_square_pictures(monkeypatch):
@@ -169,7 +169,7 @@ def test_box_face_and_square_pictures(monkeypatch):
     monkeypatch.setattr(sample, "photo_size", lambda path: (120, 180))  # shrunk while it was read
     assert found(tall, "face", box="20,40,60,100")[0] == (5, 20, 35, 50)  # made square
     box, how = found(tall, "face")
-    assert box == vision.face_box(faces, "face", 1) and "2 faces" in how
+    assert box == vision.face_box(faces, "face", 1) and "largest of 2" in how
     assert found(tall, "face", number=2)[0] == vision.face_box(faces, "face", 2)
     assert found(square, "face")[0] == vision.face_box(faces, "face", 1)
     box, how = found(square, "toy")  # detectors do not know drawings
