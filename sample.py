@@ -302,6 +302,7 @@ def talking_photo(model, photo, box, wav, mel, args):
 
 def in_order(job, n: int, workers: int = 2):
     """job(0), job(1), .. job(n - 1) as a stream, computed by a few threads: PyTorch releases the interpreter's lock"""
+    torch.set_num_threads(1)  # a frame each: threads within an operation would only wait for each other
     with ThreadPoolExecutor(workers) as pool:
         for k in range(0, n, 2 * workers):
             yield from pool.map(job, range(k, min(n, k + 2 * workers)))
