@@ -254,6 +254,9 @@ class DirectMotion(nn.Module):
         self.register_buffer("mouth_mean", torch.zeros(M) if K else None)
         self.taken = 1 if config.landmarks else K
         self.register_buffer("range", torch.tensor([-torch.inf, torch.inf]) if config.landmarks else None)
+        # for warp.py, set by train.fit_warp: how landmarks move with these numbers; slope and offset of the opening
+        self.register_buffer("moves", torch.zeros(K, 68, 2) if config.landmarks else None)
+        self.register_buffer("opening", torch.zeros(2) if config.landmarks else None)
 
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
@@ -465,6 +468,20 @@ class FCTFG(nn.Module):
         """source (3, H, W) -> (3, H, W) in [-1, 1]: the photo as the network holds it, nothing moved."""
         z_s = self.invert(source[None])
         return self.decode(z_s, self.weight_changes(source[None], z_s))[0].clamp(-1, 1)
+
+    @torch.inference_mode()
+    def lip_numbers(self, mel):
+        """Sound -> the shape of the lips, without a picture. Only for networks trained with landmarks.
+
+        mel: (n, 1, 80, 16), or an iterable of pieces of it. Returns (n, K); the first number is the opening's.
+        """
+        z_a = torch.cat([self.audio(m) for m in (mel.split(256) if torch.is_tensor(mel) else mel)])
+        return (self.motion.say(z_a[None])[0] - self.motion.mouth_mean) @ self.motion.state.t()
+
+    def lips(self, mel):
+        """As lip_numbers, in warp.py's terms: opening (n,) in distances of the eyes' corners, shape (n, K - 1), NumPy"""
+        numbers, (slope, offset) = self.lip_numbers(mel).cpu().numpy(), self.motion.opening.tolist()
+        return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
 
     @torch.inference_mode()
     def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):

@@ -49,7 +49,6 @@ from losses import identity_loss, load, perceptual_loss, reconstruction_loss
 from sample import (
     LOOK_HEIGHT,
     WAY_OUT,
-    Stopwatch,
     driving_box,
     given_box,
     photo_box,
@@ -746,9 +745,9 @@ def sample(argv):
     model = load_pcavs(args.weights, device)
     size, n = model.config.size, n_frames(len(wav))
     crop, grey = photo_crop(photo, args, model.config), is_grey(photo)
-    pose = Kept(Stopwatch(pose_clip(args.pose, n, model.config, args.aligned)[1]) if args.pose else [crop], args.grid)
+    pose = Kept(pose_clip(args.pose, n, model.config, args.aligned)[1] if args.pose else [crop], args.grid)
 
-    network = Stopwatch(talk(model, crop, wav, pose, args, device))
+    network = talk(model, crop, wav, pose, args, device)
     width = 3 * size if args.grid else size
     with VideoWriter(out, size, width, wav, args.overwrite, args.speech) as video, tqdm(total=n, unit="frame") as bar:
         try:
@@ -760,10 +759,7 @@ def sample(argv):
             raise InputError(f"{args.weights}: the networks fail, {error}") from None
         assert video.count == n, f"{video.count} frames for {n} of sound"
 
-    seconds = time.perf_counter() - begin
-    alone = network.seconds - (pose.items.seconds if args.pose else 0)           # without reading the pose clip
-    print(f"{out}: {n} frames, {n / FPS:.2f} s; {n / seconds:.1f} frames/s end to end, "
-          f"{n / alone:.1f} frames/s by the networks alone")
+    print(f"{out}: {n} frames, {n / FPS:.2f} s; {n / (time.perf_counter() - begin):.1f} frames/s end to end")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

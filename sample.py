@@ -1,20 +1,23 @@
 """A photo and speech (and a driving video) -> a talking face: H.264 with the speech, 25 frames a second.
 
-FC-TFG (arXiv 2304.03275) at work. Differs from the paper: without a driving video the face keeps its own pose
-and moves a little by itself (idle motion, kept with the weights), and what the network made of the crop goes back
-into the photo: of a still head only what changed, so that the photo stays as sharp as it was (class Paste).
+FC-TFG (arXiv 2304.03275) at work. Differs from the paper: of a real face the network only says how the lips go, and the
+photo's own pixels are moved (warp.py), at the photo's resolution. --crop shows the network's own frames instead, and
+--network pastes them back into the photo (class Paste), as is done with drawn faces.
 
-    python sample.py                                         # examples/face.png says examples/speech.wav
-    python sample.py face.jpg speech.wav --out talk.mp4      # the whole photo, its lips moving
+    python sample.py                                         # examples/astronaut.jpg says examples/speech.flac
+    python sample.py face.jpg speech.wav --out talk.mp4      # the whole photo talks, blinks, sways a little
+    python sample.py face.jpg speech.wav --driving clip.mp4  # head pose, blinks and brows from clip.mp4
     python sample.py face.jpg speech.wav --crop              # the network's own frames alone
-    python sample.py face.jpg speech.wav --driving clip.mp4  # head pose, eyes and expression from clip.mp4
+    python sample.py --toy                                   # the drawn face
 
 Each prints one line: the file, its length, its speed. All that can be wrong with the files is found before
 the network starts.
 """
 
+import argparse
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,8 @@ from tqdm import tqdm
 
 from audio import FPS, SAMPLES_PER_FRAME, InputError, Parser, load_audio, n_frames, run, sound_windows
 from fusion import load_model, pick_device
+from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, track_landmarks
+from motion import activity, follow, idle, mouth
 from vision import (
     TEMPLATES,
     VIDEO_SUFFIXES,
@@ -43,9 +48,13 @@ from vision import (
     to_uint8,
     turn_upright,
 )
+from warp import Face, Warp, enlarge
 
 HERE = Path(__file__).resolve().parent
-EXAMPLE, TOY, FACE = HERE / "examples/face.png", HERE / "weights/toy.pt", HERE / "weights/face.pt"
+EXAMPLE, SPEECH = HERE / "examples/astronaut.jpg", HERE / "examples/speech.flac"
+EXAMPLE_BOX = "134.5,130.1,381.7,377.3"  # where blazeface finds the astronaut's face: no weights are fetched for it
+DRAWING, DRAWN_SPEECH = HERE / "examples/face.png", HERE / "examples/speech.wav"
+TOY, FACE = HERE / "weights/toy.pt", HERE / "weights/face.pt"
 DRAWN = 0.12  # ours: mean difference, of 2 from black to white: drawn portraits have up to .10, a disc .14, photos .25
 SQUARE = 0.05  # ours: sides that differ by less than this make a square portrait
 LOOKS = 8  # ours: frames of a driving video on which the face is searched
@@ -55,16 +64,17 @@ FEATHER = 0.12  # ours: width of a seam in units of the crop
 COLOUR = 0.1  # ours: sigma of what counts as colour, in units of the crop: wider than lips, narrower than a cheek
 SPREAD = 0.02  # ours: sigma of how far around a change the detail goes, in units of the crop
 CAST = 0.15  # ours: sigma with which a cast of colour is carried inwards, in units of the crop
-HUE = 0.7  # ours: what counts of a change of colour, see Paste
 CRISP = 0.6  # ours: unsharp mask on the network's frames, radius one of its pixels; more shows rings
 MOVED = (0.06, 0.2)  # ours: change, of 2 from black to white, that keeps all of the photo's detail; none of it
+DETECTOR_SIZE = 256  # ours: pixels of the crop in which --landmarks looks
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 
 def parse(argv=None):
     p = Parser(description="A photo and speech (and a driving video) -> a talking face.")
-    p.add_argument("face", nargs="?", default=EXAMPLE, help="photo (default: an example)")
-    p.add_argument("speech", nargs="?", default=HERE / "examples/speech.wav", help="sound, or video with it")
+    p.add_argument("face", nargs="?", help="photo (default: examples/astronaut.jpg)")
+    p.add_argument("speech", nargs="?", help="sound, or video with it (default: examples/speech.flac)")
+    p.add_argument("--toy", action="store_true", help="the drawn example in place of the photo")
     p.add_argument("--driving", help="video that gives pose, eyes, expression (default: the photo's, idling)")
     p.add_argument("--weights", help="network (default: weights/face.pt, for drawn portraits weights/toy.pt)")
     p.add_argument("--refine", type=int, help="refinements of the weights for this photo, where a hypernetwork "
@@ -77,9 +87,18 @@ def parse(argv=None):
     what.add_argument("--full", action="store_true", default=None,
                       help="the whole photo, the face pasted back (default: if it has more pixels than the crop)")
     what.add_argument("--crop", action="store_false", dest="full", help="only the crop, as the network makes it")
+    what.add_argument("--network", action="store_true", help="the network's own frames, pasted into the photo, where "
+                      "the photo's own pixels would be moved")
+    p.add_argument("--landmarks", metavar="NAME", help="of the photo: mediapipe:FILE, dlib:FILE or fan, each an optional "
+                   "package with its weights (default: a small network, weights/landmarks.pt)")
+    p.add_argument("--still", action="store_true", help="the head of a photo does not sway; lips and lids move")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--seed", type=int, default=0, help="of whatever is random in the network")
-    return p.parse_args(argv)
+    p.add_argument("--seed", type=int, default=0, help="of whatever is random: blinks, sway")
+    args = p.parse_args(argv)
+    if args.face is None:
+        args.face, args.box = (DRAWING, args.box) if args.toy else (EXAMPLE, args.box or EXAMPLE_BOX)
+    args.speech = args.speech or (DRAWN_SPEECH if args.toy else SPEECH)
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -121,7 +140,7 @@ def pick_weights(photo: np.ndarray, args) -> Path:
     """--weights, else the network that knows such pictures: weights/toy.pt for drawn ones, else weights/face.pt."""
     if args.weights:
         return Path(args.weights)
-    if not FACE.exists() or Path(args.face) == EXAMPLE:
+    if args.toy or not FACE.exists():
         return TOY
     return TOY if whole(photo) and not (args.box or args.number) and is_drawn(photo) else FACE
 
@@ -148,9 +167,10 @@ def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple
         raise InputError(f"{args.face}: no face was found, whichever way it is turned; {WAY_OUT}")
     box = face_box(faces, template, args.number or 1)
     how = f"turned {turned}, " if turned else ""
+    at = f"face at {','.join(f'{v:.0f}' for v in box)}"
     if len(faces) > 1 and not args.number:
-        return photo, box, f"{how}{len(faces)} faces, the largest is taken (or --face N, or --box)"
-    return photo, box, f"{how}a face was found"
+        return photo, box, f"{how}{at}, the largest of {len(faces)} (or --face N, or --box)"
+    return photo, box, how + at
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,6 +207,13 @@ def there_and_back(k: int, count: int) -> int:
     return min(k, 2 * (count - 1) - k)
 
 
+def driving_landmarks(net, path, n: int):
+    """Landmarks (T, 68, 2), lids (T, 2) and brows (T, 2) of the first n frames of a driving video, T <= n, in pixels of a
+    small copy. Raises InputError: no face."""
+    _, box, height = driving_box(path, n, "face")
+    return track_landmarks(net, itertools.islice(read_video(path, height), n), box)
+
+
 def driving_frames(path, n: int, size: int, template: str):
     """n frames (3, size, size) of a driving video, as a stream. One that is shorter is walked there and back.
 
@@ -211,21 +238,73 @@ def driving_frames(path, n: int, size: int, template: str):
     return stream()
 
 
-class Stopwatch:
-    """Passes an iterator on and adds up the seconds spent waiting for it."""
+def network_frames(model, photo, box, mel, n: int, full: bool, device, args):
+    """The network's own frames of the crop, or pasted back into the photo (`full`) -> shape, iterator over n frames."""
+    size = model.config.size
+    source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
+    driving = driving_frames(args.driving, n, size, model.config.template) if args.driving else None
+    show, shape = to_uint8, (size, size)  # what makes a frame of the video of a frame of the network
+    if full:
+        turning, shape = driving is not None, photo.shape[:2]
+        show = Paste(photo, box, source.cpu(), *still_of(model, source, device, turning), turning)
+    crops = model.animate(source, mel, driving, sway=not (full or args.still))
+    finish = without_colour if is_grey(photo) else lambda frame: frame
+    return shape, (finish(show(frame)) for frames in crops for frame in frames.cpu())
 
-    def __init__(self, items):
-        self.items, self.seconds = iter(items), 0.0
 
-    def __iter__(self):
-        return self
+# ------------------------------------------------------------------------------------------------------------
+# a photo that moves
 
-    def __next__(self):
-        start = time.perf_counter()
+
+def photo_landmarks(net, photo, box, args) -> np.ndarray:
+    """Landmarks (68, 2) of the face in a box, by the small network or by the detector of --landmarks. A line says where
+    they are doubtful. Raises InputError: that detector is not at hand, or sees no face."""
+    if not args.landmarks:
+        points = find_landmarks(net, photo, box)
+        if doubt(net, photo, points) > DOUBT:
+            print(f"{args.face}: landmarks are uncertain (a profile, something before the mouth, not a face): check "
+                  "the video, or try --landmarks or --network")
+        return points
+    from keypoints import detector_of  # the one sibling that knows other detectors
+
+    name, _, path = args.landmarks.partition(":")
+    with detector_of(name, "face", argparse.Namespace(mediapipe=path, dlib=path)) as look:
+        points = look(crop_face(photo, box, DETECTOR_SIZE))
+    if points is None:
+        raise InputError(f"{args.face}: --landmarks {name} sees no face; {WAY_OUT}")
+    return points * ((box[2] - box[0]) / DETECTOR_SIZE) + box[:2]
+
+
+def talking_photo(model, photo, box, wav, mel, args):
+    """A photo that talks -> shape (H, W, 3), iterator over n_frames(len(wav)) frames, uint8 (H, W, 3).
+
+    The network turns the sound into the shape of lips, warp.py moves the photo's pixels. Raises InputError: its landmarks
+    are not those of a face that can be moved.
+    """
+    net, T = load_landmarks(), n_frames(len(wav))
+    mean = net.solid.double().numpy()
+    try:
+        larger, points = enlarge(photo, photo_landmarks(net, photo, box, args), mean)
+        warp = Warp(Face(larger, points, mean, len(photo) / len(larger)), model.motion.moves.double().cpu().numpy())
+    except ValueError as error:
+        raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
+    active = activity(wav, T)
+    opening, shape = mouth(*model.lips(mel), active, warp.own)
+    if args.driving:
         try:
-            return next(self.items)
-        finally:
-            self.seconds += time.perf_counter() - start
+            motion = follow(*driving_landmarks(net, args.driving, T), mean, warp.room)
+        except ValueError as error:
+            raise InputError(f"{args.driving}: {error} that can be followed") from None
+    else:
+        motion = idle(T, active, args.seed, head=not args.still)
+    return larger.shape, in_order(lambda k: warp(opening[k], shape[k], **motion[k]), T)
+
+
+def in_order(job, n: int, workers: int = 2):
+    """job(0), job(1), .. job(n - 1) as a stream, computed by a few threads: PyTorch releases the interpreter's lock"""
+    with ThreadPoolExecutor(workers) as pool:
+        for k in range(0, n, 2 * workers):
+            yield from pool.map(job, range(k, min(n, k + 2 * workers)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -308,7 +387,6 @@ class Paste:
 
     The first term adds the change: where frame and still agree, the photo stays as it is, pore by pore. The second
     takes the photo's detail away where the change is large: teeth must not shine through lips that closed over them.
-    Of a still head's change the colour counts `hue` of light and dark (ours, for real faces: few pixels taught it).
     What changes at the mask's own edge is no movement but a cast of colour: it is spread inwards and taken off the change
     (a cheap form of Poisson image editing, Perez et al. 2003), so that there is no seam.
     `colour` is what still differs from the photo by in the large, and stays: skin keeps its own tone. Where `moved` is
@@ -318,7 +396,7 @@ class Paste:
     still: (3, S, S) the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the head moves.
     """
 
-    def __init__(self, photo, box, source, still, mask, turning: bool, hue: float = 1.0):
+    def __init__(self, photo, box, source, still, mask, turning: bool):
         H, W = photo.shape[:2]
         S, (x0, y0, x1, y1) = source.shape[-1], box
         used = mask.nonzero()  # (n, 2): only this part of the crop is ever touched, with a cell more for the cubic
@@ -328,7 +406,7 @@ class Paste:
         self.rows, self.columns = enlarger(*rows, y0, y1, S), enlarger(*columns, x0, x1, S)
         self.soft, self.spread, wide, self.far = (blurrer(S, sigma) for sigma in (1 / S, SPREAD, COLOUR, CAST))
         self.edge = mask * (1 - mask)
-        self.photo, self.still, self.mask, self.turning, self.hue = photo, self.crisp(still), mask, turning, hue
+        self.photo, self.still, self.mask, self.turning = photo, self.crisp(still), mask, turning
         self.place = (slice(*rows), slice(*columns))
         # from here on in steps of a byte
         region = torch.as_tensor(photo[self.place]).movedim(-1, 0).float()  # (3, h, w)
@@ -362,8 +440,6 @@ class Paste:
         change = self.crisp(frame) - self.still
         if not self.turning:
             change = change - self.cast(change)
-            light = change.mean(0, keepdim=True)
-            change = light + self.hue * (change - light)
         out = self.enlarge(self.mask * change)  # (3, h, w); all in place: these are the slow lines
         out.addcmul_(self.enlarge(self.mask * self.moved(change)) / 127.5, self.detail, value=-1).add_(self.region)
         picture = self.photo.copy()
@@ -419,36 +495,25 @@ def main(argv=None):
     photo, box, how = photo_box(photo, args, template)
     print(f"{args.face}: {how}; network: {weights}")
 
-    source = to_tensor(crop_face(photo, box, size))  # (3, size, size)
-    driving = Stopwatch(driving_frames(args.driving, T, size, template)) if args.driving else None
     pieces = np.array_split(np.arange(T), -(-T // 256))
     mel = (torch.from_numpy(sound_windows(wav, k)).to(device) for k in pieces)  # (k, 1, 80, 16), T in all
 
     torch.manual_seed(args.seed)
     full = max(photo.shape[:2]) > size if args.full is None else args.full
-    grey = is_grey(photo)
-    show, shape = to_uint8, (size, size)  # what makes a frame of the video of a frame of the network
     if full:
         photo, box = limit(photo, box)
-        turning, shape = driving is not None, photo.shape[:2]
-        hue = HUE if model.mouth else 1.0
-        show = Paste(photo, box, source, *still_of(model, source, device, turning), turning, hue)
-    crops = model.animate(source.to(device), mel, driving, sway=not full)
-    network = Stopwatch(frames.cpu() for frames in crops)  # (b, 3, size, size)
-    with VideoWriter(out, *shape, wav, args.overwrite, args.speech) as video, tqdm(total=T, unit="frame") as bar:
+    if full and model.config.landmarks and model.motion.moves.any() and not args.network:
+        shape, frames = talking_photo(model, photo, box, wav, mel, args)
+    else:
+        shape, frames = network_frames(model, photo, box, mel, T, full, device, args)
+    with VideoWriter(out, *shape[:2], wav, args.overwrite, args.speech) as video:
         try:
-            for frames in network:
-                for frame in frames:
-                    video.write(without_colour(show(frame)) if grey else show(frame))
-                bar.update(len(frames))
+            for frame in tqdm(frames, total=T, unit="frame"):
+                video.write(frame)
         except FloatingPointError as error:
             raise InputError(f"{weights}: the network fails, {error}") from None
         assert video.count == T, f"{video.count} frames for {T} of sound"
-
-    seconds = time.perf_counter() - begin
-    alone = network.seconds - (driving.seconds if driving else 0)  # without reading the driving video
-    speed = f"{T / seconds:.0f} frames/s end to end, {T / alone:.0f} frames/s by the network alone"
-    print(f"{out}: {T} frames, {T / FPS:.2f} s; {speed}")
+    print(f"{out}: {T} frames, {T / FPS:.2f} s; {T / (time.perf_counter() - begin):.0f} frames/s end to end")
 
 
 if __name__ == "__main__":

@@ -365,14 +365,8 @@ class VideoWriter:
         command = [ffmpeg_path(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound]
         command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{smear},{colours},format=yuv420p,{tags}"]
-        command += [
-            "-c:v",
-            "libx264",
-            "-crf",
-            "16",
-            "-movflags",
-            "+faststart",
-        ]  # 16, ours: stays crisp at 64 px
+        # ours: 16 stays crisp at 64 px; veryfast takes half of the default's time
+        command += ["-c:v", "libx264", "-crf", "16", "-preset", "veryfast", "-movflags", "+faststart"]
         self.process = subprocess.Popen(
             [*command, str(self.draft)], stdin=subprocess.PIPE, stderr=self.log, start_new_session=True
         )

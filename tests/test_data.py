@@ -980,7 +980,7 @@ def test_a_face_that_walks_is_cut_into_steady_clips_and_one_that_runs_is_none(mo
 class Listener:
     """A sync expert's stand-in that calls the sound `late` frames late, or fitting nowhere."""
 
-    size = 32
+    size, template = 32, "face"
 
 
 @pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])

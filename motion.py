@@ -1,0 +1,182 @@
+"""Frame by frame motion of a talking photo, for warp.py: lips, blinks, brows, pose of the head.
+
+    mouth(numbers of the sound)         -> opening (T,), shape (T, K - 1); at rest where nobody speaks
+    idle(T, activity, seed)             -> Motion: blinks, and a head that sways a little with the speech
+    follow(landmarks of a driving clip) -> Motion: its pose, blinks and brows, relative to its first frame
+
+Ours: the paper moves codes of a generator instead. Units and signs are warp.py's; 25 frames a second.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter1d, maximum_filter1d
+
+from audio import FPS, SAMPLES_PER_FRAME
+from landmarks import MIRROR
+from warp import RIGID, Pose, angles, fit_pose, smoothstep
+
+QUIET = 30.0  # dB below the level of speech: nobody speaks; ours, breath lies lower and GRID's noise floor at 40
+PAUSE = 25  # frames: in shorter pauses the lips stay shut, in longer ones the photo gets its own mouth back
+BLINK = (0.35, 0.85, 1.0, 0.85, 0.5, 0.2)  # of a lid, frame by frame: .24 s, faster down than up
+BLINK_EVERY = 2.5, 6.0  # seconds between two blinks: 14 a minute on average
+SWAY = 1.3, 0.8, 0.7  # degrees of yaw, pitch, roll, standard deviation; ours: more floats, less freezes
+SWAY_SECONDS = 0.55  # sigma of the sway's smoothing
+NOD = 1.2  # degrees that the chin drops with a stressed syllable
+DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
+OPENER = 1.4  # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 of its slope
+TOLD = 1.15, 1.3  # yaw and pitch of the small network's points fall short of MediaPipe's pose of the same clips by these
+LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # roll in degrees, shift right and down, scale, brows, as room for yaw and pitch
+LID_SHUT, LID_OPEN = 0.5, 0.85  # of a driver's usual opening: wholly shut, not yet a blink
+
+
+@dataclass
+class Motion:
+    """Of T frames. poses: (T, 6) yaw, pitch, roll, shift right, shift down, scale - 1; blinks, brows: (T,)"""
+
+    poses: np.ndarray
+    blinks: np.ndarray
+    brows: np.ndarray
+
+    def __getitem__(self, k: int) -> dict:
+        """What warp.Warp is asked at frame k; a driving clip that is shorter is walked there and back"""
+        k %= max(1, 2 * (len(self.poses) - 1))
+        k = min(k, 2 * (len(self.poses) - 1) - k) if len(self.poses) > 1 else 0
+        yaw, pitch, roll, right, down, scale = self.poses[k].tolist()
+        pose = Pose(yaw, pitch, roll, (right, down), 1 + scale)
+        return dict(pose=pose, blink=float(self.blinks[k]), brows=float(self.brows[k]))
+
+
+def loudness(wav: np.ndarray, n: int) -> np.ndarray:
+    """wav (samples,) at 16 kHz -> (n,) dB of each frame, against the level of speech (the 95th percentile)"""
+    frames = np.zeros((n, SAMPLES_PER_FRAME), np.float32)
+    frames.ravel()[: len(wav)] = wav[: frames.size]
+    level = 10 * np.log10((frames**2).mean(1) + 1e-10)
+    return level - max(np.percentile(level, 95), -60.0)
+
+
+def activity(wav: np.ndarray, n: int) -> np.ndarray:
+    """wav (samples,) -> (n,) in [0, 1]: whether somebody speaks at frame k, with soft edges"""
+    speaks = maximum_filter1d((loudness(wav, n) > -QUIET).astype(float), 2 * PAUSE + 1)
+    return gaussian_filter1d(speaks, 3.0)
+
+
+def mouth(opening, shape, active, own: float, strength: float = 1.0):
+    """opening (T,), shape (T, K - 1), active (T,) -> the same two for a photo whose lips are open by `own` at rest.
+
+    While nobody speaks the photo keeps its own mouth, bit for bit. strength: of all movement, 1 as predicted."""
+    active = np.where(active < 0.02, 0.0, active) * strength
+    return own + active * (opening - own), active[:, None] * shape
+
+
+def idle(n: int, active: np.ndarray, seed: int, head: bool = True, blink: bool = True) -> Motion:
+    """A photo that is not driven: blinks at a person's rate, a slow sway that starts from the photo, nods with speech."""
+    rng = np.random.default_rng(seed)
+    blinks, k = np.zeros(n + len(BLINK)), rng.uniform(1.0, BLINK_EVERY[1])
+    while blink and k * FPS < n:
+        at = int(k * FPS)
+        blinks[at : at + len(BLINK)] = BLINK
+        k += rng.uniform(*BLINK_EVERY)
+    poses = np.zeros((n, 6))
+    if head:
+        sigma, margin = SWAY_SECONDS * FPS, 64
+        walk = gaussian_filter1d(rng.standard_normal((n + 2 * margin, 3)), sigma, axis=0)[margin : margin + n]
+        poses[:, :3] = walk * np.array(SWAY) * np.sqrt(2 * np.sqrt(np.pi) * sigma)  # a filtered walk has this deviation
+        poses[:, 1] -= NOD * (gaussian_filter1d(active, 6.0) - 0.5 * gaussian_filter1d(active, 40.0))
+        poses -= poses[:1]
+        poses *= smoothstep(np.arange(n) / FPS)[:, None]
+    return Motion(poses, blinks[:n], np.zeros(n))
+
+
+def bridged(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """values (T, ..), those of frames not `seen` (T,) interpolated linearly from the others"""
+    frames, flat = np.arange(len(values)), values.reshape(len(values), -1)
+    return np.stack([np.interp(frames, frames[seen], column[seen]) for column in flat.T], 1).reshape(values.shape)
+
+
+def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, room: tuple) -> Motion:
+    """A driving clip -> its motion, softly limited to what the photo can bear.
+
+    points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; NaN where
+    there is no face. mean: (77, 3) shape; room: limits of yaw and pitch in degrees, of warp.Head.
+    The first frame is the photo. Blinks are not smoothed: they last three frames. Frames without a face are interpolated.
+    Raises ValueError: no frame has a face.
+    """
+    seen = np.isfinite(points).all((1, 2))
+    if not seen.any():
+        raise ValueError("no face")
+    points, lids, brows = (bridged(x, seen) for x in (points, lids, brows))
+    fits = [fit_pose(p, mean) for p in points]
+    scale0, R0, _ = fits[0]
+    turns = np.array([angles(R @ R0.T) for _, R, _ in fits])
+    middle = mean[:68].mean(0) * (1, 1, 0)
+    places = np.array([s * R[:2] @ middle + t for s, R, t in fits]) / scale0
+    raised = brows.mean(1) - np.median(brows)
+    asked = np.c_[turns, places, [s / scale0 - 1 for s, _, _ in fits], raised]
+    asked = gaussian_filter1d(asked, DRIVE_SIGMA, axis=0, mode="nearest")
+    asked[:, :6] -= asked[0, :6]
+    asked[:, :2] *= TOLD
+    limits = np.array([*room, *LIMITS])
+    asked = asked / (1 + (asked / limits) ** 4) ** 0.25                # nearly linear up to .7 of the limit
+    opened = lids.mean(1) / max(np.percentile(lids.mean(1), 80), 1e-6)
+    blinks = smoothstep((LID_OPEN - opened) / (LID_OPEN - LID_SHUT))
+    return Motion(asked[:, :6], blinks, asked[:, 6])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# once for a network: how its numbers move landmarks
+
+def held_still(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """A clip's landmarks (T, 68, 2) in pixels -> in units, seen from the front, without the head's own motion: each frame
+    is mapped by the similarity that fits its rigid points to the clip's median face. Made symmetric."""
+    middle = np.median(points, 0)
+    scale, R, _ = fit_pose(middle, mean)
+    a, b = points[:, RIGID], middle[RIGID]
+    ma, mb = a.mean(1, keepdims=True), b.mean(0)
+    za, zb = (a - ma) @ (1, 1j), (b - mb) @ (1, 1j)                    # (T, n), (n,): a similarity is one complex factor
+    turn = (za.conj() * zb).sum(1) / (abs(za) ** 2).sum(1)
+    z = (points - ma) @ (1, 1j) * turn[:, None]
+    q = np.stack([z.real, z.imag], -1) @ np.linalg.inv(scale * R[:2, :2]).T
+    return (q + q[:, MIRROR] * (-1, 1)) / 2
+
+
+def lip_opening(q: np.ndarray) -> np.ndarray:
+    """Landmarks (T, 68, 2), upright -> (T,): the mean gap between the inner lips"""
+    return (q[:, [67, 66, 65], 1] - q[:, [61, 62, 63], 1]).mean(1)
+
+
+def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
+    """[(landmarks (T, 68, 2) in pixels, shape numbers (T, K - 1) of the same frames)] -> moves (K, 68, 2) of warp.Lips:
+    least squares of the landmarks, less each clip's mean, on the opening of the lips and the other numbers."""
+    x, y = [], []
+    for points, shape in clips:
+        q = held_still(points, mean)
+        known = np.c_[OPENER * lip_opening(q), shape]
+        x.append(known - known.mean(0))
+        y.append((q - q.mean(0)).reshape(len(q), -1))
+    moves = np.linalg.lstsq(np.concatenate(x), np.concatenate(y), rcond=None)[0].reshape(-1, 68, 2)
+    moves[0, [*range(55, 60), 65, 66, 67], 1] += 1 - lip_opening(moves[:1])[0]  # a gap of 1 a unit: dlib's lower lips lag
+    return moves
+
+
+def lip_numbers(points: np.ndarray, moves: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks of a talking face (T, 68, 2) in pixels, measured or predicted -> opening (T,), shape (T, K - 1) for
+    warp.Warp: the gap of the lips, and least squares of their other motion on `moves` (K, 68, 2)."""
+    q = held_still(points, mean)
+    opening = lip_opening(q)
+    rest = q - np.median(q, 0) - (opening - np.median(opening))[:, None, None] * moves[0]
+    shape = np.linalg.lstsq(moves[1:].reshape(len(moves) - 1, -1).T, rest.reshape(len(q), -1).T, rcond=None)[0].T
+    return opening, shape
+
+
+def fit_opening(said: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """said (n,), first number predicted from sound, real (n,) openings -> slope, offset: max(0, slope said + offset) has
+    the real mean and deviation. Least squares would open mouths less: a half predictable motion is predicted half as
+    far. The smallest twentieth of the openings counts as shut, see OPENER."""
+    real = OPENER * np.maximum(0, real - np.quantile(real, 0.05))
+    slope, offset = real.std() / said.std(), 0.0
+    for _ in range(50):
+        got = np.maximum(0, slope * said + offset)
+        slope *= (real.std() / max(got.std(), 1e-6)) ** 0.5
+        offset += 0.5 * (real.mean() - got.mean())
+    return float(slope), float(offset)

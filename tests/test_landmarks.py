@@ -1,0 +1,162 @@
+"""Landmarks: crops lie where they say, eyes shut on paper, the shipped network follows a face that turns and vanishes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import landmarks
+from audio import InputError
+from landmarks import MIDDLE, MIRROR, fit_crop, sample_crops, to_real
+from vision import crop_face, load_photo
+
+PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
+BOX = 134, 130, 382, 377  # where the face is in it
+
+
+@pytest.fixture(scope="module")
+def net():
+    return landmarks.load_landmarks()
+
+
+def photo():
+    return crop_face(load_photo(PORTRAIT), BOX, 128)
+
+
+def interocular(points):
+    return np.hypot(*(points[45] - points[36]))
+
+
+def test_the_mirror_image_swaps_left_and_right_and_nothing_twice():
+    assert [MIRROR[i] for i in MIRROR] == list(range(68))
+    swapped = {0: 16, 17: 26, 31: 35, 36: 45, 37: 44, 40: 47, 48: 54, 50: 52, 59: 55, 60: 64, 61: 63, 67: 65, 8: 8}
+    assert {i: MIRROR[i] for i in swapped} == swapped
+
+
+def test_a_fitted_crop_is_the_similarity_that_made_the_shape():
+    rng = np.random.default_rng(0)
+    mean, a, b = rng.random(68) + 1j * rng.random(68), 30 * np.exp(0.4j), 5 - 7j
+    assert np.allclose(fit_crop(mean, a * mean + b), (a, b))
+
+
+@pytest.mark.parametrize("side", [20, 300])
+def test_a_turned_crop_shows_the_pixels_that_it_covers(side):
+    y, x = np.mgrid[:500, :510] + 0.5
+    ramp = torch.from_numpy(3 * x + y).float()[None, None]
+    a = side * np.exp(0.5j)
+    b = 255 + 250j - a * MIDDLE
+    at = a * landmarks.unit_square(8) + b
+    assert np.allclose(sample_crops(ramp, [a], [b], 8)[0, 0], 3 * at.real + at.imag, atol=0.01)
+
+
+def test_the_grey_part_of_a_photo_is_all_that_its_crop_needs():
+    image = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    whole = (torch.from_numpy(image).float() @ landmarks.GREY)[None, None]
+    inside, over_the_edge, beyond = (40 * np.exp(0.3j), 30 + 20j), (60 + 0j, -20 - 10j), (50 + 0j, 300 + 300j)
+    for a, b in (inside, over_the_edge, beyond):
+        part, corner = landmarks.grey_part(image, a, b)
+        got, wanted = sample_crops(part, [a], [b - corner], 16), sample_crops(whole, [a], [b], 16)
+        assert got.isfinite().all() and torch.allclose(got, wanted, atol=0.01)
+
+
+def test_lids_meet_where_eyes_are_shut_and_stay_where_they_are_not():
+    brow = np.array([0.2 + 0.3j, 0.35 + 0.22j, 0.5 + 0.2j, 0.65 + 0.22j, 0.8 + 0.27j])
+    lids = np.array([0.25 + 0.62j, 0.42 + 0.52j, 0.58 + 0.52j, 0.75 + 0.62j, 0.58 + 0.68j, 0.42 + 0.68j])
+    y = np.stack([np.concatenate([brow, lids])] * 2)
+    v = np.stack([landmarks.unit_square(32)] * 2)
+    taken, moved = landmarks.shut(v, y, np.array([0.0, 1.0]), np.random.default_rng(0))
+    assert np.allclose(taken[0], v[0]) and np.allclose(moved[0], y[0])
+    assert np.allclose(moved[1, [6, 7]], moved[1, [10, 9]], atol=0.01)
+    assert np.allclose(moved[1, :6], y[1, :6])
+    assert taken[1, 20, 16].imag < v[1, 20, 16].imag - 0.05, "the middle of a shut eye shows the skin of the upper lid"
+    assert np.allclose(taken[1, :, 2], v[1, :, 2]) and np.allclose(taken[1, :4], v[1, :4]), "beyond the eye nothing moves"
+
+
+def drawn_lips(seam, gap):
+    """Lips: the upper one dark, a darker seam, the lower one bright -> picture, 68 points of which only the lips count"""
+    x, y = np.meshgrid((np.arange(128) + 0.5) / 128, (np.arange(128) + 0.5) / 128)
+    seam_at = seam + 0.03 * (1 - ((x - 0.5) / 0.18) ** 2)
+    picture = 150 - 30 * (np.abs(y - seam_at + 0.03) < 0.03) - 60 * np.exp(-(((y - seam_at) / 0.006) ** 2))
+    points = np.full(68, 0.5 + 0.5j)
+    across = np.r_[np.linspace(-1, 1, 7), np.linspace(1, -1, 7)[1:-1], np.linspace(-1, 1, 5), np.linspace(1, -1, 5)[1:-1]]
+    half = np.r_[0, [-0.05] * 5, 0, [0.05] * 5, 0, [-gap / 2] * 3, 0, [gap / 2] * 3]
+    points[48:] = 0.5 + 0.18 * across + 1j * (0.7 + half)
+    return torch.from_numpy(picture)[None].byte(), points
+
+
+def test_shut_lips_meet_on_the_seam_of_the_picture_and_open_ones_stay():
+    drawn = [drawn_lips(0.69, 0.008), drawn_lips(0.705, -0.004), drawn_lips(0.69, 0.05), drawn_lips(2, 0.008)]
+    before = np.stack([points for _, points in drawn])
+    after = landmarks.seal_lips(torch.stack([picture for picture, _ in drawn]), before)
+    middle = (after[:, [61, 62, 63]] + after[:, [67, 66, 65]]).imag / 2
+    for i, seam in ((0, 0.69), (1, 0.705)):
+        assert np.allclose(after[i, [61, 62, 63]], after[i, [67, 66, 65]])
+        assert np.allclose(middle[i], seam + 0.03 * np.array([0.75, 1, 0.75]), atol=0.006)
+        assert np.isclose(after[i, 51].imag - before[i, 51].imag, (middle[i, 1] - 0.7) / 2), "outer lips follow by half"
+    assert np.allclose(after[2], before[2]), "open lips stay"
+    assert np.allclose(middle[3], 0.7), "where nothing is dark the line stays"
+
+
+def test_a_part_is_put_back_where_its_crop_was_and_the_mouth_is_the_mean_of_both_looks():
+    net, photo = landmarks.LandmarkNet(), np.zeros((90, 120, 3), np.uint8)
+    points, a = np.random.default_rng(0).random(68) * 20 + 40 + 40j, 60 * np.exp(0.2j)
+    for network in (net.eye, net.mouth):
+        torch.nn.init.zeros_(network.layers[-1].weight), torch.nn.init.zeros_(network.layers[-1].bias)
+        network.mean[:] = 0.5
+    net.mouth.mean[0, 0] = 0.4  # the corner on the left; in the mirror image, that on the right
+    with torch.inference_mode():
+        seen = landmarks.look_nearer(net, photo, a, 0j, points)
+    middle = points[48:].mean()
+    assert np.allclose(seen[50:54], middle) and np.allclose(seen[55:], middle)
+    assert np.allclose(seen[[48, 54]] - middle, 0.45 * a * np.array([-0.05, 0.05]), atol=1e-4)
+    for i in (landmarks.LEFT, landmarks.RIGHT):
+        assert np.allclose(seen[i], points[i[5:]].mean() - 0.12j * 0.38 * a, atol=1e-4)
+    others = np.r_[:17, 27:36]
+    assert np.allclose(seen[others], points[others])
+
+
+def test_an_eye_has_the_opening_that_its_points_have():
+    points = np.zeros((3, 68, 2))
+    points[:, 36:48, 0] = [0, 10, 20, 30, 20, 10, 60, 70, 80, 90, 80, 70]
+    points[:, 40:42, 1], points[:, 46:48, 1] = 6, 9
+    points[:, 17:27, 1] = -18
+    eyes, brows = landmarks.read_eyes(points)
+    assert np.allclose(eyes, [0.2, 0.3]) and np.allclose(brows, 0.2)
+
+
+def test_points_follow_a_photo_that_is_mirrored_turned_or_enlarged(net):
+    image, box = photo(), (0, 0, 128, 128)
+    points = landmarks.find_landmarks(net, image, box)
+    unit = interocular(points)
+    flipped = landmarks.find_landmarks(net, image[:, ::-1], box)[MIRROR] * (-1, 1) + (128, 0)
+    assert np.abs(flipped - points).mean() < 0.01 * unit
+    large = Image.fromarray(image).resize((384, 384), Image.Resampling.BICUBIC)
+    turned = np.array(large.rotate(20, Image.Resampling.BICUBIC))
+    found = landmarks.to_complex(landmarks.find_landmarks(net, turned, (0, 0, 384, 384))) / 3
+    back = np.exp(1j * np.radians(20)) * (found - 64 - 64j) + 64 + 64j
+    assert np.abs(to_real(back) - points).mean() < 0.04 * unit
+
+
+def test_a_face_that_vanishes_is_lost_and_found_again(net):
+    image, noise = photo(), np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    frames = (frame for frame in [image, image, noise, image])
+    points, eyes, brows = landmarks.track_landmarks(net, frames, (0, 0, 128, 128))
+    assert points.shape == (4, 68, 2) and eyes.shape == brows.shape == (4, 2)
+    assert np.isnan(points).all((1, 2)).tolist() == [False, False, True, False] == np.isnan(eyes).all(1).tolist()
+    assert np.abs(points[3] - points[0]).max() < 0.1 * interocular(points[0])
+    assert landmarks.track_landmarks(net, [], (0, 0, 9, 9))[0].shape == (0, 68, 2)
+
+
+def test_landmarks_of_noise_are_doubted_and_those_of_a_face_are_not(net):
+    box, noise = (0, 0, 128, 128), np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    for image, doubted in ((photo(), False), (noise, True)):
+        points = landmarks.find_landmarks(net, image, box)
+        assert (landmarks.doubt(net, image, points) > landmarks.DOUBT) == doubted
+
+
+def test_weights_of_another_kind_are_refused_in_one_line(tmp_path):
+    torch.save(dict(kind="landmarks", format=1, config=dict(width=4), net={}), tmp_path / "weights.pt")
+    with pytest.raises(InputError, match="weights.pt: does not hold this network"):
+        landmarks.load_landmarks(tmp_path / "weights.pt")

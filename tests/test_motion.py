@@ -1,0 +1,127 @@
+"""motion.py: mouths at rest, blinks, sway, driving clips, and the fits behind warp.py's numbers."""
+
+import numpy as np
+import pytest
+from test_warp import SCALE, mean_shape, moves, points
+
+import motion
+from motion import Motion, activity, fit_moves, fit_opening, follow, idle, lip_opening, mouth
+from warp import Pose, rotation
+
+RATE = 16000
+
+
+def speech(seconds, seed=0):
+    return 0.2 * np.random.default_rng(seed).standard_normal(int(seconds * RATE)).astype(np.float32)
+
+
+def test_lasting_silence_is_no_speech_and_short_pauses_belong_to_it():
+    wav = np.concatenate([np.zeros(3 * RATE, np.float32), speech(1), np.zeros(RATE // 2, np.float32), speech(1),
+                          np.zeros(3 * RATE, np.float32)])
+    active = activity(wav, 212)
+    assert active[:35].max() < 0.02 and active[180:].max() < 0.02
+    assert active[75:137].min() > 0.98
+    assert activity(np.zeros(2 * RATE, np.float32), 50).max() == 0
+    quiet = activity(0.01 * wav, 212)
+    assert np.abs(quiet - active).max() < 1e-6
+
+
+def test_a_mouth_at_rest_is_the_photos_own_and_strength_scales_its_motion():
+    opening, shape, active = np.array([0.0, 0.1, 0.1]), np.ones((3, 2)), np.array([0.01, 0.5, 1.0])
+    got, numbers = mouth(opening, shape, active, own=0.04)
+    assert got == pytest.approx([0.04, 0.07, 0.10]) and got[0] == 0.04
+    assert (numbers[0] == 0).all() and numbers[2] == pytest.approx([1, 1])
+    assert mouth(opening, shape, active, 0.04, strength=2.0)[0][2] == pytest.approx(0.16)
+
+
+def test_an_idle_photo_starts_as_it_is_blinks_at_a_persons_rate_and_sways_by_its_seed():
+    n = 60 * motion.FPS
+    a, b = idle(n, np.ones(n), 1), idle(n, np.ones(n), 2)
+    starts = np.flatnonzero(np.diff(a.blinks > 0.3, prepend=False) & (a.blinks > 0.3))
+    assert 10 <= len(starts) <= 20 and a.blinks.max() == 1
+    assert (a.poses[0] == 0).all() and np.abs(np.diff(a.poses[:, :3], axis=0)).max() < 0.4  # degrees a frame
+    assert np.all(a.poses[:, :3].std(0) > 0.4) and np.all(a.poses[:, :3].std(0) < 3)
+    assert np.array_equal(a.poses, idle(n, np.ones(n), 1).poses) and not np.array_equal(a.poses, b.poses)
+    still = idle(n, np.ones(n), 1, head=False)
+    assert not still.poses.any() and still.blinks.any() and Pose().still and still[5]["pose"].still
+
+
+def test_a_short_motion_is_walked_there_and_back():
+    m = Motion(np.arange(3)[:, None] * np.ones((3, 6)), np.arange(3.0), np.zeros(3))
+    assert [m[k]["blink"] for k in range(7)] == [0, 1, 2, 1, 0, 1, 2]
+    assert Motion(np.zeros((1, 6)), np.zeros(1), np.zeros(1))[9]["pose"] == Pose()
+
+
+def driver(T=60):
+    """A clip of a turning, nodding, blinking head whose mouth never stands still"""
+    t = np.arange(T) / T
+    yaw, pitch = 6 * np.sin(2 * np.pi * t), 4 * np.sin(4 * np.pi * t)
+    lids, rng = np.full((T, 2), 0.3), np.random.default_rng(0)
+    lids[20:23] = 0.1
+    clip = np.stack([points(y, gap=g, pitch=p) for y, p, g in zip(yaw, pitch, rng.uniform(0, 0.2, T))])
+    return clip, lids, np.zeros((T, 2)), yaw, pitch
+
+
+def test_a_driving_clip_gives_its_turns_and_blinks():
+    clip, lids, brows, yaw, pitch = driver()
+    got = follow(clip, lids, brows, mean_shape(), (20.0, 20.0))
+    assert np.abs(got.poses[:, 0] - motion.TOLD[0] * yaw).max() < 1.0  # smoothed, softly limited
+    assert np.corrcoef(got.poses[:, 1], pitch)[0, 1] > 0.98
+    assert (got.blinks[20:23] == 1).all() and np.delete(got.blinks, [20, 21, 22]).max() == 0
+    tight = follow(clip, lids, brows, mean_shape(), (3.0, 3.0))
+    assert np.abs(tight.poses[:, :2]).max() < 3.0
+
+
+def test_the_drivers_mouth_changes_nothing():
+    clip, lids, brows, _, _ = driver()
+    other = clip.copy()
+    other[:, 3:14] += 5.0                                              # jaw and chin
+    other[:, 48:] += np.random.default_rng(1).normal(0, 8, other[:, 48:].shape)
+    a, b = (follow(c, lids, brows, mean_shape(), (20.0, 20.0)) for c in (clip, other))
+    assert np.array_equal(a.poses, b.poses) and np.array_equal(a.blinks, b.blinks)
+
+
+def test_frames_without_a_face_are_bridged_and_a_clip_without_one_is_refused():
+    clip, lids, brows, yaw, _ = driver()
+    whole = follow(clip, lids, brows, mean_shape(), (20.0, 20.0))
+    for part in (clip, lids, brows):
+        part[30:33] = np.nan
+    assert np.abs(follow(clip, lids, brows, mean_shape(), (20.0, 20.0)).poses - whole.poses).max() < 0.5
+    with pytest.raises(ValueError, match="no face"):
+        follow(clip * np.nan, lids, brows, mean_shape(), (20.0, 20.0))
+
+
+def test_moves_are_found_again_in_clips_that_follow_them():
+    rng, clips = np.random.default_rng(0), []
+    for _ in range(4):
+        T = 50
+        opening, shape = rng.uniform(0, 0.1, T), rng.normal(0, 1, (T, 2))
+        faces = mean_shape()[:68, :2] + np.einsum("tk,kpi->tpi", np.c_[opening, shape], moves())
+        turn = rotation(0, 0, 10)[:2, :2]
+        clips.append((SCALE * faces @ turn.T + rng.normal(0, 3, (T, 1, 2)) + 150, shape))
+    found = fit_moves(clips, mean_shape())
+    gap = lip_opening(moves()[:1])[0]
+    lips = [*range(55, 60), 65, 66, 67]
+    others = np.delete(np.arange(68), lips)
+    assert np.abs(found[0, others] - moves()[0, others] / gap / motion.OPENER)[:, 1].max() < 0.03
+    assert lip_opening(found[:1])[0] == pytest.approx(1)
+    assert np.abs(found[1] - moves()[1]).max() < 0.01
+
+
+def test_landmarks_of_another_face_give_the_numbers_that_moved_them():
+    rng, T = np.random.default_rng(0), 40
+    opening, shape = rng.uniform(0, 0.1, T), rng.normal(0, 1, (T, 1))
+    used = moves()[:2]
+    faces = mean_shape()[:68, :2] + np.einsum("tk,kpi->tpi", np.c_[opening, shape], used)
+    got, numbers = motion.lip_numbers(SCALE * faces + 150, used, mean_shape())
+    assert np.abs(got - opening * lip_opening(used[:1])).max() < 1e-3
+    assert np.abs(numbers - (shape - np.median(shape))).max() < 0.15
+
+
+def test_the_opening_gets_the_real_mean_and_deviation():
+    rng = np.random.default_rng(0)
+    real = np.maximum(0, rng.normal(0.05, 0.04, 4000)) + 0.02
+    said = 0.3 * (real - 0.05) / 0.04 + rng.normal(0, 0.2, 4000)
+    slope, offset = fit_opening(said, real)
+    got, wanted = np.maximum(0, slope * said + offset), motion.OPENER * (real - 0.02)
+    assert got.mean() == pytest.approx(wanted.mean(), rel=0.02) and got.std() == pytest.approx(wanted.std(), rel=0.02)

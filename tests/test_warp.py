@@ -1,0 +1,234 @@
+"""warp.py: pixels that move as asked and no others; poses against projected points."""
+
+import numpy as np
+import pytest
+import torch
+
+import warp as W
+from warp import Face, Lids, Lips, Nodes, Pose, Warp
+
+SIZE, SCALE = 300, 90.0
+
+
+def mean_shape():
+    """A face that is good enough for geometry: (77, 3), units, mirror symmetric, 68 landmarks and 9 of the hairline"""
+    def arc(x, y, z, n):
+        return np.stack([np.linspace(*v, n) if len(v) == 2 else np.array(v, float) for v in (x, y, z)], 1)
+
+    a = np.linspace(np.pi, 0, 17)
+    jaw = np.c_[0.77 * np.cos(a), 1.25 * np.sin(a), 0.45 - 0.7 * np.sin(a)]
+    brow = np.c_[np.linspace(-0.6, -0.15, 5), [-0.22, -0.28, -0.3, -0.29, -0.26], np.linspace(0, -0.25, 5)]
+    nose = np.r_[arc((0, 0), (-0.05, 0.28), (-0.25, -0.55), 4), arc((-0.15, 0.15), (0.42, 0.42), (-0.3, -0.3), 5)]
+    eye = np.c_[[-0.5, -0.41, -0.3, -0.21, -0.3, -0.41], [0, -0.06, -0.06, 0, 0.04, 0.04],
+                [0.0, -0.1, -0.12, -0.08, -0.12, -0.1]]
+    x = np.array([-0.3, -0.2, -0.08, 0, 0.08, 0.2, 0.3, 0.2, 0.08, 0, -0.08, -0.2])
+    y = np.array([0.74, 0.69, 0.67, 0.68, 0.67, 0.69, 0.74, 0.8, 0.83, 0.84, 0.83, 0.8])
+    inner = np.array([-0.27, -0.1, 0, 0.1, 0.27, 0.1, 0, -0.1])
+    lips = np.r_[np.c_[x, y, np.abs(x) - 0.4], np.c_[inner, np.full(8, 0.74), np.abs(inner) - 0.4]]
+    flip = (-1, 1, 1)
+    hair = np.c_[0.75 * np.cos(a[::2]), -0.35 - 0.25 * np.sin(a[::2]), 0.2 - 0.3 * np.sin(a[::2])]
+    right_eye = (eye * flip)[[3, 2, 1, 0, 5, 4]]
+    return np.concatenate([jaw, brow, (brow * flip)[::-1], nose, eye, right_eye, lips, hair])
+
+
+def moves():
+    """Opening: the lower lip and the chin drop, the upper lip rises a little; second number: the corners go outwards"""
+    m, mean = np.zeros((3, 68, 2)), mean_shape()[:68]
+    m[0, 55:60, 1], m[0, 65:68, 1], m[0, 49:54, 1], m[0, 61:64, 1] = 0.8, 0.8, -0.2, -0.2
+    m[0, [48, 54, 60, 64], 1] = 0.3
+    m[0, 2:15, 1] = 0.7 * np.sin(np.linspace(0.3, np.pi - 0.3, 13))
+    m[1, 48:68, 0] = 0.1 * mean[48:68, 0]
+    return m
+
+
+def points(yaw=0.0, gap=0.0, **pose):
+    mean = mean_shape()[:68].copy()
+    mean[61:64, 1] -= gap / 4
+    mean[65:68, 1] += 3 * gap / 4
+    mean[55:60, 1] += 3 * gap / 4
+    R = W.rotation(yaw, pose.get("pitch", 0), pose.get("roll", 0))
+    return SCALE * (mean @ R.T)[:, :2] + (150, 120)
+
+
+def photo(seed=0):
+    """Soft random colours: every pixel differs from its neighbours, none is black or white"""
+    x = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(seed))
+    x = torch.nn.functional.interpolate(x, (SIZE, SIZE + 6), mode="bicubic").clamp(0, 1)[0]
+    return (40 + 170 * x).byte().permute(1, 2, 0).numpy().copy()
+
+
+def face(**options):
+    return Face(photo(), points(**options), mean_shape())
+
+
+@pytest.mark.parametrize("yaw, pitch, roll", [(0, 0, 0), (20, -10, 5), (-35, 12, -30)])
+def test_angles_are_the_inverse_of_rotation(yaw, pitch, roll):
+    assert np.allclose(W.angles(W.rotation(yaw, pitch, roll)), (yaw, pitch, roll))
+
+
+def test_the_pose_of_a_projected_shape_is_found_again():
+    scale, R, shift = W.fit_pose(points(25.0, pitch=-8, roll=12), mean_shape())
+    assert np.allclose(W.angles(R), (25, -8, 12), atol=1e-6)
+    assert np.allclose((scale, *shift), (SCALE, 150, 120))
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.12])
+def test_at_rest_a_frame_is_the_photo_bit_for_bit(gap):
+    f = face(gap=gap)
+    warp = Warp(f, moves())
+    assert np.array_equal(warp(), f.photo)
+    assert np.array_equal(warp(warp.own, np.zeros(2)), f.photo)
+    where = torch.from_numpy(W.centres(warp.lips.box)).float()
+    x0, y0, x1, y1 = warp.lips.box
+    read = (f.read(where) + 0.5).byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(read, f.photo[y0:y1, x0:x1])                # reading alone changes nothing either
+
+
+def test_talking_changes_pixels_below_the_eyes_and_inside_the_face_only():
+    f = face()
+    warp = Warp(f, moves())
+    changed = (warp(0.12, [1.0, 0.0]) != f.photo).any(-1)
+    y, x = changed.nonzero()
+    assert changed.sum() > 2000
+    q = f.local(np.c_[x, y] + 0.5, f.points[30]) / W.OVAL[1]
+    assert y.min() > f.points[[40, 41, 46, 47], 1].max()
+    assert (np.hypot(q[:, 0] / 0.9, q[:, 1] / 1.05) < 1).all()         # the jaw's oval, a little wider
+
+
+def arrives(warp, opening, shape=(0.0, 0.0)):
+    """Where the landmarks of both layers go, in units: (2, 68, 2) upper layer, lower layer"""
+    lips = warp.lips
+    back = lips.displace(opening, shape)[0]
+    p = torch.from_numpy(lips.face.points).float()
+    at = p.clone().expand(2, -1, -1)
+    for _ in range(60):                                                # p' = p + back(p')
+        at = p + lips.nodes.read(back, at[:, None])[:, :, 0].permute(0, 2, 1)
+    return lips.face.local(at.double().numpy(), lips.middle)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.10])
+def test_the_gap_between_the_lips_is_the_opening(gap):
+    warp = Warp(face(gap=gap), moves())
+    assert abs(warp.own - gap) < 1e-6
+    for opening in (0.0, 0.03, 0.08, 0.14):
+        if abs(opening - gap) > 1e-3:
+            upper, lower = arrives(warp, opening)
+            gaps = lower[[67, 66, 65], 1] - upper[[61, 62, 63], 1]
+            assert np.abs(gaps - opening).max() < 0.006, (opening, gaps)
+
+
+def test_shape_numbers_move_the_corners():
+    warp = Warp(face(), moves())
+    upper, _ = arrives(warp, 0.0, (1.0, 0.0))
+    assert upper[54, 0] - upper[48, 0] > 1.07 * (warp.lips.q[54, 0] - warp.lips.q[48, 0])
+
+
+def test_a_turned_face_moves_in_its_own_plane():
+    f = Face(photo(), points(30.0), mean_shape())
+    fields = Lips(f, moves()).fields                                   # (2, 1 + K, 2, gh, gw), pixels
+    straight = Lips(face(), moves()).fields
+    ratio = fields[:, 2, 0].abs().max() / straight[:, 2, 0].abs().max()
+    assert 0.75 < ratio < 0.95                                         # cos 30 degrees = .87
+
+
+def test_a_field_is_inverted_on_its_nodes():
+    nodes = Nodes((10, 20, 210, 180), 5.0)
+    x, y = nodes.at[..., 0], nodes.at[..., 1]
+    moved = torch.stack([6 * torch.sin(y / 40), 4 * torch.cos(x / 50)])[None]
+    back = nodes.invert(moved)
+    came_from = nodes.at - back[0].permute(1, 2, 0)
+    again = nodes.read(moved, came_from[None])
+    assert (again - back)[..., 4:-4, 4:-4].abs().max() < 0.05           # pixels
+
+
+def test_a_blink_covers_the_eye_with_skin():
+    f = face()
+    eye = f.photo.copy()
+    inside = [(x, y) for y in range(SIZE) for x in range(SIZE)
+              if np.hypot((x - 150 + 0.355 * SCALE) / 12, (y - 119) / 4.5) < 1]
+    for x, y in inside:
+        eye[y, x] = 255
+    warp = Warp(Face(eye, f.points, mean_shape()), moves())
+    bright = [(warp(blink=b)[100:140, 100:140] > 235).all(-1).sum() for b in (0, 0.5, 1)]
+    assert bright[0] > 100 and bright[0] > bright[1] > bright[2] and bright[2] < 0.15 * bright[0]
+    changed = (warp(blink=1) != eye).any(-1)
+    assert not changed[warp.lips.box[1] + 60:].any()
+
+
+@pytest.mark.parametrize("pose", [dict(yaw=8.0), dict(pitch=-6.0), dict(roll=7.0), dict(yaw=-5.0, pitch=4.0, roll=3.0)])
+def test_landmarks_go_where_the_turned_shape_puts_them(pose):
+    f = face()
+    head = Warp(f, moves()).head
+    back = head.back(Pose(**pose), 0.0)
+    p = torch.from_numpy(f.points).float()
+    at = p.clone()
+    for _ in range(60):
+        at = p + head.nodes.read(back, at[None, None])[0, :, 0].T
+    mean = mean_shape() * (1, 1, head.DEPTH)
+    R = W.rotation(**{k: pose.get(k, 0.0) for k in ("yaw", "pitch", "roll")})
+    wanted = SCALE * (((mean - head.PIVOT) @ R.T + head.PIVOT)[:, :2]) + (150, 120)
+    moved, asked = (x[W.RIGID] - f.points[W.RIGID] for x in (at.double().numpy(), wanted))
+    slope = (moved * asked).sum() / (asked**2).sum()
+    assert 0.85 < slope < 1.1 and np.corrcoef(moved.ravel(), asked.ravel())[0, 1] > 0.97
+
+
+def test_a_turned_head_leaves_the_edge_of_its_region():
+    f = face()
+    warp = Warp(f, moves())
+    frame = warp(0.08, pose=Pose(yaw=6, pitch=3), blink=0.5, brows=0.03)
+    assert frame.shape == f.photo.shape and (frame != f.photo).any(-1).sum() > 20000
+    x0, y0, x1, y1 = warp.head.box
+    outside = np.ones(f.photo.shape[:2], bool)
+    outside[y0:y1, x0:x1] = False
+    assert np.array_equal(frame[outside], f.photo[outside])
+
+
+def test_lips_say_the_same_on_a_head_that_turns():
+    warp = Warp(face(), moves())
+    still = warp(0.1).astype(float)
+    turned = warp(0.1, pose=Pose(roll=1e-4)).astype(float)             # the other way through the code
+    assert np.abs(still - turned).max() <= 1
+
+
+def test_a_grey_photo_stays_grey():
+    grey = np.repeat(photo()[..., :1], 3, -1)
+    for gap in (0.0, 0.1):
+        warp = Warp(Face(grey, points(gap=gap), mean_shape()), moves())
+        frame = warp(0.12, [0.5, 0], blink=0.5, pose=Pose(yaw=3)).astype(int)
+        assert np.ptp(frame, axis=-1).max() <= 1
+
+
+def test_a_small_face_gets_more_pixels_and_a_large_one_stays():
+    large, p = W.enlarge(photo(), points(), mean_shape())
+    assert large.shape[0] == 450 and abs(W.fit_pose(p, mean_shape())[0] - W.LEAST_UNIT) < 1
+    same, p = W.enlarge(large, 2 * p, mean_shape())
+    assert same is large
+
+
+@pytest.mark.parametrize("spoil, reason", [
+    (lambda p: p * np.nan, "finite"), (lambda p: p[:60], "68"), (lambda p: p * (-1, 1) + (SIZE, 0), "upright|face"),
+    (lambda p: p * (1, -1) + (0, SIZE), "upright"), (lambda p: p * 0 + 100, "face|outside"),
+    (lambda p: p + 5000, "outside"), (lambda p: p @ np.array([[0, 1], [-1, 0]]) + (SIZE, 0), "upright"),
+    (lambda p: p * (0.05, 1) + (100, 0), "face|turned"),
+])
+def test_landmarks_that_are_none_are_refused(spoil, reason):
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=reason):
+        Face(photo(), spoil(points()), mean_shape())
+
+
+def test_a_profile_is_refused_with_its_angle():
+    with pytest.raises(ValueError, match="turned too far"):
+        Face(photo(), points(62.0), mean_shape())
+
+
+def test_a_face_at_the_edge_of_its_photo_still_talks():
+    f = Face(photo(), points() + (-90, 130), mean_shape())
+    frame = Warp(f, moves())(0.1, blink=1.0, pose=Pose(yaw=4))
+    assert frame.shape == f.photo.shape
+
+
+def test_each_eye_shuts_by_its_own_landmarks():
+    f = face()
+    parts = (slice(36, 42), slice(17, 22)), (slice(42, 48), slice(22, 27))
+    left, right = (Lids(f, f.points[eye], f.points[brow]) for eye, brow in parts)
+    assert left.box[2] < right.box[2] and abs(left.width - right.width) < 1e-6
