@@ -381,14 +381,14 @@ def set_level(wav: np.ndarray) -> np.ndarray:
     instead of an absolute gate, so that it does not depend on the level). Sound that nowhere exceeds -70 dBFS is silence,
     and steady sound (ours: within 6 dB) is a noise or a tone: both stay as they are.
     """
-    n = max(1, len(wav) // 800)
-    power = np.array([block.var() for block in np.array_split(wav, n)], np.float64)
+    blocks = np.array_split(wav, max(1, len(wav) // 800))
+    power = np.array([block.var() for block in blocks], np.float64)
     quiet, loud = np.percentile(power, (10, 95))
     if power.max() > 1e-7 and loud >= 4 * quiet:
         for _ in range(2):
             power = power[power >= power.mean() / 10]
-        offset = (wav != 0) * np.median(wav)  # most samples have it; the gain would bring it out of range
-        wav = (wav - offset) * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
+        offset = np.mean([block.mean() for block in blocks if block.any()])  # the gain would bring it out of range
+        wav = (wav - (wav != 0) * offset) * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
     return np.clip(wav, -1, 1)
 
 
