@@ -12,7 +12,6 @@ photo; |a| is the crop's side in pixels, arg a its rotation. Fitting one shape t
 Axes: n samples, T frames, K = 68 points, S pixels of a crop. What is not marked with a source is ours.
 """
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from audio import InputError, run
+from audio import InputError, Parser, run
 from data import Pack, load_checkpoint, save_checkpoint
 from vision import check_output, detect_faces, face_box, load_photo
 
@@ -522,7 +521,7 @@ def draw_landmarks(photo: np.ndarray, points: np.ndarray, side: int = 768) -> Im
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Facial landmarks by a small network.")
+    parser = Parser(description="Facial landmarks by a small network.")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("show", help="a photo's landmarks, drawn")
     command.set_defaults(command=show)

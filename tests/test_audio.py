@@ -623,8 +623,9 @@ def parsers(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(audio.Parser, "parse_args", stop)
-        for name in ("data.main", "evaluate.parse", "keypoints.parse", "pcavs.parse_sample", "pcavs.parse_evaluate",
-                     "pcavs.parse_train", "sample.parse", "syncnet.parse", "toyfaces.main", "train.parse"):
+        for name in ("data.main", "evaluate.parse", "keypoints.parse", "landmarks.main", "pcavs.parse_sample",
+                     "pcavs.parse_evaluate", "pcavs.parse_train", "sample.parse", "syncnet.parse", "toyfaces.main",
+                     "train.parse"):
             script, function = name.split(".")
             with pytest.raises(Built) as built:
                 getattr(importlib.import_module(script), function)(*[[]] * (script == "pcavs"))

@@ -68,6 +68,8 @@ def test_a_driving_clip_gives_its_turns_and_blinks():
     assert np.abs(got.poses[:, 0] - motion.TOLD[0] * yaw).max() < 1.0  # smoothed, softly limited
     assert np.corrcoef(got.poses[:, 1], pitch)[0, 1] > 0.98
     assert (got.blinks[20:23] == 1).all() and np.delete(got.blinks, [20, 21, 22]).max() == 0
+    turned = follow(clip[15:], lids[15:], brows[15:], mean_shape(), (20.0, 20.0))  # starts at 6 degrees
+    assert (turned.poses[0] == 0).all() and turned.poses[:, 0].min() < -8
     tight = follow(clip, lids, brows, mean_shape(), (3.0, 3.0))
     assert np.abs(tight.poses[:, :2]).max() < 3.0
 
