@@ -29,6 +29,7 @@ import os
 import platform
 import time
 import unicodedata
+from collections import OrderedDict
 from functools import lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -42,24 +43,121 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import losses
-from audio import SAMPLES_PER_FRAME, InputError, Parser, check_file, load_audio, log_mel, mel_windows, mfcc, n_frames, run
-from data import Pack, load_checkpoint, save_checkpoint
-from fusion import load_model, pick_device
-from losses import same_person_loss
-from syncnet import HALF, REACH, SPAN, load_sync, revision
-from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
-from vision import (
-    ARCFACE_POINTS,
-    check_output,
-    checkpoints_dir,
-    crop_face,
-    detect_faces,
-    face_box,
-    read_video,
-    to_tensor,
-    to_uint8,
-)
+import checkpoint
+import judges
+from audio import log_mel, mel_windows, mfcc, n_frames
+from checkpoint import checkpoints_dir, fetch, load, pick_device, read_weights, revision
+from control import difference, l1, markdown, toy_report
+from faces import (
+    ARCFACE_POINTS, by_fan, by_mediapipe, crop_face, detect_faces, face_box, need_detector, resized)
+from judges import check_pictures
+from media import (
+    SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
+from syncnet import HALF, REACH, SPAN, load_sync
+from toyfaces import TEST
+
+class MixedBlock(nn.Module):
+    """An Inception block: several branches side by side, their channels joined. (N, C, H, W) -> (N, C', H', W').
+
+    branches: lists of layer names, called in turn; a pair of names are two layers on the same input, joined; "avg", "max"
+    keep the size, "half" halves it. layers: name -> (channels in, out, kernel) or (.., stride).
+    """
+
+    POOLS = dict(avg=nn.AvgPool2d(3, 1, 1, count_include_pad=False), max=nn.MaxPool2d(3, 1, 1), half=nn.MaxPool2d(3, 2))
+
+    def __init__(self, branches: list, **layers):
+        super().__init__()
+        self.branches = branches
+        for name, plan in layers.items():
+            setattr(self, name, inception_conv(*plan))
+
+    def step(self, name, x):
+        if isinstance(name, tuple):
+            return torch.cat([self.step(part, x) for part in name], 1)
+        return self.POOLS[name](x) if name in self.POOLS else getattr(self, f"branch{name}")(x)
+
+    def forward(self, x):
+        outs = []
+        for branch in self.branches:
+            y = x
+            for name in branch:
+                y = self.step(name, y)
+            outs.append(y)
+        return torch.cat(outs, 1)
+
+
+def inception_conv(c_in: int, c_out: int, kernel, stride: int = 1, padding: bool = True) -> nn.Sequential:
+    """Convolution, BatchNorm, ReLU under torchvision's names; the size is kept where stride is 1 and padding on"""
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    pad = tuple(k // 2 for k in kernel) if padding and stride == 1 else 0
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(c_in, c_out, kernel, stride, pad, bias=False),
+                                     bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU()))
+
+
+def mixed_a(c_in: int, pool: int) -> MixedBlock:
+    return MixedBlock([["1x1"], ["5x5_1", "5x5_2"], ["3x3dbl_1", "3x3dbl_2", "3x3dbl_3"], ["avg", "_pool"]],
+                 branch1x1=(c_in, 64, 1), branch5x5_1=(c_in, 48, 1), branch5x5_2=(48, 64, 5),
+                 branch3x3dbl_1=(c_in, 64, 1), branch3x3dbl_2=(64, 96, 3), branch3x3dbl_3=(96, 96, 3),
+                 branch_pool=(c_in, pool, 1))
+
+
+def mixed_c(c: int) -> MixedBlock:
+    row, column = (1, 7), (7, 1)
+    double = [f"7x7dbl_{k}" for k in range(1, 6)]
+    return MixedBlock([["1x1"], ["7x7_1", "7x7_2", "7x7_3"], double, ["avg", "_pool"]], branch1x1=(768, 192, 1),
+                 branch7x7_1=(768, c, 1), branch7x7_2=(c, c, row), branch7x7_3=(c, 192, column),
+                 branch7x7dbl_1=(768, c, 1), branch7x7dbl_2=(c, c, column), branch7x7dbl_3=(c, c, row),
+                 branch7x7dbl_4=(c, c, column), branch7x7dbl_5=(c, 192, row), branch_pool=(768, 192, 1))
+
+
+def mixed_e(c_in: int, pool: str) -> MixedBlock:
+    row, column = (1, 3), (3, 1)
+    return MixedBlock([["1x1"], ["3x3_1", ("3x3_2a", "3x3_2b")], ["3x3dbl_1", "3x3dbl_2", ("3x3dbl_3a", "3x3dbl_3b")],
+                  [pool, "_pool"]], branch1x1=(c_in, 320, 1), branch3x3_1=(c_in, 384, 1), branch3x3_2a=(384, 384, row),
+                 branch3x3_2b=(384, 384, column), branch3x3dbl_1=(c_in, 448, 1), branch3x3dbl_2=(448, 384, 3),
+                 branch3x3dbl_3a=(384, 384, row), branch3x3dbl_3b=(384, 384, column), branch_pool=(c_in, 192, 1))
+
+
+class Inception(nn.Module):
+    """FID's eye (Szegedy et al. 2015, as Heusel et al. 2017 use it): pictures (N, 3, H, W) in [-1, 1] -> (N, 2048).
+
+    TensorFlow's network of 2015-12-05 under torchvision's names, as pytorch-fid ports it: average pools do not count
+    their padding, and the last block pools by maximum. Pictures are brought to 299 px bilinearly, without prefilter.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = inception_conv(3, 32, 3, 2)                                   # (N, 32, 149, 149)
+        self.Conv2d_2a_3x3 = inception_conv(32, 32, 3, padding=False)
+        self.Conv2d_2b_3x3 = inception_conv(32, 64, 3)                                     # 147, then pooled to 73
+        self.Conv2d_3b_1x1 = inception_conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = inception_conv(80, 192, 3, padding=False)                     # 71, then pooled to 35
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
+        self.Mixed_6a = MixedBlock([["3x3"], ["3x3dbl_1", "3x3dbl_2", "3x3dbl_3"], ["half"]],   # (N, 768, 17, 17)
+                              branch3x3=(288, 384, 3, 2), branch3x3dbl_1=(288, 64, 1), branch3x3dbl_2=(64, 96, 3),
+                              branch3x3dbl_3=(96, 96, 3, 2))
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_c, (128, 160, 160, 192))
+        self.Mixed_7a = MixedBlock([["3x3_1", "3x3_2"], [f"7x7x3_{k}" for k in range(1, 5)], ["half"]],  # (N, 1280, 8, 8)
+                              branch3x3_1=(768, 192, 1), branch3x3_2=(192, 320, 3, 2), branch7x7x3_1=(768, 192, 1),
+                              branch7x7x3_2=(192, 192, (1, 7)), branch7x7x3_3=(192, 192, (7, 1)),
+                              branch7x7x3_4=(192, 192, 3, 2))
+        self.Mixed_7b, self.Mixed_7c = mixed_e(1280, "avg"), mixed_e(2048, "max")          # (N, 2048, 8, 8)
+        self.fc = nn.Linear(2048, 1008)  # in the file, and not asked
+
+    def forward(self, x):
+        check_pictures(x, 1)
+        x = resized(x, 299)
+        x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
+        for name, block in self.named_children():
+            x = block(x) if name.startswith("MixedBlock") else x
+        return x.mean((2, 3))
+
+
+def inception(device, path: str | Path | None = None) -> Inception:
+    """Frozen. path: your copy of pytorch-fid's file; None fetches it."""
+    path = fetch("inception", path)
+    return load(Inception, read_weights(path), path, device)
 
 CHUNK = 75  # frames at a time: three seconds, as data.py has one box for
 VIDEOS = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".mpg", ".mpeg", ".webm", ".gif")  # what is a clip in a folder
@@ -97,27 +195,6 @@ METRICS = {
     "Sync-C": Metric("", "higher", None, 3, "as LSE-C, by our own expert"),
     "Sync offset": Metric("frames", "lower", None, 2, "size of that offset"),
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pure functions: pictures
-
-def correlation(a, b) -> float:
-    """Pearson's r of two curves (n,); 0 where one of them does not move (it then follows nothing). Higher is better."""
-    a, b = np.asarray(a, float).ravel(), np.asarray(b, float).ravel()
-    a, b = a - a.mean(), b - b.mean()
-    size = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / size) if size > 1e-9 else 0.0
-
-
-def difference(a, b) -> np.ndarray:
-    """uint8 pictures -> int16, without wrapping round"""
-    return np.asarray(a).astype(np.int16) - np.asarray(b)
-
-
-def l1(a, b) -> np.ndarray:
-    """Mean absolute difference of each picture (.., H, W, 3) uint8 -> (..), in [0, 1]; 0 is equal."""
-    return np.abs(difference(a, b)).mean((-3, -2, -1), dtype=np.float64) / 255
 
 
 def psnr(a, b) -> np.ndarray:
@@ -287,12 +364,6 @@ AVERAGE = np.array([(-7.74, 2.36, -2.01), (7.74, 2.36, -2.01), (0, 3.27, 5.24), 
                     (0, -0.46, 7.59), (-1.04, -1.46, 5.66), (0, -2.09, 6.06), (1.04, -1.46, 5.66), (-4.45, 2.66, 3.17),
                     (-1.86, 2.59, 3.76), (1.86, 2.59, 3.76),
                     (4.45, 2.66, 3.17)])  # fmt: skip
-# of MediaPipe's 478 points those that lie nearest to iBUG's 68. Where two choices were in use, those nearer to dlib's
-# points in 155 frames of 63 clips and photos: at the 12 points in doubt 6.4 % of the eye distance off, others 8.2, 9.3
-FROM_478 = [127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 356,       # chin, left to right
-            70, 63, 105, 66, 107, 336, 296, 334, 293, 300, 168, 197, 5, 4, 75, 97, 2, 326, 305,      # brows, nose
-            33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,                               # eyes
-            61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]  # lips, outer, inner
 
 
 def landmark_distance(a, b) -> np.ndarray:
@@ -420,18 +491,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     shared = torch.linalg.eigvalsh(root @ b.covariance() @ root).clamp_min(0).sqrt().sum()
     apart = (a.mean() - b.mean()).square().sum()
     return max(0.0, float(apart + a.covariance().trace() + b.covariance().trace() - 2 * shared))
-
-
-def retrieval(queries, gallery) -> float:
-    """Share of the queries (n, E) whose nearest of the gallery (n, E) by cosine is the one of the same row."""
-    return float(((queries @ gallery.t()).argmax(1) == torch.arange(len(queries))).float().mean())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the judges that are at hand
-
-FAN_SCORE = 0.2  # ours: mean height of FAN's 68 heat maps below which there is no face
-MARGIN, SIDE = 0.25, 256  # ours: MediaPipe's detector wants air around the face; a tight crop gets a quarter on each side
 SYNCNET, OURS = ("LSE-D", "LSE-C", "LSE offset"), ("Sync-D", "Sync-C", "Sync offset")
 SHAPES = ("LMD", "mouth LMD", "pose", "blink")
 FILES = ("vgg16", "lpips_heads", "arcface", "syncnet_v2", "inception")  # of losses.PUBLISHED: what --path can name
@@ -463,7 +522,7 @@ def judges_at_hand(args, device) -> tuple[SimpleNamespace, dict]:
     def published(metrics, load, *names, detects=False):
         def at_hand():
             for name in names:
-                target = checkpoints_dir() / losses.PUBLISHED[name].file
+                target = checkpoints_dir() / checkpoint.PUBLISHED[name].file
                 if not (args.fetch or name in paths or target.is_file()):
                     raise InputError(f"{target.name} is not in {target.parent} (--fetch downloads what is missing)")
             if detects:
@@ -480,19 +539,14 @@ def judges_at_hand(args, device) -> tuple[SimpleNamespace, dict]:
             args.at_end.callback(found.landmarks.close)
     else:
         found.landmarks = published(SHAPES, by_fan, "fan", detects=True)
-    found.lpips = published(("LPIPS",), losses.lpips, "vgg16", "lpips_heads")
-    found.arcface = published(("CSIM",), losses.arcface, "arcface", detects=True)
-    found.syncnet = published(SYNCNET, losses.syncnet_v2, "syncnet_v2", detects=True)
-    found.inception = published(("FID",), losses.inception, "inception")
+    found.lpips = published(("LPIPS",), judges.lpips, "vgg16", "lpips_heads")
+    found.arcface = published(("CSIM",), judges.arcface, "arcface", detects=True)
+    found.syncnet = published(SYNCNET, judges.syncnet_v2, "syncnet_v2", detects=True)
+    found.inception = published(("FID",), inception, "inception")
     boxed = not args.landmarker or detect_faces(np.zeros((64, 64, 3), np.uint8)) is not None
-    found.follow = any((found.arcface, found.syncnet, found.landmarks and boxed,                # who asks for a box
+    found.follow = any((found.arcface, found.syncnet, found.landmarks and boxed,                # for a box
                         found.sync and found.sync.template != "toy"))
     return found, missing
-
-
-def need_detector():
-    if detect_faces(np.zeros((64, 64, 3), np.uint8)) is None:
-        raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
 
 
 def own_expert(path, device):
@@ -501,57 +555,6 @@ def own_expert(path, device):
     if expert.template != "toy":
         need_detector()
     return expert
-
-
-def by_mediapipe(path):
-    """MediaPipe's face landmarker -> function of (picture (H, W, 3), box) -> landmarks (68, 2) in pixels, or None.
-
-    It looks at the box with air around it, so that of several faces it is that one; box None: at all of the picture.
-    Its `close` is to be called: left to the interpreter's end the network prints a traceback.
-    Raises InputError: the package, which is optional, is not installed; the file is no landmarker.
-    """
-    path = check_file(path)
-    os.environ.setdefault("GLOG_minloglevel", "2")  # else it reports its own start
-    try:
-        import mediapipe
-        from mediapipe.tasks.python import BaseOptions, vision
-    except ImportError as error:
-        raise InputError(f"{path} needs a package that is not installed: pip install mediapipe ({error})") from None
-    options = vision.FaceLandmarkerOptions(base_options=BaseOptions(model_asset_path=str(path)), num_faces=1)
-    try:
-        network = vision.FaceLandmarker.create_from_options(options)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: is no face landmarker of MediaPipe ({str(error).splitlines()[0][:80]})") from None
-
-    def landmarks(picture, box):
-        corner, scale = np.zeros(2), 1.0
-        if box is not None:
-            x0, y0, x1, y1 = face_box([tuple(box)], "face")
-            air = MARGIN * (x1 - x0)
-            picture = crop_face(picture, (x0 - air, y0 - air, x1 + air, y1 + air), SIDE)
-            corner, scale = np.array((x0 - air, y0 - air)), (x1 - x0 + 2 * air) / SIDE
-        found = network.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(picture))).face_landmarks
-        H, W = picture.shape[:2]
-        return np.array([(found[0][i].x * W, found[0][i].y * H) for i in FROM_478]) * scale + corner if found else None
-
-    landmarks.name, landmarks.close = f"MediaPipe {mediapipe.__version__}, {path.name}", network.close
-    return landmarks
-
-
-def by_fan(device, path):
-    """As by_mediapipe: face-alignment's FAN (Bulat & Tzimiropoulos 2017) in the detector's boxes; .7 s a frame"""
-    losses.fetch("fan")  # to where face-alignment looks for it
-    from face_alignment import FaceAlignment, LandmarksType
-    # "folder": no detector of its own, the box is given; one core, no compiler, no second look at the mirror image
-    fan = FaceAlignment(LandmarksType.TWO_D, device=device.type, flip_input=False, compile=False, face_detector="folder")
-
-    def landmarks(picture, box):
-        found, scores, _ = fan.get_landmarks_from_image(
-            np.ascontiguousarray(picture), detected_faces=[box], return_landmark_score=True)
-        return np.asarray(found[0], float) if np.mean(scores[0]) >= FAN_SCORE else None  # it answers for any box
-
-    landmarks.name = f"FAN, {losses.PUBLISHED['fan'].file}"
-    return landmarks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -894,7 +897,7 @@ def evaluate(args, device):
 
 def said(args, judges, missing, reports, alone, n: int) -> list[str]:
     """What a reader of the table must know: who scored, what is left out, what was odd about which pair; lines"""
-    lines = [f"LSE scored by SyncNet v2, as published: {losses.PUBLISHED['syncnet_v2'].file}"] if judges.syncnet else []
+    lines = [f"LSE scored by SyncNet v2, as published: {checkpoint.PUBLISHED['syncnet_v2'].file}"] if judges.syncnet else []
     if judges.sync:
         lines.append(f"Sync scored by our expert: {args.expert or EXPERT.name}")
     if judges.syncnet or judges.sync:
@@ -932,283 +935,6 @@ def finite(value):
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the toy world: the probe
-
-PROBE_PEOPLE = 4_000_000  # first person of the probe's own world: neither trained on, nor tuned on, nor tested on
-READ = ("open", "wide", "yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y")  # factors that the table is about
-
-
-class Probe(nn.Module):
-    """Picture (N, 3, H, W) -> readings (N, 10) in units of each factor's deviation, and an identity embedding (N, 64)."""
-
-    def __init__(self, size: int, width: int = 24):
-        super().__init__()
-        self.body = nn.Sequential()
-        for i, (a, b) in enumerate([(3, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width)]):
-            stride = 2 if i or size > 32 else 1
-            self.body.append(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.ReLU(),
-                                           nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.ReLU()))
-        self.read = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                  nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
-        self.who = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 64))
-        self.log_scale, self.bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-4.0))
-        self.register_buffer("mean", torch.zeros(10))
-        self.register_buffer("std", torch.ones(10))
-
-    def forward(self, x):
-        h = self.body(x.contiguous(memory_format=torch.channels_last))
-        return self.read(h), F.normalize(self.who(h), dim=1)
-
-    @torch.inference_mode()
-    def readings(self, pictures, batch=128):
-        """(n, 3, H, W) in [-1, 1] -> readings (n, 10) in the factors' own units, embeddings (n, 64)"""
-        out = [self(x) for x in pictures.split(batch)]
-        return torch.cat([r for r, _ in out]) * self.std + self.mean, torch.cat([e for _, e in out])
-
-
-def train_probe(size: int, folder: Path, device, people: int = 800, steps: int = 1800, batch: int = 32) -> Probe:
-    """Train a probe on drawn frames, or take it from the folder if it was trained before. About a minute."""
-    path = folder / f"probe{size}_world{WORLD}.pt"
-    probe = Probe(size).to(device, memory_format=torch.channels_last)
-    if path.exists():
-        try:
-            probe.load_state_dict(load_checkpoint(str(path), "probe")["networks"]["probe"])
-            return probe.eval()
-        except (InputError, KeyError, TypeError, RuntimeError, AttributeError):  # cut short, or of another version
-            print(f"{path}: the kept probe cannot be read, another is trained")
-            probe = Probe(size).to(device, memory_format=torch.channels_last)
-    toys = folder / f"probe_toys{size}"
-    make_pack(toys, size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
-    pack, truth = Pack(toys), torch.from_numpy(np.load(toys / "truth.npy"))
-    pictures = torch.cat([to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack))])
-    probe.mean.copy_(truth.mean(0))
-    probe.std.copy_(truth.std(0))
-    per_clip = len(pictures) // len(pack)
-    torch.manual_seed(1)
-    opt = torch.optim.Adam(probe.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="probe", leave=False, disable=None):
-        clip = torch.randint(len(pack), (batch,))
-        pair = [clip * per_clip + torch.randint(per_clip, (batch,)) for _ in "ab"]  # two frames a person
-        rows = torch.stack(pair).flatten()
-        x = pictures[rows].to(device)
-        target = ((truth[rows] - truth.mean(0)) / truth.std(0)).to(device)
-        # a generated frame is softer and a little off in colour: the probe must not mind
-        grain = 0.04 * torch.randn(1, device=device) * torch.randn_like(x)
-        tint = 0.05 * torch.randn(len(x), 3, 1, 1, device=device)
-        x = x + grain + tint
-        soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        x = torch.lerp(x, soft, 0.7 * torch.rand(len(x), 1, 1, 1, device=device))
-        read, who = probe(x)
-        alike = same_person_loss(who[:batch], who[batch:], clip.to(device), probe.log_scale, probe.bias)
-        loss = F.smooth_l1_loss(read, target) + 0.1 * alike
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-        schedule.step()
-    save_checkpoint(str(path), dict(kind="probe", format=1, networks=dict(probe=probe.state_dict())))
-    return probe.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the toy world: the control table
-
-def person_of(embeddings):
-    """Embeddings (n, 64) of a clip's frames -> the person in it: their mean, of unit length (64,)"""
-    return F.normalize(embeddings.mean(0), dim=0)
-
-
-def talker(model, device):
-    """A network -> the function that the tables measure, which a model of any other making can be, too:
-    face uint8 (H, W, 3), wav (n,) at 16 kHz, driving uint8 (T, H, W, 3) or None -> clip (T, 3, H, W) in [-1, 1]."""
-
-    def talk(face, wav, driving=None):
-        mel = torch.from_numpy(mel_windows(log_mel(wav), range(n_frames(len(wav))))).to(device)
-        moving = to_tensor(driving).to(device) if driving is not None else None
-        return torch.cat(list(model.animate(to_tensor(face).to(device), mel, moving)))
-
-    return talk
-
-
-def control_table(talk, probe, pack, truth, device) -> dict:
-    """Trials of A's face, B's sound and C's head: every clip is A once, B once, C once.
-
-    Args:
-        talk: what makes a clip of face, sound and driving frames, as `talker` returns it.
-        pack, truth: clips of equal length T of n people, truth (n, T, 10).
-
-    Returns:
-        name -> number; correlations are over all frames of all trials.
-    """
-    n = len(pack)
-    shown, who = [], []
-    for a in tqdm(range(n), desc="trials", leave=False, disable=None):
-        b, c = (a + 1) % n, (a + 2) % n
-        clip = talk(pack.frame(a, 0), pack.sound(b), pack.frames(c, range(pack.n_frames[c])))
-        read, embedding = probe.readings(clip)
-        shown.append(read.cpu().numpy())
-        who.append(person_of(embedding).cpu())
-    shown = np.stack(shown)                                                       # (n, T, 10): of trial a
-    sound, driving = np.roll(truth, -1, 0), np.roll(truth, -2, 0)                 # of B and C
-    wrong = np.roll(truth, -4, 0)                                                 # of a sound that was not given
-    i = {name: FACTORS.index(name) for name in FACTORS}
-
-    def r(name, of):
-        return correlation(shown[..., i[name]], of[..., i[name]])
-
-    real = [probe.readings(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in range(n)]
-    gallery = torch.stack([person_of(e[::5]).cpu() for _, e in real])
-    table = {f"{name}": r(name, sound) for name in ("open", "wide")}
-    table |= {"wrong sound": r("open", wrong), "driving mouth": r("open", driving)}
-    table |= {name: r(name, driving) for name in ("yaw", "pitch", "roll", "blink")}
-    table["gaze"] = (r("gaze_x", driving) + r("gaze_y", driving)) / 2
-    table["identity"] = retrieval(torch.stack(who), gallery)
-    table["open range"] = float(shown[..., i["open"]].std() / sound[..., i["open"]].std())
-    return table
-
-
-def probe_row(probe, pack, truth, device) -> dict:
-    """The probe's own accuracy on real frames of the same people: what a perfect network would reach."""
-    clips = (to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack)))
-    read, who = zip(*(probe.readings(clip.to(device)) for clip in clips))
-    read = torch.stack(read).cpu().numpy()
-    i = {name: FACTORS.index(name) for name in FACTORS}
-    row = {name: correlation(read[..., i[name]], truth[..., i[name]]) for name in READ}
-    row["gaze"] = (row.pop("gaze_x") + row.pop("gaze_y")) / 2
-    halves = [torch.stack([person_of(e[first::10]).cpu() for e in who]) for first in (0, 5)]
-    wrong = np.roll(truth, -3, 0)                                                 # two utterances with nothing in common
-    row |= {"wrong sound": correlation(read[..., i["open"]], wrong[..., i["open"]]), "driving mouth": 0.0}
-    row["identity"] = retrieval(*halves)
-    row["open range"] = float(read[..., i["open"]].std() / truth[..., i["open"]].std())
-    return row
-
-
-def change_matrix(talk, probe, pack, truth, device, trials: int = 8, T: int = 50, first_person: int = TEST) -> dict:
-    """Change one input, see what else moves.
-
-    Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors of
-    the driving clip, which is drawn again with only that group taken from another clip. A cell is the r.m.s. difference
-    of the readings between the two, over that of two unrelated real clips: 1 on the diagonal and 0 elsewhere is
-    perfect. For the eyes, which move little of the time, r.m.s. is over all frames alike.
-    """
-    groups = dict(pose=("yaw", "pitch", "roll"), eyes=("blink", "gaze_x", "gaze_y"), mouth=("open", "wide", "smile"))
-    columns = dict(lips=("open", "wide"), pose=groups["pose"], eyes=groups["eyes"])
-    n = len(pack)
-
-    def drive(c, group=None, other=None):
-        """Driving frames of clip c, with the factors of one group from another clip"""
-        states = truth[c, :T].copy()
-        if group:
-            rows = [FACTORS.index(name) for name in groups[group]]
-            states[:, rows] = truth[other, :T, rows].T
-        who = person(first_person + c)
-        return np.stack([draw(who, dict(zip(FACTORS, map(float, s))), pack.size) for s in states])
-
-    def unrelated(names):
-        """R.m.s. difference of two unrelated real clips, each factor in units of its deviation"""
-        squares = [np.mean(np.square(truth[c, :T, i] - truth[(c + 5) % n, :T, i]) / truth[..., i].var())
-                   for c in range(n) for i in map(FACTORS.index, names)]
-        return np.sqrt(np.mean(squares))
-
-    rows = {name: {k: [] for k in (*columns, "identity")} for name in ("face", "sound", "pose", "eyes", "mouth")}
-    norm = {k: unrelated(names) for k, names in columns.items()}
-    apart = np.mean([1 - float(a @ b) for a, b in zip(*people_apart(probe, pack, device))])
-    for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
-        a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
-        face, sound, base_drive = pack.frame(a, 0), pack.sound(b)[:640 * T], drive(c)
-        base = probe.readings(talk(face, sound, base_drive))
-        variants = dict(face=(pack.frame(other, 0), sound, base_drive),
-                        sound=(face, pack.sound(other)[:640 * T], base_drive))
-        variants |= {g: (face, sound, drive(c, g, other)) for g in groups}
-        for name, inputs in variants.items():
-            read, who = probe.readings(talk(*inputs))
-            for k, names in columns.items():
-                cols = [FACTORS.index(f) for f in names]
-                diff = (read - base[0])[:, cols].cpu().numpy() / truth[..., cols].reshape(-1, len(cols)).std(0)
-                rows[name][k].append(np.sqrt(np.square(diff).mean()) / norm[k])
-            cosine = float((person_of(who) * person_of(base[1])).sum())
-            rows[name]["identity"].append((1 - cosine) / apart)
-    return {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in rows.items()}
-
-
-def people_apart(probe, pack, device):
-    """Embeddings of clips (n, 64) and the same rolled by five: two strangers a row"""
-    clips = (to_tensor(pack.frames(c, range(0, 50, 10))) for c in range(len(pack)))
-    people = torch.stack([person_of(probe.readings(clip.to(device))[1]).cpu() for clip in clips])
-    return people, people.roll(-5, 0)
-
-
-@torch.no_grad()
-def inversion_table(model, probe, pack, device, frames: int = 4) -> dict:
-    """People never seen as the generator makes them from their codes, with its own weights and with those that the
-    hypernetwork changes for each of them, after 1, 2, .. refinements: L1 in grey levels (of 255), and the cosine of the
-    probe's embeddings."""
-    rows = {}
-    for c in range(len(pack)):
-        seen = np.linspace(0, pack.n_frames[c] - 1, frames).astype(int)
-        real = to_tensor(pack.frames(c, seen)).to(device)
-        z, deltas = model.invert(real), None
-        for n in range(1 + (model.config.refine if model.hyper else 0)):
-            deltas = model.refine(real, z, deltas) if n else None
-            fake = model.decode(z, deltas).clamp(-1, 1)
-            same = (probe(fake)[1] * probe(real)[1]).sum(1).mean()
-            rows.setdefault(f"{n} refinements" if n else "the generator's own weights", []).append(
-                (255 * l1(to_uint8(fake), to_uint8(real)).mean(), float(same)))
-    return {name: dict(zip(("L1", "identity"), np.mean(values, 0))) for name, values in rows.items()}
-
-
-def markdown(rows: dict) -> str:
-    """{row name: {column: number, or text}} -> a table"""
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [row[c] if isinstance(row[c], str) else f"{row[c]:.2f}" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def toy_report(args, device):
-    if args.people < 6:
-        raise InputError(f"--people {args.people}: at least 6, so that the people of a trial and the strangers differ")
-    if args.json:
-        check_output(args.json, overwrite=True)                                   # before minutes of work
-    models = {path: load_model(path, device, ("weights", "stage3", "stage2")) for path in args.toy}
-    sizes = {m.config.size for m in models.values()}
-    if any(m.config.template != "toy" for m in models.values()):
-        raise InputError("--toy: a network of real faces has no truth to be measured by")
-    folder, report = Path(args.cache), {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--cache {folder}: cannot be made a directory ({error.strerror})") from None
-    for size in sorted(sizes):
-        probe = train_probe(size, folder, device)
-        toys = folder / f"test_toys{size}_{args.people}"
-        make_pack(toys, size, args.people, 3.0, args.first_person, os.cpu_count())
-        pack = Pack(toys)
-        truth = np.load(toys / "truth.npy").reshape(len(pack), -1, 10)
-        inverters = {path: m for path, m in models.items() if m.config.size == size}
-        for path, m in inverters.items():
-            table = inversion_table(m, probe, pack, device)
-            print(f"{path}: pictures of people never seen, from their codes alone\n" + markdown(table) + "\n")
-            report[path + " inversion"] = table
-        mine = {path: m for path, m in inverters.items() if m.kind != "stage2"}       # that can talk
-        if not mine:
-            continue
-        rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(probe, pack, truth, device)}
-        rows |= {path: control_table(talker(m, device), probe, pack, truth, device) for path, m in mine.items()}
-        order = list(next(iter(r for k, r in rows.items() if k in mine)))
-        print(markdown({name: {k: row[k] for k in order} for name, row in rows.items()}))
-        report |= rows
-        for path, m in mine.items():
-            matrix = change_matrix(talker(m, device), probe, pack, truth, device, first_person=args.first_person)
-            print(f"\n{path}: change one input (row), see what moves (column)\n" + markdown(matrix) + "\n")
-            report[path + " matrix"] = matrix
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1))
 
 
 def parse(argv=None):

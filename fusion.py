@@ -25,30 +25,20 @@ What differs from the paper:
 - The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
 """
 
-import ctypes
 import dataclasses
 import math
-import sys
 
 import torch
 from torch import nn
 
-from audio import AudioEncoder, InputError
-from data import load_checkpoint
-from stylegan2 import Generator, generator_shape, load_rosinality, load_strictly, n_styles, refusing
+from audio import AudioEncoder
+from checkpoint import load_checkpoint, load_strictly, refusing
+from faces import mask_mouth
+from media import InputError
+from stylegan2 import Generator, generator_shape, load_rosinality, n_styles
 from vision import (
-    GradualStyleEncoder,
-    HyperNetwork,
-    HyperStyleNet,
-    MouthEncoder,
-    VisualEncoder,
-    WEncoder,
-    load_encoder,
-    load_hypernet,
-    mask_mouth,
-    parts_of,
-)
-
+    GradualStyleEncoder, HyperNetwork, HyperStyleNet, MouthEncoder, VisualEncoder, WEncoder, load_encoder,
+    load_hypernet, parts_of)
 
 @dataclasses.dataclass
 class Config:
@@ -107,40 +97,6 @@ class Config:
                     256: dict()}
         assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
         return cls(**(dict(size=size) | dial[size] | changes))
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is cuda, else mps, else cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
-    if device.type == "cpu":
-        keep_memory()
-    return device
-
-
-def bf16_native(device) -> bool:
-    """Whether bf16 convolutions are faster than fp32 there: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    tells = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("amx_tile", "avx512_bf16")]
-    return device.type == "cpu" and any(tell is not None and tell() for tell in tells)
-
-
-def keep_memory():
-    """Ask glibc to keep freed memory for the next tensor; elsewhere nothing happens.
-
-    By default a tensor above 32 MB is mapped anew each time, and the kernel zeroes its pages: at 256 px that costs an
-    elementwise operation twice the time of its work.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)                                                       # M_MMAP_MAX: no mapping for one tensor
-        libc.mallopt(-1, 2 ** 31 - 1)                                             # M_TRIM_THRESHOLD: give nothing back
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,3 +583,5 @@ def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) ->
         model = load_strictly(lambda: FCTFG(Config.load(checkpoint["config"])), state, path)
     model.kind = checkpoint["kind"]
     return model.to(device).eval()
+
+CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches

@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from bisect import bisect
 from contextlib import contextmanager
@@ -40,186 +39,23 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import toyfaces
-from audio import (
-    FPS,
-    SAMPLES_PER_FRAME,
-    AudioEncoder,
-    InputError,
-    Parser,
-    check_file,
-    load_audio,
-    log_mel,
-    mel_windows,
-    mfcc,
-    n_frames,
-    run,
-    spec_augment,
-)
+from audio import AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
+from checkpoint import (
+    load_checkpoint, load_strictly, lr_factor, pick_device, refusing, revision, save_checkpoint)
+from control import correlation
 from data import (
-    ENDLESS,
-    USES,
-    Pack,
-    batches,
-    by_turns,
-    clips_used,
-    fingerprints,
-    known_clips,
-    load_checkpoint,
-    save_checkpoint,
-    split,
-    split_options,
-)
-from evaluate import FAN_SCORE, MARGIN, SIDE, by_mediapipe, correlation
-from fusion import pick_device
-from stylegan2 import load_strictly, refusing
-from syncnet import TUNED, load_sync, lr_factor, revision
-from vision import TEMPLATES, VideoWriter, check_output, checkpoints_dir, crop_face
+    ENDLESS, USES, Pack, batches, by_turns, clips_used, fingerprints, known_clips, split, split_options)
+from faces import EYES, K, Landmarks, begun, bridge, detector_of, header_of, smooth
+from media import (
+    FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run)
+from syncnet import TUNED, load_sync
 
 # iBUG's parts, as polylines to draw: points, and whether the line closes
 PARTS = dict(jaw=(range(0, 17), False), brow_l=(range(17, 22), False), brow_r=(range(22, 27), False),
              ridge=(range(27, 31), False), nose=(range(31, 36), False), eye_l=(range(36, 42), True),
              eye_r=(range(42, 48), True), lips=(range(48, 60), True), inner=(range(60, 68), True))
-K = 68
-EYES = 36, 45  # outer corners
 MOUTHS = {20: tuple(range(48, 68)), 18: (*range(48, 60), 61, 62, 63, 65, 66, 67)}  # 18: Suwajanakorn's
 GAP = 62, 66  # middle of the upper and the lower inner lip: the mouth's opening
-
-# ---------------------------------------------------------------------------------------------------------------------
-# landmarks of pictures
-
-FAN_FILE = "2DFAN4-11f355bf06.pth.tar"
-FAN_URL = f"https://www.adrianbulat.com/downloads/python-fan/{FAN_FILE}"
-
-# dlib's box in a crop of this template, middle and side: ours, best of a few; that of "ffhq" is the same part of the face
-STARTS = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
-
-LONGEST_GAP = 5  # frames, ours: a fifth of a second is bridged; a mouth may open and shut in more
-MOST_MISSING = 0.2  # of a clip
-STRAY = 0.3  # a frame whose eye distance is so far off the clip's median is no reading of this face
-
-
-# the same mouth in a mirror: which of its 20 points stands for which
-MIRRORED = (6, 5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 16, 15, 14, 13, 12, 19, 18, 17)
-
-
-def mouth_shape(points: np.ndarray) -> np.ndarray:
-    """Landmarks (n, 68, 2) -> (n, 42): how far the lips are open, the jaw's drop from nose to chin, and the mouth's 20
-    points about their middle, averaged with their mirror image, all in the landmarks' unit. Upright heads."""
-    mouth = points[:, 48:68] - points[:, 48:68].mean(1, keepdims=True)                # (n, 20, 2)
-    mouth = (mouth + mouth[:, MIRRORED] * (-1, 1)) / 2
-    opening = np.mean([points[:, b, 1] - points[:, a, 1] for a, b in ((61, 67), (62, 66), (63, 65))], 0)
-    jaw = points[:, 8, 1] - points[:, 33, 1]
-    return np.concatenate([opening[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
-
-
-@contextmanager
-def mediapipe_eye(model: str):
-    """MediaPipe's face landmarker as a function: uint8 (H, W, 3) -> (68, 2) in pixels, or None; see by_mediapipe."""
-    look = by_mediapipe(model)  # pictures one by one: its video mode lags
-    try:
-        yield lambda frame: look(frame, None)
-    finally:
-        look.close()
-
-
-@contextmanager
-def fan_eye(template: str):
-    """face-alignment's FAN as a function: a crop of this template, uint8 (H, W, 3) -> float32 (68, 2), or None.
-
-    The box that FAN wants follows from the template, so no detector runs. Raises InputError: no weights at hand.
-    """
-    path = checkpoints_dir() / FAN_FILE
-    if not path.is_file():
-        raise InputError(f"{path}: missing; put {FAN_URL} there, or give --mediapipe face_landmarker.task or --dlib FILE")
-    from face_alignment import FaceAlignment, LandmarksType
-
-    options = dict(device="cpu", flip_input=False, compile=False, face_detector="folder")  # "folder" needs no weights
-    try:
-        network = FaceAlignment(LandmarksType.TWO_D, **options)
-    except Exception as error:  # torch raises a dozen kinds on damaged files
-        raise InputError(f"{path}: is damaged or another network ({str(error).splitlines()[0][:80]})") from None
-    t = TEMPLATES[template]
-
-    def look(frame):
-        unit = len(frame) / t.side  # the detection's larger side
-        x, y = (len(frame) / 2 - d * unit for d in t.shift)
-        box = np.array((x - unit / 2, y - unit / 2, x + unit / 2, y + unit / 2))
-        points, scores, _ = network.get_landmarks_from_image(frame, [box], return_landmark_score=True)
-        return points[0].astype(np.float32) if float(np.mean(scores[0])) >= FAN_SCORE else None
-
-    yield look
-
-
-@contextmanager
-def dlib_eye(model: str, template: str):
-    """dlib's shape predictor as a function: a crop with air around it (see `in_crop`), uint8 (H, W, 3) -> (68, 2).
-
-    Its trees jitter with the box that they start from, so it looks from five (ours). The box follows from the template:
-    no detector runs, and what is no face gets landmarks, too. Raises InputError: the package is not installed; the
-    model file is missing or none.
-    """
-    model = check_file(model)
-    try:
-        import dlib
-    except ImportError:
-        raise InputError("--dlib needs a package that is not installed: pip install dlib-bin") from None
-    try:
-        network = dlib.shape_predictor(str(model))
-    except RuntimeError as error:
-        raise InputError(f"{model}: is no shape predictor of dlib ({str(error).splitlines()[0][:80]})") from None
-    if template not in STARTS:
-        raise InputError(f"--dlib looks at real faces, not at crops of the template {template}")
-    middle, side = STARTS[template]
-    shifts = ((0, 0), (-0.02, 0), (0.02, 0), (0, -0.03), (0, 0.03))
-
-    def look(frame):
-        unit = len(frame) / (1 + 2 * MARGIN)  # the crop without air
-        points = []
-        for right, down in shifts:
-            x, y = (unit * (MARGIN + m - side / 2 + d) for m, d in zip(middle, (right, down)))
-            box = dlib.rectangle(*(round(v) for v in (x, y, x + side * unit, y + side * unit)))
-            points.append([(p.x, p.y) for p in network(np.ascontiguousarray(frame), box).parts()])
-        return np.mean(points, 0, dtype=np.float32)
-
-    yield look
-
-
-def in_crop(look, frame):
-    """look at a tight crop (H, W, 3) with air around it -> points in pixels of the crop, or None"""
-    size, air = len(frame), MARGIN * len(frame)
-    points = look(crop_face(frame, (-air, -air, size + air, size + air), SIDE))
-    return None if points is None else points * ((size + 2 * air) / SIDE) - air
-
-
-def bridge(found: list) -> tuple[np.ndarray, int]:
-    """Landmarks of a clip, (68, 2) or None a frame -> float32 (T, 68, 2) without holes, and how many were filled.
-
-    A reading whose eye distance is STRAY off the clip's median counts as none. Holes of up to LONGEST_GAP frames are
-    bridged linearly, at the ends by the nearest reading. Raises InputError, without the clip's name: too many, too long.
-    """
-    there = np.array([p is not None for p in found])
-    points = np.stack([np.full((K, 2), np.nan, np.float32) if p is None else np.float32(p) for p in found])  # (T, 68, 2)
-    if there.any():
-        span = np.hypot(*(points[:, EYES[1]] - points[:, EYES[0]]).T)  # (T,)
-        there &= np.abs(span / np.median(span[there]) - 1, where=there, out=np.ones(len(span))) <= STRAY
-    missing = int((~there).sum())
-    if missing > MOST_MISSING * len(found):
-        raise InputError(f"a face in {len(found) - missing} of {len(found)} frames")
-    at = np.flatnonzero(there)
-    longest = int(np.diff(np.concatenate(([-1], at, [len(found)]))).max()) - 1
-    if longest > LONGEST_GAP:
-        raise InputError(f"no face in {longest} frames in a row")
-    flat = points[at].reshape(len(at), -1)
-    filled = np.stack([np.interp(np.arange(len(found)), at, column) for column in flat.T], 1)
-    return filled.reshape(-1, K, 2).astype(np.float32), missing
-
-
-def smooth(points: np.ndarray) -> np.ndarray:
-    """(T, 68, 2): a parabola through five frames (Savitzky-Golay). Takes a detector's jitter and keeps a short closure
-    of the lips, which a running mean of the same length would halve."""
-    from scipy.signal import savgol_filter
-
-    return savgol_filter(points, 5, 2, axis=0, mode="nearest").astype(np.float32) if len(points) >= 5 else points
 
 
 def toy_points(who, truth: np.ndarray, size: int) -> np.ndarray:
@@ -235,35 +71,6 @@ def toy_points(who, truth: np.ndarray, size: int) -> np.ndarray:
 
 def landmarks_folder(args) -> Path:
     return Path(args.landmarks or Path(args.data) / "landmarks").absolute()
-
-
-def header_of(pack: Pack, detector: str) -> dict:
-    return dict(format=1, detector=detector, clips=len(pack), frames=int(pack.frame_start[-1]), size=pack.size)
-
-
-class Landmarks:
-    """Landmarks of a pack: points (frames, 68, 2) as a memory map, `kept`: the clips that have some. Those of a run that
-    goes on or was killed are the clips it finished, and it is said so.
-
-    Raises InputError: missing, of another pack, not one clip.
-    """
-
-    def __init__(self, folder: Path, pack: Pack):
-        try:
-            lines = [json.loads(line) for line in whole_lines(folder / "clips.jsonl")]
-            done = int(pack.frame_start[min(len(lines), len(pack) + 1) - 1]) if lines else 0
-            self.points = np.memmap(folder / "points.bin", "<f4", "r", shape=(done, K, 2)) if done else None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: no landmarks ({error}): python keypoints.py extract {pack.folder}") from None
-        expected = header_of(pack, "")
-        if not lines or {k: lines[0].get(k) for k in expected} | dict(detector="") != expected:
-            raise InputError(f"{folder}: landmarks of another pack than {pack.folder}")
-        if len(lines) < len(pack) + 1:
-            print(f"{folder}: unfinished, {len(lines) - 1} of {len(pack)} clips so far", file=sys.stderr)
-        self.detector = lines[0]["detector"]
-        self.kept = np.array([i for i, line in enumerate(lines[1:]) if "reason" not in line], int)
-        if not len(self.kept):
-            raise InputError(f"{folder}: not one clip has landmarks, clips.jsonl says why")
 
 
 def extract(args):
@@ -300,23 +107,6 @@ def extract(args):
     print(f"{folder}: {len(found.kept)} of {len(pack)} clips have landmarks ({detector})")
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that end: a killed run's last one may be torn"""
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def begun(folder: Path, header: dict, overwrite: bool) -> list[bytes]:
-    """The whole lines of an earlier run's clips.jsonl, which is made if need be"""
-    path, head = folder / "clips.jsonl", json.dumps(header).encode() + b"\n"
-    lines = whole_lines(path) if path.exists() and not overwrite else []
-    if lines and lines[0] != head:
-        raise InputError(f"{folder}: holds landmarks of another pack or detector; --overwrite replaces them")
-    if not lines:
-        path.write_bytes(head)
-        (folder / "points.bin").write_bytes(b"")
-    return lines or [head]
-
-
 @contextmanager
 def eye_for(pack: Pack, detector: str, args):
     """A function: number of a clip -> its landmarks, (68, 2) or None a frame"""
@@ -331,19 +121,6 @@ def eye_for(pack: Pack, detector: str, args):
         return
     with detector_of(detector, pack.template, args) as look:
         yield lambda c: [look(pack.frame(c, k)) for k in range(pack.n_frames[c])]
-
-
-@contextmanager
-def detector_of(name: str, template: str, args):
-    """A detector as a function: a crop, uint8 (H, W, 3) -> its landmarks (68, 2) in pixels, or None"""
-    if name == "fan":
-        with fan_eye(template) as eye:
-            yield eye
-        return
-    if not getattr(args, name):
-        raise InputError(f"--{name} not given")
-    with mediapipe_eye(args.mediapipe) if name == "mediapipe" else dlib_eye(args.dlib, template) as eye:
-        yield lambda frame: in_crop(eye, frame)
 
 
 def compare(args):
@@ -1460,7 +1237,7 @@ def parse(argv=None):
     def command(name, text, data=False, device=False):
         p = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if data:
-            p.add_argument("--data", help="pack of data.py with landmarks (see extract); default: the toy world")
+            p.add_argument("--data", help="pack of prepare.py with landmarks (see extract); default: the toy world")
             p.add_argument("--landmarks", help="folder of its landmarks; default: DATA/landmarks")
             p.add_argument("--people", type=int, default=200, help="toy world: how many people to train on")
         if device:
@@ -1469,7 +1246,7 @@ def parse(argv=None):
 
     for name, text in (("extract", "landmarks of a pack, beside it"), ("compare", "seconds a frame of the detectors")):
         p = command(name, text)
-        p.add_argument("data", help="pack of data.py; a toy pack brings its own truth")
+        p.add_argument("data", help="pack of prepare.py; a toy pack brings its own truth")
         p.add_argument("--mediapipe", metavar="FILE", help="MediaPipe's face_landmarker.task (pip install mediapipe); "
                        "without it face-alignment's FAN looks")
         p.add_argument("--dlib", metavar="FILE", help="or dlib's shape_predictor_68_face_landmarks.dat "

@@ -22,9 +22,10 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from audio import InputError, Parser, run
-from data import Pack, load_checkpoint, save_checkpoint
-from vision import check_output, detect_faces, face_box, load_photo
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Pack, split
+from faces import Landmarks, detect_faces, face_box
+from media import InputError, Parser, check_output, load_photo, run
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 K = 68
@@ -304,15 +305,13 @@ def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) 
     Up to `most` frames a pack, evenly from its clips; every tenth person (clip, where people are few) is left out.
     Raises InputError: no pack, no landmarks, packs of several sizes.
     """
-    from keypoints import Landmarks  # here: what only finds landmarks needs neither room
-    from syncnet import held_out
 
     packs = [Pack(folder) for folder in folders]
     if len({pack.size for pack in packs}) > 1:
         raise InputError("packs of several sizes: " + ", ".join(f"{pack.folder} {pack.size}" for pack in packs))
     pictures, points = [], []
     for pack, marks in [(pack, Landmarks(pack.folder / "landmarks", pack)) for pack in packs]:
-        clips, shift = np.intersect1d(held_out(pack)[0], marks.kept), DLIB_LOW * (marks.detector == "dlib")
+        clips, shift = np.intersect1d(split(pack)["train"], marks.kept), DLIB_LOW * (marks.detector == "dlib")
         for c in tqdm(rng.permutation(clips)[:most], desc=pack.folder.name, leave=False, disable=None):
             for k in rng.permutation(pack.n_frames[c])[: -(-most // len(clips))]:
                 pictures.append((torch.from_numpy(pack.frame(c, k)).float() @ GREY).round().byte())
@@ -528,7 +527,7 @@ def main():
     command.add_argument("photo", help="a photo with a face")
     command.add_argument("--out", help="picture to write (default: PHOTO_landmarks.png)")
     command.add_argument("--overwrite", action="store_true", help="replace it if it exists")
-    command = commands.add_parser("train", help="weights from packs of data.py with landmarks of keypoints.py extract")
+    command = commands.add_parser("train", help="weights from packs of prepare.py with landmarks of keypoints.py extract")
     command.set_defaults(command=train)
     command.add_argument("packs", type=Path, nargs="+", help="packs of one --size, 128 or more")
     command.add_argument("--out", type=Path, default=Path("landmarks.pt"), help="weights to write (default landmarks.pt)")

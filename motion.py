@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 
-from audio import FPS, SAMPLES_PER_FRAME
 from landmarks import MIRROR
+from media import FPS, SAMPLES_PER_FRAME
 from warp import RIGID, Pose, angles, fit_pose, smoothstep
 
 QUIET = 30.0  # dB below the level of speech: nobody speaks; ours, breath lies lower and GRID's noise floor at 40

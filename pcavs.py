@@ -41,42 +41,22 @@ from torch.nn.utils import spectral_norm
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import losses
-from audio import FPS, SAMPLES_PER_FRAME, InputError, Parser, check_file, filter_bank, load_audio, n_frames, run
-from data import ENDLESS, Pack, batches, load_checkpoint, save_checkpoint, split, split_options
-from fusion import pick_device
-from losses import identity_loss, load, perceptual_loss, reconstruction_loss
+import judges
+from audio import filter_bank, n_frames
+from checkpoint import (
+    checkpoints_dir, finite, load, load_checkpoint, load_strictly, lr_factor, memory_gib, pace, pick_device,
+    read_weights, refusing, restore_optimiser, revision, save_checkpoint, update_ema)
+from data import ENDLESS, Pack, batches, split, split_options
+from faces import TEMPLATES, crop_face, detect_faces, face_box, mask_mouth
+from initialise import reduced_rank_regression
+from losses import identity_loss, perceptual_loss, reconstruction_loss
+from media import (
+    FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output,
+    is_grey, load_audio, load_photo, probe, read_video, run, to_tensor, to_uint8)
 from sample import (
-    LOOK_HEIGHT,
-    WAY_OUT,
-    driving_box,
-    given_box,
-    photo_box,
-    square_around,
-    there_and_back,
-    without_colour,
-)
-from stylegan2 import StyledConv, ToRGB, load_strictly, read_weights, refusing
-from syncnet import lr_factor, revision, toy_pack
-from toyfaces import TEST, make_pack
-from train import finite, memory_gib, pace, reduced_rank_regression, restore_optimiser, update_ema
-from vision import (
-    TEMPLATES,
-    VIDEO_SUFFIXES,
-    VideoWriter,
-    check_output,
-    checkpoints_dir,
-    crop_face,
-    detect_faces,
-    face_box,
-    is_grey,
-    load_photo,
-    mask_mouth,
-    probe,
-    read_video,
-    to_tensor,
-    to_uint8,
-)
+    LOOK_HEIGHT, WAY_OUT, driving_box, given_box, photo_box, square_around, there_and_back, without_colour)
+from stylegan2 import StyledConv, ToRGB
+from toyfaces import TEST, make_pack, toy_pack
 
 PUBLISHED = {"G": "latest_net_G.pth", "V": "latest_net_V.pth", "E": "latest_net_E.pth", "A": "latest_net_A_sync.pth"}
 HERE = Path(__file__).resolve().parent
@@ -1082,7 +1062,7 @@ def parse_train(argv):
     p = Parser(prog="pcavs.py train", description="train the four networks together",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/pcavs32", help="directory of checkpoint, log and pictures")
-    p.add_argument("--data", help="pack directory written by data.py; default: the toy world, drawn into --out")
+    p.add_argument("--data", help="pack directory written by prepare.py; default: the toy world, drawn into --out")
     split_options(p)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the picture: the dial")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
@@ -1218,9 +1198,9 @@ def train(argv):
     nets, ema, optimisers = build(args, pack, device)
     model, start = nets["model"], 0
     if args.w_vgg:
-        nets["vgg"] = losses.vgg19(device)
+        nets["vgg"] = judges.vgg19(device)
     if args.w_arcface:
-        nets["arcface"] = losses.arcface(device, None, nets["model"].config.template)
+        nets["arcface"] = judges.arcface(device, None, nets["model"].config.template)
     if saved:
         start = restore(saved, path, nets, ema, optimisers)
     else:

@@ -26,28 +26,15 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from audio import FPS, SAMPLES_PER_FRAME, InputError, Parser, load_audio, n_frames, run, sound_windows
-from fusion import load_model, pick_device
+from audio import n_frames, sound_windows
+from checkpoint import pick_device
+from faces import TEMPLATES, crop_face, detect_faces, detector_of, face_box, turn_upright
+from fusion import load_model
 from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, track_landmarks
+from media import (
+    FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_finite, check_output,
+    is_grey, load_audio, load_photo, photo_size, probe, read_video, run, to_tensor, to_uint8)
 from motion import activity, follow, idle, mouth
-from vision import (
-    TEMPLATES,
-    VIDEO_SUFFIXES,
-    VideoWriter,
-    check_finite,
-    check_output,
-    crop_face,
-    detect_faces,
-    face_box,
-    is_grey,
-    load_photo,
-    photo_size,
-    probe,
-    read_video,
-    to_tensor,
-    to_uint8,
-    turn_upright,
-)
 from warp import Face, Warp, enlarge
 
 HERE = Path(__file__).resolve().parent
@@ -265,7 +252,6 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
             print(f"{args.face}: landmarks are uncertain (a profile, something before the mouth, not a face): check "
                   "the video, or try --landmarks or --network")
         return points
-    from keypoints import detector_of  # the one sibling that knows other detectors
 
     name, _, path = args.landmarks.partition(":")
     with detector_of(name, "face", argparse.Namespace(mediapipe=path, dlib=path)) as look:

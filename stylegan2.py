@@ -14,20 +14,17 @@ What differs from the public code:
 - Minibatch standard deviation accepts every batch size.
 """
 
-import argparse
-import contextlib
 import functools
 import math
 import os
-import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audio import InputError, check_file
-
+from checkpoint import load_strictly, read_weights, refusing
+from media import InputError
 
 def n_styles(size: int) -> int:
     """L, the number of style vectors of a generator of that size: 8 at 32 px, 10 at 64, 14 at 256."""
@@ -423,95 +420,6 @@ class Discriminator(nn.Module):
         x = self.features(x)[-1]
         with torch.autocast(x.device.type, enabled=False):                            # its end in fp32, as StyleGAN2-ADA
             return self.final_linear(self.final_conv(minibatch_stddev(x.float())).flatten(1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files of other people's training codes
-
-@contextlib.contextmanager
-def refusing(source, what: str):
-    """A block that reads a file's content: whatever it stumbles over is the file's fault. InputError, one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise InputError(f"{source}: {what} ({one_line(reason)})") from error
-
-
-def one_line(text) -> str:
-    """The beginning of a name or message from a file, fit for a message of ours"""
-    return " ".join(str(text)[:120].split())
-
-
-def read_weights(path: str | Path, map_location="cpu") -> dict:
-    """The dict in a file of weights; never runs code from it. THE reader of published files and of our own.
-
-    Raises InputError: damaged, cut short, more than tensors and plain values; no dict with names; a tensor in it, however
-    deep, that is not dense.
-    """
-    path = check_file(path)
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # options: plain values
-            warnings.simplefilter("ignore")                                           # torch asks to report odd files
-            content = torch.load(path, map_location, weights_only=True)
-    except Exception as error:  # whatever torch.load stumbles over here, it is the file
-        code = "global" in str(error).lower()                                         # it names a class or function
-        reason = "holds more than tensors and plain values" if code else "damaged, cut short, or no file of weights"
-        raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of names and weights")
-    if not all(is_dense(item) for item in items(content) if isinstance(item, torch.Tensor)):
-        raise InputError(f"{path}: holds a sparse or empty shell of a tensor, expected dense ones")
-    return content
-
-
-def items(content):
-    """Everything in nested dicts, lists and tuples, each once: a file may hold a list that holds itself"""
-    todo, seen = [content], set()
-    while todo:
-        item = todo.pop()
-        if id(item) not in seen:
-            seen.add(id(item))
-            yield item
-            todo += item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
-
-
-def is_dense(value) -> bool:
-    """Whether this is a plain tensor that holds all its numbers. A sparse or meta tensor, or one number seen many times
-    (stride 0), takes a few bytes in a file and any size in memory."""
-    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
-            and not (value.is_nested or value.is_quantized or value.is_meta)
-            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
-
-
-def load_strictly(make, state: dict, source) -> nn.Module:
-    """The network that make() builds, with the weights of a state dict: dense tensors of its names and shapes, floating
-    point numbers where its own are.
-
-    It is built without memory first and compared, so widths that make() took from a file cost nothing until the file's
-    tensors fill them. BatchNorm's batch counters may be absent (files of 2017 have none); no network here uses them.
-    InputError where anything differs, or where make() fails.
-    """
-    def form(value):
-        return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
-
-    with refusing(source, "its sizes fit no network of this version"), torch.device("meta"):
-        network = make()
-    name, expected = type(network).__name__, {key: form(value) for key, value in network.state_dict().items()}
-    if not isinstance(state, dict):
-        raise InputError(f"{source}: holds a {type(state).__name__} in place of the weights of {name}")
-    given = {key: form(value) if is_dense(value) else "no dense tensor" for key, value in state.items()}
-    wrong = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
-    wrong += [f"{one_line(key)} is unknown" for key in given if key not in expected]
-    wrong += [f"{key} is {given[key]}, expected {form}" for key, form in expected.items() if given.get(key, form) != form]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise InputError(f"{source}: not the weights of {name}: {wrong[0]}{more}")
-    network = make()
-    network.load_state_dict(state, strict=False)                                      # fp16 becomes fp32 on the way
-    return network
 
 
 def generator_shape(state: dict, source) -> dict:

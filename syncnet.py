@@ -26,7 +26,6 @@ Axes: B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts,
 import argparse
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -43,44 +42,16 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from audio import (
-    FPS,
-    AudioEncoder,
-    ConvBlock,
-    InputError,
-    Parser,
-    beside,
-    check_file,
-    decoder,
-    describe,
-    load_audio,
-    log_mel,
-    mel_windows,
-    other_voice,
-    run,
-    spec_augment,
-    why,
-    write_own_sound,
-)
-from data import (
-    ENDLESS,
-    HIGHEST,
-    NEAR,
-    SEGMENT,
-    Pack,
-    batches,
-    clips_used,
-    known_clips,
-    load_checkpoint,
-    save_checkpoint,
-    segment_box,
-    split,
-    split_options,
-)
-from fusion import pick_device
-from losses import SyncNetV2, wav2lip_expert
-from stylegan2 import load_strictly, refusing
-from vision import VIDEO_SUFFIXES, check_output, crop_face, face_detectors, place, probe, read_video, to_tensor
+from audio import AudioEncoder, ConvBlock, log_mel, mel_windows, other_voice, spec_augment
+from checkpoint import (
+    load_checkpoint, load_strictly, lr_factor, pick_device, refusing, revision, save_checkpoint)
+from data import ENDLESS, NEAR, Pack, batches, clips_used, known_clips, split, split_options
+from faces import HIGHEST, SEGMENT, crop_face, face_detectors, segment_box
+from judges import wav2lip_expert
+from media import (
+    FPS, VIDEO_SUFFIXES, InputError, Parser, beside, check_file, check_output, decoder, describe,
+    load_audio, place, probe, read_video, run, to_tensor, why, write_own_sound)
+from toyfaces import toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
 HALF = SPAN // 2
@@ -155,29 +126,6 @@ class SyncNet(nn.Module):
         return self.log_scale.exp() * face @ sound.t() + self.bias
 
 
-class SyncNetV2Expert(nn.Module):
-    """The published SyncNet v2 in a SyncNet's place, to be trained against; its sound is MFCC windows (B, 13, 20).
-
-    Ours: it was trained with a margin on the distance of embeddings that have no unit length, so the logit is that margin
-    less the distance. In sync they are about 7 apart, else about 14 (see evaluate.py): 10 lies between.
-    """
-
-    hears_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
-
-    def __init__(self, network: SyncNetV2):
-        super().__init__()
-        self.network = network
-
-    def face(self, frames):  # (B, 5, 3, H, W) in [-1, 1] -> (B, 1024)
-        return self.network.face(frames)[:, 0]
-
-    def sound(self, mfcc):  # (B, 13, 20) -> (B, 1024)
-        return self.network.sound(mfcc)
-
-    def logits(self, face, sound):  # (B, 1024), (B2, 1024) -> (B, B2)
-        return self.MARGIN - torch.cdist(face, sound)
-
-
 def shrink(frames, size: int):
     """Pictures (.., 3, H, H), H >= size -> (.., 3, size, size)"""
     if frames.shape[-1] == size:
@@ -245,31 +193,6 @@ def sigmoid_part(terms: dict):
     wrong = [terms[name] for name in ("shifted", "other") if name in terms]
     assert wrong, "a batch needs windows far enough apart, or two clips"
     return (terms["in_sync"] + sum(wrong) / len(wrong)) / 2
-
-
-def sync_loss(expert, frames, mel):
-    """What a generator minimises so that its mouth says its sound (FC-TFG's L_sync); a scalar.
-
-    (-log sigmoid of the learned logit - log softmax among the sounds of the batch) / scale.
-    The first is absolute and lets go where the expert is convinced, so the mouth need not exaggerate; the pull of a
-    bare 1 - cos never ends. The second (StyleTalker's contrast, which the paper cites) asks that this sound fits better
-    than the batch's others, which a mouth that half fits every sound does not do; a batch of one has no such term.
-    Over the scale (ours), because an expert grows surer all its training: at 45 its gradient at a still mouth
-    summed to 2800 times that of an L1 loss; so it is 60 times, and bounded alike for every expert.
-
-    Args:
-        expert: a frozen SyncNet, or what has its face, sound and logits (then the scale is taken as 1).
-        frames: (B, 5, 3, H, W) in [-1, 1]; the gradient flows here.
-        mel: (B, 1, 80, 16), the window of each middle frame.
-    """
-    assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
-    with torch.no_grad():
-        sound = expert.sound(mel.float())
-    logits = expert.logits(expert.face(frames.float()), sound)  # (B, B)
-    absolute = F.softplus(-logits.diagonal()).mean()
-    contrast = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    scale = expert.log_scale.exp() if hasattr(expert, "log_scale") else 1.0
-    return (absolute + contrast) / scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,11 +535,6 @@ def worlds(args, out: Path):
     return pack, parts["train"], val, np.arange(len(val))
 
 
-def lr_factor(step: int, steps: int) -> float:
-    """Twenty steps up (Adam's first ones are blind), then a cosine down to a twentieth."""
-    return min(1, (step + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
 def batch_accuracy(logits, clip, k) -> float:
     """In sync called in sync, and shifted called shifted, half and half; of the batch in training"""
     shifted = (clip[:, None] == clip[None]) & ((k[:, None] - k[None]).abs() >= NEAR)
@@ -630,25 +548,6 @@ def write(log, bar, line: dict, text: str):
     log.flush()
     shown = {"chance": CHANCE, "shifted": math.nan, "other": math.nan} | line
     bar.write(f"{line['step']:6d}  " + text.format(**shown))
-
-
-def revision() -> str | None:
-    """The commit this runs from, where there is one"""
-    try:
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def toy_pack(folder: Path, size: int, people: int, seconds: float, split: str = "train") -> Pack:
-    """The toy world in `folder`, drawn on first use: the training people as train.py has them, or another split's."""
-    import toyfaces
-
-    first = dict(train=toyfaces.TRAIN, tune=toyfaces.TUNE, test=toyfaces.TEST)[split]
-    path = folder / ("toys" if split == "train" else f"toys_{split}")
-    toyfaces.make_pack(path, size, people, seconds, first, os.cpu_count())
-    return Pack(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

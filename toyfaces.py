@@ -29,9 +29,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from audio import FPS, SAMPLE_RATE, InputError, Parser, n_frames, run
-from data import PackWriter
-from vision import VideoWriter, check_output, write_wav
+from audio import n_frames
+from data import Pack, PackWriter
+from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, run, write_wav
+
+def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
+    """The toy world in `folder`, drawn on first use: the training people as train.py has them, or another split's."""
+    first = dict(train=TRAIN, tune=TUNE, test=TEST)[part]
+    path = folder / ("toys" if part == "train" else f"toys_{part}")
+    make_pack(path, size, people, seconds, first, os.cpu_count())
+    return Pack(path)
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth

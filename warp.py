@@ -28,6 +28,9 @@ from PIL import Image
 from scipy.interpolate import PchipInterpolator, RBFInterpolator
 from scipy.ndimage import gaussian_filter
 
+
+
+
 # iBUG's 68 points. Inner lips from the left corner to the right one; outer lips between the corners
 UPPER_LINE, LOWER_LINE = np.array([60, 61, 62, 63, 64]), np.array([60, 67, 66, 65, 64])
 UPPER_LIP, LOWER_LIP = np.arange(49, 54), np.arange(59, 54, -1)

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from audio import log_mel  # noqa: E402
-from fusion import keep_memory  # noqa: E402
-from losses import discriminator_loss, generator_loss, path_length_penalty, r1_penalty  # noqa: E402
-from stylegan2 import Blur, Discriminator, Generator, channels_at  # noqa: E402
+from audio import log_mel# noqa: E402
+from checkpoint import keep_memory# noqa: E402
+from losses import discriminator_loss, generator_loss, path_length_penalty, r1_penalty# noqa: E402
+from stylegan2 import Blur, Discriminator, Generator, channels_at# noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the public forms, on the weights of our Generator

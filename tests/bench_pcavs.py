@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pcavs import PCAVS, Config, speech_mel, speech_windows  # noqa: E402
-from sample import there_and_back  # noqa: E402
-from vision import to_uint8  # noqa: E402
+from pcavs import PCAVS, Config, speech_mel, speech_windows# noqa: E402
+from sample import there_and_back# noqa: E402
+from media import to_uint8# noqa: E402
 
 
 def ours(model, photo, wav, clip, frames, noise):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import soundfile
 import subprocess
 import sys
 import wave
@@ -12,11 +13,12 @@ import pytest
 import scipy.fft
 import scipy.io.wavfile
 import scipy.signal
-import soundfile
 import torch
 
 import audio
-from audio import AudioEncoder, InputError, load_audio, log_mel, mel_windows, mfcc, n_frames, sound_windows
+import media
+from audio import AudioEncoder, log_mel, mel_windows, mfcc, n_frames, sound_windows
+from media import InputError, load_audio
 
 RATE = 16000
 
@@ -30,7 +32,7 @@ def tone(hz, n, rate=RATE):
 
 
 def ffmpeg(*args):
-    command = [audio.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
+    command = [media.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
     subprocess.run(command, check=True)
 
 
@@ -570,8 +572,8 @@ def test_a_voice_sounds_the_same_in_whichever_channels_it_is(tmp_path, kind):
 def test_a_voice_that_goes_from_one_channel_to_two_keeps_its_loudness():
     voice = syllables(4 * RATE)
     samples = np.stack([voice, np.where(np.arange(4 * RATE) < 2 * RATE, 0, voice)], 1)
-    np.testing.assert_allclose(audio.mix("x", samples)[: RATE], voice[: RATE], atol=1e-6)
-    np.testing.assert_allclose(audio.mix("x", samples)[3 * RATE :], voice[3 * RATE :], atol=1e-6)
+    np.testing.assert_allclose(media.mix("x", samples)[: RATE], voice[: RATE], atol=1e-6)
+    np.testing.assert_allclose(media.mix("x", samples)[3 * RATE :], voice[3 * RATE :], atol=1e-6)
 
 
 def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
@@ -581,19 +583,19 @@ def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
         levels.append(load_audio(tmp_path / "a.wav").std())
     assert np.ptp(levels) < 0.01 * levels[0]
     for still in (np.zeros(RATE, np.float32), 0.001 * noise(RATE), 1e-5 * syllables(), noise(RATE)):
-        np.testing.assert_array_equal(audio.set_level(still), still)
+        np.testing.assert_array_equal(media.set_level(still), still)
 
 
 def test_an_offset_is_taken_out_before_speech_is_made_louder():
     late = np.concatenate([np.zeros(3 * RATE, np.float32), 0.05 * syllables() + 0.4])
-    wav = audio.set_level(late)
+    wav = media.set_level(late)
     assert abs(wav).max() < 1 and abs(wav[3 * RATE :].mean()) < 0.01 and not wav[: 3 * RATE].any()
 
 
 def test_speech_at_the_loudness_that_was_trained_on_stays_as_it_is():
     wav = syllables(4 * RATE)
-    wav *= 10 ** (audio.LOUDNESS / 20) / wav[abs(wav) > 0].std()
-    gain = audio.set_level(wav).std() / wav.std()
+    wav *= 10 ** (media.LOUDNESS / 20) / wav[abs(wav) > 0].std()
+    gain = media.set_level(wav).std() / wav.std()
     assert abs(20 * np.log10(gain)) < 1
 
 
@@ -622,7 +624,7 @@ def parsers(monkeypatch):
         raise Built(self, limits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(audio.Parser, "parse_args", stop)
+        patch.setattr(media.Parser, "parse_args", stop)
         for name in ("data.main", "evaluate.parse", "keypoints.parse", "landmarks.main", "pcavs.parse_sample",
                      "pcavs.parse_evaluate", "pcavs.parse_train", "sample.parse", "syncnet.parse", "toyfaces.main",
                      "train.parse"):
@@ -671,7 +673,7 @@ def test_run_says_in_one_line_that_there_is_no_memory(capsys, error):
         raise error
 
     with pytest.raises(SystemExit, match="2"):
-        audio.run(main)
+        media.run(main)
     out = capsys.readouterr().err
     assert "not enough memory" in out and out.count("\n") == 1
 
@@ -696,10 +698,10 @@ def test_run_cleans_up_on_sigterm_and_leaves_other_errors_alone(monkeypatch):
     try:
         for main, status in ((killed, 143), (interrupted, 130)):
             with pytest.raises(SystemExit) as caught:
-                audio.run(main)
+                media.run(main)
             assert caught.value.code == status
         with pytest.raises(ZeroDivisionError):
-            audio.run(lambda: 1 / 0)
+            media.run(lambda: 1 / 0)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert cleaned

@@ -20,10 +20,16 @@ import torch
 from PIL import Image
 
 import audio
+import checkpoint
 import data
-from audio import InputError, log_mel, mel_windows
-from data import Clips, Frames, Mixed, Pack, PackWriter, batches, load_checkpoint, save_checkpoint, split
-from vision import TEMPLATES, VideoWriter, to_tensor
+import faces
+import media
+import prepare
+from audio import log_mel, mel_windows
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Clips, Frames, Mixed, Pack, PackWriter, batches, split
+from faces import TEMPLATES
+from media import InputError, VideoWriter, to_tensor
 
 ROOT = Path(data.__file__).parent
 SIZE = 24
@@ -481,7 +487,7 @@ def test_a_click_and_a_flash_at_one_time_are_in_the_same_frame_of_an_item(tmp_pa
 # checkpoints
 
 
-def checkpoint(step=3):
+def toy_checkpoint(step=3):
     return dict(
         kind="stage1",
         format=1,
@@ -494,7 +500,7 @@ def checkpoint(step=3):
 def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_old_one(tmp_path):
     path = tmp_path / "a.pt"
     for step in (3, 4):
-        save_checkpoint(path, checkpoint(step))
+        save_checkpoint(path, toy_checkpoint(step))
         loaded = load_checkpoint(path, ("stage1", "weights"))
         assert loaded["step"] == step and loaded["config"] == dict(size=32, name="ö")
         assert torch.equal(loaded["networks"]["w"], torch.arange(6.0).view(2, 3))
@@ -508,7 +514,7 @@ class Evil:
 
 def spoiled(tmp_path, what):
     path = tmp_path / "a.pt"
-    save_checkpoint(path, checkpoint())
+    save_checkpoint(path, toy_checkpoint())
     if what == "missing":
         path.unlink()
     elif what == "directory":
@@ -572,7 +578,7 @@ def test_a_file_that_is_not_the_expected_checkpoint_is_refused_in_one_line(tmp_p
 
 def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
-    save_checkpoint(path, checkpoint(1))
+    save_checkpoint(path, toy_checkpoint(1))
 
     def full(content, file):
         file.write(b"half of it")
@@ -580,7 +586,7 @@ def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monk
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(InputError, match=r"a\.pt: cannot be written \(No space left on device\)"):
-        save_checkpoint(path, checkpoint(2))
+        save_checkpoint(path, toy_checkpoint(2))
     assert load_checkpoint(path, "stage1")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
@@ -588,7 +594,7 @@ def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monk
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fdopen", lambda handle, mode: os.close(handle) or open("/dev/full", mode))
-    big = checkpoint() | dict(networks=dict(w=torch.zeros(300_000)))
+    big = toy_checkpoint() | dict(networks=dict(w=torch.zeros(300_000)))
     with pytest.raises(InputError, match=r"a\.pt: cannot be written"):
         save_checkpoint(tmp_path / "a.pt", big)
     assert not list(tmp_path.iterdir())
@@ -596,24 +602,24 @@ def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monke
 
 def test_no_place_to_save_is_one_line(tmp_path):
     with pytest.raises(InputError, match="No such file or directory"):
-        save_checkpoint(tmp_path / "none" / "a.pt", checkpoint())
+        save_checkpoint(tmp_path / "none" / "a.pt", toy_checkpoint())
     (tmp_path / "b.pt").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
-        save_checkpoint(tmp_path / "b.pt", checkpoint())
+        save_checkpoint(tmp_path / "b.pt", toy_checkpoint())
 
 
 def test_drafts_of_killed_runs_go_when_they_are_old(tmp_path):
     old, young = tmp_path / ".a.pt-x", tmp_path / ".a.pt-y"
     for draft in (old, young):
         draft.write_bytes(b"draft")
-    os.utime(old, (time.time() - 2 * data.STALE,) * 2)
-    save_checkpoint(tmp_path / "a.pt", checkpoint())
+    os.utime(old, (time.time() - 2 * checkpoint.STALE,) * 2)
+    save_checkpoint(tmp_path / "a.pt", toy_checkpoint())
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.pt-y", "a.pt"]
 
 
 SAVER = """
 import sys, torch
-from data import save_checkpoint
+from checkpoint import save_checkpoint
 for step in range(10**6):
     networks = dict(w=torch.full((50_000,), float(step)))
     save_checkpoint(sys.argv[1], dict(kind="stage1", format=1, step=step, networks=networks))
@@ -626,7 +632,7 @@ def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
     """SIGKILL, twenty times; the killed are forks of a process with torch imported: they start at once."""
     fork_server = """
 import os, sys, time, signal, random
-from data import load_checkpoint
+from checkpoint import load_checkpoint
 code = compile(open(sys.argv[2]).read(), "saver", "exec")
 random.seed(0)
 for kill in range(20):
@@ -697,13 +703,13 @@ def reason(line):
 
 
 def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SEGMENT", 25)
-    data.prepare(videos, tmp_path / "out", 32)
+    monkeypatch.setattr(faces, "SEGMENT", 25)
+    prepare.prepare(videos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
     assert len(lines) == 8
     assert pack.identities == ["anna", "bob"] and pack.n_frames.tolist() == [20, 20, 20]  # 40 is shared out evenly
     assert pack.source(1).endswith("-long name.mp4#20") and pack.template == "face"
-    whole = audio.load_audio(videos / "anna/-long name.mp4")
+    whole = media.load_audio(videos / "anna/-long name.mp4")
     assert np.abs(pack.sound(1)[:9600] - whole[12800 : 12800 + 9600]).max() < 1e-4  # frame 20 is second .8
     shades = [brightness(pack.frame(c, k)) for c, k in ((0, 0), (0, 19), (1, 0), (1, 19))]
     assert np.allclose(np.diff(shades), (19 * 5, 5, 19 * 5), atol=6)
@@ -712,14 +718,14 @@ def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, 
     assert "no face (a face in 0 of" in said["black.mp4"] and "no face for long enough" in said["brief.mp4"]
     assert "has no sound" in said["mute.mp4"] and "is empty" in said["empty.mp4"]
     assert "not a video" in said["notes.txt"] and said["cut.mp4"]
-    assert data.contact_sheet(pack, columns=2).size == (64, 64)
+    assert prepare.contact_sheet(pack, columns=2).size == (64, 64)
 
 
 def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypatch):
     fork = multiprocessing.get_context("fork")  # inherits the stand-in for the detector
     monkeypatch.setattr(data.multiprocessing, "get_context", lambda method: fork)
-    data.prepare(videos, tmp_path / "one", 32, person="anna")
-    data.prepare(videos, tmp_path / "three", 32, workers=3, person="anna")
+    prepare.prepare(videos, tmp_path / "one", 32, person="anna")
+    prepare.prepare(videos, tmp_path / "three", 32, workers=3, person="anna")
     assert Pack(tmp_path / "three").identities == ["anna"]
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -728,7 +734,7 @@ def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypa
 def test_a_file_that_meets_a_bug_is_a_line_and_the_others_go_on(videos, tmp_path, monkeypatch):
     real = data.probe
     monkeypatch.setattr(data, "probe", lambda path: 1 // 0 if path.suffix == ".mkv" else real(path))
-    data.prepare(videos, tmp_path / "out", 32)
+    prepare.prepare(videos, tmp_path / "out", 32)
     assert Pack(tmp_path / "out").identities == ["anna"]
     assert manifest(tmp_path / "out")["bob.mkv"]["reason"].startswith("ZeroDivisionError")
 
@@ -736,13 +742,13 @@ def test_a_file_that_meets_a_bug_is_a_line_and_the_others_go_on(videos, tmp_path
 def test_the_voice_alone_goes_into_the_pack_where_that_is_asked_for(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "isolate_voice", lambda wav: 0.25 * wav)
     for isolate in (False, True):
-        data.prepare(videos, tmp_path / str(isolate), 32, isolate=isolate)
+        prepare.prepare(videos, tmp_path / str(isolate), 32, isolate=isolate)
     whole, voice = (Pack(tmp_path / name).sound(0) for name in ("False", "True"))
     assert np.abs(whole).max() > 0.01 and np.abs(voice - 0.25 * whole).max() < 2 / 32768
 
 
 def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(videos, tmp_path):
-    data.prepare(videos, tmp_path / "out", 32)
+    prepare.prepare(videos, tmp_path / "out", 32)
     box = Pack(tmp_path / "out").box[0]
     assert np.allclose(box, data.face_box([(64 * 0.3, 64 * 0.2, 64 * 0.7, 64 * 0.8, 0.9)], "face"), atol=0.02)
 
@@ -785,16 +791,16 @@ def test_mfcc_of_a_window_are_those_of_the_whole_clip(tmp_path):
 def test_a_pack_is_cropped_by_the_template_that_it_records(videos, tmp_path):
     for template in ("face", "ffhq"):
         out = tmp_path / f"{videos.name}-{template}"
-        data.prepare(videos, out, 32, template=template)
+        prepare.prepare(videos, out, 32, template=template)
         assert Pack(out).template == template
     small, large = (Pack(tmp_path / f"{videos.name}-{template}").box[0] for template in ("face", "ffhq"))
     assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # as the distance of the eyes
     with pytest.raises(InputError, match="holds a pack|other options"):
-        data.prepare(videos, tmp_path / f"{videos.name}-ffhq", 32, template="face")
+        prepare.prepare(videos, tmp_path / f"{videos.name}-ffhq", 32, template="face")
 
 
 def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
-    data.prepare(photos, tmp_path / "out", 32)
+    prepare.prepare(photos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
     assert pack.n_frames.tolist() == [1, 1] and pack.identities == ["anna"] and pack.sound(0).shape == (0,)
     assert pack.box[0].tolist() == [0, 0, 40, 40]  # square and nearly our crop: whole
@@ -814,14 +820,14 @@ def test_an_archive_of_jpegs_is_a_folder_of_photos(photos, tmp_path):
     offset = np.cumsum([0, *map(len, files)])
     jpeg = np.frombuffer(b"".join(files), np.uint8)
     np.savez(tmp_path / "a.npz", jpeg=jpeg, offset=offset, name=np.array(["x/ö.jpg", "y.jpg", "z.jpg"]))
-    data.prepare(tmp_path / "a.npz", tmp_path / "out", 40)
+    prepare.prepare(tmp_path / "a.npz", tmp_path / "out", 40)
     pack = Pack(tmp_path / "out")
     assert pack.identities == ["ö", "y"] and pack.source(1).endswith("a.npz#y.jpg")
     assert np.abs(pack.frame(0, 0).astype(int) - np.array(Image.open(photos / "anna/1.png"))).mean() < 2
     assert "no face" in manifest(tmp_path / "out")["a.npz#z.jpg"]["reason"]
     np.savez(tmp_path / "b.npz", jpeg=jpeg, offset=offset)
     with pytest.raises(InputError, match="b.npz: expected an .npz with jpeg, offset and name"):
-        data.prepare(tmp_path / "b.npz", tmp_path / "out2", 40)
+        prepare.prepare(tmp_path / "b.npz", tmp_path / "out2", 40)
 
 
 def test_windows_are_drawn_from_videos_in_a_pack_that_holds_photos_too(tmp_path):
@@ -845,14 +851,14 @@ def mortal(*args, **options):
     if not lives[0]:
         os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack, the manifest does not say so yet
 data.PackWriter.add_encoded = mortal
-data.SEGMENT = 12
-data.prepare(data.Path(sys.argv[2]), data.Path(sys.argv[3]), 32)
+faces.SEGMENT = 12
+prepare.prepare(data.Path(sys.argv[2]), data.Path(sys.argv[3]), 32)
 """
 
 
 def test_a_preparation_killed_again_and_again_ends_as_if_it_had_not_been(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SEGMENT", 12)
-    data.prepare(videos, tmp_path / "whole", 32)
+    monkeypatch.setattr(faces, "SEGMENT", 12)
+    prepare.prepare(videos, tmp_path / "whole", 32)
     assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
     out = tmp_path / "out"
     for lives in (2, 5):  # within the first file; behind it, within the second
@@ -861,7 +867,7 @@ def test_a_preparation_killed_again_and_again_ends_as_if_it_had_not_been(videos,
         assert done.returncode == -9, done.stderr
         with open(out / "manifest.jsonl", "a") as log:
             log.write('{"path": "torn li')
-    data.prepare(videos, out, 32)
+    prepare.prepare(videos, out, 32)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     for path in (tmp_path / "whole").iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
@@ -873,10 +879,10 @@ import data
 def slow(job):
     os.write(1, b"working\n")  # in one piece: two processes share the pipe
     time.sleep(600)
-data.work = slow
+prepare.work = slow
 if __name__ == "__main__":
     data.multiprocessing.get_context = lambda method, get=data.multiprocessing.get_context: get("fork")
-    list(data.in_order([1, 2], 2))
+    list(prepare.in_order([1, 2], 2))
 """
 
 
@@ -921,9 +927,9 @@ def numbered(count, shade=lambda k: 100):
 
 
 def cut_up(monkeypatch, frames, boxes):
-    """The clips (begin, end, left edge of the box) that data.pieces makes, and the reasons of the rest."""
+    """The clips (begin, end, left edge of the box) that faces.pieces makes, and the reasons of the rest."""
     monkeypatch.setattr(data, "find_faces", lambda views: scripted(views, boxes))
-    found = data.pieces(frames)
+    found = faces.pieces(frames)
     assert [piece[0] for piece in found] == [0, *(piece[1] for piece in found[:-1])] and found[-1][1] == len(frames)
     left = TEMPLATES["face"].side / 2 * 20 - 10  # how much wider the crop is than a box 20 pixels wide
     clips = [(a, b, round(box[0] + left)) for a, b, box, _ in found if box]
@@ -932,10 +938,10 @@ def cut_up(monkeypatch, frames, boxes):
 
 def test_scene_changes_end_clips_and_flicker_does_not(monkeypatch):
     cut = numbered(60, lambda k: 40 if k < 33 else 200)
-    assert np.flatnonzero(np.diff(data.scenes(cut))).tolist() == [32]
-    assert data.scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
-    assert data.scenes(numbered(60, lambda k: 4 * k)).max() == 0
-    assert data.scenes(numbered(1)).tolist() == [0]
+    assert np.flatnonzero(np.diff(faces.scenes(cut))).tolist() == [32]
+    assert faces.scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
+    assert faces.scenes(numbered(60, lambda k: 4 * k)).max() == 0
+    assert faces.scenes(numbered(1)).tolist() == [0]
     clips, _ = cut_up(monkeypatch, cut, lambda k: [(10, 10, 30, 30)])
     assert clips == [(0, 33, 10), (33, 60, 10)]
 
@@ -959,7 +965,7 @@ def test_of_several_faces_the_largest_for_longest_is_taken(monkeypatch):
 def test_faces_that_pass_each_other_keep_their_tracks():
     pairs = [[(2 * i, 5, 2 * i + 20, 25, 0.9), (60 - 2 * i, 40, 80 - 2 * i, 60, 0.9)] for i in range(12)]
     looks = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
-    tracks = data.face_tracks(looks, np.zeros(12))
+    tracks = faces.face_tracks(looks, np.zeros(12))
     assert [len(track) for track in tracks] == [12, 12]
     assert all(np.ptp([face[1] for face in track.values()]) == 0 for track in tracks)
 
@@ -974,7 +980,7 @@ def test_a_face_that_walks_is_cut_into_steady_clips_and_one_that_runs_is_none(mo
 
     monkeypatch.setattr(data, "find_faces", lambda views: scripted(views, boxes))
     with pytest.raises(InputError, match="moves too far|less than half"):
-        data.segment_box(numbered(40))
+        faces.segment_box(numbered(40))
 
 
 class Listener:
@@ -987,18 +993,18 @@ class Listener:
 def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(videos, tmp_path, monkeypatch, late, fit):
     import syncnet
 
-    monkeypatch.setattr(data, "sync_expert", lambda path: Listener())
+    monkeypatch.setattr(prepare, "sync_expert", lambda path: Listener())
     monkeypatch.setattr(syncnet, "embed", lambda expert, crops, mel, device: (len(crops), mel))
     monkeypatch.setattr(syncnet, "by_shift", lambda expert, face, sound: None)
     monkeypatch.setattr(syncnet, "best_offset", lambda table: (late, 3.0, fit))
     (videos / "notes.txt").unlink()
     if fit < 0:
         with pytest.raises(InputError, match="no clip in 7 files"):
-            data.prepare(videos, tmp_path / "out", 32, sync=Path("sync.pt"))
+            prepare.prepare(videos, tmp_path / "out", 32, sync=Path("sync.pt"))
         assert reason(manifest(tmp_path / "out")["bob.mkv"]) == "mouth and sound do not fit"
         return
-    data.prepare(videos, tmp_path / "out", 32, sync=Path("sync.pt"))
-    pack, whole = Pack(tmp_path / "out"), audio.load_audio(videos / "bob.mkv")
+    prepare.prepare(videos, tmp_path / "out", 32, sync=Path("sync.pt"))
+    pack, whole = Pack(tmp_path / "out"), media.load_audio(videos / "bob.mkv")
     moved = pack.sound(1)
     assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late and len(moved) == 20 * 640
     begin = 640 * late * (abs(late) > 1)  # what was heard at frame k + late is heard at k; one frame is its error
@@ -1009,30 +1015,30 @@ def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(videos, tmp_
 def script(*args):
     env = os.environ | dict(TORCH_HOME="/nonexistent", OMP_NUM_THREADS="1")
     return subprocess.run(
-        [sys.executable, ROOT / "data.py", *map(str, args)], capture_output=True, text=True, env=env
+        [sys.executable, ROOT / "prepare.py", *map(str, args)], capture_output=True, text=True, env=env
     )
 
 
 def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path):
     done = script(tmp_path / "none", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"data.py: {tmp_path}/none: no such directory")
+    assert done.stderr.startswith(f"prepare.py: {tmp_path}/none: no such directory")
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "find_faces", bright_faces)
     (tmp_path / "videos").mkdir()
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path / "videos"), str(tmp_path / "file" / "out")])
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "videos"), str(tmp_path / "file" / "out")])
     with pytest.raises(InputError, match="file/out: cannot be written"):
-        data.main()
+        prepare.main()
 
 
 def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "find_faces", bright_faces)
     (tmp_path / "videos").mkdir()
     with pytest.raises(InputError, match="no clip in 0 files"):
-        data.prepare(tmp_path / "videos", tmp_path / "out", 32)
+        prepare.prepare(tmp_path / "videos", tmp_path / "out", 32)
     with pytest.raises(InputError, match="unfinished"):
         Pack(tmp_path / "out")
 
@@ -1041,7 +1047,7 @@ def test_without_a_detector_nothing_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "find_faces", lambda frames: None)
     (tmp_path / "videos").mkdir()
     with pytest.raises(InputError, match="TORCH_HOME"):
-        data.prepare(tmp_path / "videos", tmp_path / "out", 32)
+        prepare.prepare(tmp_path / "videos", tmp_path / "out", 32)
     assert not (tmp_path / "out").exists()
 
 
@@ -1053,7 +1059,7 @@ def test_real_clips_are_packed_with_the_real_detector(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(shared / "weights" / "torch_home"))
     (tmp_path / "videos").mkdir()
     shutil.copy(clips[0], tmp_path / "videos")
-    data.prepare(tmp_path / "videos", tmp_path / "out", 64)
+    prepare.prepare(tmp_path / "videos", tmp_path / "out", 64)
     pack = Pack(tmp_path / "out")
     assert len(pack) == 1 and 74 <= pack.n_frames[0] <= 75
     assert pack.frame(0, 40).std() > 20  # a face, not a wall

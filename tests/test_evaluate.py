@@ -13,41 +13,21 @@ import skimage.metrics
 import torch
 from scipy.spatial.transform import Rotation
 
+import checkpoint
+import control
 import evaluate
-import losses
+import faces
+import judges
 import toyfaces
-from audio import InputError, log_mel, mel_windows, mfcc, run
-from data import save_checkpoint
+from audio import log_mel, mel_windows, mfcc
+from checkpoint import save_checkpoint
+from control import (
+    READ, Probe, change_matrix, control_table, correlation, l1, markdown, probe_row, retrieval, talker)
 from evaluate import (
-    METRICS,
-    READ,
-    Moments,
-    Probe,
-    Watch,
-    align_face,
-    change_matrix,
-    control_table,
-    correlation,
-    cpbd,
-    eye_opening,
-    five_points,
-    frechet_distance,
-    head_pose,
-    l1,
-    landmark_distance,
-    lip_sync_error,
-    markdown,
-    measure,
-    mouth_distance,
-    probe_row,
-    psnr,
-    retrieval,
-    ssim,
-    ssim_and_ms_ssim,
-    talker,
-)
+    METRICS, Moments, Watch, align_face, cpbd, eye_opening, five_points, frechet_distance, head_pose,
+    landmark_distance, lip_sync_error, measure, mouth_distance, psnr, ssim, ssim_and_ms_ssim)
+from media import InputError, VideoWriter, read_video, run, to_tensor, to_uint8
 from toyfaces import FACTORS, TEST, person
-from vision import VideoWriter, read_video, to_tensor, to_uint8
 
 LIPS = [FACTORS.index("open"), FACTORS.index("wide")]
 CPU = torch.device("cpu")
@@ -283,7 +263,7 @@ def test_lip_sync_error_is_that_of_a_loop_with_zeros_beyond_the_ends():
 
 def test_published_lse_is_that_of_a_loop_over_windows_of_five_frames(monkeypatch):
     torch.manual_seed(2)
-    net = losses.freeze(losses.SyncNetV2())
+    net = checkpoint.freeze(judges.SyncNetV2())
     box = (30.0, 20.0, 60.0, 44.0)
     monkeypatch.setattr(evaluate, "detect_faces", lambda picture, margins: [(*box, 0.9)])
     frames = pictures(7, 8, 70, 90, 3)[0]
@@ -393,12 +373,12 @@ def test_readings_are_in_the_factors_own_units_and_do_not_depend_on_the_batch():
 
 def test_a_trained_probe_is_kept_and_knows_the_scale_of_each_factor(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.os, "cpu_count", lambda: 1)  # no processes for four clips
-    probe = evaluate.train_probe(16, tmp_path, CPU, people=4, steps=3, batch=6)
+    probe = control.train_probe(16, tmp_path, CPU, people=4, steps=3, batch=6)
     truth = np.load(tmp_path / "probe_toys16" / "truth.npy")
     torch.testing.assert_close(probe.mean, torch.from_numpy(truth.mean(0)))
     torch.testing.assert_close(probe.std, torch.from_numpy(truth.std(0, ddof=1)))
     monkeypatch.setattr(evaluate, "make_pack", None)  # the second time nothing is drawn or trained
-    again = evaluate.train_probe(16, tmp_path, CPU)
+    again = control.train_probe(16, tmp_path, CPU)
     assert not again.training
     x = torch.randn(2, 3, 16, 16)
     for a, b in zip(probe.readings(x), again.readings(x)):
@@ -409,16 +389,16 @@ def test_a_trained_probe_is_kept_and_knows_the_scale_of_each_factor(tmp_path, mo
 def test_a_kept_probe_that_is_damaged_is_trained_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(evaluate.os, "cpu_count", lambda: 1)
     few = dict(people=4, steps=2, batch=6)
-    evaluate.train_probe(16, tmp_path, CPU, **few)
+    control.train_probe(16, tmp_path, CPU, **few)
     kept = tmp_path / f"probe16_world{toyfaces.WORLD}.pt"
     networks = {"another network": dict(probe=torch.nn.Linear(2, 3).state_dict()), "nothing in it": {}}
     if damage in networks:
         save_checkpoint(kept, dict(kind="probe", format=1, networks=networks[damage]))
     else:
         kept.write_bytes(kept.read_bytes()[:999])
-    evaluate.train_probe(16, tmp_path, CPU, **few)
+    control.train_probe(16, tmp_path, CPU, **few)
     monkeypatch.setattr(evaluate, "make_pack", None)  # what was trained anew is kept, and whole
-    evaluate.train_probe(16, tmp_path, CPU)
+    control.train_probe(16, tmp_path, CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -588,7 +568,7 @@ def test_the_inversion_table_has_a_row_for_each_refinement(world):
 
     pack = OneClip(["clip"])
     judge = lambda x: (None, torch.nn.functional.normalize(x.flatten(1), dim=1))           # noqa: E731
-    rows = evaluate.inversion_table(network, judge, pack, CPU)
+    rows = control.inversion_table(network, judge, pack, CPU)
     assert [round(row["L1"], 3) for row in rows.values()] == [9, 6, 3]
     same = [row["identity"] for row in rows.values()]
     assert same == sorted(same) and same[-1] < 1
@@ -894,8 +874,8 @@ def test_fan_gets_the_detectors_box_on_one_thread_without_a_second_look_and_sees
             return (points, [np.full(68, sure[0])], None) if return_landmark_score else points
 
     monkeypatch.setattr(face_alignment, "FaceAlignment", Stub)
-    monkeypatch.setattr(losses, "fetch", lambda name: seen.update(fetched=name))
-    look = evaluate.by_fan(CPU, None)
+    monkeypatch.setattr(checkpoint, "fetch", lambda name: seen.update(fetched=name))
+    look = faces.by_fan(CPU, None)
     points = look(np.zeros((9, 8, 3), np.uint8), np.array([1, 2, 5, 6, 0.9]))
     assert points.shape == (68, 2) and seen["fetched"] == "fan" and seen["device"] == "cpu"
     assert not seen["flip_input"] and not seen["compile"] and list(seen["box"][0][:4]) == [1, 2, 5, 6]
@@ -927,7 +907,7 @@ def test_mediapipe_looks_at_the_face_that_is_followed_and_not_at_the_larger_one_
     for name, module in (("mediapipe", mediapipe), ("mediapipe.tasks", tasks), ("mediapipe.tasks.python", tasks)):
         monkeypatch.setitem(sys.modules, name, module)
     (tmp_path / "face.task").write_bytes(b"model")
-    look = evaluate.by_mediapipe(tmp_path / "face.task")
+    look = faces.by_mediapipe(tmp_path / "face.task")
     picture = np.zeros((120, 300, 3), np.uint8)
     picture[40:80, 30:70], picture[50:70, 240:260] = 255, 255
     np.testing.assert_allclose(look(picture, None), np.full((68, 2), (50, 60)), atol=0.5)

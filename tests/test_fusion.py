@@ -6,24 +6,14 @@ import math
 import pytest
 import torch
 
-from audio import InputError
-from data import save_checkpoint
+from checkpoint import pick_device, save_checkpoint
+from faces import TEMPLATES
 from fusion import (
-    FCTFG,
-    CanonicalEncoder,
-    Config,
-    IdentityMaps,
-    TemporalFusion,
-    Whiten,
-    changed_layers,
-    idle_pose,
-    load_model,
-    mean_w,
-    pick_device,
-    published,
-)
+    FCTFG, CanonicalEncoder, Config, IdentityMaps, TemporalFusion, Whiten, changed_layers, idle_pose,
+    load_model, mean_w, published)
+from media import InputError
 from stylegan2 import Discriminator, Generator, save_rosinality
-from vision import TEMPLATES, GradualStyleEncoder, HyperStyleNet
+from vision import GradualStyleEncoder, HyperStyleNet
 
 SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5,
              refine=1)

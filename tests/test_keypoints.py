@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
+import faces
+import initialise
 import keypoints as kp
 import syncnet
 import toyfaces
-from audio import InputError, load_audio, mfcc, n_frames
-from data import Pack, PackWriter, load_checkpoint, save_checkpoint
-from keypoints import Humans, Mouth, Talks, Wav2KP, bridge, hear, normalise, predict, smooth
+from audio import mfcc, n_frames
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Pack, PackWriter
+from faces import Template, bridge, smooth
+from keypoints import Humans, Mouth, Talks, Wav2KP, hear, normalise, predict
+from media import InputError, load_audio, read_video, write_wav
 from syncnet import SyncNet
-from vision import Template, read_video, write_wav
 
 SHARED = Path(__file__).parents[2] / "shared"
 REST = dict(toyfaces.REST)
@@ -33,13 +36,13 @@ def toy_faces(people=6, first=500):
 
 
 @pytest.fixture(scope="module")
-def faces():
+def drawn_faces():
     return toy_faces()
 
 
 @pytest.fixture(scope="module")
-def mouth(faces):
-    return Mouth.fit(faces, 5, 20)
+def mouth(drawn_faces):
+    return Mouth.fit(drawn_faces, 5, 20)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def test_the_landmarks_run_from_left_to_right_and_lips_clockwise():
 
 
 def test_the_mesh_of_mediapipe_names_68_different_vertices():
-    mesh = evaluate.FROM_478
+    mesh = faces.FROM_478
     assert len(mesh) == len(set(mesh)) == 68 and max(mesh) < 468
     assert sorted(p for which, _ in kp.PARTS.values() for p in which) == list(range(68))
 
@@ -157,14 +160,14 @@ def test_smoothing_keeps_a_parabola_and_takes_jitter():
 def test_extract_writes_the_truth_of_a_toy_pack_and_goes_on_where_it_was_killed(pack):
     folder, opened = pack / "landmarks", Pack(pack)
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
-    found = kp.Landmarks(folder, opened)
+    found = faces.Landmarks(folder, opened)
     assert len(found.kept) == 20 and found.detector == "truth" and len(lines) == 21
     truth = np.load(pack / "truth.npy")[opened.frame_start[3]]
     expected = toyfaces.landmarks(toyfaces.person(703), dict(zip(toyfaces.FACTORS, truth.tolist())), 16)
     np.testing.assert_array_equal(found.points[opened.frame_start[3]], expected)
     (folder / "clips.jsonl").write_bytes(b"".join(lines[:8]) + lines[8][:11])  # killed in the middle of a line
     (folder / "points.bin").write_bytes(whole[: int(opened.frame_start[8]) * 544 + 99])
-    assert list(kp.Landmarks(folder, opened).kept) == list(range(7)), "what was finished can be used"
+    assert list(faces.Landmarks(folder, opened).kept) == list(range(7)), "what was finished can be used"
     kp.main(["extract", str(pack)])
     assert (folder / "points.bin").read_bytes() == whole
     assert (folder / "clips.jsonl").read_bytes() == b"".join(lines)
@@ -181,12 +184,12 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(pack, tmp_path, monkey
         yield lambda frame: None if frame.tobytes() in blind or frame.tobytes() in clip5 else face
 
     clip5 = {opened.frame(5, k).tobytes() for k in range(opened.n_frames[5])}
-    monkeypatch.setattr(kp, "fan_eye", eye)
+    monkeypatch.setattr(faces, "fan_eye", eye)
     try:
         kp.main(["extract", str(pack), "--landmarks", str(tmp_path / "lm")])
     finally:
         (pack / "away.npy").rename(pack / "truth.npy")
-    found = kp.Landmarks(tmp_path / "lm", opened)
+    found = faces.Landmarks(tmp_path / "lm", opened)
     lines = [json.loads(line) for line in open(tmp_path / "lm" / "clips.jsonl")][1:]
     assert list(found.kept) == [c for c in range(20) if c != 5] and lines[5]["reason"] == "a face in 0 of 25 frames"
     assert lines[2]["bridged"] == 2 and found.detector == "fan"
@@ -197,11 +200,11 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(pack, tmp_path, monkey
 
 def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
     with pytest.raises(InputError, match="no landmarks"):
-        kp.Landmarks(tmp_path, Pack(pack))
+        faces.Landmarks(tmp_path, Pack(pack))
     (tmp_path / "clips.jsonl").write_text(json.dumps(dict(format=1, detector="fan", clips=3, frames=9, size=16)) + "\n")
     (tmp_path / "points.bin").write_bytes(b"")
     with pytest.raises(InputError, match="of another pack"):
-        kp.Landmarks(tmp_path, Pack(pack))
+        faces.Landmarks(tmp_path, Pack(pack))
 
 
 def test_fan_gets_the_box_that_the_template_implies_and_unsure_readings_are_none(monkeypatch, tmp_path):
@@ -219,12 +222,12 @@ def test_fan_gets_the_box_that_the_template_implies_and_unsure_readings_are_none
 
     monkeypatch.setattr(face_alignment, "FaceAlignment", Fan)
     monkeypatch.setattr(kp, "checkpoints_dir", lambda: tmp_path)
-    with pytest.raises(InputError, match="2DFAN4.*missing; put https"), kp.fan_eye("face"):
+    with pytest.raises(InputError, match="2DFAN4.*missing; put https"), faces.fan_eye("face"):
         pass
-    (tmp_path / kp.FAN_FILE).write_bytes(b"weights")
+    (tmp_path / faces.FAN_FILE).write_bytes(b"weights")
     loose = Template(mouth=(), eyes=(), lips=(), side=1.25, shift=(0.02, -0.1))
     monkeypatch.setitem(kp.TEMPLATES, "face", loose)
-    with kp.fan_eye("face") as look:
+    with faces.fan_eye("face") as look:
         assert look(np.zeros((100, 100, 3), np.uint8)).shape == (68, 2)
         np.testing.assert_allclose(asked[1], (8.4, 18, 88.4, 98))  # 80 wide; the crop is shifted off its centre
         sure[0] = 0.1
@@ -246,29 +249,29 @@ def test_dlib_looks_from_five_boxes_that_follow_from_the_crop(tmp_path, monkeypa
 
     monkeypatch.setitem(sys.modules, "dlib", types.SimpleNamespace(rectangle=rectangle, shape_predictor=predictor))
     args = argparse.Namespace(dlib=str(tmp_path / "model.dat"))
-    with kp.detector_of("dlib", "face", args) as look:
+    with faces.detector_of("dlib", "face", args) as look:
         points = look(np.zeros((128, 128, 3), np.uint8))
-    middle, side = kp.STARTS["face"]
+    middle, side = faces.STARTS["face"]
     np.testing.assert_allclose(points, [np.multiply(128, middle)] * 68, atol=1)
     assert len(asked) == 5 and all(abs((x1 - x0) * (1 + 2 * kp.MARGIN) / kp.SIDE - side) < 0.02 for x0, _, x1, _ in asked)
-    with pytest.raises(InputError, match="not at crops of the template toy"), kp.detector_of("dlib", "toy", args):
+    with pytest.raises(InputError, match="not at crops of the template toy"), faces.detector_of("dlib", "toy", args):
         pass
     monkeypatch.setitem(sys.modules, "dlib", None)
-    with pytest.raises(InputError, match="pip install dlib-bin"), kp.detector_of("dlib", "face", args):
+    with pytest.raises(InputError, match="pip install dlib-bin"), faces.detector_of("dlib", "face", args):
         pass
 
 
 def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or_side():
     shut, wide = (toyfaces.landmarks(toyfaces.person(2), dict(open=v), 100)[None] for v in (0.0, 1.0))
-    a, b = kp.mouth_shape(shut)[0], kp.mouth_shape(wide)[0]
+    a, b = initialise.mouth_shape(shut)[0], initialise.mouth_shape(wide)[0]
     assert b[0] == pytest.approx(np.mean([wide[0, k, 1] - wide[0, j, 1] for j, k in ((61, 67), (62, 66), (63, 65))]))
     assert a.shape == (42,) and b[0] > a[0] + 3
-    np.testing.assert_allclose(kp.mouth_shape(wide + (5, -7))[0], b, atol=1e-4)
-    mirror = wide[:, [*range(48), *(48 + np.array(kp.MIRRORED)), ]] * (-1, 1)
-    np.testing.assert_allclose(kp.mouth_shape(mirror)[0], b, atol=1e-4)
+    np.testing.assert_allclose(initialise.mouth_shape(wide + (5, -7))[0], b, atol=1e-4)
+    mirror = wide[:, [*range(48), *(48 + np.array(initialise.MIRRORED)), ]] * (-1, 1)
+    np.testing.assert_allclose(initialise.mouth_shape(mirror)[0], b, atol=1e-4)
     crooked = wide.copy()
     crooked[0, 48] += (-4, 2)                                                   # one corner: half of it is seen
-    assert np.abs(kp.mouth_shape(crooked)[0] - b)[2:].max() < 2.1
+    assert np.abs(initialise.mouth_shape(crooked)[0] - b)[2:].max() < 2.1
 
 
 def test_mediapipe_finds_the_lips_of_a_real_face():
@@ -277,7 +280,7 @@ def test_mediapipe_finds_the_lips_of_a_real_face():
     if not model.is_file() or not clips.is_dir():
         pytest.skip("../shared has no model or no clips here")
     frame = next(iter(read_video(sorted(clips.iterdir())[0])))
-    with kp.mediapipe_eye(str(model)) as look:
+    with faces.mediapipe_eye(str(model)) as look:
         assert look(np.zeros((128, 128, 3), np.uint8)) is None
         p = look(frame)
     assert (np.diff(p[1:16, 0]) > 0).all() and p[0, 0] < p[3, 0] and p[13, 0] < p[16, 0]
@@ -295,7 +298,7 @@ def test_mediapipes_points_lie_near_dlibs_where_the_two_annotations_are_hard_to_
     network = Path(models.origin).parent / "models" / "shape_predictor_68_face_landmarks.dat"
     predict_68, off = dlib.shape_predictor(str(network)), []
     detect = dlib.get_frontal_face_detector()
-    with kp.mediapipe_eye(str(model)) as look:
+    with faces.mediapipe_eye(str(model)) as look:
         for path in sorted(clips.iterdir()):
             frame = next(iter(read_video(path)))
             theirs = np.array([(p.x, p.y) for p in predict_68(frame, detect(frame)[0]).parts()])
@@ -308,39 +311,39 @@ def test_mediapipes_points_lie_near_dlibs_where_the_two_annotations_are_hard_to_
 # the shape of a mouth
 
 
-def test_place_size_and_tilt_of_a_head_make_no_difference(faces):
+def test_place_size_and_tilt_of_a_head_make_no_difference(drawn_faces):
     a, (c, s) = 0.3, (math.cos(0.3), math.sin(0.3))
     assert a
-    moved = faces[:25] @ (70 * np.array(((c, s), (-s, c)))) + (31, -8)
-    np.testing.assert_allclose(normalise(moved), normalise(faces[:25]), atol=2e-5)
-    left, right = normalise(faces[:25])[:, 36], normalise(faces[:25])[:, 45]
+    moved = drawn_faces[:25] @ (70 * np.array(((c, s), (-s, c)))) + (31, -8)
+    np.testing.assert_allclose(normalise(moved), normalise(drawn_faces[:25]), atol=2e-5)
+    left, right = normalise(drawn_faces[:25])[:, 36], normalise(drawn_faces[:25])[:, 45]
     np.testing.assert_allclose(left[:, 1], 0, atol=1e-6)
     np.testing.assert_allclose(left, -right, atol=1e-6)
     assert np.median(right[:, 0] - left[:, 0]) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("points", [20, 18])
-def test_the_codes_are_those_of_a_singular_value_decomposition(faces, points):
-    m = Mouth.fit(faces, 5, points)
-    x = faces[:, list(m.points)].astype(np.float64)
+def test_the_codes_are_those_of_a_singular_value_decomposition(drawn_faces, points):
+    m = Mouth.fit(drawn_faces, 5, points)
+    x = drawn_faces[:, list(m.points)].astype(np.float64)
     x = (x - x.mean(1, keepdims=True)).reshape(len(x), -1)
     _, sizes, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
     np.testing.assert_allclose(np.abs((m.basis * basis[:5]).sum(1)), 1, atol=1e-4)  # the same but for the sign
-    missed = kp.mse(m.decode(m.encode(faces)), m.shapes(faces))
+    missed = kp.mse(m.decode(m.encode(drawn_faces)), m.shapes(drawn_faces))
     assert missed == pytest.approx(1e4 * (sizes[5:] ** 2).sum() / x.size, rel=1e-3)
     np.testing.assert_allclose(m.scale, sizes[:5] / math.sqrt(len(x)), rtol=1e-3)
 
 
-def test_all_codes_together_say_everything(faces):
-    m = Mouth.fit(faces, 36, 18)
-    np.testing.assert_allclose(m.decode(m.encode(faces)), m.shapes(faces), atol=1e-5)
+def test_all_codes_together_say_everything(drawn_faces):
+    m = Mouth.fit(drawn_faces, 36, 18)
+    np.testing.assert_allclose(m.decode(m.encode(drawn_faces)), m.shapes(drawn_faces), atol=1e-5)
 
 
-def test_opening_is_the_distance_of_the_inner_lips_for_18_and_20_points(faces):
-    true = np.hypot(*(faces[:, 66] - faces[:, 62]).T)
+def test_opening_is_the_distance_of_the_inner_lips_for_18_and_20_points(drawn_faces):
+    true = np.hypot(*(drawn_faces[:, 66] - drawn_faces[:, 62]).T)
     for points in (18, 20):
-        m = Mouth.fit(faces, 8, points)
-        np.testing.assert_allclose(m.opening(m.shapes(faces)), true, atol=1e-6)
+        m = Mouth.fit(drawn_faces, 8, points)
+        np.testing.assert_allclose(m.opening(m.shapes(drawn_faces)), true, atol=1e-6)
     assert m.opening(m.decode(m.rest[None]))[0] <= np.quantile(true, 0.1) + 1e-3
 
 
@@ -400,7 +403,7 @@ def test_keypoints_are_brought_to_the_audio_rate_linearly():
 @pytest.mark.parametrize("kind, steps", [("transformer", 1), ("lstm", 4)])
 def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(pack, mouth, kind, steps, monkeypatch):
     opened = Pack(pack)
-    talk = kp.PackTalk(opened, kp.Landmarks(pack / "landmarks", opened))
+    talk = kp.PackTalk(opened, faces.Landmarks(pack / "landmarks", opened))
     monkeypatch.setattr(Talks, "SILENT", 0.0)
     data = Talks(talk, np.arange(4, 9), mouth, kind, 7, seed=1)
     item, again = data[5], Talks(talk, np.arange(4, 9), mouth, kind, 7, seed=1)[5]
@@ -421,7 +424,7 @@ def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(pack
 
 def test_silent_items_show_a_mouth_at_rest(pack, mouth, monkeypatch):
     opened = Pack(pack)
-    talk = kp.PackTalk(opened, kp.Landmarks(pack / "landmarks", opened))
+    talk = kp.PackTalk(opened, faces.Landmarks(pack / "landmarks", opened))
     monkeypatch.setattr(Talks, "SILENT", 1.0)
     for kind, rows in (("transformer", 3), ("lstm", 12)):
         item = Talks(talk, np.arange(5), mouth, kind, 3, seed=1)[0]
@@ -513,8 +516,8 @@ def test_the_average_of_weights_is_their_mean():
 # judging
 
 
-def test_a_late_mouth_is_found_late_and_by_how_much(mouth, faces):
-    true = mouth.shapes(np.concatenate([faces[25 * i : 25 * i + 25] for i in (0, 2, 5)]))
+def test_a_late_mouth_is_found_late_and_by_how_much(mouth, drawn_faces):
+    true = mouth.shapes(np.concatenate([drawn_faces[25 * i : 25 * i + 25] for i in (0, 2, 5)]))
     late = np.concatenate((true[:3], true[:-3]))
     assert kp.score(mouth, [(late, true)])["delay"] == 3
     assert kp.score(mouth, [(true[3:], true[:-3])])["delay"] == -3
@@ -523,8 +526,8 @@ def test_a_late_mouth_is_found_late_and_by_how_much(mouth, faces):
     assert same["r"] == pytest.approx(1) and same["spread"] == pytest.approx(1)
 
 
-def test_the_moving_part_of_the_error_does_not_count_whose_mouth_it_is(mouth, faces):
-    true = mouth.shapes(faces[:25])
+def test_the_moving_part_of_the_error_does_not_count_whose_mouth_it_is(mouth, drawn_faces):
+    true = mouth.shapes(drawn_faces[:25])
     whose = np.linspace(0, 0.1, 40)
     found = kp.score(mouth, [(true + whose, true)])
     assert found["moving"] == pytest.approx(0, abs=1e-6) and found["mse"] == pytest.approx(1e4 * np.mean(whose**2))
@@ -666,7 +669,7 @@ def test_it_learns_and_the_table_says_how_well(pack, checkpoint, capsys):
     scores = [line["mse"] for line in lines if "mse" in line]
     model, mouth = kp.load_keypoints(checkpoint, "cpu")
     opened = Pack(pack)
-    talk = kp.PackTalk(opened, kp.Landmarks(pack / "landmarks", opened))
+    talk = kp.PackTalk(opened, faces.Landmarks(pack / "landmarks", opened))
     assert min(scores) < 0.8 * kp.mean_mouth_mse(mouth, talk, [9])
     capsys.readouterr()
     kp.main(["evaluate", str(checkpoint), "--data", str(pack)])
@@ -727,7 +730,7 @@ def noisy(folder, seeds, size=16, T=10):
             writer.add(np.zeros((T, size, size, 3), np.uint8), wave(T, seed), f"p{seed}", f"{seed}")
             lines.append(json.dumps(dict(source=str(seed))))
     (folder / "landmarks").mkdir()
-    head = json.dumps(kp.header_of(Pack(folder), "truth"))
+    head = json.dumps(faces.header_of(Pack(folder), "truth"))
     (folder / "landmarks" / "clips.jsonl").write_text("\n".join([head, *lines, ""]))
     shake = np.random.default_rng(0).normal(0, 0.02 * size, (len(lines) * T, 68, 2))
     (face + shake).astype("<f4").tofile(folder / "landmarks" / "points.bin")
@@ -838,7 +841,7 @@ def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeyp
             yield lambda frame: points
 
         monkeypatch.setattr(kp, name, eye)
-    monkeypatch.setattr(kp, "in_crop", lambda look, frame: look(frame))
+    monkeypatch.setattr(faces, "in_crop", lambda look, frame: look(frame))
     kp.main(["compare", str(pack), "--frames", "4", "--mediapipe", "x.task"])
     out = capsys.readouterr().out
     apart = 100 * math.sqrt(2) / np.hypot(*(face[45] - face[36]))

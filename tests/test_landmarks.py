@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import landmarks
-from audio import InputError
+from faces import crop_face
 from landmarks import MIDDLE, MIRROR, fit_crop, sample_crops, to_real
-from vision import crop_face, load_photo
+from media import InputError, load_photo
 
 PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
 BOX = 134, 130, 382, 377  # where the face is in it

@@ -20,11 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
+import evaluate
+import faces
+import judges
 import losses
 import vision
-from audio import InputError
+from checkpoint import items
 from fusion import FCTFG, Config, load_model, published
-from stylegan2 import Discriminator, Generator, items, load_rosinality
+from media import InputError
+from stylegan2 import Discriminator, Generator, load_rosinality
 from syncnet import SyncNet, load_sync
 
 FORMATS = Path(__file__).parent.parent.parent / "shared" / "formats"  # key lists of the published files, where present
@@ -138,10 +143,10 @@ def test_identity_loss_is_0_1_or_2_for_the_same_another_or_the_opposite_directio
 
 def test_same_person_loss_has_the_value_worked_out_by_hand():
     a = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
-    loss = losses.same_person_loss(a, a, torch.tensor([4, 4, 9]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
+    loss = judges.same_person_loss(a, a, torch.tensor([4, 4, 9]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
     # same: 5 pairs of cosine 1, logit 2 - 1 = 1; other: 4 pairs of cosine 0, logit -1
     assert loss.item() == pytest.approx(2 * math.log(1 + math.exp(-1)), rel=1e-6)
-    worse = losses.same_person_loss(a, a, torch.tensor([4, 9, 4]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
+    worse = judges.same_person_loss(a, a, torch.tensor([4, 9, 4]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
     assert worse > loss
 
 
@@ -196,7 +201,7 @@ def test_the_controller_moves_p_by_n_of_500k_towards_the_target_and_stays_in_0_1
 
 
 def test_a_frozen_judge_stays_in_eval_and_without_gradients_when_its_owner_trains():
-    judge = losses.freeze(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    judge = checkpoint.freeze(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     owner = nn.ModuleDict(dict(judge=judge, free=nn.BatchNorm1d(4)))
     owner.train()
     assert owner["free"].training and not any(m.training for m in owner["judge"].modules())
@@ -205,7 +210,7 @@ def test_a_frozen_judge_stays_in_eval_and_without_gradients_when_its_owner_train
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (20, 33)])
 def test_the_small_judge_gives_unit_length_at_any_size(size):
-    e = losses.SmallFaceJudge()(torch.rand(3, 3, *size))
+    e = judges.SmallFaceJudge()(torch.rand(3, 3, *size))
     assert e.shape == (3, 64) and torch.allclose(e.norm(dim=1), torch.ones(3), atol=1e-5)
 
 
@@ -297,11 +302,11 @@ def expected_wav2lip():
 
 
 JUDGES = {  # class, expected keys, the list of the published file, tensors in it
-    "vgg19": (losses.VGG19Features, expected_vgg19, "vgg19_features.txt", 32),
-    "lpips": (losses.LPIPS, expected_lpips, "lpips_vgg.txt", 38),
-    "arcface": (losses.ArcFace, expected_arcface, "arcface_ir_se50.txt", 397),
-    "syncnet": (losses.SyncNetV2, expected_syncnet, "syncnet_v2.txt", 102),
-    "wav2lip": (losses.Wav2LipExpert, expected_wav2lip, "wav2lip_sync_expert.txt", 217),
+    "vgg19": (judges.VGG19Features, expected_vgg19, "vgg19_features.txt", 32),
+    "lpips": (judges.LPIPS, expected_lpips, "lpips_vgg.txt", 38),
+    "arcface": (judges.ArcFace, expected_arcface, "arcface_ir_se50.txt", 397),
+    "syncnet": (judges.SyncNetV2, expected_syncnet, "syncnet_v2.txt", 102),
+    "wav2lip": (judges.Wav2LipExpert, expected_wav2lip, "wav2lip_sync_expert.txt", 217),
 }
 
 
@@ -311,7 +316,7 @@ def judges():
     torch.manual_seed(0)
     made = {}
     for name, (kind, *_) in JUDGES.items():
-        made[name] = judge = losses.freeze(kind())
+        made[name] = judge = checkpoint.freeze(kind())
         for module in judge.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.weight.data.uniform_(0.5, 1.5)
@@ -405,9 +410,9 @@ def test_lpips_is_the_weighted_distance_of_normalised_features(judges):
 
 
 def test_lpips_has_a_finite_gradient_where_all_channels_are_silent(judges):
-    dead = losses.LPIPS()
+    dead = judges.LPIPS()
     dead.load_state_dict(judges["lpips"].state_dict())
-    losses.freeze(dead).net.slice5[-2].bias.fill_(-100)  # the last ReLU gives 0 everywhere
+    checkpoint.freeze(dead).net.slice5[-2].bias.fill_(-100)  # the last ReLU gives 0 everywhere
     x = (torch.rand(1, 3, 16, 32) * 2 - 1).requires_grad_()
     assert dead.maps(x)[4].abs().max() == 0
     dead(x, -x.detach()).sum().backward()
@@ -440,12 +445,12 @@ FFHQ = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.
 
 @pytest.mark.parametrize("template", ["face", "ffhq"])
 def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
-    judge = losses.ArcFace(template)
-    x, y, side = vision.square_within("ffhq", template)
+    judge = judges.ArcFace(template)
+    x, y, side = faces.square_within("ffhq", template)
     five = (FFHQ - [x, y]) / side  # in the crop of this template
-    np.testing.assert_allclose(five * judge.side + [judge.left, judge.top], vision.ARCFACE_POINTS, atol=3.2)  # of 112 px
-    three = np.array(vision.TEMPLATES[template].points) * judge.side + [judge.left, judge.top]
-    wanted = np.vstack([vision.ARCFACE_POINTS[:2], vision.ARCFACE_POINTS[3:].mean(0)])
+    np.testing.assert_allclose(five * judge.side + [judge.left, judge.top], faces.ARCFACE_POINTS, atol=3.2)  # of 112 px
+    three = np.array(faces.TEMPLATES[template].points) * judge.side + [judge.left, judge.top]
+    wanted = np.vstack([faces.ARCFACE_POINTS[:2], faces.ARCFACE_POINTS[3:].mean(0)])
     np.testing.assert_allclose(three, wanted, atol=2.5)
     if template == "ffhq":  # pSp's "interesting region" of 256 px: columns 32 .. 220, rows 35 .. 223
         box = 256 / judge.side * np.array([-judge.left, -judge.top, 112 - judge.left, 112 - judge.top])
@@ -454,7 +459,7 @@ def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
 
 @pytest.mark.parametrize("template", ["face", "ffhq"])
 def test_arcface_is_ir_se50_of_its_templates_crop(judges, template):
-    judge, x = losses.ArcFace(template).eval(), torch.rand(2, 3, 256, 256) * 2 - 1
+    judge, x = judges.ArcFace(template).eval(), torch.rand(2, 3, 256, 256) * 2 - 1
     judge.load_state_dict(judges["arcface"].state_dict())
     n, small = judge.side, torch.zeros(2, 3, judge.side, judge.side, dtype=torch.float64)
     for i in range(n):  # adaptive pooling, written out: cells from floor(i 256/n) to ceil((i + 1) 256/n)
@@ -530,7 +535,7 @@ def naive_wav2lip(s, name, plan, x):
 
 def test_inception_is_tensorflows_of_2015_under_torchvisions_names():
     torch.manual_seed(0)
-    net = losses.freeze(losses.Inception())
+    net = checkpoint.freeze(evaluate.Inception())
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -641,9 +646,9 @@ def files_of(name, judges):
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_a_published_file_loads_into_a_frozen_judge_with_its_very_weights(judges, name, monkeypatch):
-    monkeypatch.setattr(losses, "fetch", lambda name, path: name)
+    monkeypatch.setattr(checkpoint, "fetch", lambda name, path: name)
     monkeypatch.setattr(losses, "read_weights", lambda path: files_of(name, judges)[path])
-    make = {"syncnet": losses.syncnet_v2, "wav2lip": losses.wav2lip_expert}.get(name) or getattr(losses, name)
+    make = {"syncnet": judges.syncnet_v2, "wav2lip": judges.wav2lip_expert}.get(name) or getattr(losses, name)
     judge = make("cpu")
     counts = {k for k in judge.state_dict() if k.endswith("num_batches_tracked")}
     assert all(torch.equal(v, judges[name].state_dict()[k]) for k, v in judge.state_dict().items() if k not in counts)
@@ -659,7 +664,7 @@ def test_other_keys_or_shapes_are_refused_in_one_line_that_names_them(judges):
              (state | {key: 7}, "no dense tensor"), ({}, "and .* more"))
     for wrong, message in cases:
         with pytest.raises(InputError, match=f"some.pth: not the weights of SyncNetV2: .*{message}"):
-            losses.load(losses.SyncNetV2, wrong, "some.pth", "cpu")
+            checkpoint.load(judges.SyncNetV2, wrong, "some.pth", "cpu")
 
 
 class Hostile:
@@ -685,7 +690,7 @@ def test_hostile_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, mon
     assert not (tmp_path / "hacked").exists()
     torch.save({"netG": {}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="state_dict"):
-        losses.wav2lip_expert("cpu", tmp_path / "other.pth")
+        judges.wav2lip_expert("cpu", tmp_path / "other.pth")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -733,10 +738,10 @@ def specimen(name):
         return content, lambda path: load_sync(path, "cpu"), 60
     part = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}  # whole ones hold 80 MB and more
     if name == "wav2lip":
-        return dict(state_dict=part), lambda path: losses.wav2lip_expert("cpu", path), 30
+        return dict(state_dict=part), lambda path: judges.wav2lip_expert("cpu", path), 30
     if name == "vgg":
-        return part | {"classifier.0.bias": torch.ones(2)}, lambda path: losses.vgg19("cpu", path), 60
-    return part, lambda path: losses.lpips("cpu", path, path), 30
+        return part | {"classifier.0.bias": torch.ones(2)}, lambda path: judges.vgg19("cpu", path), 60
+    return part, lambda path: judges.lpips("cpu", path, path), 30
 
 
 ODD = dict(  # what a good tensor is replaced by; some take a few bytes in a file and terabytes in memory
@@ -859,8 +864,8 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "*")
     urls = (f"{server.url}/first", f"{server.url}/second")
-    pin = losses.Published("thing.pth", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), urls)
-    monkeypatch.setitem(losses.PUBLISHED, "thing", pin)
+    pin = checkpoint.Published("thing.pth", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), urls)
+    monkeypatch.setitem(checkpoint.PUBLISHED, "thing", pin)
     server.pin, server.cache = pin, tmp_path / "home" / "hub" / "checkpoints"
     server.target = server.cache / "thing.pth"
     server.routes |= {"/first": sends(), "/second": sends()}
@@ -880,7 +885,7 @@ def whole(server):
 def refusal(server):
     """The one line of a failed fetch, which always names the file, an address and the place."""
     with pytest.raises(InputError) as caught:
-        losses.fetch("thing")
+        checkpoint.fetch("thing")
     line = str(caught.value)
     assert "\n" not in line and "thing.pth" in line and server.pin.urls[0] in line and str(server.target) in line
     return line
@@ -889,41 +894,41 @@ def refusal(server):
 def test_every_published_file_is_pinned_by_its_hash_and_fetched_by_https():
     whole = {"vgg19", "vgg16", "lpips_heads", "arcface", "syncnet_v2", "wav2lip_expert",
              "blazeface", "blazeface_back", "blazeface_anchors"}
-    assert set(losses.PUBLISHED) == whole | {"fan", "inception"}
-    for name, pin in losses.PUBLISHED.items():
+    assert set(checkpoint.PUBLISHED) == whole | {"fan", "inception"}
+    for name, pin in checkpoint.PUBLISHED.items():
         assert len(pin.sha256) == 64 if name in whole else len(pin.sha256) >= 8 and pin.sha256 in pin.file
         assert set(pin.sha256) <= set("0123456789abcdef")
         assert pin.urls and all(url.startswith("https://") for url in pin.urls)
-    assert len({pin.file for pin in losses.PUBLISHED.values()}) == len(losses.PUBLISHED)
+    assert len({pin.file for pin in checkpoint.PUBLISHED.values()}) == len(checkpoint.PUBLISHED)
 
 
 def test_the_beginning_of_a_hash_pins_a_file_too(tmp_path):
     path = tmp_path / "a.pth"
     path.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
-    assert losses.matches(path, losses.Published("a.pth", digest[:8], None, ()))
-    assert not losses.matches(path, losses.Published("a.pth", digest[1:9], None, ()))
+    assert checkpoint.matches(path, checkpoint.Published("a.pth", digest[:8], None, ()))
+    assert not checkpoint.matches(path, checkpoint.Published("a.pth", digest[1:9], None, ()))
 
 
 def test_a_file_is_fetched_once_into_torch_home(server):
-    assert losses.fetch("thing") == server.target and whole(server)
-    assert losses.fetch("thing") == server.target
+    assert checkpoint.fetch("thing") == server.target and whole(server)
+    assert checkpoint.fetch("thing") == server.target
     assert server.asked == [("/first", None)]
 
 
 def test_a_copy_of_the_users_own_is_taken_without_a_network(server, tmp_path):
     copy = tmp_path / "my copy.pth"
     copy.write_bytes(b"mine")
-    assert losses.fetch("thing", copy) == copy
+    assert checkpoint.fetch("thing", copy) == copy
     with pytest.raises(InputError, match="nowhere.pth: no such file"):
-        losses.fetch("thing", tmp_path / "nowhere.pth")
+        checkpoint.fetch("thing", tmp_path / "nowhere.pth")
     assert server.asked == []
 
 
 def test_a_cut_download_is_resumed_where_it_was_cut(server):
     cuts = iter((50_000, 100_000, None))
     server.routes["/first"] = lambda handler: sends(cut_at=next(cuts))(handler)
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server)
     assert server.asked == [("/first", None), ("/first", "bytes=49152-"), ("/first", "bytes=98304-")]
 
@@ -931,12 +936,12 @@ def test_a_cut_download_is_resumed_where_it_was_cut(server):
 def test_a_server_that_cannot_resume_is_asked_for_the_whole_again(server):
     cuts = iter((50_000, None))
     server.routes["/first"] = lambda handler: sends(cut_at=next(cuts), resumes=False)(handler)
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server) and len(server.asked) == 2
     server.target.unlink()
     server.asked.clear()
     cuts = iter((100_000, 50_000))  # the second answer begins anew and brings less: no gain, so the other address
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server) and server.asked[1:] == [("/first", "bytes=98304-"), ("/second", "bytes=49152-")]
 
 
@@ -947,7 +952,7 @@ def test_a_download_that_stays_cut_is_resumed_by_the_next_call_and_by_the_second
     assert part.endswith(".part") and (server.cache / part).stat().st_size == 49_152  # whole blocks of 16 KiB
     server.routes |= {"/first": refuses(404), "/second": sends()}
     server.asked.clear()
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server) and server.asked == [("/first", "bytes=49152-"), ("/second", "bytes=49152-")]
 
 
@@ -964,7 +969,7 @@ def test_a_rotten_part_is_found_out_and_fetched_again_from_the_start(server):
         part = server.cache / f"thing.pth.{name}.part"
         part.write_bytes(content)
         os.utime(part, (0, 0))
-        losses.fetch("thing")
+        checkpoint.fetch("thing")
         assert server.target.read_bytes() == CONTENT
         server.target.unlink()
     assert lies(server) == []
@@ -975,7 +980,7 @@ def test_a_part_that_was_whole_but_not_yet_named_needs_no_network(server):
     part = server.cache / "thing.pth.aa.part"
     part.write_bytes(CONTENT)
     os.utime(part, (0, 0))
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server) and server.asked == []
 
 
@@ -983,17 +988,17 @@ def test_the_part_of_a_living_download_is_left_alone(server):
     server.cache.mkdir(parents=True)
     part = server.cache / "thing.pth.aa.part"
     part.write_bytes(CONTENT[:1000])
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert part.read_bytes() == CONTENT[:1000] and server.asked == [("/first", None)]
     server.target.unlink()
-    os.utime(part, (time.time() - losses.ABANDONED - 5,) * 2)
-    losses.fetch("thing")
+    os.utime(part, (time.time() - checkpoint.ABANDONED - 5,) * 2)
+    checkpoint.fetch("thing")
     assert whole(server) and server.asked[1:] == [("/first", "bytes=1000-")]
 
 
 def test_a_web_page_in_place_of_the_file_sends_us_to_the_second_address(server):
     server.routes["/first"] = sends(b"<html>please log in</html>", kind="text/html; charset=utf-8")
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server) and [path for path, _ in server.asked] == ["/first", "/second"]
     server.target.unlink()
     server.routes["/second"] = sends(b"<html>please log in</html>", length=False)  # and does not say what it is
@@ -1003,7 +1008,7 @@ def test_a_web_page_in_place_of_the_file_sends_us_to_the_second_address(server):
 
 def test_a_missing_file_sends_us_to_the_second_address_and_both_missing_are_named(server):
     server.routes["/first"] = refuses(404)
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server)
     server.target.unlink()
     server.routes["/second"] = refuses(410)
@@ -1030,7 +1035,7 @@ def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(ser
     assert "damaged" in refusal(server)
     assert lies(server) == ["thing.pth"]  # what was there stays until there is better
     server.routes["/second"] = sends()
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert whole(server)
 
 
@@ -1084,11 +1089,11 @@ def test_ctrl_c_keeps_what_came_for_the_next_call(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(losses, "tqdm", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            losses.fetch("thing")
+            checkpoint.fetch("thing")
     part, = lies(server)
     size = (server.cache / part).stat().st_size
     server.routes["/first"] = sends()
-    losses.fetch("thing")
+    checkpoint.fetch("thing")
     assert size > 0 and whole(server) and server.asked[-1] == ("/first", f"bytes={size}-")
 
 
@@ -1101,7 +1106,7 @@ def test_processes_that_fetch_at_once_all_get_the_whole_file(server):
         sends()(handler)
 
     server.routes["/first"] = answer
-    workers = [fork.Process(target=losses.fetch, args=("thing",)) for _ in range(3)]
+    workers = [fork.Process(target=checkpoint.fetch, args=("thing",)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:

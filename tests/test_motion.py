@@ -1,8 +1,9 @@
 """motion.py: mouths at rest, blinks, sway, driving clips, and the fits behind warp.py's numbers."""
 
+from test_warp import SCALE, mean_shape, moves, points
+
 import numpy as np
 import pytest
-from test_warp import SCALE, mean_shape, moves, points
 
 import motion
 from motion import Motion, activity, fit_moves, fit_opening, follow, idle, lip_opening, mouth

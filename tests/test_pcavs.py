@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import pcavs
-from audio import InputError, load_audio, run
-from data import Pack, PackWriter, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Pack, PackWriter
+from media import InputError, VideoWriter, load_audio, read_video, run, to_tensor
 from pcavs import PCAVS, Config, speech_mel, speech_windows
 from toyfaces import make_pack, toy_clip
-from vision import VideoWriter, read_video, to_tensor
 
 RATE = 16000
 FORMATS = Path(__file__).resolve().parents[2] / "shared" / "formats"  # published key lists, where they lie beside this

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import sample
-from audio import InputError, load_audio
-from vision import read_video
+from media import InputError, load_audio, read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

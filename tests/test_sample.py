@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 
 import audio
+import faces
 import keypoints
+import media
 import sample
-import vision
-from audio import InputError, load_audio
-from data import save_checkpoint
+from checkpoint import save_checkpoint
+from faces import TEMPLATES
 from fusion import FCTFG, Config, blinks, load_model
+from media import InputError, load_audio, read_video
 from motion import idle
-from vision import TEMPLATES, MouthEncoder, read_video
+from vision import MouthEncoder
 
 RATE = 16000
 HERE = Path(__file__).resolve().parent
@@ -143,7 +145,7 @@ def test_awkward_file_names(folder, weights, name):
 def test_speech_may_come_inside_a_video_and_the_photo_may_be_of_any_kind(folder, weights):
     picture = Image.open("face.png").resize((64, 62)).convert("LA")  # nearly square, grey, with alpha
     picture.save("odd.png")
-    with vision.VideoWriter("clip.mp4", 32, 32, noise(9000) / 32768) as video:
+    with media.VideoWriter("clip.mp4", 32, 32, noise(9000) / 32768) as video:
         for _ in range(14):
             video.write(np.zeros((32, 32, 3), np.uint8))
     talk(weights=weights, face="odd.png", speech="clip.mp4")
@@ -169,12 +171,12 @@ def test_box_face_and_square_pictures(monkeypatch):
     monkeypatch.setattr(sample, "photo_size", lambda path: (120, 180))  # shrunk while it was read
     assert found(tall, "face", box="20,40,60,100")[0] == (5, 20, 35, 50)  # made square
     box, how = found(tall, "face")
-    assert box == vision.face_box(faces, "face", 1) and "largest of 2" in how
-    assert found(tall, "face", number=2)[0] == vision.face_box(faces, "face", 2)
-    assert found(square, "face")[0] == vision.face_box(faces, "face", 1)
+    assert box == faces.face_box(faces, "face", 1) and "largest of 2" in how
+    assert found(tall, "face", number=2)[0] == faces.face_box(faces, "face", 2)
+    assert found(square, "face")[0] == faces.face_box(faces, "face", 1)
     box, how = found(square, "toy")  # detectors do not know drawings
     assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
-    assert found(tall, "toy")[0] == vision.face_box(faces, "toy", 1)
+    assert found(tall, "toy")[0] == faces.face_box(faces, "toy", 1)
     box, how = found(square, "face", None)
     assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
 
@@ -183,11 +185,11 @@ def test_a_photo_that_lies_is_turned_and_said_so(monkeypatch):
     upright, face = np.ones((60, 90, 3), np.uint8), (10, 10, 40, 40, 0.9)
     monkeypatch.setattr(sample, "turn_upright", lambda photo: (upright, [face], "by 180 degrees"))
     photo, box, how = sample.photo_box(np.zeros((90, 60, 3), np.uint8), options(), "face")
-    assert photo is upright and box == vision.face_box([face], "face") and how.startswith("turned by 180 degrees, ")
+    assert photo is upright and box == faces.face_box([face], "face") and how.startswith("turned by 180 degrees, ")
 
 
 def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_things_are_not():
-    assert sample.is_drawn(vision.load_photo(sample.DRAWING))
+    assert sample.is_drawn(media.load_photo(sample.DRAWING))
     y, x = np.mgrid[:90, :90] / 90
     sky = np.stack([150 * y + 60, 120 + 100 * y, 255 - 60 * y], -1)
     land = np.where((y > 0.6 + 0.1 * np.sin(9 * x))[..., None], [60, 110, 40], sky)  # a landscape
@@ -210,9 +212,9 @@ def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeyp
 
 def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch):
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 60, 3), np.uint8)
-    for faces, image in ((None, tall), ([], tall), ([], square)):
+    for found, image in ((None, tall), ([], tall), ([], square)):
         with pytest.raises(InputError, match="--box x0,y0,x1,y1"):
-            monkeypatch.setattr(sample, "turn_upright", lambda photo, faces=faces: (photo, faces, ""))
+            monkeypatch.setattr(sample, "turn_upright", lambda photo, found=found: (photo, found, ""))
             sample.photo_box(image, options(), "face")
     with pytest.raises(InputError, match="--face 2"):
         monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, [(1, 1, 9, 9, 0.9)], ""))
@@ -288,7 +290,7 @@ def striped_photo():
 
 def pasting(turning=False, still=0.2, mask=None):
     photo = striped_photo()
-    source = vision.to_tensor(vision.crop_face(photo, BOX, 16))
+    source = media.to_tensor(faces.crop_face(photo, BOX, 16))
     mask = sample.soft_box(16, (0, 0, 1, 1)) if mask is None else mask
     return photo, sample.Paste(photo, BOX, source, torch.full_like(source, still), mask, turning)
 
@@ -333,7 +335,7 @@ def test_a_turning_head_is_replaced_as_a_whole_in_the_photos_colours():
 
 
 def test_nothing_moves_outside_the_mask():
-    mask = sample.soft_box(16, vision.TEMPLATES["face"].mouth)
+    mask = sample.soft_box(16, faces.TEMPLATES["face"].mouth)
     photo, paste = pasting(mask=mask)
     frame = torch.full((3, 16, 16), 0.2)
     frame[:, 3:14, 4:12] += 0.7
@@ -403,10 +405,10 @@ def test_the_video_shows_the_whole_photo_and_only_the_face_moves(folder, weights
 def test_the_shipped_face_keeps_its_mouth_shut_in_silence_and_opens_it_to_speech(crop):
     if not sample.TOY.exists():
         pytest.skip("weights/toy.pt is not there")
-    model, photo = load_model(sample.TOY), vision.load_photo(sample.DRAWING)
-    source = vision.to_tensor(vision.crop_face(photo, (0, 0, *photo.shape[:2]), model.config.size))
+    model, photo = load_model(sample.TOY), media.load_photo(sample.DRAWING)
+    source = media.to_tensor(faces.crop_face(photo, (0, 0, *photo.shape[:2]), model.config.size))
     speech = load_audio(HERE.parent / "examples/speech.wav")[: 2 * RATE]
-    show = vision.to_uint8 if crop else sample.Paste(
+    show = media.to_uint8 if crop else sample.Paste(
         photo, (0, 0, *photo.shape[:2]), source, *sample.still_of(model, source, "cpu", False), False)
 
     def mouth(wav):  # how much its pixels change over the clip
@@ -425,7 +427,7 @@ def test_the_shipped_face_keeps_its_mouth_shut_in_silence_and_opens_it_to_speech
 
 def numbered_video(path, count, height=40, width=40, rate=25):
     """A video whose frames tell their number by their brightness: 8 k."""
-    command = [audio.ffmpeg_path(), "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command = [media.ffmpeg_path(), "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-crf", "1", str(path)]
     data = np.arange(count, dtype=np.uint8).repeat(height * width * 3) * 8
     subprocess.run(command, input=data.tobytes(), check=True)
@@ -461,7 +463,7 @@ def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeyp
         return [(70 * scale, 40 * scale, 90 * scale, 60 * scale, 0.9)]
 
     monkeypatch.setattr(sample, "detect_faces", look)
-    with vision.VideoWriter("d.mp4", 80, 120) as video:
+    with media.VideoWriter("d.mp4", 80, 120) as video:
         for frame in frames:
             video.write(frame)
     crops = torch.stack(list(sample.driving_frames("d.mp4", 6, 16, "face")))
@@ -472,7 +474,7 @@ def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeyp
 
 
 def test_a_driving_video_moves_the_face_and_the_length_stays_the_speechs(folder, weights):
-    with vision.VideoWriter("d.mp4", 40, 40) as video:
+    with media.VideoWriter("d.mp4", 40, 40) as video:
         for k in range(8):
             video.write(np.random.default_rng(k).integers(0, 255, (40, 40, 3), np.uint8))
     talk("--driving", "d.mp4", weights=weights)
@@ -487,7 +489,7 @@ def refused(capsys, monkeypatch, *args, **kw):
     """Runs the sampler as its script does; the one line it must end with, with exit status 2."""
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     with pytest.raises(SystemExit) as caught:
-        audio.run(lambda: talk(*args, **kw))
+        media.run(lambda: talk(*args, **kw))
     captured = capsys.readouterr()
     assert caught.value.code == 2 and captured.err.count("\n") == 1 and captured.err.startswith("sample.py: ")
     return captured.err
@@ -516,7 +518,7 @@ def bad_inputs(folder):
     scipy.io.wavfile.write("zero.wav", RATE, np.zeros(0, np.int16))
     for name, value in (("nan", np.nan), ("inf", np.inf)):
         scipy.io.wavfile.write(f"{name}.wav", RATE, np.array([0, value, 0.5, 0] * 99, np.float32))
-    with vision.VideoWriter("mute.mp4", 32, 32) as video:
+    with media.VideoWriter("mute.mp4", 32, 32) as video:
         for k in range(40):
             video.write(np.random.default_rng(k).integers(0, 255, (32, 32, 3), np.uint8))
     whole = Path("mute.mp4").read_bytes()
@@ -626,10 +628,10 @@ def example(*args):
 
 def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_keeps_still(short, monkeypatch):
     monkeypatch.setattr(sample, "idle", lambda n, active, seed, head: idle(n, active, seed, head, blink=False))
-    frames, writer = [], vision.VideoWriter.write
-    monkeypatch.setattr(vision.VideoWriter, "write", lambda self, frame: (frames.append(frame), writer(self, frame)))
+    frames, writer = [], media.VideoWriter.write
+    monkeypatch.setattr(media.VideoWriter, "write", lambda self, frame: (frames.append(frame), writer(self, frame)))
     example("--still", "--out", "a.mp4")
-    photo = vision.load_photo(sample.EXAMPLE)
+    photo = media.load_photo(sample.EXAMPLE)
     changed = np.any([(frame != photo).any(-1) for frame in frames], 0)
     assert len(frames) == 15 and frames[0].shape == photo.shape and changed.sum() > 1000
     assert not changed[:205].any() and len(list(read_video("a.mp4"))) == 15
@@ -646,8 +648,8 @@ def test_a_head_sways_or_follows_a_driving_clip_by_its_own_landmarks(short, monk
     monkeypatch.setattr(sample.Warp, "__call__", ask)
     more = []
     if driven:
-        photo = vision.load_photo(sample.EXAMPLE)
-        with vision.VideoWriter("drive.mp4", 512, 512) as video:
+        photo = media.load_photo(sample.EXAMPLE)
+        with media.VideoWriter("drive.mp4", 512, 512) as video:
             for k in range(12):
                 turned = Image.fromarray(photo).rotate(-k, Image.Resampling.BICUBIC, center=(255, 255))
                 video.write(np.array(turned))

@@ -8,25 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from audio import InputError
+from media import InputError
 from stylegan2 import (
-    Blur,
-    ConvLayer,
-    Discriminator,
-    EqualLinear,
-    Generator,
-    ModulatedConv2d,
-    ModulatedPixels,
-    ResBlock,
-    StyledConv,
-    Upsample,
-    add_map,
-    load_rosinality,
-    minibatch_stddev,
-    mix_styles,
-    n_styles,
-    save_rosinality,
-)
+    Blur, ConvLayer, Discriminator, EqualLinear, Generator, ModulatedConv2d, ModulatedPixels, ResBlock,
+    StyledConv, Upsample, add_map, load_rosinality, minibatch_stddev, mix_styles, n_styles, save_rosinality)
 
 
 def naive_modulated(layer, x, style, delta=None):

@@ -13,24 +13,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import audio
+import judges
+import media
 import syncnet
 import toyfaces
-from audio import InputError, load_audio, log_mel, mel_windows
-from data import Pack, PackWriter, load_checkpoint, save_checkpoint
-from losses import Wav2LipExpert
-from syncnet import (
-    SyncNet,
-    Windows,
-    best_offset,
-    by_shift,
-    embed,
-    expert_loss,
-    load_sync,
-    sigmoid_part,
-    sync_loss,
-)
-from vision import VideoWriter, read_video, to_tensor
+from audio import log_mel, mel_windows
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Pack, PackWriter
+from judges import Wav2LipExpert
+from losses import sync_loss
+from media import InputError, VideoWriter, load_audio, read_video, to_tensor
+from syncnet import SyncNet, Windows, best_offset, by_shift, embed, expert_loss, load_sync, sigmoid_part
 
 LN2 = math.log(2)
 CLIP = torch.tensor([7, 7, 7, 3, 3, 9])
@@ -484,9 +477,9 @@ def test_pictures_that_are_not_h264_are_encoded_anew_and_the_sound_keeps_its_rat
     write_clip(tmp_path / "clip.mp4", frames, wav)
     args = ["-i", tmp_path / "clip.mp4", "-vf", "scale=64:48", "-c:v", "mpeg1video", "-b:v", "2M"]
     args += ["-ac", "2", "-ar", "44100", "-c:a", "mp2"]
-    subprocess.run([audio.ffmpeg_path(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
+    subprocess.run([media.ffmpeg_path(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
     syncnet.write_shifted(tmp_path / "old.mpg", 3, tmp_path / "new.mkv")
-    text = subprocess.run(audio.decoder(tmp_path / "new.mkv"), capture_output=True, text=True).stderr
+    text = subprocess.run(media.decoder(tmp_path / "new.mkv"), capture_output=True, text=True).stderr
     assert "Video: h264" in text and "44100 Hz, stereo" in text and "64x48" in text
     moved, old = load_audio(tmp_path / "new.mkv"), load_audio(tmp_path / "old.mpg")
     assert np.corrcoef(moved[5000:25000], old[5000 + 3 * 640 : 25000 + 3 * 640])[0, 1] > 0.9
@@ -502,7 +495,7 @@ def test_a_flash_stays_within_a_frame_of_its_click_in_what_is_written_in_step(tm
     options = ["-map", "0:v", "-map", "1:a", "-c:v", "libx264", "-c:a", "aac"]
     options = [*late, *options] if "late" in source else ["-c", "copy", "-avoid_negative_ts", "disabled"]
     if source != "whole.mp4":
-        command = [audio.ffmpeg_path(), "-loglevel", "error", *start, "-i", tmp_path / "whole.mp4", *options]
+        command = [media.ffmpeg_path(), "-loglevel", "error", *start, "-i", tmp_path / "whole.mp4", *options]
         subprocess.run([*command, tmp_path / source], check=True)
     at, count = flash_and_click(tmp_path / source)
     for suffix in (".mp4", ".mkv", ".mov"):
@@ -557,7 +550,7 @@ def test_a_face_is_looked_for_anew_every_six_seconds_and_kept_where_none_is_foun
 
 
 def test_syncnet_v2_judges_by_a_margin_less_the_distance():
-    expert = syncnet.SyncNetV2Expert(torch.nn.Identity())
+    expert = judges.SyncNetV2Expert(torch.nn.Identity())
     face, sound = torch.tensor([[0.0, 0], [6, 8]], requires_grad=True), torch.tensor([[3.0, 4], [0, 0], [6, 8]])
     logits = expert.logits(face, sound)
     assert torch.allclose(logits, expert.MARGIN - torch.tensor([[5.0, 0, 10], [5, 10, 0]]), atol=1e-5)
@@ -753,7 +746,7 @@ def refused(capsys, monkeypatch, *args):
     for module, name in ((toyfaces, "make_pack"), (syncnet, "batches"), (syncnet, "judge")):
         monkeypatch.setattr(module, name, slow)
     with pytest.raises(SystemExit) as caught:
-        audio.run(lambda: syncnet.main([str(a) for a in args]))
+        media.run(lambda: syncnet.main([str(a) for a in args]))
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.count("\n") == 1 and err.startswith("syncnet.py: ")
     return err

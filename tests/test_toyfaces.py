@@ -12,8 +12,8 @@ from scipy.linalg import solve_toeplitz
 from scipy.stats import spearmanr
 
 import toyfaces as toy
-from audio import InputError, load_audio
-from vision import TEMPLATES, load_photo, read_video
+from faces import TEMPLATES
+from media import InputError, load_audio, load_photo, read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 OPEN, WIDE, BLINK = (toy.FACTORS.index(name) for name in ("open", "wide", "blink"))

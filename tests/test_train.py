@@ -12,20 +12,26 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
+import faces
+import fusion
+import initialise
 import keypoints
 import motion
 import syncnet
 import toyfaces
 import train
-from audio import InputError, run
-from data import Pack, PackWriter, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Pack, PackWriter
+from faces import TEMPLATES, box_slices, mask_mouth
 from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, changed_layers, load_model
+from media import InputError, run, to_tensor
 from stylegan2 import Discriminator, Generator, save_rosinality
 from syncnet import SyncNet
 from toyfaces import make_pack
-from vision import TEMPLATES, GradualStyleEncoder, HyperStyleNet, box_slices, mask_mouth, to_tensor
+from vision import GradualStyleEncoder, HyperStyleNet
 
-TRAIN_JUDGE = train.train_judge  # the tests of stages use a quick stand-in
+TRAIN_JUDGE = initialise.train_judge  # the tests of stages use a quick stand-in
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def stages(pack, tmp_path_factory):
     save_checkpoint(str(out / "sync.pt"), dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_judge", lambda data, device, seed: quick_judge())
+        patch.setattr(initialise, "train_judge", lambda data, device, seed: quick_judge())
         go(pack, out, 1)
         go(pack, out, 2, "--thaw", "0", "--hyper-share", "0.5")
         go(pack, out, 3)
@@ -53,7 +59,7 @@ def stages(pack, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
-    monkeypatch.setattr(train, "train_judge", lambda data, device, seed: quick_judge())
+    monkeypatch.setattr(initialise, "train_judge", lambda data, device, seed: quick_judge())
 
 
 def quick_judge():
@@ -205,7 +211,7 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
     assert moved("hyper", hyper) and not moved("generator", G) and not now["encoder.latent_avg"].isnan().any()
     assert (two["config"]["encoder"], two["config"]["hyper"], two["config"]["refine"]) == ("psp", "separable", 2)
     assert torch.equal(two["networks"]["critic"]["final_conv.0.weight"], D.final_conv[0].weight)
-    monkeypatch.setattr(train, "start_motion_space", lambda *a: None)
+    monkeypatch.setattr(initialise, "start_motion_space", lambda *a: None)
     heard, sync = [], train.sync_loss
     monkeypatch.setattr(train, "sync_loss", lambda expert, *a: heard.append(type(expert)) or sync(expert, *a))
     torch.save(dict(state_dict=train.losses.Wav2LipExpert().state_dict()), tmp_path / "expert.pth")
@@ -258,7 +264,7 @@ def gradient_of_one_step(args, pack, stages, T):
     nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
     nets["sync"] = train.load_sync(str(stages / "sync.pt"), "cpu")
     train.optimisers(nets, args)
-    data = train.Clips(Pack(pack), T, 0, hear=train.CONTEXT)
+    data = train.Clips(Pack(pack), T, 0, hear=fusion.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     for p in nets["model"].motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
@@ -273,11 +279,11 @@ def test_one_batch_can_be_learned_by_heart(pack, stages):
     args = train.parse(options(pack, stages, 3))
     nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
     model, (opt, _) = nets["model"], train.optimisers(nets, args)
-    data = train.Clips(Pack(pack), 1, 0, hear=train.CONTEXT)
+    data = train.Clips(Pack(pack), 1, 0, hear=fusion.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     errors = []
     for _ in range(80):
-        frames = model(batch["source"], batch["driving"], batch["mel"], context=train.CONTEXT)[0]
+        frames = model(batch["source"], batch["driving"], batch["mel"], context=fusion.CONTEXT)[0]
         loss = (frames - batch["driving"]).abs().mean()
         opt.zero_grad()
         loss.backward()
@@ -318,7 +324,7 @@ def test_idle_motion_is_of_clips_to_train_on(monkeypatch):
     pack = types.SimpleNamespace(n_frames=np.array([80, 80, 20, 80]))
     pack.frames = lambda c, ks: seen.append(int(c)) or np.full((len(ks), 16, 16, 3), 60, np.uint8)
     seen = []
-    train.collect_idle(model, pack, np.array([0, 2, 3]), torch.device("cpu"))
+    initialise.collect_idle(model, pack, np.array([0, 2, 3]), torch.device("cpu"))
     assert seen == [0, 3]                                                    # 1 is held out, 2 is too short
 
 
@@ -351,13 +357,13 @@ class Apple(torch.Tensor):
 def test_closed_forms_are_solved_where_there_is_float64():
     torch.manual_seed(0)
     x, y = torch.randn(40, 6), torch.randn(40, 5)
-    for a, b in zip(train.reduced_rank_regression(x.as_subclass(Apple), y.as_subclass(Apple), 2, 0.1),
-                    train.reduced_rank_regression(x, y, 2, 0.1)):
+    for a, b in zip(initialise.reduced_rank_regression(x.as_subclass(Apple), y.as_subclass(Apple), 2, 0.1),
+                    initialise.reduced_rank_regression(x, y, 2, 0.1)):
         torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
     shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, state_dim=2)
     model = FCTFG(Config.at(16, **shape)).eval()
     seen = [dict(picture=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
-    train.start_encoder(model, seen, torch.device("cpu"), most=160)
+    initialise.start_encoder(model, seen, torch.device("cpu"), most=160)
     assert model.encoder.linear_down.weight.isfinite().all() and model.maps.picture.weight.abs().sum() > 0
 
 
@@ -367,9 +373,9 @@ def test_memory_is_counted_in_bytes_on_macos_and_not_at_all_on_windows(monkeypat
     monkeypatch.setitem(sys.modules, "resource", resource)
     for system, gib in (("linux", 3), ("darwin", 3 / 1024)):
         monkeypatch.setattr(sys, "platform", system)
-        assert train.memory_gib(cpu) == gib
+        assert checkpoint.memory_gib(cpu) == gib
     monkeypatch.setitem(sys.modules, "resource", None)                       # its import fails
-    assert train.memory_gib(cpu) == 0
+    assert checkpoint.memory_gib(cpu) == 0
 
 
 def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
@@ -380,7 +386,7 @@ def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
     person[..., 3:5] = 0
     z = (person + motion).flatten(0, 1)
     deviation = (motion - motion.mean(1, keepdim=True)).flatten(0, 1)
-    down, up = train.reduced_rank_regression(z, deviation, rank=2, ridge=1e-6)
+    down, up = initialise.reduced_rank_regression(z, deviation, rank=2, ridge=1e-6)
     assert down.shape == (2, 12) and up.shape == (12, 2)
     torch.testing.assert_close((z @ down.t()).std(0), torch.ones(2), atol=1e-3, rtol=0)
     fitted = z @ down.t() @ up.t()
@@ -449,11 +455,11 @@ def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_s
     for first in ("direct", "paper"):
         before = dict(config=vars(Config.at(16, template="face", motion=first)))
         for second, mouth in (("direct", 24), ("paper", 0)):
-            config = train.shape(train.parse(["--stage", "2", "--size", "16", "--motion", second]), pack, before, {})
+            config = initialise.shape(train.parse(["--stage", "2", "--size", "16", "--motion", second]), pack, before, {})
             assert (config.mouth_dim, config.motion) == (mouth, second)
     before = dict(config=vars(Config.at(16, template="face")))
     with pytest.raises(InputError, match="train stage 2 with --motion paper"):
-        train.shape(train.parse(["--stage", "3", "--size", "16", "--motion", "paper"]), pack, before, {})
+        initialise.shape(train.parse(["--stage", "3", "--size", "16", "--motion", "paper"]), pack, before, {})
 
 
 @pytest.mark.parametrize("landmarks", [False, True])
@@ -482,15 +488,15 @@ def marked_packs(real_packs, pack, tmp_path_factory):
             points.append(keypoints.toy_points(who, truth[first:first + k], here.size))
         (folder / "landmarks").mkdir()
         (folder / "landmarks" / "points.bin").write_bytes(np.concatenate(points).astype("<f4").tobytes())
-        lines = [keypoints.header_of(here, "truth")] + [{}] * len(here)
+        lines = [faces.header_of(here, "truth")] + [{}] * len(here)
         (folder / "landmarks" / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         folders.append(folder)
     return folders
 
 
 def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "start_lips", functools.partial(train.start_lips, steps=2))
-    monkeypatch.setattr(train, "train_reader", functools.partial(train.train_reader, steps=200, batch=32))
+    monkeypatch.setattr(initialise, "start_lips", functools.partial(initialise.start_lips, steps=2))
+    monkeypatch.setattr(initialise, "train_reader", functools.partial(initialise.train_reader, steps=200, batch=32))
     clips, photos = marked_packs
     more = ["--photos", str(photos), "--w-adv", "0"]
     go(clips, tmp_path, 1, *more)
@@ -504,11 +510,11 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, 
     assert model.config.landmarks and model.motion.range.isfinite().all()
     gap = motion.lip_opening(model.motion.moves[:1].numpy())                             # for warp.py
     assert gap == pytest.approx(1, abs=0.01) and model.motion.opening.abs().min() > 0
-    landmarks = keypoints.Landmarks(clips / "landmarks", toys)
+    landmarks = faces.Landmarks(clips / "landmarks", toys)
     read, true = [], []
     for c in range(len(toys)):
         read.append(model.mouth(to_tensor(toys.frames(c, range(toys.n_frames[c]))))[:, 0].detach().numpy())
-        true.append(keypoints.mouth_shape(landmarks.points[toys.frame_start[c]:toys.frame_start[c + 1]])[:, 0])
+        true.append(initialise.mouth_shape(landmarks.points[toys.frame_start[c]:toys.frame_start[c + 1]])[:, 0])
     assert np.corrcoef(np.concatenate(read), np.concatenate(true))[0, 1] > 0.6
     with pytest.raises(InputError, match="landmarks"):
         shutil.copytree(photos / "landmarks", clips / "landmarks", dirs_exist_ok=True)
@@ -564,7 +570,7 @@ def test_a_coarse_picture_holds_faces_and_moves_mouths_before_the_first_step():
         return 0.1 * (torch.einsum("nk,kchw->nchw", numbers, face) + torch.einsum("nm,mchw->nchw", said, lips))
 
     seen = [dict(picture=x) for x in draw(numbers, said)]
-    train.start_encoder(model, seen, torch.device("cpu"), most=300)
+    initialise.start_encoder(model, seen, torch.device("cpu"), most=300)
     other, new = torch.randn(2, 40, 12), torch.randn(2, 40, 3)                  # people and mouths never seen
     with torch.no_grad():
         for told in (None, new[1]):
@@ -601,7 +607,7 @@ def test_photos_are_faces_that_keep_still(monkeypatch):
     monkeypatch.setattr(train, "to_tensor", lambda x: x)
     moved = {}
     for photos in (None, others):
-        train.start_motion_space(Codes(), Clips(), np.arange(40), torch.device("cpu"), photos, clips=40, per_clip=16)
+        initialise.start_motion_space(Codes(), Clips(), np.arange(40), torch.device("cpu"), photos, clips=40, per_clip=16)
         faces = torch.stack([photo["picture"] for photo in others])
         moved[photos is None] = Codes.motion.pose_up(Codes.motion.pose(faces)).norm(dim=1).mean()
     assert moved[False] < 0.3 * moved[True]
@@ -625,9 +631,9 @@ def test_few_pictures_of_many_numbers_give_the_same_map_as_the_long_way():
     x, y, ridge = torch.randn(9, 14).double(), torch.randn(9, 11).double(), 0.02
     full = torch.linalg.solve(x.t() @ x + ridge * 9 * torch.eye(14), x.t() @ y)
     _, _, v = torch.linalg.svd(x @ full)
-    down, up = train.reduced_rank_regression(x, y, 4, ridge)
+    down, up = initialise.reduced_rank_regression(x, y, 4, ridge)
     torch.testing.assert_close((down.t() @ up.t()).double(), full @ v[:4].t() @ v[:4], atol=1e-5, rtol=1e-4)
-    down, up = train.reduced_rank_regression(x, y, 10, ridge)
+    down, up = initialise.reduced_rank_regression(x, y, 10, ridge)
     assert down.shape == (10, 14) and up.shape == (11, 10) and down[9].abs().max() == 0
     torch.testing.assert_close((down.t() @ up.t()).double(), full, atol=1e-5, rtol=1e-4)
 

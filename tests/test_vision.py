@@ -15,17 +15,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import audio
+import faces
+import media
 import vision
-from audio import InputError, load_audio
+from faces import mask_mouth
+from media import (
+    InputError, VideoWriter, check_output, load_audio, load_photo, probe, read_video, to_tensor, to_uint8)
 from stylegan2 import Generator
-from vision import VideoWriter, check_output, load_photo, mask_mouth, probe, read_video, to_tensor, to_uint8
 
 RATE = 16000
 
 
 def ffmpeg(*args):
-    command = [audio.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
+    command = [media.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
     subprocess.run(command, check=True)
 
 
@@ -229,7 +231,7 @@ def test_avif_is_read_and_heic_is_one_line_that_tells_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "CMYK"])
 def test_a_large_photo_is_shrunk_while_it_is_read_and_its_size_is_known(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(vision, "LARGEST", 60)
+    monkeypatch.setattr(media, "LARGEST", 60)
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.fromarray(picture(100, 150))
@@ -238,7 +240,7 @@ def test_a_large_photo_is_shrunk_while_it_is_read_and_its_size_is_known(tmp_path
     file = tmp_path / ("a.tiff" if mode in ("CMYK", "RGBA") else "a.png")
     image.save(file, exif=exif)
     photo = load_photo(file)
-    assert photo.shape == (60, 40, 3) and vision.photo_size(file) == (100, 150)
+    assert photo.shape == (60, 40, 3) and media.photo_size(file) == (100, 150)
     if mode in ("RGB", "RGBA", "P"):
         np.testing.assert_array_equal(photo[[5, 5, 50, 50], [5, 35, 5, 35]], picture()[[15, 5, 15, 5], [5, 5, 25, 25]])
 
@@ -334,7 +336,7 @@ def test_to_uint8_rounds_clamps_and_refuses_nan():
 
 
 def test_mask_mouth_greys_the_mouth_box_and_nothing_else():
-    for name, template in vision.TEMPLATES.items():
+    for name, template in faces.TEMPLATES.items():
         frames = torch.rand(2, 3, 40, 20) + 0.1
         masked = mask_mouth(frames, name)
         x0, y0, x1, y1 = template.mouth
@@ -528,7 +530,7 @@ def test_hdr_video_looks_as_it_should(tmp_path, curve, white):
 
 def test_hdr_colours_are_those_of_bt_709():
     for curve in ("arib-std-b67", "smpte2084"):
-        table = np.array([row.split() for row in vision.hdr_cube(curve).splitlines()[1:]], float).reshape(33, 33, 33, 3)
+        table = np.array([row.split() for row in media.hdr_cube(curve).splitlines()[1:]], float).reshape(33, 33, 33, 3)
         grey = table[range(33), range(33), range(33)]
         assert (np.diff(grey, axis=0) >= 0).all() and np.ptp(grey, axis=1).max() < 0.01
         b, g, r = 5, 5, 20  # a red of BT.2020 is outside BT.709
@@ -554,7 +556,7 @@ def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
     scipy.io.wavfile.write(tmp_path / "a.wav", rate, sound.astype(np.float32))
     frames = drawn_frames(20, 32, 32)  # shorter than the sound
     write(tmp_path / "a.mp4", frames, load_audio(tmp_path / "a.wav")[: 640 * 20], sound=tmp_path / "a.wav")
-    _, heard, _, hz = audio.sound_track(tmp_path / "a.mp4")
+    _, heard, _, hz = media.sound_track(tmp_path / "a.mp4")
     assert (heard, hz) == (channels, rate)
     wav = load_audio(tmp_path / "a.mp4", level=False)
     assert abs(len(wav) - 640 * 20) <= 2048 * 16000 / rate and abs(abs(wav[3000:9000]).max() - 0.3) < 0.03
@@ -679,7 +681,7 @@ def test_a_killed_writer_leaves_nothing_where_the_output_goes(scratch):
     script = f"""
 import sys; sys.path[:0] = {sys.path!r}
 import numpy as np, time, vision
-with vision.VideoWriter({str(scratch / "out/a.mp4")!r}, 64, 64, np.zeros(16000)) as video:
+with media.VideoWriter({str(scratch / "out/a.mp4")!r}, 64, 64, np.zeros(16000)) as video:
     for k in range(25):
         video.write(np.full((64, 64, 3), k, np.uint8))
     print("ready", flush=True)
@@ -725,7 +727,7 @@ def test_check_output_refuses_what_cannot_be_written(tmp_path, monkeypatch):
     ]
     for name, reason in cases:
         with pytest.raises(InputError, match=reason):
-            check_output(tmp_path / name, suffixes=vision.VIDEO_SUFFIXES)
+            check_output(tmp_path / name, suffixes=media.VIDEO_SUFFIXES)
     assert check_output(tmp_path / "there.mp4", overwrite=True) == tmp_path / "there.mp4"
     monkeypatch.chdir(tmp_path)
     assert check_output("new.mp4") == tmp_path / "new.mp4"
@@ -745,40 +747,40 @@ def test_check_output_refuses_what_cannot_be_written(tmp_path, monkeypatch):
 
 def test_the_crop_is_the_box_and_repeats_the_border_outside():
     image = picture(40, 60)
-    np.testing.assert_array_equal(vision.crop_face(image, (0, 0, 20, 20), 20), image[:20, :20])
-    np.testing.assert_array_equal(vision.crop_face(image, (25, 10, 45, 30), 20), image[10:30, 25:45])
-    outside = vision.crop_face(image, (-20, -20, 20, 20), 40)
+    np.testing.assert_array_equal(faces.crop_face(image, (0, 0, 20, 20), 20), image[:20, :20])
+    np.testing.assert_array_equal(faces.crop_face(image, (25, 10, 45, 30), 20), image[10:30, 25:45])
+    outside = faces.crop_face(image, (-20, -20, 20, 20), 40)
     assert (outside[:20, :20] == image[0, 0]).all() and (outside[20:, 20:] == image[0, 0]).all()
-    small = vision.crop_face(image, (20.0, 10.0, 40.0, 30.0), 5)
+    small = faces.crop_face(image, (20.0, 10.0, 40.0, 30.0), 5)
     assert small.shape == (5, 5, 3) and abs(small[0, 0].astype(int) - image[0, 0]).max() < 30
 
 
 def test_face_box_is_square_around_the_face_asked_for():
-    faces = [(10, 20, 50, 70, 0.9), (100, 100, 120, 130, 0.8)]
-    x0, y0, x1, y1 = vision.face_box(faces, "toy")
+    boxes = [(10, 20, 50, 70, 0.9), (100, 100, 120, 130, 0.8)]
+    x0, y0, x1, y1 = faces.face_box(boxes, "toy")
     assert (
-        x1 - x0 == y1 - y0 == 50 * vision.TEMPLATES["toy"].side
+        x1 - x0 == y1 - y0 == 50 * faces.TEMPLATES["toy"].side
         and (x0 + x1) / 2 == 30
         and (y0 + y1) / 2 == 45
     )
-    x0, y0, x1, y1 = vision.face_box(faces, "face", number=2)
-    side = pytest.approx(30 * vision.TEMPLATES["face"].side)
+    x0, y0, x1, y1 = faces.face_box(boxes, "face", number=2)
+    side = pytest.approx(30 * faces.TEMPLATES["face"].side)
     assert x1 - x0 == side and y1 - y0 == side and 100 < (x0 + x1) / 2 < 120
     for number in (0, 3):
         with pytest.raises(InputError, match="--face"):
-            vision.face_box(faces, "face", number)
+            faces.face_box(boxes, "face", number)
 
 
 def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_says():
-    points = np.array(vision.TEMPLATES["face"].points)
+    points = np.array(faces.TEMPLATES["face"].points)
     for side, x, y in ((80.0, 17.0, 5.0), (33.0, -4.0, 9.5)):
         wanted = (x, y, x + side, y + side)
         for box in ((20, 20, 70, 75), (0, 0, 99, 99)):
-            faces = [(*box, 0.9, *(points * side + [x, y]).ravel())]
-            np.testing.assert_allclose(vision.face_box(faces, "face"), wanted, atol=1e-6)
+            boxes = [(*box, 0.9, *(points * side + [x, y]).ravel())]
+            np.testing.assert_allclose(faces.face_box(boxes, "face"), wanted, atol=1e-6)
     # a mouth 3 pixels lower: the square grows and moves a little, least squares against scipy's
     moved = points * 80 + [0, 0] + np.array([[0, 0], [0, 0], [0, 3.0]])
-    found = vision.face_box([(0, 0, 9, 9, 0.9, *moved.ravel())], "face")
+    found = faces.face_box([(0, 0, 9, 9, 0.9, *moved.ravel())], "face")
     from scipy.optimize import least_squares
 
     best = least_squares(lambda v: (points * v[0] + v[1:] - moved).ravel(), [80.0, 0, 0]).x
@@ -786,27 +788,27 @@ def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_s
 
 
 def test_a_crop_becomes_another_templates_with_its_points_where_that_has_them():
-    x, y, side = vision.square_within("ffhq", "face")
-    there = np.array(vision.TEMPLATES["face"].points) * side + [x, y]
-    np.testing.assert_allclose(there, vision.TEMPLATES["ffhq"].points, atol=0.012)
+    x, y, side = faces.square_within("ffhq", "face")
+    there = np.array(faces.TEMPLATES["face"].points) * side + [x, y]
+    np.testing.assert_allclose(there, faces.TEMPLATES["ffhq"].points, atol=0.012)
     y, x = torch.meshgrid(*[(torch.arange(100) + 0.5) / 50 - 1] * 2, indexing="ij")
     wide = torch.stack([x, y, x * 0]).expand(2, 5, 3, 100, 100)  # every pixel says where it is
-    face = vision.recrop(wide, "ffhq", "face")
-    for px, py in vision.TEMPLATES["face"].points:
+    face = faces.recrop(wide, "ffhq", "face")
+    for px, py in faces.TEMPLATES["face"].points:
         seen = (face[1, 2, :2, int(py * 100), int(px * 100)] + 1) / 2
-        assert min(np.abs(np.array(vision.TEMPLATES["ffhq"].points) - seen.numpy()).max(1)) < 0.02
-    assert vision.recrop(wide, "face", "face") is wide and vision.recrop(wide, "toy", "face") is wide
-    beyond = vision.recrop(wide, "face", "ffhq")  # the border is repeated
+        assert min(np.abs(np.array(faces.TEMPLATES["ffhq"].points) - seen.numpy()).max(1)) < 0.02
+    assert faces.recrop(wide, "face", "face") is wide and faces.recrop(wide, "toy", "face") is wide
+    beyond = faces.recrop(wide, "face", "ffhq")  # the border is repeated
     assert beyond.shape == wide.shape and (beyond[..., 0, :, 0] < -0.98).all()
 
 
 def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
-    points = np.array(vision.TEMPLATES["face"].points) - 0.5
+    points = np.array(faces.TEMPLATES["face"].points) - 0.5
     for angle, expected in ((0, True), (30, True), (-30, True), (60, False), (-90, False), (180, False)):
         c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
         turned = points @ np.array([[c, s], [-s, c]])
-        assert vision.upright((0, 0, 9, 9, 0.9, *turned.ravel())) == expected, angle
-    assert vision.upright((0, 0, 9, 9, 0.9))  # a detector without points
+        assert faces.upright((0, 0, 9, 9, 0.9, *turned.ravel())) == expected, angle
+    assert faces.upright((0, 0, 9, 9, 0.9))  # a detector without points
 
 
 def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
@@ -820,15 +822,15 @@ def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "get", offline)
     forget_detectors()
     try:
-        assert vision.detect_faces(picture()) is None and vision.find_faces([picture()]) is None
+        assert faces.detect_faces(picture()) is None and faces.find_faces([picture()]) is None
     finally:
         forget_detectors()
     assert asked and all(url.startswith("https://") for url in asked)
 
 
 def forget_detectors():
-    vision.face_detectors.cache_clear()
-    vision.blazeface.cache_clear()
+    faces.face_detectors.cache_clear()
+    faces.blazeface.cache_clear()
 
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -845,9 +847,9 @@ def seen_by(monkeypatch, near):
         points, score = near
         return [[np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in faces] for faces in found]
 
-    monkeypatch.setattr(vision, "face_detectors", lambda: ["one"])
-    monkeypatch.setattr(vision, "look", look)
-    monkeypatch.setattr(vision, "closer", closer)
+    monkeypatch.setattr(faces, "face_detectors", lambda: ["one"])
+    monkeypatch.setattr(faces, "look", look)
+    monkeypatch.setattr(faces, "closer", closer)
 
 
 UPRIGHT, LYING = (0.3, 0.3, 0.7, 0.3, 0.5, 0.7), (0.3, 0.7, 0.3, 0.3, 0.7, 0.5)
@@ -856,7 +858,7 @@ UPRIGHT, LYING = (0.3, 0.3, 0.7, 0.3, 0.5, 0.7), (0.3, 0.7, 0.3, 0.3, 0.7, 0.5)
 def test_a_face_is_what_a_look_from_near_shows_upright_with_a_good_score(monkeypatch):
     for points, score, count in ((UPRIGHT, 0.7, 1), (LYING, 0.7, 0), (UPRIGHT, 0.5, 0)):
         seen_by(monkeypatch, (points, score))
-        found = vision.detect_faces(np.zeros((50, 50, 3), np.uint8))
+        found = faces.detect_faces(np.zeros((50, 50, 3), np.uint8))
         assert len(found) == count and all(face[:4] == (10, 10, 30, 30) for face in found)
 
 
@@ -867,13 +869,13 @@ def test_a_photo_is_turned_until_a_face_in_it_is_upright(monkeypatch, turns, wor
     def detect(turned):
         return [(1, 2, 3, 4, 0.9)] if np.array_equal(turned, picture()) else []
 
-    monkeypatch.setattr(vision, "detect_faces", detect)
-    turned, faces, how = vision.turn_upright(image)
-    assert np.array_equal(turned, picture()) and len(faces) == 1 and words in how and bool(how) == bool(turns)
+    monkeypatch.setattr(faces, "detect_faces", detect)
+    turned, found, how = faces.turn_upright(image)
+    assert np.array_equal(turned, picture()) and len(found) == 1 and words in how and bool(how) == bool(turns)
     for nothing in ([], None):
-        monkeypatch.setattr(vision, "detect_faces", lambda turned, nothing=nothing: nothing)
-        turned, faces, how = vision.turn_upright(image)
-        assert np.array_equal(turned, image) and faces == nothing and how == ""
+        monkeypatch.setattr(faces, "detect_faces", lambda turned, nothing=nothing: nothing)
+        turned, found, how = faces.turn_upright(image)
+        assert np.array_equal(turned, image) and found == nothing and how == ""
 
 
 def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
@@ -886,15 +888,15 @@ def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
         image = load_photo(photos / "portrait_man.jpg")
         H, W = image.shape[:2]
         for shift in (0, H):  # the face out of the middle of a tall picture is found as well
-            found = vision.detect_faces(np.concatenate([np.full((shift, W, 3), 99, np.uint8), image]))
+            found = faces.detect_faces(np.concatenate([np.full((shift, W, 3), 99, np.uint8), image]))
             x0, y0, x1, y1, score, *points = found[0]
             assert score > 0.5 and x0 < W / 2 < x1 and shift < (y0 + y1) / 2 < shift + 0.7 * H
             assert len(points) == 6 and x0 < points[0] < points[2] < x1 and y0 < points[1] < points[5] < y1
             for turns in (1, 2, 3):  # lying and standing on the head
                 turned = np.ascontiguousarray(np.rot90(image, turns))
-                assert vision.detect_faces(turned) == []
-                assert np.array_equal(vision.turn_upright(turned)[0], image)
-        assert vision.turn_upright(load_photo(photos / "dog_no_human_face.jpg"))[1] == []
+                assert faces.detect_faces(turned) == []
+                assert np.array_equal(faces.turn_upright(turned)[0], image)
+        assert faces.turn_upright(load_photo(photos / "dog_no_human_face.jpg"))[1] == []
     finally:
         forget_detectors()
 

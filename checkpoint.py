@@ -1,0 +1,542 @@
+"""Files of weights, and what every training script does around its loop.
+
+Checkpoints are plain dicts of tensors, numbers and strings, written to a temporary name and renamed, and read with
+weights_only=True. Published weights are fetched on first use into $TORCH_HOME/hub/checkpoints (default ~/.cache/torch),
+pinned by SHA256.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from media import InputError, check_file
+
+def checkpoints_dir() -> Path:
+    """Where face-alignment and torch.hub keep weights: $TORCH_HOME/hub/checkpoints."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of other people's training codes
+
+@contextlib.contextmanager
+def refusing(source, what: str):
+    """A block that reads a file's content: whatever it stumbles over is the file's fault. InputError, one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise InputError(f"{source}: {what} ({one_line(reason)})") from error
+
+
+def one_line(text) -> str:
+    """The beginning of a name or message from a file, fit for a message of ours"""
+    return " ".join(str(text)[:120].split())
+
+
+def read_weights(path: str | Path, map_location="cpu") -> dict:
+    """The dict in a file of weights; never runs code from it. THE reader of published files and of our own.
+
+    Raises InputError: damaged, cut short, more than tensors and plain values; no dict with names; a tensor in it, however
+    deep, that is not dense.
+    """
+    path = check_file(path)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # options: plain values
+            warnings.simplefilter("ignore")                                           # torch asks to report odd files
+            content = torch.load(path, map_location, weights_only=True)
+    except Exception as error:  # whatever torch.load stumbles over here, it is the file
+        code = "global" in str(error).lower()                                         # it names a class or function
+        reason = "holds more than tensors and plain values" if code else "damaged, cut short, or no file of weights"
+        raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of names and weights")
+    if not all(is_dense(item) for item in items(content) if isinstance(item, torch.Tensor)):
+        raise InputError(f"{path}: holds a sparse or empty shell of a tensor, expected dense ones")
+    return content
+
+
+def items(content):
+    """Everything in nested dicts, lists and tuples, each once: a file may hold a list that holds itself"""
+    todo, seen = [content], set()
+    while todo:
+        item = todo.pop()
+        if id(item) not in seen:
+            seen.add(id(item))
+            yield item
+            todo += item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+
+
+def is_dense(value) -> bool:
+    """Whether this is a plain tensor that holds all its numbers. A sparse or meta tensor, or one number seen many times
+    (stride 0), takes a few bytes in a file and any size in memory."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and not (value.is_nested or value.is_quantized or value.is_meta)
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
+def load_strictly(make, state: dict, source) -> nn.Module:
+    """The network that make() builds, with the weights of a state dict: dense tensors of its names and shapes, floating
+    point numbers where its own are.
+
+    It is built without memory first and compared, so widths that make() took from a file cost nothing until the file's
+    tensors fill them. BatchNorm's batch counters may be absent (files of 2017 have none); no network here uses them.
+    InputError where anything differs, or where make() fails.
+    """
+    def form(value):
+        return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
+
+    with refusing(source, "its sizes fit no network of this version"), torch.device("meta"):
+        network = make()
+    name, expected = type(network).__name__, {key: form(value) for key, value in network.state_dict().items()}
+    if not isinstance(state, dict):
+        raise InputError(f"{source}: holds a {type(state).__name__} in place of the weights of {name}")
+    given = {key: form(value) if is_dense(value) else "no dense tensor" for key, value in state.items()}
+    wrong = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    wrong += [f"{one_line(key)} is unknown" for key in given if key not in expected]
+    wrong += [f"{key} is {given[key]}, expected {form}" for key, form in expected.items() if given.get(key, form) != form]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise InputError(f"{source}: not the weights of {name}: {wrong[0]}{more}")
+    network = make()
+    network.load_state_dict(state, strict=False)                                      # fp16 becomes fp32 on the way
+    return network
+STALE = 3600  # seconds; ours: no save takes an hour, an older draft is a killed run's
+FORMAT = 1  # of packs and checkpoints
+LARGEST = 1 << 16  # ours: no size in a network's config is larger; the base of StyleGAN2's channels is half of it
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict):
+    """Writes plain dicts, tensors, numbers and strings; `path` is the old file or the whole new one, always.
+
+    checkpoint needs "kind" (what it is) and "format" (1). Raises InputError where the disk refuses.
+    """
+    assert {"kind", "format"} <= set(checkpoint), "a checkpoint says its kind and format"
+    path = Path(path).absolute()
+    draft = None
+    try:
+        for old in path.parent.glob(f".{path.name}-*"):
+            if time.time() - old.stat().st_mtime > STALE:
+                old.unlink()
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # else the name could survive a power cut that the content does not
+        os.chmod(draft, 0o644)  # mkstemp's 0600 is for secrets
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        if draft and os.path.exists(draft):
+            os.unlink(draft)
+
+
+def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> dict:
+    """Reads a file of save_checkpoint. kind: the expected one, or a tuple of accepted ones.
+
+    Raises InputError, one line: missing, directory, truncated, no checkpoint, holding code, another kind or
+    format. What is inside a checkpoint of the right kind is its reader's to check.
+    """
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    expected = f"expected a '{' or '.join(kinds)}' checkpoint"
+    path = check_file(path)
+    try:
+        checkpoint = read_weights(path, map_location)
+    except InputError as error:
+        raise InputError(f"{error}; {expected}") from None
+    found = checkpoint.get("kind")
+    if not isinstance(found, str):
+        raise InputError(f"{path}: was not written by this package; {expected}")
+    if found not in kinds:
+        raise InputError(f"{path}: is a '{found[:40]}' checkpoint; {expected}")
+    if checkpoint.get("format") != FORMAT:
+        raise InputError(f"{path}: has format {checkpoint.get('format')}, this version reads format {FORMAT}")
+    sizes = [v for v in items(checkpoint.get("config")) if isinstance(v, (int, float))]
+    if not all(abs(size) <= LARGEST for size in sizes):
+        raise InputError(f"{path}: its config asks for more than any network here has; {expected}")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# judges: networks that are trained elsewhere, frozen for good, and differentiable with respect to the picture
+
+def freeze(judge: nn.Module) -> nn.Module:
+    """No gradients for its parameters; eval mode, and train() keeps it there."""
+    judge.requires_grad_(False).eval()
+    judge.train = lambda mode=True: judge
+    return judge
+
+
+def load(make, state: dict, source, device) -> nn.Module:
+    """The judge that make() builds with its weights, strictly (see load_strictly); it is frozen and put on the device."""
+    return freeze(load_strictly(make, state, source)).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the downloader
+
+@dataclass(frozen=True)
+class Published:
+    """A file to fetch: its name in the cache, its hash or the beginning of it, its bytes (None: unknown), where it is"""
+
+    file: str
+    sha256: str
+    size: int | None
+    urls: tuple[str, ...]
+
+
+LPIPS_COMMIT = "082bb24f84c091ea94de2867d34c4544f68e0963"
+BLAZEFACE_URL = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"
+PUBLISHED = {
+    "vgg19": Published(
+        "vgg19-dcbb9e9d.pth", "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44", 574673361,
+        ("https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",)),
+    "vgg16": Published(
+        "vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", 553433881,
+        ("https://download.pytorch.org/models/vgg16-397923af.pth",)),
+    "lpips_heads": Published(
+        "lpips_v0.1_vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 7289,
+        (f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/{LPIPS_COMMIT}/lpips/weights/v0.1/vgg.pth",)),
+    "arcface": Published(
+        "recognition_arcface_ir_se50.pth", "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28", 175367323,
+        ("https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth",)),
+    "syncnet_v2": Published(
+        "syncnet_v2.model", "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442", 54573114,
+        ("https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
+         "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model")),
+    # hollance/BlazeFace-PyTorch, Apache-2.0; face-alignment fetches the same files but does not check them
+    "blazeface": Published(
+        "blazeface.pth", "54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4", 420224,
+        (f"{BLAZEFACE_URL}/blazeface.pth",)),
+    "blazeface_anchors": Published(  # of both models
+        "anchors.npy", "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95", 28800,
+        (f"{BLAZEFACE_URL}/anchors.npy",)),
+    "blazeface_back": Published(
+        "blazefaceback.pth", "e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11", 594825,
+        (f"{BLAZEFACE_URL}/blazefaceback.pth",)),
+    "wav2lip_expert": Published(  # about 197 MB; the hash is confirmed by one source only
+        "lipsync_expert.pth", "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5", None,
+        ("https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
+         "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth")),
+    "fan": Published(  # 100 MB, landmarks, for face-alignment; of this hash and the next the file's name tells the
+        "2DFAN4-11f355bf06.pth.tar", "11f355bf06", None,  # beginning, as is torch.hub's custom
+        ("https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar",)),
+    "inception": Published(  # 96 MB, FID's
+        "pt_inception-2015-12-05-6726825d.pth", "6726825d", None,
+        ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",)),
+}
+TIMEOUT = (10, 30)  # seconds to connect, and without a byte; ours
+ABANDONED = 120  # seconds; ours: a part file this long untouched, four timeouts, belongs to no living download
+DOWNLOAD_BLOCK = 1 << 14  # bytes; ours: what a cut loses at most
+LARGEST_DOWNLOAD = 1 << 30  # bytes; ours: the end of patience where the size is unknown
+
+
+def fetch(name: str, path: str | Path | None = None) -> Path:
+    """Where the published file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, fetched if need be.
+
+    What is in the cache is checked by SHA256 every time (a second for 500 MB), what is damaged there replaced. A cut
+    download is resumed, by this call or a later one; only a file with the right hash gets its name, by os.replace, so
+    that any number of processes may fetch at once.
+
+    Raises:
+        InputError: path is no file; or the file cannot be had, with its URL and where to put it by hand.
+    """
+    if path is not None:
+        return check_file(path)
+    pin = PUBLISHED[name]
+    target = checkpoints_dir() / pin.file
+    part, failures = None, []
+    try:
+        if matches(target, pin):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = claim_part(target)
+        for url in pin.urls:
+            try:
+                fetch_from(url, part, pin)
+                os.replace(part, target)
+                return target
+            except (requests.RequestException, ValueError) as error:
+                failures.append(f"{urlsplit(url).netloc}: {explain(error)}")
+    except OSError as error:  # disk full, read-only, no permission: a part is of no use there
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        failures.append(f"{target.parent} cannot be written ({error.strerror or error})")
+    finally:
+        if part is not None and part.exists():  # cut, or Ctrl-C: the next call may take it at once
+            os.utime(part, (0, 0)) if part.stat().st_size else part.unlink()
+    state = "damaged" if target.is_file() else "missing"
+    raise InputError(f"{pin.file} is {state} and could not be fetched ({'; '.join(failures)}): "
+                     f"download {pin.urls[0]} and save it as {target}")
+
+
+def matches(path: Path, pin: Published) -> bool:
+    """Is this the published file?"""
+    if not path.is_file() or pin.size not in (None, path.stat().st_size):
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(pin.sha256)
+
+
+def claim_part(target: Path) -> Path:
+    """A part file of our own beside the target: an abandoned one, taken over by its renaming, or a new one."""
+    own = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+    for left in sorted(target.parent.glob(f"{target.name}.*.part")):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.rename(own)
+                os.utime(own)
+                return own
+    own.touch(exist_ok=False)
+    return own
+
+
+def fetch_from(url: str, part: Path, pin: Published):
+    """Fills `part` from one URL until its hash is right; resumes as long as every attempt brings something."""
+    fresh, whole = part.stat().st_size == 0, False
+    while not matches(part, pin):
+        if whole:
+            os.truncate(part, 0)
+            if fresh:
+                raise ValueError(f"what came has another SHA256 than {pin.sha256}")
+            fresh, whole = True, False  # the beginning, left by another run or URL, may be at fault: once more from 0
+        before = part.stat().st_size
+        try:
+            stream(url, part, pin)
+            whole = True
+        except requests.RequestException:
+            if part.stat().st_size <= before:
+                raise
+
+
+def stream(url: str, part: Path, pin: Published):
+    """One request, appended to what `part` holds where the server can do that. ValueError: this is not the file."""
+    have = part.stat().st_size
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code == 416:  # no such range: what we have is not the beginning of this file
+            os.truncate(part, 0)
+            return
+        answer.raise_for_status()
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise ValueError("a web page came in place of the file")
+        partial = answer.status_code == 206
+        if partial and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ValueError("another part came than was asked for")
+        start, length = have if partial else 0, int(answer.headers.get("Content-Length", 0))
+        if pin.size and length and start + length != pin.size:
+            raise ValueError(f"{start + length} bytes are offered, expected {pin.size}")
+        if length > shutil.disk_usage(part.parent).free:
+            raise OSError(errno.ENOSPC, f"disk full: {length / 1e6:.0f} MB are needed")
+        bar = tqdm(total=start + length or pin.size, initial=start, desc=pin.file, unit="B", unit_scale=True)
+        with open(part, "r+b") as file, bar:
+            file.truncate(start)
+            file.seek(start)
+            for block in answer.iter_content(DOWNLOAD_BLOCK):
+                if file.tell() + len(block) > (pin.size or LARGEST_DOWNLOAD):
+                    file.truncate(0)
+                    raise ValueError("more came than the file has")
+                file.write(block)
+                bar.update(len(block))
+
+
+def explain(error: Exception) -> str:
+    """A network's failure in a few words"""
+    if isinstance(error, requests.HTTPError):
+        return f"HTTP {error.response.status_code}"
+    return "no connection, or cut" if isinstance(error, requests.RequestException) else str(error)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+    if device.type == "cpu":
+        keep_memory()
+    return device
+
+
+def bf16_native(device) -> bool:
+    """Whether bf16 convolutions are faster than fp32 there: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    tells = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("amx_tile", "avx512_bf16")]
+    return device.type == "cpu" and any(tell is not None and tell() for tell in tells)
+
+
+def keep_memory():
+    """Ask glibc to keep freed memory for the next tensor; elsewhere nothing happens.
+
+    By default a tensor above 32 MB is mapped anew each time, and the kernel zeroes its pages: at 256 px that costs an
+    elementwise operation twice the time of its work.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)                                                       # M_MMAP_MAX: no mapping for one tensor
+        libc.mallopt(-1, 2 ** 31 - 1)                                             # M_TRIM_THRESHOLD: give nothing back
+
+
+def finite(name, value):
+    if not torch.isfinite(value):
+        raise InputError(f"the loss term '{name}' is {float(value.detach())}: stopped; the last checkpoint is whole. "
+                         "Lower --lr or --lr-gan")
+
+
+@torch.no_grad()
+def update_ema(ema, model, images, args):
+    """Averaged weights: half-life of --ema-kimg, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05)"""
+    half_life = min(args.ema_kimg * 1000, 0.05 * images + args.batch)
+    beta = 0.5 ** (args.batch / half_life)
+    live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
+    torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
+    for e, b in zip(ema.buffers(), model.buffers()):
+        e.copy_(b)
+
+
+def restore_optimiser(opt, state):
+    """Adam's moments as they were saved, at the rates of today's options"""
+    rates = [group["initial_lr"] for group in opt.param_groups]
+    opt.load_state_dict(state)
+    for group, rate in zip(opt.param_groups, rates):
+        group["initial_lr"] = rate
+
+
+def pace(seconds, waited, steps, batch) -> dict:
+    """For the log: `seconds` went by in `steps` steps of `batch` pictures, `waited` of them for data"""
+    return dict(ms=round(1000 * seconds / steps, 1), images_s=round(batch * steps / seconds, 1),
+                waiting=round(waited / seconds, 3))
+
+
+def memory_gib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:                                                                # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2 ** 10                                  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def lr_factor(step: int, steps: int) -> float:
+    """Twenty steps up (Adam's first ones are blind), then a cosine down to a twentieth."""
+    return min(1, (step + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def revision() -> str | None:
+    """The commit this runs from, where there is one"""
+    try:
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# around a training loop: the same in train, syncnet, keypoints, landmarks and pcavs
+
+def claim_output(path: str | Path, args) -> Path:
+    """Absolute path of the checkpoint that a run writes, its folder made.
+
+    InputError: it exists and neither --resume nor --overwrite is given, or its folder cannot be made."""
+    path = Path(path).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be made a directory ({error.strerror})") from None
+    if path.exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{path} exists: --resume continues it, --overwrite starts anew")
+    return path
+
+
+def open_log(path: str | Path, args):
+    """A log of JSON lines, continued with --resume; the first line has the revision, versions and options"""
+    log = open(path, "a" if args.resume else "w")
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+    log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args)), default=str) + "\n")
+    return log
+
+
+def write_log(log, bar, line: dict, steps: int | None = None):
+    """One line of the log: as JSON, and for people as `name value` pairs with the pace behind a bar"""
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    pace = ("step", "ms", "images_s", "waiting", "gib")
+    text = f"{line['step']:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in pace)
+    if "ms" in line:
+        left = f", {(steps - line['step']) * line['ms'] / 60000:.1f} min left" if steps else ""
+        text += (f"  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, {100 * line['waiting']:.0f} % waiting, "
+                 f"{line['gib']:.1f} GiB{left}")
+    bar.write(text)
+
+
+class StepTimer:
+    """Times the steps between two log lines, and the share of it spent waiting for data"""
+
+    def __init__(self, device):
+        self.device, self.waited, self.steps, self.start = device, 0.0, 0, time.perf_counter()
+
+    def next(self, stream) -> dict:
+        """The next batch of a stream, on the device"""
+        before = time.perf_counter()
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in next(stream).items()}
+        self.waited, self.steps = self.waited + time.perf_counter() - before, self.steps + 1
+        return batch
+
+    def pace(self, batch: int) -> dict:
+        """For the log, with `batch` images a step; the clock starts anew"""
+        seconds = time.perf_counter() - self.start
+        pace = dict(ms=round(1000 * seconds / self.steps, 1), images_s=round(batch * self.steps / seconds, 1),
+                    waiting=round(self.waited / seconds, 3), gib=round(memory_gib(self.device), 2))
+        self.waited, self.steps, self.start = 0.0, 0, time.perf_counter()
+        return pace
+
+
+def check_finite(terms: dict, step: int):
+    """InputError: a loss term is NaN or infinite; it is named"""
+    bad = [f"'{name}' is {float(value.detach()):g}" for name, value in terms.items() if not torch.isfinite(value)]
+    if bad:
+        raise InputError(f"step {step}: the loss term {', '.join(bad)}: stopped; the last checkpoint is whole. "
+                         "Lower the learning rate")
+
+
+def half(network: nn.Module) -> dict:
+    """A network's weights in fp16, for a file to sample with; a tensor that two layers share stays one"""
+    halves = {}
+    for v in network.state_dict().values():
+        halves.setdefault((v.data_ptr(), v.shape), v.half() if v.is_floating_point() else v)
+    return {k: halves[v.data_ptr(), v.shape] for k, v in network.state_dict().items()}

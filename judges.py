@@ -1,0 +1,334 @@
+"""Published frozen networks that judge a face: VGG19, LPIPS, ArcFace, SyncNet v2, Wav2Lip's expert; a small one.
+
+Each is built under the names of its authors' file and loads it strictly. Images come in as (N, 3, H, W) in [-1, 1] and
+are brought to each author's size, range and channel order inside. None may be shipped; terms: VGG BSD (ImageNet's terms),
+LPIPS BSD-2, IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav2Lip research only.
+"""
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoint import fetch, load, read_weights, refusing
+from faces import ARCFACE_POINTS, TEMPLATES, resized, square_at, window
+from vision import trunk_ir_se50
+
+class SmallFaceJudge(nn.Module):
+    """Who is it? A small recogniser for packs at toy size, in ArcFace's place: (N, 3, H, W) -> (N, 64) of unit length.
+
+    Trained by train.py on pairs of frames of one clip against frames of others (no labels but the clip's): see
+    `same_person_loss`. Pictures are seen at 32 px.
+    """
+
+    def __init__(self, width: int = 32, dim: int = 64):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(width, width, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(2 * width, 2 * width, 3, 2, 1),
+            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(2 * width * 16, dim))
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-4.0))
+
+    def forward(self, x):
+        return F.normalize(self.body(F.adaptive_avg_pool2d(x, 32)), dim=1)
+
+
+def same_person_loss(a, b, identity, log_scale, bias):
+    """Pairwise sigmoid loss over a batch (SigLIP, Zhai et al. 2023): a, b (N, E), identity (N,) -> scalar."""
+    same = identity[:, None] == identity[None, :]                       # (N, N)
+    logits = log_scale.exp() * (a @ b.t()) + bias
+    losses = F.softplus(torch.where(same, -logits, logits))
+    return losses[same].mean() + losses[~same].mean()                   # ours: both halves weigh the same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published judges. Keys and shapes are those of the authors' files; a copy with others is refused
+
+def check_pictures(x, least: int):
+    assert x.ndim == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= least, \
+        f"pictures are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
+
+
+def vgg_layers(*stages) -> list[nn.Module]:
+    """torchvision's `features` in order: for each (convolutions, channels) 3x3 convolutions with ReLU, then a pool."""
+    layers, c_in = [], 3
+    for convolutions, channels in stages:
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(c_in, channels, 3, padding=1), nn.ReLU()]
+            c_in = channels
+        layers.append(nn.MaxPool2d(2))
+    return layers
+
+
+class VGG19Features(nn.Module):
+    """Perceptual judge: pictures (N, 3, H, W) in [-1, 1], H, W >= 16 -> feature maps relu1_1, 2_1, 3_1, 4_1, 5_1.
+
+    The maps are (N, 64, H, W), (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16), the
+    taps that pix2pixHD made customary; the paper names VGG19 and no layers. Needs torchvision's ImageNet normalisation,
+    done here.
+    """
+
+    TAPS = (1, 6, 11, 20, 29)
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(*vgg_layers((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, x):
+        check_pictures(x, 16)
+        x, maps = ((x + 1) / 2 - self.mean) / self.std, []
+        for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the file's last three convolutions rest
+            x = layer(x)
+            if i in self.TAPS:
+                maps.append(x)
+        return maps
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): two batches (N, 3, H, W) in [-1, 1], H, W >= 16 -> distances (N,).
+
+    The published file registers its heads twice, as lin0.. and as lins.0..; so does this.
+    """
+
+    SCALING = dict(shift=[-0.030, -0.088, -0.188], scale=[0.458, 0.448, 0.450])  # in no file
+    ENDS = (4, 9, 16, 23, 30)  # layers of VGG16 in the slices: each tap is the last ReLU of a stage
+
+    def __init__(self):
+        super().__init__()
+        layers = vgg_layers((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+        self.scaling_layer = nn.Module()
+        for name, value in self.SCALING.items():
+            self.scaling_layer.register_buffer(name, torch.tensor(value)[None, :, None, None])
+        self.net = nn.Sequential(OrderedDict(
+            (f"slice{k + 1}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in range(start, stop))))
+            for k, (start, stop) in enumerate(zip((0,) + self.ENDS, self.ENDS))))
+        for k, channels in enumerate((64, 128, 256, 512, 512)):
+            head = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))  # a weight a channel
+            setattr(self, f"lin{k}", nn.Sequential(OrderedDict(model=head)))
+        self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(5))
+
+    def maps(self, x):
+        """Feature maps of unit length at every place"""
+        x, maps = (x - self.scaling_layer.shift) / self.scaling_layer.scale, []
+        for part in self.net:
+            x = part(x)
+            # the published x / (|x| + 1e-10) has no gradient where all channels are 0; this differs by under 1e-10
+            maps.append(x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt())
+        return maps
+
+    def forward(self, a, b):
+        check_pictures(a, 16)
+        assert a.shape == b.shape, f"pictures are {tuple(a.shape)} and {tuple(b.shape)}, expected the same shape"
+        return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in zip(self.lins, self.maps(a), self.maps(b)))
+
+
+class ArcFace(nn.Module):
+    """Who is it? IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
+
+    The face is cut so that the eyes and mouth of the pictures' template (see vision.TEMPLATES) lie where the network's
+    own training had them. Of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. The border is
+    repeated where the network wants to see more than there is; smaller pictures are enlarged bilinearly.
+    """
+
+    def __init__(self, template: str = "ffhq"):
+        super().__init__()
+        wanted = np.vstack([ARCFACE_POINTS[:2], ARCFACE_POINTS[3:].mean(0)])               # eyes, middle of the mouth
+        square = square_at(wanted, (TEMPLATES[template].points or TEMPLATES["ffhq"].points))  # drawn faces: FFHQ's (ours)
+        self.left, self.top, self.side = map(round, square)                                # of the picture in the 112 px
+        self.input_layer, self.body = trunk_ir_se50()
+        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(),
+                                          nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512))
+
+    def forward(self, x):
+        check_pictures(x, 1)
+        assert x.shape[2] == x.shape[3], f"pictures are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
+        x = F.adaptive_avg_pool2d(x, self.side) if x.shape[2] > self.side else resized(x, self.side)
+        return self.embed(window(x, -self.left, -self.top, 112))
+
+    def embed(self, x):
+        """Faces already cut, (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length"""
+        return F.normalize(self.output_layer(self.body(self.input_layer(x))), dim=1)
+
+
+def normed(batch_norm, *layers) -> nn.Sequential:
+    """Each convolution followed by BatchNorm and ReLU; pools as they are"""
+    return nn.Sequential(*(part for layer in layers for part in (
+        (layer, batch_norm(layer.out_channels), nn.ReLU()) if hasattr(layer, "out_channels") else (layer,))))
+
+
+class SyncNetV2(nn.Module):
+    """The published SyncNet (Chung & Zisserman 2016): distance of embeddings (N, 1024), small where lips and sound agree.
+
+    Its embeddings have no unit length and are compared by Euclidean distance. Frames f..f+4 belong to the 20 MFCC steps
+    from 4 f.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.netcnnaud = normed(nn.BatchNorm2d,                                            # (N, 1, 13, 20)
+            nn.Conv2d(1, 64, 3, 1, 1), nn.MaxPool2d(1, 1), nn.Conv2d(64, 192, 3, 1, 1),
+            nn.MaxPool2d(3, (1, 2)), nn.Conv2d(192, 384, 3, 1, 1), nn.Conv2d(384, 256, 3, 1, 1),  # (N, 192, 11, 9)
+            nn.Conv2d(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2), nn.Conv2d(256, 512, (5, 4)))         # (N, 256, 5, 4)
+        self.netfcaud = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
+        self.netfclip = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
+        # only the first layer sees time: t = 5 frames at once, all others work frame by frame
+        self.netcnnlip = normed(nn.BatchNorm3d,                                            # (B, 3, T, 224, 224)
+            nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),    # (B, 96, T-4, 54, 54)
+            nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)), nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)),  # 13 x 13
+            nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),            # 6 x 6
+            nn.Conv3d(256, 512, (1, 6, 6)))                                                # (B, 512, T-4, 1, 1)
+
+    def face(self, frames):
+        """Whole face crops (B, T, 3, H, W) in [-1, 1] RGB, T >= 5 -> (B, T-4, 1024), one for each five frames.
+
+        The authors' input is BGR in [0, 255] at 224 px; other sizes are resized.
+        """
+        assert frames.ndim == 5 and frames.shape[1] >= 5 and frames.shape[2] == 3, \
+            f"frames are {tuple(frames.shape)}, expected (B, T, 3, H, W) with T >= 5"
+        B, T = frames.shape[:2]
+        x = resized((frames.flip(2).flatten(0, 1) + 1) * 127.5, 224).unflatten(0, (B, T))
+        x = self.netcnnlip(x.transpose(1, 2)).flatten(2).transpose(1, 2)                   # (B, T-4, 512)
+        return self.netfclip(x.flatten(0, 1)).unflatten(0, (B, T - 4))
+
+    def sound(self, mfcc):
+        """MFCC windows (N, 13, 20) of audio.mfcc -> (N, 1024)"""
+        assert mfcc.shape[1:] == (13, 20), f"MFCC windows are {tuple(mfcc.shape)}, expected (N, 13, 20)"
+        return self.netfcaud(self.netcnnaud(mfcc[:, None]).flatten(1))
+
+
+class Wav2LipConv(nn.Module):
+    """Wav2Lip's block under its published name: convolution, BatchNorm, (residual), ReLU"""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride=1, padding: int = 1, residual: bool = False):
+        super().__init__()
+        self.conv_block = nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, padding), nn.BatchNorm2d(c_out))
+        self.residual = residual
+
+    def forward(self, x):
+        return torch.relu(self.conv_block(x) + x if self.residual else self.conv_block(x))
+
+
+class Wav2LipExpert(nn.Module):
+    """The published lip-sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync.
+
+    face, sound and logits mean the same as those of syncnet.SyncNet, so that it can stand in its place. Its faces are
+    the boxes of S3FD's detections, forehead to chin.
+    """
+
+    def __init__(self):
+        super().__init__()
+
+        def same(channels):
+            return Wav2LipConv(channels, channels, 3, residual=True)
+
+        self.face_encoder = nn.Sequential(                                                 # (B, 15, 48, 96)
+            Wav2LipConv(15, 32, 7, 1, 3),
+            Wav2LipConv(32, 64, 5, (1, 2)), same(64), same(64),                            # (B, 64, 46, 47)
+            Wav2LipConv(64, 128, 3, 2), same(128), same(128), same(128),                   # (B, 128, 23, 24)
+            Wav2LipConv(128, 256, 3, 2), same(256), same(256),                             # (B, 256, 12, 12)
+            Wav2LipConv(256, 512, 3, 2), same(512), same(512),                             # (B, 512, 6, 6)
+            Wav2LipConv(512, 512, 3, 2), Wav2LipConv(512, 512, 3, 1, 0), Wav2LipConv(512, 512, 1, 1, 0))
+        self.audio_encoder = nn.Sequential(                                                # (B, 1, 80, 16)
+            Wav2LipConv(1, 32, 3), same(32), same(32),
+            Wav2LipConv(32, 64, 3, (3, 1)), same(64), same(64),                            # (B, 64, 27, 16)
+            Wav2LipConv(64, 128, 3, 3), same(128), same(128),                              # (B, 128, 9, 6)
+            Wav2LipConv(128, 256, 3, (3, 2)), same(256), same(256),                        # (B, 256, 3, 3)
+            Wav2LipConv(256, 512, 3, 1, 0), Wav2LipConv(512, 512, 1, 1, 0))
+
+    def face(self, frames):
+        """Whole crops (B, 5, 3, H, W) in [-1, 1] RGB -> (B, 512) of unit length.
+
+        The authors' input is the lower half at 96 px, BGR in [0, 1], the five frames side by side as 15 channels.
+        """
+        assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), (
+            f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)")
+        x = resized((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]                 # (5 B, 3, 48, 96)
+        return F.normalize(self.face_encoder(x.unflatten(0, (-1, 5)).flatten(1, 2)).flatten(1), dim=1)
+
+    def sound(self, mel):
+        """Mel windows (B, 1, 80, 16) of audio.mel_windows, of the middle frame -> (B, 512) of unit length"""
+        assert mel.shape[1:] == (1, 80, 16), f"mel window is {tuple(mel.shape)}, expected (B, 1, 80, 16)"
+        return F.normalize(self.audio_encoder(mel).flatten(1), dim=1)
+
+    def logits(self, face, sound):
+        """(B, 512), (B2, 512) -> (B, B2): sigmoid of it is the cosine, which Wav2Lip takes for the probability"""
+        return torch.logit(face @ sound.t(), eps=1e-4)  # ours: at most +-9.2, finite where a cosine is 0 or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# their weights
+
+# torchvision's VGG files hold a classifier, too
+CLASSIFIER = {f"classifier.{i}.{name}" for i in (0, 3, 6) for name in ("weight", "bias")}
+
+
+def vgg19(device, path: str | Path | None = None) -> VGG19Features:
+    """Frozen, with torchvision's weights. path: your copy of the file; None fetches it. InputError: see fetch, load."""
+    path = fetch("vgg19", path)
+    state = {k: v for k, v in read_weights(path).items() if k not in CLASSIFIER}
+    return load(VGG19Features, state, path, device)
+
+
+def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
+    """Frozen. path: your copy of torchvision's VGG16, heads: of the authors' vgg.pth; None fetches them."""
+    path, heads = fetch("vgg16", path), fetch("lpips_heads", heads)
+    state = {f"scaling_layer.{k}": torch.tensor(v)[None, :, None, None] for k, v in LPIPS.SCALING.items()}
+    for key, value in read_weights(path).items():
+        index = re.match(r"features\.(\d{1,2})\.", key)
+        if index:
+            part = 1 + sum(int(index[1]) >= end for end in LPIPS.ENDS)
+            key = key.replace("features.", f"net.slice{part}.")
+        if key not in CLASSIFIER:
+            state[key] = value
+    for key, value in read_weights(heads).items():                                         # lin0.model.1.weight ..
+        state |= {key: value, key.replace("lin", "lins.", 1): value}
+    return load(LPIPS, state, f"{path} with {heads}", device)
+
+
+def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
+    """Frozen, for pictures of a crop template. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
+    path = fetch("arcface", path)
+    return load(lambda: ArcFace(template), read_weights(path), path, device)
+
+
+def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:
+    """Frozen. path: your copy; None fetches it."""
+    path = fetch("syncnet_v2", path)
+    return load(SyncNetV2, read_weights(path), path, device)
+
+
+def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
+    """Frozen. path: your copy; None fetches it. The file is a training checkpoint: weights under 'state_dict'."""
+    path = fetch("wav2lip_expert", path)
+    with refusing(path, "not the Wav2Lip expert"):
+        return load(Wav2LipExpert, read_weights(path)["state_dict"], path, device)
+
+
+class SyncNetV2Expert(nn.Module):
+    """The published SyncNet v2 in a SyncNet's place, to be trained against; its sound is MFCC windows (B, 13, 20).
+
+    Ours: it was trained with a margin on the distance of embeddings that have no unit length, so the logit is that margin
+    less the distance. In sync they are about 7 apart, else about 14 (see evaluate.py): 10 lies between.
+    """
+
+    hears_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
+
+    def __init__(self, network: SyncNetV2):
+        super().__init__()
+        self.network = network
+
+    def face(self, frames):  # (B, 5, 3, H, W) in [-1, 1] -> (B, 1024)
+        return self.network.face(frames)[:, 0]
+
+    def sound(self, mfcc):  # (B, 13, 20) -> (B, 1024)
+        return self.network.sound(mfcc)
+
+    def logits(self, face, sound):  # (B, 1024), (B2, 1024) -> (B, B2)
+        return self.MARGIN - torch.cdist(face, sound)
