@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import requests
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from media import InputError, check_file
@@ -97,18 +98,40 @@ def is_dense(value) -> bool:
             and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
+SMALL = 1 << 26  # numbers that any network may have: 256 MB
+
+
+class Budget(TorchFunctionMode):
+    """Within it at most `left` numbers are made, else ValueError. (The meta device would serve as well,
+    but its first operation imports a compiler, two seconds.)"""
+
+    FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
+
+    def __init__(self, left: int):
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.FACTORIES and args:
+            self.left -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
+            if self.left < 0:
+                raise ValueError("more numbers than the file has")
+        return func(*args, **(kwargs or {}))
+
+
 def load_strictly(make, state: dict, source) -> nn.Module:
     """The network that make() builds, with the weights of a state dict: dense tensors of its names and shapes, floating
     point numbers where its own are.
 
-    It is built without memory first and compared, so widths that make() took from a file cost nothing until the file's
-    tensors fill them. BatchNorm's batch counters may be absent (files of 2017 have none); no network here uses them.
+    Widths that make() took from a file must not cost much more memory than the file's tensors: see Budget. BatchNorm's
+    batch counters may be absent (files of 2017 have none); no network here uses them.
     InputError where anything differs, or where make() fails.
     """
     def form(value):
         return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
 
-    with refusing(source, "its sizes fit no network of this version"), torch.device("meta"):
+    numbers = sum(value.numel() for value in items(state) if is_dense(value))
+    with refusing(source, "its sizes fit no network of this version"), Budget(2 * numbers + SMALL):
         network = make()
     name, expected = type(network).__name__, {key: form(value) for key, value in network.state_dict().items()}
     if not isinstance(state, dict):
@@ -120,7 +143,6 @@ def load_strictly(make, state: dict, source) -> nn.Module:
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
         raise InputError(f"{source}: not the weights of {name}: {wrong[0]}{more}")
-    network = make()
     network.load_state_dict(state, strict=False)                                      # fp16 becomes fp32 on the way
     return network
 STALE = 3600  # seconds; ours: no save takes an hour, an older draft is a killed run's

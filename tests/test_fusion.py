@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from checkpoint import pick_device, save_checkpoint
+from checkpoint import load_strictly, memory_gib, pick_device, save_checkpoint
 from faces import TEMPLATES
 from fusion import (
     FCTFG, CanonicalEncoder, Config, IdentityMaps, TemporalFusion, Whiten, changed_layers, idle_pose,
@@ -432,3 +432,13 @@ def test_a_device_that_is_not_there_is_refused_in_one_line():
     assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(InputError, match="nonsense"):
         pick_device("nonsense")
+
+
+def test_a_file_that_asks_for_far_more_numbers_than_it_holds_costs_no_memory():
+    def make():
+        return torch.nn.Linear(1 << 16, 1 << 14)  # 4 GiB
+
+    before = memory_gib(torch.device("cpu"))
+    with pytest.raises(InputError, match="w.pt: its sizes fit no network.*more numbers"):
+        load_strictly(make, {"weight": torch.ones(3)}, "w.pt")
+    assert memory_gib(torch.device("cpu")) < before + 1
