@@ -512,7 +512,7 @@ def train(args):
                 optimisers=dict(adam=opt.state_dict()), rng=dict(torch=torch.get_rng_state())))
             clock, counted = time.perf_counter(), 0
     log.close()
-    print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --sync {args.out}")
+    print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --expert {args.out}")
 
 
 def worlds(args, out: Path):
@@ -557,7 +557,7 @@ def write(log, bar, line: dict, text: str):
 def test(args):
     """Prints what `judge` finds on held-out clips, and draws it."""
     device = pick_device(args.device)
-    path = args.sync or (SHIPPED if args.data else TOY)
+    path = args.expert or (SHIPPED if args.data else TOY)
     picture = Path(args.picture).absolute()
     if picture.parent.is_dir():
         check_output(picture, overwrite=True, suffixes=(".png",))
@@ -643,7 +643,7 @@ def draw(found: dict, title: str) -> Image.Image:
 def offset(args):
     """Prints by how many frames a clip's sound is late, and how sure that is; --fix writes it in step."""
     device = pick_device(args.device)
-    expert = load_sync(args.sync, device)
+    expert = load_sync(args.expert, device)
     path = check_file(args.clip)
     out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES) if args.fix else None
     late, confidence, fit, windows = clip_offset(expert, path, device, args.box)
@@ -777,16 +777,16 @@ def parse(argv=None):
     p.add_argument("--masks", action="store_true", help="SpecAugment: mask bands and steps of the sound")
     p.add_argument("--device", default="auto")
     p = commands.add_parser("test", help="accuracy by shift on held-out clips", **options)
-    p.add_argument("--sync", help="checkpoint, wav2lip, or a copy of that (.pth); default: with --data the shipped "
+    p.add_argument("--expert", help="checkpoint, wav2lip, or a copy of that (.pth); default: with --data the shipped "
                    f"weights/sync.pt, without {TOY}")
     p.add_argument("--data", help="pack; of one that the expert was trained on, the held-out clips; default: toy people "
-                   "and speech held out for good, drawn beside --sync")
+                   "and speech held out for good, drawn beside --expert")
     p.add_argument("--people", type=int, default=40, help="toy world: how many people")
     p.add_argument("--picture", default="out/sync_test.png", help="what is found, drawn")
     p.add_argument("--device", default="auto")
     p = commands.add_parser("offset", help="the audio-video offset of a clip", **options)
     p.add_argument("clip", help="video with sound")
-    p.add_argument("--sync", default=SHIPPED, help="checkpoint, wav2lip, or a copy of that (.pth)")
+    p.add_argument("--expert", default=SHIPPED, help="checkpoint, wav2lip, or a copy of that (.pth)")
     p.add_argument("--box", help="square around the face, x0,y0,x1,y1 in pixels")
     p.add_argument("--fix", metavar="OUT", help="write the clip with its sound in step (mp4, mov or mkv)")
     p.add_argument("--overwrite", action="store_true", help="replace what --fix names")

@@ -70,7 +70,7 @@ def parse(argv=None):
     p.add_argument("--motion", default="direct", choices=("direct", "paper"),
                    help="form of the motion encoder, see fusion.py")
     p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
-    p.add_argument("--sync", help="sync expert for stage 3: a file of ours; wav2lip or syncnet_v2, which are fetched; or "
+    p.add_argument("--expert", help="sync expert for stage 3: a file of ours; wav2lip or syncnet_v2, which are fetched; or "
                    "your copy (.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
     # published files that stand in for what is trained here, and for downloads
     p.add_argument("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
@@ -141,7 +141,7 @@ def parse(argv=None):
 STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
 
 # what --resume may change (and loss weights): how long, how fast, where files lie, where and how it runs
-CHANGEABLE = {"steps", "lr", "lr_gan", "ema_kimg", "data", "photos", "sync", "vgg", "lpips", "arcface",
+CHANGEABLE = {"steps", "lr", "lr_gan", "ema_kimg", "data", "photos", "expert", "vgg", "lpips", "arcface",
               "device", "workers", "log_every", "sample_every", "save_every"}
 
 
@@ -672,11 +672,11 @@ def unless(flag, make, *options):
 
 
 def expert_for(args, device):
-    """Stage 3's sync expert: that of --sync, else the trained one in --out, else, from 128 px on, Wav2Lip's"""
+    """Stage 3's sync expert: that of --expert, else the trained one in --out, else, from 128 px on, Wav2Lip's"""
     if args.stage < 3 or not args.w_sync:
         return None
-    path = args.sync or os.path.join(args.out, "sync.pt")
-    if not args.sync and args.data and args.size >= PAPERS_JUDGES and not os.path.exists(path):
+    path = args.expert or os.path.join(args.out, "sync.pt")
+    if not args.expert and args.data and args.size >= PAPERS_JUDGES and not os.path.exists(path):
         path = "wav2lip"
     if path == "syncnet_v2" or path.endswith(".model"):
         print("SyncNet v2 is the judge: evaluate.py's LSE, which it scores, is no independent measure of this network")

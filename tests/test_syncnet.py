@@ -432,7 +432,7 @@ def test_the_offset_of_a_video_with_shifted_sound_is_found(world, tmp_path, caps
     with VideoWriter(tmp_path / "clip.mp4", 16, 16, wav) as video:
         for frame in frames:
             video.write(frame)
-    syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"])
+    syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--expert", str(world[1]), "--device", "cpu"])
     line = capsys.readouterr().out.splitlines()[-1]
     words = {-6: "6 frames (0.24 s) early", 0: "in step", 5: "5 frames (0.20 s) late"}[late]
     assert f"the sound is {words};" in line and "56 windows" in line and "guess" not in line
@@ -442,7 +442,7 @@ def test_an_offset_at_which_nothing_fits_is_called_a_guess(world, tmp_path, caps
     write_clip(tmp_path / "clip.mp4", *bar_clip(1001, T=12))
     for fit, said in ((-0.1, True), (0.1, False)):
         monkeypatch.setattr(syncnet, "best_offset", lambda table, fit=fit: (-2, 1.25, fit))
-        syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"])
+        syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--expert", str(world[1]), "--device", "cpu"])
         out = capsys.readouterr().out
         assert "2 frames (0.08 s) early; confidence 1.2 (8 windows)" in out and ("a guess" in out) == said
 
@@ -458,7 +458,7 @@ def test_a_clip_is_put_in_step_with_its_pictures_untouched(world, tmp_path, caps
     frames, own = bar_clip(1001)
     wav = np.concatenate([np.zeros(640 * late, np.float32), own])[: 640 * 60] if late > 0 else own[-640 * late :]
     write_clip(tmp_path / "clip.mp4", frames, wav)
-    command = ["offset", str(tmp_path / "clip.mp4"), "--sync", str(world[1]), "--device", "cpu"]
+    command = ["offset", str(tmp_path / "clip.mp4"), "--expert", str(world[1]), "--device", "cpu"]
     syncnet.main([*command, "--fix", str(tmp_path / "fixed.mp4")])
     assert f"the sound moved by {-late / 25:+.2f} s" in capsys.readouterr().out
     before, after = (np.stack(list(read_video(tmp_path / name))) for name in ("clip.mp4", "fixed.mp4"))
@@ -516,7 +516,7 @@ def test_a_drawn_face_is_looked_for_in_the_middle_of_a_wide_picture(world, tmp_p
     frames, wav = bar_clip(1001)
     wide = np.pad(frames, ((0, 0), (0, 0), (10, 10), (0, 0)))  # (60, 16, 36, 3)
     write_clip(tmp_path / "wide.mp4", wide, np.concatenate([np.zeros(640 * 3, np.float32), wav]))
-    command = ["offset", str(tmp_path / "wide.mp4"), "--sync", str(world[1]), "--device", "cpu"]
+    command = ["offset", str(tmp_path / "wide.mp4"), "--expert", str(world[1]), "--device", "cpu"]
     syncnet.main(command)
     assert "the sound is 3 frames" in capsys.readouterr().out
     syncnet.main([*command, "--box", "10,0,26,16"])
@@ -576,7 +576,7 @@ def test_wav2lips_expert_stands_in_our_place(world, tmp_path, capsys):
     with PackWriter(tmp_path / "pack", 16, "toy") as pack:
         pack.add(*bar_clip(3, T=14), "a", "a")
     write_clip(tmp_path / "clip.mp4", *bar_clip(3, T=14))
-    options = ["--sync", str(tmp_path / "lipsync_expert.pth"), "--device", "cpu"]
+    options = ["--expert", str(tmp_path / "lipsync_expert.pth"), "--device", "cpu"]
     syncnet.main(["test", "--data", str(tmp_path / "pack"), "--picture", str(tmp_path / "found.png"), *options])
     assert "1 clips, 10 windows" in capsys.readouterr().out
     syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--box", "0,0,16,16", *options])
@@ -623,7 +623,7 @@ def test_a_second_is_the_mean_of_its_windows_and_a_pause_is_left_out_beside_a_pa
 
 
 def test_a_trained_expert_tells_in_sync_from_shifted_on_people_it_never_saw(world, tmp_path, capsys):
-    command = ["test", "--sync", str(world[1]), "--data", str(world[0]), "--picture", str(tmp_path / "found.png")]
+    command = ["test", "--expert", str(world[1]), "--data", str(world[0]), "--picture", str(tmp_path / "found.png")]
     syncnet.main([*command, "--device", "cpu"])
     out = capsys.readouterr().out
     assert "held out from training" in out and "1 clips, 56 windows" in out  # of 24, 9 validates, 19 tests
@@ -639,7 +639,7 @@ def test_a_pack_with_one_clip_more_is_still_known_and_listed_clips_are_never_see
             pack.add(*bar_clip(seed), identity=f"p{seed}", source=f"bar {seed}")
     tested = []
     monkeypatch.setattr(syncnet, "judge", lambda expert, pack, clips, device: tested.extend(clips) or 1 / 0)
-    command = ["test", "--data", str(tmp_path / "more"), "--device", "cpu", "--sync"]
+    command = ["test", "--data", str(tmp_path / "more"), "--device", "cpu", "--expert"]
     with pytest.raises(ZeroDivisionError):
         syncnet.main([*command, str(world[1])])
     assert tested == [0, 20]  # the new one, and seed 19, which was held out for the test
@@ -728,7 +728,7 @@ def test_without_data_it_trains_on_the_toy_world_that_train_py_uses(tmp_path, mo
     assert drawn == [("toys", 32, 400, 3.0, toyfaces.TRAIN), ("toys_tune", 32, 40, 3.0, toyfaces.TUNE)]
     expert = load_sync(out, "cpu", size=32)
     assert expert.template == "toy" and expert.config["size"] == 32
-    syncnet.main(["test", "--sync", str(out), "--device", "cpu", "--picture", str(tmp_path / "toys.png")])
+    syncnet.main(["test", "--expert", str(out), "--device", "cpu", "--picture", str(tmp_path / "toys.png")])
     assert drawn[2] == ("toys_test", 32, 40, 3.0, toyfaces.TEST)
 
 
@@ -777,8 +777,8 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
     assert "not the weights of SyncNet" in again
     missing = tmp_path / "no.pt"
     for path, reason in ((other, "'weights'"), (truncated, "cut short"), (tmp_path, "directory"), (missing, "no such")):
-        assert reason in refused(capsys, monkeypatch, "test", "--sync", path)
-        assert reason in refused(capsys, monkeypatch, "offset", __file__, "--sync", path)
+        assert reason in refused(capsys, monkeypatch, "test", "--expert", path)
+        assert reason in refused(capsys, monkeypatch, "offset", __file__, "--expert", path)
     assert "no_last.pt: no such file" in refused(capsys, monkeypatch, "train", "--resume", "--out", missing)
 
 
@@ -794,14 +794,14 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
         (["train", "--windows", "1"], "--windows 1: must lie"),
         (["train", "--lr", "nan"], "--lr nan: must lie"),
         (["train", "--device", "abacus"], "--device abacus"),
-        (["test", "--sync", "SYNC", "--data", "file.txt"], "no such directory"),
-        (["offset", "clip.mp4", "--sync", "SYNC"], "clip.mp4: no such file"),
-        (["offset", "file.txt", "--sync", "SYNC"], "file.txt"),
-        (["offset", "mute.mp4", "--sync", "SYNC"], "has no sound"),
-        (["offset", "short.mp4", "--sync", "SYNC"], "4 frames are too few"),
-        (["offset", "short.mp4", "--sync", "SYNC", "--box", "1,2,3"], "--box 1,2,3"),
-        (["offset", "short.mp4", "--sync", "SYNC", "--box", "4,4,99,99"], "not inside"),
-        (["offset", "short.mp4", "--sync", "file.txt"], "expected a 'syncnet'"),
+        (["test", "--expert", "SYNC", "--data", "file.txt"], "no such directory"),
+        (["offset", "clip.mp4", "--expert", "SYNC"], "clip.mp4: no such file"),
+        (["offset", "file.txt", "--expert", "SYNC"], "file.txt"),
+        (["offset", "mute.mp4", "--expert", "SYNC"], "has no sound"),
+        (["offset", "short.mp4", "--expert", "SYNC"], "4 frames are too few"),
+        (["offset", "short.mp4", "--expert", "SYNC", "--box", "1,2,3"], "--box 1,2,3"),
+        (["offset", "short.mp4", "--expert", "SYNC", "--box", "4,4,99,99"], "not inside"),
+        (["offset", "short.mp4", "--expert", "file.txt"], "expected a 'syncnet'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(world, tmp_path, capsys, monkeypatch, args, reason):
@@ -817,6 +817,6 @@ def test_bad_input_is_one_line_and_status_2(world, tmp_path, capsys, monkeypatch
 
 
 def test_as_a_script_it_ends_with_status_2_and_without_a_traceback(tmp_path):
-    command = [sys.executable, syncnet.__file__, "test", "--sync", str(tmp_path / "no.pt")]
+    command = [sys.executable, syncnet.__file__, "test", "--expert", str(tmp_path / "no.pt")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no.pt" in done.stderr

@@ -102,7 +102,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, monkeypatch):
     more = [] if stage == 1 else ["--init", str(stages / f"stage{stage - 1}.pt")]
-    more += ["--sync", str(stages / "sync.pt")] if stage == 3 else []
+    more += ["--expert", str(stages / "sync.pt")] if stage == 3 else []
     more += ["--hyper-share", "0.5"] if stage == 2 else []  # killed just where the hypernetwork's phase begins
     go(pack, tmp_path / "straight", stage, *more)
     save = train.save
@@ -165,7 +165,7 @@ def test_wav2lip_is_the_name_of_a_published_expert_here_too(pack, tmp_path, monk
 
     monkeypatch.setattr(syncnet, "wav2lip_expert", fetched)
     with pytest.raises(InputError, match="fetched: None"):
-        go(pack, tmp_path, 3, "--sync", "wav2lip")
+        go(pack, tmp_path, 3, "--expert", "wav2lip")
 
 
 def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
     heard, sync = [], train.sync_loss
     monkeypatch.setattr(train, "sync_loss", lambda expert, *a: heard.append(type(expert)) or sync(expert, *a))
     torch.save(dict(state_dict=train.losses.Wav2LipExpert().state_dict()), tmp_path / "expert.pth")
-    go(pack, tmp_path / "three", 3, *given, "--sync", str(tmp_path / "expert.pth"), steps=2)
+    go(pack, tmp_path / "three", 3, *given, "--expert", str(tmp_path / "expert.pth"), steps=2)
     now = load_checkpoint(str(tmp_path / "three" / "stage3.pt"), "stage3")["networks"]["model"]
     assert moved("hyper", hyper) and moved("generator", G) and moved("encoder", encoder)
     assert heard == [train.losses.Wav2LipExpert]
@@ -437,7 +437,7 @@ def quick_starts(monkeypatch):
 def test_all_three_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
         motion, world, pack, stages, real_packs, tmp_path, quick_starts):
     clips, photos = (pack, None) if world == "toys" else real_packs
-    more = ["--motion", motion, "--sync", str(stages / "sync.pt"), "--sample-every", "99", "--save-every", "99"]
+    more = ["--motion", motion, "--expert", str(stages / "sync.pt"), "--sample-every", "99", "--save-every", "99"]
     for stage in (1, 2, 3):
         go(clips, tmp_path, stage, *more, *(["--photos", str(photos), "--batch", "1"] if photos else []), steps=2)
     log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
@@ -698,7 +698,7 @@ def test_the_papers_judges_are_the_default_from_128_px_on_and_small_ones_below()
     (["--stage", "2"], "vgg19-dcbb9e9d.pth", "--w-vgg 0"),
     (["--stage", "2", "--w-vgg", "0"], "recognition_arcface_ir_se50.pth", "--w-arcface 0"),
     (["--stage", "3", "--data", "pack"], "lipsync_expert.pth", "--w-sync 0"),
-    (["--stage", "3", "--sync", "syncnet_v2"], "syncnet_v2.model", "--w-sync 0"),
+    (["--stage", "3", "--expert", "syncnet_v2"], "syncnet_v2.model", "--w-sync 0"),
 ])
 def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without(more, file, flag, tmp_path, monkeypatch):
     def offline(url, **options):
@@ -736,7 +736,7 @@ class TinySyncNetV2(torch.nn.Module):
 @pytest.mark.parametrize("motion", ["direct"])
 def test_syncnet_v2_teaches_stage_3_by_a_margin_on_its_distance(motion, pack, stages, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.losses, "syncnet_v2", lambda device, path: train.losses.freeze(TinySyncNetV2()))
-    go(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--sync", "syncnet_v2", "--motion", motion, steps=2)
+    go(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--expert", "syncnet_v2", "--motion", motion, steps=2)
     assert "no independent measure" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
     assert lines[0]["sync"] > 0
