@@ -312,13 +312,13 @@ def resized(x, size: int):
 # ------------------------------------------------------------------------------------------------------------
 # videos and photos -> pack: jobs, one a file, are done by several processes and written in their order
 
-EVERY = 5  # frames between two looks of the detector (ours: a fifth of a second)
-BRIDGE = 3  # looks; ours: a face that is gone for longer, .6 s, ends its clip
+DETECT_EVERY = 5  # frames between two looks of the detector (ours: a fifth of a second)
+MAX_GAP = 3  # looks; ours: a face that is gone for longer, .6 s, ends its clip
 SEGMENT = 150  # frames of a clip at most: what is held in memory while its box is found, 415 MB at 720p
 SHORTEST = 10  # frames; ours: one five-frame window, and another that is no neighbour
 HIGHEST = 720  # pixels: videos are decoded at this height at most
 STEADY = 0.35  # of the box: a face that moves farther has no box of its own in one clip
-CUT, SUDDEN = 20, 4  # a cut changes the mean pixel by so many of 255, and so many times as much as its neighbours
+CUT, CUT_RATIO = 20, 4  # a cut changes the mean pixel by so many of 255, and so many times as much as its neighbours
 
 
 def scenes(frames: list[np.ndarray]) -> np.ndarray:
@@ -329,17 +329,17 @@ def scenes(frames: list[np.ndarray]) -> np.ndarray:
     change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3))  # (n - 1,) from each frame to the next
     cut = np.zeros(len(frames), bool)
     for k in np.flatnonzero(change > CUT):
-        near = np.delete(change[max(0, k - EVERY) : k + EVERY + 1], min(k, EVERY))
-        cut[k + 1] = not len(near) or change[k] > SUDDEN * np.median(near)
+        near = np.delete(change[max(0, k - DETECT_EVERY) : k + DETECT_EVERY + 1], min(k, DETECT_EVERY))
+        cut[k + 1] = not len(near) or change[k] > CUT_RATIO * np.median(near)
     return np.cumsum(cut)
 
 
 def face_tracks(looks: list[list[tuple]], scene: np.ndarray) -> list[dict]:
     """Faces of each look (vision.find_faces) and the scene of each -> tracks, {number of the look: face}: one face
-    followed through one scene, missed by no more than BRIDGE - 1 looks in a row."""
+    followed through one scene, missed by no more than MAX_GAP - 1 looks in a row."""
     tracks = []
     for i, faces in enumerate(looks):
-        open_tracks = [t for t in tracks if i - max(t) <= BRIDGE and scene[max(t)] == scene[i]]
+        open_tracks = [t for t in tracks if i - max(t) <= MAX_GAP and scene[max(t)] == scene[i]]
         pairs = [(overlap(t[max(t)], face), n, k) for n, t in enumerate(open_tracks) for k, face in enumerate(faces)]
         taken = set()
         for likeness, n, k in sorted(pairs, reverse=True):
@@ -359,11 +359,11 @@ def steady_parts(track: dict, begin: int, end: int, template: str) -> list[tuple
         return [(begin, end, tuple(map(float, box)))]
     looks = sorted(track)
     half = len(looks) // 2
-    parts = (looks[:half], begin, looks[half] * EVERY), (looks[half:], looks[half] * EVERY, end)
+    parts = (looks[:half], begin, looks[half] * DETECT_EVERY), (looks[half:], looks[half] * DETECT_EVERY, end)
     return [clip for part, a, b in parts for clip in steady_parts({i: track[i] for i in part}, a, b, template)]
 
 
-def pieces(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
+def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
     """Frames of a stretch of video -> [(begin, end, box or None, reason)], which share it out: clips have one box each
     that cannot wobble, the median of what was found; what is no clip has a reason.
 
@@ -371,16 +371,16 @@ def pieces(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
     fills most of picture and time is taken, then those of other times.
     """
     scene = scenes(frames)
-    looks = find_faces(frames[::EVERY])
-    tracks = face_tracks(looks, scene[::EVERY])
+    looks = find_faces(frames[::DETECT_EVERY])
+    tracks = face_tracks(looks, scene[::DETECT_EVERY])
     tracks.sort(key=lambda track: -sum((f[2] - f[0]) * (f[3] - f[1]) for f in track.values()))
     clips, taken = [], []
     for track in tracks:
-        begin, end = min(track) * EVERY, max(track) * EVERY + 1
+        begin, end = min(track) * DETECT_EVERY, max(track) * DETECT_EVERY + 1
         same = np.flatnonzero(scene == scene[begin])  # frames
-        if same[0] > begin - EVERY:  # the scene's first look: the face was there from its beginning on
+        if same[0] > begin - DETECT_EVERY:  # the scene's first look: the face was there from its beginning on
             begin = int(same[0])
-        if same[-1] < end - 1 + EVERY:
+        if same[-1] < end - 1 + DETECT_EVERY:
             end = int(same[-1]) + 1
         if all(end <= a or b <= begin for a, b in taken):
             taken.append((begin, end))
@@ -400,7 +400,7 @@ def segment_box(frames: list[np.ndarray]) -> tuple:
 
     Raises InputError, without the file's name: no clip, or one shorter than half of the frames.
     """
-    begin, end, box, reason = max(pieces(frames), key=lambda piece: (piece[2] is not None, piece[1] - piece[0]))
+    begin, end, box, reason = max(segments(frames), key=lambda s: (s[2] is not None, s[1] - s[0]))
     if box is None or 2 * (end - begin) < len(frames):
         raise InputError(reason or "a face that stays for less than half of the time")
     return box

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from audio import isolate_voice, log_mel, n_frames
 from data import Pack, PackWriter, encode_jpeg, sound_of
-from faces import HIGHEST, SEGMENT, crop_face, detect_faces, face_box, find_faces, pieces, square_within
+from faces import HIGHEST, SEGMENT, crop_face, detect_faces, face_box, find_faces, segments, square_within
 from media import (
     InputError, Parser, check_file, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
 
@@ -54,7 +54,7 @@ def prepare_video(path: Path, size: int, template: str, sync: Path | None = None
     length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
     stream, at = read_video(path, height=height), 0
     while frames := list(islice(stream, min(length, total - at))):
-        for begin, end, box, reason in pieces(frames, template):
+        for begin, end, box, reason in segments(frames, template):
             segment = dict(begin=at + begin, frames=end - begin, outcome="skipped", reason=reason)
             jpegs, late = [], 0
             if box is not None:
@@ -327,7 +327,7 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
     help = "checkpoint of a sync expert (syncnet.py): corrects each clip's offset, drops clips that do not fit"
-    parser.add_argument("--check-sync", type=Path, metavar="FILE", help=help)
+    parser.add_argument("--check-sync", type=Path, metavar="EXPERT", help=help)
     help = "take music and noise that repeat down (librosa's vocal separation; 0.2 s a second of sound)"
     parser.add_argument("--isolate-voice", action="store_true", help=help)
     args = parser.parse_args(workers=(1, 256))

@@ -927,9 +927,9 @@ def numbered(count, shade=lambda k: 100):
 
 
 def cut_up(monkeypatch, frames, boxes):
-    """The clips (begin, end, left edge of the box) that faces.pieces makes, and the reasons of the rest."""
+    """The clips (begin, end, left edge of the box) that faces.segments makes, and the reasons of the rest."""
     monkeypatch.setattr(data, "find_faces", lambda views: scripted(views, boxes))
-    found = faces.pieces(frames)
+    found = faces.segments(frames)
     assert [piece[0] for piece in found] == [0, *(piece[1] for piece in found[:-1])] and found[-1][1] == len(frames)
     left = TEMPLATES["face"].side / 2 * 20 - 10  # how much wider the crop is than a box 20 pixels wide
     clips = [(a, b, round(box[0] + left)) for a, b, box, _ in found if box]
