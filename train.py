@@ -70,7 +70,7 @@ def parse(argv=None):
     p.add_argument("--motion", default="direct", choices=("direct", "paper"),
                    help="form of the motion encoder, see fusion.py")
     p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
-    p.add_argument("--expert", help="sync expert for stage 3: a file of ours; wav2lip or syncnet_v2, which are fetched; or "
+    p.add_argument("--expert", help="sync expert for stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or "
                    "your copy (.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
     # published files that stand in for what is trained here, and for downloads
     p.add_argument("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
