@@ -10,7 +10,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -20,13 +19,11 @@ import torch
 from PIL import Image
 
 import audio
-import checkpoint
 import data
 import faces
 import media
 import prepare
 from audio import log_mel, mel_windows
-from checkpoint import load_checkpoint, save_checkpoint
 from data import Clips, Frames, Mixed, Pack, PackWriter, batches, split
 from faces import TEMPLATES
 from media import InputError, VideoWriter, to_tensor
@@ -481,181 +478,6 @@ def test_a_click_and_a_flash_at_one_time_are_in_the_same_frame_of_an_item(tmp_pa
                     float(distance[flash]) <= 1.6 + 0.5 + 0.2
                 )  # half a frame, rounding, length of the click
         assert shown > 3
-
-
-# ------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-
-def toy_checkpoint(step=3):
-    return dict(
-        kind="stage1",
-        format=1,
-        step=step,
-        config=dict(size=32, name="ö"),
-        networks=dict(w=torch.arange(6.0).view(2, 3)),
-    )
-
-
-def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_old_one(tmp_path):
-    path = tmp_path / "a.pt"
-    for step in (3, 4):
-        save_checkpoint(path, toy_checkpoint(step))
-        loaded = load_checkpoint(path, ("stage1", "weights"))
-        assert loaded["step"] == step and loaded["config"] == dict(size=32, name="ö")
-        assert torch.equal(loaded["networks"]["w"], torch.arange(6.0).view(2, 3))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch hacked",)
-
-
-def spoiled(tmp_path, what):
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, toy_checkpoint())
-    if what == "missing":
-        path.unlink()
-    elif what == "directory":
-        path = tmp_path
-    elif what == "empty":
-        path.write_bytes(b"")
-    elif what.startswith("truncated"):
-        os.truncate(path, path.stat().st_size * int(what.split()[1]) // 100)
-    elif what == "damaged":
-        content = bytearray(path.read_bytes())
-        content[60:90] = bytes(30)
-        path.write_bytes(content)
-    elif what == "text":
-        path.write_text("<html>404 not found</html>")
-    elif what == "hostile":
-        torch.save(dict(kind="stage1", format=1, step=Evil()), path)
-    elif what == "hostile pickle":
-        path.write_bytes(pickle.dumps(Evil()))
-    elif what == "a network":
-        torch.save(torch.nn.Linear(2, 3), path)
-    elif what == "state_dict":
-        torch.save(torch.nn.Linear(2, 3).state_dict(), path)
-    elif what == "list":
-        torch.save([1, 2], path)
-    elif what == "tensor kind":
-        torch.save(dict(kind=torch.zeros(3), format=1), path)
-    elif what == "other kind":
-        save_checkpoint(path, dict(kind="weights", format=1))
-    elif what == "other format":
-        save_checkpoint(path, dict(kind="stage1", format=2))
-    return path
-
-
-REFUSED = {
-    "missing": "no such file",
-    "directory": "is a directory",
-    "empty": "empty",
-    **{f"truncated {share}": "damaged, cut short" for share in (1, 30, 70, 99)},
-    "damaged": "damaged, cut short",
-    "text": "damaged, cut short",
-    "hostile": "holds more than tensors",
-    "hostile pickle": "holds more than tensors|damaged, cut short",
-    "a network": "holds more than tensors",
-    "state_dict": "was not written by this package",
-    "list": "holds a list",
-    "tensor kind": "was not written by this package",
-    "other kind": "is a 'weights' checkpoint; expected a 'stage1 or stage2' checkpoint",
-    "other format": "has format 2",
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_file_that_is_not_the_expected_checkpoint_is_refused_in_one_line(tmp_path, what, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = spoiled(tmp_path, what)
-    with pytest.raises(InputError, match=REFUSED[what]) as caught:
-        load_checkpoint(path, ("stage1", "stage2"))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "hacked").exists()
-
-
-def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monkeypatch):
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, toy_checkpoint(1))
-
-    def full(content, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match=r"a\.pt: cannot be written \(No space left on device\)"):
-        save_checkpoint(path, toy_checkpoint(2))
-    assert load_checkpoint(path, "stage1")["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
-def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fdopen", lambda handle, mode: os.close(handle) or open("/dev/full", mode))
-    big = toy_checkpoint() | dict(networks=dict(w=torch.zeros(300_000)))
-    with pytest.raises(InputError, match=r"a\.pt: cannot be written"):
-        save_checkpoint(tmp_path / "a.pt", big)
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_place_to_save_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="No such file or directory"):
-        save_checkpoint(tmp_path / "none" / "a.pt", toy_checkpoint())
-    (tmp_path / "b.pt").mkdir()
-    with pytest.raises(InputError, match="cannot be written"):
-        save_checkpoint(tmp_path / "b.pt", toy_checkpoint())
-
-
-def test_drafts_of_killed_runs_go_when_they_are_old(tmp_path):
-    old, young = tmp_path / ".a.pt-x", tmp_path / ".a.pt-y"
-    for draft in (old, young):
-        draft.write_bytes(b"draft")
-    os.utime(old, (time.time() - 2 * checkpoint.STALE,) * 2)
-    save_checkpoint(tmp_path / "a.pt", toy_checkpoint())
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.pt-y", "a.pt"]
-
-
-SAVER = """
-import sys, torch
-from checkpoint import save_checkpoint
-for step in range(10**6):
-    networks = dict(w=torch.full((50_000,), float(step)))
-    save_checkpoint(sys.argv[1], dict(kind="stage1", format=1, step=step, networks=networks))
-    if step == 0:
-        print("saving", flush=True)
-"""
-
-
-def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
-    """SIGKILL, twenty times; the killed are forks of a process with torch imported: they start at once."""
-    fork_server = """
-import os, sys, time, signal, random
-from checkpoint import load_checkpoint
-code = compile(open(sys.argv[2]).read(), "saver", "exec")
-random.seed(0)
-for kill in range(20):
-    ready, told = os.pipe()
-    child = os.fork()
-    if not child:
-        os.dup2(told, 1)
-        exec(code, {"__name__": "saver"})
-    os.read(ready, 6)
-    time.sleep(random.uniform(0, 0.03))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    saved = load_checkpoint(sys.argv[1], "stage1")
-    assert (saved["networks"]["w"] == saved["step"]).all() and len(saved["networks"]["w"]) == 50_000
-    print(saved["step"], flush=True)
-"""
-    saver = tmp_path / "saver.py"
-    saver.write_text(SAVER)
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-    command = [sys.executable, "-c", fork_server, tmp_path / "a.pt", saver]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 20
 
 
 # ------------------------------------------------------------------------------------------------------------

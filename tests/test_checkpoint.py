@@ -1,0 +1,647 @@
+"""Files of weights: saved whole or not at all, refused in one line where anything is wrong, fetched by their hash."""
+
+import contextlib
+import errno
+import hashlib
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import judges
+import vision
+from checkpoint import items, load_checkpoint, read_weights, save_checkpoint
+from fusion import FCTFG, Config, load_model, published
+from media import InputError
+from stylegan2 import Discriminator, Generator, load_rosinality
+from syncnet import SyncNet, load_sync
+
+ROOT = Path(checkpoint.__file__).parent
+
+# ------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def toy_checkpoint(step=3):
+    return dict(
+        kind="stage1",
+        format=1,
+        step=step,
+        config=dict(size=32, name="ö"),
+        networks=dict(w=torch.arange(6.0).view(2, 3)),
+    )
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a.pt"
+    for step in (3, 4):
+        save_checkpoint(path, toy_checkpoint(step))
+        loaded = load_checkpoint(path, ("stage1", "weights"))
+        assert loaded["step"] == step and loaded["config"] == dict(size=32, name="ö")
+        assert torch.equal(loaded["networks"]["w"], torch.arange(6.0).view(2, 3))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def file_with(tmp_path, what):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, toy_checkpoint())
+    if what == "missing":
+        path.unlink()
+    elif what == "directory":
+        path = tmp_path
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what.startswith("truncated"):
+        os.truncate(path, path.stat().st_size * int(what.split()[1]) // 100)
+    elif what == "damaged":
+        content = bytearray(path.read_bytes())
+        content[60:90] = bytes(30)
+        path.write_bytes(content)
+    elif what == "text":
+        path.write_text("<html>404 not found</html>")
+    elif what == "hostile":
+        torch.save(dict(kind="stage1", format=1, step=Hostile()), path)
+    elif what == "hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
+    elif what == "a network":
+        torch.save(torch.nn.Linear(2, 3), path)
+    elif what == "state_dict":
+        torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    elif what == "list":
+        torch.save([1, 2], path)
+    elif what == "tensor kind":
+        torch.save(dict(kind=torch.zeros(3), format=1), path)
+    elif what == "other kind":
+        save_checkpoint(path, dict(kind="weights", format=1))
+    elif what == "other format":
+        save_checkpoint(path, dict(kind="stage1", format=2))
+    return path
+
+
+REFUSED = {
+    "missing": "no such file",
+    "directory": "is a directory",
+    "empty": "empty",
+    **{f"truncated {share}": "damaged, cut short" for share in (1, 30, 70, 99)},
+    "damaged": "damaged, cut short",
+    "text": "damaged, cut short",
+    "hostile": "holds more than tensors",
+    "hostile pickle": "holds more than tensors|damaged, cut short",
+    "a network": "holds more than tensors",
+    "state_dict": "was not written by this package",
+    "list": "holds a list",
+    "tensor kind": "was not written by this package",
+    "other kind": "is a 'weights' checkpoint; expected a 'stage1 or stage2' checkpoint",
+    "other format": "has format 2",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_file_that_is_not_the_expected_checkpoint_is_refused_in_one_line(tmp_path, what, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = file_with(tmp_path, what)
+    with pytest.raises(InputError, match=REFUSED[what]) as caught:
+        load_checkpoint(path, ("stage1", "stage2"))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, toy_checkpoint(1))
+
+    def full(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"a\.pt: cannot be written \(No space left on device\)"):
+        save_checkpoint(path, toy_checkpoint(2))
+    assert load_checkpoint(path, "stage1")["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fdopen", lambda handle, mode: os.close(handle) or open("/dev/full", mode))
+    big = toy_checkpoint() | dict(networks=dict(w=torch.zeros(300_000)))
+    with pytest.raises(InputError, match=r"a\.pt: cannot be written"):
+        save_checkpoint(tmp_path / "a.pt", big)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_place_to_save_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="No such file or directory"):
+        save_checkpoint(tmp_path / "none" / "a.pt", toy_checkpoint())
+    (tmp_path / "b.pt").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        save_checkpoint(tmp_path / "b.pt", toy_checkpoint())
+
+
+def test_drafts_of_killed_runs_go_when_they_are_old(tmp_path):
+    old, young = tmp_path / ".a.pt-x", tmp_path / ".a.pt-y"
+    for draft in (old, young):
+        draft.write_bytes(b"draft")
+    os.utime(old, (time.time() - 2 * checkpoint.STALE,) * 2)
+    save_checkpoint(tmp_path / "a.pt", toy_checkpoint())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.pt-y", "a.pt"]
+
+
+SAVER = """
+import sys, torch
+from checkpoint import save_checkpoint
+for step in range(10**6):
+    networks = dict(w=torch.full((50_000,), float(step)))
+    save_checkpoint(sys.argv[1], dict(kind="stage1", format=1, step=step, networks=networks))
+    if step == 0:
+        print("saving", flush=True)
+"""
+
+
+def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
+    """SIGKILL, twenty times; the killed are forks of a process with torch imported: they start at once."""
+    fork_server = """
+import os, sys, time, signal, random
+from checkpoint import load_checkpoint
+code = compile(open(sys.argv[2]).read(), "saver", "exec")
+random.seed(0)
+for kill in range(20):
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(told, 1)
+        exec(code, {"__name__": "saver"})
+    os.read(ready, 6)
+    time.sleep(random.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    saved = load_checkpoint(sys.argv[1], "stage1")
+    assert (saved["networks"]["w"] == saved["step"]).all() and len(saved["networks"]["w"]) == 50_000
+    print(saved["step"], flush=True)
+"""
+    saver = tmp_path / "saver.py"
+    saver.write_text(SAVER)
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", fork_server, tmp_path / "a.pt", saver]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 20
+
+
+def test_hostile_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "good.pth"
+    torch.save({"a": torch.randn(50, 7)}, good)
+    assert read_weights(good)["a"].shape == (50, 7)
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:900])
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>Not found</html>")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "hostile.pth").write_bytes(pickle.dumps({"a": Hostile()}, protocol=2))
+    torch.save({"a": Hostile()}, tmp_path / "hostile_zip.pth")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    for name in ("cut", "page", "empty", "hostile", "hostile_zip", "list", "absent"):
+        with pytest.raises(InputError, match=f"{name}.pth") as caught:
+            read_weights(tmp_path / f"{name}.pth")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+    torch.save({"netG": {}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="state_dict"):
+        judges.wav2lip_expert("cpu", tmp_path / "other.pth")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# every reader of files against files that are not quite right
+
+
+def plain(network):
+    return dict(network.state_dict())
+
+
+NARROW = dict(dim=24, n_mlp=2, base=256, cap=32)
+LAYERS = [(32, 32), (32, 32), (16, 32)]
+
+
+def specimen(name):
+    """The content of a small good file, its reader, and how many spoiled copies are tried (fewer of slow ones)"""
+    torch.manual_seed(0)
+    if name == "stylegan2":
+        G, D = Generator(16, **NARROW), Discriminator(16, base=256, cap=32)
+        content = dict(g_ema=plain(G), d=plain(D), latent_avg=torch.ones(24))
+        return content, lambda path: load_rosinality(path, 16), 40
+    if name in ("psp", "trunk"):
+        state = plain(vision.GradualStyleEncoder(6, dim=24, width=16))
+        if name == "trunk":
+            trunk = {k: v for k, v in state.items() if k.startswith(("input_layer.", "body."))}
+            return trunk | {"output_layer.3.weight": torch.ones(9, 9)}, lambda path: vision.load_encoder(path, 6), 6
+        del state["latent_avg"]
+        state = {f"encoder.{k}": v for k, v in state.items()}
+        state |= {f"decoder.{k}": v for k, v in plain(Generator(16, **NARROW)).items()}
+        content = dict(state_dict=state, latent_avg=torch.ones(6, 24), opts={})
+        return content, lambda path: published(16, encoder=path), 8
+    if name == "hyperstyle":
+        state = plain(vision.HyperStyleNet(LAYERS, "shared", width=4))
+        content = dict(state_dict={f"hypernet.{k}": v for k, v in state.items()})
+        return content, lambda path: vision.load_hypernet(path, LAYERS), 10
+    if name == "weights":
+        more = dict(encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5)
+        model = FCTFG(Config.at(16, **NARROW, **more))
+        content = dict(kind=name, format=1, config=vars(model.config), networks=dict(model=plain(model)))
+        return content, load_model, 40
+    if name == "sync":
+        net = dict(size=16, dim=32, width=0.125)
+        state, config = plain(SyncNet(**net)), dict(net=net, template="toy")
+        content = dict(kind="syncnet", format=1, config=config, networks=dict(expert=state))
+        return content, lambda path: load_sync(path, "cpu"), 60
+    part = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}  # whole ones hold 80 MB and more
+    if name == "wav2lip":
+        return dict(state_dict=part), lambda path: judges.wav2lip_expert("cpu", path), 30
+    if name == "vgg":
+        return part | {"classifier.0.bias": torch.ones(2)}, lambda path: judges.vgg19("cpu", path), 60
+    return part, lambda path: judges.lpips("cpu", path, path), 30
+
+
+ODD = dict(  # what a good tensor is replaced by; some take a few bytes in a file and terabytes in memory
+    sparse=lambda v: v.to_sparse(), meta=lambda v: v.to("meta"), scalar=lambda v: torch.tensor(1.0),
+    repeated=lambda v: torch.zeros(1).expand(*v.shape[:-1], 1 << 40), hollow=lambda v: torch.ones(1 << 40, 0),
+    integers=lambda v: v.long(), complex=lambda v: v + 1j, longer=lambda v: torch.ones(*v.shape[:-1], v.shape[-1] + 1),
+    quantised=lambda v: torch.quantize_per_tensor(v.float(), 1.0, 0, torch.quint8),
+    nested=lambda v: torch.nested.nested_tensor([v, v]), nothing=lambda v: None, text=lambda v: "a\nb",
+    rows=lambda v: [v])
+
+
+def spoiled(content, rng):
+    """A copy of content with one thing wrong -> (the copy, what it is)"""
+    copy = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    copy = {k: {i: dict(w) if isinstance(w, dict) else w for i, w in v.items()} if isinstance(v, dict) else v
+            for k, v in copy.items()}
+    dicts = [d for d in items(copy) if isinstance(d, dict) and d]
+    states = [d for d in dicts if sum(isinstance(v, torch.Tensor) for v in d.values()) > 1]
+    sizes = [(d, k) for d in dicts for k in d if k in ("size", "dim", "n_mlp", "base")]
+    if sizes and rng.random() < 0.2:
+        config, key = rng.choice(sizes)
+        config[key] = rng.choice([-1, 1 << 40, 10 ** 400, math.nan, "many", None, torch.ones(2), [config]])
+        return copy, f"{key} = {config[key]!r:.20}"
+    state = rng.choice(states)
+    key = rng.choice([k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim])
+    what = rng.choice([*ODD, "absent", "numbered", "surplus"])
+    if what == "surplus":
+        state[rng.choice([7, "a\nb", "body.99", ("x", 1), ""])] = torch.ones(2)
+    else:
+        value = state.pop(key)
+        if what != "absent":
+            state[7 if what == "numbered" else key] = value if what == "numbered" else ODD[what](value)
+    return copy, f"{key} {what}"
+
+
+READERS = ("stylegan2", "psp", "trunk", "hyperstyle", "weights", "sync", "vgg", "lpips", "wav2lip")
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|nested)")
+@pytest.mark.parametrize("name", READERS)
+def test_files_with_anything_wrong_in_them_are_refused_in_one_line(name, tmp_path):
+    (content, reader, turns), rng, path = specimen(name), random.Random(name), tmp_path / "odd.pt"
+    torch.save(content, path)
+    good = path.read_bytes()
+    if name not in READERS[-3:]:
+        reader(path)
+    for _ in range(turns):
+        odd, what = spoiled(content, rng)
+        torch.save(odd, path)
+        with pytest.raises(InputError) as caught:
+            reader(path)
+            pytest.fail(f"{what}: taken")
+        assert "odd.pt" in str(caught.value) and "\n" not in str(caught.value), what
+    for turn in range(6):  # a byte may be wrong where nobody looks
+        at = rng.randrange(len(good))
+        path.write_bytes(good[:at] if turn % 2 else good[:at] + bytes([good[at] ^ 255]) + good[at + 1:])
+        with contextlib.suppress(InputError):
+            reader(path)
+    assert turn == 5
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the downloader, against a server of our own
+
+
+CONTENT = bytes(range(256)) * 500  # 128,000 bytes
+
+
+class Server:
+    """Answers each address by the function in `routes`; notes (address, Range) of what was asked."""
+
+    def __init__(self):
+        self.routes, self.asked = {}, []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.asked.append((self.path, self.headers.get("Range")))
+                server.routes[self.path](self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+def sends(content=CONTENT, cut_at=None, resumes=True, kind="application/octet-stream", length=True):
+    """An answer: `content` from where it is asked for, dropped once its byte `cut_at` is reached."""
+
+    def answer(handler):
+        asked = handler.headers.get("Range") if resumes else None
+        start = int(asked[6:-1]) if asked else 0
+        if start >= len(content):
+            handler.send_response(416)
+            handler.end_headers()
+            return
+        handler.send_response(206 if asked else 200)
+        handler.send_header("Content-Type", kind)
+        if asked:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if length:
+            handler.send_header("Content-Length", str(len(content) - start))
+        handler.end_headers()
+        handler.wfile.write(content[start:cut_at])
+
+    return answer
+
+
+def refuses(code):
+    return lambda handler: handler.send_error(code)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server, an empty cache, and the file "thing" of two addresses in the table."""
+    server = Server()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    urls = (f"{server.url}/first", f"{server.url}/second")
+    pin = checkpoint.Published("thing.pth", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), urls)
+    monkeypatch.setitem(checkpoint.PUBLISHED, "thing", pin)
+    server.pin, server.cache = pin, tmp_path / "home" / "hub" / "checkpoints"
+    server.target = server.cache / "thing.pth"
+    server.routes |= {"/first": sends(), "/second": sends()}
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def lies(server):
+    return sorted(path.name for path in server.cache.iterdir()) if server.cache.is_dir() else []
+
+
+def whole(server):
+    return server.target.read_bytes() == CONTENT and lies(server) == ["thing.pth"]
+
+
+def refusal(server):
+    """The one line of a failed fetch, which always names the file, an address and the place."""
+    with pytest.raises(InputError) as caught:
+        checkpoint.fetch("thing")
+    line = str(caught.value)
+    assert "\n" not in line and "thing.pth" in line and server.pin.urls[0] in line and str(server.target) in line
+    return line
+
+
+def test_every_published_file_is_pinned_by_its_hash_and_fetched_by_https():
+    whole = {"vgg19", "vgg16", "lpips_heads", "arcface", "syncnet_v2", "wav2lip_expert",
+             "blazeface", "blazeface_back", "blazeface_anchors"}
+    assert set(checkpoint.PUBLISHED) == whole | {"fan", "inception"}
+    for name, pin in checkpoint.PUBLISHED.items():
+        assert len(pin.sha256) == 64 if name in whole else len(pin.sha256) >= 8 and pin.sha256 in pin.file
+        assert set(pin.sha256) <= set("0123456789abcdef")
+        assert pin.urls and all(url.startswith("https://") for url in pin.urls)
+    assert len({pin.file for pin in checkpoint.PUBLISHED.values()}) == len(checkpoint.PUBLISHED)
+
+
+def test_the_beginning_of_a_hash_pins_a_file_too(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert checkpoint.matches(path, checkpoint.Published("a.pth", digest[:8], None, ()))
+    assert not checkpoint.matches(path, checkpoint.Published("a.pth", digest[1:9], None, ()))
+
+
+def test_a_file_is_fetched_once_into_torch_home(server):
+    assert checkpoint.fetch("thing") == server.target and whole(server)
+    assert checkpoint.fetch("thing") == server.target
+    assert server.asked == [("/first", None)]
+
+
+def test_a_copy_of_the_users_own_is_taken_without_a_network(server, tmp_path):
+    copy = tmp_path / "my copy.pth"
+    copy.write_bytes(b"mine")
+    assert checkpoint.fetch("thing", copy) == copy
+    with pytest.raises(InputError, match="nowhere.pth: no such file"):
+        checkpoint.fetch("thing", tmp_path / "nowhere.pth")
+    assert server.asked == []
+
+
+def test_a_cut_download_is_resumed_where_it_was_cut(server):
+    cuts = iter((50_000, 100_000, None))
+    server.routes["/first"] = lambda handler: sends(cut_at=next(cuts))(handler)
+    checkpoint.fetch("thing")
+    assert whole(server)
+    assert server.asked == [("/first", None), ("/first", "bytes=49152-"), ("/first", "bytes=98304-")]
+
+
+def test_a_server_that_cannot_resume_is_asked_for_the_whole_again(server):
+    cuts = iter((50_000, None))
+    server.routes["/first"] = lambda handler: sends(cut_at=next(cuts), resumes=False)(handler)
+    checkpoint.fetch("thing")
+    assert whole(server) and len(server.asked) == 2
+    server.target.unlink()
+    server.asked.clear()
+    cuts = iter((100_000, 50_000))  # the second answer begins anew and brings less: no gain, so the other address
+    checkpoint.fetch("thing")
+    assert whole(server) and server.asked[1:] == [("/first", "bytes=98304-"), ("/second", "bytes=49152-")]
+
+
+def test_a_download_that_stays_cut_is_resumed_by_the_next_call_and_by_the_second_address(server):
+    server.routes |= {"/first": sends(cut_at=50_000), "/second": refuses(503)}
+    assert "HTTP 503" in refusal(server)
+    part, = lies(server)
+    assert part.endswith(".part") and (server.cache / part).stat().st_size == 49_152  # whole blocks of 16 KiB
+    server.routes |= {"/first": refuses(404), "/second": sends()}
+    server.asked.clear()
+    checkpoint.fetch("thing")
+    assert whole(server) and server.asked == [("/first", "bytes=49152-"), ("/second", "bytes=49152-")]
+
+
+def test_the_right_size_with_another_hash_is_refused_and_nothing_stays(server):
+    wrong = bytes(len(CONTENT))
+    server.routes |= {"/first": sends(wrong), "/second": sends(wrong)}
+    assert "SHA256" in refusal(server)
+    assert lies(server) == [] and len(server.asked) == 2
+
+
+def test_a_rotten_part_is_found_out_and_fetched_again_from_the_start(server):
+    server.cache.mkdir(parents=True)
+    for name, content in (("aa", bytes(1000)), ("bb", bytes(len(CONTENT)))):
+        part = server.cache / f"thing.pth.{name}.part"
+        part.write_bytes(content)
+        os.utime(part, (0, 0))
+        checkpoint.fetch("thing")
+        assert server.target.read_bytes() == CONTENT
+        server.target.unlink()
+    assert lies(server) == []
+
+
+def test_a_part_that_was_whole_but_not_yet_named_needs_no_network(server):
+    server.cache.mkdir(parents=True)
+    part = server.cache / "thing.pth.aa.part"
+    part.write_bytes(CONTENT)
+    os.utime(part, (0, 0))
+    checkpoint.fetch("thing")
+    assert whole(server) and server.asked == []
+
+
+def test_the_part_of_a_living_download_is_left_alone(server):
+    server.cache.mkdir(parents=True)
+    part = server.cache / "thing.pth.aa.part"
+    part.write_bytes(CONTENT[:1000])
+    checkpoint.fetch("thing")
+    assert part.read_bytes() == CONTENT[:1000] and server.asked == [("/first", None)]
+    server.target.unlink()
+    os.utime(part, (time.time() - checkpoint.ABANDONED - 5,) * 2)
+    checkpoint.fetch("thing")
+    assert whole(server) and server.asked[1:] == [("/first", "bytes=1000-")]
+
+
+def test_a_web_page_in_place_of_the_file_sends_us_to_the_second_address(server):
+    server.routes["/first"] = sends(b"<html>please log in</html>", kind="text/html; charset=utf-8")
+    checkpoint.fetch("thing")
+    assert whole(server) and [path for path, _ in server.asked] == ["/first", "/second"]
+    server.target.unlink()
+    server.routes["/second"] = sends(b"<html>please log in</html>", length=False)  # and does not say what it is
+    line = refusal(server)
+    assert "web page" in line and "SHA256" in line and lies(server) == []
+
+
+def test_a_missing_file_sends_us_to_the_second_address_and_both_missing_are_named(server):
+    server.routes["/first"] = refuses(404)
+    checkpoint.fetch("thing")
+    assert whole(server)
+    server.target.unlink()
+    server.routes["/second"] = refuses(410)
+    line = refusal(server)
+    assert "HTTP 404" in line and "HTTP 410" in line and lies(server) == []
+
+
+def test_another_size_is_refused_before_its_bytes_come(server, monkeypatch):
+    server.routes |= {"/first": sends(CONTENT + b"x"), "/second": sends(CONTENT * 3, length=False)}
+    line = refusal(server)
+    assert "128001 bytes are offered, expected 128000" in line and "more came" in line and lies(server) == []
+
+
+def test_no_network_says_what_to_do_by_hand(server):
+    server.http.shutdown()
+    server.http.server_close()
+    assert "no connection" in refusal(server) and lies(server) == []
+
+
+def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(server):
+    server.cache.mkdir(parents=True)
+    server.target.write_bytes(CONTENT[:-1] + b"!")
+    server.routes |= {"/first": refuses(500), "/second": refuses(500)}
+    assert "damaged" in refusal(server)
+    assert lies(server) == ["thing.pth"]  # what was there stays until there is better
+    server.routes["/second"] = sends()
+    checkpoint.fetch("thing")
+    assert whole(server)
+
+
+def test_a_full_disk_leaves_nothing_behind(server, monkeypatch):
+    class Full:
+        def __init__(self, *args):
+            self.file = open(*args)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, block):
+            self.file.write(block[:100])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(checkpoint, "open", lambda path, mode: (Full if "+" in mode else open)(path, mode), raising=False)
+    assert "No space left" in refusal(server) and lies(server) == []
+    monkeypatch.delattr(checkpoint, "open")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
+    assert "disk full" in refusal(server) and lies(server) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
+    server.cache.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+
+        def read_only(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        patch.setattr(Path, "touch", read_only)
+        assert f"{server.cache} cannot be written (Read-only file system)" in refusal(server)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    server.target = tmp_path / "file" / "hub" / "checkpoints" / "thing.pth"
+    assert "cannot be written" in refusal(server) and server.asked == []
+
+
+def test_ctrl_c_keeps_what_came_for_the_next_call(server, monkeypatch):
+    class Interrupted(checkpoint.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    server.routes["/first"] = sends(cut_at=60_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "tqdm", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.fetch("thing")
+    part, = lies(server)
+    size = (server.cache / part).stat().st_size
+    server.routes["/first"] = sends()
+    checkpoint.fetch("thing")
+    assert size > 0 and whole(server) and server.asked[-1] == ("/first", f"bytes={size}-")
+
+
+def test_processes_that_fetch_at_once_all_get_the_whole_file(server):
+    fork = multiprocessing.get_context("fork")
+    together = threading.Barrier(3)
+
+    def answer(handler):
+        together.wait(20)  # all three have asked before one is answered
+        sends()(handler)
+
+    server.routes["/first"] = answer
+    workers = [fork.Process(target=checkpoint.fetch, args=("thing",)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert whole(server) and server.asked == [("/first", None)] * 3
