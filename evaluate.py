@@ -49,7 +49,8 @@ from audio import log_mel, mel_windows, mfcc, n_frames
 from checkpoint import checkpoints_dir, fetch, load, pick_device, read_weights, revision
 from control import difference, l1, markdown, toy_report
 from faces import (
-    ARCFACE_POINTS, by_fan, by_mediapipe, crop_face, detect_faces, face_box, need_detector, resized)
+    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, need_detector, resized, similarity,
+    to_complex)
 from judges import check_pictures
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
@@ -420,11 +421,10 @@ def five_points(points):
 def align_face(picture, five) -> np.ndarray:
     """uint8 (H, W, 3) and five points in it (5, 2) -> uint8 (112, 112, 3), by the similarity that brings them nearest to
     ARCFACE_POINTS: as complex numbers, source = turn * target + shift."""
-    source, target = (p[:, 0] + 1j * p[:, 1] for p in (np.asarray(five, float), ARCFACE_POINTS))
-    turn = np.vdot(target - target.mean(), source - source.mean()) / np.square(np.abs(target - target.mean())).sum()
+    turn, shift = similarity(to_complex(ARCFACE_POINTS), to_complex(np.asarray(five, float)))
     shrink = max(1, int(abs(turn)))  # large faces are shrunk first: transform has no prefilter
     image = Image.fromarray(picture).reduce(shrink)
-    turn, shift = turn / shrink, (source.mean() - turn * target.mean()) / shrink
+    turn, shift = turn / shrink, shift / shrink
     to_source = (turn.real, -turn.imag, shift.real, turn.imag, turn.real, shift.imag)
     return np.asarray(image.transform((112, 112), Image.Transform.AFFINE, to_source, Image.Resampling.BILINEAR))
 
@@ -533,17 +533,17 @@ def judges_at_hand(args, device) -> tuple[SimpleNamespace, dict]:
 
     found = SimpleNamespace(device=device, every=args.every, skip=missing.copy())
     found.sync = judge(OURS, args.expert, lambda: own_expert(args.expert or EXPERT, device))
+    boxed = not args.landmarker or detect_faces(np.zeros((64, 64, 3), np.uint8)) is not None
     if args.landmarker:
-        found.landmarks = judge(SHAPES, True, lambda: by_mediapipe(args.landmarker))
-        if found.landmarks:
-            args.at_end.callback(found.landmarks.close)
+        detector = landmark_detector(f"mediapipe:{args.landmarker}", "face" if boxed else None)
+        found.landmarks = judge(SHAPES, True, lambda: args.at_end.enter_context(detector))
     else:
-        found.landmarks = published(SHAPES, by_fan, "fan", detects=True)
+        detector = landmark_detector("fan", device=device)
+        found.landmarks = published(SHAPES, lambda *_: args.at_end.enter_context(detector), "fan", detects=True)
     found.lpips = published(("LPIPS",), judges.lpips, "vgg16", "lpips_heads")
     found.arcface = published(("CSIM",), judges.arcface, "arcface", detects=True)
     found.syncnet = published(SYNCNET, judges.syncnet_v2, "syncnet_v2", detects=True)
     found.inception = published(("FID",), inception, "inception")
-    boxed = not args.landmarker or detect_faces(np.zeros((64, 64, 3), np.uint8)) is not None
     found.follow = any((found.arcface, found.syncnet, found.landmarks and boxed,                # for a box
                         found.sync and found.sync.template != "toy"))
     return found, missing
@@ -638,7 +638,7 @@ class Watch:
         for lips in self.lips.values():
             lips.add(frames, boxes)
         if judges.landmarks:
-            points = [judges.landmarks(*pair) for pair in zip(frames, boxes if judges.follow else [None] * len(frames))]
+            points = [judges.landmarks(frame, face_box([tuple(box)], "face")) for frame, box in zip(frames, boxes)]
             self.points += [np.full((68, 2), np.nan) if p is None else p for p in points]
         if judges.arcface and some:
             self.who.append(judges.arcface.embed(to_tensor(self.aligned(frames, boxes, some)).to(judges.device)).cpu())
@@ -897,7 +897,9 @@ def evaluate(args, device):
 
 def said(args, judges, missing, reports, alone, n: int) -> list[str]:
     """What a reader of the table must know: who scored, what is left out, what was odd about which pair; lines"""
-    lines = [f"LSE scored by SyncNet v2, as published: {checkpoint.PUBLISHED['syncnet_v2'].file}"] if judges.syncnet else []
+    lines = []
+    if judges.syncnet:
+        lines.append(f"LSE scored by SyncNet v2, as published: {checkpoint.PUBLISHED['syncnet_v2'].file}")
     if judges.sync:
         lines.append(f"Sync scored by our expert: {args.expert or EXPERT.name}")
     if judges.syncnet or judges.sync:

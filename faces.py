@@ -284,9 +284,35 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
         if side > 0:
             return (float(x), float(y), float(x + side), float(y + side))
     unit = max(x1 - x0, y1 - y0)
-    x, y = (x0 + x1) / 2 + t.shift[0] * unit, (y0 + y1) / 2 + t.shift[1] * unit
-    half = t.side * unit / 2
-    return (x - half, y - half, x + half, y + half)
+    return square_around((x0 + x1) / 2 + t.shift[0] * unit, (y0 + y1) / 2 + t.shift[1] * unit, t.side * unit)
+
+
+def square_around(x: float, y: float, side: float) -> tuple:
+    """The square box x0, y0, x1, y1 about a point"""
+    return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
+
+
+def middle_square(image: np.ndarray) -> tuple:
+    """The largest square in the middle of an image (H, W, ..)"""
+    H, W = image.shape[:2]
+    return square_around(W / 2, H / 2, min(H, W))
+
+
+def parse_box(text: str, width: int, height: int, scale: float = 1.0) -> tuple:
+    """--box "x0,y0,x1,y1" in pixels of a width x height picture -> the square around it, in pixels of that picture shown
+    at `scale`. InputError: not four numbers, or not inside the picture."""
+    try:
+        x0, y0, x1, y1 = (float(v) for v in text.split(","))
+    except ValueError:
+        raise InputError(f"--box {text}: expected four numbers, x0,y0,x1,y1") from None
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise InputError(f"--box {text}: not a box inside the picture of {width}x{height} pixels")
+    return square_around(scale * (x0 + x1) / 2, scale * (y0 + y1) / 2, scale * max(x1 - x0, y1 - y0))
+
+
+def need_detector():
+    if not face_detectors():
+        raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
 
 
 def crop_face(image: np.ndarray, box: tuple, size: int) -> np.ndarray:
@@ -413,26 +439,70 @@ FROM_478 = [127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the judges that are at hand
+# points
+
+K = 68  # iBUG's landmarks
+EYES = 36, 45  # outer corners
+
+
+def to_complex(points: np.ndarray) -> np.ndarray:
+    """(.., 2) -> complex x + iy (..)"""
+    return points[..., 0] + 1j * points[..., 1]
+
+
+def similarity(points: np.ndarray, target: np.ndarray):
+    """The similarity transform a p + b that brings points (K,) nearest to target (.., K), by least squares -> a, b (..).
+
+    All are complex, x + iy; |a| is the scale, arg a the rotation."""
+    centred = points - points.mean()
+    a = (target * centred.conj()).sum(-1) / (np.abs(centred) ** 2).sum()
+    return a, target.mean(-1) - a * points.mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# landmark detectors of others
 
 FAN_SCORE = 0.2  # ours: mean height of FAN's 68 heat maps below which there is no face
-AIR, VIEW_SIDE = 0.25, 256  # ours: MediaPipe's detector wants air around the face; a tight crop gets a quarter on each side
+MARGIN_68, VIEW_SIDE = 0.25, 256  # MediaPipe and dlib get the crop with this margin on each side, in pixels; ours
+# dlib's box in a crop of this template, middle and side: ours, best of a few; that of "ffhq" is the same part of the face
+DLIB_BOX = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
 
 
-def need_detector():
-    if detect_faces(np.zeros((64, 64, 3), np.uint8)) is None:
-        raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
+@contextmanager
+def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
+    """A landmark detector as a function: image uint8 (H, W, 3), box -> (68, 2) in pixels of the image, or None.
 
-
-def by_mediapipe(path):
-    """MediaPipe's face landmarker -> function of (picture (H, W, 3), box) -> landmarks (68, 2) in pixels, or None.
-
-    It looks at the box with air around it, so that of several faces it is that one; box None: at all of the picture.
-    Its `close` is to be called: left to the interpreter's end the network prints a traceback.
-    Raises InputError: the package, which is optional, is not installed; the file is no landmarker.
+    spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: where the crop of `template` lies in the image, x0, y0, x1, y1 in
+    pixels; None: all of the image is that crop. template None, MediaPipe only: it searches in all of the image.
+    The function's `name` says which detector and which file. dlib and FAN give landmarks of any box, FAN with a score.
+    Raises InputError: an optional package or weights are missing, a file of another kind, drawn faces with dlib.
     """
+    kind, _, file = spec.partition(":")
+    if kind not in ("mediapipe", "dlib", "fan") or bool(file) != (kind != "fan"):
+        raise InputError(f"--landmarks {spec}: expected mediapipe:FILE, dlib:FILE or fan")
+    makers = dict(mediapipe=lambda: mediapipe_landmarks(file), dlib=lambda: dlib_landmarks(file, template),
+                  fan=lambda: fan_landmarks(template, device))
+    with makers[kind]() as (detect, name):
+        def landmarks(image, box=None):
+            if template is None:
+                return detect(image)
+            x0, y0, x1, y1 = (0, 0, image.shape[1], image.shape[0]) if box is None else box
+            if kind == "fan":
+                return detect(image, (x0, y0, x1, y1))
+            margin = MARGIN_68 * (x1 - x0)
+            points = detect(crop_face(image, (x0 - margin, y0 - margin, x1 + margin, y1 + margin), VIEW_SIDE))
+            scale = (x1 - x0 + 2 * margin) / VIEW_SIDE
+            return None if points is None else points * scale + (x0 - margin, y0 - margin)
+
+        landmarks.name = name
+        yield landmarks
+
+
+@contextmanager
+def mediapipe_landmarks(path: str):
+    """MediaPipe's face landmarker: a function, image uint8 (H, W, 3) -> (68, 2) in pixels or None, and its name"""
     path = check_file(path)
-    os.environ.setdefault("GLOG_minloglevel", "2")  # else it reports its own start
+    os.environ.setdefault("GLOG_minloglevel", "2")  # without it the network prints its start
     try:
         import mediapipe
         from mediapipe.tasks.python import BaseOptions, vision
@@ -442,131 +512,77 @@ def by_mediapipe(path):
     try:
         network = vision.FaceLandmarker.create_from_options(options)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: is no face landmarker of MediaPipe ({str(error).splitlines()[0][:80]})") from None
+        raise InputError(f"{path}: not a face landmarker of MediaPipe ({str(error).splitlines()[0][:80]})") from None
 
-    def landmarks(picture, box):
-        corner, scale = np.zeros(2), 1.0
-        if box is not None:
-            x0, y0, x1, y1 = face_box([tuple(box)], "face")
-            air = AIR * (x1 - x0)
-            picture = crop_face(picture, (x0 - air, y0 - air, x1 + air, y1 + air), VIEW_SIDE)
-            corner, scale = np.array((x0 - air, y0 - air)), (x1 - x0 + 2 * air) / VIEW_SIDE
-        found = network.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(picture))).face_landmarks
-        H, W = picture.shape[:2]
-        return np.array([(found[0][i].x * W, found[0][i].y * H) for i in FROM_478]) * scale + corner if found else None
+    def detect(image):  # images one by one: its video mode lags
+        H, W = image.shape[:2]
+        found = network.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(image))).face_landmarks
+        return np.array([(found[0][i].x * W, found[0][i].y * H) for i in FROM_478]) if found else None
 
-    landmarks.name, landmarks.close = f"MediaPipe {mediapipe.__version__}, {path.name}", network.close
-    return landmarks
+    try:
+        yield detect, f"MediaPipe {mediapipe.__version__}, {path.name}"
+    finally:
+        network.close()  # else it prints a traceback at the interpreter's end
 
 
-def by_fan(device, path):
-    """As by_mediapipe: face-alignment's FAN (Bulat & Tzimiropoulos 2017) in the detector's boxes; .7 s a frame"""
+@contextmanager
+def dlib_landmarks(path: str, template: str):
+    """dlib's shape predictor: a function, a crop of the template with MARGIN_68, uint8 (S, S, 3) -> (68, 2) in pixels.
+
+    Its trees jitter with the box that they start from: the mean of five boxes is taken (ours).
+    """
+    path = check_file(path)
+    try:
+        import dlib
+    except ImportError:
+        raise InputError(f"{path} needs a package that is not installed: pip install dlib-bin") from None
+    try:
+        network = dlib.shape_predictor(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a shape predictor of dlib ({str(error).splitlines()[0][:80]})") from None
+    if template not in DLIB_BOX:
+        raise InputError(f"--landmarks dlib: for real faces, not for crops of the template {template}")
+    middle, side = DLIB_BOX[template]
+
+    def detect(image):
+        unit = len(image) / (1 + 2 * MARGIN_68)  # the crop without its margin
+        points = []
+        for shift in ((0, 0), (-0.02, 0), (0.02, 0), (0, -0.03), (0, 0.03)):
+            x, y = (unit * (MARGIN_68 + m - side / 2 + d) for m, d in zip(middle, shift))
+            box = dlib.rectangle(*(round(v) for v in (x, y, x + side * unit, y + side * unit)))
+            points.append([(p.x, p.y) for p in network(np.ascontiguousarray(image), box).parts()])
+        return np.mean(points, 0)
+
+    yield detect, f"dlib, {path.name}"
+
+
+@contextmanager
+def fan_landmarks(template: str, device="cpu"):
+    """face-alignment's FAN (Bulat & Tzimiropoulos 2017): a function, image uint8 (H, W, 3), box of the template's crop in
+    it -> (68, 2) in pixels or None. The box that FAN expects follows from the template; .7 s a frame on a CPU."""
     fetch("fan")  # to where face-alignment looks for it
     from face_alignment import FaceAlignment, LandmarksType
-    # "folder": no detector of its own, the box is given; one core, no compiler, no second look at the mirror image
-    fan = FaceAlignment(LandmarksType.TWO_D, device=device.type, flip_input=False, compile=False, face_detector="folder")
 
-    def landmarks(picture, box):
-        found, scores, _ = fan.get_landmarks_from_image(
-            np.ascontiguousarray(picture), detected_faces=[box], return_landmark_score=True)
-        return np.asarray(found[0], float) if np.mean(scores[0]) >= FAN_SCORE else None  # it answers for any box
+    # "folder": no detector of its own; one core, no compiler, no second pass over the mirror image
+    options = dict(device=torch.device(device).type, flip_input=False, compile=False, face_detector="folder")
+    fan, t = FaceAlignment(LandmarksType.TWO_D, **options), TEMPLATES[template]
 
-    landmarks.name = f"FAN, {PUBLISHED['fan'].file}"
-    return landmarks
-K = 68
-EYES = 36, 45  # outer corners
+    def detect(image, box):
+        unit = (box[2] - box[0]) / t.side  # the larger side of a detection
+        x, y = ((low + high) / 2 - shift * unit for low, high, shift in zip(box[:2], box[2:], t.shift))
+        points, scores, _ = fan.get_landmarks_from_image(
+            np.ascontiguousarray(image), [np.array(square_around(x, y, unit))], return_landmark_score=True)
+        return np.asarray(points[0], float) if float(np.mean(scores[0])) >= FAN_SCORE else None
+
+    yield detect, f"FAN, {PUBLISHED['fan'].file}"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# landmarks of pictures
-
-FAN_FILE = "2DFAN4-11f355bf06.pth.tar"
-FAN_URL = f"https://www.adrianbulat.com/downloads/python-fan/{FAN_FILE}"
-
-# dlib's box in a crop of this template, middle and side: ours, best of a few; that of "ffhq" is the same part of the face
-STARTS = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
+# landmarks of a pack
 
 LONGEST_GAP = 5  # frames, ours: a fifth of a second is bridged; a mouth may open and shut in more
 MOST_MISSING = 0.2  # of a clip
 STRAY = 0.3  # a frame whose eye distance is so far off the clip's median is no reading of this face
-
-
-@contextmanager
-def mediapipe_eye(model: str):
-    """MediaPipe's face landmarker as a function: uint8 (H, W, 3) -> (68, 2) in pixels, or None; see by_mediapipe."""
-    look = by_mediapipe(model)  # pictures one by one: its video mode lags
-    try:
-        yield lambda frame: look(frame, None)
-    finally:
-        look.close()
-
-
-@contextmanager
-def fan_eye(template: str):
-    """face-alignment's FAN as a function: a crop of this template, uint8 (H, W, 3) -> float32 (68, 2), or None.
-
-    The box that FAN wants follows from the template, so no detector runs. Raises InputError: no weights at hand.
-    """
-    path = checkpoints_dir() / FAN_FILE
-    if not path.is_file():
-        raise InputError(f"{path}: missing; put {FAN_URL} there, or give --mediapipe face_landmarker.task or --dlib FILE")
-    from face_alignment import FaceAlignment, LandmarksType
-
-    options = dict(device="cpu", flip_input=False, compile=False, face_detector="folder")  # "folder" needs no weights
-    try:
-        network = FaceAlignment(LandmarksType.TWO_D, **options)
-    except Exception as error:  # torch raises a dozen kinds on damaged files
-        raise InputError(f"{path}: is damaged or another network ({str(error).splitlines()[0][:80]})") from None
-    t = TEMPLATES[template]
-
-    def look(frame):
-        unit = len(frame) / t.side  # the detection's larger side
-        x, y = (len(frame) / 2 - d * unit for d in t.shift)
-        box = np.array((x - unit / 2, y - unit / 2, x + unit / 2, y + unit / 2))
-        points, scores, _ = network.get_landmarks_from_image(frame, [box], return_landmark_score=True)
-        return points[0].astype(np.float32) if float(np.mean(scores[0])) >= FAN_SCORE else None
-
-    yield look
-
-
-@contextmanager
-def dlib_eye(model: str, template: str):
-    """dlib's shape predictor as a function: a crop with air around it (see `in_crop`), uint8 (H, W, 3) -> (68, 2).
-
-    Its trees jitter with the box that they start from, so it looks from five (ours). The box follows from the template:
-    no detector runs, and what is no face gets landmarks, too. Raises InputError: the package is not installed; the
-    model file is missing or none.
-    """
-    model = check_file(model)
-    try:
-        import dlib
-    except ImportError:
-        raise InputError("--dlib needs a package that is not installed: pip install dlib-bin") from None
-    try:
-        network = dlib.shape_predictor(str(model))
-    except RuntimeError as error:
-        raise InputError(f"{model}: is no shape predictor of dlib ({str(error).splitlines()[0][:80]})") from None
-    if template not in STARTS:
-        raise InputError(f"--dlib looks at real faces, not at crops of the template {template}")
-    middle, side = STARTS[template]
-    shifts = ((0, 0), (-0.02, 0), (0.02, 0), (0, -0.03), (0, 0.03))
-
-    def look(frame):
-        unit = len(frame) / (1 + 2 * AIR)  # the crop without air
-        points = []
-        for right, down in shifts:
-            x, y = (unit * (AIR + m - side / 2 + d) for m, d in zip(middle, (right, down)))
-            box = dlib.rectangle(*(round(v) for v in (x, y, x + side * unit, y + side * unit)))
-            points.append([(p.x, p.y) for p in network(np.ascontiguousarray(frame), box).parts()])
-        return np.mean(points, 0, dtype=np.float32)
-
-    yield look
-
-
-def in_crop(look, frame):
-    """look at a tight crop (H, W, 3) with air around it -> points in pixels of the crop, or None"""
-    size, air = len(frame), AIR * len(frame)
-    points = look(crop_face(frame, (-air, -air, size + air, size + air), VIEW_SIDE))
-    return None if points is None else points * ((size + 2 * air) / VIEW_SIDE) - air
 
 
 def bridge(found: list) -> tuple[np.ndarray, int]:
@@ -644,16 +660,3 @@ def begun(folder: Path, header: dict, overwrite: bool) -> list[bytes]:
         path.write_bytes(head)
         (folder / "points.bin").write_bytes(b"")
     return lines or [head]
-
-
-@contextmanager
-def detector_of(name: str, template: str, args):
-    """A detector as a function: a crop, uint8 (H, W, 3) -> its landmarks (68, 2) in pixels, or None"""
-    if name == "fan":
-        with fan_eye(template) as eye:
-            yield eye
-        return
-    if not getattr(args, name):
-        raise InputError(f"--{name} not given")
-    with mediapipe_eye(args.mediapipe) if name == "mediapipe" else dlib_eye(args.dlib, template) as eye:
-        yield lambda frame: in_crop(eye, frame)

@@ -45,7 +45,7 @@ from checkpoint import (
 from control import correlation
 from data import (
     ENDLESS, USES, Pack, batches, by_turns, clips_used, fingerprints, known_clips, split, split_options)
-from faces import EYES, K, Landmarks, begun, bridge, detector_of, header_of, smooth
+from faces import EYES, K, Landmarks, begun, bridge, header_of, landmark_detector, smooth
 from media import (
     FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run)
 from syncnet import TUNED, load_sync
@@ -76,10 +76,10 @@ def landmarks_folder(args) -> Path:
 def extract(args):
     """Landmarks of every clip of a pack, beside it. A killed run goes on behind the last finished clip."""
     pack, folder = Pack(args.data), landmarks_folder(args)
-    asked = "mediapipe" if args.mediapipe else "dlib" if args.dlib else "fan"
-    toy = (pack.folder / "truth.npy").is_file() and asked == "fan"
-    detector = "truth" if toy else asked
-    with eye_for(pack, detector, args) as look:
+    spec = f"mediapipe:{args.mediapipe}" if args.mediapipe else f"dlib:{args.dlib}" if args.dlib else "fan"
+    toy = (pack.folder / "truth.npy").is_file() and spec == "fan"
+    detector = "truth" if toy else spec.partition(":")[0]
+    with eye_for(pack, detector, spec) as look:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = begun(folder, header_of(pack, detector), args.overwrite)
@@ -108,7 +108,7 @@ def extract(args):
 
 
 @contextmanager
-def eye_for(pack: Pack, detector: str, args):
+def eye_for(pack: Pack, detector: str, spec: str):
     """A function: number of a clip -> its landmarks, (68, 2) or None a frame"""
     if detector == "truth":
         truth = np.load(pack.folder / "truth.npy", allow_pickle=False)
@@ -119,7 +119,7 @@ def eye_for(pack: Pack, detector: str, args):
 
         yield look
         return
-    with detector_of(detector, pack.template, args) as look:
+    with landmark_detector(spec, pack.template) as look:
         yield lambda c: [look(pack.frame(c, k)) for k in range(pack.n_frames[c])]
 
 
@@ -134,7 +134,10 @@ def compare(args):
     print("| detector | seconds a frame | found | apart from the first, % of the eye distance |\n|---|---:|---:|---:|")
     for name, detector in (("face-alignment FAN", "fan"), ("MediaPipe", "mediapipe"), ("dlib", "dlib")):
         try:
-            with detector_of(detector, pack.template, args) as look:
+            file = "" if detector == "fan" else getattr(args, detector)
+            if file is None:
+                raise InputError(f"--{detector} not given")
+            with landmark_detector(detector + ":" * bool(file) + file, pack.template) as look:
                 look(frames[0])  # the first picture pays for the set-up
                 clock = time.perf_counter()
                 found[name] = [look(frame) for frame in tqdm(frames, name, disable=None, leave=False)]

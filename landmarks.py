@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, split
-from faces import Landmarks, detect_faces, face_box
+from faces import K, Landmarks, detect_faces, face_box, similarity, to_complex
 from media import InputError, Parser, check_output, load_photo, run
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
-K = 68
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
 # the same face in a mirror: which of the 68 points stands for which
 MIRROR = np.r_[16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1]
@@ -134,11 +133,6 @@ def load_landmarks(path: str | Path = WEIGHTS) -> LandmarkNet:
 # points and crops
 
 
-def to_complex(points: np.ndarray) -> np.ndarray:
-    """(.., 2) -> complex (..)"""
-    return points[..., 0] + 1j * points[..., 1]
-
-
 def to_real(points: np.ndarray) -> np.ndarray:
     """complex (..) -> float32 (.., 2)"""
     return np.stack([points.real, points.imag], -1).astype(np.float32)
@@ -147,13 +141,6 @@ def to_real(points: np.ndarray) -> np.ndarray:
 def mirror(points: np.ndarray) -> np.ndarray:
     """Points (.., K) in units of a crop -> those of its mirror image"""
     return 1 - points[..., MIRROR].conj()
-
-
-def fit_crop(mean: np.ndarray, points: np.ndarray):
-    """Mean shape (K,) in units of the crop, points (.., K) -> a, b (..): a mean + b fits best (least squares)"""
-    spread = mean - mean.mean()
-    a = (points * spread.conj()).sum(-1) / (np.abs(spread) ** 2).sum()
-    return a, points.mean(-1) - a * mean.mean()
 
 
 def box_crop(box) -> tuple[complex, complex]:
@@ -238,7 +225,7 @@ def find_landmarks(net: LandmarkNet, photo: np.ndarray, box, looks: int = 3) -> 
     a, b = box_crop(box)
     for _ in range(looks):
         points = look(net, photo, a, b).mean((0, 1))
-        a, b = fit_crop(to_complex(net.mean.numpy()), points)
+        a, b = similarity(to_complex(net.mean.numpy()), points)
     for _ in range(2):  # the second look is centred; in a video one has to do
         points = look_nearer(net, photo, a, b, points)
     return to_real(points)
@@ -248,7 +235,7 @@ def find_landmarks(net: LandmarkNet, photo: np.ndarray, box, looks: int = 3) -> 
 def doubt(net: LandmarkNet, photo: np.ndarray, points: np.ndarray) -> float:
     """How far landmarks (68, 2) scatter, in sides of the crop, when the crop is shifted and mirrored. Above DOUBT they
     are not to be trusted: a profile, something before the mouth, not a face."""
-    a, b = fit_crop(to_complex(net.mean.numpy()), to_complex(points))
+    a, b = similarity(to_complex(net.mean.numpy()), to_complex(points))
     seen = look(net, photo, a, b, (0.08, -0.08, 0.08j, -0.08j)).reshape(-1, K)
     return float(np.abs(seen - seen.mean(0)).mean() / np.abs(a))
 
@@ -280,7 +267,7 @@ def track_landmarks(net: LandmarkNet, frames, box) -> tuple[np.ndarray, np.ndarr
         last, searched = (a, b), looks > 1
         while looks:
             seen = look(net, frame, a, b)[:, 0]
-            centre, (a, b) = a * MIDDLE + b, fit_crop(mean, seen.mean(0))
+            centre, (a, b) = a * MIDDLE + b, similarity(mean, seen.mean(0))
             looks -= 1
             if not searched and abs(a * MIDDLE + b - centre) > STEADY * abs(a):
                 looks, searched = 1, True
@@ -324,10 +311,10 @@ def mean_shape(points: np.ndarray) -> np.ndarray:
     placed as the median crop places it: (K,)"""
     mean = place = np.median(points.real, 0) + 1j * np.median(points.imag, 0)
     for _ in range(3):
-        a, b = fit_crop(mean, points)
+        a, b = similarity(mean, points)
         aligned = (points - b[:, None]) / a[:, None]
         mean = np.median(aligned.real, 0) + 1j * np.median(aligned.imag, 0)
-    a, b = fit_crop(mean, place)
+    a, b = similarity(mean, place)
     return (a * mean + b + mirror(a * mean + b)) / 2
 
 
@@ -367,7 +354,7 @@ def train_points(net: LandmarkNet, pictures: torch.Tensor, points: np.ndarray, s
     as far off as a detector's box (every second), or as a look before."""
     S, wide = pictures.shape[-1], np.arange(batch) % 2 == 0
     mean = mean_shape(points)
-    right_a, right_b = fit_crop(mean, points)
+    right_a, right_b = similarity(mean, points)
 
     def choose():
         """Places of a batch, its crops in units of the frame, points in units of the crops"""
@@ -460,7 +447,7 @@ def train_part(net: LandmarkNet, part: Part, pictures: torch.Tensor, points: np.
     if part is EYE:
         is_open = (read_eyes(to_real(points))[0] > 0.2).all(1)
         pictures, points = pictures[torch.from_numpy(is_open)], points[is_open]
-    a, b = part_crops(part, fit_crop(to_complex(net.mean.numpy()), points)[0], points)
+    a, b = part_crops(part, similarity(to_complex(net.mean.numpy()), points)[0], points)
     shapes, S = (points[:, part.points] - b[..., None]) / a[:, None, None], pictures.shape[-1]  # (n, 2, k)
     shapes[:, 1] = 1 - shapes[:, 1].conj()
     network.mean.copy_(torch.from_numpy(to_real(shapes.mean((0, 1)))))

@@ -47,14 +47,14 @@ from checkpoint import (
     checkpoints_dir, finite, load, load_checkpoint, load_strictly, lr_factor, memory_gib, pace, pick_device,
     read_weights, refusing, restore_optimiser, revision, save_checkpoint, update_ema)
 from data import ENDLESS, Pack, batches, split, split_options
-from faces import TEMPLATES, crop_face, detect_faces, face_box, mask_mouth
+from faces import TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, square_around
 from initialise import reduced_rank_regression
 from losses import identity_loss, perceptual_loss, reconstruction_loss
 from media import (
     FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output,
     is_grey, load_audio, load_photo, probe, read_video, run, to_tensor, to_uint8)
 from sample import (
-    LOOK_HEIGHT, WAY_OUT, driving_box, given_box, photo_box, square_around, there_and_back, without_colour)
+    LOOK_HEIGHT, WAY_OUT, driving_box, given_box, photo_box, there_and_back, without_colour)
 from stylegan2 import StyledConv, ToRGB
 from toyfaces import TEST, make_pack, toy_pack
 

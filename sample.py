@@ -14,7 +14,6 @@ Each prints one line: the file, its length, its speed. All that can be wrong wit
 the network starts.
 """
 
-import argparse
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,8 @@ from tqdm import tqdm
 
 from audio import n_frames, sound_windows
 from checkpoint import pick_device
-from faces import TEMPLATES, crop_face, detect_faces, detector_of, face_box, turn_upright
+from faces import (
+    TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, parse_box, square_around, turn_upright)
 from fusion import load_model
 from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, track_landmarks
 from media import (
@@ -53,7 +53,6 @@ SPREAD = 0.02  # ours: sigma of how far around a change the detail goes, in unit
 CAST = 0.15  # ours: sigma with which a cast of colour is carried inwards, in units of the crop
 CRISP = 0.6  # ours: unsharp mask on the network's frames, radius one of its pixels; more shows rings
 MOVED = (0.06, 0.2)  # ours: change, of 2 from black to white, that keeps all of the photo's detail; none of it
-DETECTOR_SIZE = 256  # ours: pixels of the crop in which --landmarks looks
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 
@@ -92,21 +91,6 @@ def parse(argv=None):
 # which part of a picture is the face
 
 
-def parse_box(text: str, width: int, height: int) -> tuple:
-    """ "x0,y0,x1,y1" in pixels of a width x height picture -> the square around it."""
-    try:
-        x0, y0, x1, y1 = (float(v) for v in text.split(","))
-    except ValueError:
-        raise InputError(f"--box {text}: expected four numbers, x0,y0,x1,y1") from None
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise InputError(f"--box {text}: not a box inside the picture of {width}x{height} pixels")
-    return square_around((x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0))
-
-
-def square_around(x: float, y: float, side: float) -> tuple:
-    return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
-
-
 def whole(image: np.ndarray) -> tuple | None:
     """The box of a picture that is square already, as near as makes no difference; None otherwise."""
     H, W = image.shape[:2]
@@ -135,7 +119,7 @@ def pick_weights(photo: np.ndarray, args) -> Path:
 def given_box(photo: np.ndarray, args) -> tuple:
     """--box, in pixels of the file, -> the square around it in the photo, which load_photo may have shrunk."""
     width, height = photo_size(args.face)
-    return tuple(v * photo.shape[1] / width for v in parse_box(args.box, width, height))
+    return parse_box(args.box, width, height, photo.shape[1] / width)
 
 
 def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
@@ -253,12 +237,11 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
                   "the video, or try --landmarks or --network")
         return points
 
-    name, _, path = args.landmarks.partition(":")
-    with detector_of(name, "face", argparse.Namespace(mediapipe=path, dlib=path)) as look:
-        points = look(crop_face(photo, box, DETECTOR_SIZE))
+    with landmark_detector(args.landmarks) as detect:
+        points = detect(photo, box)
     if points is None:
-        raise InputError(f"{args.face}: --landmarks {name} sees no face; {WAY_OUT}")
-    return points * ((box[2] - box[0]) / DETECTOR_SIZE) + box[:2]
+        raise InputError(f"{args.face}: --landmarks {args.landmarks} finds no face; {WAY_OUT}")
+    return points
 
 
 def talking_photo(model, photo, box, wav, mel, args):

@@ -46,7 +46,7 @@ from audio import AudioEncoder, ConvBlock, log_mel, mel_windows, other_voice, sp
 from checkpoint import (
     load_checkpoint, load_strictly, lr_factor, pick_device, refusing, revision, save_checkpoint)
 from data import ENDLESS, NEAR, Pack, batches, clips_used, known_clips, split, split_options
-from faces import HIGHEST, SEGMENT, crop_face, face_detectors, segment_box
+from faces import HIGHEST, SEGMENT, crop_face, face_detectors, parse_box, segment_box
 from judges import wav2lip_expert
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, beside, check_file, check_output, decoder, describe,
@@ -678,7 +678,7 @@ def face_crops(path: Path, expert, box: str | None = None):
     source = probe(path)
     height = min(source.height, HIGHEST)
     frames = read_video(path, height)
-    where = given_box(path, box, source, height) if box else None
+    where = parse_box(box, source.width, source.height, height / source.height) if box else None
     while part := list(islice(frames, SEGMENT)):
         H, W = part[0].shape[:2]
         if where is None and expert.template == "toy":
@@ -688,17 +688,6 @@ def face_crops(path: Path, expert, box: str | None = None):
             where = found_box(path, part, where)
         for frame in part:
             yield crop_face(frame, where, expert.size)
-
-
-def given_box(path: Path, box: str, source, height: int) -> tuple:
-    """--box, in pixels of the source -> of its frames at this height"""
-    try:
-        x0, y0, x1, y1 = (float(v) for v in box.split(","))
-    except ValueError:
-        raise InputError(f"--box {box}: expected x0,y0,x1,y1 in pixels") from None
-    if not (0 <= x0 < x1 <= source.width + 1 and 0 <= y0 < y1 <= source.height + 1):
-        raise InputError(f"--box {box}: not inside the picture of {path}, {source.width}x{source.height}")
-    return tuple(v * height / source.height for v in (x0, y0, x1, y1))
 
 
 def found_box(path: Path, frames: list, last: tuple | None) -> tuple:

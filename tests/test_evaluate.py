@@ -16,7 +16,6 @@ from scipy.spatial.transform import Rotation
 import checkpoint
 import control
 import evaluate
-import faces
 import judges
 import toyfaces
 from audio import log_mel, mel_windows, mfcc
@@ -857,62 +856,6 @@ def test_judges_without_weights_are_left_out_by_name(tmp_path, monkeypatch):
     assert missing.keys() == METRICS.keys() - {"SSIM", "MS-SSIM", "PSNR"}
     assert "vgg16" in missing["LPIPS"] and "2DFAN4" in missing["LMD"] and "sync.pt" in missing["Sync-D"]
     assert "inception" in missing["FID"] and "syncnet_v2" in missing["LSE-D"] and missing["CPBD"] == "--skip"
-
-
-def test_fan_gets_the_detectors_box_on_one_thread_without_a_second_look_and_sees_no_face_where_it_is_unsure(monkeypatch):
-    import face_alignment
-
-    seen, sure = {}, [0.5]
-
-    class Stub:
-        def __init__(self, kind, **options):
-            seen.update(options)
-
-        def get_landmarks_from_image(self, picture, detected_faces, return_landmark_score=False):
-            seen["box"] = detected_faces
-            points = [np.full((68, 2), 7.0)]
-            return (points, [np.full(68, sure[0])], None) if return_landmark_score else points
-
-    monkeypatch.setattr(face_alignment, "FaceAlignment", Stub)
-    monkeypatch.setattr(checkpoint, "fetch", lambda name: seen.update(fetched=name))
-    look = faces.by_fan(CPU, None)
-    points = look(np.zeros((9, 8, 3), np.uint8), np.array([1, 2, 5, 6, 0.9]))
-    assert points.shape == (68, 2) and seen["fetched"] == "fan" and seen["device"] == "cpu"
-    assert not seen["flip_input"] and not seen["compile"] and list(seen["box"][0][:4]) == [1, 2, 5, 6]
-    sure[0] = 0.1
-    assert look(np.zeros((9, 8, 3), np.uint8), np.array([1, 2, 5, 6, 0.9])) is None
-
-
-def test_mediapipe_looks_at_the_face_that_is_followed_and_not_at_the_larger_one_beside_it(tmp_path, monkeypatch):
-    class Landmarker:  # finds the largest white square of a picture
-        @classmethod
-        def create_from_options(cls, options):
-            return cls()
-
-        def detect(self, picture):
-            H, W = picture.shape[:2]
-            found, count = scipy.ndimage.label(picture[..., 0] > 128)
-            if not count:
-                return SimpleNamespace(face_landmarks=[])
-            largest = 1 + np.argmax(scipy.ndimage.sum_labels(found > 0, found, np.arange(1, count + 1)))
-            y, x = (np.mean(at) + 0.5 for at in np.nonzero(found == largest))
-            return SimpleNamespace(face_landmarks=[[SimpleNamespace(x=x / W, y=y / H)] * 478])
-
-        def close(self):
-            pass
-
-    tasks = SimpleNamespace(BaseOptions=lambda **_: None,
-                            vision=SimpleNamespace(FaceLandmarker=Landmarker, FaceLandmarkerOptions=lambda **_: None))
-    mediapipe = SimpleNamespace(__version__="1", Image=lambda form, data: data, ImageFormat=SimpleNamespace(SRGB=0))
-    for name, module in (("mediapipe", mediapipe), ("mediapipe.tasks", tasks), ("mediapipe.tasks.python", tasks)):
-        monkeypatch.setitem(sys.modules, name, module)
-    (tmp_path / "face.task").write_bytes(b"model")
-    look = faces.by_mediapipe(tmp_path / "face.task")
-    picture = np.zeros((120, 300, 3), np.uint8)
-    picture[40:80, 30:70], picture[50:70, 240:260] = 255, 255
-    np.testing.assert_allclose(look(picture, None), np.full((68, 2), (50, 60)), atol=0.5)
-    np.testing.assert_allclose(look(picture, (235, 45, 265, 75, 0.9)), np.full((68, 2), (250, 60)), atol=0.5)
-    assert look(picture, (140, 45, 170, 75, 0.9)) is None
 
 
 def test_a_clip_whose_face_is_gone_has_no_landmark_distance_but_a_note_as_for_its_identity(monkeypatch):

@@ -1,11 +1,8 @@
 """Audio -> keypoints: landmarks lie where the face is, the shape model is principal components, frame t hears frame t."""
 
-import argparse
-import importlib.util
 import json
 import math
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,7 @@ import toyfaces
 from audio import mfcc, n_frames
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
-from faces import Template, bridge, smooth
+from faces import bridge, smooth
 from keypoints import Humans, Mouth, Talks, Wav2KP, hear, normalise, predict
 from media import InputError, load_audio, read_video, write_wav
 from syncnet import SyncNet
@@ -180,11 +177,11 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(pack, tmp_path, monkey
     (pack / "truth.npy").rename(pack / "away.npy")
 
     @kp.contextmanager
-    def eye(template):
+    def detector(spec, template):
         yield lambda frame: None if frame.tobytes() in blind or frame.tobytes() in clip5 else face
 
     clip5 = {opened.frame(5, k).tobytes() for k in range(opened.n_frames[5])}
-    monkeypatch.setattr(faces, "fan_eye", eye)
+    monkeypatch.setattr(kp, "landmark_detector", detector)
     try:
         kp.main(["extract", str(pack), "--landmarks", str(tmp_path / "lm")])
     finally:
@@ -207,60 +204,6 @@ def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
         faces.Landmarks(tmp_path, Pack(pack))
 
 
-def test_fan_gets_the_box_that_the_template_implies_and_unsure_readings_are_none(monkeypatch, tmp_path):
-    import face_alignment
-
-    asked, sure = [], [0.5]
-
-    class Fan:
-        def __init__(self, kind, **options):
-            asked.append(options)
-
-        def get_landmarks_from_image(self, frame, boxes, return_landmark_score):
-            asked.append(boxes[0])
-            return [np.ones((68, 2))], [np.full(68, sure[0])], None
-
-    monkeypatch.setattr(face_alignment, "FaceAlignment", Fan)
-    monkeypatch.setattr(kp, "checkpoints_dir", lambda: tmp_path)
-    with pytest.raises(InputError, match="2DFAN4.*missing; put https"), faces.fan_eye("face"):
-        pass
-    (tmp_path / faces.FAN_FILE).write_bytes(b"weights")
-    loose = Template(mouth=(), eyes=(), lips=(), side=1.25, shift=(0.02, -0.1))
-    monkeypatch.setitem(kp.TEMPLATES, "face", loose)
-    with faces.fan_eye("face") as look:
-        assert look(np.zeros((100, 100, 3), np.uint8)).shape == (68, 2)
-        np.testing.assert_allclose(asked[1], (8.4, 18, 88.4, 98))  # 80 wide; the crop is shifted off its centre
-        sure[0] = 0.1
-        assert look(np.zeros((100, 100, 3), np.uint8)) is None
-    assert asked[0]["compile"] is False and asked[0]["flip_input"] is False and asked[0]["device"] == "cpu"
-
-
-def test_dlib_looks_from_five_boxes_that_follow_from_the_crop(tmp_path, monkeypatch):
-    (tmp_path / "model.dat").write_bytes(b"trees")
-    asked = []
-
-    def rectangle(*box):
-        asked.append(box)
-        return box
-
-    def predictor(path):  # puts every landmark into the middle of the box
-        return lambda frame, box: types.SimpleNamespace(
-            parts=lambda: [types.SimpleNamespace(x=(box[0] + box[2]) / 2, y=(box[1] + box[3]) / 2)] * 68)
-
-    monkeypatch.setitem(sys.modules, "dlib", types.SimpleNamespace(rectangle=rectangle, shape_predictor=predictor))
-    args = argparse.Namespace(dlib=str(tmp_path / "model.dat"))
-    with faces.detector_of("dlib", "face", args) as look:
-        points = look(np.zeros((128, 128, 3), np.uint8))
-    middle, side = faces.STARTS["face"]
-    np.testing.assert_allclose(points, [np.multiply(128, middle)] * 68, atol=1)
-    assert len(asked) == 5 and all(abs((x1 - x0) * (1 + 2 * kp.MARGIN) / kp.SIDE - side) < 0.02 for x0, _, x1, _ in asked)
-    with pytest.raises(InputError, match="not at crops of the template toy"), faces.detector_of("dlib", "toy", args):
-        pass
-    monkeypatch.setitem(sys.modules, "dlib", None)
-    with pytest.raises(InputError, match="pip install dlib-bin"), faces.detector_of("dlib", "face", args):
-        pass
-
-
 def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or_side():
     shut, wide = (toyfaces.landmarks(toyfaces.person(2), dict(open=v), 100)[None] for v in (0.0, 1.0))
     a, b = initialise.mouth_shape(shut)[0], initialise.mouth_shape(wide)[0]
@@ -272,39 +215,6 @@ def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or
     crooked = wide.copy()
     crooked[0, 48] += (-4, 2)                                                   # one corner: half of it is seen
     assert np.abs(initialise.mouth_shape(crooked)[0] - b)[2:].max() < 2.1
-
-
-def test_mediapipe_finds_the_lips_of_a_real_face():
-    pytest.importorskip("mediapipe", reason="mediapipe is an optional package")
-    model, clips = SHARED / "weights" / "face_landmarker.task", SHARED / "media" / "grid_s1_original"
-    if not model.is_file() or not clips.is_dir():
-        pytest.skip("../shared has no model or no clips here")
-    frame = next(iter(read_video(sorted(clips.iterdir())[0])))
-    with faces.mediapipe_eye(str(model)) as look:
-        assert look(np.zeros((128, 128, 3), np.uint8)) is None
-        p = look(frame)
-    assert (np.diff(p[1:16, 0]) > 0).all() and p[0, 0] < p[3, 0] and p[13, 0] < p[16, 0]
-    assert p[36, 0] < p[39, 0] < p[42, 0] < p[45, 0]
-    assert p[27:31, 1].max() < p[51, 1] < p[62, 1] <= p[66, 1] + 1 < p[57, 1] < p[8, 1]
-
-
-def test_mediapipes_points_lie_near_dlibs_where_the_two_annotations_are_hard_to_match():
-    pytest.importorskip("mediapipe", reason="mediapipe is an optional package")
-    dlib = pytest.importorskip("dlib", reason="dlib is an optional package")
-    models = importlib.util.find_spec("face_recognition_models")  # not imported: it wants pkg_resources
-    model, clips = SHARED / "weights" / "face_landmarker.task", SHARED / "media" / "grid_others"
-    if not models or not model.is_file() or not clips.is_dir():
-        pytest.skip("dlib's network, or ../shared's model or clips are not here")
-    network = Path(models.origin).parent / "models" / "shape_predictor_68_face_landmarks.dat"
-    predict_68, off = dlib.shape_predictor(str(network)), []
-    detect = dlib.get_frontal_face_detector()
-    with faces.mediapipe_eye(str(model)) as look:
-        for path in sorted(clips.iterdir()):
-            frame = next(iter(read_video(path)))
-            theirs = np.array([(p.x, p.y) for p in predict_68(frame, detect(frame)[0]).parts()])
-            off.append(np.hypot(*(look(frame) - theirs).T) / np.hypot(*(theirs[45] - theirs[36])))
-    off = np.mean(off, 0)
-    assert off[[0, 16, 17, 26]].mean() < 0.08 and off[[4, 6, 9, 10, 12]].mean() < 0.08
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -832,22 +742,24 @@ def test_a_clip_is_shown_as_a_picture_and_as_a_video(pack, checkpoint, tmp_path)
         kp.main(["show", str(checkpoint), "--data", str(pack), "--clip", "1", "--out", str(tmp_path / "b.png")])
 
 
+def unreachable(name):
+    raise InputError(f"{name} could not be fetched")
+
+
 def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeypatch):
     face = toyfaces.landmarks(toyfaces.person(1), {}, 16)
-    eyes = dict(mediapipe_eye=face + 1, fan_eye=face)
-    for name, points in eyes.items():
-        @kp.contextmanager
-        def eye(_, points=points):
-            yield lambda frame: points
 
-        monkeypatch.setattr(kp, name, eye)
-    monkeypatch.setattr(faces, "in_crop", lambda look, frame: look(frame))
+    @kp.contextmanager
+    def detector(spec, template):
+        yield lambda frame: face + (spec != "fan")
+
+    monkeypatch.setattr(kp, "landmark_detector", detector)
     kp.main(["compare", str(pack), "--frames", "4", "--mediapipe", "x.task"])
     out = capsys.readouterr().out
     apart = 100 * math.sqrt(2) / np.hypot(*(face[45] - face[36]))
     assert "| face-alignment FAN | 0.0" in out and f"| 4 of 4 | {apart:.1f} |" in out
     monkeypatch.undo()
-    monkeypatch.setattr(kp, "checkpoints_dir", lambda: Path("nowhere"))
+    monkeypatch.setattr(faces, "fetch", unreachable)
     with pytest.raises(InputError, match="no detector"):
         kp.main(["compare", str(pack), "--frames", "4"])
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import landmarks
 from faces import crop_face
-from landmarks import MIDDLE, MIRROR, fit_crop, sample_crops, to_real
+from landmarks import MIDDLE, MIRROR, sample_crops, to_real
 from media import InputError, load_photo
 
 PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
@@ -33,12 +33,6 @@ def test_the_mirror_image_swaps_left_and_right_and_nothing_twice():
     assert [MIRROR[i] for i in MIRROR] == list(range(68))
     swapped = {0: 16, 17: 26, 31: 35, 36: 45, 37: 44, 40: 47, 48: 54, 50: 52, 59: 55, 60: 64, 61: 63, 67: 65, 8: 8}
     assert {i: MIRROR[i] for i in swapped} == swapped
-
-
-def test_a_fitted_crop_is_the_similarity_that_made_the_shape():
-    rng = np.random.default_rng(0)
-    mean, a, b = rng.random(68) + 1j * rng.random(68), 30 * np.exp(0.4j), 5 - 7j
-    assert np.allclose(fit_crop(mean, a * mean + b), (a, b))
 
 
 @pytest.mark.parametrize("side", [20, 300])
