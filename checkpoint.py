@@ -474,9 +474,9 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-def lr_factor(step: int, steps: int) -> float:
-    """Twenty steps up (Adam's first ones are blind), then a cosine down to a twentieth."""
-    return min(1, (step + 1) / 20) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
+    """Factor of the learning rate: `warmup` steps up (Adam's moments begin at 0), then a cosine down to a twentieth"""
+    return min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
 def revision() -> str | None:

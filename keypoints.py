@@ -41,7 +41,7 @@ from tqdm import tqdm
 import toyfaces
 from audio import AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
-    load_checkpoint, load_strictly, lr_factor, pick_device, refusing, revision, save_checkpoint)
+    cosine_warmup, load_checkpoint, load_strictly, pick_device, refusing, revision, save_checkpoint)
 from control import correlation
 from data import (
     ENDLESS, USES, Pack, batches, by_turns, clips_used, fingerprints, known_clips, split, split_options)
@@ -769,7 +769,7 @@ def train(args):
     for step in bar:
         batch = {name: x.to(device, non_blocking=True) for name, x in next(data).items()}
         for group in opt.param_groups:
-            group["lr"] = group["rate"] * lr_factor(step, args.steps)
+            group["lr"] = group["rate"] * cosine_warmup(step, args.steps)
         model.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             codes = model(batch["sound"])  # (B, T, D), an LSTM's (B, 4 T, D)

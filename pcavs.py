@@ -44,8 +44,8 @@ from tqdm import tqdm
 import judges
 from audio import filter_bank, n_frames
 from checkpoint import (
-    checkpoints_dir, finite, load, load_checkpoint, load_strictly, lr_factor, memory_gib, pace, pick_device,
-    read_weights, refusing, restore_optimiser, revision, save_checkpoint, update_ema)
+    checkpoints_dir, cosine_warmup, finite, load, load_checkpoint, load_strictly, memory_gib, pace,
+    pick_device, read_weights, refusing, restore_optimiser, revision, save_checkpoint, update_ema)
 from data import ENDLESS, Pack, batches, split, split_options
 from faces import TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, square_around
 from initialise import reduced_rank_regression
@@ -1222,7 +1222,7 @@ def train(argv):
         waited += time.perf_counter() - before
         for opt in optimisers.values():
             for group in opt.param_groups:
-                group["lr"] = group["initial_lr"] * lr_factor(step, args.steps)
+                group["lr"] = group["initial_lr"] * cosine_warmup(step, args.steps)
 
         # one fake forward
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):

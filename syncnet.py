@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from audio import AudioEncoder, ConvBlock, log_mel, mel_windows, other_voice, spec_augment
 from checkpoint import (
-    load_checkpoint, load_strictly, lr_factor, pick_device, refusing, revision, save_checkpoint)
+    cosine_warmup, load_checkpoint, load_strictly, pick_device, refusing, revision, save_checkpoint)
 from data import ENDLESS, NEAR, Pack, batches, clips_used, known_clips, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, face_detectors, parse_box, segment_box
 from judges import wav2lip_expert
@@ -468,7 +468,7 @@ def train(args):
     for step in bar:
         batch = {name: x.to(device, non_blocking=True).flatten(0, 1) for name, x in next(data).items()}  # (N, ..)
         for group, rate in zip(opt.param_groups, (1, 10)):
-            group["lr"] = rate * args.lr * lr_factor(step, args.steps)
+            group["lr"] = rate * args.lr * cosine_warmup(step, args.steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             face, sound = expert.face(batch["frames"]), expert.sound(batch["mel"])
         logits = expert.logits(face, sound)  # (N, N)

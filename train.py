@@ -37,7 +37,7 @@ import judges
 import losses
 from audio import log_mel, mel_windows, n_frames
 from checkpoint import (
-    bf16_native, finite, load_checkpoint, memory_gib, pace, pick_device, restore_optimiser, revision,
+    bf16_native, cosine_warmup, finite, load_checkpoint, memory_gib, pace, pick_device, restore_optimiser, revision,
     save_checkpoint, update_ema)
 from data import Clips, Frames, Mixed, Pack, batches, split, split_options
 from faces import TEMPLATES, Landmarks, mask_mouth, recrop
@@ -648,7 +648,7 @@ def lr_factor(step, args):
         a, b = (0, split) if step < split else (split, args.steps)
     if args.stage == 1:
         return 1.0  # StyleGAN2 default: a constant rate, the average does the settling
-    return min(1.0, (step - a + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - a) / max(1, b - a))))
+    return cosine_warmup(step - a, b - a, 100)
 
 
 def published_judges(args, device, template) -> dict:

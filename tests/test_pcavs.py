@@ -804,9 +804,9 @@ def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
 
 def test_four_steps_are_two_and_two_more_bit_for_bit(pack, tmp_path):
     learn(pack, tmp_path / "a")
-    lr = pcavs.lr_factor
+    lr = pcavs.cosine_warmup
     with pytest.MonkeyPatch.context() as patch:                                 # of four steps, although it stops at two
-        patch.setattr(pcavs, "lr_factor", lambda step, steps: lr(step, 4))
+        patch.setattr(pcavs, "cosine_warmup", lambda step, steps: lr(step, 4))
         learn(pack, tmp_path / "b", steps=2)
     learn(pack, tmp_path / "b", "--resume")
     a, b = (load_checkpoint(tmp_path / k / "pcavs.pt", "pcavs-train") for k in "ab")
