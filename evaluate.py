@@ -54,7 +54,7 @@ from faces import (
 from judges import check_pictures
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
-from syncnet import HALF, REACH, SPAN, load_sync
+from syncnet import HALF, MAX_OFFSET, SPAN, load_sync
 from toyfaces import TEST
 
 class MixedBlock(nn.Module):
@@ -432,7 +432,7 @@ def align_face(picture, five) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # pure functions: lips and sound, sets of pictures
 
-def lip_sync_error(face, sound, reach: int = REACH, pad: bool = True):
+def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
     """Embeddings (K, E) of windows of frames and of sound -> D, C, and by how many frames the sound is late.
 
     Distance of window k's picture to the sound at k + d, its mean over k, at each offset d of -reach .. reach: D is the

@@ -31,7 +31,7 @@ def start_encoder(model, pictures, device, most=3000):
     model.encoder.latent_avg.copy_(mean_w(model.generator))
     if getattr(model.encoder, "linear_down", None) is not None:
         n = max((8 if model.config.picture else 2) * len(model.encoder.linear_down.weight), most)
-        seen = torch.stack([pictures[i]["picture"] for i in range(n)]).to(device)
+        seen = torch.stack([pictures[i]["image"] for i in range(n)]).to(device)
         masked = mask_mouth(seen, model.config.template, "lips") if model.mouth else seen
         model.encoder.start_linear(masked)
         if model.config.picture:
@@ -167,7 +167,7 @@ def train_judge(data, device, seed, steps=400, batch=48):
         if photos is None:
             faces = item["source"], item["driving"][:, 0]                              # two of each clip
         else:
-            faces = looks(item["picture"]), looks(mask_mouth(item["picture"], template, "lips"))
+            faces = looks(item["image"]), looks(mask_mouth(item["image"], template, "lips"))
         # ours: colour and brightness move a little, so that the judge does not count pixels of one lamp
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in faces)
         loss = judges.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
@@ -202,7 +202,7 @@ def start_motion_space(model, pack, chosen, device, photos=None, clips=300, per_
     weight = [torch.ones(len(torch.cat(z)), 1)]
     if photos is not None:
         for i in range(0, clips * per_clip // 2, 64):
-            x = torch.stack([photos[k]["picture"] for k in range(i, i + 64)]).to(device)
+            x = torch.stack([photos[k]["image"] for k in range(i, i + 64)]).to(device)
             z.append(model.encode_source(x))
             z_masked.append(model.encode_driving(x[None])[0])
             deviation.append(torch.zeros_like(z[-1]))

@@ -44,11 +44,11 @@ from checkpoint import (
     cosine_warmup, load_checkpoint, load_strictly, pick_device, refusing, revision, save_checkpoint)
 from control import correlation
 from data import (
-    ENDLESS, USES, Pack, batches, by_turns, clips_used, fingerprints, known_clips, split, split_options)
+    USES, Pack, batches, by_turns, clips_used, fingerprints, find_clips, split, split_options)
 from faces import EYES, K, Landmarks, begun, bridge, header_of, landmark_detector, smooth
 from media import (
     FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run)
-from syncnet import TUNED, load_sync
+from syncnet import TOY_VALID, load_sync
 
 # iBUG's parts, as polylines to draw: points, and whether the line closes
 PARTS = dict(jaw=(range(0, 17), False), brow_l=(range(17, 22), False), brow_r=(range(22, 27), False),
@@ -377,11 +377,11 @@ def parts_of(args, expert=()) -> dict:
     was chosen by the same rule's clips, half of the test part does.
     """
     if not args.data:
-        return toy_split(args.people, TUNED if getattr(args, "encoder", None) else 0)
+        return toy_split(args.people, TOY_VALID if getattr(args, "encoder", None) else 0)
     talk = talk_of(args)
     parts = split(talk.pack, args)
     if expert:
-        seen = known_clips(talk.pack, *expert)
+        seen = find_clips(talk.pack, *expert)
         parts |= {part: np.setdiff1d(parts[part], seen) for part in ("valid", "test")}
         if not len(parts["valid"]):
             parts["valid"], parts["test"] = by_turns(talk.pack, parts["test"])
@@ -401,12 +401,12 @@ def judged_parts(args, nets: list) -> dict:
             if saved["args"].get("data"):
                 raise InputError(f"{path}: not trained on the toy world; give --data, a pack with landmarks")
         tower = any(saved["config"]["net"].get("tower") for _, saved in nets)
-        return toy_split(args.people, TUNED if tower else 0)
+        return toy_split(args.people, TOY_VALID if tower else 0)
     talk = talk_of(args)
     parts, test = {}, set(range(len(talk.pack)))
     for path, saved in nets:
         for part, prints in clips_used(saved, talk.pack, path).items():
-            known = set(known_clips(talk.pack, prints).tolist())
+            known = set(find_clips(talk.pack, prints).tolist())
             parts[part] = parts.get(part, known) & known
             test -= known
     parts = of_talk(talk, {part: sorted(clips) for part, clips in (parts | dict(test=test)).items()})
@@ -471,9 +471,6 @@ class Talks(Dataset):
     def __init__(self, talk, clips, mouth: Mouth, kind: str, T: int, seed: int):
         self.talk, self.clips, self.mouth, self.kind, self.T, self.seed = talk, clips, mouth, kind, T, seed
         self.kept = {}  # features and codes of up to 4000 clips
-
-    def __len__(self):
-        return ENDLESS
 
     def clip(self, c):
         if c not in self.kept:

@@ -46,7 +46,7 @@ from audio import filter_bank, n_frames
 from checkpoint import (
     checkpoints_dir, cosine_warmup, finite, load, load_checkpoint, load_strictly, memory_gib, pace,
     pick_device, read_weights, refusing, restore_optimiser, revision, save_checkpoint, update_ema)
-from data import ENDLESS, Pack, batches, split, split_options
+from data import Pack, batches, split, split_options
 from faces import TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, square_around
 from initialise import reduced_rank_regression
 from losses import identity_loss, perceptual_loss, reconstruction_loss
@@ -927,9 +927,6 @@ class Moments(Dataset):
     def __init__(self, pack: Pack, K: int, seed: int, flip: bool = True, clips=None):
         self.pack, self.K, self.seed, self.flip, self.mels = pack, K, seed, flip, {}
         self.clips = np.arange(len(pack)) if clips is None else clips
-
-    def __len__(self):
-        return ENDLESS
 
     def mel(self, c: int) -> np.ndarray:
         """The mel of clip c, kept for some hundred clips"""

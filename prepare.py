@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from audio import isolate_voice, log_mel, n_frames
-from data import Pack, PackWriter, encode_jpeg, sound_of
+from data import Pack, PackWriter, encode_jpeg, cut_sound
 from faces import HIGHEST, SEGMENT, crop_face, detect_faces, face_box, find_faces, segments, square_within
 from media import (
     InputError, Parser, check_file, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
@@ -60,12 +60,12 @@ def prepare_video(path: Path, size: int, template: str, sync: Path | None = None
             if box is not None:
                 crops = [crop_face(frame, box, size) for frame in frames[begin:end]]
                 if sync:
-                    late = lateness(sync, crops, template, sound_of(wav, at + begin, at + end), segment)
+                    late = lateness(sync, crops, template, cut_sound(wav, at + begin, at + end), segment)
                 if not segment["reason"]:
                     jpegs = [encode_jpeg(crop, size) for crop in crops]
                     box = [round(v * info.height / height, 2) for v in box]
                     segment = dict(segment, outcome="packed", box=box, fps=info.fps)
-            yield segment, jpegs, to_int16(sound_of(wav, at + begin + late, at + end + late)) if jpegs else None
+            yield segment, jpegs, to_int16(cut_sound(wav, at + begin + late, at + end + late)) if jpegs else None
         at += len(frames)
     if at < total - 1:  # frames of the sound's end that have no picture
         yield dict(begin=at, frames=total - at, outcome="skipped", reason="sound without picture"), [], None

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from audio import AudioEncoder, ConvBlock, log_mel, mel_windows, other_voice, spec_augment
 from checkpoint import (
     cosine_warmup, load_checkpoint, load_strictly, pick_device, refusing, revision, save_checkpoint)
-from data import ENDLESS, NEAR, Pack, batches, clips_used, known_clips, split, split_options
+from data import Pack, batches, clips_used, find_clips, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, face_detectors, parse_box, segment_box
 from judges import wav2lip_expert
 from media import (
@@ -55,9 +55,10 @@ from toyfaces import toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
 HALF = SPAN // 2
+NEAR = 4  # frames; ours: windows nearer than this sound too alike to be called wrong
 FAR = SPAN  # frames: a sound shifted so far shares nothing with the own one
-TUNED = 40  # toy people who choose the checkpoint, from toyfaces.TUNE on
-REACH = 15  # frames: offsets are looked for in -15 .. 15, as SyncNet does
+TOY_VALID = 40  # toy people who choose the checkpoint, from toyfaces.TUNE on
+MAX_OFFSET = 15  # frames: offsets are looked for in -15 .. 15, as SyncNet does
 SHIPPED = Path(__file__).parent / "weights" / "sync.pt"  # a real speaker's, see its card
 TOY = "out/toy32/sync.pt"  # where `train` without options writes
 CHANCE = math.log(2)  # the loss of an expert that knows nothing
@@ -215,9 +216,6 @@ class Windows(Dataset):
         self.keep = int(pack.frame_start[-1]) * self.size**2 * 3 <= self.KEPT
         self.kept = {}  # clip -> pictures, mel: decoding and shrinking cost as much as a training step
 
-    def __len__(self):
-        return ENDLESS
-
     def __getitem__(self, n: int) -> dict:
         """-> frames (windows, 5, 3, H, W), mel (windows, 1, 80, 16), clip (windows,), k (windows,): middle frames"""
         rng = np.random.default_rng([self.seed, n])
@@ -309,7 +307,7 @@ def embed(expert, pictures, mel, device, batch: int = 128):
 
 
 @torch.no_grad()
-def by_shift(expert, face, sound, reach: int = REACH):
+def by_shift(expert, face, sound, reach: int = MAX_OFFSET):
     """Each window against its own sound and the sound up to `reach` frames away: face, sound (K, E) -> (K, S) logits.
 
     Column reach + d holds picture k against sound k + d, NaN where the clip has none; S = 2 reach + 1.
@@ -339,7 +337,7 @@ def best_offset(table):
     return best - table.shape[1] // 2, float(means[best] - np.nanmedian(means)), float(means[best])
 
 
-def judge(expert, pack: Pack, clips, device, reach: int = REACH) -> dict:
+def judge(expert, pack: Pack, clips, device, reach: int = MAX_OFFSET) -> dict:
     """How well an expert hears on these clips of a pack. Clips of fewer than five frames are skipped.
 
     Returns loss (in sync and shifted by FAR .. reach, half and half; ln 2 is chance), accuracy, paired, speech, second
@@ -531,7 +529,7 @@ def worlds(args, out: Path):
     parts = split(pack, args)
     if given:
         return pack, parts["train"], pack, parts["valid"]
-    val = toy_pack(out.parent, args.size, TUNED, 3.0, "tune")
+    val = toy_pack(out.parent, args.size, TOY_VALID, 3.0, "tune")
     return pack, parts["train"], val, np.arange(len(val))
 
 
@@ -568,7 +566,7 @@ def test(args):
             raise InputError(f"{args.data}: pictures of {pack.size} px, the expert is for {expert.size} px or more")
         clips, what = np.arange(len(pack)), f"{args.data}"
         if isinstance(expert, SyncNet):
-            known = known_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
+            known = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
             clips = np.setdiff1d(clips, known)
             what += ", the clips held out from training and validation" if len(known) else ""
             if not len(clips):
@@ -584,7 +582,7 @@ def test(args):
     print("| shift, frames | called in sync | accuracy | of speech | of seconds | own above shifted |\n|" + "---:|" * 6)
     for d, row in found["by_shift"].items():
         print(f"| {d} | " + " | ".join(f"{row[name]:.3f}" for name in columns) + " |")
-    print(f"| {FAR}-{REACH} | | " + " | ".join(f"{found[name]:.3f}" for name in columns[1:]) + " |\n")
+    print(f"| {FAR}-{MAX_OFFSET} | | " + " | ".join(f"{found[name]:.3f}" for name in columns[1:]) + " |\n")
     print(f"offset within one frame: {found['window']:.3f} of single windows, {found['clip']:.3f} of clips")
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(found, what).save(picture)

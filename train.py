@@ -166,7 +166,7 @@ def resume_options(args, before, path):
 
 def forward_stage1(nets, batch, args):
     """z -> w, two of them mixed in nine of ten pictures (StyleGAN2 default) -> fake"""
-    G, real = nets["model"].generator, batch["picture"]
+    G, real = nets["model"].generator, batch["image"]
     N = len(real)
     w1, w2 = G.mapping(torch.randn(2 * N, G.dim, device=real.device)).chunk(2)         # (N, D) each
     crossover = int(torch.randint(1, G.L, ())) if torch.rand(()) < 0.9 else G.L
@@ -180,7 +180,7 @@ def forward_stage2(nets, batch, args, deltas=None):
     With a mouth code, half of the faces are made once more with the mouth of another: `moved`. Where landmarks taught its
     shape, with the other's opening, and the rest of the shape a little off; and the looks of every fourth mouth are kept
     from the generator, so that it goes by the shape."""
-    model, real = nets["model"], batch["picture"]
+    model, real = nets["model"], batch["image"]
     if not model.mouth or nets["hyper_phase"]:
         z = model.invert(real)
         deltas = model.refine(real, z, deltas) if nets["hyper_phase"] else None
@@ -472,7 +472,7 @@ def discriminator_step(nets, out, opt_d, step, args):
 
 def path_length_step(nets, out, opt_g, args):
     """StyleGAN2's path length regularisation on half a batch (every 4th step of stage 1)"""
-    half = forward_stage1(nets, dict(picture=out["real"][:max(1, len(out["real"]) // 2)]), args)
+    half = forward_stage1(nets, dict(image=out["real"][:max(1, len(out["real"]) // 2)]), args)
     penalty, nets["mean_path"] = losses.path_length_penalty(half["fake"], half["w_plus"], nets["mean_path"])
     finite("path", penalty)
     opt_g.zero_grad(set_to_none=True)
@@ -528,7 +528,7 @@ def main(argv=None):
         windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
         singles = (1, max(1, args.batch // (2 if args.photos else 1)), start // turns)  # half of these are photos
         mfcc = see // 2 if getattr(sync, "hears_mfcc", False) else None
-        data = [batches(Clips(pack, T + see, args.seed + T, hear=CONTEXT - see // 2, clips=sets["clips"], mfcc=mfcc),
+        data = [batches(Clips(pack, T + see, args.seed + T, context=CONTEXT - see // 2, clips=sets["clips"], mfcc=mfcc),
                         B, first, args.workers) for T, B, first in (windows, singles)[-turns:]]
         photos = batches(sets["photos"], singles[1], singles[2], args.workers) if args.photos else None
     else:
@@ -545,7 +545,7 @@ def main(argv=None):
         before = time.perf_counter()
         batch = next(data[step % len(data)])
         if args.stage == 3 and args.photos and (step + 1) % turns == 0:
-            batch["photo"] = next(photos)["picture"]
+            batch["photo"] = next(photos)["image"]
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         waited += time.perf_counter() - before
         if step == hyper_from and not nets["hyper_phase"]:                             # stage 2: now the encoder rests

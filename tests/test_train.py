@@ -264,7 +264,7 @@ def gradient_of_one_step(args, pack, stages, T):
     nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
     nets["sync"] = train.load_sync(str(stages / "sync.pt"), "cpu")
     train.optimisers(nets, args)
-    data = train.Clips(Pack(pack), T, 0, hear=fusion.CONTEXT)
+    data = train.Clips(Pack(pack), T, 0, context=fusion.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     for p in nets["model"].motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
@@ -279,7 +279,7 @@ def test_one_batch_can_be_learned_by_heart(pack, stages):
     args = train.parse(options(pack, stages, 3))
     nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
     model, (opt, _) = nets["model"], train.optimisers(nets, args)
-    data = train.Clips(Pack(pack), 1, 0, hear=fusion.CONTEXT)
+    data = train.Clips(Pack(pack), 1, 0, context=fusion.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     errors = []
     for _ in range(80):
@@ -362,7 +362,7 @@ def test_closed_forms_are_solved_where_there_is_float64():
         torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
     shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, state_dim=2)
     model = FCTFG(Config.at(16, **shape)).eval()
-    seen = [dict(picture=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
+    seen = [dict(image=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
     initialise.start_encoder(model, seen, torch.device("cpu"), most=160)
     assert model.encoder.linear_down.weight.isfinite().all() and model.maps.picture.weight.abs().sum() > 0
 
@@ -468,7 +468,7 @@ def test_a_mouth_code_learns_from_one_or_two_pictures(landmarks, N):
     torch.manual_seed(0)
     shape = dict(template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3)
     nets = dict(model=FCTFG(Config.at(16, **shape, landmarks=landmarks)), hyper_phase=False)
-    out = train.forward_stage2(nets, dict(picture=torch.rand(N, 3, 16, 16) - 0.5), None)
+    out = train.forward_stage2(nets, dict(image=torch.rand(N, 3, 16, 16) - 0.5), None)
     assert all(v.isfinite() for v in train.moved_terms(nets["model"], out).values())
 
 
@@ -569,7 +569,7 @@ def test_a_coarse_picture_holds_faces_and_moves_mouths_before_the_first_step():
     def draw(numbers, said):
         return 0.1 * (torch.einsum("nk,kchw->nchw", numbers, face) + torch.einsum("nm,mchw->nchw", said, lips))
 
-    seen = [dict(picture=x) for x in draw(numbers, said)]
+    seen = [dict(image=x) for x in draw(numbers, said)]
     initialise.start_encoder(model, seen, torch.device("cpu"), most=300)
     other, new = torch.randn(2, 40, 12), torch.randn(2, 40, 3)                  # people and mouths never seen
     with torch.no_grad():
@@ -603,12 +603,12 @@ def test_photos_are_faces_that_keep_still(monkeypatch):
             angle = torch.randn(len(k), 1, generator=torch.Generator().manual_seed(int(c)))
             return (angle @ turn + 0.5 * angle @ looks.sum(0, keepdim=True)).unflatten(1, (L, D))
 
-    others = [dict(picture=(torch.randn(20) @ looks).unflatten(0, (L, D))) for _ in range(64 * 5)]
+    others = [dict(image=(torch.randn(20) @ looks).unflatten(0, (L, D))) for _ in range(64 * 5)]
     monkeypatch.setattr(train, "to_tensor", lambda x: x)
     moved = {}
     for photos in (None, others):
         initialise.start_motion_space(Codes(), Clips(), np.arange(40), torch.device("cpu"), photos, clips=40, per_clip=16)
-        faces = torch.stack([photo["picture"] for photo in others])
+        faces = torch.stack([photo["image"] for photo in others])
         moved[photos is None] = Codes.motion.pose_up(Codes.motion.pose(faces)).norm(dim=1).mean()
     assert moved[False] < 0.3 * moved[True]
 
