@@ -295,7 +295,7 @@ def test_lists_of_clips_and_people_are_the_parts_that_they_are_given_for(tmp_pat
 
 
 @pytest.mark.parametrize("text, message", [
-    ("p1\nnobody", "'nobody' is fits no clip and no person"),
+    ("p1\nnobody", "'nobody' fits no clip and no person"),
     ("00001.mp4", "'00001.mp4' is the name of several files"),
     ("p0/00001", "p0/00001.mp4#0 is in two of them"),
 ])
@@ -321,7 +321,7 @@ def test_clips_are_known_by_their_sound_in_another_pack_at_another_size_and_plac
     assert capsys.readouterr().err == ""
     used = data.clips_used(dict(clips=12345), first, "old.pt")  # of before
     assert sorted(data.find_clips(first, *used.values())) == sorted({*range(30)} - {*parts["test"].tolist()})
-    assert "old.pt: does not say what it was trained on" in capsys.readouterr().err
+    assert "old.pt: does not list its training clips" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
