@@ -1,4 +1,4 @@
-"""The README is true: its commands parse, its files are there, its first command makes the example talk."""
+"""README and docs are true: their commands parse, their files are there, the first command makes the example talk."""
 
 import argparse
 import importlib
@@ -15,6 +15,7 @@ from media import InputError, load_audio, read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 def fenced(text):
@@ -44,7 +45,8 @@ def script_of(command):
 
 
 COMMANDS = list(fenced(README))
-SCRIPTS = [(name, arguments) for name, arguments in map(script_of, COMMANDS) if name]
+SCRIPTS = [(name, arguments) for text in PAGES.values() for name, arguments in map(script_of, fenced(text)) if name]
+SCRIPTS = [script for k, script in enumerate(SCRIPTS) if script not in SCRIPTS[:k]]
 
 
 class Parsed(Exception):
@@ -99,17 +101,23 @@ def test_an_option_that_no_script_has_is_noticed(monkeypatch, capsys):
         monkeypatch.undo()
 
 
-def test_every_file_that_the_readme_names_is_there():
-    """Scripts, examples, links and pip's requirements; weights where a line says that they are shipped."""
-    named = set(re.findall(r"(?<![\w/.-])(?:tests/)?\w+\.py\b", README))
-    named |= set(re.findall(r"\bexamples/[\w./-]*\w", README))
-    named |= {link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", README) if "://" not in link}
-    named |= {command[k + 1] for command in COMMANDS for k, word in enumerate(command[:-1]) if word == "-r"}
-    for line in README.splitlines():
-        if re.search(r"\bship(s|ped)?\b|\bcomes? with\b", line):
-            named |= set(re.findall(r"\bweights/[\w./-]*\w", line))
-    missing = sorted(name for name in named if not (ROOT / name).exists())
-    assert "sample.py" in named and not missing, f"README names what is not there: {missing}"
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_every_file_that_a_page_names_is_there(page):
+    """Scripts, examples, links and pip's requirements; weights where a line says that they are shipped"""
+    text = PAGES[page]
+    named = {ROOT / name for name in re.findall(r"(?<![\w/.-])(?:tests/|docs/)?\w+\.py\b", text)}
+    named |= {ROOT / name for name in re.findall(r"(?<!\.\./)\bexamples/[\w./-]*\w", text)}
+    named |= {page.parent / link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link}
+    named |= {ROOT / command[k + 1] for command in fenced(text) for k, word in enumerate(command[:-1]) if word == "-r"}
+    for line in text.splitlines():
+        if re.search(r"\bship(s|ped)?\b|\bcomes? with\b|\btrained (on|in)\b", line):
+            named |= {ROOT / name for name in re.findall(r"\bweights/[\w./-]*\w", line)}
+    missing = sorted(str(name) for name in named if not name.exists())
+    assert not missing, f"{page.name} names what is not there: {missing}"
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.split()) <= 1600
 
 
 def test_the_first_command_makes_the_example_talk(tmp_path, monkeypatch):
