@@ -151,7 +151,7 @@ class Inception(nn.Module):
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
         for name, block in self.named_children():
-            x = block(x) if name.startswith("MixedBlock") else x
+            x = block(x) if name.startswith("Mixed_") else x
         return x.mean((2, 3))
 
 

@@ -11,6 +11,8 @@ import scipy.linalg
 import scipy.ndimage
 import skimage.metrics
 import torch
+import torch.nn.functional as F
+from torch import nn
 from scipy.spatial.transform import Rotation
 
 import checkpoint
@@ -885,3 +887,56 @@ def test_names_of_clips_are_the_same_however_their_accents_are_stored(tmp_path):
         (tmp_path / side / name).touch()
     pairs, alone = evaluate.pairs_of(tmp_path / "real", tmp_path / "fake")
     assert [name for name, *_ in pairs] == ["Jos\u00e9.1"] and not alone
+
+
+def test_inception_is_tensorflows_of_2015_under_torchvisions_names():
+    torch.manual_seed(0)
+    net = checkpoint.freeze(evaluate.Inception())
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    s = net.state_dict()
+    assert len(s) == 6 * 94 + 2 and s["fc.weight"].shape == (1008, 2048)
+
+    def conv(x, name, stride=1, padding=0):
+        y = F.conv2d(x, s[f"{name}.conv.weight"], stride=stride, padding=padding)
+        mean, var, w, b = (s[f"{name}.bn.{k}"][:, None, None] for k in ("running_mean", "running_var", "weight", "bias"))
+        return torch.relu((y - mean) / (var + 1e-3).sqrt() * w + b)
+
+    def chain(x, name, *pads):  # layers _1, _2 ..
+        for k, pad in enumerate(pads, 1):
+            x = conv(x, f"{name}_{k}", *(pad if isinstance(pad, list) else [1, pad]))
+        return x
+
+    def average(x):  # of the pixels that are there
+        return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
+
+    def fork(x, name):
+        return [conv(x, name + "a", 1, (0, 1)), conv(x, name + "b", 1, (1, 0))]
+
+    row, column = (0, 3), (3, 0)
+    picture = torch.rand(1, 3, 90, 75) * 2 - 1
+    x = F.interpolate(picture, (299, 299), mode="bilinear", align_corners=False)
+    x = conv(conv(conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3"), "Conv2d_2b_3x3", 1, 1)
+    x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")
+    x = F.max_pool2d(x, 3, 2)
+    for m in ("Mixed_5b.branch", "Mixed_5c.branch", "Mixed_5d.branch"):
+        x = torch.cat([conv(x, m + "1x1"), chain(x, m + "5x5", 0, 2), chain(x, m + "3x3dbl", 0, 1, 1),
+                       conv(average(x), m + "_pool")], 1)  # fmt: skip
+    m = "Mixed_6a.branch"
+    x = torch.cat([conv(x, m + "3x3", 2), chain(x, m + "3x3dbl", 0, 1, [2, 0]), F.max_pool2d(x, 3, 2)], 1)
+    for m in ("Mixed_6b.branch", "Mixed_6c.branch", "Mixed_6d.branch", "Mixed_6e.branch"):
+        double = chain(x, m + "7x7dbl", 0, column, row, column, row)
+        x = torch.cat([conv(x, m + "1x1"), chain(x, m + "7x7", 0, row, column), double, conv(average(x), m + "_pool")], 1)
+    m = "Mixed_7a.branch"
+    long = chain(x, m + "7x7x3", 0, row, column, [2, 0])
+    x = torch.cat([chain(x, m + "3x3", 0, [2, 0]), long, F.max_pool2d(x, 3, 2)], 1)
+    for m in ("Mixed_7b.branch", "Mixed_7c.branch"):
+        pooled = average(x) if "7b" in m else F.max_pool2d(x, 3, 1, 1)
+        x = torch.cat([conv(x, m + "1x1"), *fork(conv(x, m + "3x3_1"), m + "3x3_2"),
+                       *fork(chain(x, m + "3x3dbl", 0, 1), m + "3x3dbl_3"), conv(pooled, m + "_pool")], 1)  # fmt: skip
+    assert x.shape == (1, 2048, 8, 8)
+    torch.testing.assert_close(net(picture), x.mean((2, 3)), rtol=1e-4, atol=1e-4)

@@ -7,13 +7,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import scipy.ndimage
+import torch
 
 import faces
-from faces import Template, parse_box, similarity
-from media import InputError, read_video
+from faces import Template, mask_mouth, parse_box, similarity
+from media import InputError, load_photo, read_video
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def picture(height=20, width=30):
+    """Four patches of colour, none like another, so that any turn or mix-up of channels shows."""
+    image = np.zeros((height, width, 3), np.uint8)
+    h, w = height // 2, width // 2
+    image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:] = (
+        (220, 30, 40),
+        (20, 200, 60),
+        (30, 50, 210),
+        (240, 230, 90),
+    )
+    return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,6 +53,173 @@ def test_a_bad_box_is_refused(box):
 def test_a_box_becomes_the_square_around_it_at_the_size_shown():
     assert parse_box("10,20,30,60", 60, 90) == (0, 20, 40, 60)
     assert parse_box("10,20,30,60", 60, 90, 0.5) == (0, 10, 20, 30)
+
+
+def test_mask_mouth_greys_the_mouth_box_and_nothing_else():
+    for name, template in faces.TEMPLATES.items():
+        frames = torch.rand(2, 3, 40, 20) + 0.1
+        masked = mask_mouth(frames, name)
+        x0, y0, x1, y1 = template.mouth
+        y, x = torch.meshgrid((torch.arange(40) + 0.5) / 40, (torch.arange(20) + 0.5) / 20, indexing="ij")
+        inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)  # (40, 20)
+        assert (masked[..., inside] == 0).all() and (masked[..., ~inside] == frames[..., ~inside]).all()
+        assert (frames != 0).all()  # the caller's own frames are left alone
+
+
+def test_the_crop_is_the_box_and_repeats_the_border_outside():
+    image = picture(40, 60)
+    np.testing.assert_array_equal(faces.crop_face(image, (0, 0, 20, 20), 20), image[:20, :20])
+    np.testing.assert_array_equal(faces.crop_face(image, (25, 10, 45, 30), 20), image[10:30, 25:45])
+    outside = faces.crop_face(image, (-20, -20, 20, 20), 40)
+    assert (outside[:20, :20] == image[0, 0]).all() and (outside[20:, 20:] == image[0, 0]).all()
+    small = faces.crop_face(image, (20.0, 10.0, 40.0, 30.0), 5)
+    assert small.shape == (5, 5, 3) and abs(small[0, 0].astype(int) - image[0, 0]).max() < 30
+
+
+def test_face_box_is_square_around_the_face_asked_for():
+    boxes = [(10, 20, 50, 70, 0.9), (100, 100, 120, 130, 0.8)]
+    x0, y0, x1, y1 = faces.face_box(boxes, "toy")
+    assert (
+        x1 - x0 == y1 - y0 == 50 * faces.TEMPLATES["toy"].side
+        and (x0 + x1) / 2 == 30
+        and (y0 + y1) / 2 == 45
+    )
+    x0, y0, x1, y1 = faces.face_box(boxes, "face", number=2)
+    side = pytest.approx(30 * faces.TEMPLATES["face"].side)
+    assert x1 - x0 == side and y1 - y0 == side and 100 < (x0 + x1) / 2 < 120
+    for number in (0, 3):
+        with pytest.raises(InputError, match="--face"):
+            faces.face_box(boxes, "face", number)
+
+
+def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_says():
+    points = np.array(faces.TEMPLATES["face"].points)
+    for side, x, y in ((80.0, 17.0, 5.0), (33.0, -4.0, 9.5)):
+        wanted = (x, y, x + side, y + side)
+        for box in ((20, 20, 70, 75), (0, 0, 99, 99)):
+            boxes = [(*box, 0.9, *(points * side + [x, y]).ravel())]
+            np.testing.assert_allclose(faces.face_box(boxes, "face"), wanted, atol=1e-6)
+    # a mouth 3 pixels lower: the square grows and moves a little, least squares against scipy's
+    moved = points * 80 + [0, 0] + np.array([[0, 0], [0, 0], [0, 3.0]])
+    found = faces.face_box([(0, 0, 9, 9, 0.9, *moved.ravel())], "face")
+    from scipy.optimize import least_squares
+
+    best = least_squares(lambda v: (points * v[0] + v[1:] - moved).ravel(), [80.0, 0, 0]).x
+    np.testing.assert_allclose(found, (best[1], best[2], best[1] + best[0], best[2] + best[0]), atol=1e-5)
+
+
+def test_a_crop_becomes_another_templates_with_its_points_where_that_has_them():
+    x, y, side = faces.square_within("ffhq", "face")
+    there = np.array(faces.TEMPLATES["face"].points) * side + [x, y]
+    np.testing.assert_allclose(there, faces.TEMPLATES["ffhq"].points, atol=0.012)
+    y, x = torch.meshgrid(*[(torch.arange(100) + 0.5) / 50 - 1] * 2, indexing="ij")
+    wide = torch.stack([x, y, x * 0]).expand(2, 5, 3, 100, 100)  # every pixel says where it is
+    face = faces.recrop(wide, "ffhq", "face")
+    for px, py in faces.TEMPLATES["face"].points:
+        seen = (face[1, 2, :2, int(py * 100), int(px * 100)] + 1) / 2
+        assert min(np.abs(np.array(faces.TEMPLATES["ffhq"].points) - seen.numpy()).max(1)) < 0.02
+    assert faces.recrop(wide, "face", "face") is wide and faces.recrop(wide, "toy", "face") is wide
+    beyond = faces.recrop(wide, "face", "ffhq")  # the border is repeated
+    assert beyond.shape == wide.shape and (beyond[..., 0, :, 0] < -0.98).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# face detectors
+
+def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
+    points = np.array(faces.TEMPLATES["face"].points) - 0.5
+    for angle, expected in ((0, True), (30, True), (-30, True), (60, False), (-90, False), (180, False)):
+        c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+        turned = points @ np.array([[c, s], [-s, c]])
+        assert faces.upright((0, 0, 9, 9, 0.9, *turned.ravel())) == expected, angle
+    assert faces.upright((0, 0, 9, 9, 0.9))  # a detector without points
+
+
+def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
+    asked = []
+
+    def offline(url, **options):
+        asked.append(url)
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(requests, "get", offline)
+    forget_detectors()
+    try:
+        assert faces.detect_faces(picture()) is None and faces.find_faces([picture()]) is None
+    finally:
+        forget_detectors()
+    assert asked and all(url.startswith("https://") for url in asked)
+
+
+def forget_detectors():
+    faces.face_detectors.cache_clear()
+    faces.blazeface.cache_clear()
+
+
+def seen_by(monkeypatch, near):
+    """One detector, which finds one face of score .9; near: x, y of eye, eye and mouth in it as the look from near sees
+    them, in a square of side 1, and the score there"""
+
+    def look(detector, images, squares):
+        return [[np.array([10, 10, 30, 30, 0.9])] for _ in images]
+
+    def closer(frames, found):
+        points, score = near
+        return [[np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in faces] for faces in found]
+
+    monkeypatch.setattr(faces, "face_detectors", lambda: ["one"])
+    monkeypatch.setattr(faces, "look", look)
+    monkeypatch.setattr(faces, "closer", closer)
+
+
+UPRIGHT, LYING = (0.3, 0.3, 0.7, 0.3, 0.5, 0.7), (0.3, 0.7, 0.3, 0.3, 0.7, 0.5)
+
+
+def test_a_face_is_what_a_look_from_near_shows_upright_with_a_good_score(monkeypatch):
+    for points, score, count in ((UPRIGHT, 0.7, 1), (LYING, 0.7, 0), (UPRIGHT, 0.5, 0)):
+        seen_by(monkeypatch, (points, score))
+        found = faces.detect_faces(np.zeros((50, 50, 3), np.uint8))
+        assert len(found) == count and all(face[:4] == (10, 10, 30, 30) for face in found)
+
+
+@pytest.mark.parametrize("turns, words", [(0, ""), (1, "90 degrees to the left"), (2, "180"), (3, "to the right")])
+def test_a_photo_is_turned_until_a_face_in_it_is_upright(monkeypatch, turns, words):
+    image = np.ascontiguousarray(np.rot90(picture(), -turns))
+
+    def detect(turned):
+        return [(1, 2, 3, 4, 0.9)] if np.array_equal(turned, picture()) else []
+
+    monkeypatch.setattr(faces, "detect_faces", detect)
+    turned, found, how = faces.turn_upright(image)
+    assert np.array_equal(turned, picture()) and len(found) == 1 and words in how and bool(how) == bool(turns)
+    for nothing in ([], None):
+        monkeypatch.setattr(faces, "detect_faces", lambda turned, nothing=nothing: nothing)
+        turned, found, how = faces.turn_upright(image)
+        assert np.array_equal(turned, image) and found == nothing and how == ""
+
+
+def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
+    weights, photos = SHARED / "weights/torch_home", SHARED / "media/photos"
+    if not (weights.is_dir() and photos.is_dir()):
+        pytest.skip("no detector weights or photos at hand")
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    forget_detectors()
+    try:
+        image = load_photo(photos / "portrait_man.jpg")
+        H, W = image.shape[:2]
+        for shift in (0, H):  # the face out of the middle of a tall picture is found as well
+            found = faces.detect_faces(np.concatenate([np.full((shift, W, 3), 99, np.uint8), image]))
+            x0, y0, x1, y1, score, *points = found[0]
+            assert score > 0.5 and x0 < W / 2 < x1 and shift < (y0 + y1) / 2 < shift + 0.7 * H
+            assert len(points) == 6 and x0 < points[0] < points[2] < x1 and y0 < points[1] < points[5] < y1
+            for turns in (1, 2, 3):  # lying and standing on the head
+                turned = np.ascontiguousarray(np.rot90(image, turns))
+                assert faces.detect_faces(turned) == []
+                assert np.array_equal(faces.turn_upright(turned)[0], image)
+        assert faces.turn_upright(load_photo(photos / "dog_no_human_face.jpg"))[1] == []
+    finally:
+        forget_detectors()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

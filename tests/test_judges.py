@@ -1,0 +1,440 @@
+"""Judges: the small recogniser, and the published networks against naive float64 references on their files' keys."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint
+import faces
+import judges
+from media import InputError
+
+FORMATS = Path(__file__).parents[2] / "shared" / "formats"  # key lists of the published files, where present
+
+
+def test_same_person_loss_has_the_value_worked_out_by_hand():
+    a = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    loss = judges.same_person_loss(a, a, torch.tensor([4, 4, 9]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
+    # same: 5 pairs of cosine 1, logit 2 - 1 = 1; other: 4 pairs of cosine 0, logit -1
+    assert loss.item() == pytest.approx(2 * math.log(1 + math.exp(-1)), rel=1e-6)
+    worse = judges.same_person_loss(a, a, torch.tensor([4, 9, 4]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
+    assert worse > loss
+
+
+def test_a_frozen_judge_stays_in_eval_and_without_gradients_when_its_owner_trains():
+    judge = checkpoint.freeze(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    owner = nn.ModuleDict(dict(judge=judge, free=nn.BatchNorm1d(4)))
+    owner.train()
+    assert owner["free"].training and not any(m.training for m in owner["judge"].modules())
+    assert not any(p.requires_grad for p in owner["judge"].parameters())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (20, 33)])
+def test_the_small_judge_gives_unit_length_at_any_size(size):
+    e = judges.SmallFaceJudge()(torch.rand(3, 3, *size))
+    assert e.shape == (3, 64) and torch.allclose(e.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# published networks: names and shapes
+
+
+def named(name, *shape, bias=True):
+    return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
+
+
+def norm(name, c):
+    return named(name, c) | {f"{name}.running_mean": (c,), f"{name}.running_var": (c,), f"{name}.num_batches_tracked": ()}
+
+
+def vgg_convolutions(*stages):
+    """(index, out, in) of each convolution of torchvision's VGG"""
+    index, c_in, out = 0, 3, []
+    for count, c in stages:
+        for _ in range(count):
+            out.append((index, c, c_in))
+            index, c_in = index + 2, c
+        index += 1
+    return out
+
+
+def expected_vgg19():
+    keys = {}
+    for i, c, c_in in vgg_convolutions((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)):
+        keys |= named(f"features.{i}", c, c_in, 3, 3)
+    return keys
+
+
+def expected_lpips():
+    keys = {"scaling_layer.shift": (1, 3, 1, 1), "scaling_layer.scale": (1, 3, 1, 1)}
+    slices = [1] * 2 + [2] * 2 + [3] * 3 + [4] * 3 + [5] * 3
+    for k, (i, c, c_in) in zip(slices, vgg_convolutions((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))):
+        keys |= named(f"net.slice{k}.{i}", c, c_in, 3, 3)
+    for k, c in enumerate((64, 128, 256, 512, 512)):
+        keys |= named(f"lin{k}.model.1", 1, c, 1, 1, bias=False) | named(f"lins.{k}.model.1", 1, c, 1, 1, bias=False)
+    return keys
+
+
+def expected_arcface():
+    keys = named("input_layer.0", 64, 3, 3, 3, bias=False) | norm("input_layer.1", 64) | {"input_layer.2.weight": (64,)}
+    keys |= norm("output_layer.0", 512) | named("output_layer.3", 512, 25088) | norm("output_layer.4", 512)
+    widths = [64] * 3 + [128] * 4 + [256] * 14 + [512] * 3
+    for k, (c_in, c) in enumerate(zip([64] + widths, widths)):
+        b = f"body.{k}.res_layer"
+        if c_in != c:
+            keys |= named(f"body.{k}.shortcut_layer.0", c, c_in, 1, 1, bias=False) | norm(f"body.{k}.shortcut_layer.1", c)
+        keys |= norm(f"{b}.0", c_in) | named(f"{b}.1", c, c_in, 3, 3, bias=False) | {f"{b}.2.weight": (c,)}
+        keys |= named(f"{b}.3", c, c, 3, 3, bias=False) | norm(f"{b}.4", c)
+        keys |= named(f"{b}.5.fc1", c // 16, c, 1, 1, bias=False) | named(f"{b}.5.fc2", c, c // 16, 1, 1, bias=False)
+    return keys
+
+
+SOUND_V2 = ((0, 64, 1, 3, 3), (4, 192, 64, 3, 3), (8, 384, 192, 3, 3), (11, 256, 384, 3, 3), (14, 256, 256, 3, 3),
+            (18, 512, 256, 5, 4))
+LIPS_V2 = ((0, 96, 3, 5, 7, 7), (4, 256, 96, 1, 5, 5), (8, 256, 256, 1, 3, 3), (11, 256, 256, 1, 3, 3),
+           (14, 256, 256, 1, 3, 3), (18, 512, 256, 1, 6, 6))
+
+
+def expected_syncnet():
+    keys = {}
+    for name, layers in (("netcnnaud", SOUND_V2), ("netcnnlip", LIPS_V2)):
+        for i, *shape in layers:
+            keys |= named(f"{name}.{i}", *shape) | norm(f"{name}.{i + 1}", shape[0])
+    for name in ("netfcaud", "netfclip"):
+        keys |= named(f"{name}.0", 512, 512) | norm(f"{name}.1", 512) | named(f"{name}.3", 1024, 512)
+    return keys
+
+
+# Wav2Lip: (channels, kernel, stride, padding); one number is a residual block of so many channels
+FACE = ((32, 7, 1, 3), (64, 5, (1, 2), 1), 64, 64, (128, 3, 2, 1), 128, 128, 128, (256, 3, 2, 1), 256, 256,
+        (512, 3, 2, 1), 512, 512, (512, 3, 2, 1), (512, 3, 1, 0), (512, 1, 1, 0))
+SOUND = ((32, 3, 1, 1), 32, 32, (64, 3, (3, 1), 1), 64, 64, (128, 3, 3, 1), 128, 128, (256, 3, (3, 2), 1), 256, 256,
+         (512, 3, 1, 0), (512, 1, 1, 0))
+
+
+def expected_wav2lip():
+    keys = {}
+    for name, c_in, plan in (("face_encoder", 15, FACE), ("audio_encoder", 1, SOUND)):
+        for i, step in enumerate(plan):
+            c, kernel = (step, 3) if isinstance(step, int) else step[:2]
+            keys |= named(f"{name}.{i}.conv_block.0", c, c_in, kernel, kernel) | norm(f"{name}.{i}.conv_block.1", c)
+            c_in = c
+    return keys
+
+
+JUDGES = {  # class, expected keys, the list of the published file, tensors in it
+    "vgg19": (judges.VGG19Features, expected_vgg19, "vgg19_features.txt", 32),
+    "lpips": (judges.LPIPS, expected_lpips, "lpips_vgg.txt", 38),
+    "arcface": (judges.ArcFace, expected_arcface, "arcface_ir_se50.txt", 397),
+    "syncnet": (judges.SyncNetV2, expected_syncnet, "syncnet_v2.txt", 102),
+    "wav2lip": (judges.Wav2LipExpert, expected_wav2lip, "wav2lip_sync_expert.txt", 217),
+}
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """Each judge once, with random weights and BatchNorm statistics that matter, frozen."""
+    torch.manual_seed(0)
+    made = {}
+    for name, (kind, *_) in JUDGES.items():
+        made[name] = judge = checkpoint.freeze(kind())
+        for module in judge.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.data.uniform_(0.5, 1.5)
+                module.bias.data.normal_(0, 0.3)
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.3, 2)
+        for key, value in judge.named_parameters():
+            if ".lin" in "." + key:
+                value.data.uniform_(0, 1)
+    return made
+
+
+def double(judge):
+    return {k: v.double() for k, v in judge.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_has_the_names_and_shapes_of_its_published_file(frozen, name):
+    expected = JUDGES[name][1]()
+    assert len(expected) == JUDGES[name][3]
+    assert {k: tuple(v.shape) for k, v in frozen[name].state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_agrees_with_the_key_list_of_its_published_file(frozen, name):
+    path = FORMATS / JUDGES[name][2]
+    if not path.is_file():
+        pytest.skip(f"the key list {path.name} is not at hand")
+    rows = [line.split() for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    listed = {key: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for key, shape, _ in rows}
+    assert {k: tuple(v.shape) for k, v in frozen[name].state_dict().items()} == listed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# published networks: numbers, against references written from the papers on the state dict, in float64
+
+
+def batch_norm(s, name, x):
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    mean, var, w, b = (s[f"{name}.{k}"].view(shape) for k in ("running_mean", "running_var", "weight", "bias"))
+    return (x - mean) / (var + 1e-5).sqrt() * w + b
+
+
+def naive_vgg(s, prefix, x, stages):
+    """All activations after a ReLU, by the index of that ReLU; prefix(index) names a convolution."""
+    out, ends = {}, set()
+    layers = vgg_convolutions(*stages)
+    for (i, *_), (j, *_) in zip(layers, layers[1:]):
+        if j == i + 3:
+            ends.add(i)
+    for i, *_ in layers:
+        x = F.conv2d(x, s[f"{prefix(i)}.weight"], s[f"{prefix(i)}.bias"], padding=1).clamp(min=0)
+        out[i + 1] = x
+        if i in ends:
+            x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2))
+    return out
+
+
+def close(ours, reference, tolerance=2e-4):
+    assert ours.shape == reference.shape
+    error = (ours.double() - reference).abs().max() / reference.abs().max()
+    assert error < tolerance, f"relative error {error:.2g}"
+
+
+def test_vgg19_gives_the_five_taps_of_imagenet_normalised_pictures(frozen):
+    x = torch.rand(2, 3, 32, 48) * 2 - 1
+    maps = frozen["vgg19"](x)
+    y = (x.double() + 1) / 2
+    y = torch.stack([(y[:, 0] - 0.485) / 0.229, (y[:, 1] - 0.456) / 0.224, (y[:, 2] - 0.406) / 0.225], 1)
+    every = naive_vgg(double(frozen["vgg19"]), lambda i: f"features.{i}", y,
+                      ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)))
+    assert [m.shape[1:] for m in maps] == [(64, 32, 48), (128, 16, 24), (256, 8, 12), (512, 4, 6), (512, 2, 3)]
+    for index, ours in zip((1, 6, 11, 20, 29), maps):
+        close(ours, every[index])
+
+
+def test_lpips_is_the_weighted_distance_of_normalised_features(frozen):
+    a, b = (torch.rand(2, 3, 48, 32) * 2 - 1 for _ in range(2))
+    s = double(frozen["lpips"])
+    where = {i: k for k, group in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), 1) for i in group}
+    expected, sides = torch.zeros(2, dtype=torch.float64), []
+    for x in (a, b):
+        x = (x.double() - torch.tensor([-0.030, -0.088, -0.188]).double().view(1, 3, 1, 1))
+        x = x / torch.tensor([0.458, 0.448, 0.450]).double().view(1, 3, 1, 1)
+        every = naive_vgg(s, lambda i: f"net.slice{where[i]}.{i}", x, ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)))
+        sides.append([every[i] / (every[i].norm(dim=1, keepdim=True) + 1e-10) for i in (3, 8, 15, 22, 29)])
+    for k, (u, v) in enumerate(zip(*sides)):
+        expected += (s[f"lin{k}.model.1.weight"] * (u - v) ** 2).sum(1).mean((1, 2))
+    close(frozen["lpips"](a, b), expected)
+    assert frozen["lpips"](a, a).abs().max() == 0
+
+
+def test_lpips_has_a_finite_gradient_where_all_channels_are_zero(frozen):
+    dead = judges.LPIPS()
+    dead.load_state_dict(frozen["lpips"].state_dict())
+    checkpoint.freeze(dead).net.slice5[-2].bias.fill_(-100)  # the last ReLU gives 0 everywhere
+    x = (torch.rand(1, 3, 16, 32) * 2 - 1).requires_grad_()
+    assert dead.maps(x)[4].abs().max() == 0
+    dead(x, -x.detach()).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+
+
+def naive_arcface(s, x):
+    x = batch_norm(s, "input_layer.1", F.conv2d(x, s["input_layer.0.weight"], padding=1))
+    x = torch.where(x > 0, x, x * s["input_layer.2.weight"].view(1, -1, 1, 1))
+    for k in range(24):
+        b, stride = f"body.{k}.res_layer", 2 if k in (0, 3, 7, 21) else 1
+        y = F.conv2d(batch_norm(s, f"{b}.0", x), s[f"{b}.1.weight"], padding=1)
+        y = torch.where(y > 0, y, y * s[f"{b}.2.weight"].view(1, -1, 1, 1))
+        y = batch_norm(s, f"{b}.4", F.conv2d(y, s[f"{b}.3.weight"], padding=1, stride=stride))
+        gate = (y.mean((2, 3)) @ s[f"{b}.5.fc1.weight"][..., 0, 0].T).clamp(min=0) @ s[f"{b}.5.fc2.weight"][..., 0, 0].T
+        short = x[:, :, ::stride, ::stride]
+        if k in (3, 7, 21):
+            weight = s[f"body.{k}.shortcut_layer.0.weight"][..., 0, 0]
+            short = batch_norm(s, f"body.{k}.shortcut_layer.1", torch.einsum("nchw,dc->ndhw", short, weight))
+        x = y / (1 + torch.exp(-gate))[:, :, None, None] + short
+    x = batch_norm(s, "output_layer.0", x).flatten(1) @ s["output_layer.3.weight"].T + s["output_layer.3.bias"]
+    x = batch_norm(s, "output_layer.4", x)
+    return x / x.norm(dim=1, keepdim=True)
+
+
+FFHQ = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
+                 (313.08905, 371.15118)]) / 512  # fmt: skip
+# (facexlib's five points of an FFHQ face, as fractions of the picture)
+
+
+@pytest.mark.parametrize("template", ["face", "ffhq"])
+def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
+    judge = judges.ArcFace(template)
+    x, y, side = faces.square_within("ffhq", template)
+    five = (FFHQ - [x, y]) / side  # in the crop of this template
+    np.testing.assert_allclose(five * judge.side + [judge.left, judge.top], faces.ARCFACE_POINTS, atol=3.2)  # of 112 px
+    three = np.array(faces.TEMPLATES[template].points) * judge.side + [judge.left, judge.top]
+    wanted = np.vstack([faces.ARCFACE_POINTS[:2], faces.ARCFACE_POINTS[3:].mean(0)])
+    np.testing.assert_allclose(three, wanted, atol=2.5)
+    if template == "ffhq":  # pSp's "interesting region" of 256 px: columns 32 .. 220, rows 35 .. 223
+        box = 256 / judge.side * np.array([-judge.left, -judge.top, 112 - judge.left, 112 - judge.top])
+        np.testing.assert_allclose(box, (32, 35, 220, 223), atol=4)
+
+
+@pytest.mark.parametrize("template", ["face", "ffhq"])
+def test_arcface_is_ir_se50_of_its_templates_crop(frozen, template):
+    judge, x = judges.ArcFace(template).eval(), torch.rand(2, 3, 256, 256) * 2 - 1
+    judge.load_state_dict(frozen["arcface"].state_dict())
+    n, small = judge.side, torch.zeros(2, 3, judge.side, judge.side, dtype=torch.float64)
+    for i in range(n):  # adaptive pooling, written out: cells from floor(i 256/n) to ceil((i + 1) 256/n)
+        rows = x[:, :, i * 256 // n:-(-(i + 1) * 256 // n)].double().mean(2)
+        for j in range(n):
+            small[:, :, i, j] = rows[:, :, j * 256 // n:-(-(j + 1) * 256 // n)].mean(2)
+    faces = torch.zeros(2, 3, 112, 112, dtype=torch.float64)
+    for i in range(112):
+        for j in range(112):  # beyond the picture its border
+            row, column = (min(max(k - first, 0), n - 1) for k, first in ((i, judge.top), (j, judge.left)))
+            faces[:, :, i, j] = small[:, :, row, column]
+    close(judge(x), naive_arcface(double(judge), faces))
+
+
+def test_arcface_takes_any_square_size_and_looks_at_its_crop_only(frozen):
+    judge, x = frozen["arcface"], torch.rand(1, 3, 256, 256, requires_grad=True)
+    e = judge(x)
+    e[:, :7].sum().backward()
+    seen = x.grad.abs().sum((0, 1)) > 0
+    assert seen[40:215, 40:215].all() and not seen[:28].any() and not seen[:, :28].any() and not seen[:, 225:].any()
+    e = judge(torch.rand(2, 3, 40, 40))
+    assert e.shape == (2, 512) and torch.allclose(e.norm(dim=1), torch.ones(2), atol=1e-5)
+    with pytest.raises(AssertionError, match="square"):
+        judge(torch.rand(1, 3, 40, 50))
+
+
+def naive_syncnet_head(s, name, x):
+    x = batch_norm(s, f"{name}.1", x @ s[f"{name}.0.weight"].T + s[f"{name}.0.bias"]).clamp(min=0)
+    return x @ s[f"{name}.3.weight"].T + s[f"{name}.3.bias"]
+
+
+def test_syncnet_v2_embeds_each_five_frames_as_published(frozen):
+    B, T = 1, 6
+    frames = torch.rand(B, T, 3, 224, 224) * 2 - 1
+    ours, s = frozen["syncnet"].face(frames), double(frozen["syncnet"])
+    assert ours.shape == (B, T - 4, 1024)
+    bgr = (frames.double()[:, :, [2, 1, 0]] + 1) / 2 * 255
+    for first in range(T - 4):
+        # five planes of the first kernel, one a frame, as 15-channel convolution in the plane
+        w = s["netcnnlip.0.weight"].transpose(1, 2).flatten(1, 2)  # (96, 3, 5, 7, 7) -> (96, 15, 7, 7)
+        x = F.conv2d(bgr[:, first:first + 5].flatten(1, 2), w, s["netcnnlip.0.bias"], stride=2)
+        x = F.max_pool2d(batch_norm(s, "netcnnlip.1", x).clamp(min=0), 3, 2)
+        plan = ((4, 2, 1, 1), (8, 1, 1, None), (11, 1, 1, None), (14, 1, 1, 0), (18, 1, 0, None))
+        for i, stride, padding, pool in plan:
+            x = F.conv2d(x, s[f"netcnnlip.{i}.weight"][:, :, 0], s[f"netcnnlip.{i}.bias"], stride, padding)
+            x = batch_norm(s, f"netcnnlip.{i + 1}", x).clamp(min=0)
+            x = x if pool is None else F.max_pool2d(x, 3, 2, pool)
+        assert x.shape == (B, 512, 1, 1)
+        close(ours[:, first], naive_syncnet_head(s, "netfclip", x.flatten(1)))
+
+
+def test_syncnet_v2_embeds_sound_as_published(frozen):
+    mfcc = torch.randn(3, 13, 20) * 10
+    s, x = double(frozen["syncnet"]), mfcc[:, None].double()
+    for i, *_ in SOUND_V2:
+        x = F.conv2d(x, s[f"netcnnaud.{i}.weight"], s[f"netcnnaud.{i}.bias"], padding=0 if i == 18 else 1)
+        x = batch_norm(s, f"netcnnaud.{i + 1}", x).clamp(min=0)
+        if i in (4, 14):
+            x = x.unfold(2, 3, 1 if i == 4 else 2).unfold(3, 3, 2).amax((-1, -2))
+    assert x.shape == (3, 512, 1, 1)
+    close(frozen["syncnet"].sound(mfcc), naive_syncnet_head(s, "netfcaud", x.flatten(1)))
+
+
+def naive_wav2lip(s, name, plan, x):
+    for i, step in enumerate(plan):
+        stride, padding = (1, 1) if isinstance(step, int) else step[2:]
+        y = F.conv2d(x, s[f"{name}.{i}.conv_block.0.weight"], s[f"{name}.{i}.conv_block.0.bias"], stride, padding)
+        y = batch_norm(s, f"{name}.{i}.conv_block.1", y)
+        x = (y + x if isinstance(step, int) else y).clamp(min=0)
+    assert x.shape[1:] == (512, 1, 1)
+    return x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
+
+
+def test_the_wav2lip_expert_sees_bgr_lower_halves_and_gives_the_published_embeddings(frozen):
+    judge, s = frozen["wav2lip"], double(frozen["wav2lip"])
+    frames, mel = torch.rand(2, 5, 3, 96, 96) * 2 - 1, torch.randn(3, 1, 80, 16)
+    channels = [(frames[:, t, c, 48:].double() + 1) / 2 for t in range(5) for c in (2, 1, 0)]
+    close(judge.face(frames), naive_wav2lip(s, "face_encoder", FACE, torch.stack(channels, 1)))
+    close(judge.sound(mel), naive_wav2lip(s, "audio_encoder", SOUND, mel.double()))
+    logits = judge.logits(judge.face(frames), judge.sound(mel))
+    assert logits.shape == (2, 3)
+    assert torch.allclose(torch.sigmoid(logits), judge.face(frames) @ judge.sound(mel).T, atol=1e-5)
+
+
+def test_the_sync_judges_take_crops_of_any_size(frozen):
+    frames = torch.rand(1, 5, 3, 64, 50)
+    assert frozen["wav2lip"].face(frames).shape == (1, 512)
+    assert frozen["syncnet"].face(frames).shape == (1, 1, 1024)
+    with pytest.raises(AssertionError, match="expected"):
+        frozen["wav2lip"].face(frames[:, :4])
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_is_differentiable_by_the_picture_and_ignores_who_else_is_in_the_batch(frozen, name):
+    judge = frozen[name]
+    judge.train()  # has no effect: BatchNorm and dropout stay as they are in use
+    shape = (3, 5, 3, 32, 32) if name in ("syncnet", "wav2lip") else (3, 3, 32, 32)
+    x = (torch.rand(*shape) * 2 - 1).requires_grad_()
+    run = {"vgg19": lambda x: judge(x)[4], "arcface": judge, "lpips": lambda x: judge(x, x.detach().flip(-1))}.get(name)
+    run = run or judge.face
+    out = run(x)
+    close(run(x[1:2])[0], out[1].double(), 1e-4)
+    if x.ndim == 4:
+        close(run(x.detach().to(memory_format=torch.channels_last)), out.double(), 1e-4)
+    (out * torch.rand_like(out)).sum().backward()
+    if name == "wav2lip":
+        assert x.grad[..., :15, :].abs().max() == 0  # the upper half is not seen
+    assert x.grad.isfinite().all() and x.grad.flatten(1).abs().amax(1).min() > 0
+    assert all(p.grad is None for p in judge.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# published networks: files
+
+
+def files_of(name, frozen):
+    """What the published files hold, from a judge's weights: (file of fetch, content) pairs."""
+    state = frozen[name].state_dict()
+    if name == "vgg19":
+        return {"vgg19": state | {"classifier.0.weight": torch.zeros(2, 3)}}
+    if name == "lpips":
+        trunk = {"features." + k.split(".", 2)[2]: v for k, v in state.items() if k.startswith("net.")}
+        heads = {k: v for k, v in state.items() if k.startswith("lin") and not k.startswith("lins")}
+        return {"vgg16": trunk | {"classifier.0.bias": torch.zeros(2)}, "lpips_heads": heads}
+    if name == "wav2lip":
+        return {"wav2lip_expert": {"state_dict": state, "optimizer": {}, "global_step": 3}}
+    if name == "syncnet":
+        return {"syncnet_v2": {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}}
+    return {name: state}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_published_file_loads_into_a_frozen_judge_with_its_very_weights(frozen, name, monkeypatch):
+    monkeypatch.setattr(judges, "fetch", lambda name, path: name)
+    monkeypatch.setattr(judges, "read_weights", lambda path: files_of(name, frozen)[path])
+    make = {"syncnet": judges.syncnet_v2, "wav2lip": judges.wav2lip_expert}.get(name) or getattr(judges, name)
+    judge = make("cpu")
+    counts = {k for k in judge.state_dict() if k.endswith("num_batches_tracked")}
+    assert all(torch.equal(v, frozen[name].state_dict()[k]) for k, v in judge.state_dict().items() if k not in counts)
+    assert not any(p.requires_grad for p in judge.parameters()) and not judge.training
+
+
+def test_other_keys_or_shapes_are_refused_in_one_line_that_names_them(frozen):
+    state = frozen["syncnet"].state_dict()
+    key = "netfcaud.3.weight"
+    cases = (({k: v for k, v in state.items() if k != key}, f"{key} is absent"),
+             (state | {"module.x": torch.zeros(2)}, "module.x is unknown"),
+             (state | {key: torch.zeros(1024, 511)}, r"\(1024, 511\), expected \(1024, 512\)"),
+             (state | {key: 7}, "no dense tensor"), ({}, "and .* more"))
+    for wrong, message in cases:
+        with pytest.raises(InputError, match=f"some.pth: not the weights of SyncNetV2: .*{message}"):
+            checkpoint.load(judges.SyncNetV2, wrong, "some.pth", "cpu")
