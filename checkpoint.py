@@ -8,12 +8,10 @@ pinned by SHA256.
 import argparse
 import contextlib
 import ctypes
-import errno
 import hashlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,19 +28,25 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from media import InputError, check_file
+from media import InputError, check_file, check_output
 
-def checkpoints_dir() -> Path:
-    """Where face-alignment and torch.hub keep weights: $TORCH_HOME/hub/checkpoints."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
+try:
+    import resource
+except ImportError:                                                                    # Windows
+    resource = None
+
+FORMAT = 1                   # of packs and checkpoints
+STALE = 3600                 # seconds; ours: no save takes an hour, an older temporary file is a killed run's
+LARGEST_SIZE = 1 << 16       # ours: more than any size in a network's config; StyleGAN2's channels start at half of it
+FREE_NUMBERS = 1 << 26       # numbers (256 MB) that any network may have beside those in its file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files of other people's training codes
+# reading: nothing in a file is trusted, and what is wrong with it is one line
 
 @contextlib.contextmanager
 def refusing(source, what: str):
-    """A block that reads a file's content: whatever it stumbles over is the file's fault. InputError, one line."""
+    """For a block that reads a file's content: any exception in it becomes an InputError, one line"""
     try:
         yield
     except InputError:
@@ -53,23 +57,23 @@ def refusing(source, what: str):
 
 
 def one_line(text) -> str:
-    """The beginning of a name or message from a file, fit for a message of ours"""
+    """The beginning of a name or message that comes from a file"""
     return " ".join(str(text)[:120].split())
 
 
 def read_weights(path: str | Path, map_location="cpu") -> dict:
-    """The dict in a file of weights; never runs code from it. THE reader of published files and of our own.
+    """The dict in a file of weights, published or our own. Code in it is never run.
 
-    Raises InputError: damaged, cut short, more than tensors and plain values; no dict with names; a tensor in it, however
-    deep, that is not dense.
+    Raises InputError: damaged, cut short, or more than tensors and plain values; not a dict with names; a tensor in it,
+    however deep, is not dense.
     """
     path = check_file(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # options: plain values
-            warnings.simplefilter("ignore")                                           # torch asks to report odd files
+            warnings.simplefilter("ignore")                                            # torch asks to report odd files
             content = torch.load(path, map_location, weights_only=True)
-    except Exception as error:  # whatever torch.load stumbles over here, it is the file
-        code = "global" in str(error).lower()                                         # it names a class or function
+    except Exception as error:                                                         # torch has no type of its own
+        code = "global" in str(error).lower()                                          # it names a class or function
         reason = "holds more than tensors and plain values" if code else "damaged, cut short, or no file of weights"
         raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -98,12 +102,9 @@ def is_dense(value) -> bool:
             and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
-SMALL = 1 << 26  # numbers that any network may have: 256 MB
-
-
 class Budget(TorchFunctionMode):
-    """Within it at most `left` numbers are made, else ValueError. (The meta device would serve as well,
-    but its first operation imports a compiler, two seconds.)"""
+    """Within it at most `left` numbers are made, else ValueError. (The meta device would serve as well, but its first
+    operation imports a compiler, two seconds.)"""
 
     FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
 
@@ -120,48 +121,55 @@ class Budget(TorchFunctionMode):
 
 
 def load_strictly(make, state: dict, source) -> nn.Module:
-    """The network that make() builds, with the weights of a state dict: dense tensors of its names and shapes, floating
-    point numbers where its own are.
+    """The network that make() builds, with a state dict's weights: dense tensors of its names, shapes and kinds.
 
-    Widths that make() took from a file must not cost much more memory than the file's tensors: see Budget. BatchNorm's
-    batch counters may be absent (files of 2017 have none); no network here uses them.
-    InputError where anything differs, or where make() fails.
+    make() may take its widths from the file: a Budget keeps it from filling the memory. fp16 becomes fp32. Batch
+    counters of BatchNorm may be absent (files of 2017 have none). InputError: anything differs, or make() fails.
     """
     def form(value):
+        if not is_dense(value):
+            return "no dense tensor"
         return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
 
     numbers = sum(value.numel() for value in items(state) if is_dense(value))
-    with refusing(source, "its sizes fit no network of this version"), Budget(2 * numbers + SMALL):
+    with refusing(source, "its sizes fit no network of this version"), Budget(2 * numbers + FREE_NUMBERS):
         network = make()
-    name, expected = type(network).__name__, {key: form(value) for key, value in network.state_dict().items()}
+    name = type(network).__name__
     if not isinstance(state, dict):
         raise InputError(f"{source}: holds a {type(state).__name__} in place of the weights of {name}")
-    given = {key: form(value) if is_dense(value) else "no dense tensor" for key, value in state.items()}
+    expected, given = ({key: form(value) for key, value in d.items()} for d in (network.state_dict(), state))
     wrong = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
     wrong += [f"{one_line(key)} is unknown" for key in given if key not in expected]
-    wrong += [f"{key} is {given[key]}, expected {form}" for key, form in expected.items() if given.get(key, form) != form]
+    wrong += [f"{k} is {given[k]}, expected {v}" for k, v in expected.items() if given.get(k, v) != v]
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
         raise InputError(f"{source}: not the weights of {name}: {wrong[0]}{more}")
-    network.load_state_dict(state, strict=False)                                      # fp16 becomes fp32 on the way
+    network.load_state_dict(state, strict=False)
     return network
-STALE = 3600  # seconds; ours: no save takes an hour, an older draft is a killed run's
-FORMAT = 1  # of packs and checkpoints
-LARGEST = 1 << 16  # ours: no size in a network's config is larger; the base of StyleGAN2's channels is half of it
 
 
-# ------------------------------------------------------------------------------------------------------------
+def freeze(network: nn.Module) -> nn.Module:
+    """No gradients for its parameters; eval mode, and train() keeps it there"""
+    network.requires_grad_(False).eval()
+    network.train = lambda mode=True: network
+    return network
+
+
+def load_frozen(make, state: dict, source, device) -> nn.Module:
+    """load_strictly's network, frozen and on the device: for networks that are trained elsewhere"""
+    return freeze(load_strictly(make, state, source)).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-
 def save_checkpoint(path: str | Path, checkpoint: dict):
-    """Writes plain dicts, tensors, numbers and strings; `path` is the old file or the whole new one, always.
+    """Writes plain dicts, tensors, numbers and strings. At any moment `path` is the old file or the whole new one.
 
-    checkpoint needs "kind" (what it is) and "format" (1). Raises InputError where the disk refuses.
+    checkpoint needs "kind" (what it is) and "format" (1). Raises InputError: the disk is full, or cannot be written.
     """
     assert {"kind", "format"} <= set(checkpoint), "a checkpoint says its kind and format"
-    path = Path(path).absolute()
-    draft = None
+    path, draft = Path(path).absolute(), None
     try:
         for old in path.parent.glob(f".{path.name}-*"):
             if time.time() - old.stat().st_mtime > STALE:
@@ -170,10 +178,10 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
         with os.fdopen(handle, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file.fileno())  # else the name could survive a power cut that the content does not
-        os.chmod(draft, 0o644)  # mkstemp's 0600 is for secrets
+            os.fsync(file.fileno())                       # else the name could survive a power cut, the content not
+        os.chmod(draft, 0o644)                            # mkstemp's 0600 is for secrets
         os.replace(draft, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:              # torch's own writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
@@ -184,8 +192,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
 def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> dict:
     """Reads a file of save_checkpoint. kind: the expected one, or a tuple of accepted ones.
 
-    Raises InputError, one line: missing, directory, truncated, no checkpoint, holding code, another kind or
-    format. What is inside a checkpoint of the right kind is its reader's to check.
+    Raises InputError: as read_weights; another kind or format. The caller checks what is inside.
     """
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
@@ -195,43 +202,33 @@ def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> 
     except InputError as error:
         raise InputError(f"{error}; {expected}") from None
     found = checkpoint.get("kind")
-    if not isinstance(found, str):
-        raise InputError(f"{path}: was not written by this package; {expected}")
-    if found not in kinds:
-        raise InputError(f"{path}: is a '{found[:40]}' checkpoint; {expected}")
+    if not isinstance(found, str) or found not in kinds:
+        what = f"is a '{found[:40]}' checkpoint" if isinstance(found, str) else "was not written by this package"
+        raise InputError(f"{path}: {what}; {expected}")
     if checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: has format {checkpoint.get('format')}, this version reads format {FORMAT}")
     sizes = [v for v in items(checkpoint.get("config")) if isinstance(v, (int, float))]
-    if not all(abs(size) <= LARGEST for size in sizes):
+    if not all(abs(size) <= LARGEST_SIZE for size in sizes):
         raise InputError(f"{path}: its config asks for more than any network here has; {expected}")
     return checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# judges: networks that are trained elsewhere, frozen for good, and differentiable with respect to the picture
-
-def freeze(judge: nn.Module) -> nn.Module:
-    """No gradients for its parameters; eval mode, and train() keeps it there."""
-    judge.requires_grad_(False).eval()
-    judge.train = lambda mode=True: judge
-    return judge
-
-
-def load(make, state: dict, source, device) -> nn.Module:
-    """The judge that make() builds with its weights, strictly (see load_strictly); it is frozen and put on the device."""
-    return freeze(load_strictly(make, state, source)).to(device)
+def half(network: nn.Module) -> dict:
+    """A network's weights in fp16, for a file to sample with. A tensor that two layers share stays one"""
+    halves = {}
+    for v in network.state_dict().values():
+        halves.setdefault((v.data_ptr(), v.shape), v.half() if v.is_floating_point() else v)
+    return {k: halves[v.data_ptr(), v.shape] for k, v in network.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the downloader
+# published files, fetched on first use
 
 @dataclass(frozen=True)
 class Published:
-    """A file to fetch: its name in the cache, its hash or the beginning of it, its bytes (None: unknown), where it is"""
-
-    file: str
-    sha256: str
-    size: int | None
+    file: str               # its name in the cache
+    sha256: str             # or the beginning of it
+    size: int | None        # bytes; None: unknown
     urls: tuple[str, ...]
 
 
@@ -275,54 +272,65 @@ PUBLISHED = {
         "pt_inception-2015-12-05-6726825d.pth", "6726825d", None,
         ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",)),
 }
-TIMEOUT = (10, 30)  # seconds to connect, and without a byte; ours
-ABANDONED = 120  # seconds; ours: a part file this long untouched, four timeouts, belongs to no living download
-DOWNLOAD_BLOCK = 1 << 14  # bytes; ours: what a cut loses at most
-LARGEST_DOWNLOAD = 1 << 30  # bytes; ours: the end of patience where the size is unknown
+TIMEOUT = (10, 30)              # seconds to connect, and without a byte; ours
+ABANDONED = 120                 # seconds; ours: a part file this long untouched, four timeouts, has no running download
+DOWNLOAD_BLOCK = 1 << 14        # bytes; ours: what a cut loses at most
+LARGEST_DOWNLOAD = 1 << 30      # bytes; ours: the limit where the size is unknown
+
+
+def checkpoints_dir() -> Path:
+    """Where face-alignment and torch.hub keep weights: $TORCH_HOME/hub/checkpoints"""
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def fetch(name: str, path: str | Path | None = None) -> Path:
-    """Where the published file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, fetched if need be.
+    """Where the file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, fetched where it is missing.
 
-    What is in the cache is checked by SHA256 every time (a second for 500 MB), what is damaged there replaced. A cut
-    download is resumed, by this call or a later one; only a file with the right hash gets its name, by os.replace, so
-    that any number of processes may fetch at once.
-
-    Raises:
-        InputError: path is no file; or the file cannot be had, with its URL and where to put it by hand.
+    A cached file is checked by SHA256 every time (a second for 500 MB). A cut download is resumed, by this call or a
+    later one. Each process fills a part file of its own and renames it when the hash is right.
+    InputError: path is not a file; or the download failed, with its URL and where to save it by hand.
     """
     if path is not None:
         return check_file(path)
     pin = PUBLISHED[name]
-    target = checkpoints_dir() / pin.file
-    part, failures = None, []
+    target, failures = checkpoints_dir() / pin.file, {}
     try:
         if matches(target, pin):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         part = claim_part(target)
-        for url in pin.urls:
-            try:
-                fetch_from(url, part, pin)
-                os.replace(part, target)
-                return target
-            except (requests.RequestException, ValueError) as error:
-                failures.append(f"{urlsplit(url).netloc}: {explain(error)}")
-    except OSError as error:  # disk full, read-only, no permission: a part is of no use there
-        if part is not None:
-            with contextlib.suppress(OSError):
-                part.unlink()
-        failures.append(f"{target.parent} cannot be written ({error.strerror or error})")
-    finally:
-        if part is not None and part.exists():  # cut, or Ctrl-C: the next call may take it at once
-            os.utime(part, (0, 0)) if part.stat().st_size else part.unlink()
+        try:
+            for url in (*pin.urls, pin.urls[0]):           # the first again: an old part may have spoiled its hash
+                try:
+                    download(url, part, pin)
+                    os.replace(part, target)
+                    return target
+                except (requests.RequestException, ValueError) as error:
+                    if isinstance(error, ValueError):      # it is another file
+                        os.truncate(part, 0)
+                    failures[url] = f"{urlsplit(url).netloc}: {explain(error)}"
+        except OSError:
+            part.unlink(missing_ok=True)                   # a full disk needs its room back
+            raise
+        finally:
+            if part.exists():                              # cut, or Ctrl-C: free for the next call at once
+                os.utime(part, (0, 0)) if part.stat().st_size else part.unlink()
+    except OSError as error:
+        failures["disk"] = f"{target.parent} cannot be written ({error.strerror or error})"
     state = "damaged" if target.is_file() else "missing"
-    raise InputError(f"{pin.file} is {state} and could not be fetched ({'; '.join(failures)}): "
+    raise InputError(f"{pin.file} is {state} and could not be fetched ({'; '.join(failures.values())}): "
                      f"download {pin.urls[0]} and save it as {target}")
 
 
+def explain(error: Exception) -> str:
+    """A failed download in a few words"""
+    if isinstance(error, requests.HTTPError):
+        return f"HTTP {error.response.status_code}"
+    return "no connection, or cut" if isinstance(error, requests.RequestException) else str(error)
+
+
 def matches(path: Path, pin: Published) -> bool:
-    """Is this the published file?"""
+    """Whether this is the published file"""
     if not path.is_file() or pin.size not in (None, path.stat().st_size):
         return False
     with open(path, "rb") as file:
@@ -330,171 +338,101 @@ def matches(path: Path, pin: Published) -> bool:
 
 
 def claim_part(target: Path) -> Path:
-    """A part file of our own beside the target: an abandoned one, taken over by its renaming, or a new one."""
+    """A part file beside the target for this process alone: an abandoned one, taken over by renaming it, or a new one"""
     own = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-    for left in sorted(target.parent.glob(f"{target.name}.*.part")):
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+    for left in target.parent.glob(f"{target.name}.*.part"):
+        with contextlib.suppress(FileNotFoundError):       # another process was quicker
             if time.time() - left.stat().st_mtime > ABANDONED:
                 left.rename(own)
-                os.utime(own)
-                return own
-    own.touch(exist_ok=False)
+                break
+    own.touch()
     return own
 
 
-def fetch_from(url: str, part: Path, pin: Published):
-    """Fills `part` from one URL until its hash is right; resumes as long as every attempt brings something."""
-    fresh, whole = part.stat().st_size == 0, False
-    while not matches(part, pin):
-        if whole:
-            os.truncate(part, 0)
-            if fresh:
-                raise ValueError(f"what came has another SHA256 than {pin.sha256}")
-            fresh, whole = True, False  # the beginning, left by another run or URL, may be at fault: once more from 0
-        before = part.stat().st_size
+def download(url: str, part: Path, pin: Published):
+    """Fills `part` from one URL. It asks again for what a cut answer left out, as long as each answer brings something.
+    ValueError: another file came."""
+    while True:
+        had = part.stat().st_size
         try:
-            stream(url, part, pin)
-            whole = True
+            append(url, part, pin)
+            break
         except requests.RequestException:
-            if part.stat().st_size <= before:
+            if part.stat().st_size <= had:
                 raise
+    if not matches(part, pin):
+        raise ValueError(f"what came has another SHA256 than {pin.sha256}")
 
 
-def stream(url: str, part: Path, pin: Published):
-    """One request, appended to what `part` holds where the server can do that. ValueError: this is not the file."""
+def append(url: str, part: Path, pin: Published):
+    """One request: what `part` lacks, or the whole where the server cannot resume"""
     have = part.stat().st_size
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:  # no such range: what we have is not the beginning of this file
-            os.truncate(part, 0)
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer, open(part, "r+b") as file:
+        if answer.status_code == 416:                      # nothing follows what we have
             return
         answer.raise_for_status()
-        if "text/html" in answer.headers.get("Content-Type", ""):
-            raise ValueError("a web page came in place of the file")
-        partial = answer.status_code == 206
-        if partial and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise ValueError("another part came than was asked for")
-        start, length = have if partial else 0, int(answer.headers.get("Content-Length", 0))
-        if pin.size and length and start + length != pin.size:
-            raise ValueError(f"{start + length} bytes are offered, expected {pin.size}")
-        if length > shutil.disk_usage(part.parent).free:
-            raise OSError(errno.ENOSPC, f"disk full: {length / 1e6:.0f} MB are needed")
-        bar = tqdm(total=start + length or pin.size, initial=start, desc=pin.file, unit="B", unit_scale=True)
-        with open(part, "r+b") as file, bar:
-            file.truncate(start)
-            file.seek(start)
+        start = have if answer.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
+        total = start + int(answer.headers.get("Content-Length", 0))
+        file.truncate(start)
+        file.seek(start)
+        with tqdm(total=total or pin.size, initial=start, desc=pin.file, unit="B", unit_scale=True) as bar:
             for block in answer.iter_content(DOWNLOAD_BLOCK):
                 if file.tell() + len(block) > (pin.size or LARGEST_DOWNLOAD):
-                    file.truncate(0)
                     raise ValueError("more came than the file has")
                 file.write(block)
                 bar.update(len(block))
 
 
-def explain(error: Exception) -> str:
-    """A network's failure in a few words"""
-    if isinstance(error, requests.HTTPError):
-        return f"HTTP {error.response.status_code}"
-    return "no connection, or cut" if isinstance(error, requests.RequestException) else str(error)
-
+# ---------------------------------------------------------------------------------------------------------------------
+# devices
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is cuda, else mps, else cpu."""
+    """The device of --device: "auto" is cuda, else mps, else cpu"""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     if device.type == "cpu":
         keep_memory()
     return device
 
 
+def keep_memory():
+    """glibc keeps freed memory for the next tensor. By default a tensor above 32 MB is mapped anew each time, and the
+    kernel zeroes its pages: at 256 px that costs an elementwise operation twice the time of its work."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)                                # M_MMAP_MAX: no mapping for one tensor
+        libc.mallopt(-1, 2 ** 31 - 1)                      # M_TRIM_THRESHOLD: give nothing back
+
+
 def bf16_native(device) -> bool:
-    """Whether bf16 convolutions are faster than fp32 there: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
+    """Whether bf16 convolutions are faster than fp32 there: GPUs since Ampere, CPUs with AMX or AVX512-BF16"""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    tells = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("amx_tile", "avx512_bf16")]
-    return device.type == "cpu" and any(tell is not None and tell() for tell in tells)
+    checks = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("amx_tile", "avx512_bf16")]
+    return device.type == "cpu" and any(check is not None and check() for check in checks)
 
 
-def keep_memory():
-    """Ask glibc to keep freed memory for the next tensor; elsewhere nothing happens.
-
-    By default a tensor above 32 MB is mapped anew each time, and the kernel zeroes its pages: at 256 px that costs an
-    elementwise operation twice the time of its work.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)                                                       # M_MMAP_MAX: no mapping for one tensor
-        libc.mallopt(-1, 2 ** 31 - 1)                                             # M_TRIM_THRESHOLD: give nothing back
-
-
-def finite(name, value):
-    if not torch.isfinite(value):
-        raise InputError(f"the loss term '{name}' is {float(value.detach())}: stopped; the last checkpoint is whole. "
-                         "Lower --lr or --lr-gan")
-
-
-@torch.no_grad()
-def update_ema(ema, model, images, args):
-    """Averaged weights: half-life of --ema-kimg, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05)"""
-    half_life = min(args.ema_kimg * 1000, 0.05 * images + args.batch)
-    beta = 0.5 ** (args.batch / half_life)
-    live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
-    torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
-    for e, b in zip(ema.buffers(), model.buffers()):
-        e.copy_(b)
-
-
-def restore_optimiser(opt, state):
-    """Adam's moments as they were saved, at the rates of today's options"""
-    rates = [group["initial_lr"] for group in opt.param_groups]
-    opt.load_state_dict(state)
-    for group, rate in zip(opt.param_groups, rates):
-        group["initial_lr"] = rate
-
-
-def pace(seconds, waited, steps, batch) -> dict:
-    """For the log: `seconds` went by in `steps` steps of `batch` pictures, `waited` of them for data"""
-    return dict(ms=round(1000 * seconds / steps, 1), images_s=round(batch * steps / seconds, 1),
-                waiting=round(waited / seconds, 3))
-
-
-def memory_gib(device):
+def memory_gib(device) -> float:
+    """The most memory used so far: the device's on a GPU, else the process's; 0 where that is unknown"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    try:
-        import resource
-    except ImportError:                                                                # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 2 ** 10                                  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
-
-
-def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
-    """Factor of the learning rate: `warmup` steps up (Adam's moments begin at 0), then a cosine down to a twentieth"""
-    return min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
-
-
-def revision() -> str | None:
-    """The commit this runs from, where there is one"""
-    try:
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    unit = 1 if sys.platform == "darwin" else 2 ** 10      # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30 if resource else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# around a training loop: the same in train, syncnet, keypoints, landmarks and pcavs
+# around a training loop: train, syncnet, keypoints, landmarks and pcavs
 
 def claim_output(path: str | Path, args) -> Path:
     """Absolute path of the checkpoint that a run writes, its folder made.
 
-    InputError: it exists and neither --resume nor --overwrite is given, or its folder cannot be made."""
+    InputError: it exists and neither --resume nor --overwrite is given, or its folder cannot be made or written."""
     path = Path(path).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -502,7 +440,16 @@ def claim_output(path: str | Path, args) -> Path:
         raise InputError(f"{path.parent}: cannot be made a directory ({error.strerror})") from None
     if path.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{path} exists: --resume continues it, --overwrite starts anew")
-    return path
+    return check_output(path, overwrite=True)
+
+
+def revision() -> str | None:
+    """The git commit of this folder, where there is one"""
+    try:
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def open_log(path: str | Path, args):
@@ -514,7 +461,7 @@ def open_log(path: str | Path, args):
 
 
 def write_log(log, bar, line: dict, steps: int | None = None):
-    """One line of the log: as JSON, and for people as `name value` pairs with the pace behind a bar"""
+    """One line of the log: as JSON, and above the progress bar as `name value` pairs with the pace behind a `|`"""
     log.write(json.dumps(line) + "\n")
     log.flush()
     pace = ("step", "ms", "images_s", "waiting", "gib")
@@ -548,6 +495,11 @@ class StepTimer:
         return pace
 
 
+def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
+    """Factor of the learning rate: `warmup` steps up (Adam's moments begin at 0), then a cosine down to a twentieth"""
+    return min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
+
+
 def check_finite(terms: dict, step: int):
     """InputError: a loss term is NaN or infinite; it is named"""
     bad = [f"'{name}' is {float(value.detach()):g}" for name, value in terms.items() if not torch.isfinite(value)]
@@ -556,9 +508,32 @@ def check_finite(terms: dict, step: int):
                          "Lower the learning rate")
 
 
-def half(network: nn.Module) -> dict:
-    """A network's weights in fp16, for a file to sample with; a tensor that two layers share stays one"""
-    halves = {}
-    for v in network.state_dict().values():
-        halves.setdefault((v.data_ptr(), v.shape), v.half() if v.is_floating_point() else v)
-    return {k: halves[v.data_ptr(), v.shape] for k, v in network.state_dict().items()}
+@torch.no_grad()
+def update_ema(ema, model, images, args):
+    """Averaged weights: half-life of --ema-kimg, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05)"""
+    half_life = min(args.ema_kimg * 1000, 0.05 * images + args.batch)
+    beta = 0.5 ** (args.batch / half_life)
+    live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
+    torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
+    for e, b in zip(ema.buffers(), model.buffers()):
+        e.copy_(b)
+
+
+def restore_optimiser(opt, state):
+    """Adam's moments as they were saved, at the rates of today's options"""
+    rates = [group["initial_lr"] for group in opt.param_groups]
+    opt.load_state_dict(state)
+    for group, rate in zip(opt.param_groups, rates):
+        group["initial_lr"] = rate
+
+
+def pace(seconds, waited, steps, batch) -> dict:
+    """For the log: `seconds` went by in `steps` steps of `batch` pictures, `waited` of them for data"""
+    return dict(ms=round(1000 * seconds / steps, 1), images_s=round(batch * steps / seconds, 1),
+                waiting=round(waited / seconds, 3))
+
+
+def finite(name, value):
+    if not torch.isfinite(value):
+        raise InputError(f"the loss term '{name}' is {float(value.detach())}: stopped; the last checkpoint is whole. "
+                         "Lower --lr or --lr-gan")

@@ -46,11 +46,11 @@ from tqdm import tqdm
 import checkpoint
 import judges
 from audio import log_mel, mel_windows, mfcc, n_frames
-from checkpoint import checkpoints_dir, fetch, load, pick_device, read_weights, revision
+from checkpoint import checkpoints_dir, fetch, load_frozen, pick_device, read_weights, revision
 from control import difference, l1, markdown, toy_report
 from faces import (
-    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, need_detector, resized, similarity,
-    to_complex)
+    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, need_detector, resized,
+    similarity, to_complex)
 from judges import check_pictures
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
@@ -158,7 +158,7 @@ class Inception(nn.Module):
 def inception(device, path: str | Path | None = None) -> Inception:
     """Frozen. path: your copy of pytorch-fid's file; None fetches it."""
     path = fetch("inception", path)
-    return load(Inception, read_weights(path), path, device)
+    return load_frozen(Inception, read_weights(path), path, device)
 
 CHUNK = 75  # frames at a time: three seconds, as data.py has one box for
 VIDEOS = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".mpg", ".mpeg", ".webm", ".gif")  # what is a clip in a folder

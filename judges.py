@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import fetch, load, read_weights, refusing
+from checkpoint import fetch, load_frozen, read_weights, refusing
 from faces import ARCFACE_POINTS, TEMPLATES, resized, square_at, window
 from vision import trunk_ir_se50
 
@@ -273,7 +273,7 @@ def vgg19(device, path: str | Path | None = None) -> VGG19Features:
     """Frozen, with torchvision's weights. path: your copy of the file; None fetches it. InputError: see fetch, load."""
     path = fetch("vgg19", path)
     state = {k: v for k, v in read_weights(path).items() if k not in CLASSIFIER}
-    return load(VGG19Features, state, path, device)
+    return load_frozen(VGG19Features, state, path, device)
 
 
 def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
@@ -289,26 +289,26 @@ def lpips(device, path: str | Path | None = None, heads: str | Path | None = Non
             state[key] = value
     for key, value in read_weights(heads).items():                                         # lin0.model.1.weight ..
         state |= {key: value, key.replace("lin", "lins.", 1): value}
-    return load(LPIPS, state, f"{path} with {heads}", device)
+    return load_frozen(LPIPS, state, f"{path} with {heads}", device)
 
 
 def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
     """Frozen, for pictures of a crop template. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
     path = fetch("arcface", path)
-    return load(lambda: ArcFace(template), read_weights(path), path, device)
+    return load_frozen(lambda: ArcFace(template), read_weights(path), path, device)
 
 
 def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:
     """Frozen. path: your copy; None fetches it."""
     path = fetch("syncnet_v2", path)
-    return load(SyncNetV2, read_weights(path), path, device)
+    return load_frozen(SyncNetV2, read_weights(path), path, device)
 
 
 def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
     """Frozen. path: your copy; None fetches it. The file is a training checkpoint: weights under 'state_dict'."""
     path = fetch("wav2lip_expert", path)
     with refusing(path, "not the Wav2Lip expert"):
-        return load(Wav2LipExpert, read_weights(path)["state_dict"], path, device)
+        return load_frozen(Wav2LipExpert, read_weights(path)["state_dict"], path, device)
 
 
 class SyncNetV2Expert(nn.Module):

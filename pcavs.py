@@ -44,7 +44,7 @@ from tqdm import tqdm
 import judges
 from audio import filter_bank, n_frames
 from checkpoint import (
-    checkpoints_dir, cosine_warmup, finite, load, load_checkpoint, load_strictly, memory_gib, pace,
+    checkpoints_dir, cosine_warmup, finite, load_checkpoint, load_frozen, load_strictly, memory_gib, pace,
     pick_device, read_weights, refusing, restore_optimiser, revision, save_checkpoint, update_ema)
 from data import Pack, batches, split, split_options
 from faces import TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, square_around
@@ -53,8 +53,7 @@ from losses import identity_loss, perceptual_loss, reconstruction_loss
 from media import (
     FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output,
     is_grey, load_audio, load_photo, probe, read_video, run, to_tensor, to_uint8)
-from sample import (
-    LOOK_HEIGHT, WAY_OUT, driving_box, given_box, photo_box, there_and_back, without_colour)
+from sample import LOOK_HEIGHT, WAY_OUT, driving_box, given_box, photo_box, there_and_back, without_colour
 from stylegan2 import StyledConv, ToRGB
 from toyfaces import TEST, make_pack, toy_pack
 
@@ -483,7 +482,7 @@ def load_published(folder: Path, names="GVEA", config: Config | None = None, dev
             state = {key.removeprefix("module."): v for key, v in state.items()}
         state = {key: v.flatten() if key.endswith("activate.bias") and torch.is_tensor(v) else v
                  for key, v in state.items() if not key.startswith(UNUSED[k])}  # (1, C, 1, 1) there, (C,) here
-        nets[k] = load(lambda make=classes[k]: make(config), state, path, device)
+        nets[k] = load_frozen(lambda make=classes[k]: make(config), state, path, device)
     return nets
 
 

@@ -437,4 +437,4 @@ def test_other_keys_or_shapes_are_refused_in_one_line_that_names_them(frozen):
              (state | {key: 7}, "no dense tensor"), ({}, "and .* more"))
     for wrong, message in cases:
         with pytest.raises(InputError, match=f"some.pth: not the weights of SyncNetV2: .*{message}"):
-            checkpoint.load(judges.SyncNetV2, wrong, "some.pth", "cpu")
+            checkpoint.load_frozen(judges.SyncNetV2, wrong, "some.pth", "cpu")

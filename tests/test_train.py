@@ -5,14 +5,12 @@ import argparse
 import functools
 import json
 import shutil
-import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import faces
 import fusion
 import initialise
@@ -365,17 +363,6 @@ def test_closed_forms_are_solved_where_there_is_float64():
     seen = [dict(image=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
     initialise.start_encoder(model, seen, torch.device("cpu"), most=160)
     assert model.encoder.linear_down.weight.isfinite().all() and model.maps.picture.weight.abs().sum() > 0
-
-
-def test_memory_is_counted_in_bytes_on_macos_and_not_at_all_on_windows(monkeypatch):
-    resource, cpu = types.SimpleNamespace(RUSAGE_SELF=0), torch.device("cpu")
-    resource.getrusage = lambda who: types.SimpleNamespace(ru_maxrss=3 * 2 ** 20)
-    monkeypatch.setitem(sys.modules, "resource", resource)
-    for system, gib in (("linux", 3), ("darwin", 3 / 1024)):
-        monkeypatch.setattr(sys, "platform", system)
-        assert checkpoint.memory_gib(cpu) == gib
-    monkeypatch.setitem(sys.modules, "resource", None)                       # its import fails
-    assert checkpoint.memory_gib(cpu) == 0
 
 
 def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
