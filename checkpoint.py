@@ -509,10 +509,11 @@ def check_finite(terms: dict, step: int):
 
 
 @torch.no_grad()
-def update_ema(ema, model, images, args):
-    """Averaged weights: half-life of --ema-kimg, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05)"""
-    half_life = min(args.ema_kimg * 1000, 0.05 * images + args.batch)
-    beta = 0.5 ** (args.batch / half_life)
+def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
+    """Averaged weights: half-life of kimg thousand images, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05).
+
+    images: seen so far, in steps of `batch`."""
+    beta = 0.5 ** (batch / min(1000 * kimg, 0.05 * images + batch))
     live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
     torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
     for e, b in zip(ema.buffers(), model.buffers()):

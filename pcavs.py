@@ -1238,7 +1238,7 @@ def train(argv):
         optimisers["g"].zero_grad(set_to_none=True)
         loss.backward()
         optimisers["g"].step()
-        update_ema(ema, model, (step + 1) * args.batch, args)
+        update_ema(ema, model, (step + 1) * args.batch, args.batch, args.ema_kimg)
 
         last = step + 1 == args.steps
         if step % args.log_every == 0 or last:

@@ -582,7 +582,7 @@ def main(argv=None):
         if args.stage == 1 and args.w_path and step % 4 == 0:
             diagnostics["path"] = path_length_step(nets, out, opt_g, args)
 
-        update_ema(ema, model, (step + 1) * args.batch, args)
+        update_ema(ema, model, (step + 1) * args.batch, args.batch, args.ema_kimg)
 
         last = step + 1 == args.steps
         if step % args.log_every == 0 or last:
