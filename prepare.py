@@ -4,6 +4,8 @@
                                                      # out/pack/manifest.jsonl: what became of every file
                                                      # out/pack/sheet.png: a frame of each clip, to look at
     python prepare.py photos/ out/photos --size 128  # a folder of photos, or an .npz of JPEGs; 30 a second a core
+
+Each file is a job. Several processes do the jobs, one writes the results in the order of the files.
 """
 
 import io
@@ -29,23 +31,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from audio import isolate_voice, log_mel, n_frames
-from data import Pack, PackWriter, encode_jpeg, cut_sound
+from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import HIGHEST, SEGMENT, crop_face, detect_faces, face_box, find_faces, segments, square_within
 from media import (
     InputError, Parser, check_file, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
+from syncnet import SPAN, best_offset, by_shift, embed, load_sync
 
-CLOSE = 0.12  # of the crop: a square photo whose face lies so near to the template's is used whole (ours)
-SURE = 1  # frame: what a sync expert is wrong by on a clip of three seconds (ours)
+sync_expert = lru_cache(1)(load_sync)  # loaded once a process
+
+MAX_CROP_ERROR = 0.12  # of the crop, ours: a square photo whose face is this near to the template's is used whole
+OFFSET_TOLERANCE = 1  # frame, ours: the error of a sync expert on a clip of three seconds
 PHOTOS = 64  # photos of an archive in one job
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
                   ".heic", ".heif")  # the last two so that the manifest says what is wrong with them
 
 
-def prepare_video(path: Path, size: int, template: str, sync: Path | None = None, isolate: bool = False):
-    """One video, decoded once -> (what became of a stretch of it, JPEGs, samples) one by one, in order.
+def prepare_video(path: Path, size: int, template: str, expert: Path | None = None, isolate: bool = False):
+    """One video, decoded once -> (segment, JPEGs, int16 samples) in order. segment is a dict for the manifest: begin and
+    number of frames, outcome, reason; a skipped one has no JPEGs.
 
-    Raises InputError: not a video, no sound, damaged. Sound is read first, so of most such files nothing gets
-    into the pack; of a video whose pictures break off, what came before does.
+    Raises InputError: not a video, no sound, damaged. Sound is read first, so most such files leave nothing in the pack;
+    a video whose pictures break off leaves what came before.
     """
     info, wav = probe(path), load_audio(path)
     wav = set_level(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
@@ -59,32 +65,22 @@ def prepare_video(path: Path, size: int, template: str, sync: Path | None = None
             jpegs, late = [], 0
             if box is not None:
                 crops = [crop_face(frame, box, size) for frame in frames[begin:end]]
-                if sync:
-                    late = lateness(sync, crops, template, cut_sound(wav, at + begin, at + end), segment)
+                if expert:
+                    late = sound_delay(expert, crops, template, cut_sound(wav, at + begin, at + end), segment)
                 if not segment["reason"]:
                     jpegs = [encode_jpeg(crop, size) for crop in crops]
                     box = [round(v * info.height / height, 2) for v in box]
-                    segment = dict(segment, outcome="packed", box=box, fps=info.fps)
+                    segment |= dict(outcome="packed", box=box, fps=info.fps)
             yield segment, jpegs, to_int16(cut_sound(wav, at + begin + late, at + end + late)) if jpegs else None
         at += len(frames)
-    if at < total - 1:  # frames of the sound's end that have no picture
+    if at < total - 1:  # the sound is longer than the pictures
         yield dict(begin=at, frames=total - at, outcome="skipped", reason="sound without picture"), [], None
 
 
-@lru_cache(1)
-def sync_expert(path: Path):
-    from syncnet import load_sync  # here: syncnet imports this room
-
-    return load_sync(path, "cpu")
-
-
-def lateness(sync: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
-    """By how many frames the sound of a clip is late, by the expert in the file `sync`; 0 where that is no more than
-    its own error. The segment gets what it found, and a reason to skip the clip where mouth and sound fit nowhere."""
-    from syncnet import SPAN, best_offset, by_shift, embed
-
-    expert = sync_expert(sync)
-    size = len(crops[0])
+def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
+    """By how many frames the sound of a clip is late, measured by the sync expert in the file `path`; 0 within its
+    tolerance. Adds the measurement to the segment, and a reason to skip it where mouth and sound fit at no offset."""
+    expert, size = sync_expert(path, "cpu"), len(crops[0])
     x, y, side = (size * v for v in square_within(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
         crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
@@ -93,20 +89,28 @@ def lateness(sync: Path, crops: list[np.ndarray], template: str, wav: np.ndarray
     segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
     if fit <= 0:
         segment["reason"] = "mouth and sound do not fit"
-    return late if abs(late) > SURE else 0
+    return late if abs(late) > OFFSET_TOLERANCE else 0
+
+
+def prepare_photo(path: Path | io.BytesIO, name: str, size: int, template: str):
+    """prepare_video for a photo: one frame without sound. Raises InputError: not a picture, no face."""
+    image = load_photo(path, name)
+    box = photo_box(image, template)
+    segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
+    yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
 
 
 def photo_box(image: np.ndarray, template: str) -> tuple:
-    """The crop of a photo, uint8 (H, W, 3): all of a square one that is cropped as ours already, else around its
-    largest face. Raises InputError, without the file's name: no upright face, or one that the picture's edge cuts off."""
+    """The crop of a photo, uint8 (H, W, 3): around its largest face; the whole of a square photo that is cropped so
+    already. Raises InputError, without the file's name: no upright face, or one cut off by the picture's edge."""
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
     if not faces:
         raise InputError("no face that is upright was found")
     box = face_box(faces, template)
-    if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < CLOSE * W:
+    if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < MAX_CROP_ERROR * W:
         return (0.0, 0.0, float(W), float(H))
-    if max(-box[0], -box[1], box[2] - W, box[3] - H) > CLOSE * (box[2] - box[0]):
+    if max(-box[0], -box[1], box[2] - W, box[3] - H) > MAX_CROP_ERROR * (box[2] - box[0]):
         raise InputError("the face is cut off by the edge of the picture")
     return box
 
@@ -120,57 +124,65 @@ def open_archive(path: Path) -> tuple:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: expected an .npz with jpeg, offset and name ({error})") from None
     if len(offset) != len(names) + 1 or offset[0] or offset[-1] != len(jpeg) or (np.diff(offset) < 0).any():
-        raise InputError(f"{path}: its offsets and names do not belong together")
+        raise InputError(f"{path}: its offsets and names disagree")
     return jpeg, offset, names
-
-
-def prepare_photo(path: Path | io.BytesIO, name: str, size: int, template: str):
-    """One photo -> a clip of one frame without sound, as prepare_video. Raises InputError: not a picture, no face."""
-    image = load_photo(path, name)
-    box = photo_box(image, template)
-    segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
-    yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to prepare, or photos first .. first + PHOTOS - 1 of an archive; names are told, paths are opened."""
+    """One file to prepare, or photos first .. first + PHOTOS - 1 of an archive. name: for the manifest."""
 
     path: Path
     name: str
     kind: str  # "video", "photo" or "archive"
     size: int
     template: str
-    spool: Path  # what the parent will write into the pack: of each clip all JPEGs, then its samples
-    sync: Path | None = None
+    spool: Path  # the job's output: of each clip all JPEGs, then its samples
+    expert: Path | None = None
     isolate: bool = False
     first: int = 0
 
     def inputs(self):
-        """-> name, identity, source, and a generator as prepare_video's, of each video or photo."""
+        """-> name, identity, source and generator of segments, of each video or photo."""
         parts = Path(self.name).parts
-        who = parts[0] if len(parts) > 1 else Path(self.name).stem  # the folder, or the file by itself
+        identity = parts[0] if len(parts) > 1 else Path(self.name).stem  # the folder, or the file by itself
         if self.kind == "video":
-            yield self.name, who, str(self.path), prepare_video(
-                self.path, self.size, self.template, self.sync, self.isolate)
+            found = prepare_video(self.path, self.size, self.template, self.expert, self.isolate)
+            yield self.name, identity, str(self.path), found
         elif self.kind == "photo":
-            yield self.name, who, str(self.path), prepare_photo(self.path, "", self.size, self.template)
+            yield self.name, identity, str(self.path), prepare_photo(self.path, "", self.size, self.template)
         else:
             jpeg, offset, names = open_archive(self.path)
             for i in range(self.first, min(self.first + PHOTOS, len(names))):
                 content, source = io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes()), f"{self.path}#{names[i]}"
-                segments = prepare_photo(content, source, self.size, self.template)
-                yield f"{self.name}#{names[i]}", Path(names[i]).stem, source, segments
+                found = prepare_photo(content, source, self.size, self.template)
+                yield f"{self.name}#{names[i]}", Path(names[i]).stem, source, found
 
 
-def work(job: Job) -> list[dict]:
-    """Does a job in any process -> lines of the manifest, whose packed segments also have the lengths of their JPEGs
-    and the number of their samples; these bytes lie in the job's spool: memory does not grow with a video's length."""
+def list_jobs(folder: Path, out: Path, spools: Path, done: list[str], **options) -> list[Job]:
+    """The jobs in the order of the files' names, without the files in `done`. options: size, template, expert, isolate.
+
+    A folder in which more than half of the files are named as pictures holds photos; an .npz is an archive of them.
+    """
+    if folder.is_file():
+        count = len(open_archive(folder)[2])
+        return [Job(folder, folder.name, "archive", spool=spools / str(first), first=first, **options)
+                for first in range(len(done), count, PHOTOS)]
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
+    photos = 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
+    names, done = [str(p.relative_to(folder)) for p in paths], set(done)
+    return [Job(path, name, "photo" if photos else "video", spool=spools / str(i), **options)
+            for i, (path, name) in enumerate(zip(paths, names)) if name not in done]
+
+
+def do_job(job: Job) -> list[dict]:
+    """Does a job, in any process -> its lines of the manifest. A packed segment also has the lengths of its JPEGs and the
+    number of its samples; their bytes are in the job's spool, so memory does not grow with a video's length."""
     lines = []
     with open(job.spool, "wb") as spool:
-        for name, who, source, segments in job.inputs():
-            line = dict(path=name, identity=who, source=source, segments=[])
-            for segment, jpegs, samples in caught(segments, line):
+        for name, identity, source, found in job.inputs():
+            line = dict(path=name, identity=identity, source=source, segments=[])
+            for segment, jpegs, samples in guarded(found, line):
                 if jpegs:
                     segment |= dict(jpegs=list(map(spool.write, jpegs)), n_samples=len(samples))
                     spool.write(samples.tobytes())
@@ -179,32 +191,32 @@ def work(job: Job) -> list[dict]:
     return lines
 
 
-def caught(segments, line: dict):
-    """The segments; what goes wrong with a file is told in its line of the manifest, and the others go on."""
+def guarded(found, line: dict):
+    """The segments up to an error, which becomes the reason in the file's line: the other files go on."""
     try:
-        yield from segments
+        yield from found
     except InputError as error:
         line["reason"] = str(error)
-    except Exception as error:  # no file may end a run of days; the kind says that it is ours to mend
+    except Exception as error:  # a bug: it must not end a run of days. The type marks it as one
         line["reason"] = f"{type(error).__name__}: {error}"
 
 
 def start_worker():
-    """A worker process: one thread, and it ends with its parent, also where that is killed."""
+    """A worker process: one thread; it exits when its parent does, even by SIGKILL."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
 
-    def watch():
+    def exit_with_parent():
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def in_order(jobs: list[Job], workers: int):
-    """(job, its lines) in the order of the jobs, whoever is first. InputError: a worker died."""
+    """(job, its lines) in the order of the jobs, done in parallel. InputError: a worker died."""
     if workers <= 1:
-        yield from ((job, work(job)) for job in jobs)
+        yield from ((job, do_job(job)) for job in jobs)
         return
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
@@ -212,7 +224,7 @@ def in_order(jobs: list[Job], workers: int):
     try:
         while True:
             while len(waiting) < 4 * workers and (job := next(rest, None)):
-                waiting.append((job, pool.submit(work, job)))
+                waiting.append((job, pool.submit(do_job, job)))
             if not waiting:
                 return
             job, future = waiting.popleft()
@@ -223,53 +235,36 @@ def in_order(jobs: list[Job], workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-def jobs_of(folder: Path, out: Path, spools: Path, done: list[str], **common) -> list[Job]:
-    """The jobs that are left when the manifest has lines about `done`, in the order of the files' names; common: a Job's
-    size, sync and isolate.
-
-    A folder in which more than half of the files are named as pictures is one of photos; an .npz is an archive.
-    """
-    if folder.is_file():
-        count = len(open_archive(folder)[2])
-        return [Job(folder, folder.name, "archive", spool=spools / str(first), first=first, **common)
-                for first in range(len(done), count, PHOTOS)]
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
-    photos = 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
-    names, done = [str(p.relative_to(folder)) for p in paths], set(done)
-    return [Job(path, name, "photo" if photos else "video", spool=spools / str(i), **common)
-            for i, (path, name) in enumerate(zip(paths, names)) if name not in done]
-
-
-def pour(job: Job, lines: list[dict], pack: PackWriter, log, person: str | None):
-    """The clips of a finished job into the pack, then its lines into the manifest; the spool goes."""
+def write_job(job: Job, lines: list[dict], pack: PackWriter, log, person: str | None):
+    """The clips of a finished job -> the pack, then its lines -> the manifest; the spool is deleted."""
     with open(job.spool, "rb") as spool:
         for line in lines:
-            who, source = person or line.pop("identity"), line.pop("source")
-            line.pop("identity", None)
+            identity, source = person or line["identity"], line.pop("source")
+            del line["identity"]
             for segment in line["segments"]:
                 if segment["outcome"] == "packed":
                     jpegs = [spool.read(length) for length in segment.pop("jpegs")]
                     samples = np.frombuffer(spool.read(2 * segment.pop("n_samples")), "<i2")
                     at = "" if job.kind != "video" else f"#{segment['begin']}"
-                    pack.add_encoded(jpegs, samples, who, source + at, segment["box"], segment["fps"])
+                    pack.add_encoded(jpegs, samples, identity, source + at, segment["box"], segment["fps"])
             log.write(json.dumps(line).encode() + b"\n")
             log.flush()
     job.spool.unlink()
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
-            sync: Path | None = None, isolate: bool = False, template: str = "face") -> list[dict]:
-    """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`; manifest.jsonl there has
-    a line for each, also returned.
+            expert: Path | None = None, isolate: bool = False, template: str = "face") -> list[dict]:
+    """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`. Returns the lines of
+    out/manifest.jsonl, one a file. The pack does not depend on the number of workers. A killed run continues after the
+    last file in the manifest.
 
-    person: who it is in all of them; None: the folder in `folder` says it. sync: file of a sync expert that corrects
-    offsets and drops clips that do not fit. isolate: of the sound the speech alone, what repeats taken down. template:
-    how faces are cropped, see vision.TEMPLATES. The pack is the same whatever the number of workers. A killed run goes
-    on where it stopped: behind the last file that the manifest names.
+    person: the identity of all files; None: each folder in `folder` is one. expert: file of a sync expert that corrects
+    offsets and drops clips that fit at no offset. isolate: keep only the speech of the sound. template: see
+    faces.TEMPLATES.
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     if find_faces([]) is None:
-        raise InputError("no face detector's weights are at hand: set TORCH_HOME to where they are")
+        raise InputError("no face detector's weights were found: set TORCH_HOME to where they are")
     manifest, lines = out / "manifest.jsonl", []
     if manifest.exists():  # a killed run's last line may be torn
         lines = [line for line in manifest.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -277,13 +272,14 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
     packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
     with PackWriter(out, size, template, keep=packed) as pack, open(manifest, "ab") as log:
         log.truncate(sum(map(len, lines)))
-        for left in out.glob(".spool-*"):  # a killed run's; the pack is ours alone
+        for left in out.glob(".spool-*"):  # a killed run's; PackWriter holds the lock of this folder
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
             done = [outcome["path"] for outcome in outcomes]
-            jobs = jobs_of(folder, out, Path(spools), done, size=size, template=template, sync=sync, isolate=isolate)
+            options = dict(size=size, template=template, expert=expert, isolate=isolate)
+            jobs = list_jobs(folder, out, Path(spools), done, **options)
             for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
-                pour(job, found, pack, log, person)
+                write_job(job, found, pack, log, person)
                 outcomes += found
         if not pack.sources:
             raise InputError(f"{folder}: no clip in {len(outcomes)} files, {manifest} says why")
@@ -301,49 +297,47 @@ def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
 
 
 def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
-    """Prints what came of how much, and how fast."""
-    segments = [segment for outcome in outcomes for segment in outcome["segments"]]
+    """Prints how many frames and files were used, the offsets of the sound, and the speed."""
+    found = [segment for outcome in outcomes for segment in outcome["segments"]]
     used = sum(any(s["outcome"] == "packed" for s in outcome["segments"]) for outcome in outcomes)
-    frames = sum(segment["frames"] for segment in segments)
-    kept = int(pack.frame_start[-1])
+    frames, kept = sum(segment["frames"] for segment in found), int(pack.frame_start[-1])
     print(f"{out}: {len(pack)} clips, {len(pack.identities)} people, {kept} frames, {100 * kept / frames:.1f} % of "
           f"{frames} in {len(outcomes)} files, {used} of them used; why not the others: {out}/manifest.jsonl")
-    late = np.array([segment["late"] for segment in segments if "late" in segment])
+    late = np.array([segment["late"] for segment in found if "late" in segment])
     if len(late):
-        print(f"sound late by {np.median(late):+.0f} frames at the median; by more than {SURE}, so moved, in "
-              f"{np.mean(np.abs(late) > SURE):.0%} of {len(late)} clips")
+        print(f"sound late by {np.median(late):+.0f} frames at the median; by more than {OFFSET_TOLERANCE}, so moved, in "
+              f"{np.mean(np.abs(late) > OFFSET_TOLERANCE):.0%} of {len(late)} clips")
     print(f"{seconds:.0f} s, {frames / seconds:.0f} frames a second; look at {out}/sheet.png")
 
 
 def main():
-    parser = Parser(description="A folder of videos or photos -> a pack to train on.")
-    help = "folder of videos or of photos; a folder in it is one person, a file another. Or an .npz of JPEGs"
-    parser.add_argument("videos", type=Path, help=help)
-    parser.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
-    sizes = dict(type=int, default=128, choices=(32, 64, 128, 256))
-    parser.add_argument("--size", **sizes, help="edge of the crops in pixels (default 128)")
-    help = "the crop: face; or ffhq, with more around the face, as published StyleGAN2, pSp and HyperStyle files know it"
-    parser.add_argument("--template", default="face", choices=("face", "ffhq"), help=help)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
-    help = "checkpoint of a sync expert (syncnet.py): corrects each clip's offset, drops clips that do not fit"
-    parser.add_argument("--check-sync", type=Path, metavar="EXPERT", help=help)
-    help = "take music and noise that repeat down (librosa's vocal separation; 0.2 s a second of sound)"
-    parser.add_argument("--isolate-voice", action="store_true", help=help)
-    args = parser.parse_args(workers=(1, 256))
+    p = Parser(description="A folder of videos or photos -> a pack to train on.")
+    p.add_argument("videos", type=Path, help="folder of videos or of photos, or an .npz of JPEGs; a folder in it is one "
+                   "person, a file another")
+    p.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
+    p.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="edge of the crops (default 128 px)")
+    p.add_argument("--template", default="face", choices=("face", "ffhq"), help="the crop: face; or ffhq, with more "
+                   "around the face, for published StyleGAN2, pSp and HyperStyle files")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    p.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
+    p.add_argument("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects "
+                   "each clip's offset, drops clips that fit at none")
+    p.add_argument("--isolate-voice", action="store_true", help="take music and noise that repeat down (librosa's vocal "
+                   "separation; 0.2 s a second of sound)")
+    args = p.parse_args(workers=(1, 256))
     if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
         raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
     if args.check_sync:
-        sync_expert(args.check_sync)  # refused now, not in every worker
-    begun, person = time.time(), args.videos.absolute().name if args.one_person else None
+        sync_expert(args.check_sync, "cpu")  # an error now, not in every worker
+    start, person = time.time(), args.videos.absolute().name if args.one_person else None
     try:
         outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync, args.isolate_voice,
                            args.template)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
-    except OSError as error:  # of the output; what cannot be read is a line of the manifest
+    except OSError as error:  # of the output; an input that cannot be read is a line of the manifest
         raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
-    report(pack, outcomes, time.time() - begun, args.out)
+    report(pack, outcomes, time.time() - start, args.out)
 
 
 if __name__ == "__main__":

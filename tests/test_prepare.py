@@ -1,0 +1,391 @@
+"""Videos and photos become packs: the same by any number of workers, continued where a killed run stopped."""
+
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import faces
+import media
+import prepare
+from data import Clips, Frames, Pack
+from faces import TEMPLATES
+from media import InputError, VideoWriter
+from tests.test_data import brightness, drawn, noise
+
+ROOT = Path(prepare.__file__).parent
+
+
+def bright_faces(frames):
+    """A detector's stand-in: a face in what is bright"""
+    found = []
+    for frame in frames:
+        h, w = frame.shape[:2]
+        found.append([(w * 0.3, h * 0.2, w * 0.7, h * 0.8, 0.9)] if frame.mean() > 25 else [])
+    return found
+
+
+def detect_by(monkeypatch, detector):
+    for module in (faces, prepare):
+        monkeypatch.setattr(module, "find_faces", detector)
+
+
+@pytest.fixture
+def videos(tmp_path, monkeypatch):
+    """Two videos, six files of rubbish, and a detector that finds a face in what is bright."""
+    detect_by(monkeypatch, bright_faces)
+    folder = tmp_path / "videos"
+    (folder / "anna").mkdir(parents=True)
+    for name, frames, wav in (
+        ("anna/-long name.mp4", drawn(40, 64, 10.0), noise(40, 1)),
+        ("bob.mkv", drawn(20, 64, 80.0), noise(20, 2)),
+        ("black.mp4", drawn(20, 64) * 0, noise(20, 2)),
+        ("brief.mp4", drawn(5, 64, 90.0), noise(5, 2)),
+        ("mute.mp4", drawn(20, 64, 90.0), None),
+    ):
+        with VideoWriter(folder / name, 64, 64, wav) as video:
+            for frame in frames:
+                video.write(frame)
+    (folder / "notes.txt").write_text("nothing to see")
+    (folder / "empty.mp4").touch()
+    (folder / "cut.mp4").write_bytes((folder / "bob.mkv").read_bytes()[:900])
+    return folder
+
+
+def manifest(out):
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    return {line["path"]: line for line in lines}
+
+
+def reason(line):
+    return line.get("reason") or line["segments"][0]["reason"]
+
+
+def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SEGMENT", 25)
+    prepare.prepare(videos, tmp_path / "out", 32)
+    pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
+    assert len(lines) == 8
+    assert pack.identities == ["anna", "bob"] and pack.n_frames.tolist() == [20, 20, 20]  # 40 is shared out evenly
+    assert pack.source(1).endswith("-long name.mp4#20") and pack.template == "face"
+    whole = media.load_audio(videos / "anna/-long name.mp4")
+    assert np.abs(pack.sound(1)[:9600] - whole[12800 : 12800 + 9600]).max() < 1e-4  # frame 20 is second .8
+    shades = [brightness(pack.frame(c, k)) for c, k in ((0, 0), (0, 19), (1, 0), (1, 19))]
+    assert np.allclose(np.diff(shades), (19 * 5, 5, 19 * 5), atol=6)
+    said = {name: reason(line) for name, line in lines.items()}
+    assert said["anna/-long name.mp4"] == said["bob.mkv"] == ""
+    assert "no face (a face in 0 of" in said["black.mp4"] and "no face for long enough" in said["brief.mp4"]
+    assert "has no sound" in said["mute.mp4"] and "is empty" in said["empty.mp4"]
+    assert "not a video" in said["notes.txt"] and said["cut.mp4"]
+    assert prepare.contact_sheet(pack, columns=2).size == (64, 64)
+
+
+def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # inherits the stand-in for the detector
+    monkeypatch.setattr(prepare.multiprocessing, "get_context", lambda method: fork)
+    prepare.prepare(videos, tmp_path / "one", 32, person="anna")
+    prepare.prepare(videos, tmp_path / "three", 32, workers=3, person="anna")
+    assert Pack(tmp_path / "three").identities == ["anna"]
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_file_that_meets_a_bug_is_a_line_and_the_others_go_on(videos, tmp_path, monkeypatch):
+    real = prepare.probe
+    monkeypatch.setattr(prepare, "probe", lambda path: 1 // 0 if path.suffix == ".mkv" else real(path))
+    prepare.prepare(videos, tmp_path / "out", 32)
+    assert Pack(tmp_path / "out").identities == ["anna"]
+    assert manifest(tmp_path / "out")["bob.mkv"]["reason"].startswith("ZeroDivisionError")
+
+
+def test_the_voice_alone_goes_into_the_pack_where_that_is_asked_for(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "isolate_voice", lambda wav: 0.25 * wav)
+    for isolate in (False, True):
+        prepare.prepare(videos, tmp_path / str(isolate), 32, isolate=isolate)
+    whole, voice = (Pack(tmp_path / name).sound(0) for name in ("False", "True"))
+    assert np.abs(whole).max() > 0.01 and np.abs(voice - 0.25 * whole).max() < 2 / 32768
+
+
+def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(videos, tmp_path):
+    prepare.prepare(videos, tmp_path / "out", 32)
+    box = Pack(tmp_path / "out").box[0]
+    assert np.allclose(box, faces.face_box([(64 * 0.3, 64 * 0.2, 64 * 0.7, 64 * 0.8, 0.9)], "face"), atol=0.02)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Three pictures: one that is the crop already, one with a face in its left half, one without."""
+
+    def detector(image, margins=None):
+        h, w = image.shape[:2]
+        points = np.array(TEMPLATES["face"].points) * h
+        if image.mean() < 30:
+            return []
+        return [(0, 0, h, h, 0.9, *(points + 0.01 * h).ravel())]
+
+    monkeypatch.setattr(prepare, "detect_faces", detector)
+    detect_by(monkeypatch, bright_faces)
+    folder = tmp_path / "photos"
+    (folder / "anna").mkdir(parents=True)
+    y, x = np.mgrid[:40, :70]
+    wide = np.stack([2 * x + 40, 5 * y, 0 * x + 90], -1).astype(np.uint8)
+    for name, picture in (("anna/1.png", wide[:, :40]), ("anna/2.png", wide), ("black.png", wide * 0)):
+        Image.fromarray(picture).save(folder / name)
+    (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    return folder
+
+
+def test_a_pack_is_cropped_by_the_template_that_it_records(videos, tmp_path):
+    for template in ("face", "ffhq"):
+        out = tmp_path / f"{videos.name}-{template}"
+        prepare.prepare(videos, out, 32, template=template)
+        assert Pack(out).template == template
+    small, large = (Pack(tmp_path / f"{videos.name}-{template}").box[0] for template in ("face", "ffhq"))
+    assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # as the distance of the eyes
+    with pytest.raises(InputError, match="holds a pack|other options"):
+        prepare.prepare(videos, tmp_path / f"{videos.name}-ffhq", 32, template="face")
+
+
+def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
+    prepare.prepare(photos, tmp_path / "out", 32)
+    pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
+    assert pack.n_frames.tolist() == [1, 1] and pack.identities == ["anna"] and pack.sound(0).shape == (0,)
+    assert pack.box[0].tolist() == [0, 0, 40, 40]  # square and nearly our crop: whole
+    assert np.allclose(pack.box[1], [0.4, 0.4, 40.4, 40.4], atol=0.01)
+    assert "no face" in lines["black.png"]["reason"] and "cut.jpg" in lines["cut.jpg"]["reason"]
+    assert Frames(pack, seed=0)[3]["image"].shape == (3, 32, 32)
+    with pytest.raises(InputError, match="photos only"):
+        Clips(pack, 5, seed=0)
+
+
+def test_an_archive_of_jpegs_is_a_folder_of_photos(photos, tmp_path):
+    files = []
+    for path in ("anna/1.png", "anna/2.png", "black.png"):
+        content = io.BytesIO()
+        Image.open(photos / path).save(content, "JPEG", quality=100, subsampling=0)
+        files.append(content.getvalue())
+    offset = np.cumsum([0, *map(len, files)])
+    jpeg = np.frombuffer(b"".join(files), np.uint8)
+    np.savez(tmp_path / "a.npz", jpeg=jpeg, offset=offset, name=np.array(["x/ö.jpg", "y.jpg", "z.jpg"]))
+    prepare.prepare(tmp_path / "a.npz", tmp_path / "out", 40)
+    pack = Pack(tmp_path / "out")
+    assert pack.identities == ["ö", "y"] and pack.source(1).endswith("a.npz#y.jpg")
+    assert np.abs(pack.frame(0, 0).astype(int) - np.array(Image.open(photos / "anna/1.png"))).mean() < 2
+    assert "no face" in manifest(tmp_path / "out")["a.npz#z.jpg"]["reason"]
+    np.savez(tmp_path / "b.npz", jpeg=jpeg, offset=offset)
+    with pytest.raises(InputError, match="b.npz: expected an .npz with jpeg, offset and name"):
+        prepare.prepare(tmp_path / "b.npz", tmp_path / "out2", 40)
+
+
+KILLED = """
+import os, sys, signal
+from pathlib import Path
+import faces, prepare
+sys.path.insert(0, sys.argv[1])
+from tests.test_prepare import bright_faces
+faces.find_faces = prepare.find_faces = bright_faces
+real, lives = prepare.PackWriter.add_encoded, [int(sys.argv[4])]
+def mortal(*args, **options):
+    real(*args, **options)
+    lives[0] -= 1
+    if not lives[0]:
+        os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack, the manifest does not say so yet
+prepare.PackWriter.add_encoded = mortal
+prepare.SEGMENT = 12
+prepare.prepare(Path(sys.argv[2]), Path(sys.argv[3]), 32)
+"""
+
+
+def test_a_preparation_killed_again_and_again_ends_as_if_it_had_not_been(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SEGMENT", 12)
+    prepare.prepare(videos, tmp_path / "whole", 32)
+    assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
+    out = tmp_path / "out"
+    for lives in (2, 5):  # within the first file; behind it, within the second
+        command = [sys.executable, "-c", KILLED, ROOT, videos, out, str(lives)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == -9, done.stderr
+        with open(out / "manifest.jsonl", "a") as log:
+            log.write('{"path": "torn li')
+    prepare.prepare(videos, out, 32)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    for path in (tmp_path / "whole").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+ORPHANS = r"""
+import os, sys, time
+import prepare
+def slow(job):
+    os.write(1, b"working\n")  # in one piece: two processes share the pipe
+    time.sleep(600)
+prepare.do_job = slow
+if __name__ == "__main__":
+    prepare.multiprocessing.get_context = lambda method, get=prepare.multiprocessing.get_context: get("fork")
+    list(prepare.in_order([1, 2], 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are Unix's")
+def test_workers_die_with_a_killed_parent():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert [parent.stdout.readline() for _ in range(2)] == 2 * ["working\n"]
+    parent.kill()
+    assert parent.stdout.read() == ""  # the pipe's end: nobody holds it any more
+
+
+def scripted(frames, boxes):
+    """find_faces for frames whose top left pixel is their number: boxes[number] is the list of faces there."""
+    return [[(*box, 0.9) for box in boxes(int(frame[0, 0, 0]))] for frame in frames]
+
+
+def numbered(count, shade=lambda k: 100):
+    frames = np.stack([np.full((60, 80, 3), shade(k), np.uint8) for k in range(count)])
+    frames[:, 0, 0] = np.arange(count)[:, None]
+    return list(frames)
+
+
+def cut_up(monkeypatch, frames, boxes):
+    """The clips (begin, end, left edge of the box) that faces.segments makes, and the reasons of the rest."""
+    detect_by(monkeypatch, lambda views: scripted(views, boxes))
+    found = faces.segments(frames)
+    assert [piece[0] for piece in found] == [0, *(piece[1] for piece in found[:-1])] and found[-1][1] == len(frames)
+    left = TEMPLATES["face"].side / 2 * 20 - 10  # how much wider the crop is than a box 20 pixels wide
+    clips = [(a, b, round(box[0] + left)) for a, b, box, _ in found if box]
+    return clips, [reason for *_, box, reason in found if not box]
+
+
+def test_scene_changes_end_clips_and_flicker_does_not(monkeypatch):
+    cut = numbered(60, lambda k: 40 if k < 33 else 200)
+    assert np.flatnonzero(np.diff(faces.scenes(cut))).tolist() == [32]
+    assert faces.scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
+    assert faces.scenes(numbered(60, lambda k: 4 * k)).max() == 0
+    assert faces.scenes(numbered(1)).tolist() == [0]
+    clips, _ = cut_up(monkeypatch, cut, lambda k: [(10, 10, 30, 30)])
+    assert clips == [(0, 33, 10), (33, 60, 10)]
+
+
+def test_short_gaps_are_bridged_and_long_ones_end_a_clip(monkeypatch):
+    def boxes(k):
+        return [] if 20 <= k < 30 or 50 <= k < 75 else [(10, 10, 30, 30)]
+
+    clips, reasons = cut_up(monkeypatch, numbered(110), boxes)
+    assert clips == [(0, 46, 10), (75, 110, 10)] and len(reasons) == 1 and "no face" in reasons[0]
+
+
+def test_of_several_faces_the_largest_for_longest_is_taken(monkeypatch):
+    def boxes(k):  # one stays, a larger one comes for a moment, a small one for longer than the first
+        return [(10, 10, 30, 30)] * (k < 70) + [(40, 5, 70, 35)] * (20 <= k <= 30) + [(60, 40, 70, 50)]
+
+    clips, _ = cut_up(monkeypatch, numbered(100), boxes)
+    assert clips[0] == (0, 66, 10) and len(clips) == 1
+
+
+def test_faces_that_pass_each_other_keep_their_tracks():
+    pairs = [[(2 * i, 5, 2 * i + 20, 25, 0.9), (60 - 2 * i, 40, 80 - 2 * i, 60, 0.9)] for i in range(12)]
+    looks = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
+    tracks = faces.face_tracks(looks, np.zeros(12))
+    assert [len(track) for track in tracks] == [12, 12]
+    assert all(np.ptp([face[1] for face in track.values()]) == 0 for track in tracks)
+
+
+def test_a_face_that_walks_is_cut_into_steady_clips_and_one_that_runs_is_none(monkeypatch):
+    clips, _ = cut_up(monkeypatch, numbered(120), lambda k: [(k // 3, 10, k // 3 + 20, 30)])
+    assert len(clips) == 4 and clips[0][0] == 0 and clips[-1][1] == 120
+    assert all(a[1] == b[0] and 5 <= b[2] - a[2] <= 15 for a, b in itertools.pairwise(clips))
+
+    def boxes(k):
+        return [(9 * k % 50, 10, 9 * k % 50 + 20, 30)]
+
+    detect_by(monkeypatch, lambda views: scripted(views, boxes))
+    with pytest.raises(InputError, match="moves too far|less than half"):
+        faces.segment_box(numbered(40))
+
+
+class SyncExpert:
+    """A sync expert's stand-in : pack of 32 px crops."""
+
+    size, template = 32, "face"
+
+
+@pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])
+def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(videos, tmp_path, monkeypatch, late, fit):
+    monkeypatch.setattr(prepare, "sync_expert", lambda path, device: SyncExpert())
+    monkeypatch.setattr(prepare, "embed", lambda expert, crops, mel, device: (len(crops), mel))
+    monkeypatch.setattr(prepare, "by_shift", lambda expert, face, sound: None)
+    monkeypatch.setattr(prepare, "best_offset", lambda table: (late, 3.0, fit))
+    (videos / "notes.txt").unlink()
+    if fit < 0:
+        with pytest.raises(InputError, match="no clip in 7 files"):
+            prepare.prepare(videos, tmp_path / "out", 32, expert=Path("sync.pt"))
+        assert reason(manifest(tmp_path / "out")["bob.mkv"]) == "mouth and sound do not fit"
+        return
+    prepare.prepare(videos, tmp_path / "out", 32, expert=Path("sync.pt"))
+    pack, whole = Pack(tmp_path / "out"), media.load_audio(videos / "bob.mkv")
+    moved = pack.sound(1)
+    assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late and len(moved) == 20 * 640
+    begin = 640 * late * (abs(late) > 1)  # what was heard at frame k + late is heard at k; one frame is its error
+    expected = np.pad(whole, 20 * 640)[20 * 640 + begin : 40 * 640 + begin]
+    assert np.abs(moved - expected).max() < 1e-4
+
+
+def script(*args):
+    env = os.environ | dict(TORCH_HOME="/nonexistent", OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [sys.executable, ROOT / "prepare.py", *map(str, args)], capture_output=True, text=True, env=env
+    )
+
+
+def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path):
+    done = script(tmp_path / "none", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"prepare.py: {tmp_path}/none: no such directory")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    detect_by(monkeypatch, bright_faces)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "videos"), str(tmp_path / "file" / "out")])
+    with pytest.raises(InputError, match="file/out: cannot be written"):
+        prepare.main()
+
+
+def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
+    detect_by(monkeypatch, bright_faces)
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(InputError, match="no clip in 0 files"):
+        prepare.prepare(tmp_path / "videos", tmp_path / "out", 32)
+    with pytest.raises(InputError, match="unfinished"):
+        Pack(tmp_path / "out")
+
+
+def test_without_a_detector_nothing_begins(tmp_path, monkeypatch):
+    detect_by(monkeypatch, lambda frames: None)
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(InputError, match="TORCH_HOME"):
+        prepare.prepare(tmp_path / "videos", tmp_path / "out", 32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_clips_are_packed_with_the_real_detector(tmp_path, monkeypatch):
+    shared = ROOT.parent / "shared"
+    clips = sorted((shared / "media" / "grid_s1").glob("*.mp4"))[:1]
+    if not clips or not (shared / "weights" / "torch_home").is_dir():
+        pytest.skip("../shared has no clips or no detector's weights here")
+    monkeypatch.setenv("TORCH_HOME", str(shared / "weights" / "torch_home"))
+    (tmp_path / "videos").mkdir()
+    shutil.copy(clips[0], tmp_path / "videos")
+    prepare.prepare(tmp_path / "videos", tmp_path / "out", 64)
+    pack = Pack(tmp_path / "out")
+    assert len(pack) == 1 and 74 <= pack.n_frames[0] <= 75
+    assert pack.frame(0, 40).std() > 20  # a face, not a wall
