@@ -50,7 +50,7 @@ from checkpoint import checkpoints_dir, fetch, load_frozen, pick_device, read_we
 from control import difference, l1, markdown, toy_report
 from faces import (
     ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, need_detector, resized,
-    similarity, to_complex)
+    similarity, to_complex, warp_face)
 from judges import check_pictures
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
@@ -420,13 +420,8 @@ def five_points(points):
 
 def align_face(picture, five) -> np.ndarray:
     """uint8 (H, W, 3) and five points in it (5, 2) -> uint8 (112, 112, 3), by the similarity that brings them nearest to
-    ARCFACE_POINTS: as complex numbers, source = turn * target + shift."""
-    turn, shift = similarity(to_complex(ARCFACE_POINTS), to_complex(np.asarray(five, float)))
-    shrink = max(1, int(abs(turn)))  # large faces are shrunk first: transform has no prefilter
-    image = Image.fromarray(picture).reduce(shrink)
-    turn, shift = turn / shrink, shift / shrink
-    to_source = (turn.real, -turn.imag, shift.real, turn.imag, turn.real, shift.imag)
-    return np.asarray(image.transform((112, 112), Image.Transform.AFFINE, to_source, Image.Resampling.BILINEAR))
+    ARCFACE_POINTS"""
+    return warp_face(picture, *similarity(to_complex(ARCFACE_POINTS), to_complex(np.asarray(five, float))), 112)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -459,6 +459,16 @@ def similarity(points: np.ndarray, target: np.ndarray):
     return a, target.mean(-1) - a * points.mean()
 
 
+def warp_face(image: np.ndarray, a: complex, b: complex, size: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (size, size, 3): point u of the result shows point a u + b of the image, black beyond it.
+    A large face is shrunk first, as the transform has no prefilter."""
+    shrink = max(1, int(abs(a)))
+    a, b = a / shrink, b / shrink
+    to_source = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
+    image = Image.fromarray(image).reduce(shrink)
+    return np.array(image.transform((size, size), Image.Transform.AFFINE, to_source, Image.Resampling.BILINEAR))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # landmark detectors of others
 
