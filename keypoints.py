@@ -45,7 +45,7 @@ from checkpoint import (
 from control import correlation
 from data import (
     USES, Pack, batches, by_turns, clips_used, fingerprints, find_clips, split, split_options)
-from faces import EYES, K, Landmarks, begun, bridge, header_of, landmark_detector, smooth
+from faces import EYES, K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, smooth
 from media import (
     FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run)
 from syncnet import TOY_VALID, load_sync
@@ -82,7 +82,7 @@ def extract(args):
     with eye_for(pack, detector, spec) as look:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = begun(folder, header_of(pack, detector), args.overwrite)
+            lines = open_landmarks(folder, landmarks_header(pack, detector), args.overwrite)
             with open(folder / "clips.jsonl", "r+b") as log, open(folder / "points.bin", "ab") as out:
                 log.truncate(sum(map(len, lines)))
                 log.seek(0, os.SEEK_END)
@@ -92,7 +92,7 @@ def extract(args):
                     line = dict(source=pack.source(c))
                     try:
                         found = look(c)
-                        points, line["bridged"] = (found, 0) if toy else bridge(found)
+                        points, line["bridged"] = (found, 0) if toy else interpolate_gaps(found)
                         points = points if toy else smooth(points)
                     except InputError as error:
                         line["reason"] = str(error)

@@ -12,7 +12,7 @@ import scipy.ndimage
 import torch
 
 import faces
-from faces import Template, mask_mouth, parse_box, similarity
+from faces import Template, interpolate_gaps, mask_mouth, parse_box, similarity, smooth
 from media import InputError, load_photo, read_video
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -132,7 +132,6 @@ def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
         c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
         turned = points @ np.array([[c, s], [-s, c]])
         assert faces.upright((0, 0, 9, 9, 0.9, *turned.ravel())) == expected, angle
-    assert faces.upright((0, 0, 9, 9, 0.9))  # a detector without points
 
 
 def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
@@ -154,29 +153,28 @@ def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
 
 def forget_detectors():
     faces.face_detectors.cache_clear()
-    faces.blazeface.cache_clear()
 
 
 def seen_by(monkeypatch, near):
-    """One detector, which finds one face of score .9; near: x, y of eye, eye and mouth in it as the look from near sees
+    """A detector that finds a face of score .9. near: x, y of eye, eye and mouth in it as the second detection finds
     them, in a square of side 1, and the score there"""
 
-    def look(detector, images, squares):
+    def detect(detector, images, squares):
         return [[np.array([10, 10, 30, 30, 0.9])] for _ in images]
 
-    def closer(frames, found):
+    def redetect(images, found):
         points, score = near
         return [[np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in faces] for faces in found]
 
     monkeypatch.setattr(faces, "face_detectors", lambda: ["one"])
-    monkeypatch.setattr(faces, "look", look)
-    monkeypatch.setattr(faces, "closer", closer)
+    monkeypatch.setattr(faces, "detect", detect)
+    monkeypatch.setattr(faces, "redetect", redetect)
 
 
 UPRIGHT, LYING = (0.3, 0.3, 0.7, 0.3, 0.5, 0.7), (0.3, 0.7, 0.3, 0.3, 0.7, 0.5)
 
 
-def test_a_face_is_what_a_look_from_near_shows_upright_with_a_good_score(monkeypatch):
+def test_a_face_is_what_a_second_detection_shows_upright_with_a_good_score(monkeypatch):
     for points, score, count in ((UPRIGHT, 0.7, 1), (LYING, 0.7, 0), (UPRIGHT, 0.5, 0)):
         seen_by(monkeypatch, (points, score))
         found = faces.detect_faces(np.zeros((50, 50, 3), np.uint8))
@@ -359,3 +357,48 @@ def test_mediapipes_points_lie_near_dlibs_where_the_two_annotations_are_hard_to_
             off.append(np.hypot(*(detect(frame) - theirs).T) / np.hypot(*(theirs[45] - theirs[36])))
     off = np.mean(off, 0)
     assert off[[0, 16, 17, 26]].mean() < 0.08 and off[[4, 6, 9, 10, 12]].mean() < 0.08
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# landmarks of a clip
+
+def test_short_gaps_are_filled_linearly_and_counted():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(20, 60, (68, 2))
+    base[36], base[45] = (30, 40), (70, 40)
+    true = base + np.arange(30)[:, None, None] * rng.uniform(-0.1, 0.1, (68, 2))
+    found = [None if t in (0, 7, 8, 9, 29) else true[t] for t in range(30)]
+    points, missing = interpolate_gaps(found)
+    assert missing == 5 and points.dtype == np.float32 and points.shape == (30, 68, 2)
+    np.testing.assert_allclose(points[1:29], true[1:29], atol=1e-4)
+    np.testing.assert_allclose(points[0], true[1], atol=1e-5)  # at the ends: the nearest
+
+
+def test_landmarks_of_another_face_count_as_none():
+    face = np.random.default_rng(0).uniform(20, 60, (68, 2))
+    found = [face] * 20
+    found[6] = face * 0.4  # a smaller face in the background
+    points, missing = interpolate_gaps(found)
+    assert missing == 1
+    np.testing.assert_allclose(points[6], face, atol=1e-4)
+
+
+def test_long_gaps_and_many_gaps_are_refused_with_the_reason():
+    face = np.random.default_rng(0).uniform(20, 60, (68, 2))
+    with pytest.raises(InputError, match="no face in 6 frames in a row"):
+        interpolate_gaps([face] * 20 + [None] * 6 + [face] * 20)
+    with pytest.raises(InputError, match="a face in 14 of 21 frames"):
+        interpolate_gaps([face, face, None] * 7)
+    with pytest.raises(InputError, match="a face in 0 of 3"):
+        interpolate_gaps([None] * 3)
+
+
+def test_smoothing_keeps_a_parabola_and_removes_jitter():
+    t = np.arange(40.0)
+    curve = np.broadcast_to((0.3 * t**2 - 2 * t)[:, None, None], (40, 68, 2))
+    np.testing.assert_allclose(smooth(curve)[2:-2], curve[2:-2], atol=1e-3)
+    noise = np.random.default_rng(0).standard_normal((4000, 68, 2))
+    weights = np.array((-3, 12, 17, 12, -3)) / 35  # Savitzky and Golay's table
+    assert smooth(noise).var() == pytest.approx((weights**2).sum(), rel=0.02)
+    short = np.ones((3, 68, 2), np.float32)
+    assert smooth(short) is short

@@ -17,7 +17,6 @@ import toyfaces
 from audio import mfcc, n_frames
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
-from faces import bridge, smooth
 from keypoints import Humans, Mouth, Talks, Wav2KP, hear, normalise, predict
 from media import InputError, load_audio, read_video, write_wav
 from syncnet import SyncNet
@@ -110,48 +109,6 @@ def test_the_mesh_of_mediapipe_names_68_different_vertices():
     mesh = faces.FROM_478
     assert len(mesh) == len(set(mesh)) == 68 and max(mesh) < 468
     assert sorted(p for which, _ in kp.PARTS.values() for p in which) == list(range(68))
-
-
-def test_short_holes_are_bridged_linearly_and_their_number_is_told():
-    rng = np.random.default_rng(0)
-    base = rng.uniform(20, 60, (68, 2))
-    base[36], base[45] = (30, 40), (70, 40)
-    true = base + np.arange(30)[:, None, None] * rng.uniform(-0.1, 0.1, (68, 2))
-    found = [None if t in (0, 7, 8, 9, 29) else true[t] for t in range(30)]
-    points, missing = bridge(found)
-    assert missing == 5 and points.dtype == np.float32 and points.shape == (30, 68, 2)
-    np.testing.assert_allclose(points[1:29], true[1:29], atol=1e-4)
-    np.testing.assert_allclose(points[0], true[1], atol=1e-5)  # at the ends: the nearest
-
-
-def test_a_reading_of_something_else_counts_as_none():
-    face = toyfaces.landmarks(toyfaces.person(1), {}, 64)
-    found = [face] * 20
-    found[6] = face * 0.4  # a smaller face in the background
-    points, missing = bridge(found)
-    assert missing == 1
-    np.testing.assert_allclose(points[6], face, atol=1e-4)
-
-
-def test_long_holes_and_many_holes_are_refused_with_the_reason():
-    face = toyfaces.landmarks(toyfaces.person(1), {}, 64)
-    with pytest.raises(InputError, match="no face in 6 frames in a row"):
-        bridge([face] * 20 + [None] * 6 + [face] * 20)
-    with pytest.raises(InputError, match="a face in 14 of 21 frames"):
-        bridge([face, face, None] * 7)
-    with pytest.raises(InputError, match="a face in 0 of 3"):
-        bridge([None] * 3)
-
-
-def test_smoothing_keeps_a_parabola_and_takes_jitter():
-    t = np.arange(40.0)
-    curve = np.broadcast_to((0.3 * t**2 - 2 * t)[:, None, None], (40, 68, 2))
-    np.testing.assert_allclose(smooth(curve)[2:-2], curve[2:-2], atol=1e-3)
-    noise = np.random.default_rng(0).standard_normal((4000, 68, 2))
-    weights = np.array((-3, 12, 17, 12, -3)) / 35  # Savitzky and Golay's table
-    assert smooth(noise).var() == pytest.approx((weights**2).sum(), rel=0.02)
-    short = np.ones((3, 68, 2), np.float32)
-    assert smooth(short) is short
 
 
 def test_extract_writes_the_truth_of_a_toy_pack_and_goes_on_where_it_was_killed(pack):
@@ -640,7 +597,7 @@ def noisy(folder, seeds, size=16, T=10):
             writer.add(np.zeros((T, size, size, 3), np.uint8), wave(T, seed), f"p{seed}", f"{seed}")
             lines.append(json.dumps(dict(source=str(seed))))
     (folder / "landmarks").mkdir()
-    head = json.dumps(faces.header_of(Pack(folder), "truth"))
+    head = json.dumps(faces.landmarks_header(Pack(folder), "truth"))
     (folder / "landmarks" / "clips.jsonl").write_text("\n".join([head, *lines, ""]))
     shake = np.random.default_rng(0).normal(0, 0.02 * size, (len(lines) * T, 68, 2))
     (face + shake).astype("<f4").tofile(folder / "landmarks" / "points.bin")

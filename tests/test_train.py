@@ -475,7 +475,7 @@ def marked_packs(real_packs, pack, tmp_path_factory):
             points.append(keypoints.toy_points(who, truth[first:first + k], here.size))
         (folder / "landmarks").mkdir()
         (folder / "landmarks" / "points.bin").write_bytes(np.concatenate(points).astype("<f4").tobytes())
-        lines = [faces.header_of(here, "truth")] + [{}] * len(here)
+        lines = [faces.landmarks_header(here, "truth")] + [{}] * len(here)
         (folder / "landmarks" / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         folders.append(folder)
     return folders
