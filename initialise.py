@@ -61,9 +61,9 @@ def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
     if model.mouth:
         rest = (rest.float() - codes.float() @ picture).unflatten(1, (3, edge, edge))
         rest = (rest - mask_mouth(rest, model.config.template, "lips")).flatten(1)     # of the lips alone
-        box = model.mouth.box(seen).flatten(1).cpu()
+        box = model.mouth.mouth_crop(seen).flatten(1).cpu()
         if model.mouth.reader:                                                         # the lips' shape goes first
-            shape = torch.cat([model.mouth.read(x) for x in model.mouth.box(seen).split(256)]).cpu()
+            shape = torch.cat([model.mouth.read(x) for x in model.mouth.mouth_crop(seen).split(256)]).cpu()
             mean, shape = torch.cat([mean, shape.mean(0)]), shape - shape.mean(0)
             gram = shape.t() @ shape + ridge * len(shape) * torch.eye(shape.shape[1])
             effect = torch.linalg.solve(gram, shape.t() @ rest)                        # (K, 3 * edge * edge)
@@ -100,7 +100,7 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
     of_clips, of_photos = data["landmarks"]
 
     def collect(pack, marks, c, ks):
-        air = model.mouth.box(to_tensor(pack.frames(c, ks)), air=0.125)                # to shift in
+        air = model.mouth.mouth_crop(to_tensor(pack.frames(c, ks)), margin=0.125)                # to shift in
         boxes.append(air.to(torch.float16))
         shapes.append(mouth_shape(np.asarray(marks.points[pack.frame_start[c] + ks]) / pack.size))
 

@@ -310,7 +310,7 @@ def variance(codes):
 
 def read_softly(mouth, pictures):
     """The lips' shape (N, K) of pictures as a loss reads it: shifted and soft, so that fine patterns tell it nothing"""
-    boxes = mouth.box(pictures.float(), air=0.125)
+    boxes = mouth.mouth_crop(pictures.float(), margin=0.125)
     down, right = (int(v) for v in torch.randint(boxes.shape[-1] - 31, (2,)))
     boxes = torch.nn.functional.avg_pool2d(boxes[..., down:down + 32, right:right + 32], 2)
     return mouth.read(torch.nn.functional.interpolate(boxes, scale_factor=2, mode="bilinear")).float()

@@ -114,10 +114,10 @@ class MouthEncoder(nn.Module):
             nn.Flatten(), nn.Linear(4 * width * 16, shape_dim or dim))
         self.reader, self.body = (body, None) if shape_dim else (None, body)
 
-    def box(self, x, air: float = 0.0):
-        """(N, 3, H, W) -> (N, 3, 32, 32): the lips; air: more on each side, in box sides, and so more pixels"""
+    def mouth_crop(self, x, margin: float = 0.0):
+        """(N, 3, H, W) -> (N, 3, 32, 32): the lips; margin: more on each side, in box sides, and so more pixels"""
         x0, y0, x1, y1 = TEMPLATES[self.template].lips
-        across, down, edge = air * (x1 - x0), air * (y1 - y0), round(32 * (1 + 2 * air))
+        across, down, edge = margin * (x1 - x0), margin * (y1 - y0), round(32 * (1 + 2 * margin))
         rows, cols = box_slices((x0 - across, y0 - down, x1 + across, y1 + down), *x.shape[-2:])
         return F.interpolate(x[..., rows, cols], (edge, edge), mode="bilinear", antialias=True, align_corners=False)
 
@@ -128,7 +128,7 @@ class MouthEncoder(nn.Module):
         return self.reader(box.contiguous(memory_format=torch.channels_last))
 
     def forward(self, x):  # (N, 3, H, W) -> (N, M)
-        box = self.box(x)
+        box = self.mouth_crop(x)
         if self.reader:
             return torch.cat([self.read(box), self.linear(box.flatten(1))], 1)
         return self.linear(box.flatten(1)) + self.body(box.contiguous(memory_format=torch.channels_last))

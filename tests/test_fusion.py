@@ -149,7 +149,7 @@ def test_speech_moves_a_mouth_in_its_directions_and_the_rest_stays_its_owners():
 def test_where_landmarks_taught_the_shape_speech_takes_the_opening_alone():
     model, (x, _, _) = face(landmarks=True), window()
     assert model.mouth.body is None and model.motion.spoken(model.mouth(x)).shape == (2, 3)
-    shape = model.mouth.read(model.mouth.box(x))                                # (B, K), the first numbers of the code
+    shape = model.mouth.read(model.mouth.mouth_crop(x))  # (B, K), the first numbers of the code
     torch.testing.assert_close(model.mouth(x)[:, :2], shape)
     opened, wider, redder = (model.mouth(x) + 2 * direction for direction in torch.eye(3))
     own = model.motion.own(model.mouth(x))
@@ -180,10 +180,10 @@ def test_a_mouth_that_is_told_goes_before_the_sounds():
 
 def test_lamp_and_skin_do_not_change_the_shape_of_lips():
     model, (x, _, _) = face(landmarks=True), window()
-    box = model.mouth.box(x)
+    box = model.mouth.mouth_crop(x)
     tinted = 0.5 * box + torch.tensor([0.3, -0.1, 0.2])[:, None, None]
     torch.testing.assert_close(model.mouth.read(box), model.mouth.read(tinted))
-    air = model.mouth.box(x, air=0.125)
+    air = model.mouth.mouth_crop(x, margin=0.125)
     assert box.shape[-2:] == (32, 32) and air.shape[-2:] == (40, 40)
 
 
