@@ -1,6 +1,6 @@
 """Files in and out: sound, photos, videos, and what the user got wrong (InputError, run, Parser).
 
-A photo becomes uint8 (H, W, 3) RGB as a person sees it (EXIF turned, alpha over white), a video a stream of such frames
+A photo becomes uint8 (H, W, 3) RGB as a viewer shows it (EXIF turned, alpha over white), a video a stream of such frames
 at exactly 25 fps, sound float32 mono at 16 kHz in [-1, 1]. Frames become H.264 with sound. Videos are streamed both ways:
 memory does not grow with length.
 """
@@ -24,27 +24,27 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-
-
-
-SAMPLE_RATE = 16000  # Hz (FC-TFG)
-FPS = 25  # video frames a second, everywhere
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640: frame k is wav[640 k : 640 (k + 1)]
+SAMPLE_RATE = 16000                          # Hz (FC-TFG)
+FPS = 25                                     # video frames a second, everywhere
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS       # 640: frame k is wav[640 k : 640 (k + 1)]
 
 # ffmpeg opens media containers only: its text and playlist formats (tty, hls, concat) can name other files
 DEMUXERS = (
     "aac,ac3,aiff,amr,ape,apng,asf,au,avi,caf,dv,eac3,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mov,mp4,"
     "m4a,3gp,mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,voc,w64,wav,webp_anim,wv,yuv4mpegpipe"
 )
+# Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")    # containers that hold H.264 and AAC
 
 
-# ------------------------------------------------------------------------------------------------------------
-# what the user got wrong, and ffmpeg
-
+# ---------------------------------------------------------------------------------------------------------------------
+# what the user got wrong
 
 class InputError(Exception):
     """Something the user got wrong. str(e) is one line: the file or option, and what is wrong with it."""
@@ -54,7 +54,7 @@ class InputError(Exception):
 
 
 def run(main):
-    """Runs a script's main(): InputError, or no memory, is one line on stderr and status 2, Ctrl-C 130, SIGTERM 143."""
+    """Runs a script's main(): InputError, or no memory, is one line on stderr and status 2, Ctrl-C 130, SIGTERM 143"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: `with` and `finally` clean up
     try:
         main()
@@ -68,6 +68,12 @@ def run(main):
         sys.exit(130)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused to Python, NumPy or the system, or to torch, whose CPU side has no exception for it"""
+    by_torch = isinstance(error, RuntimeError) and re.search("allocat|bad_alloc|out of memory", str(error))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or bool(by_torch)
+
+
 # what a number option may be, by its name, in every script; others: whole ones from 1, floats from 0, up to 10^9.
 # Ours: wide enough for all that can work
 RATE, SHARE = (1e-9, 1e3), (0, 1)
@@ -79,7 +85,7 @@ LIMITS = dict(
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose complaints are one line, without the usage, and that knows LIMITS."""
+    """ArgumentParser that reports in one line, without the usage, and keeps numbers within LIMITS"""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -92,16 +98,9 @@ class Parser(argparse.ArgumentParser):
                 low, high = (LIMITS | limits).get(name, (1 if type(value) is int else 0, 10**9))
                 if not low <= value <= high:
                     flags = [a.option_strings[0] for a in self._actions if a.dest == name]
-                    option = flags[0] if flags else "--" + name.replace("_", "-")  # a subcommand's
+                    option = flags[0] if flags else "--" + name.replace("_", "-")  # a sub-command's
                     raise InputError(f"{option} {value}: must lie between {low} and {high}")
         return args
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the system refused memory to Python or NumPy, to a new process or file, or to torch (whose CPU side has no
-    exception of its own)."""
-    torchs = isinstance(error, RuntimeError) and re.search("allocat|bad_alloc|out of memory", str(error))
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or bool(torchs)
 
 
 def check_file(path: str | Path) -> Path:
@@ -118,18 +117,45 @@ def check_file(path: str | Path) -> Path:
         with open(path, "rb") as file:
             if not file.read(1):
                 raise InputError(f"{path}: the file is empty")
-    except (OSError, ValueError) as error:  # no permission, name too long, NUL in the name
+    except (OSError, ValueError) as error:                   # no permission, name too long, NUL in the name
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return path
 
 
+def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
+    """The absolute path of a file that may be written; call it before anything slow.
+
+    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be written, its name
+    does not end in one of `suffixes`.
+    """
+    path = Path(path).absolute()
+    try:
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise InputError(f"{path}: the name of the output must end in {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise InputError(f"{path}: is a directory, expected the name of a file to write")
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such directory to write to")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: exists; give --overwrite to replace it")
+        with tempfile.TemporaryFile(dir=path.parent):        # permission bits do not tell of read-only disks
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ffmpeg
+
+# an output for every stream that is not decoded. Where clocks jump, as in transport streams one after another, ffmpeg
+# shifts all streams that it reads by one length: two runs shift alike, one for sound and one for pictures
+READ_ALL = ["-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
+
+
 @lru_cache
 def ffmpeg_path() -> str:
-    """Absolute path of an ffmpeg: the one imageio-ffmpeg brings, else the one on PATH."""
-    import shutil
-
-    import imageio_ffmpeg
-
+    """Absolute path of an ffmpeg: the one of imageio-ffmpeg, else the one on PATH"""
     try:
         found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError:
@@ -142,7 +168,7 @@ def ffmpeg_path() -> str:
 def decoder(path: str | Path, *output: str, before: tuple = ()) -> list[str]:
     """Argument list of an ffmpeg that reads `path`, a local media file and nothing else, to `output`.
 
-    before: options of the input itself.
+    before: options of the input.
     """
     quiet = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
@@ -150,7 +176,7 @@ def decoder(path: str | Path, *output: str, before: tuple = ()) -> list[str]:
 
 
 def describe(path: str | Path) -> str:
-    """What ffmpeg says of a file before it decodes anything: its container, length and streams."""
+    """ffmpeg's description of a file before it decodes anything: container, length and streams"""
     return subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
 
 
@@ -158,16 +184,10 @@ def describe(path: str | Path) -> str:
 STREAM = r"^\[info\]   (?:  )?Stream #0:(\d+).*?: "
 
 
-def why(log: str) -> str:
-    """ffmpeg's last complaint, without its '[mov @ 0x55..] [error]' prefix: an InputError's reason."""
-    complaints = re.findall(r"^.*\[(?:error|fatal)\] (.*)$", log, re.M)
-    return complaints[-1].strip() if complaints else "unknown format"
-
-
-def declared_seconds(log: str) -> float:
-    """How long a file says it is, from ffmpeg's description of it; 0 where it does not say."""
-    length = re.search(r"^(?:\[info\] )?  Duration: (\d+):(\d+):([\d.]+)", log, re.M)
-    return int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0
+def last_error(log: str) -> str:
+    """ffmpeg's last error message without its '[mov @ 0x55..] [error]' prefix: an InputError's reason"""
+    errors = re.findall(r"^.*\[(?:error|fatal)\] (.*)$", log, re.M)
+    return errors[-1].strip() if errors else "unknown format"
 
 
 def length_is_open(path: Path) -> bool:
@@ -178,7 +198,7 @@ def length_is_open(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(65536)
     if head[:4] == b"RF64":
-        return not any(head[28:36])  # the data's size in the chunk ds64
+        return not any(head[28:36])                          # the data's size in the chunk ds64
     at = head.find(b"data", 12)
     size = head[at + 4 : at + 12] if head[:4] == b"caff" else head[at + 7 : at + 3 : -1]  # CAF is big-endian
     return head[:4] in (b"RIFF", b"caff") and at > 0 and not 0 < int.from_bytes(size, "big") < 1.9e9
@@ -196,14 +216,15 @@ def last_packet(path: Path, *streams: str) -> float:
 def check_whole(path: Path, log: str, status: int, stream: str, seconds: float):
     """InputError if ffmpeg's log, its status and the `seconds` that it decoded of a stream say a file is damaged or cut.
 
-    A decoding error alone is no reason: many files have one at their beginning and play well. Neither is a stream shorter
+    A decoding error alone is not a reason: many files have one at their beginning and play well. Nor is a stream shorter
     than its file, nor a length that ffmpeg only estimates: the stream's own packets must go on, or those of no stream
     reach the length that the header states.
     """
     kind = re.search(r"^\[info\] Input #0, ([^,]*)", log, re.M)
     kind = kind[1] if kind else ""
+    length = re.search(r"^(?:\[info\] )?  Duration: (\d+):(\d+):([\d.]+)", log, re.M)
+    length = 0.9 * (int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])) if length else 0.0
     stated = kind not in ("mpegts", "mpeg", "h264", "hevc") and "Estimating duration" not in log
-    length = 0.9 * declared_seconds(log)
     short = stated and "[error]" in log and seconds < length
     short = short and (last_packet(path, "0:a?", "0:V?") < length or 0.9 * last_packet(path, stream) > seconds)
     # raw samples end before the size that the header states; other containers mark a lost packet so
@@ -212,123 +233,105 @@ def check_whole(path: Path, log: str, status: int, stream: str, seconds: float):
         raise InputError(f"{path}: is damaged or cut short, only {seconds:.2f} s of it can be read")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# files -> samples
+# ---------------------------------------------------------------------------------------------------------------------
+# sound in
 
-TOLERANCE = 0.01  # seconds, ours: many containers round the time of a packet to 1 ms and more
-PIECE_OF_MIX = 0.5  # seconds, ours: so fast the weights of channels change where a file changes
-LOUDNESS = -15.0  # dBFS of speech, ours: the mean of GRID's clips, on which the shipped weights were trained
+MAX_JITTER = 0.01        # seconds, ours: many containers round the time of a packet to 1 ms and more
+MIX_BLOCK = 8000         # samples, half a second, ours: so fast the weights of channels follow changes in a file
+LOUDNESS = -15.0         # dBFS of speech, ours: the mean of GRID's clips, on which the shipped weights were trained
 
 
 def load_audio(path: str | Path, level: bool = True) -> np.ndarray:
     """Any sound file, or the sound track of a video -> float32 (n,) in [-1, 1], 16 kHz, mono, of one loudness.
 
-    Time 0 is the file's beginning, see on_time, so that frame k of read_video and samples 640 k .. 640 (k + 1) belong
+    Time 0 is the file's beginning, see fill_gaps, so that frame k of read_video and samples 640 k .. 640 (k + 1) belong
     together. Of several tracks the one marked default is read. level=False leaves the loudness as it is in the file.
     Raises InputError: missing, directory, empty, not media, cut short, no sound, 0 s, NaN or inf samples.
     """
-    path = check_file(path)
-    *track, _ = sound_track(path)
-    samples, packets = decode_sound(path, *track, SAMPLE_RATE)
-    wav = np.concatenate(list(on_time(mix(path, samples), packets, SAMPLE_RATE)))
+    samples, packets, _ = decode_sound(path, SAMPLE_RATE)
+    wav = np.concatenate(list(fill_gaps(mix(path, samples), packets, SAMPLE_RATE)))
     return set_level(wav) if level else np.clip(wav, -1, 1)
 
 
-def write_own_sound(path: str | Path, out: str | Path, n: int, late: float = 0.0):
+def write_original_sound(path: str | Path, out: str | Path, n: int, late: float = 0.0):
     """The sound that load_audio reads, with the file's own rate, channels and loudness -> a 16-bit WAV file.
 
     n: its length in samples at 16 kHz; late: seconds to cut off in front (negative: of silence to put there). Silence
     fills what is missing at the end. Sounds whose channels change, or that have more than 8, are mixed.
     Raises InputError: as load_audio.
     """
-    path = check_file(path)
-    stream, channels, pictures, rate = sound_track(path)
-    samples, packets = decode_sound(path, stream, channels, pictures, rate)
-    if samples.shape[1] != channels or channels > 8:
-        samples, channels = mix(path, samples)[:, None], 1
+    samples, packets, rate = decode_sound(path)
+    samples = samples if samples.shape[1] <= 8 else mix(path, samples)[:, None]
     skip, left = round(late * rate), round(n * rate / SAMPLE_RATE)
     with wave.open(str(out), "wb") as file:
-        file.setparams((channels, 2, rate, 0, "NONE", ""))
-        silence = (np.zeros((k, channels), np.float32) for k in (max(0, -skip), max(0, left + skip)))
-        for piece in chain([next(silence)], on_time(samples, packets, rate), silence):
+        file.setparams((samples.shape[1], 2, rate, 0, "NONE", ""))
+        silence = (np.zeros((k, samples.shape[1]), np.float32) for k in (max(0, -skip), max(0, left + skip)))
+        for piece in chain([next(silence)], fill_gaps(samples, packets, rate), silence):
             piece, skip = piece[max(0, skip) :][:left], max(0, skip - len(piece))
             left -= len(piece)
             file.writeframes(to_int16(piece).tobytes())
 
 
-def to_int16(wav: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1] -> int16; what is louder is clipped"""
-    return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")
-
-
-def beside(kind: str) -> list[str]:
-    """Options for ffmpeg to read the streams of a kind ("a", "V"), too, without decoding them.
-
-    Where clocks jump, as in transport streams one after another, ffmpeg shifts all streams that it reads by one length:
-    sound and pictures that are read by two runs are shifted alike if both read both.
-    """
-    return ["-map", f"0:{kind}", "-c", "copy", "-f", "null", "-"]
-
-
-def sound_track(path: Path) -> tuple[int, int, bool, int]:
+def sound_track(path: Path) -> tuple[int, int, int]:
     """The sound that a player would choose: the first track marked default, else the first.
 
-    Returns: its stream, channels, whether the file has pictures, Hz.
-
-    Raises InputError: not media; no sound.
+    Returns its stream, channels and Hz. Raises InputError: not media; no sound.
     """
     text = describe(path)
     tracks = re.findall(STREAM + r"Audio: .*?, (\d+) Hz, ([^,\n]+)(.*)", text, re.M)
     if "Input #0" not in text:
-        raise InputError(f"{path}: is not a sound file or video that can be read ({why(text)})")
+        raise InputError(f"{path}: is not a sound file or video that can be read ({last_error(text)})")
     if not tracks:
         raise InputError(f"{path}: has no sound")
     stream, rate, layout, _ = next((track for track in tracks if "(default)" in track[-1]), tracks[0])
-    layout = layout.split("(")[0]  # mono, stereo, 5.1(side), 7.1, 3 channels
+    layout = layout.split("(")[0]                            # mono, stereo, 5.1(side), 7.1, 3 channels
     channels = {"mono": 1, "stereo": 2}.get(layout) or sum(map(int, re.findall(r"\d+", layout))) or 8
-    return int(stream), channels, bool(re.search(STREAM + r"Video: (?!.*\(attached pic\))", text, re.M)), int(rate)
+    return int(stream), channels, int(rate)
 
 
-def decode_sound(path: Path, stream: int, channels: int, pictures: bool, rate: int) -> tuple[np.ndarray, list]:
-    """A track's samples, float32 (n, channels or more), on disk, and when its packets begin: [(sample, how many), ..].
+def decode_sound(path: str | Path, rate: int | None = None, channels: int | None = None):
+    """The sound track of a file, at `rate` Hz or its own: float32 (n, C), on disk; when its packets begin, a list of
+    (sample, how many); Hz. Where the number of channels changes in the middle of the file, they are mixed to one.
 
-    The arguments but for the rate are sound_track's. Where the channels' number changes in the middle of a
-    file there are 8. Raises InputError: 0 s, damaged, cut short.
+    Raises InputError: as load_audio, but for samples that are not finite.
     """
-    # pan, which mixes nothing here, keeps the number of channels, whatever the file does; it knows layouts up to 8
+    path = check_file(path)
+    stream, stated, own_rate = sound_track(path)
+    channels, rate = channels or stated, rate or own_rate
+    # pan, which mixes nothing here, keeps the number of channels, whatever the file does; it takes layouts up to 8
     route = f",pan={channels}c|" + "|".join(f"c{i}=c{i}" for i in range(channels)) if channels <= 8 else ""
     args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{route}", "-c:a", "pcm_f32le"]
-    args += ["-f", "tee", "[f=f32le]pipe\\:1|[f=framecrc]times"]  # framecrc: a table of packets
-    args += beside("V") if pictures else []
-    with open(path, "rb") as file:  # ffmpeg takes a RF64 file with an open length for an empty one
-        wave_is_open = file.read(4) == b"RF64" and length_is_open(path)
+    args += ["-f", "tee", "[f=f32le]pipe\\:1|[f=framecrc]times", *READ_ALL]  # framecrc: a table of packets
+    with open(path, "rb") as file:                           # an RF64 file with an open length is empty to ffmpeg
+        is_open = file.read(4) == b"RF64" and length_is_open(path)
     with tempfile.TemporaryDirectory(prefix="talk-") as folder, tempfile.TemporaryFile() as raw:
-        command = decoder(path, *args, before=("-ignore_length", "1") if wave_is_open else ())
+        command = decoder(path, *args, before=("-ignore_length", "1") if is_open else ())
         done = subprocess.run(command, stdout=raw, stderr=subprocess.PIPE, cwd=folder)
         log, size = done.stderr.decode(errors="replace"), raw.seek(0, 2) // 4
         if "audio parameters changed" in log and channels < 8:
-            return decode_sound(path, stream, 8, pictures, rate)
+            samples, packets, rate = decode_sound(path, rate, channels=8)
+            return mix(path, samples)[:, None], packets, rate
         if done.returncode and not size:
-            raise InputError(f"{path}: is not a sound file or video that can be read ({why(log)})")
+            raise InputError(f"{path}: is not a sound file or video that can be read ({last_error(log)})")
         table = (Path(folder) / "times").read_text()
         packets = [(int(a), int(n)) for a, n in re.findall(r"^0,[^,]*, *(-?\d+), *(\d+),", table, re.M)]
         check_whole(path, log, done.returncode, f"0:{stream}", sum(packets[-1]) / rate if packets else 0)
         if not size:
             raise InputError(f"{path}: the sound is 0 s long")
-        return np.memmap(raw, "<f4", "r").reshape(-1, channels), packets
+        return np.memmap(raw, "<f4", "r").reshape(-1, channels), packets, rate
 
 
-def on_time(samples: np.ndarray, packets: list, rate: int):
+def fill_gaps(samples: np.ndarray, packets: list, rate: int):
     """Samples (n, ..) -> the same in pieces, in order, the first at time 0 of the file.
 
-    Silence stands where the file has no sound: in front of a track that starts late, and in holes of any length. What
+    Silence stands where the file has no sound: in front of a track that starts late, and in gaps of any length. What
     lies before 0, or comes twice, is left out. ffmpeg's own filters cannot do this: ffmpeg builds them anew, with their
     clock at 0, where rate or channels change in the middle.
     """
-    end = read = 0  # samples that came out so far, samples that were read
+    end = read = 0                                           # samples that came out so far, samples that were read
     for begin, n in packets:
         late = begin - end
-        if abs(late) <= TOLERANCE * rate and read:
+        if abs(late) <= MAX_JITTER * rate and read:
             late = 0
         if late > 0:
             yield np.zeros((late, *samples.shape[1:]), np.float32)
@@ -338,32 +341,27 @@ def on_time(samples: np.ndarray, packets: list, rate: int):
 
 
 def mix(path: Path, samples: np.ndarray) -> np.ndarray:
-    """Channels (n, C) -> (n,): the mean of those that carry sound, or the loudest alone where their mean cancels.
+    """Channels (n, C) -> (n,): their mean, weighted by power; a channel in opposite phase is turned first.
 
-    Decided every half second, with weights that move from one to the next in between. Ours: a channel 30 dB below the
-    loudest carries none; a mean of C channels cancels below 1 / 2 C of the loudest. InputError: NaN or inf samples.
+    So a voice has one loudness in whichever channels it is (ours). The weights are those of half-second blocks, and
+    linear in between; digital silence keeps those before it. InputError: NaN or inf samples.
     """
     n, C = samples.shape
-    hop = round(PIECE_OF_MIX * SAMPLE_RATE)
-    weights = []
-    for a in range(0, n, hop):
-        x = samples[a : a + hop]
+    weights = [np.full(C, 1 / C)]
+    for a in range(0, n, MIX_BLOCK):
+        x = samples[a : a + MIX_BLOCK]
         if not np.isfinite(x).all():
             raise InputError(f"{path}: the sound holds NaN or infinite samples")
-        power = x.var(0)  # without an offset
-        carries = power > 1e-3 * power.max()
-        weight = carries / max(1, carries.sum())
-        if (x @ weight).var() < power.max() / (2 * carries.sum() + 1e-9) ** 2:
-            weight = np.arange(C) == np.argmax(power >= power.max() / 2)
-        weights.append(weight if carries.any() else None)
-    known = [k for k, weight in enumerate(weights) if weight is not None]
-    if not known:
-        return np.zeros(n, np.float32)
-    weights = np.array([weights[k] for k in known], np.float32)  # silence takes those of its neighbours
-    centres = (np.array(known) + 0.5) * hop
+        x = x - x.mean(0)                                    # without an offset
+        power = (x * x).mean(0, dtype=np.float64)
+        likeness = x.T @ x[:, power.argmax()] / len(x)       # (C,), the loudest channel's is its power
+        sign = np.where(likeness < -0.5 * np.sqrt(power * power.max()), -1, 1)
+        weights.append(sign * power / power.sum() if power.any() else weights[-1])
+    weights = np.array(weights[1:], np.float32)              # (blocks, C)
+    centres = (np.arange(len(weights)) + 0.5) * MIX_BLOCK
     wav = np.empty(n, np.float32)
-    for a in range(0, n, hop):
-        at = np.arange(a, min(a + hop, n))
+    for a in range(0, n, MIX_BLOCK):
+        at = np.arange(a, min(a + MIX_BLOCK, n))
         wav[at] = sum(samples[at, c] * np.interp(at, centres, weights[:, c]).astype(np.float32) for c in range(C))
     return wav
 
@@ -385,38 +383,35 @@ def set_level(wav: np.ndarray) -> np.ndarray:
         wav = (wav - (wav != 0) * offset) * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
     return np.clip(wav, -1, 1)
 
-# Pillow's other formats are rare, or start other programs (EPS runs ghostscript)
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-LARGEST = 4096  # ours: longest side of a photo in pixels, thrice that of a video: what is larger only costs memory
+
+# ---------------------------------------------------------------------------------------------------------------------
+# photos
+
+LARGEST = 4096           # ours: longest side of a photo in pixels, thrice that of a video: more only costs memory
+GREY = 4                 # ours: levels of 255 by which the channels of a photo without colour may differ, from rounding
 # Adobe RGB (1998) in EXIF, where cameras leave out the profile: an InteroperabilityIndex of R03, in either byte order
 ADOBE_RGB = rb"(\0\x01\0\x02\0\0\0\x04|\x01\0\x02\0\x04\0\0\0)R03\0"
-SIPS = "sips -s format jpeg FILE --out FILE.jpg"
-GREY = 4  # ours: levels of 255 by which the channels of a photo without colour may differ, from rounding
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")  # containers that hold H.264 and AAC
-
-
-# ------------------------------------------------------------------------------------------------------------
-# photos and tensors
+ADOBE_TO_SRGB = np.array([[1.39836, -0.39836, 0], [0, 1, 0], [0, -0.04293, 1.04293]], np.float32)  # of light
 
 
 def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
     """A picture file -> uint8 (H, W, 3) RGB in sRGB, turned upright by its EXIF entry, transparent parts white.
 
-    path may be the file's content (BytesIO), with a name for complaints.
-    Grey, 16-bit, float, palette and CMYK pictures are converted, and colours by the profile in the file; of an animation
-    the first frame is taken. Shrunk to LARGEST while it is read; see photo_size for what the file says.
+    path may be the file's content (BytesIO), with a name for messages. Grey, 16-bit, float, palette and CMYK pictures
+    are converted, and colours by the profile in the file; of an animation the first frame is taken. Shrunk to LARGEST
+    while it is read; photo_size has the size before that.
     Raises InputError: missing, directory, empty, not a picture, truncated, larger than Pillow's pixel limit.
     """
-    with opened(path, name) as image:
+    with open_image(path, name) as image:
         profile = image.info.get("icc_profile")
         is_adobe = not profile and re.search(ADOBE_RGB, image.info.get("exif", b""))
-        if image.mode in ("P", "1"):  # their numbers cannot be averaged
+        if image.mode in ("P", "1"):                         # their numbers cannot be averaged
             mode = "L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB"
             image = ImageOps.exif_transpose(image).convert(mode)
         image.thumbnail((LARGEST, LARGEST))
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip at 255
-            image = Image.fromarray(by_range(np.asarray(image)))
+            image = Image.fromarray(scale_to_uint8(np.asarray(image)))
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         image = adobe_to_srgb(image.convert("RGB")) if is_adobe else to_srgb(image, profile)
         return np.array(image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha))
@@ -424,16 +419,16 @@ def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
 
 def photo_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of a picture as a viewer shows it, before load_photo shrinks it. InputError: as load_photo"""
-    with opened(path) as image:
+    with open_image(path) as image:
         turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # Pillow turns those
         return (image.height, image.width) if turned else image.size
 
 
 @contextlib.contextmanager
-def opened(path: str | Path | io.BytesIO, name: str = ""):
-    """Pillow's image of a file, or of a file's content with a name; what is wrong with it becomes an InputError."""
+def open_image(path: str | Path | io.BytesIO, name: str = ""):
+    """Pillow's image of a file, or of a file's content with a name. InputError: as load_photo"""
     with path if name else open(check_file(path), "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own words about size and metadata
+        warnings.simplefilter("ignore")                      # Pillow's, about size and metadata
         path = name or Path(path).absolute()
         try:
             with Image.open(file, formats=PHOTO_FORMATS) as image:
@@ -442,17 +437,18 @@ def opened(path: str | Path | io.BytesIO, name: str = ""):
                 yield image
         except (InputError, MemoryError):
             raise
-        except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
+        except Exception as error:                           # Pillow's readers raise a dozen kinds on damaged files
             file.seek(0)
             reason = f"is not a picture that can be read ({error})"
             if re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.S):
-                reason = f"is HEIC, which is not read: make it a JPEG with heif-convert, on a Mac with {SIPS}"
+                reason = ("is HEIC, which is not read: make it a JPEG with heif-convert, on a Mac with "
+                          "sips -s format jpeg FILE --out FILE.jpg")
             raise InputError(f"{path}: {reason}") from None
 
 
-def by_range(grey: np.ndarray) -> np.ndarray:
+def scale_to_uint8(grey: np.ndarray) -> np.ndarray:
     """Grey of more than 8 bits, or float, (H, W) -> uint8. White is the first of 1, 255 and 65535 that 99 % of the pixels
-    keep to, with .1 of it to spare (ours): files do not say it. ValueError: NaN or infinite."""
+    do not exceed by more than a tenth (ours): files do not say it. ValueError: NaN or infinite."""
     if not np.isfinite(grey).all():
         raise ValueError("it holds NaN or infinite values")
     most = np.percentile(grey, 99)
@@ -466,29 +462,23 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("L" if image.mode == "LA" else "RGB")
     rgb = image.convert("RGB")
     if profile:
-        try:
+        # a damaged profile, or one of another kind of picture, is left out, as viewers do
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             seen = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
             rgb = seen.convert("L").convert("RGB") if is_grey(np.asarray(rgb)) else seen
-        except (ImageCms.PyCMSError, OSError):  # damaged, or of another kind of picture: viewers leave it out, too
-            pass
     return rgb
 
 
 def adobe_to_srgb(image: Image.Image) -> Image.Image:
-    """A picture in Adobe RGB (1998), whose gamma is 563 / 256 and whose white and blue and red hues are sRGB's"""
-    to_709 = np.array([[1.39836, -0.39836, 0], [0, 1, 0], [0, -0.04293, 1.04293]], np.float32)
-    light = (np.asarray(image, np.float32) / 255) ** (563 / 256) @ to_709.T
-    return Image.fromarray((srgb_curve(light.clip(0, 1)) * 255).round().astype(np.uint8))
-
-
-def srgb_curve(light: np.ndarray) -> np.ndarray:
-    """Light from 0 to 1 -> the number that stands for it in sRGB, from 0 to 1"""
-    return np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    """A picture in Adobe RGB (1998), whose gamma is 563 / 256 and whose white, red and blue are sRGB's"""
+    light = ((np.asarray(image, np.float32) / 255) ** (563 / 256) @ ADOBE_TO_SRGB.T).clip(0, 1)
+    srgb = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return Image.fromarray((srgb * 255).round().astype(np.uint8))
 
 
 def is_grey(image: np.ndarray) -> bool:
-    """Whether a picture, uint8 (H, W, 3), is without colour: its channels are equal, but for rounding (GREY)."""
+    """Whether a picture, uint8 (H, W, 3), is without colour: its channels are equal, but for rounding (GREY)"""
     r, g, b = image.astype(np.int16).transpose(2, 0, 1)
     return all(np.abs(x - y).max() <= GREY for x, y in ((r, g), (g, b), (b, r)))
 
@@ -501,38 +491,35 @@ def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def check_finite(images: torch.Tensor):
-    """Raises FloatingPointError: NaN as uint8 would be a black frame that nobody explains."""
+    """Raises FloatingPointError: NaN as uint8 would be a black frame without an explanation"""
     if not torch.isfinite(images).all():
         raise FloatingPointError("a picture holds NaN or infinite values")
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped; NaN and inf raise."""
+    """float (.., 3, H, W) in [-1, 1] -> uint8 (.., H, W, 3), rounded and clamped; FloatingPointError: NaN or inf"""
     assert images.shape[-3] == 3, f"images are {tuple(images.shape)}, expected (.., 3, H, W)"
     images = images.detach().float()
     check_finite(images)
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # video in
-
 
 @dataclass(frozen=True)
 class VideoInfo:
-    width: int  # as shown: after rotation
+    width: int           # as shown: after rotation
     height: int
-    fps: float  # on average; 0 where it does not say
-    seconds: float  # of the container; 0 where it does not say
+    fps: float           # on average; 0 where the file does not say
     has_audio: bool
-    rotation: int  # degrees the stored picture is turned for showing: 0, 90, 180, 270
-    aspect: float  # width / height as shown: pixels need not be square
+    aspect: float        # width / height as shown: pixels need not be square
     interlaced: bool
-    hdr: str  # "arib-std-b67" (HLG), "smpte2084" (PQ) or ""
+    hdr: str             # "arib-std-b67" (HLG), "smpte2084" (PQ) or ""
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """What a video says about itself, read from ffmpeg's description of it (there may be no ffprobe).
+    """A video's properties from ffmpeg's description of it (there may be no ffprobe).
 
     Raises InputError: missing, directory, empty, not a video.
     """
@@ -541,23 +528,19 @@ def probe(path: str | Path) -> VideoInfo:
     has_audio = bool(re.search(STREAM + "Audio: ", text, re.M))
     video = re.search(STREAM + r"Video: (?!.*\(attached pic\)).*, (?P<w>\d+)x(?P<h>\d+).*", text, re.M)
     if not video:
-        reason = "holds sound but no picture" if has_audio else f"is not a video ({why(text)})"
+        reason = "holds sound but no picture" if has_audio else f"is not a video ({last_error(text)})"
         raise InputError(f"{path}: {reason}")
     width, height = int(video["w"]), int(video["h"])
+    pixel = re.search(r"SAR (\d+):(\d+)", video[0])
+    aspect = width / height * (int(pixel[1]) / int(pixel[2]) if pixel else 1)
     details = text[video.end() :].split("  Stream #")[0]
     turn = re.search(r"^\[info\] +[\w ]+: rotation of (-?[\d.]+) degrees", details, re.M)
-    rotation = round(-float(turn[1])) % 360 if turn else 0
-    if rotation in (90, 270):
-        width, height = height, width
+    if turn and round(float(turn[1])) % 180 == 90:
+        width, height, aspect = height, width, 1 / aspect
     fps = re.search(r", ([\d.]+) fps", video[0])
-    aspect = width / height
-    if pixel := re.search(r"SAR (\d+):(\d+)", video[0]):
-        wide = int(pixel[1]) / int(pixel[2])
-        aspect *= 1 / wide if rotation in (90, 270) else wide
     interlaced = bool(re.search(r"(top|bottom) (coded )?first", video[0]))
     hdr = re.search(r"arib-std-b67|smpte2084", video[0])
-    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, declared_seconds(text), has_audio, rotation,
-                     aspect, interlaced, hdr[0] if hdr else "")
+    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, has_audio, aspect, interlaced, hdr[0] if hdr else "")
 
 
 def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
@@ -569,146 +552,89 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
     `height`: resized to it. Raises InputError: not a video; damaged or cut short (once the cut is reached).
     """
     path = check_file(path)
-    return decode_frames(path, probe(path), height)  # probe refuses what is no video
+    return decode_frames(path, probe(path), height)          # probe refuses other files before the first frame
+
+
+def frame_filters(info: VideoInfo, H: int, W: int) -> str:
+    """ffmpeg's filters from the pictures of a video to frames (H, W) as read_video gives them"""
+    # scale: bwdif does not take a change of size
+    filters = ["scale=iw:ih,bwdif=mode=send_frame:deint=interlaced"] if info.interlaced else []
+    # start_time=0: a picture that starts late shows its first frame from 0 on; near: frame k shows at (k + 1/2)/25 s
+    filters += [f"fps={FPS}:start_time=0:round=near"]
+    aspect = "iw*sar/ih"                                     # of each frame
+    same = f"lt(abs({aspect}/{W / H}-1),0.03)"               # 3 %: a little off is rounding, not another picture
+    w = f"if({same},{W},max(1,min({W},round({H}*{aspect}))))"
+    h = f"if({same},{H},max(1,min({H},round({W}/({aspect})))))"
+    filters += [f"scale=w='{w}':h='{h}':eval=frame:flags=area+accurate_rnd+full_chroma_int"]
+    filters += [f"format={'gbrp16' if info.hdr else 'rgb24'},pad={W}:{H}:-1:-1:eval=frame"]
+    if info.hdr:  # to light, 203 cd/m2 of which are white (BT.2408), and to sRGB; above .8 of white it is compressed
+        filters += [f"zscale=tin={info.hdr}:pin=bt2020:min=gbr:rin=full:t=linear:npl=203:agamma=0,format=gbrpf32le"]
+        filters += ["zscale=p=bt709,tonemap=mobius:param=0.8:desat=0,zscale=t=iec61966-2-1"]
+    return ",".join(filters)
 
 
 def decode_frames(path: Path, info: VideoInfo, height: int | None) -> Iterator[np.ndarray]:
-    """The generator behind read_video, which checks the file at once and not at the first frame."""
+    """The generator behind read_video"""
     H = height or info.height
     W = max(1, round(H * info.aspect))
-    # scale: bwdif bears no change of size
-    filters = ["scale=iw:ih,bwdif=mode=send_frame:deint=interlaced"] if info.interlaced else []
-    # start_time=0: a picture that starts late shows its first frame from 0 on; near: see the docstring above
-    filters += [f"fps={FPS}:start_time=0:round=near"]
-    aspect = "iw*sar/ih"  # of each frame; 3 %: a little off is rounding, not another picture
-    w, h = (f"if(lt(abs({aspect}/{W / H}-1),0.03),{side},max(1,min({side},round({fit}))))"
-            for side, fit in ((W, f"{H}*{aspect}"), (H, f"{W}/({aspect})")))
-    filters += [f"scale=w='{w}':h='{h}':eval=frame:flags=area+accurate_rnd+full_chroma_int"]
-    filters += [f"format={'gbrp16' if info.hdr else 'rgb24'},pad={W}:{H}:-1:-1:eval=frame"]
-    filters += ["lut3d=hdr.cube"] if info.hdr else []
+    filters = frame_filters(info, H, W)
+    args = ["-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough"]
+    args += ["-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1", *READ_ALL]
     # reinit_filter: ffmpeg would build the filters anew where the size changes, and fps would count from 0 again
-    args = ["-map", "0:V:0", "-vf", ",".join(filters), "-fps_mode", "passthrough"]
-    args += ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
-    args += beside("a") if info.has_audio else []
-    with tempfile.TemporaryDirectory(prefix="talk-") as folder, tempfile.TemporaryFile() as log:
-        if info.hdr:
-            (Path(folder) / "hdr.cube").write_text(hdr_cube(info.hdr))
-        command = decoder(path, *args, before=("-reinit_filter", "0"))
-        # stderr: a file, for a full pipe would stop ffmpeg
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=folder)
+    command = decoder(path, *args, before=("-reinit_filter", "0"))
+    with tempfile.TemporaryFile() as log:                    # a file: a full pipe would stop ffmpeg
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         count = 0
         try:
-            while (frame := read_ppm(process.stdout)) is not None:
+            while len(data := process.stdout.read(H * W * 3)) == H * W * 3:
                 count += 1
-                yield frame
+                yield np.frombuffer(data, np.uint8).reshape(H, W, 3)
             status = process.wait()
-        finally:  # also when the caller stops early
+        finally:                                             # also when the caller stops early
             process.kill()
             process.wait()
             process.stdout.close()
         log.seek(0)
-        complaint = log.read().decode(errors="replace")
-    check_whole(path, complaint, status or not count, "0:V:0", count / FPS)
+        text = log.read().decode(errors="replace")
+    check_whole(path, text, status or not count, "0:V:0", count / FPS)
 
 
-@lru_cache
-def hdr_cube(curve: str, n: int = 33) -> str:
-    """ffmpeg's lookup table from HDR video, BT.2020 with the curve "arib-std-b67" (HLG) or "smpte2084" (PQ), to sRGB.
-
-    Both curves to light in cd/m2 (BT.2100; HLG on a display of 1000), 203 of which are white (BT.2408). What is below
-    .7 of white stays; what is brighter, up to the sun, shares the rest (ours: an exponential).
-    """
-    b, g, r = np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")  # red changes fastest
-    x = np.stack([r, g, b], -1).reshape(-1, 3)
-    if curve == "smpte2084":
-        root = x ** (32 / 2523)
-        light = 10000 * (np.maximum(root - 107 / 128, 0) / (2413 / 128 - 2392 / 128 * root)) ** (8192 / 1305)
-    else:
-        scene = np.where(x <= 0.5, x**2 / 3, (np.exp((x - 0.55991073) / 0.17883277) + 0.28466892) / 12)
-        light = 1000 * scene * (scene @ (0.2627, 0.678, 0.0593))[:, None] ** 0.2
-    to_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # BT.2407
-    x = np.maximum(light / 203 @ to_709.T, 0)
-    most = np.maximum(x.max(1, keepdims=True), 1e-9)  # all three are scaled alike: the hue stays
-    x *= np.where(most < 0.7, 1, (1 - 0.3 * np.exp((0.7 - most) / 0.3)) / most)
-    return f"LUT_3D_SIZE {n}\n" + "\n".join("%.5f %.5f %.5f" % tuple(row) for row in srgb_curve(x)) + "\n"
-
-
-def read_ppm(stream) -> np.ndarray | None:
-    """One binary PPM picture from a stream -> uint8 (H, W, 3), None at the end."""
-    if stream.readline() != b"P6\n":
-        return None
-    width, height = map(int, stream.readline().split())
-    stream.readline()  # 255
-    data = np.frombuffer(stream.read(width * height * 3), np.uint8)
-    return data.reshape(height, width, 3) if len(data) == width * height * 3 else None
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # video out
-
-
-def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
-    """The absolute path of a file that may be written; call it before anything slow.
-
-    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be
-    written, its name does not end in one of `suffixes`.
-    """
-    path = Path(path).absolute()
-    try:
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise InputError(f"{path}: the name of the output must end in {' or '.join(suffixes)}")
-        if path.is_dir():
-            raise InputError(f"{path}: is a directory, expected the name of a file to write")
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent}: no such directory to write to")
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: exists; give --overwrite to replace it")
-        with tempfile.TemporaryFile(dir=path.parent):  # permission bits do not tell of read-only disks
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    return path
-
 
 class VideoWriter:
     """Writes frames and sound as H.264 + AAC at 25 fps; frames go to ffmpeg as they come.
 
     with VideoWriter("talk.mp4", 64, 64, wav) as video:
-        video.write(frame)                              # uint8 (H, W, 3)
+        video.write(frame)                                   # uint8 (H, W, 3)
 
-    wav: float (n,) in [-1, 1] at 16 kHz, or None; sample 0 is heard when frame 0 shows, and the sound keeps
-    its length. sound: the file that wav was loaded from, whose own rate, channels and loudness the video gets then.
-    Odd sizes get one more row or column (players want even ones). The file appears whole, or,
-    after an error, not at all: ffmpeg works in a private temporary directory.
-    Raises InputError: as check_output; disk full.
+    wav: float (n,) in [-1, 1] at 16 kHz, or None; its sample 0 is at the beginning of frame 0, and the sound keeps its
+    length. sound: the file that wav was loaded from, whose own rate, channels and loudness the video gets then.
+    Odd sizes get one more row or column (players want even ones). The file appears whole, or, after an error, not at
+    all: ffmpeg works in a private temporary directory. Raises InputError: as check_output; disk full.
     """
 
     def __init__(self, path, height: int, width: int, wav: np.ndarray | None = None, overwrite: bool = False, sound=None):
-        self.path = check_output(path, overwrite, VIDEO_SUFFIXES)
-        self.overwrite = overwrite
-        self.shape = (height, width, 3)
-        self.count = 0
-        self.folder = tempfile.TemporaryDirectory(prefix="talk-")
-        folder = Path(self.folder.name)
-        self.draft = folder / f"video{self.path.suffix.lower()}"
-        self.log = open(folder / "log", "w+b")
+        self.path, self.overwrite = check_output(path, overwrite, VIDEO_SUFFIXES), overwrite
+        self.shape, self.count = (height, width, 3), 0
+        self.folder, self.log = tempfile.TemporaryDirectory(prefix="talk-"), tempfile.TemporaryFile()
+        track = Path(self.folder.name) / "sound.wav"
+        self.draft = track.with_name(f"video{self.path.suffix.lower()}")
         if sound is not None:
-            write_own_sound(sound, folder / "sound.wav", len(wav))
+            write_original_sound(sound, track, len(wav))
         elif wav is not None:
-            write_wav(folder / "sound.wav", wav)
-        sound = [] if wav is None else ["-i", str(folder / "sound.wav"), "-c:a", "aac", "-b:a", "192k"]
+            write_wav(track, wav)
+        sound = [] if wav is None else ["-i", str(track), "-c:a", "aac", "-b:a", "192k"]
         # the colours of HDTV, and said so: untagged video is shown differently by different players
         colours = "scale=out_color_matrix=bt709:out_range=tv"
-        smear = f"fillborders=right={width % 2}:bottom={height % 2}:mode=smear"  # no black seam
+        border = f"fillborders=right={width % 2}:bottom={height % 2}:mode=smear"  # no black seam
         tags = "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
         command = [ffmpeg_path(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound]
-        command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{smear},{colours},format=yuv420p,{tags}"]
+        command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{border},{colours},format=yuv420p,{tags}"]
         # ours: 16 stays crisp at 64 px; veryfast takes half of the default's time
-        command += ["-c:v", "libx264", "-crf", "16", "-preset", "veryfast", "-movflags", "+faststart"]
-        self.process = subprocess.Popen(
-            [*command, str(self.draft)], stdin=subprocess.PIPE, stderr=self.log, start_new_session=True
-        )
+        command += ["-c:v", "libx264", "-crf", "16", "-preset", "veryfast", "-movflags", "+faststart", str(self.draft)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self.log, start_new_session=True)
 
     def write(self, frame: np.ndarray):
         """frame: uint8 (H, W, 3) RGB"""
@@ -717,41 +643,35 @@ class VideoWriter:
         try:
             self.process.stdin.write(np.ascontiguousarray(frame).data)
         except BrokenPipeError:
-            self.fail()
+            raise self.failure() from None
         self.count += 1
 
-    def fail(self):
-        """ffmpeg gave up: clean away, and say why."""
+    def failure(self) -> InputError:
+        """The reason why ffmpeg stopped"""
         self.process.wait()
         self.log.seek(0)
-        reason = why(self.log.read().decode(errors="replace"))
-        self.discard()
-        raise InputError(f"{self.path}: could not be written ({reason})")
-
-    def discard(self):
-        """Ends ffmpeg and removes everything written so far."""
-        self.process.kill()
-        self.process.wait()
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass
-        self.log.close()
-        self.folder.cleanup()
+        return InputError(f"{self.path}: could not be written ({last_error(self.log.read().decode(errors='replace'))})")
 
     def close(self):
-        """Finishes the file and moves it to its place in one step."""
+        """Finishes the file and moves it to its place in one step"""
         try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            self.fail()
-        if self.process.wait() or not self.count:
-            self.fail()
-        try:
-            check_output(self.path, self.overwrite)  # another run may have been faster
-            place(self.draft, self.path)
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            if self.process.wait() or not self.count:
+                raise self.failure()
+            check_output(self.path, self.overwrite)          # another run may have been faster
+            move_into_place(self.draft, self.path)
         finally:
             self.discard()
+
+    def discard(self):
+        """Ends ffmpeg and removes everything written so far"""
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.log.close()
+        self.folder.cleanup()
 
     def __enter__(self):
         return self
@@ -760,22 +680,25 @@ class VideoWriter:
         self.close() if kind is None else self.discard()
 
 
+def to_int16(wav: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] -> int16; what is louder is clipped"""
+    return np.clip(np.round(wav * 32768), -32768, 32767).astype("<i2")
+
+
 def write_wav(path: str | Path, wav: np.ndarray):
     """float (n,) in [-1, 1] at 16 kHz -> a 16-bit WAV file"""
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         file.writeframes(to_int16(wav).tobytes())
 
 
-def place(draft: Path, path: Path):
-    """Moves a finished file into place, maybe on another disk: the old file or the whole new one is there."""
-    beside = path.with_name(f".talk-{os.getpid()}{path.suffix}")
+def move_into_place(draft: Path, path: Path):
+    """Moves a finished file, maybe to another disk: at any moment the old file or the whole new one is there"""
+    copy = path.with_name(f".talk-{os.getpid()}{path.suffix}")
     try:
-        shutil.copyfile(draft, beside)
-        os.replace(beside, path)
+        shutil.copyfile(draft, copy)
+        os.replace(copy, path)
     except OSError as error:
         raise InputError(f"{path}: could not be written ({error.strerror})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)

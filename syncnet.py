@@ -49,8 +49,8 @@ from data import Pack, batches, clips_used, find_clips, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, face_detectors, parse_box, segment_box
 from judges import wav2lip_expert
 from media import (
-    FPS, VIDEO_SUFFIXES, InputError, Parser, beside, check_file, check_output, decoder, describe,
-    load_audio, place, probe, read_video, run, to_tensor, why, write_own_sound)
+    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe,
+    last_error, load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
 from toyfaces import toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
@@ -721,16 +721,16 @@ def write_shifted(path: Path, late: int, out: Path):
         ways.insert(0, ["-c:v", "copy"])  # fails where pictures have no time, as in a .mkv that was cut by copying
     with tempfile.TemporaryDirectory(prefix="talk-") as folder:
         sound, draft = Path(folder) / "sound.wav", Path(folder) / f"video{out.suffix.lower()}"
-        write_own_sound(path, sound, len(load_audio(path)), late / FPS)
+        write_original_sound(path, sound, len(load_audio(path)), late / FPS)
         for pictures in ways:
             options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k"]
-            options += ["-movflags", "+faststart", "-y", str(draft), *beside("a")]
+            options += ["-movflags", "+faststart", "-y", str(draft), *READ_ALL]
             done = subprocess.run(decoder(path, *options, before=("-reinit_filter", "0")), capture_output=True)
             if not done.returncode:
                 break
         else:
-            raise InputError(f"{out}: could not be written ({why(done.stderr.decode(errors='replace'))})")
-        place(draft, out)
+            raise InputError(f"{out}: could not be written ({last_error(done.stderr.decode(errors='replace'))})")
+        move_into_place(draft, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
