@@ -532,7 +532,8 @@ def test_hdr_colours_are_those_of_bt_709(tmp_path):
     to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])  # BT.2087
     wide = 203 * light @ to_2020.T  # cd/m2
     scene = wide / 1000 / ((wide / 1000) @ (0.2627, 0.678, 0.0593))[:, None] ** (0.2 / 1.2)  # BT.2100: OOTF of 1.2
-    hlg = np.where(scene <= 1 / 12, np.sqrt(3 * scene), 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)
+    bright = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    hlg = np.where(scene <= 1 / 12, np.sqrt(3 * scene), bright)
     power = (wide / 10000) ** (1305 / 8192)
     pq = ((107 / 128 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
     for curve, code in (("arib-std-b67", hlg), ("smpte2084", pq)):
