@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from audio import isolate_voice, log_mel, n_frames
 from data import Pack, PackWriter, cut_sound, encode_jpeg
-from faces import HIGHEST, SEGMENT, crop_face, detect_faces, face_box, find_faces, segments, square_within
+from faces import (
+    HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
 from media import (
     InputError, Parser, check_file, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
 from syncnet import SPAN, best_offset, by_shift, embed, load_sync
@@ -263,11 +264,9 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
     faces.TEMPLATES.
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
-    if find_faces([]) is None:
-        raise InputError("no face detector's weights were found: set TORCH_HOME to where they are")
-    manifest, lines = out / "manifest.jsonl", []
-    if manifest.exists():  # a killed run's last line may be torn
-        lines = [line for line in manifest.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    need_detector()
+    manifest = out / "manifest.jsonl"
+    lines = whole_lines(manifest) if manifest.exists() else []
     outcomes = [json.loads(line) for line in lines]
     packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
     with PackWriter(out, size, template, keep=packed) as pack, open(manifest, "ab") as log:

@@ -42,7 +42,7 @@ from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_strictly, open_log,
     pick_device, refusing, save_checkpoint, write_log)
 from data import Pack, batches, clips_used, find_clips, split, split_options
-from faces import HIGHEST, SEGMENT, crop_face, face_detectors, parse_box, segment_box
+from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
 from media import (
     FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe,
@@ -546,12 +546,8 @@ def face_crops(path: Path, expert, box: str | None = None):
     frames = read_video(path, height)
     where = parse_box(box, source.width, source.height, height / source.height) if box else None
     while part := list(islice(frames, SEGMENT)):
-        H, W = part[0].shape[:2]
-        if where is None and expert.template == "toy":
-            side = min(H, W)
-            where = ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2)
-        elif not box and expert.template != "toy":
-            where = detect_box(path, part, where)
+        if not box:
+            where = middle_square(part[0]) if expert.template == "toy" else detect_box(path, part, where)
         for frame in part:
             yield crop_face(frame, where, expert.size)
 
@@ -561,8 +557,7 @@ def detect_box(path: Path, frames: list, last: tuple | None) -> tuple:
     H, W = frames[0].shape[:2]
     whole = (0, 0, W, H)
     try:
-        if not face_detectors():
-            raise InputError("no face detector's weights were found")
+        need_detector()
         box = segment_box(frames)
     except InputError as error:
         if last or H == W:

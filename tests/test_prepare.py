@@ -35,8 +35,8 @@ def bright_faces(frames):
 
 
 def detect_by(monkeypatch, detector):
-    for module in (faces, prepare):
-        monkeypatch.setattr(module, "find_faces", detector)
+    monkeypatch.setattr(faces, "find_faces", detector)
+    monkeypatch.setattr(prepare, "need_detector", lambda: None)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ from pathlib import Path
 import faces, prepare
 sys.path.insert(0, sys.argv[1])
 from tests.test_prepare import bright_faces
-faces.find_faces = prepare.find_faces = bright_faces
+faces.find_faces, prepare.need_detector = bright_faces, lambda: None
 real, lives = prepare.PackWriter.add_encoded, [int(sys.argv[4])]
 def mortal(*args, **options):
     real(*args, **options)
@@ -370,7 +370,7 @@ def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
 
 
 def test_without_a_detector_nothing_begins(tmp_path, monkeypatch):
-    detect_by(monkeypatch, lambda frames: None)
+    monkeypatch.setattr(faces, "face_detectors", list)
     (tmp_path / "videos").mkdir()
     with pytest.raises(InputError, match="TORCH_HOME"):
         prepare.prepare(tmp_path / "videos", tmp_path / "out", 32)
