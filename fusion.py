@@ -37,8 +37,8 @@ from faces import mask_mouth
 from media import InputError
 from stylegan2 import Generator, generator_shape, load_rosinality, n_styles
 from vision import (
-    GradualStyleEncoder, HyperNetwork, HyperStyleNet, MouthEncoder, VisualEncoder, WEncoder, load_encoder,
-    load_hypernet, parts_of)
+    GradualStyleEncoder, HyperNetwork, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet,
+    parts_of)
 
 @dataclasses.dataclass
 class Config:
@@ -50,7 +50,7 @@ class Config:
     base: int = 32768           # channels of generator and discriminator: min(cap, base / resolution)
     cap: int = 512
     noise: bool = True          # StyleGAN2's noise maps; off at toy sizes: a young generator imitates edges with them
-    encoder: str = "psp"        # "slim": VisualEncoder; "psp": GradualStyleEncoder; "w": WEncoder
+    encoder: str = "psp"        # "slim": VisualEncoder; "psp": GradualStyleEncoder
     encoder_width: int = 64
     linear: int = 256           # numbers of the slim encoder's linear path; 0: none
     map_code: int = 0           # numbers behind the identity maps; 0: none, as with published generators
@@ -301,10 +301,11 @@ class FCTFG(nn.Module):
         self.encoder = self.maps = self.hyper = self.mouth = None
         if generator_only:
             return
+        assert c.encoder in ("slim", "psp"), f"encoder is {c.encoder}, expected slim or psp"
         if c.encoder == "slim":
             self.encoder = VisualEncoder(c.size, c.dim, c.L, c.encoder_width, c.linear)
         else:
-            self.encoder = {"psp": GradualStyleEncoder, "w": WEncoder}[c.encoder](c.L, c.dim, c.encoder_width)
+            self.encoder = GradualStyleEncoder(c.L, c.dim, c.encoder_width)
         self.maps = IdentityMaps(c) if c.map_code else None
         if c.hyper == "slim":
             self.hyper = HyperNetwork(c.size, changed_layers(self.generator, c.hyper_from), rank=c.hyper_rank)
@@ -557,8 +558,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
         networks["generator"] = load_strictly(lambda: Generator(**shape), decoder, f"{source}, decoder")
     changes = {}
     if encoder:
-        kind = "w" if isinstance(networks["encoder"], WEncoder) else "psp"
-        changes = dict(encoder=kind, encoder_width=len(networks["encoder"].input_layer[0].weight))
+        changes = dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
     if "generator" in networks:
         changes |= generator_shape(networks["generator"].state_dict(), source) | dict(noise=True, map_code=0)
         if encoder and networks["encoder"].latent_avg.shape[1] != changes["dim"]:

@@ -1,8 +1,8 @@
 """Published frozen networks that judge a face: VGG19, LPIPS, ArcFace, SyncNet v2, Wav2Lip's expert; a small one.
 
-Each is built under the names of its authors' file and loads it strictly. Images come in as (N, 3, H, W) in [-1, 1] and
-are brought to each author's size, range and channel order inside. None may be shipped; terms: VGG BSD (ImageNet's terms),
-LPIPS BSD-2, IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav2Lip research only.
+Each has the keys of its authors' file and loads it strictly. Images are (N, 3, H, W) in [-1, 1] and are brought to each
+author's size, range and channel order inside. None may be shipped; terms: VGG BSD (ImageNet's terms), LPIPS BSD-2,
+IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav2Lip research only.
 """
 
 import re
@@ -18,11 +18,11 @@ from checkpoint import fetch, load_frozen, read_weights, refusing
 from faces import ARCFACE_POINTS, TEMPLATES, resized, square_at, window
 from vision import trunk_ir_se50
 
-class SmallFaceJudge(nn.Module):
-    """Who is it? A small recogniser for packs at toy size, in ArcFace's place: (N, 3, H, W) -> (N, 64) of unit length.
 
-    Trained by train.py on pairs of frames of one clip against frames of others (no labels but the clip's): see
-    `same_person_loss`. Pictures are seen at 32 px.
+class SmallFaceJudge(nn.Module):
+    """Face recognition for packs at toy size, in ArcFace's place: (N, 3, H, W), read at 32 px -> (N, 64) of unit length.
+
+    Trained by train.py on frames of one clip against frames of others: see `same_person_loss`.
     """
 
     def __init__(self, width: int = 32, dim: int = 64):
@@ -46,11 +46,11 @@ def same_person_loss(a, b, identity, log_scale, bias):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# published judges. Keys and shapes are those of the authors' files; a copy with others is refused
+# published networks, with the keys and shapes of their authors' files
 
 def check_pictures(x, least: int):
     assert x.ndim == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= least, \
-        f"pictures are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
+        f"images are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
 
 
 def vgg_layers(*stages) -> list[nn.Module]:
@@ -65,11 +65,10 @@ def vgg_layers(*stages) -> list[nn.Module]:
 
 
 class VGG19Features(nn.Module):
-    """Perceptual judge: pictures (N, 3, H, W) in [-1, 1], H, W >= 16 -> feature maps relu1_1, 2_1, 3_1, 4_1, 5_1.
+    """Perceptual features: images (N, 3, H, W) in [-1, 1], H, W >= 16 -> maps relu1_1, 2_1, 3_1, 4_1, 5_1.
 
-    The maps are (N, 64, H, W), (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16), the
-    taps that pix2pixHD made customary; the paper names VGG19 and no layers. Needs torchvision's ImageNet normalisation,
-    done here.
+    They are (N, 64, H, W), (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16), the taps of
+    pix2pixHD: the paper names VGG19 without layers. ImageNet's normalisation is done here.
     """
 
     TAPS = (1, 6, 11, 20, 29)
@@ -83,7 +82,7 @@ class VGG19Features(nn.Module):
     def forward(self, x):
         check_pictures(x, 16)
         x, maps = ((x + 1) / 2 - self.mean) / self.std, []
-        for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the file's last three convolutions rest
+        for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the file's last three convolutions are unused
             x = layer(x)
             if i in self.TAPS:
                 maps.append(x)
@@ -124,30 +123,30 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b):
         check_pictures(a, 16)
-        assert a.shape == b.shape, f"pictures are {tuple(a.shape)} and {tuple(b.shape)}, expected the same shape"
+        assert a.shape == b.shape, f"images are {tuple(a.shape)} and {tuple(b.shape)}, expected the same shape"
         return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in zip(self.lins, self.maps(a), self.maps(b)))
 
 
 class ArcFace(nn.Module):
-    """Who is it? IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
+    """Face recognition by IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
 
-    The face is cut so that the eyes and mouth of the pictures' template (see vision.TEMPLATES) lie where the network's
-    own training had them. Of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. The border is
-    repeated where the network wants to see more than there is; smaller pictures are enlarged bilinearly.
+    The face is cut so that the eyes and mouth of the crops' template (faces.TEMPLATES) lie where the network's training
+    had them. Of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. The border is repeated beyond the
+    crop; smaller crops are enlarged bilinearly.
     """
 
     def __init__(self, template: str = "ffhq"):
         super().__init__()
         wanted = np.vstack([ARCFACE_POINTS[:2], ARCFACE_POINTS[3:].mean(0)])               # eyes, middle of the mouth
         square = square_at(wanted, (TEMPLATES[template].points or TEMPLATES["ffhq"].points))  # drawn faces: FFHQ's (ours)
-        self.left, self.top, self.side = map(round, square)                                # of the picture in the 112 px
+        self.left, self.top, self.side = map(round, square)                                # of the crop in the 112 px
         self.input_layer, self.body = trunk_ir_se50()
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(),
                                           nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512))
 
     def forward(self, x):
         check_pictures(x, 1)
-        assert x.shape[2] == x.shape[3], f"pictures are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
+        assert x.shape[2] == x.shape[3], f"images are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
         x = F.adaptive_avg_pool2d(x, self.side) if x.shape[2] > self.side else resized(x, self.side)
         return self.embed(window(x, -self.left, -self.top, 112))
 
@@ -157,17 +156,14 @@ class ArcFace(nn.Module):
 
 
 def normed(batch_norm, *layers) -> nn.Sequential:
-    """Each convolution followed by BatchNorm and ReLU; pools as they are"""
+    """Layers with BatchNorm and ReLU behind each convolution"""
     return nn.Sequential(*(part for layer in layers for part in (
         (layer, batch_norm(layer.out_channels), nn.ReLU()) if hasattr(layer, "out_channels") else (layer,))))
 
 
 class SyncNetV2(nn.Module):
-    """The published SyncNet (Chung & Zisserman 2016): distance of embeddings (N, 1024), small where lips and sound agree.
-
-    Its embeddings have no unit length and are compared by Euclidean distance. Frames f..f+4 belong to the 20 MFCC steps
-    from 4 f.
-    """
+    """SyncNet (Chung & Zisserman 2016): embeddings (N, 1024), not of unit length, whose Euclidean distance is small where
+    lips and sound agree. Frames f..f+4 belong to the 20 MFCC steps from 4 f."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +173,7 @@ class SyncNetV2(nn.Module):
             nn.Conv2d(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2), nn.Conv2d(256, 512, (5, 4)))         # (N, 256, 5, 4)
         self.netfcaud = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
         self.netfclip = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
-        # only the first layer sees time: t = 5 frames at once, all others work frame by frame
+        # only the first layer spans time, 5 frames; all others work frame by frame
         self.netcnnlip = normed(nn.BatchNorm3d,                                            # (B, 3, T, 224, 224)
             nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),    # (B, 96, T-4, 54, 54)
             nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
@@ -186,10 +182,8 @@ class SyncNetV2(nn.Module):
             nn.Conv3d(256, 512, (1, 6, 6)))                                                # (B, 512, T-4, 1, 1)
 
     def face(self, frames):
-        """Whole face crops (B, T, 3, H, W) in [-1, 1] RGB, T >= 5 -> (B, T-4, 1024), one for each five frames.
-
-        The authors' input is BGR in [0, 255] at 224 px; other sizes are resized.
-        """
+        """Whole face crops (B, T, 3, H, W) in [-1, 1] RGB, T >= 5 -> (B, T-4, 1024), one for each five frames. The
+        authors' input is BGR in [0, 255] at 224 px."""
         assert frames.ndim == 5 and frames.shape[1] >= 5 and frames.shape[2] == 3, \
             f"frames are {tuple(frames.shape)}, expected (B, T, 3, H, W) with T >= 5"
         B, T = frames.shape[:2]
@@ -216,10 +210,10 @@ class Wav2LipConv(nn.Module):
 
 
 class Wav2LipExpert(nn.Module):
-    """The published lip-sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync.
+    """Wav2Lip's sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync.
 
-    face, sound and logits mean the same as those of syncnet.SyncNet, so that it can stand in its place. Its faces are
-    the boxes of S3FD's detections, forehead to chin.
+    face, sound and logits are those of syncnet.SyncNet, so that it can take its place. It was trained on the boxes of
+    S3FD's detections, forehead to chin.
     """
 
     def __init__(self):
@@ -243,10 +237,8 @@ class Wav2LipExpert(nn.Module):
             Wav2LipConv(256, 512, 3, 1, 0), Wav2LipConv(512, 512, 1, 1, 0))
 
     def face(self, frames):
-        """Whole crops (B, 5, 3, H, W) in [-1, 1] RGB -> (B, 512) of unit length.
-
-        The authors' input is the lower half at 96 px, BGR in [0, 1], the five frames side by side as 15 channels.
-        """
+        """Whole crops (B, 5, 3, H, W) in [-1, 1] RGB -> (B, 512) of unit length. The authors' input is the lower half at
+        96 px, BGR in [0, 1], the five frames as 15 channels."""
         assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), (
             f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)")
         x = resized((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]                 # (5 B, 3, 48, 96)
@@ -265,60 +257,65 @@ class Wav2LipExpert(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # their weights
 
-# torchvision's VGG files hold a classifier, too
-CLASSIFIER = {f"classifier.{i}.{name}" for i in (0, 3, 6) for name in ("weight", "bias")}
+
+def load_published(name: str, make, device, path=None, weights=lambda content: content):
+    """Fetches PUBLISHED[name], or takes the user's copy at `path` -> the network that make() builds, frozen, with the
+    file's weights; weights: the file's content -> them. InputError: see fetch, load_strictly."""
+    path = fetch(name, path)
+    content = read_weights(path)
+    with refusing(path, f"not the weights of {name}"):
+        state = weights(content)
+    return load_frozen(make, state, path, device)
+
+
+def features_of(content: dict) -> dict:
+    """torchvision's VGG files also hold a classifier, which no judge uses"""
+    unused = {f"classifier.{i}.{name}" for i in (0, 3, 6) for name in ("weight", "bias")}
+    return {key: value for key, value in content.items() if key not in unused}
 
 
 def vgg19(device, path: str | Path | None = None) -> VGG19Features:
-    """Frozen, with torchvision's weights. path: your copy of the file; None fetches it. InputError: see fetch, load."""
-    path = fetch("vgg19", path)
-    state = {k: v for k, v in read_weights(path).items() if k not in CLASSIFIER}
-    return load_frozen(VGG19Features, state, path, device)
-
-
-def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
-    """Frozen. path: your copy of torchvision's VGG16, heads: of the authors' vgg.pth; None fetches them."""
-    path, heads = fetch("vgg16", path), fetch("lpips_heads", heads)
-    state = {f"scaling_layer.{k}": torch.tensor(v)[None, :, None, None] for k, v in LPIPS.SCALING.items()}
-    for key, value in read_weights(path).items():
-        index = re.match(r"features\.(\d{1,2})\.", key)
-        if index:
-            part = 1 + sum(int(index[1]) >= end for end in LPIPS.ENDS)
-            key = key.replace("features.", f"net.slice{part}.")
-        if key not in CLASSIFIER:
-            state[key] = value
-    for key, value in read_weights(heads).items():                                         # lin0.model.1.weight ..
-        state |= {key: value, key.replace("lin", "lins.", 1): value}
-    return load_frozen(LPIPS, state, f"{path} with {heads}", device)
+    return load_published("vgg19", VGG19Features, device, path, features_of)
 
 
 def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
-    """Frozen, for pictures of a crop template. path: your copy (pSp's model_ir_se50.pth is the same); None fetches it."""
-    path = fetch("arcface", path)
-    return load_frozen(lambda: ArcFace(template), read_weights(path), path, device)
+    """For images of a crop template. pSp's model_ir_se50.pth holds the same weights."""
+    return load_published("arcface", lambda: ArcFace(template), device, path)
 
 
 def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:
-    """Frozen. path: your copy; None fetches it."""
-    path = fetch("syncnet_v2", path)
-    return load_frozen(SyncNetV2, read_weights(path), path, device)
+    return load_published("syncnet_v2", SyncNetV2, device, path)
 
 
 def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
-    """Frozen. path: your copy; None fetches it. The file is a training checkpoint: weights under 'state_dict'."""
-    path = fetch("wav2lip_expert", path)
-    with refusing(path, "not the Wav2Lip expert"):
-        return load_frozen(Wav2LipExpert, read_weights(path)["state_dict"], path, device)
+    return load_published("wav2lip_expert", Wav2LipExpert, device, path, lambda content: content["state_dict"])
+
+
+def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
+    """path: torchvision's VGG16, heads: the authors' vgg.pth."""
+    heads = fetch("lpips_heads", heads)
+
+    def weights(content):
+        state = {f"scaling_layer.{k}": torch.tensor(v)[None, :, None, None] for k, v in LPIPS.SCALING.items()}
+        for key, value in features_of(content).items():
+            if index := re.match(r"features\.(\d{1,2})\.", key):
+                key = key.replace("features.", f"net.slice{1 + sum(int(index[1]) >= end for end in LPIPS.ENDS)}.")
+            state[key] = value
+        for key, value in read_weights(heads).items():                                     # lin0.model.1.weight ..
+            state |= {key: value, key.replace("lin", "lins.", 1): value}
+        return state
+
+    return load_published("vgg16", LPIPS, device, path, weights)
 
 
 class SyncNetV2Expert(nn.Module):
-    """The published SyncNet v2 in a SyncNet's place, to be trained against; its sound is MFCC windows (B, 13, 20).
+    """SyncNet v2 in a syncnet.SyncNet's place, to train against; its sound is MFCC windows (B, 13, 20).
 
-    Ours: it was trained with a margin on the distance of embeddings that have no unit length, so the logit is that margin
-    less the distance. In sync they are about 7 apart, else about 14 (see evaluate.py): 10 lies between.
+    Ours: it was trained with a margin on the distance, so the logit is that margin less the distance. In sync embeddings
+    are about 7 apart, else about 14: 10 lies between.
     """
 
-    hears_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
+    uses_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
 
     def __init__(self, network: SyncNetV2):
         super().__init__()

@@ -1,8 +1,8 @@
 """Facial landmarks of photos and videos by one small network: a 64-pixel grey crop -> the 68 points of iBUG.
 
-A face is seen in a normalised crop: the square in which the mean shape, shifted, scaled and rotated to fit the face, lies
-where it lies in the template. The crop follows from the points, so each look gives a better crop for the next one.
-Eyes, brows and mouth are read once more from crops of their own. In 64 pixels of a face an eye is 4 pixels high.
+The crop is the square in which the mean shape, shifted, scaled and rotated to fit the face, lies where it lies in the
+template. It follows from the points, so each pass gives a better crop for the next one. Eyes, brows and mouth are read
+once more from crops of their own: in 64 pixels of a face an eye is 4 pixels high.
 
     python landmarks.py show photo.jpg                  # photo_landmarks.png: the points drawn  (2 s)
     python landmarks.py train out/photos out/clips      # weights from packs with landmarks    (4 minutes)
@@ -22,22 +22,22 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, split
-from faces import K, Landmarks, detect_faces, face_box, similarity, to_complex
+from faces import K, Landmarks, detect_faces, face_box, need_detector, similarity, to_complex
 from media import InputError, Parser, check_output, load_photo, run
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
-# the same face in a mirror: which of the 68 points stands for which
-MIRROR = np.r_[16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1]
-MIRROR = np.r_[MIRROR, 64:59:-1, 67:64:-1]
+# point i of a face is point MIRROR[i] of its mirror image
+MIRROR = np.r_[16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40,
+               54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]
 FACE_SIZE = 64  # pixels of its crop
 MIDDLE = 0.5 + 0.5j
 
 
 class Part(NamedTuple):
-    """What a network of its own sees, and in a mirror what stands for it there: a right eye looks as a left one"""
+    """What a network of its own reads, on the left of the picture and, mirrored, on the right"""
 
     points: np.ndarray  # (2, k) of the 68; the second row in the mirror
     weight: list  # of the points in the loss
@@ -51,8 +51,8 @@ LEFT = np.r_[17:22, 36:42]  # brow and eye on the left of the picture
 RIGHT, LIPS = MIRROR[LEFT], np.r_[48:68]
 EYE = Part(np.stack([LEFT, RIGHT]), [1] * 5 + [3] * 6, 5, 0.5 + 0.62j, 0.38, 32)
 MOUTH = Part(np.stack([LIPS, MIRROR[LIPS]]), [1] * 12 + [3] * 8, 0, MIDDLE, 0.45, 48)
-STEADY = 0.02  # a crop that moves by more of its side between two frames is looked at again
-LOST = 0.04  # sides of the crop: look and mirror image are further apart where there is no face
+STEADY = 0.02  # a crop that moves by more of its side between two frames is read again
+LOST = 0.04  # sides of the crop: points of crop and mirror image are further apart where there is no face
 JUMP, SWELL = 0.35, 1.4  # sides by which a face moves at most between two frames, factor by which it grows
 DOUBT = 0.02  # see `doubt`: 99 of 100 UTKFace photos lie below; of 28 pictures of no face all but a dog above
 # sides of the crop by which dlib's points lie too low: its line between shut lips is .0077 below the darkest row (median
@@ -65,7 +65,6 @@ SHUT, SEARCH = 0.016, 0.025
 # ---------------------------------------------------------------------------------------------------------------------
 # the network
 
-
 def trunk(widths: list[int]) -> list[nn.Module]:
     """Convolutions that halve a grey crop once a width"""
     layers, before = [], 1
@@ -76,7 +75,7 @@ def trunk(widths: list[int]) -> list[nn.Module]:
     return [*layers, nn.Flatten()]
 
 
-def level(x: torch.Tensor) -> torch.Tensor:
+def standardise(x: torch.Tensor) -> torch.Tensor:
     """Crops (n, 1, S, S) without their brightness and contrast; + 1 grey level: a blank one stays finite"""
     x = x - x.mean((2, 3), keepdim=True)
     return x / (x.std((2, 3), keepdim=True) + 1)
@@ -93,13 +92,13 @@ class PartNet(nn.Module):
         self.register_buffer("mean", torch.zeros(k, 2))
 
     def forward(self, x):
-        return self.mean + 0.1 * self.layers(level(x)).unflatten(-1, (-1, 2))
+        return self.mean + 0.1 * self.layers(standardise(x)).unflatten(-1, (-1, 2))
 
 
 class LandmarkNet(nn.Module):
-    """Grey crops of faces (n, 1, 64, 64) -> points (n, 68, 2) in units of the crop; `eye`, `mouth`: from near.
+    """Grey crops of faces (n, 1, 64, 64) -> points (n, 68, 2) in units of the crop; `eye`, `mouth`: networks of parts.
 
-    The trunk gives `components` numbers, weights of the principal components of shapes: no point can leave the others.
+    The trunk gives `components` weights of the principal components of shapes: no point can leave the others.
     """
 
     def __init__(self, width: int = 20, components: int = 40):
@@ -111,27 +110,25 @@ class LandmarkNet(nn.Module):
         self.register_buffer("mean", torch.zeros(K, 2))
         self.register_buffer("basis", torch.zeros(components, 2 * K))
         # the mean face in 3-D for warp.py: the 68 points and 9 of the hairline, in distances of the eyes' outer corners;
-        # the median of MediaPipe's points on 177 photos of UTKFace. Not trained here: `train` takes it over
+        # the median of MediaPipe's points on 177 photos of UTKFace. Not trained here: `train` copies it
         self.register_buffer("solid", torch.zeros(K + 9, 3))
 
     def forward(self, x):
-        return self.mean + (self.layers(level(x)) @ self.basis).unflatten(-1, (K, 2))
+        return self.mean + (self.layers(standardise(x)) @ self.basis).unflatten(-1, (K, 2))
+
+    def crop_of(self, points: np.ndarray):
+        """The crops a, b (..) in which the mean shape lies nearest to points (.., K) in pixels"""
+        return similarity(to_complex(self.mean.numpy()), points)
 
 
 def load_landmarks(path: str | Path = WEIGHTS) -> LandmarkNet:
-    """The network of a file, in evaluation mode on the CPU. Raises InputError: as load_checkpoint; damaged."""
+    """The network of a file, frozen, on the CPU. Raises InputError: as load_checkpoint; damaged."""
     checkpoint = load_checkpoint(path, "landmarks")
-    try:
-        net = LandmarkNet(**checkpoint["config"])
-        net.load_state_dict({name: value.float() for name, value in checkpoint["net"].items()})
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: does not hold this network ({str(error).splitlines()[0]})") from None
-    return net.eval().requires_grad_(False)
+    return load_frozen(lambda: LandmarkNet(**checkpoint["config"]), checkpoint.get("net"), path, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # points and crops
-
 
 def to_real(points: np.ndarray) -> np.ndarray:
     """complex (..) -> float32 (.., 2)"""
@@ -141,13 +138,6 @@ def to_real(points: np.ndarray) -> np.ndarray:
 def mirror(points: np.ndarray) -> np.ndarray:
     """Points (.., K) in units of a crop -> those of its mirror image"""
     return 1 - points[..., MIRROR].conj()
-
-
-def box_crop(box) -> tuple[complex, complex]:
-    """x0, y0, x1, y1 in pixels -> a, b of the square about its middle"""
-    x0, y0, x1, y1 = map(float, box)
-    side = (x1 - x0 + y1 - y0) / 2
-    return complex(side), complex((x0 + x1 - side) / 2, (y0 + y1 - side) / 2)
 
 
 def part_crops(part: Part, a, points: np.ndarray):
@@ -163,22 +153,22 @@ def unit_square(size: int) -> np.ndarray:
 
 
 def sample(grey: torch.Tensor, at: np.ndarray) -> torch.Tensor:
-    """Grey pictures (n or 1, 1, H, W), pixels x + iy (n, S, S) -> (n, 1, S, S), bilinear; the border is repeated"""
+    """Grey images (n or 1, 1, H, W), pixels x + iy (n, S, S) -> (n, 1, S, S), bilinear; the border is repeated"""
     size = torch.tensor([grey.shape[-1], grey.shape[-2]])
     grid = torch.view_as_real(torch.from_numpy(at.astype(np.complex64))) * 2 / size - 1
     return F.grid_sample(grey.expand(len(at), -1, -1, -1), grid, padding_mode="border", align_corners=False)
 
 
 def sample_crops(grey: torch.Tensor, a, b, size: int) -> torch.Tensor:
-    """Crops a, b (n,) of grey pictures -> (n, 1, size, size). A pixel is the mean of up to 6 x 6 samples: no aliasing"""
+    """Crops a, b (n,) of grey images -> (n, 1, size, size). A pixel is the mean of up to 6 x 6 samples: no aliasing"""
     a, b = np.asarray(a)[:, None, None], np.asarray(b)[:, None, None]
     fine = min(6, max(1, round(float(np.abs(a).max()) / size / 1.5)))
     return F.avg_pool2d(sample(grey, a * unit_square(fine * size) + b), fine)
 
 
 def grey_part(photo: np.ndarray, a: complex, b: complex) -> tuple[torch.Tensor, complex]:
-    """What the crop a, b shows of a photo, uint8 (H, W, 3), with a tenth of air -> grey (1, 1, h, w), its corner x + iy.
-    All of a large photo in grey would take longer than the network."""
+    """What the crop a, b covers of a photo, uint8 (H, W, 3), with a margin of a tenth -> grey (1, 1, h, w), its corner
+    x + iy. All of a large photo in grey would take longer than the network."""
     corners = a * (1.2 * np.array([0, 1, 1j, 1 + 1j]) - 0.1 - 0.1j) + b
     H, W = photo.shape[:2]
     x0, y0 = (int(np.clip(v.min(), 0, n - 1)) for v, n in ((corners.real, W), (corners.imag, H)))
@@ -187,47 +177,43 @@ def grey_part(photo: np.ndarray, a: complex, b: complex) -> tuple[torch.Tensor, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# finding
+# detection
 
-
-def look(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, shifts=(0,)) -> np.ndarray:
+def read_face(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, shifts=(0,)) -> np.ndarray:
     """The crop a, b of a photo, uint8 (H, W, 3), shifted by sides -> points in pixels (2, len(shifts), K): those of
     each crop, and of its mirror image"""
-    part, corner = grey_part(photo, a, b)
+    grey, corner = grey_part(photo, a, b)
     b = b + a * np.array(shifts)
-    crops = sample_crops(part, np.full(len(b), a), b - corner, FACE_SIZE)
-    seen = to_complex(net(torch.cat([crops, crops.flip(-1)])).numpy()).reshape(2, len(b), K)
-    seen[1] = mirror(seen[1])
-    return a * seen + b[:, None]
+    crops = sample_crops(grey, np.full(len(b), a), b - corner, FACE_SIZE)
+    points = to_complex(net(torch.cat([crops, crops.flip(-1)])).numpy()).reshape(2, len(b), K)
+    points[1] = mirror(points[1])
+    return a * points + b[:, None]
 
 
-def look_nearer(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, points: np.ndarray) -> np.ndarray:
-    """Points (K,) in pixels, and the crop that fits them -> the same with eyes, brows and mouth as seen from near"""
+def read_parts(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, points: np.ndarray) -> np.ndarray:
+    """Points (K,) in pixels, and the crop that fits them -> the same with eyes, brows and mouth from their own crops"""
     grey, corner = grey_part(photo, a, b)
     for network, part in ((net.eye, EYE), (net.mouth, MOUTH)):
         side, b = part_crops(part, a, points)
         crops = sample_crops(grey, [side, side], b - corner, part.size)
-        seen = to_complex(network(torch.cat([crops[:1], crops[1:].flip(-1)])).numpy())
-        seen[1] = 1 - seen[1].conj()
+        found = to_complex(network(torch.cat([crops[:1], crops[1:].flip(-1)])).numpy())
+        found[1] = 1 - found[1].conj()
         total, times = np.zeros(K, complex), np.bincount(part.points.ravel(), minlength=K)  # the mouth is in both rows
-        np.add.at(total, part.points, side * seen + b[:, None])
+        np.add.at(total, part.points, side * found + b[:, None])
         points = np.where(times, total / times.clip(1), points)
     return points
 
 
 @torch.inference_mode()
-def find_landmarks(net: LandmarkNet, photo: np.ndarray, box, looks: int = 3) -> np.ndarray:
-    """Landmarks of the face in a box, x0, y0, x1, y1 in pixels as of vision.face_box -> float32 (68, 2) in pixels.
-
-    photo: uint8 (H, W, 3). After each look the crop moves, scales and rotates with the points. Read `doubt` as well: the
-    network gives landmarks of anything.
-    """
-    a, b = box_crop(box)
-    for _ in range(looks):
-        points = look(net, photo, a, b).mean((0, 1))
-        a, b = similarity(to_complex(net.mean.numpy()), points)
-    for _ in range(2):  # the second look is centred; in a video one has to do
-        points = look_nearer(net, photo, a, b, points)
+def find_landmarks(net: LandmarkNet, photo: np.ndarray, box) -> np.ndarray:
+    """Landmarks of the face in a square box, x0, y0, x1, y1 in pixels, of a photo, uint8 (H, W, 3) -> float32 (68, 2) in
+    pixels. After each pass the crop follows the points. Read `doubt` as well: the network gives landmarks of anything."""
+    a, b = box[2] - box[0], complex(*box[:2])
+    for _ in range(3):
+        points = read_face(net, photo, a, b).mean((0, 1))
+        a, b = net.crop_of(points)
+    for _ in range(2):  # the second time from centred crops; a frame of a video has one
+        points = read_parts(net, photo, a, b, points)
     return to_real(points)
 
 
@@ -235,9 +221,9 @@ def find_landmarks(net: LandmarkNet, photo: np.ndarray, box, looks: int = 3) -> 
 def doubt(net: LandmarkNet, photo: np.ndarray, points: np.ndarray) -> float:
     """How far landmarks (68, 2) scatter, in sides of the crop, when the crop is shifted and mirrored. Above DOUBT they
     are not to be trusted: a profile, something before the mouth, not a face."""
-    a, b = similarity(to_complex(net.mean.numpy()), to_complex(points))
-    seen = look(net, photo, a, b, (0.08, -0.08, 0.08j, -0.08j)).reshape(-1, K)
-    return float(np.abs(seen - seen.mean(0)).mean() / np.abs(a))
+    a, b = net.crop_of(to_complex(points))
+    found = read_face(net, photo, a, b, (0.08, -0.08, 0.08j, -0.08j)).reshape(-1, K)
+    return float(np.abs(found - found.mean(0)).mean() / np.abs(a))
 
 
 def read_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -255,55 +241,54 @@ def read_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def track_landmarks(net: LandmarkNet, frames, box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames, uint8 (H, W, 3), from any iterable, and the box of the face in the first -> landmarks (T, 68, 2) in pixels,
-    eyes and brows (T, 2) of read_eyes, all float32; NaN in frames where the face is lost.
+    """Frames, uint8 (H, W, 3), from any iterable, and the square box of the face in the first -> landmarks (T, 68, 2) in
+    pixels, eyes and brows (T, 2) of read_eyes, all float32; NaN in frames where the face is lost.
 
-    The crop follows the points: one look a frame, two where it moves. The face is lost where crop and mirror image
+    The crop follows the points: one pass a frame, two where it moves. The face is lost where crop and mirror image
     disagree or the crop jumps; it is then searched for where it was last.
     """
-    mean, track = to_complex(net.mean.numpy()), []
-    (a, b), looks = box_crop(box), 3
+    track, passes, a, b = [], 3, box[2] - box[0], complex(*box[:2])
     for frame in frames:
-        last, searched = (a, b), looks > 1
-        while looks:
-            seen = look(net, frame, a, b)[:, 0]
-            centre, (a, b) = a * MIDDLE + b, similarity(mean, seen.mean(0))
-            looks -= 1
+        last, searched = (a, b), passes > 1
+        while passes:
+            found = read_face(net, frame, a, b)[:, 0]
+            centre, (a, b) = a * MIDDLE + b, net.crop_of(found.mean(0))
+            passes -= 1
             if not searched and abs(a * MIDDLE + b - centre) > STEADY * abs(a):
-                looks, searched = 1, True
+                passes, searched = 1, True
         moved = abs(a * MIDDLE + b - last[0] * MIDDLE - last[1]) / abs(last[0])
         steady = not track or moved < JUMP and 1 / SWELL < abs(a / last[0]) < SWELL
-        if steady and np.abs(seen[0] - seen[1]).mean() < LOST * abs(a):
-            points, looks = look_nearer(net, frame, a, b, seen.mean(0)), 1
+        if steady and np.abs(found[0] - found[1]).mean() < LOST * abs(a):
+            points, passes = read_parts(net, frame, a, b, found.mean(0)), 1
         else:
-            points, looks, (a, b) = np.full(K, complex(np.nan, np.nan)), 3, last
+            points, passes, (a, b) = np.full(K, complex(np.nan, np.nan)), 3, last
         track.append(to_real(points))
     points = np.stack(track) if track else np.zeros((0, K, 2), np.float32)
     return points, *(v.astype(np.float32) for v in read_eyes(points))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# training
-
+# training data
 
 def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) -> tuple[torch.Tensor, np.ndarray]:
     """Packs with landmarks beside them -> grey frames, uint8 (n, 1, S, S), and points (n, K) in units of the crop.
 
-    Up to `most` frames a pack, evenly from its clips; every tenth person (clip, where people are few) is left out.
-    Raises InputError: no pack, no landmarks, packs of several sizes.
+    Up to `most` frames a pack, evenly from its clips for training. Raises InputError: no pack, no landmarks, packs of
+    several sizes.
     """
-
     packs = [Pack(folder) for folder in folders]
     if len({pack.size for pack in packs}) > 1:
         raise InputError("packs of several sizes: " + ", ".join(f"{pack.folder} {pack.size}" for pack in packs))
-    pictures, points = [], []
-    for pack, marks in [(pack, Landmarks(pack.folder / "landmarks", pack)) for pack in packs]:
-        clips, shift = np.intersect1d(split(pack)["train"], marks.kept), DLIB_LOW * (marks.detector == "dlib")
+    images, points = [], []
+    for pack, found in [(pack, Landmarks(pack.folder / "landmarks", pack)) for pack in packs]:
+        clips, shift = np.intersect1d(split(pack)["train"], found.kept), DLIB_LOW * (found.detector == "dlib")
         for c in tqdm(rng.permutation(clips)[:most], desc=pack.folder.name, leave=False, disable=None):
             for k in rng.permutation(pack.n_frames[c])[: -(-most // len(clips))]:
-                pictures.append((torch.from_numpy(pack.frame(c, k)).float() @ GREY).round().byte())
-                points.append(to_complex(marks.points[pack.frame_start[c] + k] / pack.size) - 1j * shift)
-    return torch.stack(pictures)[:, None], np.stack(points)
+                images.append((torch.from_numpy(pack.frame(c, k)).float() @ GREY).round().byte())
+                points.append(to_complex(found.points[pack.frame_start[c] + k] / pack.size) - 1j * shift)
+    if not images:
+        raise InputError("no clip for training has landmarks: " + ", ".join(str(folder) for folder in folders))
+    return torch.stack(images)[:, None], np.stack(points)
 
 
 def mean_shape(points: np.ndarray) -> np.ndarray:
@@ -318,13 +303,13 @@ def mean_shape(points: np.ndarray) -> np.ndarray:
     return (a * mean + b + mirror(a * mean + b)) / 2
 
 
-def disturb(n: int, scale, turn, shift, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def random_crops(n: int, scale, turn, shift, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Crops that are off, (n,) each: a, b in units of the right crop; deviations of log scale, radians, sides"""
     a = np.exp(scale * rng.normal(size=n) + 1j * turn * rng.normal(size=n))
     return a, MIDDLE - a * MIDDLE + shift * (rng.normal(size=(n, 2)) @ (1, 1j))
 
 
-def spoil(x: torch.Tensor) -> torch.Tensor:
+def degrade(x: torch.Tensor) -> torch.Tensor:
     """Crops (n, 1, S, S) as other cameras give them: gamma, every fourth blurred, noise"""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     x = ((x - low) / (high - low + 1)) ** torch.exp(0.3 * torch.randn(len(x), 1, 1, 1)) * 200
@@ -332,53 +317,7 @@ def spoil(x: torch.Tensor) -> torch.Tensor:
     return x + 6 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
 
 
-def fit(network: nn.Module, draw, weight: torch.Tensor, steps: int, peak: float, name: str):
-    """Trains on `steps` batches of draw(): crops, complex points in units of the crops. Loss: mean distance of the
-    points, not squared (landmarks err), times `weight`"""
-    network.to(memory_format=torch.channels_last)  # a third faster on a CPU
-    opt = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, peak, total_steps=steps)
-    for _ in tqdm(range(steps), desc=name, disable=None):
-        x, y = draw()
-        miss = network(spoil(x).contiguous(memory_format=torch.channels_last)) - torch.from_numpy(to_real(y))
-        loss = ((miss.square().sum(-1) + 1e-6).sqrt() * weight / weight.mean()).mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        rate.step()
-    network.to(memory_format=torch.contiguous_format)
-
-
-def train_points(net: LandmarkNet, pictures: torch.Tensor, points: np.ndarray, steps: int, rng, batch=64):
-    """The face's network from grey frames, uint8 (n, 1, S, S), and their points (n, K) in units of the frame. Crops are
-    as far off as a detector's box (every second), or as a look before."""
-    S, wide = pictures.shape[-1], np.arange(batch) % 2 == 0
-    mean = mean_shape(points)
-    right_a, right_b = similarity(mean, points)
-
-    def choose():
-        """Places of a batch, its crops in units of the frame, points in units of the crops"""
-        i = rng.integers(len(points), size=batch)
-        a, b = disturb(batch, *np.where(wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
-        a, b = right_a[i] * a, right_a[i] * b + right_b[i]
-        return i, a, b, (points[i] - b[:, None]) / a[:, None]
-
-    def draw():
-        i, a, b, y = choose()
-        x = sample_crops(pictures[i].float(), S * a, S * b, FACE_SIZE)
-        half = batch // 2
-        return torch.cat([x[:half], x[half:].flip(-1)]), np.concatenate([y[:half], mirror(y[half:])])
-
-    shapes = np.concatenate([y for _ in range(4000 // batch) for y in (choose()[3], mirror(choose()[3]))]) - mean
-    _, s, v = torch.linalg.svd(torch.from_numpy(to_real(shapes)).flatten(1), full_matrices=False)
-    net.mean.copy_(torch.from_numpy(to_real(mean)))
-    net.basis.copy_((v * s[:, None] / len(shapes) ** 0.5)[: len(net.basis)])  # weights of deviation 1
-    weight = torch.ones(K)
-    weight[36:48], weight[48:60], weight[60:] = 3, 4, 8  # what is moved later, most of all the line between the lips
-    fit(net, draw, weight, steps, 3e-3, "landmarks")
-
-
-def shut(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
+def shut_eyes(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
     """Shuts eyes by moving their own lids: dlib's points hardly follow lids that shut, so they cannot teach blinks.
 
     v (n, S, S): where pixels lie in the right crops of eyes, y (n, 11): the points there, share (n,): how much of the gap
@@ -411,13 +350,15 @@ def shut(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.ndarr
     return (flat.real + 1j * taken).reshape(v.shape), y
 
 
-def seal_lips(pictures: torch.Tensor, points: np.ndarray) -> np.ndarray:
-    """Points (n, K) in units of upright grey pictures (n, 1, S, S), as dlib reads them -> the same, but lips that are
-    nearly shut meet where they do in the picture: on the line near dlib's that is dark, and brighter below"""
-    upper, lower, at, S = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64], np.linspace(-1, 1, 5), pictures.shape[-1]
+def seal_lips(images: torch.Tensor, points: np.ndarray) -> np.ndarray:
+    """Points (n, K) in units of upright grey images (n, 1, S, S), as dlib reads them -> the same, but lips that are
+    nearly shut meet where they do in the image: on the line near dlib's that is dark, and brighter below"""
+    upper, lower, at, S = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64], np.linspace(-1, 1, 5), images.shape[-1]
     gap = (points[:, lower] - points[:, upper]).imag[:, 1:4].mean(1)
     i = np.flatnonzero(gap < 2 * SHUT)
-    grey, fine = pictures[torch.from_numpy(i)].float(), np.linspace(-0.8, 0.8, 13)  # -1, 1: corners
+    if not len(i):
+        return points
+    grey, fine = images[torch.from_numpy(i)].float(), np.linspace(-0.8, 0.8, 13)  # -1, 1: corners
     grey = grey / (grey.std((2, 3), keepdim=True) + 1)
     line = (points[i][:, upper] + points[i][:, lower]) / 2 @ np.stack([np.interp(fine, at, one) for one in np.eye(5)])
     rise, bend = (v.ravel() for v in np.meshgrid(np.linspace(-1, 1, 21) * SEARCH, np.linspace(-0.5, 0.5, 5) * SEARCH))
@@ -435,31 +376,80 @@ def seal_lips(pictures: torch.Tensor, points: np.ndarray) -> np.ndarray:
     share = np.r_[np.full(12, 0.5), np.ones(8)]  # outer lips follow by half
     points = points.copy()
     points[i, 48:] += 1j * share * (rise[best, None] + bend[best, None] * (1 - across**2))
-    closer = SHUT / gap[i, None].clip(SHUT) - 0.5  # up to SHUT they meet, from 2 SHUT they stay as they are
+    closed = SHUT / gap[i, None].clip(SHUT) - 0.5  # up to SHUT they meet, from 2 SHUT they stay as they are
     up, low = points[i][:, upper], points[i][:, lower]
-    points[np.ix_(i, upper)], points[np.ix_(i, lower)] = up + closer * (low - up), low + closer * (up - low)
+    points[np.ix_(i, upper)], points[np.ix_(i, lower)] = up + closed * (low - up), low + closed * (up - low)
     return points
 
 
-def train_part(net: LandmarkNet, part: Part, pictures: torch.Tensor, points: np.ndarray, steps: int, rng, batch=64):
-    """As train_points, for a part's network. Of eyes only open ones, two thirds of a batch shut more or less"""
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+def fit(network: nn.Module, draw, weight: torch.Tensor, steps: int, peak: float, name: str):
+    """Trains on `steps` batches of draw(): crops, complex points in units of the crops. Loss: mean distance of the
+    points, not squared (landmarks err), times `weight`"""
+    network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    opt = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, peak, total_steps=steps)
+    for _ in tqdm(range(steps), desc=name, disable=None):
+        x, y = draw()
+        error = network(degrade(x).contiguous(memory_format=torch.channels_last)) - torch.from_numpy(to_real(y))
+        loss = ((error.square().sum(-1) + 1e-6).sqrt() * weight / weight.mean()).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        rate.step()
+    network.to(memory_format=torch.contiguous_format)
+
+
+def train_face(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, steps: int, rng, batch=64):
+    """The face's network from grey frames, uint8 (n, 1, S, S), and their points (n, K) in units of the frame. Crops are
+    as far off as a detector's box (every second), or as the pass before."""
+    S, wide = images.shape[-1], np.arange(batch) % 2 == 0
+    mean = mean_shape(points)
+    right_a, right_b = similarity(mean, points)
+
+    def choose():
+        """Places of a batch, its crops in units of the frame, points in units of the crops"""
+        i = rng.integers(len(points), size=batch)
+        a, b = random_crops(batch, *np.where(wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
+        a, b = right_a[i] * a, right_a[i] * b + right_b[i]
+        return i, a, b, (points[i] - b[:, None]) / a[:, None]
+
+    def draw():
+        i, a, b, y = choose()
+        x = sample_crops(images[i].float(), S * a, S * b, FACE_SIZE)
+        middle = batch // 2
+        return torch.cat([x[:middle], x[middle:].flip(-1)]), np.concatenate([y[:middle], mirror(y[middle:])])
+
+    shapes = np.concatenate([y for _ in range(4000 // batch) for y in (choose()[3], mirror(choose()[3]))]) - mean
+    _, s, v = torch.linalg.svd(torch.from_numpy(to_real(shapes)).flatten(1), full_matrices=False)
+    net.mean.copy_(torch.from_numpy(to_real(mean)))
+    net.basis.copy_((v * s[:, None] / len(shapes) ** 0.5)[: len(net.basis)])  # weights of deviation 1
+    weight = torch.ones(K)
+    weight[36:48], weight[48:60], weight[60:] = 3, 4, 8  # what is moved later, most of all the line between the lips
+    fit(net, draw, weight, steps, 3e-3, "landmarks")
+
+
+def train_part(net: LandmarkNet, part: Part, images: torch.Tensor, points: np.ndarray, steps: int, rng, batch=64):
+    """As train_face, for a part's network. Of eyes only open ones, two thirds of a batch shut more or less"""
     network = net.eye if part is EYE else net.mouth
     if part is EYE:
         is_open = (read_eyes(to_real(points))[0] > 0.2).all(1)
-        pictures, points = pictures[torch.from_numpy(is_open)], points[is_open]
-    a, b = part_crops(part, similarity(to_complex(net.mean.numpy()), points)[0], points)
-    shapes, S = (points[:, part.points] - b[..., None]) / a[:, None, None], pictures.shape[-1]  # (n, 2, k)
+        images, points = images[torch.from_numpy(is_open)], points[is_open]
+    a, b = part_crops(part, net.crop_of(points)[0], points)
+    shapes, S = (points[:, part.points] - b[..., None]) / a[:, None, None], images.shape[-1]  # (n, 2, k)
     shapes[:, 1] = 1 - shapes[:, 1].conj()
     network.mean.copy_(torch.from_numpy(to_real(shapes.mean((0, 1)))))
 
     def draw():
         i, side = rng.integers(len(points), size=batch), rng.integers(2, size=batch)
-        turn, shift = disturb(batch, 0.08, 0.08, 0.03, rng)
+        turn, shift = random_crops(batch, 0.08, 0.08, 0.03, rng)
         v, y = turn[:, None, None] * unit_square(part.size) + shift[:, None, None], shapes[i, side]
         if part is EYE:
-            v, y = shut(v, y, (1.5 * rng.random(batch)).clip(0, 1) * (rng.random(batch) > 0.33), rng)
+            v, y = shut_eyes(v, y, (1.5 * rng.random(batch)).clip(0, 1) * (rng.random(batch) > 0.33), rng)
         v = np.where(side[:, None, None] == 1, 1 - v.conj(), v)
-        x = sample(pictures[i].float(), S * (a[i, None, None] * v + b[i, side][:, None, None]))
+        x = sample(images[i].float(), S * (a[i, None, None] * v + b[i, side][:, None, None]))
         return x, (y - shift[:, None]) / turn[:, None]
 
     fit(network, draw, torch.tensor(part.weight).float(), steps, 5e-3, "eyes" if part is EYE else "mouth")
@@ -468,28 +458,27 @@ def train_part(net: LandmarkNet, part: Part, pictures: torch.Tensor, points: np.
 # ---------------------------------------------------------------------------------------------------------------------
 # commands
 
-
 def train(args):
     out, rng = check_output(args.out, args.overwrite, (".pt",)), np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
-    pictures, points = read_packs(args.packs, rng)
+    images, points = read_packs(args.packs, rng)
     net = LandmarkNet()
     net.solid.copy_(load_landmarks().solid)
-    points = seal_lips(pictures, points)
-    train_points(net, pictures, points, args.steps, rng)
+    points = seal_lips(images, points)
+    train_face(net, images, points, args.steps, rng)
     for part in (EYE, MOUTH):
-        train_part(net, part, pictures, points, args.steps, rng)
-    state = {name: value.half() for name, value in net.state_dict().items()}
-    save_checkpoint(out, dict(kind="landmarks", format=1, config=net.config, net=state))
+        train_part(net, part, images, points, args.steps, rng)
+    save_checkpoint(out, dict(kind="landmarks", format=1, config=net.config, net=half(net)))
     print(f"{out}: trained on {len(points)} frames")
 
 
 def show(args):
     photo, net = load_photo(args.photo), load_landmarks()
     out = check_output(args.out or f"{Path(args.photo).stem}_landmarks.png", args.overwrite)
+    need_detector()
     faces = detect_faces(photo)
     if not faces:
-        raise InputError(f"{args.photo}: no face was found" if faces == [] else "no face detector's weights are at hand")
+        raise InputError(f"{args.photo}: no face was found")
     points = find_landmarks(net, photo, face_box(faces, "face"))
     draw_landmarks(photo, points).save(out)
     print(f"{out}: doubt {doubt(net, photo, points):.4f} (up to {DOUBT} is usual)")
@@ -497,31 +486,32 @@ def show(args):
 
 def draw_landmarks(photo: np.ndarray, points: np.ndarray, side: int = 768) -> Image.Image:
     """The square of a photo, uint8 (H, W, 3), about its landmarks (68, 2), `side` pixels, with dots on them"""
-    corner, width = (points.min(0) + points.max(0) - 1.5 * np.ptp(points, 0).max()) / 2, 1.5 * np.ptp(points, 0).max()
+    width = 1.5 * np.ptp(points, 0).max()
+    corner = (points.min(0) + points.max(0) - width) / 2
     box = (*corner, *(corner + width))
-    picture = Image.fromarray(photo).transform((side, side), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC)
-    pen, r = ImageDraw.Draw(picture), side / 250
+    image = Image.fromarray(photo).transform((side, side), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC)
+    pen, r = ImageDraw.Draw(image), side / 250
     for x, y in (points - corner) * side / width:
         pen.ellipse((x - r, y - r, x + r, y + r), fill=(0, 255, 0))
-    return picture
+    return image
 
 
-def main():
+def main(argv=None):
     parser = Parser(description="Facial landmarks by a small network.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("show", help="a photo's landmarks, drawn")
-    command.set_defaults(command=show)
-    command.add_argument("photo", help="a photo with a face")
-    command.add_argument("--out", help="picture to write (default: PHOTO_landmarks.png)")
-    command.add_argument("--overwrite", action="store_true", help="replace it if it exists")
-    command = commands.add_parser("train", help="weights from packs of prepare.py with landmarks of keypoints.py extract")
-    command.set_defaults(command=train)
-    command.add_argument("packs", type=Path, nargs="+", help="packs of one --size, 128 or more")
-    command.add_argument("--out", type=Path, default=Path("landmarks.pt"), help="weights to write (default landmarks.pt)")
-    command.add_argument("--steps", type=int, default=1200, help="of each network, 64 crops each (default 1200)")
-    command.add_argument("--seed", type=int, default=0, help="of the draws and the start (default 0)")
-    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    args = parser.parse_args()
+    p = commands.add_parser("show", help="a photo's landmarks, drawn")
+    p.set_defaults(command=show)
+    p.add_argument("photo", help="a photo with a face")
+    p.add_argument("--out", help="picture to write (default: PHOTO_landmarks.png)")
+    p.add_argument("--overwrite", action="store_true", help="replace it if it exists")
+    p = commands.add_parser("train", help="weights from packs of prepare.py with landmarks of keypoints.py extract")
+    p.set_defaults(command=train)
+    p.add_argument("packs", type=Path, nargs="+", help="packs of one --size, 128 or more")
+    p.add_argument("--out", type=Path, default=Path("landmarks.pt"), help="weights to write (default landmarks.pt)")
+    p.add_argument("--steps", type=int, default=1200, help="of each network, 64 crops each (default 1200)")
+    p.add_argument("--seed", type=int, default=0, help="of the draws and the start (default 0)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    args = parser.parse_args(argv)
     args.command(args)
 
 

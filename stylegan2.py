@@ -6,25 +6,25 @@ Layer names and parameter shapes are those of the public rosinality checkpoints,
 What differs from the public code:
 - No CUDA extension, and no grouped convolution: modulation scales the activations and demodulation scales the result,
   which is the same product in another order, so one convolution with shared weights serves the whole batch.
-- The tensors are kept in channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise
-  and bias act after the blur, in as few passes over the picture as eager PyTorch allows.
-- Generator.forward takes W+ codes; z -> w is a call of its own (`mapping`), and so is style mixing (`mix_styles`).
-- Two doors for the networks above it, both closed by default: `deltas` (HyperStyle's relative weight changes, one set
-  a clip) and `maps` (identity maps added to the coarse features, ours; see fusion.py).
+- Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise and bias
+  act after the blur, in as few passes over the image as eager PyTorch allows.
+- Generator.forward takes W+ codes; z -> w is `mapping`, style mixing `mix_styles`.
+- Two optional inputs for the networks above it: `deltas` (HyperStyle's relative weight changes, one set a clip) and
+  `maps` (identity maps added to the coarse features, ours; see fusion.py).
 - Minibatch standard deviation accepts every batch size.
 """
 
 import functools
 import math
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_strictly, read_weights, refusing
+from checkpoint import load_strictly, read_weights, refusing, save_checkpoint
 from media import InputError
+
 
 def n_styles(size: int) -> int:
     """L, the number of style vectors of a generator of that size: 8 at 32 px, 10 at 64, 14 at 256."""
@@ -63,10 +63,9 @@ class EqualConv2d(nn.Module):
 
 
 class BiasLeakyReLU(nn.Module):
-    """leaky_relu(x + bias, 0.2) * sqrt 2: the gain keeps unit variance.
+    """leaky_relu(x + bias, 0.2) * sqrt 2, which keeps unit variance. The layer before scales its weights and `bias` by
+    the gain, not the result: the same for a leaky ReLU."""
 
-    A leaky ReLU lets a positive gain pass: the layers below scale their weights and `bias` by it and not the result.
-    """
     gain = math.sqrt(2)
 
     def __init__(self, channels: int):
@@ -78,11 +77,8 @@ class BiasLeakyReLU(nn.Module):
 
 
 class DepthwiseFilter(torch.autograd.Function):
-    """One symmetric 4x4 filter for every channel, stride 1; its gradient is itself with the other padding.
-
-    That holds for the gradient's gradient too, which R1 and path length take: PyTorch's own second derivative of a
-    grouped convolution is a convolution for each channel.
-    """
+    """One symmetric 4x4 filter for every channel, stride 1. Its gradient is itself with the other padding, and so is the
+    gradient's gradient, which R1 and path length need: PyTorch's own is one convolution for each channel."""
 
     @staticmethod
     def forward(ctx, x, kernel, pad: int):
@@ -108,10 +104,8 @@ class Blur(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: zeros between the pixels, then the low-pass filter with padding (2, 1).
-
-    Each new pixel is 3/4 and 1/4 of two old ones: bilinear interpolation, but for the zeros beyond the edge.
-    """
+    """Twice the size: zeros between the pixels, then the low-pass filter with padding (2, 1). Each new pixel is 3/4 and
+    1/4 of two old ones: bilinear interpolation, but for the zeros beyond the edge."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +120,7 @@ class Upsample(nn.Module):
 # generator
 
 class ModulatedConv2d(nn.Module):
-    """3x3 convolution whose input channels are scaled by a style, and whose output is brought back to unit variance.
+    """3x3 convolution whose input channels are scaled by a style, with the output brought back to unit variance.
 
     Paper, section 2.2: w'_oik = s_i w_oik, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + eps). As s does not depend on k,
     conv(x, w'') = conv(s x, w) / sqrt(..): the weights are shared by the batch.
@@ -178,8 +172,8 @@ class ModulatedConv2d(nn.Module):
 
 
 class ModulatedPixels(nn.Module):
-    """1x1 convolution, modulated and not demodulated. Three channels come out: it is cheaper to scale the weights for
-    each picture than all its pixels."""
+    """1x1 convolution to three channels, modulated and not demodulated. To scale the weights for each image is cheaper
+    than to scale all its pixels."""
 
     def __init__(self, c_in: int, c_out: int, dim: int):
         super().__init__()
@@ -202,9 +196,9 @@ class NoiseInjection(nn.Module):
 
     def forward(self, x, noise="random"):
         """What to add to x (N, H, W, C); noise is (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
-        if isinstance(noise, str) and noise == "off":
-            return 0.0
         if isinstance(noise, str):
+            if noise == "off":
+                return 0.0
             noise = torch.randn(x.shape[0], 1, *x.shape[1:3], device=x.device, dtype=x.dtype)
         return self.weight * noise.movedim(1, 3)                                # (1 or N, H, W, 1)
 
@@ -234,7 +228,7 @@ class ToRGB(nn.Module):
             self.upsample = Upsample()
 
     def forward(self, x, style, skip=None):
-        rgb = self.conv(x, style).float() + self.bias  # the picture is summed in fp32
+        rgb = self.conv(x, style).float() + self.bias  # the image is summed in fp32
         return rgb if skip is None else rgb + self.upsample(skip)
 
 
@@ -261,14 +255,8 @@ class MappingNetwork(nn.Sequential):
 
 
 class Generator(nn.Module):
-    """W+ code -> picture.
-
-    Args:
-        size: edge of the picture, a power of two from 8.
-        dim: D, width of a style vector.
-        n_mlp: layers of the mapping network.
-        base, cap: channels, see `channels_at`.
-    """
+    """W+ code -> image of size x size pixels, a power of two from 8. dim: D, width of a style vector; n_mlp: layers of
+    the mapping network; base, cap: channels, see `channels_at`."""
 
     def __init__(self, size: int, dim: int = 512, n_mlp: int = 8, base: int = 32768, cap: int = 512):
         super().__init__()
@@ -287,29 +275,21 @@ class Generator(nn.Module):
             res = self.resolutions[(i + 1) // 2]
             self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, res, res))
 
-    def mapping(self, z, truncation: float = 1.0, w_mean=None):
-        """z (N, D) -> w (N, D), pulled towards w_mean (D,) by the truncation trick where truncation < 1"""
-        w = self.style(z)
-        return w if truncation == 1.0 else w_mean + truncation * (w - w_mean)
+    def mapping(self, z):  # (N, D) -> w (N, D)
+        return self.style(z)
 
     def styled_convs(self):
         """The 3x3 layers from coarse to fine, in the order of noise maps and of `deltas`."""
         return [self.conv1, *self.convs]
 
     def forward(self, w_plus, noise="fixed", maps=(), deltas=None, picture=None):
-        """Decode.
+        """w_plus (N, L, D) -> image (N, 3, size, size), about [-1, 1], unclamped.
 
-        Args:
-            w_plus: (N, L, D).
-            noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or
-                a list of L - 1 maps (1 or N, 1, H, W).
-            maps: pictures (N, C', H, W) to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
-            deltas: list with a relative weight change (B, O, I), or (B, O, I, 3, 3), or None for each layer of
-                `styled_convs`.
-            picture: (N, 3, H, H) to add to the RGB of H px, or None; ours, see there.
-
-        Returns:
-            (N, 3, size, size), about [-1, 1], unclamped.
+        noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or a
+            list of L - 1 maps (1 or N, 1, H, W).
+        maps: (N, C', H, W) each, to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
+        deltas: for each layer of `styled_convs` a relative weight change (B, O, I) or (B, O, I, 3, 3), or None.
+        picture: (N, 3, H, H) to add to the RGB of H px, or None; ours, see there.
         """
         assert w_plus.shape[1:] == (self.L, self.dim), f"W+ is {tuple(w_plus.shape)}, expected (N, {self.L}, {self.dim})"
         n_convs = self.L - 1
@@ -382,8 +362,8 @@ class ResBlock(nn.Module):
 def minibatch_stddev(x, group: int = 4):
     """Append one map with the deviation over groups of images: (N, C, H, W) -> (N, C + 1, H, W).
 
-    Groups are strided as in the published networks. Where N is no multiple of 4 the largest group of 3 or 2 that divides
-    it is taken, else the whole batch (ours: the public code fails there).
+    Groups are strided as in the published networks. Where 4 does not divide N, groups of 3 or 2, else the whole batch
+    (ours: the public code fails there).
     """
     N, _, H, W = x.shape
     if N % group:
@@ -395,7 +375,7 @@ def minibatch_stddev(x, group: int = 4):
 
 
 class Discriminator(nn.Module):
-    """Picture -> realness. size, base, cap as in Generator."""
+    """Image -> realness. size, base, cap as in Generator."""
 
     def __init__(self, size: int, base: int = 32768, cap: int = 512):
         super().__init__()
@@ -409,7 +389,7 @@ class Discriminator(nn.Module):
     def features(self, x) -> list:
         """x (N, 3, size, size) -> the maps after each block, at size/2, .., 4"""
         assert x.shape[1:] == (3, self.size, self.size), (
-            f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
+            f"image is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
         x, maps = self.convs[0](x.contiguous(memory_format=torch.channels_last)), []
         for block in self.convs[1:]:
             x = block(x)
@@ -423,7 +403,7 @@ class Discriminator(nn.Module):
 
 
 def generator_shape(state: dict, source) -> dict:
-    """The arguments of `Generator` that fit rosinality's state dict. InputError: it is none, or of no such widths."""
+    """The arguments of `Generator` that fit rosinality's state dict. InputError: none do."""
     with refusing(source, "not the weights of a StyleGAN2 generator"):
         pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
         layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
@@ -437,28 +417,21 @@ def channel_shape(widths: list, source) -> dict:
     size, cap = 2 ** (len(widths) + 1), max(widths)
     base = widths[-1] * size
     if widths != [channels_at(2 ** (i + 2), base, cap) for i in range(len(widths))]:
-        raise InputError(f"{source}: its channels {widths} at 4, 8, .. {size} px are no StyleGAN2's")
+        raise InputError(f"{source}: its channels {widths} at 4, 8, .. {size} px are not StyleGAN2's")
     return dict(base=base, cap=cap)
 
 
 def load_rosinality(path: str | Path, size: int | None = None) -> dict:
-    """The networks in a checkpoint of rosinality's stylegan2-pytorch, by their names there, with its very weights.
+    """The networks in a checkpoint of rosinality's stylegan2-pytorch: {"g": Generator, "g_ema": Generator,
+    "d": Discriminator}, those that are in the file, of its sizes; "latent_avg": (D,), the mean w, where it has one.
 
-    Args:
-        path: a file that holds a dict with any of g, d, g_ema (and what else its training kept, which is left alone).
-        size: the pictures wanted, in pixels; None: whatever is in the file.
-
-    Returns:
-        {"g": Generator, "g_ema": Generator, "d": Discriminator}, those that are in the file, of the size and widths found
-        there; "latent_avg": (D,), the mean w, where the file has one.
-
-    Raises:
-        InputError: missing, damaged, hostile or truncated file; no StyleGAN2; another size.
+    size: the images wanted, in pixels; None: whatever is in the file.
+    InputError: missing, damaged, hostile or truncated file; not StyleGAN2; another size.
     """
     content = read_weights(path)
     states = {name: content[name] for name in ("g", "g_ema", "d") if isinstance(content.get(name), dict)}
     if not states:
-        raise InputError(f"{path}: no StyleGAN2 checkpoint: none of g, g_ema, d in it")
+        raise InputError(f"{path}: not a StyleGAN2 checkpoint: none of g, g_ema, d in it")
     networks = {}
     for name, state in states.items():
         source = f"{path}, '{name}'"
@@ -484,11 +457,5 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
 def save_rosinality(path: str | Path, **networks):
     """A file that `load_rosinality` and the public code read: save_rosinality(path, g=.., d=.., g_ema=..)."""
     assert set(networks) <= {"g", "d", "g_ema"}, f"networks are {sorted(networks)}, expected some of d, g, g_ema"
-    draft = Path(f"{path}.{os.getpid()}.part")
-    try:
-        torch.save({name: net.state_dict() for name, net in networks.items()}, draft)
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
-    finally:
-        draft.unlink(missing_ok=True)
+    states = {name: network.state_dict() for name, network in networks.items()}
+    save_checkpoint(path, dict(kind="stylegan2", format=1, **states))  # the public code ignores both

@@ -527,7 +527,7 @@ def main(argv=None):
         turns = 2 if args.w_sync else 1
         windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
         singles = (1, max(1, args.batch // (2 if args.photos else 1)), start // turns)  # half of these are photos
-        mfcc = see // 2 if getattr(sync, "hears_mfcc", False) else None
+        mfcc = see // 2 if getattr(sync, "uses_mfcc", False) else None
         data = [batches(Clips(pack, T + see, args.seed + T, context=CONTEXT - see // 2, clips=sets["clips"], mfcc=mfcc),
                         B, first, args.workers) for T, B, first in (windows, singles)[-turns:]]
         photos = batches(sets["photos"], singles[1], singles[2], args.workers) if args.photos else None

@@ -1,9 +1,8 @@
-"""Pictures: photos and videos in and out, which square of them the face is, and the networks that look at it.
+"""Networks that read images: encoders, which give a W+ code, and hypernetworks, which change a generator's weights.
 
-A photo becomes uint8 (H, W, 3) RGB as a person sees it (EXIF turned, alpha over white), a video a stream of
-such frames at exactly 25 fps; frames become H.264 with sound, streamed too: memory does not grow with length.
-Paper: FC-TFG (arXiv 2304.03275). Differs from it: lips must come from the sound, so mask_mouth() hides the
-driving mouth before any network sees it.
+Each exists at toy sizes, trained from scratch, and as its authors published it: pSp (Richardson et al., CVPR 2021) and
+HyperStyle (Alaluf et al., CVPR 2022), under the names of the authors' files, which `load_encoder` and `load_hypernet`
+read strictly. MouthEncoder is ours.
 """
 
 import math
@@ -19,9 +18,8 @@ from faces import TEMPLATES, box_slices, resized
 from media import InputError
 from stylegan2 import EqualLinear
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # the networks at toy sizes
-
 
 class ResDown(nn.Module):
     """Halve the size: two 3x3 convolutions beside a pooled 1x1 shortcut. No normalisation: batches may be of one."""
@@ -37,13 +35,12 @@ class ResDown(nn.Module):
 
 
 class VisualEncoder(nn.Module):
-    """Picture -> W+ code: a feature pyramid with heads for coarse, middle and fine styles.
+    """Image -> W+ code, after pSp: styles 0-2 from the coarse map of a feature pyramid, 3-6 from the middle one, the rest
+    from the fine one.
 
-    Richardson et al., "Encoding in Style: pSp", CVPR 2021, section 3: styles 0-2 are read from the coarse map, 3-6 from
-    the middle one, the rest from the fine one, and the sum of top-down features feeds the finer levels.
-    Differs: a slim residual trunk and one head a level instead of IR-SE50 and one a style; and, ours, a linear path
-    beside the trunk (the picture at 32x32 -> `linear` numbers -> W+), which holds an unseen face after little training
-    where a young trunk does not. It starts from the principal components of the training pictures (`start_linear`).
+    Differs: a slim residual trunk and one head a level. Ours: a linear path beside the trunk (the image at 32x32 ->
+    `linear` numbers -> W+), which fits an unseen face after little training, where a young trunk does not. It starts
+    from the principal components of the training images (`start_linear`).
     """
 
     def __init__(self, size: int, dim: int, L: int, width: int = 48, linear: int = 192):
@@ -67,7 +64,7 @@ class VisualEncoder(nn.Module):
     def forward(self, x):
         """x (N, 3, size, size) in [-1, 1] -> (N, L, D)"""
         assert x.shape[1:] == (3, self.size, self.size), (
-            f"picture is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
+            f"image is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
         maps = [self.stem(x.contiguous(memory_format=torch.channels_last))]
         for block in self.blocks:
             maps.append(block(maps[-1]))
@@ -80,12 +77,10 @@ class VisualEncoder(nn.Module):
         return self.latent_avg + z                                           # (N, L, D)
 
     @torch.no_grad()
-    def start_linear(self, pictures):
-        """Set the linear path to the principal components of pictures (n, 3, H, W), n > `linear`; output unit variance.
-
-        The way up starts at zero (the training finds it), so that a fresh encoder is still the trunk alone.
-        """
-        x = small_picture(pictures).cpu().double()                           # Apple's chips have no float64
+    def start_linear(self, images):
+        """linear_down becomes the principal components of images (n, 3, H, W), n > `linear`, with outputs of unit
+        variance; linear_up zero, so that a fresh encoder is the trunk alone."""
+        x = small_picture(images).cpu().double()                           # Apple's chips have no float64
         _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         k = len(self.linear_down.weight)
         self.linear_down.weight.copy_(v[:k] * (math.sqrt(len(x)) / s[:k].clamp_min(1e-3 * s[0]))[:, None])
@@ -142,17 +137,14 @@ def small_picture(x):
 
 
 class HyperNetwork(nn.Module):
-    """A photo and what the generator makes of its code -> relative changes of the generator's weights.
+    """A photo and what the generator makes of its code -> relative changes of the generator's weights, after HyperStyle,
+    sections 3.2-3.3: one change a channel pair of each 3x3 layer, W <- W (1 + delta).
 
-    Alaluf et al., "HyperStyle", CVPR 2022, sections 3.2-3.3: six channels in, one change an (out, in) channel pair of
-    each convolution (the kernel's taps share it), W <- W (1 + delta); toRGB layers are left alone.
-    Differs at these sizes: a slim trunk and deltas of low rank, u v^T (ours: a full head for 128 x 128 channels would
-    outweigh the generator).
+    Differs: a slim trunk, and deltas of low rank u v^T (a full head for 128 x 128 channels would outweigh the generator).
     """
 
     def __init__(self, size: int, layers: list, width: int = 16, rank: int = 2):
-        """layers: (O, I) of each 3x3 layer of the generator that is changed, or None for one that is not, in the order of
-        Generator.styled_convs()"""
+        """layers: (O, I) of each 3x3 layer that is changed, None for one that is not, as in Generator.styled_convs()"""
         super().__init__()
         depth = int(math.log2(size)) - 2
         ch = [min(width * 2 ** i, width * 4) for i in range(depth + 1)]
@@ -162,7 +154,7 @@ class HyperNetwork(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(128, sum(oi) * rank) if oi else None for oi in layers)
         for head, oi in zip(self.heads, layers):
             if oi:
-                nn.init.zeros_(head.weight[:oi[0] * rank])  # u starts at zero: the first delta is none
+                nn.init.zeros_(head.weight[:oi[0] * rank])  # u starts at zero: no change at first
                 nn.init.zeros_(head.bias)
 
     def forward(self, x, y_hat):
@@ -176,9 +168,8 @@ class HyperNetwork(nn.Module):
         return deltas
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # the published networks. Keys and shapes are those of the authors' files; `width` narrows them for tests (64 published)
-
 
 class SqueezeExcite(nn.Module):
     """Each channel times a gate in (0, 1) made from the mean of all channels; Hu et al. 2018"""
@@ -219,8 +210,7 @@ def trunk_ir_se50(width: int = 64) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def at_256(x):
-    """(N, 3, H, H) -> (N, 3, 256, 256), what pSp, HyperStyle and ArcFace's crop are made for: larger pictures pooled,
-    as their authors do; smaller ones enlarged bilinearly (ours)"""
+    """(N, 3, H, H) -> (N, 3, 256, 256): larger images pooled, as by pSp's authors; smaller ones enlarged (ours)"""
     return F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resized(x, 256)
 
 
@@ -245,12 +235,8 @@ class StyleHead(nn.Module):
 
 
 class GradualStyleEncoder(nn.Module):
-    """pSp's encoder as published: picture -> W+ code. Richardson et al., CVPR 2021, section 3.
-
-    IR-SE50 is tapped at 64x64, 32x32 and 16x16; coarse features are enlarged and added to finer ones; styles 0-2 are read
-    from the coarse map, 3-6 from the middle, the rest from the fine one, each by a head of its own. What the heads say
-    is a difference from latent_avg, the mean w, which lies beside the weights in the authors' files.
-    """
+    """pSp's encoder: image -> W+ code. IR-SE50's maps at 64x64, 32x32 and 16x16, coarse ones added to finer ones, and a
+    head for each style. Heads give the difference from latent_avg, the mean w, which files hold beside the weights."""
 
     TAPS = (6, 20, 23)  # blocks of the trunk
 
@@ -274,20 +260,6 @@ class GradualStyleEncoder(nn.Module):
         return self.latent_avg + torch.stack([head(level) for head, level in zip(self.styles, levels)], 1)
 
 
-class WEncoder(nn.Module):
-    """HyperStyle's own first guess: one w for all style layers, from the mean of IR-SE50's last map."""
-
-    def __init__(self, L: int, dim: int = 512, width: int = 64):
-        super().__init__()
-        self.input_layer, self.body = trunk_ir_se50(width)
-        self.linear = EqualLinear(8 * width, dim)
-        self.register_buffer("latent_avg", torch.zeros(L, dim))
-
-    def forward(self, x):  # (N, 3, H, H) in [-1, 1] -> (N, L, D)
-        x = self.body(self.input_layer(at_256(x).contiguous(memory_format=torch.channels_last)))
-        return self.latent_avg + self.linear(x.mean((2, 3)))[:, None]
-
-
 class BasicBlock(nn.Module):
     """ResNet-34's (He et al. 2016) under torchvision's names: (N, C, H, W) -> (N, C', H/stride, W/stride)"""
 
@@ -305,10 +277,8 @@ class BasicBlock(nn.Module):
 
 class SharedHead(nn.Module):
     """HyperStyle's head for all the widest layers: a code (B, Z) -> changes (B, O, I, 3, 3), O = I = Z, by two linear
-    maps, the first to a code an input channel (Ha et al. 2017, "HyperNetworks").
-
-    The authors view the product (B, I, O 3 3) as (B, O, I, 3, 3) without turning it; so do we, for their weights' sake.
-    """
+    maps, the first to a code an input channel (Ha et al. 2017, "HyperNetworks"). The authors view the product
+    (B, I, O 3 3) as (B, O, I, 3, 3) without a transpose; so do we, for their weights."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -376,12 +346,12 @@ class SeparableBlock(nn.Module):
 
 
 class HyperStyleNet(nn.Module):
-    """HyperStyle's hypernetwork as published: a photo and what the generator makes of its code -> relative changes of the
-    generator's 3x3 layers. Alaluf et al., CVPR 2022, section 3.2.
+    """HyperStyle's hypernetwork, section 3.2: a photo and what the generator makes of its code -> relative changes of the
+    generator's 3x3 layers.
 
     A ResNet-34 on six channels, without its first pool, and a block for each layer; the widest layers share a head. The
     others have one of two forms: "shared" gives a number a channel pair (the authors' SharedWeightsHyperNetResNet),
-    "separable" a number a tap from an outer product, with a third fewer weights (..Separable).
+    "separable" a number a tap from an outer product (..Separable).
     """
 
     def __init__(self, layers: list, form: str, width: int = 64):
@@ -396,7 +366,7 @@ class HyperStyleNet(nn.Module):
         self.shared_weight_hypernet = SharedHead(C)
         blocks = [SharedBlock(C, self.shared_weight_hypernet) if oi == (C, C) else
                   (FullBlock if form == "shared" else SeparableBlock)(C, *oi) for oi in layers]
-        # the authors count toRGB layers, too, which they leave alone: one after the first 3x3 layer, then after every two
+        # the authors also count toRGB layers, which are not changed: one after the first 3x3 layer, then after every two
         places = [None if i % 3 == 1 else blocks[i - (i + 1) // 3] for i in range(len(blocks) + len(blocks) // 2 + 1)]
         self.refinement_blocks = nn.ModuleList(places)
         for module in self.modules():  # as torchvision starts its ResNets
@@ -411,9 +381,8 @@ class HyperStyleNet(nn.Module):
         return [block(x) for block in self.refinement_blocks if block is not None]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # and their files
-
 
 def parts_of(path: str | Path) -> tuple[dict, dict]:
     """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, {part: its state dict}).
@@ -435,26 +404,21 @@ def parts_of(path: str | Path) -> tuple[dict, dict]:
     return content if "state_dict" in content else {}, parts
 
 
-# ArcFace's last layers, which a trunk does without
+# ArcFace's last layers, which are not in a trunk
 EMBEDDING = re.compile(r"output_layer\.[034]\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, dict | None]:
-    """pSp's encoder, or HyperStyle's W encoder, for L styles, from a file of their authors.
+    """pSp's encoder for L styles from its authors' file -> (encoder, the decoder's state dict or None).
 
-    Of a file with more styles (1024 px: 18) the first L are taken, which are the same layers' of a smaller generator.
-    ArcFace's IR-SE50 is taken, too: it gives the trunk alone, from which pSp's training starts, with heads for codes of
-    `dim` numbers.
-
-    Returns:
-        (encoder, the decoder's state dict or None). encoder.latent_avg is NaN where the file has none: estimate it.
-
-    Raises:
-        InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
+    Of a file with more styles (1024 px: 18) the first L are taken, which are the same layers' of a smaller generator. Of
+    ArcFace's IR-SE50 the trunk is taken, from which pSp's training starts, with new heads for codes of `dim` numbers.
+    encoder.latent_avg is NaN where the file has none: estimate it.
+    InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
     """
     beside, parts = parts_of(path)
     state = parts.get("encoder") or parts.get("", {})
-    with refusing(path, "no encoder of pSp or HyperStyle, and no ArcFace"):
+    with refusing(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
         if "output_layer.3.weight" in state:
             trunk = {key: value for key, value in state.items() if not EMBEDDING.fullmatch(key)}
@@ -464,17 +428,12 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, d
             encoder.load_state_dict(trunk.state_dict(), strict=False)
             encoder.latent_avg.fill_(torch.nan)
             return encoder, None
-        kind, last = WEncoder, "linear.weight"
-        if "styles.0.linear.weight" in state:
-            kind, last = GradualStyleEncoder, "styles.0.linear.weight"
-        dim, mean = len(state[last]), beside.get("latent_avg")
+        dim, mean = len(state["styles.0.linear.weight"]), beside.get("latent_avg")
         styles = max(L, sum(f"styles.{i}.linear.weight" in state for i in range(18)))  # 18: those of 1024 px
         mean = mean.reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
         mean = mean.repeat(styles, 1) if len(mean) == 1 else mean[:styles]             # (1, D): a file made in W
-    encoder = load_strictly(lambda: kind(styles, dim, width), state | dict(latent_avg=mean), path)
-    encoder.latent_avg = encoder.latent_avg[:L].clone()
-    if kind is GradualStyleEncoder:
-        encoder.styles = encoder.styles[:L]
+    encoder = load_strictly(lambda: GradualStyleEncoder(styles, dim, width), state | dict(latent_avg=mean), path)
+    encoder.latent_avg, encoder.styles = encoder.latent_avg[:L].clone(), encoder.styles[:L]
     return encoder, parts.get("decoder")
 
 
@@ -485,7 +444,7 @@ def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, d
     """
     _, parts = parts_of(path)
     state = parts.get("hypernet", {})
-    with refusing(path, "no HyperStyle checkpoint"):
+    with refusing(path, "not a HyperStyle checkpoint"):
         width = len(state["conv1.weight"])
         form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
     return load_strictly(lambda: HyperStyleNet(layers, form, width), state, path), form, parts.get("decoder")

@@ -336,7 +336,7 @@ def test_refinements_are_summed_in_fp32_under_autocast():
 PUBLISHED = dict(encoder_width=16, hyper_width=16, base=1024, cap=128, map_code=0, noise=True)
 
 
-@pytest.mark.parametrize("encoder, hyper", [("psp", "shared"), ("w", "separable")])
+@pytest.mark.parametrize("encoder, hyper", [("psp", "shared"), ("slim", "separable")])
 def test_every_parameter_of_the_published_forms_gets_a_gradient(encoder, hyper):
     model = opened(tiny(encoder=encoder, hyper=hyper, refine=2, **PUBLISHED))
     frames, *_ = model(*window(T=2))

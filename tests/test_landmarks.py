@@ -1,5 +1,6 @@
 """Landmarks: crops lie where they say, eyes shut on paper, the shipped network follows a face that turns and vanishes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from PIL import Image
 
 import landmarks
-from faces import crop_face
+from data import Pack, PackWriter
+from faces import crop_face, landmarks_header
 from landmarks import MIDDLE, MIRROR, sample_crops, to_real
 from media import InputError, load_photo
 
@@ -60,7 +62,7 @@ def test_lids_meet_where_eyes_are_shut_and_stay_where_they_are_not():
     lids = np.array([0.25 + 0.62j, 0.42 + 0.52j, 0.58 + 0.52j, 0.75 + 0.62j, 0.58 + 0.68j, 0.42 + 0.68j])
     y = np.stack([np.concatenate([brow, lids])] * 2)
     v = np.stack([landmarks.unit_square(32)] * 2)
-    taken, moved = landmarks.shut(v, y, np.array([0.0, 1.0]), np.random.default_rng(0))
+    taken, moved = landmarks.shut_eyes(v, y, np.array([0.0, 1.0]), np.random.default_rng(0))
     assert np.allclose(taken[0], v[0]) and np.allclose(moved[0], y[0])
     assert np.allclose(moved[1, [6, 7]], moved[1, [10, 9]], atol=0.01)
     assert np.allclose(moved[1, :6], y[1, :6])
@@ -101,7 +103,7 @@ def test_a_part_is_put_back_where_its_crop_was_and_the_mouth_is_the_mean_of_both
         network.mean[:] = 0.5
     net.mouth.mean[0, 0] = 0.4  # the corner on the left; in the mirror image, that on the right
     with torch.inference_mode():
-        seen = landmarks.look_nearer(net, photo, a, 0j, points)
+        seen = landmarks.read_parts(net, photo, a, 0j, points)
     middle = points[48:].mean()
     assert np.allclose(seen[50:54], middle) and np.allclose(seen[55:], middle)
     assert np.allclose(seen[[48, 54]] - middle, 0.45 * a * np.array([-0.05, 0.05]), atol=1e-4)
@@ -152,5 +154,30 @@ def test_landmarks_of_noise_are_doubted_and_those_of_a_face_are_not(net):
 
 def test_weights_of_another_kind_are_refused_in_one_line(tmp_path):
     torch.save(dict(kind="landmarks", format=1, config=dict(width=4), net={}), tmp_path / "weights.pt")
-    with pytest.raises(InputError, match="weights.pt: does not hold this network"):
+    with pytest.raises(InputError, match="weights.pt: not the weights of LandmarkNet"):
         landmarks.load_landmarks(tmp_path / "weights.pt")
+
+
+def test_weights_learn_from_a_pack_with_landmarks_and_move_towards_them(net, tmp_path):
+    image, rng = photo(), np.random.default_rng(0)
+    points = landmarks.find_landmarks(net, image, (0, 0, 128, 128))
+    with PackWriter(tmp_path / "photos", 128, "face") as writer:
+        for i in range(12):
+            writer.add([image], np.zeros(640, np.float32), identity=f"person {i}", source=f"{i}.jpg")
+    pack = Pack(tmp_path / "photos")
+    lines = [landmarks_header(pack, "dlib"), *[{}] * 11, dict(reason="a face in 0 of 1 frames")]
+    (tmp_path / "photos/landmarks").mkdir()
+    (tmp_path / "photos/landmarks/clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (points + rng.normal(0, 0.1, (12, 1, 2))).astype("<f4").tofile(tmp_path / "photos/landmarks/points.bin")
+    images, found = landmarks.read_packs([tmp_path / "photos"], rng)
+    assert images.shape == (len(found), 1, 128, 128) and len(found) == 10, "one held out, one without a face"
+    lower = landmarks.DLIB_LOW * 128
+    np.testing.assert_allclose(to_real(found * 128) + (0, lower), np.stack([points] * 10), atol=0.5)
+    out = tmp_path / "net.pt"
+    landmarks.main(["train", str(tmp_path / "photos"), "--steps", "30", "--out", str(out)])
+    trained = landmarks.load_landmarks(out)
+    assert torch.equal(trained.solid, net.solid)
+    again = landmarks.find_landmarks(trained, image, (0, 0, 128, 128))
+    assert np.abs(again - points).mean() < 0.05 * interocular(points)
+    with pytest.raises(InputError, match="exists"):
+        landmarks.main(["train", str(tmp_path / "photos"), "--out", str(out)])

@@ -187,13 +187,6 @@ def test_style_mixing_changes_hands_at_the_crossover():
     assert w.shape == (2, 6, 5) and w[:, :4].sum() == 0 and w[:, 4:].min() == 1
 
 
-def test_truncation_pulls_towards_the_mean():
-    G = Generator(8, dim=24, n_mlp=2, base=128, cap=32)
-    z, mean = torch.randn(3, 24), torch.randn(24)
-    torch.testing.assert_close(G.mapping(z, 0.0, mean), mean.expand(3, -1))
-    torch.testing.assert_close(G.mapping(z, 0.5, mean), (G.mapping(z) + mean) / 2)
-
-
 def test_identity_maps_reach_the_first_channels_only():
     x, m = torch.zeros(2, 5, 4, 4), torch.ones(2, 3, 4, 4)
     assert add_map(x, [m], 0)[:, :3].min() == 1 and add_map(x, [m], 0)[:, 3:].max() == 0 and add_map(x, [m], 1) is x
@@ -335,13 +328,12 @@ def narrow_pair(seed=0):
     return Generator(32, dim=24, n_mlp=3, base=512, cap=40), Discriminator(32, base=512, cap=40)
 
 
-def test_a_generator_is_the_papers_for_w_and_w_plus_noise_truncation_and_mixing():
+def test_a_generator_is_the_papers_for_w_and_w_plus_noise_and_mixing():
     G, s = alive(narrow_pair()[0])
     torch.manual_seed(1)
-    z, mean = torch.randn(6, 24), torch.randn(24)
-    w = G.mapping(z, 0.7, mean)
+    z = torch.randn(6, 24)
+    w = G.mapping(z)
     truth = reference_mapping(s, z.double())
-    truth = mean.double() + 0.7 * (truth - mean.double())
     torch.testing.assert_close(w.double(), truth, atol=1e-5, rtol=1e-4)
     mixed = mix_styles(w[:3], w[3:], G.L, 5)
     truth = torch.cat([truth[:3, None].expand(-1, 5, -1), truth[3:, None].expand(-1, G.L - 5, -1)], 1)
@@ -414,7 +406,7 @@ def test_a_file_is_written_and_read_with_its_very_weights_and_widths(tmp_path):
     ema, _ = alive(narrow_pair()[0], seed=2)
     save_rosinality(tmp_path / "all.pt", g=G, d=D, g_ema=ema)
     content = torch.load(tmp_path / "all.pt", weights_only=True)
-    assert list(content) == ["g", "d", "g_ema"] and content["g"].keys() == s.keys()
+    assert {"g", "d", "g_ema"} <= content.keys() and content["g"].keys() == s.keys()
     found = load_rosinality(tmp_path / "all.pt", 32)
     w = torch.randn(2, 8, 24)
     assert torch.equal(found["g"](w), G(w)) and torch.equal(found["g_ema"](w), ema(w))
@@ -447,12 +439,12 @@ def test_files_that_are_something_else_are_refused_in_one_line(tmp_path):
 
     refused(content, "for 32 px, these are 64", size=64)
     refused(dict(state_dict=g), "none of g, g_ema, d")
-    refused(dict(d=content["g_ema"]), "no StyleGAN2's|not the weights of a StyleGAN2 discriminator")
+    refused(dict(d=content["g_ema"]), "not StyleGAN2's|not the weights of a StyleGAN2 discriminator")
     refused(dict(g_ema=content["d"]), "not the weights of a StyleGAN2 generator")
     refused(dict(g_ema={k: v for k, v in g.items() if k != "convs.3.noise.weight"}), "convs.3.noise.weight is absent")
     refused(dict(g_ema=g | {"more": torch.ones(1)}), "more is unknown")
     refused(dict(g_ema=g | {"convs.1.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "expected")
-    refused(dict(g_ema=g | {"convs.2.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "no StyleGAN2's")
+    refused(dict(g_ema=g | {"convs.2.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "not StyleGAN2's")
     refused(dict(g_ema=g, args=Hostile()), "holds more than tensors")
     refused([g], "holds a list")
     refused(lambda p: p.write_bytes((tmp_path / "good.pt").read_bytes()[:-3000]), "damaged, cut short")

@@ -31,12 +31,11 @@ def published_forms():
         layers = [tuple(layer.conv.weight.shape[1:3]) for layer in Generator(256).styled_convs()]
         separable, shared = (vision.HyperStyleNet(layers, form) for form in ("separable", "shared"))
         return dict(psp=(vision.GradualStyleEncoder(14), "psp_256.txt", "encoder.", 209_450_688),
-                    w=(vision.WEncoder(14), "hyperstyle_w_encoder.txt", "", 31_212_736),
                     separable=(separable, "hyperstyle_256_hypernet.txt", "hypernet.", 198_710_080),
                     shared=(shared, "hyperstyle_256_shared.txt", "hypernet.", 312_984_640))
 
 
-@pytest.mark.parametrize("name", ["psp", "w", "separable", "shared"])
+@pytest.mark.parametrize("name", ["psp", "separable", "shared"])
 def test_names_shapes_and_sizes_are_those_of_the_published_files(name):
     network, file, part, parameters = published_forms()[name]
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -134,14 +133,6 @@ def test_psps_encoder_is_the_published_one():
     torch.testing.assert_close(encoder(x.contiguous(memory_format=torch.channels_last)), got, atol=1e-4, rtol=1e-3)
 
 
-def test_hyperstyles_w_encoder_is_the_published_one():
-    torch.manual_seed(0)
-    encoder, s = lively(vision.WEncoder(6, dim=24, width=16))
-    x = torch.rand(1, 3, 256, 256) * 2 - 1
-    w = equalised(s, "linear", trunk_maps(s, x.double())[-1].mean((2, 3)))
-    torch.testing.assert_close(encoder(x).double(), w[:, None] + s["latent_avg"], atol=1e-4, rtol=1e-3)
-
-
 LAYERS = [(32, 32), (32, 32), (32, 32), (24, 32), (24, 24)]  # of a generator of 16 px; at width 4 the widest is 32
 
 
@@ -237,15 +228,11 @@ def test_a_psp_file_loads_and_a_larger_one_gives_its_first_styles(tmp_path):
     assert vision.load_encoder(path, 10)[0].latent_avg.isnan().all()
 
 
-def test_a_w_encoder_and_arcface_are_told_apart_from_psp(tmp_path):
+def test_arcface_gives_a_trunk_with_new_heads(tmp_path):
     path = tmp_path / "file.pt"
-    author, _ = lively(vision.WEncoder(8, dim=24, width=16))
-    state = {k: v for k, v in author.state_dict().items() if k != "latent_avg"}
-    for content in (state, dict(state_dict={f"encoder.{k}": v for k, v in state.items()})):  # bare keys, or a part
-        torch.save(content, path)
-        found, _ = vision.load_encoder(path, 8)
-        assert isinstance(found, vision.WEncoder) and found.linear.weight.equal(author.linear.weight)
-    torch.save({k: v for k, v in state.items() if "linear" not in k} | {"output_layer.3.weight": torch.ones(24, 9)}, path)
+    author, _ = lively(vision.GradualStyleEncoder(8, dim=24, width=16))
+    state = {k: v for k, v in author.state_dict().items() if k.startswith(("input_layer", "body"))}
+    torch.save(state | {"output_layer.3.weight": torch.ones(24, 9)}, path)  # bare keys
     trunk, _ = vision.load_encoder(path, 8)
     assert isinstance(trunk, vision.GradualStyleEncoder) and trunk.latent_avg.isnan().all()
     assert trunk.body[20].res_layer[1].weight.equal(author.body[20].res_layer[1].weight)
@@ -278,7 +265,7 @@ def test_files_of_other_kinds_are_refused_in_one_line(tmp_path):
             (dict(state_dict={k: v for k, v in state.items() if "latlayer1.bias" not in k}), "latlayer1.bias is absent"),
             (dict(state_dict=state | {"encoder.latlayer1.bias": torch.ones(5)}), r"\(5,\), expected \(128,\)"),
             (dict(state_dict=state, latent_avg=torch.ones(10, 9)), "latent_avg is"),
-            (dict(state_dict=[1]), "expected a dict"), (dict(g_ema={}), "no encoder of pSp"), ([state], "holds a list"),
+            (dict(state_dict=[1]), "expected a dict"), (dict(g_ema={}), "not pSp's encoder"), ([state], "holds a list"),
             (dict(state_dict=state, opts=Hostile()), "holds more than tensors")):
         torch.save(content, path)
         with pytest.raises(InputError, match=match) as error:
@@ -286,7 +273,7 @@ def test_files_of_other_kinds_are_refused_in_one_line(tmp_path):
         assert "bad.pt" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="styles.10.convs"):
         vision.load_encoder(good, 12)  # fewer styles than the generator has
-    with pytest.raises(InputError, match="no HyperStyle checkpoint"):
+    with pytest.raises(InputError, match="not a HyperStyle checkpoint"):
         vision.load_hypernet(good, LAYERS)
     path.write_bytes(good.read_bytes()[:-4000])
     with pytest.raises(InputError, match="cut short"):
