@@ -51,7 +51,7 @@ from control import difference, l1, markdown, toy_report
 from faces import (
     ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, need_detector, resized,
     similarity, to_complex, warp_face)
-from judges import check_pictures
+from judges import check_images
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
 from syncnet import HALF, MAX_OFFSET, SPAN, load_sync
@@ -146,7 +146,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)  # in the file, and not asked
 
     def forward(self, x):
-        check_pictures(x, 1)
+        check_images(x, 1)
         x = resized(x, 299)
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)

@@ -48,7 +48,7 @@ def same_person_loss(a, b, identity, log_scale, bias):
 # ---------------------------------------------------------------------------------------------------------------------
 # published networks, with the keys and shapes of their authors' files
 
-def check_pictures(x, least: int):
+def check_images(x, least: int):
     assert x.ndim == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= least, \
         f"images are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
 
@@ -80,7 +80,7 @@ class VGG19Features(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
     def forward(self, x):
-        check_pictures(x, 16)
+        check_images(x, 16)
         x, maps = ((x + 1) / 2 - self.mean) / self.std, []
         for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the file's last three convolutions are unused
             x = layer(x)
@@ -122,7 +122,7 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, a, b):
-        check_pictures(a, 16)
+        check_images(a, 16)
         assert a.shape == b.shape, f"images are {tuple(a.shape)} and {tuple(b.shape)}, expected the same shape"
         return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in zip(self.lins, self.maps(a), self.maps(b)))
 
@@ -145,7 +145,7 @@ class ArcFace(nn.Module):
                                           nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512))
 
     def forward(self, x):
-        check_pictures(x, 1)
+        check_images(x, 1)
         assert x.shape[2] == x.shape[3], f"images are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
         x = F.adaptive_avg_pool2d(x, self.side) if x.shape[2] > self.side else resized(x, self.side)
         return self.embed(window(x, -self.left, -self.top, 112))
