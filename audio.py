@@ -258,6 +258,47 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     return cepstrum.T
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# PC-AVS's mel: the STFT of the lws package in NumPy, 100 steps a second, 4 a frame
+
+LWS_FFT, LWS_HOP, LWS_LOW = 1280, 160, 125.0  # samples: 80 and 10 ms; Hz
+LWS_STEPS, LWS_STEPS_A_FRAME = 20, SAMPLES_PER_FRAME // LWS_HOP  # mel steps of a window, 0.2 s; 4
+
+
+@lru_cache
+def lws_hann() -> np.ndarray:
+    """(1280,): lws' analysis window, a sine whose squares over the hops add up to one"""
+    w2 = (1 - np.cos(2 * np.pi * (2 * np.arange(LWS_FFT) + 1) / (2 * LWS_FFT))) / 2
+    overlap = w2.reshape(-1, LWS_HOP).sum(0)  # (160,): the same for every hop
+    return np.sqrt(w2 / np.tile(overlap, LWS_FFT // LWS_HOP))
+
+
+def lws_mel(wav: np.ndarray) -> np.ndarray:
+    """Samples (n,) at 16 kHz -> mel, float32 (S, 80) in [0, 1]; 0 is silence, S = ceil(n / 160) + 7.
+
+    The sound is scaled to r.m.s. 0.1 first. Step s covers samples 160 s - 1120 .. 160 s + 160.
+    """
+    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    scale = 0.1 / max(1e-4, float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))))
+    S = -(-len(wav) // LWS_HOP) + LWS_FFT // LWS_HOP - 1
+    x = np.pad(wav, (LWS_FFT - LWS_HOP, S * LWS_HOP - len(wav)))
+    frames = np.lib.stride_tricks.sliding_window_view(x, LWS_FFT)[::LWS_HOP]  # (S, 1280), a view
+    bank, mel = filter_bank(LWS_FFT, LWS_LOW, MEL_HIGH), []
+    for block in np.array_split(frames, -(-S // BLOCK)):
+        magnitude = np.abs(np.fft.rfft(block * (lws_hann() * scale)))  # (s, 641)
+        db = 20 * np.log10(np.maximum(10 ** (FLOOR_DB / 20), (bank @ magnitude.T).T)) - REFERENCE_DB
+        mel.append(np.clip((db - FLOOR_DB) / -FLOOR_DB, 0, 1).astype(np.float32))
+    return np.concatenate(mel)
+
+
+def lws_windows(mel: np.ndarray, frames) -> np.ndarray:
+    """mel (S, 80), T frame indices -> float32 (T, 1, 80, 20): steps 4 (f - 2) .. + 20 of frame f; outside is silence."""
+    steps = (np.asarray(frames, np.int64)[:, None] - 2) * LWS_STEPS_A_FRAME + np.arange(LWS_STEPS)  # (T, 20)
+    inside = (steps >= 0) & (steps < len(mel))
+    windows = mel[np.clip(steps, 0, len(mel) - 1)] * inside[..., None]  # (T, 20, 80)
+    return np.ascontiguousarray(windows.transpose(0, 2, 1)[:, None].astype(np.float32))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the encoder
 
