@@ -28,7 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from media import InputError, check_file, check_output
+from media import InputError, check_file, check_output, make_folder
 
 try:
     import resource
@@ -433,11 +433,7 @@ def claim_output(path: str | Path, args) -> Path:
     """Absolute path of the checkpoint that a run writes, its folder made.
 
     InputError: it exists and neither --resume nor --overwrite is given, or its folder cannot be made or written."""
-    path = Path(path).absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be made a directory ({error.strerror})") from None
+    path = make_folder(Path(path).parent) / Path(path).name
     if path.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{path} exists: --resume continues it, --overwrite starts anew")
     return check_output(path, overwrite=True)

@@ -122,6 +122,16 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
+def make_folder(path: str | Path) -> Path:
+    """Absolute path of a folder, made with its parents. InputError: it cannot be made"""
+    path = Path(path).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a directory ({error.strerror})") from None
+    return path
+
+
 def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
     """The absolute path of a file that may be written; call it before anything slow.
 
