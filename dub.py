@@ -1,0 +1,401 @@
+"""New words for a person who is already on video: the mouth of each frame is replaced by the clip's own pixels.
+
+    landmarks of every frame                 ->  pose of the head, opening of the clip's own mouth      (Take)
+    its own mouth, shut, + lip numbers       ->  where the mouth's points shall lie in each frame       (Take.target)
+    frames that open widest                  ->  a bank of what shows between the lips: teeth, tongue   (Bank)
+    skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame        (Dub)
+
+Fields are thin-plate splines from the wanted points back to the source's points, so nothing has to be inverted. The video
+is read four times (scenes, landmarks, bank, frames) and never kept: memory does not grow with its length. Frames without
+a face that can be tracked pass through unchanged. Ours, without a paper. Units are warp.py's: the outer corners of the
+eyes are 1 apart.
+"""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from scipy.signal import savgol_filter
+
+from faces import DETECT_EVERY, detect_faces, face_box, scenes
+from landmarks import track_landmarks
+from media import InputError, probe, read_video
+from warp import (
+    CORNERS, JAW, LOWER_LINE, LOWER_LIP, MISFIT, RIGID, STILL, UPPER_LINE, UPPER_LIP, Nodes, angles, box_in, centres,
+    curve, fit_pose, smoothstep, thin_plate)
+
+# all constants are ours, chosen by looking at frames; lengths in units
+POINTS_HEIGHT = 480  # pixels of the copy on which landmarks are found
+TURNED = 35.0, 30.0  # degrees of yaw and pitch beyond which frames pass through
+SHORTEST, FADE = 15, 5  # frames: shorter takes pass through; a take fades in and out beside frames that pass through
+SMOOTH = 5  # frames of the parabola through landmarks and poses
+SLOW = 10  # frames, sigma: what stays of the own mouth for so long is a smile, not speech
+SHUT = 0.023  # opening of lips that count as shut
+REGION = 1.15, 0.12, 0.46  # beside the mouth's middle, above the nose's base (33), below the chin
+SKIN_NODE, LIP_NODE = 0.067, 0.038  # distance of two nodes of the fields
+INSET = 0.027  # seams of lips that are not quite shut lie so far inside the lip, or teeth stick to it
+RIM = 1.15, 1.6  # lips are replaced within this ellipse around them, fading up to that one
+ALIKE, CAST = 25.0, 0.077  # grey levels up to which colours at the rim are matched; sigma of spreading that match inwards
+CANVAS, CELLS = (-0.58, -0.16, 0.58, 0.42), 110  # of the bank: x0, y0, x1, y1 about the mouth's middle; cells a unit
+WIDEST = 0.75  # the bank uses frames that open at least so far, of the widest; their weight is this ratio ** 10
+SHOWN = 0.058  # the least opening, of the widest frames, that shows what is inside
+
+
+@dataclass
+class Place:
+    """Where the face is in one frame: pixels = plane @ local + middle, about the mouth's middle."""
+
+    plane: np.ndarray  # (2, 2)
+    middle: np.ndarray  # (2,)
+
+    @property
+    def scale(self) -> float:
+        return float(np.sqrt(abs(np.linalg.det(self.plane))))
+
+    def local(self, pixels):
+        return (pixels - self.middle) @ np.linalg.inv(self.plane).T
+
+    def pixels(self, local):
+        return local @ self.plane.T + self.middle
+
+
+def steady(x: np.ndarray) -> np.ndarray:
+    return savgol_filter(x, min(SMOOTH, (len(x) - 1) // 2 * 2 + 1), 2, axis=0, mode="nearest")
+
+
+def gap(q: np.ndarray) -> np.ndarray:
+    """Points (.., 68, 2) seen from the front -> mean gap of the inner lips (..)"""
+    return (q[..., LOWER_LINE[1:4], 1] - q[..., UPPER_LINE[1:4], 1]).mean(-1)
+
+
+class Take:
+    """Consecutive frames of one face: its place in each, its own mouth, and its mouth as it would be shut.
+
+    points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2) of fusion.DirectMotion."""
+
+    def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray):
+        self.first, self.moves, self.T = first, moves, len(points)
+        self.points = points = steady(points.astype(np.float64))
+        scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))
+        planes, depths = steady(scale[:, None, None] * R[:, :2, :2]), steady(scale[:, None] * R[:, :2, 2])
+        flat = points - shift[:, None] - mean[None, :68, 2, None] * depths[:, None]
+        q = np.einsum("tij,tpj->tpi", np.linalg.inv(planes), flat)     # (T, 68, 2): seen from the front, head at rest
+        self.q, self.own = q, np.maximum(0, gap(q))
+        still = q - self.own[:, None, None] * moves[0]
+        weight = np.exp(-(self.own - self.own.min()) / SHUT)
+        shut = np.average(still, axis=0, weights=weight)
+        slow = gaussian_filter1d(still - shut, SLOW, axis=0, mode="nearest")
+        inner = np.stack([UPPER_LINE[1:4], LOWER_LINE[1:4]])
+        slow[:, inner, 1] = slow[:, inner, 1].mean(1, keepdims=True)   # this does not open lips
+        share = moves[0, 62, 1] / (moves[0, 62, 1] - moves[0, 66, 1])  # of a gap that the upper lip closes
+        shut[inner, 1] = shut[inner[0], 1] + share * (shut[inner[1], 1] - shut[inner[0], 1])
+        self.shut, self.slow = shut, slow
+        origin = shut[CORNERS[2:]].mean(0)
+        middles = steady(shift) + planes @ origin + mean[CORNERS[2:], 2].mean() * depths
+        self.places = [Place(plane, middle) for plane, middle in zip(planes, middles)]
+        self.widest = float(np.sort(self.own)[-4:].mean())
+        self.keys = self.shut_frames()
+
+    def shut_frames(self, reach: int = 3) -> np.ndarray:
+        """Frames whose lips are as good as shut: lower than their neighbours, and low for this take. Pressed lips count
+        as open by what they are thinner than usual."""
+        thick = self.q[:, LOWER_LIP[1:4], 1].mean(1) - self.q[:, UPPER_LIP[1:4], 1].mean(1) - self.own
+        cost = self.own + np.maximum(0, np.median(thick) - thick)
+        low = max(SHUT, cost.min() + 0.12 * self.widest)
+        keys = []
+        for t in np.argsort(cost, kind="stable"):
+            alone = all(abs(t - k) > 15 for k in keys)                 # there a frame that is less shut will do
+            if cost[t] <= cost[max(0, t - reach) : t + reach + 1].min() and (
+                    not keys or cost[t] < low or (alone and cost[t] < 1.6 * low)):
+                keys.append(int(t))
+        return np.sort(keys)
+
+    def near_keys(self, t: int) -> list[tuple[int, float]]:
+        """The shut frames before and after t with their weights, which sum to 1"""
+        i = int(np.searchsorted(self.keys, t))
+        if i == 0 or i == len(self.keys) or self.keys[i] == t:
+            return [(int(self.keys[min(i, len(self.keys) - 1)]), 1.0)]
+        before, after = self.keys[i - 1 : i + 1].tolist()
+        w = float(smoothstep(np.float64((t - before) / (after - before))))
+        return [(before, 1 - w), (after, w)]
+
+    def source(self, t: int) -> np.ndarray:
+        """The frame's own points (68, 2), local; the seam of lips that are not quite shut lies inside the lips"""
+        s = self.places[t].local(self.points[t])
+        inset = INSET * smoothstep(self.own[t] / 0.04)
+        for inner, outer in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
+            way = s[outer[1:4]] - s[inner[1:4]]
+            far = np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-4)
+            s[inner[1:4]] += way * np.minimum(0.3, inset / far)
+        return s
+
+    def target(self, t: int, opening: float, shape: np.ndarray) -> np.ndarray:
+        """Where the points shall lie, (68, 2) local: the mouth shut, opened by `opening` and formed by shape (K - 1,)"""
+        full = self.shut + self.slow[t] + opening * self.moves[0] + np.einsum("k,kpi->pi", shape, self.moves[1:])
+        short = np.minimum(full[LOWER_LINE[1:4], 1] - full[UPPER_LINE[1:4], 1] - 0.15 * opening, 0)
+        full[UPPER_LINE[1:4], 1] += short / 2                          # lips do not cross
+        full[LOWER_LINE[1:4], 1] -= short / 2
+        return self.places[t].local(self.points[t]) + full - self.q[t]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pixels
+
+
+def read(frame: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) at where (h, w, 2), pixels with centres at .5 -> (h, w, 3) in [0, 255], bicubic"""
+    H, W = frame.shape[:2]
+    x0, y0, x1, y1 = box_in(frame, np.concatenate([where.min((0, 1)) - 4, where.max((0, 1)) + 4]).reshape(2, 2))
+    part = torch.tensor(frame[y0:y1, x0:x1]).permute(2, 0, 1)[None].float()
+    grid = torch.from_numpy((where - (x0, y0)) * (2 / (x1 - x0), 2 / (y1 - y0)) - 1).float()[None]
+    return F.grid_sample(part, grid, "bicubic", "border", align_corners=False)[0].permute(1, 2, 0).numpy()
+
+
+def spread(nodes: Nodes, values: np.ndarray) -> np.ndarray:
+    """Values (n, 2) at nodes -> (h, w, 2) at the pixels of the nodes' box"""
+    x0, y0, x1, y1 = nodes.box
+    fine = F.interpolate(nodes.field(values)[None], (y1 - y0, x1 - x0), mode="bilinear", align_corners=True)
+    return fine[0].permute(1, 2, 0).double().numpy()
+
+
+def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
+    """Mean colour (3,) of patches beside both corners of the mouth, above the upper and below the lower lip"""
+    at = np.r_[1.25 * points[[48, 54]] - 0.25 * points[48:68].mean(0), (points[[33, 8]] + points[[51, 57]]) / 2]
+    boxes = [box_in(frame, p + 0.06 * scale * np.array([[-1, -1], [1, 1]])) for p in at]
+    return np.mean([frame[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in boxes], 0)
+
+
+def inner_lips(q: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points q (68, 2) and places v (h, w, 2), local -> distance below the upper, above the lower inner lip (h, w)"""
+    up, low = (curve(q[line], v[..., 0]) for line in (UPPER_LINE, LOWER_LINE))
+    return v[..., 1] - up, np.maximum(up, low) - v[..., 1]
+
+
+class Bank:
+    """What shows between a take's lips, as two canvases: fixed to the skull (upper teeth), and to the jaw."""
+
+    def __init__(self, take: Take):
+        self.take, (x0, y0, x1, y1) = take, CANVAS
+        self.size = round((x1 - x0) * CELLS), round((y1 - y0) * CELLS)
+        x, y = (a + (np.arange(n) + 0.5) / CELLS for a, n in zip((x0, y0), self.size))
+        self.cells = np.stack(np.meshgrid(x, y), -1)                   # (h, w, 2)
+        self.drop = take.moves[0, 66, 1]                               # of the jaw, a unit of opening
+        self.sums, self.dark, self.skin = np.zeros((2, *self.cells.shape[:2], 4)), [], []
+        self.frames = np.flatnonzero(take.own > max(0.03, WIDEST * take.widest))
+
+    def add(self, t: int, frame: np.ndarray):
+        """Takes in a frame of self.frames"""
+        take, place = self.take, self.take.places[t]
+        skin, s = skin_colour(frame, take.points[t], place.scale), place.local(take.points[t])
+        self.skin.append(skin)
+        for jaw in (0, 1):
+            at = self.cells + (0, jaw * self.drop * take.own[t])
+            colour = read(frame, place.pixels(at)) / skin
+            inside = np.minimum(*inner_lips(s, at))
+            weight = smoothstep((inside - 0.013) / 0.019)[..., None] * (take.own[t] / take.widest) ** 10
+            self.sums[jaw] += np.concatenate([weight * colour, weight], -1)
+            if not jaw and (inside > 0.015).any():
+                self.dark.append(np.percentile(colour[inside > 0.015], 15, axis=0))
+
+    def finish(self):
+        """Fills cells that no frame showed by their neighbours, then by the colour of the cavity"""
+        self.cavity = np.minimum(np.median(self.dark, 0), 0.45) if self.dark else np.array([0.27, 0.18, 0.18])
+        near = np.stack([gaussian_filter(s, (5, 5, 0)) for s in self.sums])
+        base = (near[..., :3] + 0.02 * self.cavity) / (near[..., 3:] + 0.02)
+        full = (self.sums[..., :3] + 0.03 * base) / (self.sums[..., 3:] + 0.03)
+        self.canvas = torch.from_numpy(full).float().permute(0, 3, 1, 2)
+        self.known = bool(self.dark) and self.take.widest > SHOWN
+
+    def show(self, v, q, d, e, opening: float) -> np.ndarray:
+        """Places v (h, w, 2), `d` below the upper and `e` above the lower lip of points q -> (h, w, 3), skin is 1"""
+        if not self.known:                                             # the clip never showed it: painted teeth
+            half = (q[64, 0] - q[60, 0]) / 2
+            x = v[..., 0] / half
+            tall = 0.16 * half * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
+            front = 1 - smoothstep((np.abs(x) - 0.25) / 0.6)
+            seen = smoothstep((tall - d) / (0.3 * tall + 0.008) + 0.5)
+            seen = seen * (0.25 + 0.75 * smoothstep(np.float64(opening / 0.1)))
+            return self.cavity + (seen * (0.25 + 0.65 * front))[..., None] * (0.95 - self.cavity)
+        x0, y0, x1, y1 = CANVAS
+        at = np.stack([v, v - (0, self.drop * opening)])
+        grid = torch.from_numpy((at - (x0, y0)) * (2 / (x1 - x0), 2 / (y1 - y0)) - 1).float()
+        both = F.grid_sample(self.canvas, grid, padding_mode="border", align_corners=False)
+        skull, jaw = both.permute(0, 2, 3, 1).numpy()
+        colour = jaw + smoothstep((e - d) / np.maximum(d + e, 0.02) + 0.5)[..., None] * (skull - jaw)
+        shade = 0.72 + 0.28 * smoothstep(np.minimum(d, 0.6 * e + 0.02) / 0.038)  # darker under the lip
+        light = 0.35 + 0.65 * smoothstep(np.float64(opening / SHOWN))  # a narrow gap is dark, and red
+        return colour * shade[..., None] * light ** np.array([1, 1.3, 1.25])
+
+
+class Dub:
+    """Frames of a take with another mouth. dub(t, frame, keys, opening, shape) -> uint8 (H, W, 3)"""
+
+    def __init__(self, take: Take, bank: Bank):
+        self.take, self.bank = take, bank
+
+    def __call__(self, t: int, frame: np.ndarray, keys: dict, opening: float, shape: np.ndarray) -> np.ndarray:
+        """keys: {number in the take: frame} of `take.near_keys(t)`; opening in units, shape (K - 1,)"""
+        take, place = self.take, self.take.places[t]
+        s, g = take.source(t), take.target(t, opening, shape)
+        top, low = np.array([-REGION[0], s[33, 1] - REGION[1]]), np.array([REGION[0], max(s[8, 1], 0.7) + REGION[2]])
+        corners = np.stack(np.meshgrid(*zip(top, low)), -1).reshape(-1, 2)
+        skin_nodes = Nodes(box_in(frame, place.pixels(corners)), SKIN_NODE * place.scale)
+        lips = (g[48:60].max(0) + g[48:60].min(0)) / 2, np.ptp(g[48:60], axis=0) / 2 + 0.03  # an ellipse: middle, radii
+        corners = lips[0] + RIM[1] * lips[1] * np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])
+        lip_nodes = Nodes(box_in(frame, place.pixels(corners)), LIP_NODE * place.scale)
+
+        # fields from the wanted points back to those of this frame and of the keys, for what hangs on either lip
+        near = take.near_keys(t)
+        sources = [s, *(take.source(k) for k, _ in near)]
+        at = [place.local(nodes.flat()) for nodes in (skin_nodes, lip_nodes)]
+        a = np.linspace(0, 1, 8)
+        border = np.array([(x, y) for x in a for y in a if min(x, y) == 0 or max(x, y) == 1])
+        fixed = np.r_[top + (low - top) * border, s[STILL]]
+        skin, moved = [], []
+        for line, lip in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
+            used = np.r_[JAW, CORNERS, lip, line[1:4]]
+            values = np.stack([np.r_[source[used] - g[used], 0 * fixed] for source in sources], 1)
+            field = thin_plate(np.r_[g[used], fixed], values, np.concatenate(at))  # (n, 1 + keys, 2)
+            skin.append(field[: len(at[0]), 0])
+            moved.append(field[len(at[0]) :, 1:])
+        half, centre = (g[64, 0] - g[60, 0]) / 2, (g[64, 0] + g[60, 0]) / 2
+        beside = [smoothstep((1.12 - np.abs(p[:, :1] - centre) / half) / 0.12) for p in at]
+        below = smoothstep((at[0][:, 1:] - g[[60, 62, 64, 66], 1].mean()) / 0.1 + 0.5)
+        edge = smoothstep(np.minimum(at[0] - top, low - at[0]).min(1, keepdims=True) / 0.15)
+        field = edge * (skin[0] + beside[0] * below * (skin[1] - skin[0]))
+        out = read(frame, spread(skin_nodes, place.pixels(at[0] + field)))
+        (a0, b0, a1, b1), (x0, y0, x1, y1) = lip_nodes.box, skin_nodes.box
+        part = slice(b0 - y0, b1 - y0), slice(a0 - x0, a1 - x0)
+        moved[1] = moved[0] + beside[1][:, None] * (moved[1] - moved[0])
+        fields = [[at[1] + field[:, i] for field in moved] for i in range(len(near))]
+        out[part] = self.mouth(t, frame, keys, out[part], lip_nodes, fields, g, lips, opening)
+        result = frame.copy()
+        result[y0:y1, x0:x1] = (out + 0.5).clip(0, 255).astype(np.uint8)
+        return result
+
+    def faded(self, t: int, frame, keys, opening, shape) -> np.ndarray:
+        """As __call__, passing over into the untouched frames beside the take"""
+        out = self(t, frame, keys, opening, shape)
+        steps = [step for step, fades in zip((t + 1, self.take.T - t), self.take.fades) if fades]
+        w = smoothstep(np.float64(min([FADE + 1, *steps]) / (FADE + 1)))
+        return out if w == 1 else (frame + w * (out.astype(np.float32) - frame) + 0.5).astype(np.uint8)
+
+    def mouth(self, t, frame, keys, skin, nodes, fields, g, lips, opening) -> np.ndarray:
+        """skin (h, w, 3) in the box of `nodes` -> the same with lips, read from the keys along `fields`, and the bank"""
+        take, place = self.take, self.take.places[t]
+        light, near = skin_colour(frame, take.points[t], place.scale), take.near_keys(t)
+        upper, lower = 0, 0
+        for (k, weight), (up, down) in zip(near, fields):
+            there = take.places[k]
+            gain = weight * light / skin_colour(keys[k], take.points[k], there.scale)
+            upper = upper + gain * read(keys[k], spread(nodes, there.pixels(up)))
+            lower = lower + gain * read(keys[k], spread(nodes, there.pixels(down)))
+        v = place.local(centres(nodes.box))
+        d, e = inner_lips(g, v)
+        within = (np.abs(v[..., 0] - (g[64, 0] + g[60, 0]) / 2) < (g[64, 0] - g[60, 0]) / 2)[..., None]
+        soft = max(0.015, 1.5 / place.scale)
+        above = np.where(within, smoothstep(0.5 - d / soft)[..., None], 1)
+        under = np.where(within, 1 - smoothstep((e - 0.5 * soft) / soft)[..., None], 1)
+        rim = smoothstep((RIM[1] - np.linalg.norm((v - lips[0]) / lips[1], axis=-1)) / (RIM[1] - RIM[0]))[..., None]
+        change = skin - np.where((d > e)[..., None], lower, upper)
+        # colours that differ at the rim are matched, but not where a face ends
+        weight = 4 * rim * (1 - rim) * np.exp(-((change.mean(-1, keepdims=True) / ALIKE) ** 2))
+        sigma = (CAST * place.scale, CAST * place.scale, 0)
+        cast = gaussian_filter(change * weight, sigma) / (gaussian_filter(weight, sigma) + 1e-3)
+        patch = light * self.bank.show(v, g, d, e, opening)
+        patch = patch + under * (lower + cast - patch)
+        patch = patch + above * (upper + cast - patch)
+        return skin + rim * (patch - skin)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole clip
+
+
+def scene_landmarks(net, frames, number: int) -> np.ndarray:
+    """Frames of one scene -> landmarks (n, 68, 2) in pixels of the face that is the number-th largest where so many are
+    first detected; NaN in frames without it"""
+    frames, points = iter(frames), []
+    for k, frame in enumerate(frames):
+        faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()
+        if faces is None:
+            raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
+        if len(faces) >= number:
+            box = face_box(faces, "face", number)
+            points.extend(track_landmarks(net, itertools.chain([frame], frames), box)[0])
+        else:
+            points.append(np.full((68, 2), np.nan))
+    return np.array(points)
+
+
+def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[int, list[Take]]:
+    """Of the first n frames of a video: how many there are, and its takes. Raises InputError: no face can be followed."""
+    info, mean = probe(path), net.solid.double().numpy()
+    scene = scenes(list(itertools.islice(read_video(path, 16), n)))
+    small = zip(scene, read_video(path, min(info.height, POINTS_HEIGHT)))
+    points = [scene_landmarks(net, (frame for _, frame in group), number)
+              for _, group in itertools.groupby(small, key=lambda pair: pair[0])]
+    points = np.concatenate(points) * max(1.0, info.height / POINTS_HEIGHT)
+    usable = np.array([is_usable(p, mean) for p in points])
+    change = np.flatnonzero(np.diff(scene) | np.diff(usable)) + 1
+    parts = [part for part in np.split(np.arange(len(points)), change) if usable[part[0]] and len(part) >= SHORTEST]
+    if not parts:
+        raise InputError(f"{path}: no face that can be tracked (turned beyond {TURNED[0]:.0f} degrees, hidden, or none)")
+    takes = [Take(part[0], points[part], mean, moves) for part in parts]
+    for take in takes:  # beside frames that pass through in the same scene the take fades
+        ends = take.first - 1, take.first + take.T
+        take.fades = [0 <= end < len(scene) and scene[end] == scene[take.first] for end in ends]
+    return len(points), takes
+
+
+def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
+    """Landmarks (68, 2) of a face that is turned little enough, and not hidden by what makes them jump"""
+    if not np.isfinite(points).all():
+        return False
+    scale, R, shift = fit_pose(points, mean)
+    miss = (points - shift) / scale - (mean[:68] @ R.T)[:, :2]
+    yaw, pitch, _ = angles(R)
+    return abs(yaw) < TURNED[0] and abs(pitch) < TURNED[1] and np.hypot(*miss[RIGID].T).mean() < MISFIT
+
+
+def dubbed(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):
+    """Frames, uint8 (H, W, 3), of a video of `count` frames with other lips: opening (T,), shape (T, K - 1). A video
+    that is shorter is shown again from its beginning."""
+    banks = [Bank(take) for take in takes]
+    wanted = {take.first + t: (bank, t) for take, bank in zip(takes, banks) for t in bank.frames}
+    for k, frame in enumerate(itertools.islice(read_video(path), count)):
+        if k in wanted:
+            bank, t = wanted[k]
+            bank.add(t, frame)
+    for bank in banks:
+        bank.finish()
+    dubs = {take.first + t: (Dub(take, bank), t) for take, bank in zip(takes, banks) for t in range(take.T)}
+    torch.set_num_threads(1)  # two frames side by side are faster than two threads in one
+    with ThreadPoolExecutor(2) as pool:
+        plan = frame_plan(path, dubs, count, opening, shape)
+        while jobs := list(itertools.islice(plan, 4)):
+            yield from pool.map(lambda job: job(), jobs)
+
+
+def frame_plan(path, dubs: dict, count: int, opening: np.ndarray, shape: np.ndarray):
+    """Functions without arguments that make the frames, in order, each holding the frames it reads"""
+    for begin in range(0, len(opening), count):
+        ahead, held = enumerate(read_video(path)), {}                  # a second reader, for the shut frames to come
+        for k, frame in enumerate(itertools.islice(read_video(path), min(count, len(opening) - begin))):
+            if k not in dubs:
+                yield lambda frame=frame: frame
+                continue
+            dub, t = dubs[k]
+            near = [dub.take.first + key for key, _ in dub.take.near_keys(t)]
+            while near[-1] not in held:
+                at, later = next(ahead)
+                if at - dub.take.first in dub.take.keys:
+                    held[at] = later
+            held = {at: later for at, later in held.items() if at >= near[0]}
+            keys = {at - dub.take.first: held[at] for at in near}
+            yield partial(dub.faded, t, frame, keys, float(opening[begin + k]), shape[begin + k])

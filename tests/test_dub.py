@@ -1,0 +1,132 @@
+"""A clip gets other lips: they open as asked, the rest of the frame stays, and what cannot be tracked passes through."""
+
+import numpy as np
+import pytest
+import torch
+
+import dub
+from fusion import load_model
+from landmarks import find_landmarks, load_landmarks, track_landmarks
+from media import InputError, VideoWriter, load_photo, read_video
+from motion import lip_opening
+from sample import EXAMPLE, FACE
+from warp import Face, Warp
+
+T = 40
+OWN = 0.12 * (1 - np.cos(2 * np.pi * np.arange(T) / 13)) / 2
+BOX = (67, 65, 191, 189)  # of the face in the photo at 256 px
+
+
+@pytest.fixture(scope="module")
+def net():
+    return load_landmarks()
+
+
+@pytest.fixture(scope="module")
+def moves():
+    return load_model(FACE, torch.device("cpu")).motion.moves.double().numpy()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, net, moves):
+    """The example photo, moved by warp.py: a clip of 256 px whose mouth opens by OWN, with its head at rest"""
+    from PIL import Image
+
+    photo = np.array(Image.fromarray(load_photo(EXAMPLE)).resize((256, 256), Image.Resampling.LANCZOS))
+    warp = Warp(Face(photo, find_landmarks(net, photo, BOX), net.solid.double().numpy()), moves)
+    path = tmp_path_factory.mktemp("dub") / "clip.mp4"
+    with VideoWriter(path, 256, 256, np.zeros(640 * T, np.float32)) as video:
+        for opening in OWN:
+            video.write(warp(opening))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def detector(monkeypatch):
+    monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: [(*BOX, 0.9)])
+    monkeypatch.setattr(dub, "face_box", lambda faces, template, number: BOX)
+
+
+def dubbed(path, net, moves, opening):
+    count, takes = dub.find_takes(path, net, moves, len(opening))
+    return takes, list(dub.dubbed(path, takes, count, opening, np.zeros((len(opening), len(moves) - 1))))
+
+
+def openings(net, frames):
+    points = track_landmarks(net, frames, BOX)[0]
+    return lip_opening(points) / np.linalg.norm(points[0, 45] - points[0, 36])
+
+
+def test_lips_open_as_asked_and_no_longer_as_they_did(clip, net, moves):
+    wanted = 0.10 * (1 - np.cos(2 * np.pi * np.arange(T) / 7)) / 2
+    takes, frames = dubbed(clip, net, moves, wanted)
+    assert len(takes) == 1 and len(frames) == T and frames[0].dtype == np.uint8
+    assert np.corrcoef(takes[0].own, OWN)[0, 1] > 0.97
+    seen = openings(net, frames)
+    assert np.corrcoef(seen, wanted)[0, 1] > 0.93
+    assert abs(np.corrcoef(seen, OWN)[0, 1] - np.corrcoef(wanted, OWN)[0, 1]) < 0.15
+
+
+def test_silence_shuts_the_mouth_and_the_rest_of_the_frame_stays_bit_for_bit(clip, net, moves):
+    _, frames = dubbed(clip, net, moves, np.zeros(T))
+    before = openings(net, list(read_video(clip)))
+    assert openings(net, frames).std() < 0.25 * before.std()
+    for frame, source in zip(frames, read_video(clip)):
+        assert np.array_equal(frame[:110], source[:110]) and np.array_equal(frame[:, :30], source[:, :30])
+        assert not np.array_equal(frame[150:190], source[150:190])
+
+
+def test_a_clip_that_is_shorter_than_the_sound_starts_again(clip, net, moves):
+    takes, frames = dubbed(clip, net, moves, np.zeros(T + 5))
+    assert sum(take.T for take in takes) == T and len(frames) == T + 5
+    np.testing.assert_array_equal(frames[T + 3], frames[3])
+
+
+def test_frames_of_a_scene_without_a_face_pass_through(clip, net, moves, tmp_path, monkeypatch):
+    frames, path = list(read_video(clip)), tmp_path / "cut.mp4"
+    blank = np.full((256, 256, 3), 230, np.uint8)
+    with VideoWriter(path, 256, 256, np.zeros(640 * 60, np.float32)) as video:
+        for frame in [*frames[:20], *[blank] * 20, *frames[20:]]:
+            video.write(frame)
+    monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: [(*BOX, 0.9)] if frame.std() > 10 else [])
+    takes, out = dubbed(path, net, moves, np.zeros(60))
+    assert [(int(take.first), take.T) for take in takes] == [(0, 20), (40, 20)]
+    assert not any(fade for take in takes for fade in take.fades), "a cut is no reason to fade"
+    for k, (frame, source) in enumerate(zip(out, read_video(path))):
+        assert np.array_equal(frame, source) == (20 <= k < 40)
+
+
+def test_lips_come_from_the_take_itself(clip, net, moves):
+    take = dub.find_takes(clip, net, moves, T)[1][0]
+    assert all(take.own[k] < 0.04 for k in take.keys) and len(take.keys) >= 3
+    for t in range(T):
+        near = take.near_keys(t)
+        assert sum(weight for _, weight in near) == pytest.approx(1) and all(0 <= k < T for k, _ in near)
+        assert len(near) == 1 or near[0][0] < t < near[1][0]
+
+
+def test_wanted_lips_never_cross(clip, net, moves):
+    take = dub.find_takes(clip, net, moves, T)[1][0]
+    rng = np.random.default_rng(0)
+    for t in range(0, T, 7):
+        g = take.target(t, 0.05 * rng.random(), rng.standard_normal(len(moves) - 1))
+        assert (g[[67, 66, 65], 1] >= g[[61, 62, 63], 1] - 0.03).all()
+
+
+def test_no_face_that_can_be_tracked_is_one_line(clip, net, moves, monkeypatch):
+    monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: [])
+    with pytest.raises(InputError, match="no face that can be tracked"):
+        dub.find_takes(clip, net, moves, T)
+    monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: None)
+    with pytest.raises(InputError, match="detector's weights"):
+        dub.find_takes(clip, net, moves, T)
+
+
+def test_faces_that_are_turned_lost_or_hidden_are_not_usable(net):
+    mean = net.solid.double().numpy()
+    front = 100 * mean[:68, :2] + 128
+    assert dub.is_usable(front, mean)
+    assert not dub.is_usable(front * np.nan, mean)
+    c, s = np.cos(np.radians(50)), np.sin(np.radians(50))
+    assert not dub.is_usable(100 * (mean[:68] @ [[c, 0], [0, 1], [-s, 0]]) + 128, mean)
+    assert not dub.is_usable(front + np.random.default_rng(0).normal(0, 30, (68, 2)), mean)
