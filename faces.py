@@ -167,8 +167,8 @@ def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# face detection by blazeface: its faces are x0, y0, x1, y1, score, then x, y of the eye on the left of the picture, of
-# the other eye and of the mouth's middle, in pixels
+# face detection by blazeface. A face is x0, y0, x1, y1, score, then x, y of the eye on the left of the picture, of the
+# other eye and of the mouth's middle, in pixels
 
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
 SAME_FACE = 0.3  # overlap (intersection over union) of two boxes of one face; ours
@@ -178,19 +178,15 @@ NEAR = 2.0  # box sides: the square of `redetect` (ours: there key points scatte
 
 @lru_cache
 def face_detectors() -> list:
-    """Both models of blazeface, that for near faces first, loaded once a process (0.4 MB each, fetched if need be); else
-    []: the caller says what to do then."""
+    """Both models of blazeface, that for near faces first, loaded once a process (1 MB, fetched if need be); else []."""
     from face_alignment.detection.blazeface import FaceDetector  # here: the import takes seconds
 
-    detectors = []
-    for name in ("blazeface", "blazeface_back"):
-        try:
-            paths = dict(path_to_detector=str(fetch(name)), path_to_anchor=str(fetch("blazeface_anchors")))
-        except InputError:
-            return []
-        options = dict(back_model=name == "blazeface_back", min_score_thresh=0.3)  # the means of detect_faces decide
-        detectors.append(FaceDetector(device="cpu", **options, **paths))
-    return detectors
+    try:
+        anchors, near, far = (str(fetch(name)) for name in ("blazeface_anchors", "blazeface", "blazeface_back"))
+    except InputError:
+        return []
+    options = dict(device="cpu", path_to_anchor=anchors, min_score_thresh=0.3)  # detect_faces is stricter
+    return [FaceDetector(path_to_detector=path, back_model=path == far, **options) for path in (near, far)]
 
 
 def need_detector():
@@ -227,22 +223,16 @@ def detect(detector, images: list, squares: list) -> list[list[np.ndarray]]:
     return [list(faces) for faces in found]
 
 
-def redetect(images: list, found: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Each face detected once more in the middle of a square of NEAR times its size, where the key points are most exact;
-    it stays as it is where that finds nothing."""
-    places = [(i, k) for i, faces in enumerate(found) for k in range(len(faces))]
+def redetect(images: list, faces: list) -> list[np.ndarray]:
+    """A face of each image, detected once more in the middle of a square of NEAR times its size, where key points are
+    most exact; it stays as it is where that finds nothing."""
     squares = []
-    for i, k in places:
-        x0, y0, x1, y1 = found[i][k][:4]
+    for x0, y0, x1, y1 in (face[:4] for face in faces):
         side = max(8, round(NEAR * max(x1 - x0, y1 - y0)))
         squares.append((round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side))
-    near = detect(face_detectors()[0], [images[i] for i, _ in places], squares)
-    better = [list(faces) for faces in found]
-    for (i, k), faces in zip(places, near):
-        best = max(faces, key=lambda face: overlap(face, found[i][k]), default=None)
-        if best is not None and overlap(best, found[i][k]) > SAME_FACE:
-            better[i][k] = best
-    return better
+    near = detect(face_detectors()[0], images, squares)
+    best = [max(found, key=lambda other: overlap(other, face), default=face) for face, found in zip(faces, near)]
+    return [other if overlap(other, face) > SAME_FACE else face for face, other in zip(faces, best)]
 
 
 def overlap(a, b) -> float:
@@ -265,8 +255,7 @@ def largest_first(faces) -> list[tuple]:
 
 
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple] | None:
-    """uint8 (H, W, 3) -> [(x0, y0, x1, y1, score, six numbers of points), ..] in pixels, the largest first; None where no
-    detector's weights are at hand.
+    """uint8 (H, W, 3) -> its faces, the largest first; None where no detector's weights are at hand.
 
     A single detection is not reliable: a dog can score .82 and a woman .55. So both models search the picture inside
     wider and wider margins. A face is what a third of the searches find with a mean score of MIN_SCORE, and `redetect`
@@ -281,19 +270,8 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
             groups.append([face]) if group is None else group.append(face)
     faces = [np.mean(g, 0) for g in groups if 3 * len(g) >= len(margins) * len(detectors)]
     faces = [face for face in faces if face[4] >= MIN_SCORE]
-    near = redetect([image], [faces])[0]
+    near = redetect([image] * len(faces), faces)
     return largest_first(face for face, seen in zip(faces, near) if upright(seen) and seen[4] >= MIN_SCORE)
-
-
-def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple] | None, str]:
-    """A photo, uint8 (H, W, 3), that may lie on its side or stand on its head -> the same turned so that a face in it is
-    upright, what detect_faces finds there, and how it was turned in words; as it is where no way shows a face."""
-    for k, how in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
-        turned = np.ascontiguousarray(np.rot90(image, k))
-        faces = detect_faces(turned)
-        if faces is None or faces:
-            return turned, faces, how
-    return image, [], ""
 
 
 def find_faces(frames: list) -> list[list[tuple]] | None:
@@ -307,7 +285,19 @@ def find_faces(frames: list) -> list[list[tuple]] | None:
         images = [frames[i] for i in blank]
         for i, faces in zip(blank, detect(detector, images, [whole_square(image, MARGIN) for image in images])):
             found[i] = [face for face in faces if face[4] >= MIN_SCORE]
-    return [largest_first(filter(upright, faces)) for faces in redetect(frames, found)]
+    near = iter(redetect([frame for frame, faces in zip(frames, found) for _ in faces], sum(found, [])))
+    return [largest_first(filter(upright, itertools.islice(near, len(faces)))) for faces in found]
+
+
+def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple] | None, str]:
+    """A photo, uint8 (H, W, 3), that may lie on its side or stand on its head -> the same turned so that a face in it is
+    upright, what detect_faces finds there, and how it was turned in words; unchanged where no way shows a face."""
+    for k, how in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
+        turned = np.ascontiguousarray(np.rot90(image, k))
+        faces = detect_faces(turned)
+        if faces is None or faces:
+            return turned, faces, how
+    return image, [], ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,8 +602,7 @@ class Landmarks:
             self.points = np.memmap(folder / "points.bin", "<f4", "r", shape=(done, K, 2)) if done else None
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: no landmarks ({error}): python keypoints.py extract {pack.folder}") from None
-        expected = landmarks_header(pack, "")
-        if not lines or {k: lines[0].get(k) for k in expected} | dict(detector="") != expected:
+        if not lines or lines[0] != landmarks_header(pack, lines[0].get("detector")):
             raise InputError(f"{folder}: landmarks of another pack than {pack.folder}")
         if len(lines) < len(pack) + 1:
             print(f"{folder}: unfinished, {len(lines) - 1} of {len(pack)} clips so far", file=sys.stderr)

@@ -140,6 +140,13 @@ def mirror(points: np.ndarray) -> np.ndarray:
     return 1 - points[..., MIRROR].conj()
 
 
+def box_crop(box) -> tuple[float, complex]:
+    """x0, y0, x1, y1 in pixels, nearly square -> a, b of the square about its middle"""
+    x0, y0, x1, y1 = map(float, box)
+    side = (x1 - x0 + y1 - y0) / 2
+    return side, complex((x0 + x1 - side) / 2, (y0 + y1 - side) / 2)
+
+
 def part_crops(part: Part, a, points: np.ndarray):
     """a (..) of face crops and their points (.., K) -> a (..), b (.., 2) of the crops of a part"""
     a = part.side * np.asarray(a)
@@ -206,9 +213,9 @@ def read_parts(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, poin
 
 @torch.inference_mode()
 def find_landmarks(net: LandmarkNet, photo: np.ndarray, box) -> np.ndarray:
-    """Landmarks of the face in a square box, x0, y0, x1, y1 in pixels, of a photo, uint8 (H, W, 3) -> float32 (68, 2) in
+    """Landmarks of the face in a box, x0, y0, x1, y1 in pixels, of a photo, uint8 (H, W, 3) -> float32 (68, 2) in
     pixels. After each pass the crop follows the points. Read `doubt` as well: the network gives landmarks of anything."""
-    a, b = box[2] - box[0], complex(*box[:2])
+    a, b = box_crop(box)
     for _ in range(3):
         points = read_face(net, photo, a, b).mean((0, 1))
         a, b = net.crop_of(points)
@@ -241,13 +248,13 @@ def read_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def track_landmarks(net: LandmarkNet, frames, box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames, uint8 (H, W, 3), from any iterable, and the square box of the face in the first -> landmarks (T, 68, 2) in
+    """Frames, uint8 (H, W, 3), from any iterable, and the box of the face in the first -> landmarks (T, 68, 2) in
     pixels, eyes and brows (T, 2) of read_eyes, all float32; NaN in frames where the face is lost.
 
     The crop follows the points: one pass a frame, two where it moves. The face is lost where crop and mirror image
     disagree or the crop jumps; it is then searched for where it was last.
     """
-    track, passes, a, b = [], 3, box[2] - box[0], complex(*box[:2])
+    track, passes, (a, b) = [], 3, box_crop(box)
     for frame in frames:
         last, searched = (a, b), passes > 1
         while passes:

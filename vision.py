@@ -6,7 +6,6 @@ read strictly. MouthEncoder is ours.
 """
 
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -404,10 +403,6 @@ def parts_of(path: str | Path) -> tuple[dict, dict]:
     return content if "state_dict" in content else {}, parts
 
 
-# ArcFace's last layers, which are not in a trunk
-EMBEDDING = re.compile(r"output_layer\.[034]\.(weight|bias|running_mean|running_var|num_batches_tracked)")
-
-
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, dict | None]:
     """pSp's encoder for L styles from its authors' file -> (encoder, the decoder's state dict or None).
 
@@ -421,7 +416,7 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, d
     with refusing(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
         if "output_layer.3.weight" in state:
-            trunk = {key: value for key, value in state.items() if not EMBEDDING.fullmatch(key)}
+            trunk = {key: value for key, value in state.items() if not key.startswith("output_layer.")}
             trunk = load_strictly(
                 lambda: nn.ModuleDict(zip(("input_layer", "body"), trunk_ir_se50(width))), trunk, f"{path}, ArcFace")
             encoder = GradualStyleEncoder(L, dim, width)

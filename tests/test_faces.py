@@ -164,7 +164,7 @@ def seen_by(monkeypatch, near):
 
     def redetect(images, found):
         points, score = near
-        return [[np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in faces] for faces in found]
+        return [np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in found]
 
     monkeypatch.setattr(faces, "face_detectors", lambda: ["one"])
     monkeypatch.setattr(faces, "detect", detect)

@@ -1,4 +1,4 @@
-"""Landmarks: crops lie where they say, eyes shut on paper, the shipped network follows a face that turns and vanishes."""
+"""Landmarks: geometry of crops, the corrections of training data, the shipped network on faces that turn and vanish."""
 
 import json
 from pathlib import Path
