@@ -1,33 +1,33 @@
-"""Sound: any file -> 16 kHz mono, log-mel and MFCC, the mel steps of a video frame, and the audio encoder.
+"""Sound to features: log-mel, MFCC, the mel steps of a video frame, voice isolation, and the audio encoder.
 
 Papers: FC-TFG (arXiv 2304.03275) section 3: 16 kHz, window 800, hop 200, 80 mel bands, encoder after Wav2Lip
 (arXiv 2008.10010), whose hparams give the mel's other numbers; SyncNet (Chung & Zisserman 2016) for the MFCC.
 Differs from them: the mel window of a frame is centred on the frame's middle (Wav2Lip's begins at int(3.2 k)
 of the first of five frames); the encoder's norm is GroupNorm, its last layer linear (see AudioEncoder).
-
-Being the lowest room, it also holds what all need: InputError, run(), check_file(), how ffmpeg is called.
 """
 
 from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.fft import dct
+from scipy.sparse import csr_array
 from torch import nn
 
 from media import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 # the mel, all from Wav2Lip's hparams
-N_FFT = 800  # samples: 50 ms, also the length of the Hann window
-HOP = 200  # samples: 12.5 ms
-N_MELS = 80
-MEL_LOW, MEL_HIGH = 55.0, 7600.0  # Hz
+N_MELS = 80                              # M: the one place to change it, before anything is trained; 55 or more
+N_FFT = 800                              # samples: 50 ms, also the length of the Hann window
+HOP = 200                                # samples: 12.5 ms
+MEL_LOW, MEL_HIGH = 55.0, 7600.0         # Hz
 PREEMPHASIS = 0.97
-REFERENCE_DB, FLOOR_DB = 20.0, -100.0  # this level is 0 dB; what lies below the floor is silence
-MEL_RATE = SAMPLE_RATE // HOP  # 80 steps a second, 3.2 a frame
-WINDOW = 16  # mel steps of one window: 0.2 s, five frames
-SILENCE = -4.0  # mel value of silence, and of everything outside the sound
-
-BLOCK = 512  # ours: mel steps computed at once: they stay in the cache, however long the sound
+REFERENCE_DB, FLOOR_DB = 20.0, -100.0    # this level is 0 dB; what lies below the floor is silence
+MEL_RATE = SAMPLE_RATE // HOP            # 80 steps a second, 3.2 a frame
+WINDOW = 16                              # S of one window, in mel steps: 0.2 s, five frames
+SILENCE = -4.0                           # mel value of silence, and of everything outside the sound
+HANN = torch.from_numpy((0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)).astype(np.float32))  # periodic
+BLOCK = 512                              # ours: mel steps computed at once: they stay in the cache
 
 
 def n_frames(n_samples: int) -> int:
@@ -36,13 +36,12 @@ def n_frames(n_samples: int) -> int:
     return max(1, (2 * n_samples + SAMPLES_PER_FRAME) // (2 * SAMPLES_PER_FRAME))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # samples -> mel -> windows of frames
 
-
 @lru_cache
-def band_corners(low: float = MEL_LOW, high: float = MEL_HIGH) -> np.ndarray:
-    """(82,) Hz: band i of the mel is a triangle from corner i over i + 1 to i + 2. Slaney's scale."""
+def band_corners(bands: int, low: float = MEL_LOW, high: float = MEL_HIGH) -> np.ndarray:
+    """(M + 2,) Hz: band i of the mel is a triangle from corner i over i + 1 to i + 2. Slaney's scale."""
 
     def mel(hz):  # linear below 1 kHz, logarithmic above: 27 steps for a factor of 6.4
         return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
@@ -50,32 +49,24 @@ def band_corners(low: float = MEL_LOW, high: float = MEL_HIGH) -> np.ndarray:
     def hz(mel):
         return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
-    return hz(np.linspace(mel(low), mel(high), N_MELS + 2))
+    return hz(np.linspace(mel(low), mel(high), bands + 2))
 
 
 @lru_cache
-def filter_bank(n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
-    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (80, n_fft / 2 + 1) matrix.
+def filter_bank(bands: int, n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
+    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (M, n_fft / 2 + 1) matrix.
 
     librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start.
     """
-    from scipy.sparse import csr_array
-
-    corners = band_corners(low, high)
-    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (80, 1)
+    corners = band_corners(bands, low, high)
+    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (M, 1)
     bins = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft  # Hz
     triangles = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
     return csr_array((np.maximum(0, triangles) * 2 / (right - left)).astype(np.float32))
 
 
-@lru_cache
-def hann() -> np.ndarray:
-    """The periodic Hann window, float32 (800,)."""
-    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)).astype(np.float32)
-
-
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Log-mel of wav (n,), steps first .. stop-1 -> float32 (80, stop - first). Step s is at sample 200 s.
+    """Log-mel of wav (n,), steps first .. stop-1 -> float32 (M, stop - first). Step s is at sample 200 s.
 
     Every step is computed alone, by the same operations in the same order, whatever the range: FFT by rows,
     square roots instead of np.abs, a sparse filter bank (a dense product rounds differently for each shape).
@@ -92,9 +83,9 @@ def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
         if end > len(wav):  # padding comes after the pre-emphasis: no echo of the last sample
             x[max(0, len(wav) - begin) :] = 0
         frames = torch.from_numpy(x).unfold(0, N_FFT, HOP)  # (b-a, 800); PyTorch's FFT has three times NumPy's speed
-        spectrum = torch.view_as_real(torch.fft.rfft(frames * torch.from_numpy(hann()))).square_()  # (b-a, 401, 2)
+        spectrum = torch.view_as_real(torch.fft.rfft(frames * HANN)).square_()  # (b-a, 401, 2)
         magnitude = (spectrum[..., 0] + spectrum[..., 1]).sqrt_().numpy()
-        power = filter_bank() @ np.ascontiguousarray(magnitude.T)  # (80, b-a)
+        power = filter_bank(N_MELS) @ np.ascontiguousarray(magnitude.T)  # (M, b-a)
         db = 20 * np.log10(np.maximum(10 ** (FLOOR_DB / 20), power)) - REFERENCE_DB
         mel[:, a - first : b - first] = np.clip(8 * (db - FLOOR_DB) / -FLOOR_DB - 4, -4, 4)  # symmetric
     return mel
@@ -106,7 +97,7 @@ def mel_length(n_samples: int) -> int:
 
 
 def log_mel(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (80, S) in [-4, 4]; S = 1 + n // 200, silence -4."""
+    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, S) in [-4, 4]; S = 1 + n // 200, silence -4."""
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
     return mel_steps(wav, 0, mel_length(len(wav)))
 
@@ -122,17 +113,17 @@ def window_starts(frames) -> np.ndarray:
 
 
 def mel_windows(mel: np.ndarray, frames) -> np.ndarray:
-    """mel (80, S), T frame indices -> float32 (T, 1, 80, 16), centred on the frames; outside is silence."""
-    assert mel.ndim == 2 and mel.shape[0] == N_MELS, f"mel is {mel.shape}, expected (80, S)"
+    """mel (M, S), T frame indices -> float32 (T, 1, M, 16), centred on the frames; outside is silence."""
+    assert mel.ndim == 2 and mel.shape[0] == N_MELS, f"mel is {mel.shape}, expected ({N_MELS}, S)"
     return gather_windows(mel, 0, window_starts(frames))
 
 
 def gather_windows(mel: np.ndarray, first: int, starts: np.ndarray) -> np.ndarray:
-    """Windows from `starts` (T,) of a piece of mel (80, S) whose first step is number `first`."""
+    """Windows from `starts` (T,) of a piece of mel (M, S) whose first step is number `first`."""
     steps = starts[:, None] + np.arange(WINDOW) - first  # (T, 16)
     inside = (steps >= 0) & (steps < mel.shape[1])
-    windows = mel[:, np.clip(steps, 0, mel.shape[1] - 1)]  # (80, T, 16)
-    return np.where(inside, windows, np.float32(SILENCE)).transpose(1, 0, 2)[:, None]  # (T, 1, 80, 16)
+    windows = mel[:, np.clip(steps, 0, mel.shape[1] - 1)]  # (M, T, 16)
+    return np.where(inside, windows, np.float32(SILENCE)).transpose(1, 0, 2)[:, None]  # (T, 1, M, 16)
 
 
 def sound_windows(wav: np.ndarray, frames) -> np.ndarray:
@@ -147,7 +138,7 @@ def sound_windows(wav: np.ndarray, frames) -> np.ndarray:
 def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, steps: int = 3) -> np.ndarray:
     """One frequency mask of 0..bands mel bands and one time mask of 0..steps mel steps, filled with silence.
 
-    mel (.., 80, S) -> a copy; all leading axes get the same masks. SpecAugment (Park et al. 2019) without its
+    mel (.., M, S) -> a copy; all leading axes get the same masks. SpecAugment (Park et al. 2019) without its
     time warping; its widths (27 bands, 100 steps) are for utterances, ours are a fifth of a window's.
     """
     mel = mel.copy()
@@ -159,15 +150,15 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
     return mel
 
 
-def other_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same words by another voice, nearer or farther, in a noisier room: mel (.., 80, S) -> a new array.
+def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same words by another voice, nearer or farther, in a noisier room: mel (.., M, S) -> a new array.
 
     The frequency axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013, has 10), the
     level moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, and a hiss covers what is quieter than it
     in every third call (widths ours). Bands that the stretch takes from beyond 7.6 kHz repeat the last one.
     """
-    centres = band_corners()[1:-1]
-    wanted = np.interp(centres * np.exp(rng.uniform(-0.15, 0.15)), centres, np.arange(N_MELS))  # band to read, (80,)
+    centres = band_corners(N_MELS)[1:-1]
+    wanted = np.interp(centres * np.exp(rng.uniform(-0.15, 0.15)), centres, np.arange(N_MELS))  # band to read, (M,)
     below = np.minimum(wanted.astype(int), N_MELS - 2)
     part = (wanted - below)[:, None]
     voice = (1 - part) * mel[..., below, :] + part * mel[..., below + 1, :]
@@ -178,10 +169,10 @@ def other_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(voice, SILENCE, -SILENCE).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # speech out of a mix
 
-PIECE, OVERLAP = 60, 1  # seconds; ours: similar frames are looked for within a piece; its ends are faded
+PIECE, OVERLAP = 60, 1                   # seconds; ours: similar frames are looked for within a piece; its ends are faded
 
 
 def isolate_voice(wav: np.ndarray) -> np.ndarray:
@@ -207,7 +198,7 @@ def isolate_voice(wav: np.ndarray) -> np.ndarray:
 
 def isolate_piece(wav: np.ndarray) -> np.ndarray:
     """isolate_voice of at most PIECE seconds; memory grows with their square"""
-    import librosa
+    import librosa                       # here: it takes 1.5 s
 
     if len(wav) < SAMPLE_RATE // 2:
         return wav
@@ -220,7 +211,7 @@ def isolate_piece(wav: np.ndarray) -> np.ndarray:
     return librosa.istft(spectrum * mask, hop_length=256, n_fft=1024, length=len(wav))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # MFCC, for SyncNet v2
 
 
@@ -242,8 +233,6 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     26 filters, DCT-II, lifter 22, first coefficient replaced by log energy. S = 1 + ceil((n - 400) / 160).
     """
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
-    from scipy.fft import dct
-
     x = np.clip(np.round(wav.astype(np.float64) * 32768), -32768, 32767)
     x = np.append(x[0], x[1:] - 0.97 * x[:-1])
     S = 1 + max(0, -(-(len(x) - 400) // 160))
@@ -261,7 +250,7 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # PC-AVS's mel: the STFT of the lws package in NumPy, 100 steps a second, 4 a frame
 
-LWS_FFT, LWS_HOP, LWS_LOW = 1280, 160, 125.0  # samples: 80 and 10 ms; Hz
+LWS_BANDS, LWS_FFT, LWS_HOP, LWS_LOW = 80, 1280, 160, 125.0  # as published; samples: 80 and 10 ms; Hz
 LWS_STEPS, LWS_STEPS_A_FRAME = 20, SAMPLES_PER_FRAME // LWS_HOP  # mel steps of a window, 0.2 s; 4
 
 
@@ -283,7 +272,7 @@ def lws_mel(wav: np.ndarray) -> np.ndarray:
     S = -(-len(wav) // LWS_HOP) + LWS_FFT // LWS_HOP - 1
     x = np.pad(wav, (LWS_FFT - LWS_HOP, S * LWS_HOP - len(wav)))
     frames = np.lib.stride_tricks.sliding_window_view(x, LWS_FFT)[::LWS_HOP]  # (S, 1280), a view
-    bank, mel = filter_bank(LWS_FFT, LWS_LOW, MEL_HIGH), []
+    bank, mel = filter_bank(LWS_BANDS, LWS_FFT, LWS_LOW, MEL_HIGH), []
     for block in np.array_split(frames, -(-S // BLOCK)):
         magnitude = np.abs(np.fft.rfft(block * (lws_hann() * scale)))  # (s, 641)
         db = 20 * np.log10(np.maximum(10 ** (FLOOR_DB / 20), (bank @ magnitude.T).T)) - REFERENCE_DB
@@ -299,7 +288,7 @@ def lws_windows(mel: np.ndarray, frames) -> np.ndarray:
     return np.ascontiguousarray(windows.transpose(0, 2, 1)[:, None].astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # the encoder
 
 
@@ -320,31 +309,32 @@ class ConvBlock(nn.Module):
 class AudioEncoder(nn.Module):
     """Mel window -> audio code z_a. Wav2Lip's layer plan (FC-TFG follows it), channels scaled by `width`.
 
-    Differs from Wav2Lip: GroupNorm for BatchNorm, because the windows of a batch are neighbours in few clips:
-    batch statistics would tie them together, and differ between training and sampling, where one photo
-    speaks alone. And the last layer is linear (there: norm and ReLU), because a code has both signs.
+    Differs from Wav2Lip: GroupNorm for BatchNorm, because the windows of a batch are neighbours in few clips: batch
+    statistics would tie them together, and differ between training and sampling, which has one clip. And the last layer
+    is linear (there: norm and ReLU), because a code has both signs.
     """
 
     def __init__(self, dim: int, width: float = 1.0):
         super().__init__()
         c1, c2, c3, c4, c5 = (max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512))
-        self.body = nn.Sequential(  # (N, 1, 80, 16)
+        rows = -(-N_MELS // 27) - 2                          # of the last map: 1 for 80 bands
+        self.body = nn.Sequential(                           # (N, 1, M, 16); the shapes below are those of M = 80
             ConvBlock(1, c1),
             ConvBlock(c1, c1, residual=True),
             ConvBlock(c1, c1, residual=True),
-            ConvBlock(c1, c2, stride=(3, 1)),  # (N, c2, 27, 16)
+            ConvBlock(c1, c2, stride=(3, 1)),                # (N, c2, 27, 16)
             ConvBlock(c2, c2, residual=True),
             ConvBlock(c2, c2, residual=True),
-            ConvBlock(c2, c3, stride=3),  # (N, c3, 9, 6)
+            ConvBlock(c2, c3, stride=3),                     # (N, c3, 9, 6)
             ConvBlock(c3, c3, residual=True),
             ConvBlock(c3, c3, residual=True),
-            ConvBlock(c3, c4, stride=(3, 2)),  # (N, c4, 3, 3)
+            ConvBlock(c3, c4, stride=(3, 2)),                # (N, c4, 3, 3)
             ConvBlock(c4, c4, residual=True),
-            ConvBlock(c4, c5, padding=0),  # (N, c5, 1, 1)
+            ConvBlock(c4, c5, padding=0),                    # (N, c5, 1, 1)
         )
-        self.out = nn.Linear(c5, dim)
+        self.out = nn.Linear(c5 * rows, dim)
 
     def forward(self, mel):
-        """mel (N, 1, 80, 16) in [-4, 4] -> z_a (N, dim)"""
-        assert mel.shape[1:] == (1, N_MELS, WINDOW), f"mel is {tuple(mel.shape)}, expected (N, 1, 80, 16)"
+        """mel (N, 1, M, 16) in [-4, 4] -> z_a (N, dim)"""
+        assert mel.shape[1:] == (1, N_MELS, WINDOW), f"mel is {tuple(mel.shape)}, expected (N, 1, {N_MELS}, {WINDOW})"
         return self.out(self.body(mel / 4).flatten(1))

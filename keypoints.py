@@ -39,13 +39,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import toyfaces
-from audio import AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
+from audio import N_MELS, AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
     cosine_warmup, load_checkpoint, load_strictly, pick_device, refusing, revision, save_checkpoint)
 from control import correlation
-from data import (
-    USES, Pack, batches, by_turns, clips_used, fingerprints, find_clips, split, split_options)
-from faces import EYES, K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, smooth
+from data import USES, Pack, batches, by_turns, clips_used, find_clips, fingerprints, split, split_options
+from faces import (
+    EYES, K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, smooth)
 from media import (
     FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run)
 from syncnet import TOY_VALID, load_sync
@@ -539,8 +539,9 @@ class MelFront(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv1d(80, width, 5, 2, 2), nn.GELU(), nn.Conv1d(width, width, 3, 2, 1), nn.GELU(),
-                                  nn.Flatten(), nn.Linear(4 * width, width))  # 16, 8, 4 steps
+        self.body = nn.Sequential(nn.Conv1d(N_MELS, width, 5, 2, 2), nn.GELU(),
+                                  nn.Conv1d(width, width, 3, 2, 1), nn.GELU(),  # 16, 8, 4 steps
+                                  nn.Flatten(), nn.Linear(4 * width, width))
 
     def forward(self, mel):  # (N, 1, 80, 16)
         return self.body(mel[:, 0] / 4)

@@ -439,7 +439,7 @@ def speech_mel(wav: np.ndarray) -> np.ndarray:
     loud = 0.1 / max(1e-4, float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))))
     S = -(-len(wav) // HOP) + N_FFT // HOP - 1
     x = np.pad(wav, (N_FFT - HOP, S * HOP - len(wav)))                           # float32, as it came
-    bank, mel = filter_bank(N_FFT, MEL_LOW, MEL_HIGH), np.empty((S, MELS), np.float32)
+    bank, mel = filter_bank(MELS, N_FFT, MEL_LOW, MEL_HIGH), np.empty((S, MELS), np.float32)
     for a in range(0, S, BLOCK):
         b = min(a + BLOCK, S)
         frames = np.lib.stride_tricks.sliding_window_view(x[a * HOP:(b - 1) * HOP + N_FFT], N_FFT)[::HOP]  # (b-a, 1280)

@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from audio import AudioEncoder, ConvBlock, log_mel, mel_windows, other_voice
+from audio import AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_strictly, open_log,
     pick_device, refusing, save_checkpoint, write_log)
@@ -218,7 +218,7 @@ class Windows(Dataset):
         shown = np.minimum(k[:, None] + np.arange(-HALF, HALF + 1), length - 1)  # a short clip repeats its last frame
         frames, mel = self.read(c, k, shown)
         if self.augment:
-            frames, mel = vary(frames, rng), other_voice(mel, rng)
+            frames, mel = vary(frames, rng), change_voice(mel, rng)
         return dict(frames=frames, mel=torch.from_numpy(mel), clip=torch.full((len(k),), c), k=torch.from_numpy(k))
 
     def read(self, c: int, k, shown):

@@ -218,10 +218,10 @@ class Fixed:
 def test_another_voice_is_the_same_one_with_its_frequencies_stretched():
     log_stretch = 0.12
     low, high = tone(1500, RATE), tone(1500 * np.exp(-log_stretch), RATE)
-    heard = audio.other_voice(log_mel(low), Fixed(log_stretch))  # band at f shows what was at f e^.12
+    heard = audio.change_voice(log_mel(low), Fixed(log_stretch))  # band at f shows what was at f e^.12
     band, wanted, before = (mel[:, 40].argmax() for mel in (heard, log_mel(high), log_mel(low)))
     assert abs(band - wanted) <= 1 < abs(band - before)
-    same = audio.other_voice(log_mel(low), Fixed(0.0))
+    same = audio.change_voice(log_mel(low), Fixed(0.0))
     np.testing.assert_allclose(same, log_mel(low), atol=1e-5)
 
 
@@ -230,11 +230,11 @@ def test_another_voice_keeps_silence_and_range_and_moves_no_step_in_time():
     mel = log_mel(np.concatenate([np.zeros(4000, np.float32), noise(4000), np.zeros(4000, np.float32)]))
     onsets = set()
     for _ in range(40):
-        out = audio.other_voice(mel[None, None], rng)
+        out = audio.change_voice(mel[None, None], rng)
         assert out.shape == (1, 1, *mel.shape) and out.dtype == np.float32 and np.abs(out).max() <= 4
         onsets.add(int(np.diff(out[0, 0].mean(0)).argmax()))
     assert len(onsets) == 1
-    quiet = [audio.other_voice(np.full((80, 16), -4, np.float32), rng) for _ in range(40)]
+    quiet = [audio.change_voice(np.full((80, 16), -4, np.float32), rng) for _ in range(40)]
     hissing = [q.max() > -4 for q in quiet]
     assert 4 < sum(hissing) < 25  # every third
 
@@ -297,7 +297,7 @@ def test_every_parameter_of_the_audio_encoder_gets_a_gradient():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-def test_audio_encoder_hears_every_mel_step_and_band():
+def test_every_mel_step_and_band_changes_the_audio_code():
     torch.manual_seed(0)
     encoder = AudioEncoder(dim=12, width=0.25)
     mel = torch.randn(1, 1, 80, 16, requires_grad=True)
@@ -312,3 +312,14 @@ def test_audio_encoder_of_silence_is_finite():
 def test_audio_encoder_refuses_another_window():
     with pytest.raises(AssertionError, match="expected"):
         AudioEncoder(dim=12, width=0.25)(torch.zeros(2, 1, 16, 80))
+
+
+@pytest.mark.parametrize("bands", [64, 80, 100, 128])
+def test_the_number_of_mel_bands_is_one_constant(monkeypatch, bands):
+    monkeypatch.setattr(audio, "N_MELS", bands)
+    wav = noise(8000)
+    mel = log_mel(wav)
+    assert mel.shape == (bands, 41) and mel_windows(mel, range(3)).shape == (3, 1, bands, 16)
+    assert audio.change_voice(mel, np.random.default_rng(0)).shape == mel.shape
+    code = AudioEncoder(dim=12, width=0.25)(torch.from_numpy(sound_windows(wav, range(12))))
+    assert code.shape == (12, 12)
