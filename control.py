@@ -1,8 +1,19 @@
-"""The toy world's control table: change one of identity, lips, pose, eyes, and measure what else moves."""
+"""The toy world's control table: change one of identity, lips, pose and eyes, and measure what else moves.
+
+The face of person A gets the speech of B and the head and eyes of C, three people whom no network was trained on. A
+probe, a small network trained on drawn frames of other people, reads every factor from the frames. Its readings of real
+frames are the table's first row: a generated frame cannot be read better than a real one. The network under test never
+gets the ground truth. Ours: the paper has no such world.
+
+    python evaluate.py toy weights/toy.pt          # both tables, about 3 minutes on 2 cores
+
+Axes: n people (one clip and one trial each), T frames, N images, 10 factors in the order of toyfaces.FACTORS.
+"""
 
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,44 +26,22 @@ from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack
 from fusion import load_model
 from judges import same_person_loss
-from media import InputError, check_output, to_tensor, to_uint8
+from media import InputError, check_output, make_folder, to_tensor, to_uint8
 from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pure functions: pictures
-
-def correlation(a, b) -> float:
-    """Pearson's r of two curves (n,); 0 where one of them does not move (it then follows nothing). Higher is better."""
-    a, b = np.asarray(a, float).ravel(), np.asarray(b, float).ravel()
-    a, b = a - a.mean(), b - b.mean()
-    size = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / size) if size > 1e-9 else 0.0
-
-
-def difference(a, b) -> np.ndarray:
-    """uint8 pictures -> int16, without wrapping round"""
-    return np.asarray(a).astype(np.int16) - np.asarray(b)
-
-
-def l1(a, b) -> np.ndarray:
-    """Mean absolute difference of each picture (.., H, W, 3) uint8 -> (..), in [0, 1]; 0 is equal."""
-    return np.abs(difference(a, b)).mean((-3, -2, -1), dtype=np.float64) / 255
-
-
-def retrieval(queries, gallery) -> float:
-    """Share of the queries (n, E) whose nearest of the gallery (n, E) by cosine is the one of the same row."""
-    return float(((queries @ gallery.t()).argmax(1) == torch.arange(len(queries))).float().mean())
+COLUMN = {name: i for i, name in enumerate(FACTORS)}
+GROUPS = dict(pose=("yaw", "pitch", "roll"), eyes=("blink", "gaze_x", "gaze_y"), mouth=("open", "wide", "smile"))
+MOVED = dict(lips=("open", "wide"), pose=GROUPS["pose"], eyes=GROUPS["eyes"])  # columns of the matrix, and identity
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the toy world: the probe
+# the probe
 
-PROBE_PEOPLE = 4_000_000  # first person of the probe's own world: neither trained on, nor tuned on, nor tested on
-READ = ("open", "wide", "yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y")  # factors that the table is about
+PROBE_PEOPLE = 4_000_000  # first person of the probe's training set: apart from TRAIN, TUNE and TEST
 
 
 class Probe(nn.Module):
-    """Picture (N, 3, H, W) -> readings (N, 10) in units of each factor's deviation, and an identity embedding (N, 64)."""
+    """Images (N, 3, H, W) -> factors (N, 10) in units of their standard deviation, identity embeddings (N, 64)."""
 
     def __init__(self, size: int, width: int = 24):
         super().__init__()
@@ -61,60 +50,59 @@ class Probe(nn.Module):
             stride = 2 if i or size > 32 else 1
             self.body.append(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.ReLU(),
                                            nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.ReLU()))
-        self.read = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                  nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
-        self.who = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 64))
+        self.factors = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                                     nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
+        self.embedding = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 64))
         self.log_scale, self.bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-4.0))
         self.register_buffer("mean", torch.zeros(10))
         self.register_buffer("std", torch.ones(10))
 
     def forward(self, x):
         h = self.body(x.contiguous(memory_format=torch.channels_last))
-        return self.read(h), F.normalize(self.who(h), dim=1)
+        return self.factors(h), F.normalize(self.embedding(h), dim=1)
 
     @torch.inference_mode()
-    def readings(self, pictures, batch=128):
-        """(n, 3, H, W) in [-1, 1] -> readings (n, 10) in the factors' own units, embeddings (n, 64)"""
-        out = [self(x) for x in pictures.split(batch)]
-        return torch.cat([r for r, _ in out]) * self.std + self.mean, torch.cat([e for _, e in out])
+    def readings(self, images, batch=128):
+        """(N, 3, H, W) in [-1, 1] -> factors (N, 10) in their own units, embeddings (N, 64) of unit length"""
+        factors, embeddings = map(torch.cat, zip(*map(self, images.split(batch))))
+        return factors * self.std + self.mean, embeddings
 
 
 def train_probe(size: int, folder: Path, device, people: int = 800, steps: int = 1800, batch: int = 32) -> Probe:
-    """Train a probe on drawn frames, or take it from the folder if it was trained before. About a minute."""
+    """The probe kept in the folder, or a new one, trained on drawn frames and kept there. About a minute."""
     path = folder / f"probe{size}_world{WORLD}.pt"
-    probe = Probe(size).to(device, memory_format=torch.channels_last)
     if path.exists():
         try:
+            probe = Probe(size).to(device, memory_format=torch.channels_last)
             probe.load_state_dict(load_checkpoint(str(path), "probe")["networks"]["probe"])
             return probe.eval()
         except (InputError, KeyError, TypeError, RuntimeError, AttributeError):  # cut short, or of another version
             print(f"{path}: the kept probe cannot be read, another is trained")
-            probe = Probe(size).to(device, memory_format=torch.channels_last)
+    probe = Probe(size).to(device, memory_format=torch.channels_last)
     toys = folder / f"probe_toys{size}"
     make_pack(toys, size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
     pack, truth = Pack(toys), torch.from_numpy(np.load(toys / "truth.npy"))
-    pictures = torch.cat([to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack))])
+    images = torch.cat([to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack))])
     probe.mean.copy_(truth.mean(0))
     probe.std.copy_(truth.std(0))
-    per_clip = len(pictures) // len(pack)
+    truth = (truth - truth.mean(0)) / truth.std(0)
+    per_clip = len(images) // len(pack)
     torch.manual_seed(1)
     opt = torch.optim.Adam(probe.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="probe", leave=False, disable=None):
         clip = torch.randint(len(pack), (batch,))
-        pair = [clip * per_clip + torch.randint(per_clip, (batch,)) for _ in "ab"]  # two frames a person
-        rows = torch.stack(pair).flatten()
-        x = pictures[rows].to(device)
-        target = ((truth[rows] - truth.mean(0)) / truth.std(0)).to(device)
-        # a generated frame is softer and a little off in colour: the probe must not mind
-        grain = 0.04 * torch.randn(1, device=device) * torch.randn_like(x)
+        rows = torch.cat([clip * per_clip + torch.randint(per_clip, (batch,)) for _ in "ab"])  # two frames a person
+        x, target = images[rows].to(device), truth[rows].to(device)
+        # augmentation: generated frames are softer than real ones, a little noisy and off in colour
+        noise = 0.04 * torch.randn(1, device=device) * torch.randn_like(x)
         tint = 0.05 * torch.randn(len(x), 3, 1, 1, device=device)
-        x = x + grain + tint
-        soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        x = torch.lerp(x, soft, 0.7 * torch.rand(len(x), 1, 1, 1, device=device))
-        read, who = probe(x)
-        alike = same_person_loss(who[:batch], who[batch:], clip.to(device), probe.log_scale, probe.bias)
-        loss = F.smooth_l1_loss(read, target) + 0.1 * alike
+        x = x + noise + tint
+        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        x = torch.lerp(x, blurred, 0.7 * torch.rand(len(x), 1, 1, 1, device=device))
+        factors, embeddings = probe(x)
+        same = same_person_loss(embeddings[:batch], embeddings[batch:], clip.to(device), probe.log_scale, probe.bias)
+        loss = F.smooth_l1_loss(factors, target) + 0.1 * same
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -124,149 +112,173 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the toy world: the control table
+# what is tested, and on whom
 
-def person_of(embeddings):
-    """Embeddings (n, 64) of a clip's frames -> the person in it: their mean, of unit length (64,)"""
-    return F.normalize(embeddings.mean(0), dim=0)
+class ToyTest(NamedTuple):
+    """A probe, and clips of n held-out people, all of T frames, with their ground truth (n, T, 10)."""
+
+    probe: Probe
+    pack: Pack
+    truth: np.ndarray
+    device: torch.device
+
+    def clip(self, c: int, frames=None):
+        """Frames of clip c, or those listed -> (T, 3, H, W) in [-1, 1]"""
+        listed = range(self.pack.n_frames[c]) if frames is None else frames
+        return to_tensor(self.pack.frames(c, listed)).to(self.device)
 
 
-def talker(model, device):
-    """A network -> the function that the tables measure, which a model of any other making can be, too:
-    face uint8 (H, W, 3), wav (n,) at 16 kHz, driving uint8 (T, H, W, 3) or None -> clip (T, 3, H, W) in [-1, 1]."""
+def toy_test(size: int, people: int, cache: str | Path, device) -> ToyTest:
+    """Probe and held-out clips at this size, made in the folder `cache` on first use.
+    Raises InputError: too few people, or the folder cannot be made."""
+    if people < 6:
+        raise InputError(f"--people {people}: at least 6, because a trial takes 3 and is compared with another's")
+    folder = make_folder(cache)
+    probe = train_probe(size, folder, device)
+    toys = folder / f"test_toys{size}_{people}"
+    make_pack(toys, size, people, 3.0, TEST, os.cpu_count())
+    pack = Pack(toys)
+    return ToyTest(probe, pack, np.load(toys / "truth.npy").reshape(len(pack), -1, 10), device)
 
-    def talk(face, wav, driving=None):
+
+def animator(model, device):
+    """A network of fusion.py -> the function that the tables measure; any other model can be wrapped so:
+    face uint8 (H, W, 3), wav (samples,) at 16 kHz, driving uint8 (T, H, W, 3) or None -> clip (T, 3, H, W) in [-1, 1]."""
+
+    def animate(face, wav, driving=None):
         mel = torch.from_numpy(mel_windows(log_mel(wav), range(n_frames(len(wav))))).to(device)
-        moving = to_tensor(driving).to(device) if driving is not None else None
-        return torch.cat(list(model.animate(to_tensor(face).to(device), mel, moving)))
+        driving = to_tensor(driving).to(device) if driving is not None else None
+        return torch.cat(list(model.animate(to_tensor(face).to(device), mel, driving)))
 
-    return talk
-
-
-def control_table(talk, probe, pack, truth, device) -> dict:
-    """Trials of A's face, B's sound and C's head: every clip is A once, B once, C once.
-
-    Args:
-        talk: what makes a clip of face, sound and driving frames, as `talker` returns it.
-        pack, truth: clips of equal length T of n people, truth (n, T, 10).
-
-    Returns:
-        name -> number; correlations are over all frames of all trials.
-    """
-    n = len(pack)
-    shown, who = [], []
-    for a in tqdm(range(n), desc="trials", leave=False, disable=None):
-        b, c = (a + 1) % n, (a + 2) % n
-        clip = talk(pack.frame(a, 0), pack.sound(b), pack.frames(c, range(pack.n_frames[c])))
-        read, embedding = probe.readings(clip)
-        shown.append(read.cpu().numpy())
-        who.append(person_of(embedding).cpu())
-    shown = np.stack(shown)                                                       # (n, T, 10): of trial a
-    sound, driving = np.roll(truth, -1, 0), np.roll(truth, -2, 0)                 # of B and C
-    wrong = np.roll(truth, -4, 0)                                                 # of a sound that was not given
-    i = {name: FACTORS.index(name) for name in FACTORS}
-
-    def r(name, of):
-        return correlation(shown[..., i[name]], of[..., i[name]])
-
-    real = [probe.readings(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in range(n)]
-    gallery = torch.stack([person_of(e[::5]).cpu() for _, e in real])
-    table = {f"{name}": r(name, sound) for name in ("open", "wide")}
-    table |= {"wrong sound": r("open", wrong), "driving mouth": r("open", driving)}
-    table |= {name: r(name, driving) for name in ("yaw", "pitch", "roll", "blink")}
-    table["gaze"] = (r("gaze_x", driving) + r("gaze_y", driving)) / 2
-    table["identity"] = retrieval(torch.stack(who), gallery)
-    table["open range"] = float(shown[..., i["open"]].std() / sound[..., i["open"]].std())
-    return table
+    return animate
 
 
-def probe_row(probe, pack, truth, device) -> dict:
-    """The probe's own accuracy on real frames of the same people: what a perfect network would reach."""
-    clips = (to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack)))
-    read, who = zip(*(probe.readings(clip.to(device)) for clip in clips))
-    read = torch.stack(read).cpu().numpy()
-    i = {name: FACTORS.index(name) for name in FACTORS}
-    row = {name: correlation(read[..., i[name]], truth[..., i[name]]) for name in READ}
-    row["gaze"] = (row.pop("gaze_x") + row.pop("gaze_y")) / 2
-    halves = [torch.stack([person_of(e[first::10]).cpu() for e in who]) for first in (0, 5)]
-    wrong = np.roll(truth, -3, 0)                                                 # two utterances with nothing in common
-    row |= {"wrong sound": correlation(read[..., i["open"]], wrong[..., i["open"]]), "driving mouth": 0.0}
-    row["identity"] = retrieval(*halves)
-    row["open range"] = float(read[..., i["open"]].std() / truth[..., i["open"]].std())
+# ---------------------------------------------------------------------------------------------------------------------
+# the control table
+
+def correlation(a, b) -> float:
+    """Pearson's r of two curves of the same shape, over all axes; 0 where one of them is constant."""
+    a, b = np.ravel(a), np.ravel(b)
+    return float(np.corrcoef(a, b)[0, 1]) if min(np.ptp(a), np.ptp(b)) > 1e-9 else 0.0
+
+
+def retrieval(queries, gallery) -> float:
+    """Share of the queries (n, E) whose nearest neighbour in the gallery (n, E), by cosine, is in the same row."""
+    return float(((queries @ gallery.t()).argmax(1) == torch.arange(len(queries))).float().mean())
+
+
+def mean_embedding(embeddings):
+    """Embeddings (T, 64) of a clip's frames -> that of the clip, of unit length (64,)"""
+    return F.normalize(embeddings.mean(0), dim=0).cpu()
+
+
+def table_row(read, speech, driving, wrong, identity: float) -> dict:
+    """Readings of clips against the ground truth of the clips that gave the sound and the driving frames, and of clips
+    that gave nothing, all (n, T, 10) -> {column: number}; correlations are over all frames of all clips."""
+    def r(name, truth):
+        return correlation(read[..., COLUMN[name]], truth[..., COLUMN[name]])
+
+    row = {name: r(name, speech) for name in ("open", "wide")}
+    row |= {"wrong sound": r("open", wrong), "driving mouth": r("open", driving)}
+    row |= {name: r(name, driving) for name in ("yaw", "pitch", "roll", "blink")}
+    row |= {"gaze": (r("gaze_x", driving) + r("gaze_y", driving)) / 2, "identity": identity}
+    row["open range"] = float(read[..., COLUMN["open"]].std() / speech[..., COLUMN["open"]].std())
     return row
 
 
-def change_matrix(talk, probe, pack, truth, device, trials: int = 8, T: int = 50, first_person: int = TEST) -> dict:
-    """Change one input, see what else moves.
+def control_table(animate, test: ToyTest) -> dict:
+    """The row of a network, given as `animator` returns it: in trial a, person a has the face, a + 1 the sound, and a + 2
+    the driving frames, so every clip plays each part once."""
+    n, pack, truth = len(test.pack), test.pack, test.truth
+    read, embeddings, gallery = [], [], []
+    for a in tqdm(range(n), desc="trials", leave=False, disable=None):
+        c = (a + 2) % n
+        clip = animate(pack.frame(a, 0), pack.sound((a + 1) % n), pack.frames(c, range(pack.n_frames[c])))
+        factors, e = test.probe.readings(clip)
+        read.append(factors.cpu().numpy())
+        embeddings.append(mean_embedding(e))
+        gallery.append(mean_embedding(test.probe.readings(test.clip(a))[1][::5]))
+    identity = retrieval(torch.stack(embeddings), torch.stack(gallery))
+    return table_row(np.stack(read), *(np.roll(truth, -k, 0) for k in (1, 2, 4)), identity)
 
-    Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors of
-    the driving clip, which is drawn again with only that group taken from another clip. A cell is the r.m.s. difference
-    of the readings between the two, over that of two unrelated real clips: 1 on the diagonal and 0 elsewhere is
-    perfect. For the eyes, which move little of the time, r.m.s. is over all frames alike.
+
+def probe_row(test: ToyTest) -> dict:
+    """The row of the probe on real frames of the same people: what a perfect network would reach."""
+    read, embeddings = zip(*(test.probe.readings(test.clip(c)) for c in range(len(test.pack))))
+    halves = (torch.stack([mean_embedding(e[first::10]) for e in embeddings]) for first in (0, 5))
+    wrong = np.roll(test.truth, -3, 0)  # of other people, who say something else
+    row = table_row(torch.stack(read).cpu().numpy(), test.truth, test.truth, wrong, retrieval(*halves))
+    return row | {"driving mouth": 0.0}  # nothing is driven
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the matrix of changes
+
+def driving_frames(test: ToyTest, c: int, T: int, group: str | None = None, other: int | None = None) -> np.ndarray:
+    """Clip c drawn again, with one group of factors of clip `other` -> uint8 (T, H, W, 3)"""
+    states = test.truth[c, :T].copy()
+    for name in GROUPS[group] if group else ():
+        states[:, COLUMN[name]] = test.truth[other, :T, COLUMN[name]]
+    who = person(TEST + c)
+    return np.stack([draw(who, dict(zip(FACTORS, map(float, state))), test.pack.size) for state in states])
+
+
+def unrelated_difference(test: ToyTest, names, T: int) -> float:
+    """R.m.s. difference of two unrelated real clips, each factor in units of its standard deviation"""
+    truth, n = test.truth, len(test.truth)
+    squares = [np.mean(np.square(truth[c, :T, i] - truth[(c + 5) % n, :T, i]) / truth[..., i].var())
+               for c in range(n) for i in map(COLUMN.get, names)]
+    return np.sqrt(np.mean(squares))
+
+
+def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
+    """{input that is changed: {what is read: how far it moves}}.
+
+    Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors
+    of the driving clip. A cell is the r.m.s. difference of the readings, over that of two unrelated real clips. Perfect
+    is 1 for what the input should move, else 0.
     """
-    groups = dict(pose=("yaw", "pitch", "roll"), eyes=("blink", "gaze_x", "gaze_y"), mouth=("open", "wide", "smile"))
-    columns = dict(lips=("open", "wide"), pose=groups["pose"], eyes=groups["eyes"])
-    n = len(pack)
-
-    def drive(c, group=None, other=None):
-        """Driving frames of clip c, with the factors of one group from another clip"""
-        states = truth[c, :T].copy()
-        if group:
-            rows = [FACTORS.index(name) for name in groups[group]]
-            states[:, rows] = truth[other, :T, rows].T
-        who = person(first_person + c)
-        return np.stack([draw(who, dict(zip(FACTORS, map(float, s))), pack.size) for s in states])
-
-    def unrelated(names):
-        """R.m.s. difference of two unrelated real clips, each factor in units of its deviation"""
-        squares = [np.mean(np.square(truth[c, :T, i] - truth[(c + 5) % n, :T, i]) / truth[..., i].var())
-                   for c in range(n) for i in map(FACTORS.index, names)]
-        return np.sqrt(np.mean(squares))
-
-    rows = {name: {k: [] for k in (*columns, "identity")} for name in ("face", "sound", "pose", "eyes", "mouth")}
-    norm = {k: unrelated(names) for k, names in columns.items()}
-    apart = np.mean([1 - float(a @ b) for a, b in zip(*people_apart(probe, pack, device))])
+    n, pack, truth = len(test.pack), test.pack, test.truth
+    scale = {name: unrelated_difference(test, names, T) for name, names in MOVED.items()}
+    real = torch.stack([mean_embedding(test.probe.readings(test.clip(c, range(0, 50, 10)))[1]) for c in range(n)])
+    apart = float(1 - (real * real.roll(-5, 0)).sum(1).mean())  # cosine distance of two people
+    rows = {name: {column: [] for column in (*MOVED, "identity")} for name in ("face", "sound", *GROUPS)}
     for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
         a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
-        face, sound, base_drive = pack.frame(a, 0), pack.sound(b)[:640 * T], drive(c)
-        base = probe.readings(talk(face, sound, base_drive))
-        variants = dict(face=(pack.frame(other, 0), sound, base_drive),
-                        sound=(face, pack.sound(other)[:640 * T], base_drive))
-        variants |= {g: (face, sound, drive(c, g, other)) for g in groups}
+        face, sound, driving = pack.frame(a, 0), pack.sound(b)[: 640 * T], driving_frames(test, c, T)
+        variants = dict(face=(pack.frame(other, 0), sound, driving),
+                        sound=(face, pack.sound(other)[: 640 * T], driving))
+        variants |= {group: (face, sound, driving_frames(test, c, T, group, other)) for group in GROUPS}
+        before, e_before = test.probe.readings(animate(face, sound, driving))
         for name, inputs in variants.items():
-            read, who = probe.readings(talk(*inputs))
-            for k, names in columns.items():
-                cols = [FACTORS.index(f) for f in names]
-                diff = (read - base[0])[:, cols].cpu().numpy() / truth[..., cols].reshape(-1, len(cols)).std(0)
-                rows[name][k].append(np.sqrt(np.square(diff).mean()) / norm[k])
-            cosine = float((person_of(who) * person_of(base[1])).sum())
+            after, e_after = test.probe.readings(animate(*inputs))
+            for column, names in MOVED.items():
+                at = [COLUMN[k] for k in names]
+                moved = (after - before)[:, at].cpu().numpy() / truth[..., at].reshape(-1, len(at)).std(0)
+                rows[name][column].append(np.sqrt(np.square(moved).mean()) / scale[column])
+            cosine = float(mean_embedding(e_before) @ mean_embedding(e_after))
             rows[name]["identity"].append((1 - cosine) / apart)
-    return {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in rows.items()}
+    return {name: {column: float(np.mean(v)) for column, v in row.items()} for name, row in rows.items()}
 
 
-def people_apart(probe, pack, device):
-    """Embeddings of clips (n, 64) and the same rolled by five: two strangers a row"""
-    clips = (to_tensor(pack.frames(c, range(0, 50, 10))) for c in range(len(pack)))
-    people = torch.stack([person_of(probe.readings(clip.to(device))[1]).cpu() for clip in clips])
-    return people, people.roll(-5, 0)
-
+# ---------------------------------------------------------------------------------------------------------------------
+# the report
 
 @torch.no_grad()
-def inversion_table(model, probe, pack, device, frames: int = 4) -> dict:
-    """People never seen as the generator makes them from their codes, with its own weights and with those that the
-    hypernetwork changes for each of them, after 1, 2, .. refinements: L1 in grey levels (of 255), and the cosine of the
+def inversion_table(model, test: ToyTest, frames: int = 4) -> dict:
+    """Held-out people as the generator makes them from their codes, with its own weights and with those that the
+    hypernetwork changes for each of them in 1, 2, .. refinements: L1 in grey levels (of 255), and the cosine of the
     probe's embeddings."""
     rows = {}
-    for c in range(len(pack)):
-        seen = np.linspace(0, pack.n_frames[c] - 1, frames).astype(int)
-        real = to_tensor(pack.frames(c, seen)).to(device)
+    for c in range(len(test.pack)):
+        real = test.clip(c, np.linspace(0, test.pack.n_frames[c] - 1, frames).astype(int))
         z, deltas = model.invert(real), None
         for n in range(1 + (model.config.refine if model.hyper else 0)):
             deltas = model.refine(real, z, deltas) if n else None
             fake = model.decode(z, deltas).clamp(-1, 1)
-            same = (probe(fake)[1] * probe(real)[1]).sum(1).mean()
-            rows.setdefault(f"{n} refinements" if n else "the generator's own weights", []).append(
-                (255 * l1(to_uint8(fake), to_uint8(real)).mean(), float(same)))
+            levels = np.abs(to_uint8(fake).astype(np.float64) - to_uint8(real)).mean()
+            same = (test.probe(fake)[1] * test.probe(real)[1]).sum(1).mean()
+            rows.setdefault(f"{n} refinements" if n else "the generator's own weights", []).append((levels, float(same)))
     return {name: dict(zip(("L1", "identity"), np.mean(values, 0))) for name, values in rows.items()}
 
 
@@ -280,42 +292,32 @@ def markdown(rows: dict) -> str:
     return "\n".join(lines)
 
 
+def control_report(animators: dict, test: ToyTest) -> dict:
+    """Prints the control table of {name: network as `animator` returns it} and the matrix of each -> {name: numbers}"""
+    rows = {f"real frames, {test.pack.size} px (the probe's ceiling)": probe_row(test)}
+    rows |= {name: control_table(animate, test) for name, animate in animators.items()}
+    print(markdown(rows))
+    for name, animate in animators.items():
+        matrix = rows[f"{name} matrix"] = change_matrix(animate, test)
+        print(f"\n{name}: change one input (row), see what moves (column)\n{markdown(matrix)}\n")
+    return rows
+
+
 def toy_report(args, device):
-    if args.people < 6:
-        raise InputError(f"--people {args.people}: at least 6, so that the people of a trial and the strangers differ")
+    """`python evaluate.py toy WEIGHTS ..`"""
     if args.json:
-        check_output(args.json, overwrite=True)                                   # before minutes of work
-    models = {path: load_model(path, device, ("weights", "stage3", "stage2")) for path in args.toy}
-    sizes = {m.config.size for m in models.values()}
+        check_output(args.json, overwrite=True)  # before minutes of work
+    models, report = {path: load_model(path, device, ("weights", "stage3", "stage2")) for path in args.weights}, {}
     if any(m.config.template != "toy" for m in models.values()):
-        raise InputError("--toy: a network of real faces has no truth to be measured by")
-    folder, report = Path(args.cache), {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--cache {folder}: cannot be made a directory ({error.strerror})") from None
-    for size in sorted(sizes):
-        probe = train_probe(size, folder, device)
-        toys = folder / f"test_toys{size}_{args.people}"
-        make_pack(toys, size, args.people, 3.0, args.first_person, os.cpu_count())
-        pack = Pack(toys)
-        truth = np.load(toys / "truth.npy").reshape(len(pack), -1, 10)
-        inverters = {path: m for path, m in models.items() if m.config.size == size}
-        for path, m in inverters.items():
-            table = inversion_table(m, probe, pack, device)
-            print(f"{path}: pictures of people never seen, from their codes alone\n" + markdown(table) + "\n")
-            report[path + " inversion"] = table
-        mine = {path: m for path, m in inverters.items() if m.kind != "stage2"}       # that can talk
-        if not mine:
-            continue
-        rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(probe, pack, truth, device)}
-        rows |= {path: control_table(talker(m, device), probe, pack, truth, device) for path, m in mine.items()}
-        order = list(next(iter(r for k, r in rows.items() if k in mine)))
-        print(markdown({name: {k: row[k] for k in order} for name, row in rows.items()}))
-        report |= rows
-        for path, m in mine.items():
-            matrix = change_matrix(talker(m, device), probe, pack, truth, device, first_person=args.first_person)
-            print(f"\n{path}: change one input (row), see what moves (column)\n" + markdown(matrix) + "\n")
-            report[path + " matrix"] = matrix
+        raise InputError("toy: a network of real faces has no ground truth to be compared with")
+    for size in sorted({m.config.size for m in models.values()}):
+        test = toy_test(size, args.people, args.cache, device)
+        same_size = {path: m for path, m in models.items() if m.config.size == size}
+        for path, m in same_size.items():
+            table = report[f"{path} inversion"] = inversion_table(m, test)
+            print(f"{path}: images of held-out people from their codes alone\n{markdown(table)}\n")
+        animators = {path: animator(m, device) for path, m in same_size.items() if m.kind != "stage2"}
+        if animators:
+            report |= control_report(animators, test)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))

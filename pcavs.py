@@ -41,6 +41,7 @@ from torch.nn.utils import spectral_norm
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import control
 import judges
 from audio import filter_bank, n_frames
 from checkpoint import (
@@ -55,7 +56,7 @@ from media import (
     is_grey, load_audio, load_photo, probe, read_video, run, to_tensor, to_uint8)
 from sample import LOOK_HEIGHT, WAY_OUT, driving_box, given_box, photo_box, there_and_back, without_colour
 from stylegan2 import StyledConv, ToRGB
-from toyfaces import TEST, make_pack, toy_pack
+from toyfaces import toy_pack
 
 PUBLISHED = {"G": "latest_net_G.pth", "V": "latest_net_V.pth", "E": "latest_net_E.pth", "A": "latest_net_A_sync.pth"}
 HERE = Path(__file__).resolve().parent
@@ -864,7 +865,7 @@ def evaluate(argv):
     args.aligned = args.aligned or pairs                                        # the authors' pairs are cropped already
     model = load_pcavs(args.weights, device)
     if args.toy:
-        return toy_table(metrics, model, args, device)
+        return toy_table(model, args, device)
     out = Path(args.out).absolute()
     eval_files(out, jobs, args.overwrite)
     scores = {job["name"]: measure_clip(model, job, args, device, out) for job in jobs}
@@ -875,42 +876,25 @@ def evaluate(argv):
         print(f"SSIM, grey at 224 px: {np.mean(list(measured.values())):.3f}, {len(measured)} clips")
         names = [f"{name}.mp4" for name in measured]
         real, fake = (out / kind / names[0] if len(names) == 1 else out / kind for kind in ("real", "fake"))
-        metrics.main([str(real), str(fake), "--device", args.device, *["--bf16"] * args.bf16,
+        metrics.main(["pair", str(real), str(fake), "--device", args.device, *["--bf16"] * args.bf16,
                       *(["--json", args.json] if args.json else [])])
 
 
-def toy_table(metrics, model, args, device):
-    """evaluate.py's control table and matrix of changes, for PC-AVS"""
-    c = model.config
-    if c.template != "toy":
-        raise InputError("--toy: networks of real faces have no truth to be measured by")
-    if args.people < 6:
-        raise InputError(f"--people {args.people}: at least 6, so that the people of a trial and the strangers differ")
+def toy_table(model, args, device):
+    """The control table and matrix of changes of control.py, for PC-AVS"""
+    if model.config.template != "toy":
+        raise InputError("--toy: networks of real faces have no ground truth to be compared with")
 
-    def clip(face, wav, driving=None):
+    def animate(face, wav, driving=None):
         frames = to_tensor(driving) if driving is not None else None
         n = len(frames) if frames is not None else n_frames(len(wav))
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             return torch.cat(list(model.animate(to_tensor(face).to(device), speech_mel(wav), n, frames))).float()
 
-    folder = Path(args.cache)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--cache {folder}: cannot be made a directory ({error.strerror})") from None
-    probe_network = metrics.train_probe(c.size, folder, device)
-    toys = folder / f"test_toys{c.size}_{args.people}"
-    make_pack(toys, c.size, args.people, 3.0, TEST, os.cpu_count())
-    pack = Pack(toys)
-    truth = np.load(toys / "truth.npy").reshape(len(pack), -1, 10)
-    table = metrics.control_table(clip, probe_network, pack, truth, device)
-    ceiling = metrics.probe_row(probe_network, pack, truth, device)
-    rows = {"real frames (the probe's ceiling)": ceiling, str(args.weights): table}
-    print(metrics.markdown({name: {k: row[k] for k in table} for name, row in rows.items()}))
-    matrix = metrics.change_matrix(clip, probe_network, pack, truth, device)
-    print("\nchange one input (row), see what moves (column)\n" + metrics.markdown(matrix))
+    test = control.toy_test(model.config.size, args.people, args.cache, device)
+    rows = control.control_report({str(args.weights): animate}, test)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows | {"matrix": matrix}, indent=1))
+        Path(args.json).write_text(json.dumps(rows, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -700,7 +700,7 @@ def test_the_metrics_run_where_and_how_the_networks_do(folder, weights, monkeypa
     monkeypatch.setattr(evaluate, "main", asked.append)
     pcavs.main(["evaluate", "pose.mp4", "--weights", str(weights), "--out", "eval", "--device", "cpu", "--bf16"])
     args = evaluate.parse(asked[0])
-    assert args.device == "cpu" and args.bf16 and args.clips[0].endswith("real/pose.mp4")
+    assert args.device == "cpu" and args.bf16 and args.real.endswith("real/pose.mp4")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
