@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter1d
 from scipy.signal import savgol_filter
 
 from faces import DETECT_EVERY, detect_faces, face_box, scenes
@@ -85,7 +85,7 @@ class Take:
         planes, depths = steady(scale[:, None, None] * R[:, :2, :2]), steady(scale[:, None] * R[:, :2, 2])
         flat = points - shift[:, None] - mean[None, :68, 2, None] * depths[:, None]
         q = np.einsum("tij,tpj->tpi", np.linalg.inv(planes), flat)     # (T, 68, 2): seen from the front, head at rest
-        self.q, self.own = q, np.maximum(0, gap(q))
+        self.q, self.own = q.astype(np.float32), np.maximum(0, gap(q))
         still = q - self.own[:, None, None] * moves[0]
         weight = np.exp(-(self.own - self.own.min()) / SHUT)
         shut = np.average(still, axis=0, weights=weight)
@@ -94,25 +94,25 @@ class Take:
         slow[:, inner, 1] = slow[:, inner, 1].mean(1, keepdims=True)   # this does not open lips
         share = moves[0, 62, 1] / (moves[0, 62, 1] - moves[0, 66, 1])  # of a gap that the upper lip closes
         shut[inner, 1] = shut[inner[0], 1] + share * (shut[inner[1], 1] - shut[inner[0], 1])
-        self.shut, self.slow = shut, slow
+        self.shut, self.slow = shut, slow.astype(np.float32)
         origin = shut[CORNERS[2:]].mean(0)
         middles = steady(shift) + planes @ origin + mean[CORNERS[2:], 2].mean() * depths
         self.places = [Place(plane, middle) for plane, middle in zip(planes, middles)]
         self.widest = float(np.sort(self.own)[-4:].mean())
         self.keys = self.shut_frames()
+        self.is_key = set(self.keys.tolist())
 
-    def shut_frames(self, reach: int = 3) -> np.ndarray:
-        """Frames whose lips are as good as shut: lower than their neighbours, and low for this take. Pressed lips count
-        as open by what they are thinner than usual."""
+    def shut_frames(self) -> np.ndarray:
+        """Frames whose lips are as good as shut: the least open for three frames to either side, and low for this take.
+        Pressed lips count as open by what they are thinner than usual."""
         thick = self.q[:, LOWER_LIP[1:4], 1].mean(1) - self.q[:, UPPER_LIP[1:4], 1].mean(1) - self.own
         cost = self.own + np.maximum(0, np.median(thick) - thick)
         low = max(SHUT, cost.min() + 0.12 * self.widest)
-        keys = []
-        for t in np.argsort(cost, kind="stable"):
-            alone = all(abs(t - k) > 15 for k in keys)                 # there a frame that is less shut will do
-            if cost[t] <= cost[max(0, t - reach) : t + reach + 1].min() and (
-                    not keys or cost[t] < low or (alone and cost[t] < 1.6 * low)):
-                keys.append(int(t))
+        least, near, keys = minimum_filter1d(cost, 7), np.zeros(self.T, bool), []
+        for t in np.argsort(cost, kind="stable").tolist():
+            if cost[t] == least[t] and (not keys or cost[t] < low or cost[t] < 1.6 * low and not near[t]):
+                keys.append(t)
+                near[max(0, t - 15) : t + 16] = True                   # where no key is near, less shut lips will do
         return np.sort(keys)
 
     def near_keys(self, t: int) -> list[tuple[int, float]]:
@@ -394,7 +394,7 @@ def frame_plan(path, dubs: dict, count: int, opening: np.ndarray, shape: np.ndar
             near = [dub.take.first + key for key, _ in dub.take.near_keys(t)]
             while near[-1] not in held:
                 at, later = next(ahead)
-                if at - dub.take.first in dub.take.keys:
+                if at - dub.take.first in dub.take.is_key:
                     held[at] = later
             held = {at: later for at, later in held.items() if at >= near[0]}
             keys = {at - dub.take.first: held[at] for at in near}
