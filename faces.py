@@ -431,7 +431,7 @@ def warp_face(image: np.ndarray, a: complex, b: complex, size: int) -> np.ndarra
 # landmark detectors of others
 
 FAN_SCORE = 0.2  # ours: mean height of FAN's 68 heat maps below which there is no face
-MARGIN_68, VIEW_SIDE = 0.25, 256  # MediaPipe and dlib get the crop with this margin on each side, in pixels; ours
+VIEW_MARGIN, VIEW_SIDE = 0.25, 256  # MediaPipe and dlib get the crop with this margin on each side, in pixels; ours
 # dlib's box in a crop of this template, middle and side: ours, best of a few; that of "ffhq" is the same part of the face
 DLIB_BOX = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
 # of MediaPipe's 478 points those that lie nearest to iBUG's 68. Where two choices were in use, those nearer to dlib's
@@ -470,7 +470,7 @@ def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
         x0, y0, x1, y1 = (0, 0, image.shape[1], image.shape[0]) if box is None else box
         if kind == "fan":
             return detect(image, (x0, y0, x1, y1))
-        margin = MARGIN_68 * (x1 - x0)
+        margin = VIEW_MARGIN * (x1 - x0)
         points = detect(crop_face(image, (x0 - margin, y0 - margin, x1 + margin, y1 + margin), VIEW_SIDE))
         scale = (x1 - x0 + 2 * margin) / VIEW_SIDE
         return None if points is None else points * scale + (x0 - margin, y0 - margin)
@@ -503,7 +503,7 @@ def mediapipe_landmarks(path: Path):
 
 
 def dlib_landmarks(path: Path, template: str):
-    """dlib's shape predictor: a function, a crop of the template with MARGIN_68, uint8 (S, S, 3) -> (68, 2) in pixels.
+    """dlib's shape predictor: a function, a crop of the template with VIEW_MARGIN, uint8 (S, S, 3) -> (68, 2) in pixels.
 
     Its trees jitter with the box that they start from: the mean of five boxes is taken (ours)."""
     import dlib
@@ -515,10 +515,10 @@ def dlib_landmarks(path: Path, template: str):
     middle, side = DLIB_BOX[template]
 
     def detect(image):
-        unit = len(image) / (1 + 2 * MARGIN_68)  # the crop without its margin
+        unit = len(image) / (1 + 2 * VIEW_MARGIN)  # the crop without its margin
         points = []
         for shift in ((0, 0), (-0.02, 0), (0.02, 0), (0, -0.03), (0, 0.03)):
-            x, y = (unit * (MARGIN_68 + m - side / 2 + d) for m, d in zip(middle, shift))
+            x, y = (unit * (VIEW_MARGIN + m - side / 2 + d) for m, d in zip(middle, shift))
             box = dlib.rectangle(*(round(v) for v in (x, y, x + side * unit, y + side * unit)))
             points.append([(p.x, p.y) for p in network(np.ascontiguousarray(image), box).parts()])
         return np.mean(points, 0)

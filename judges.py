@@ -157,8 +157,10 @@ class ArcFace(nn.Module):
 
 def normed(batch_norm, *layers) -> nn.Sequential:
     """Layers with BatchNorm and ReLU behind each convolution"""
-    return nn.Sequential(*(part for layer in layers for part in (
-        (layer, batch_norm(layer.out_channels), nn.ReLU()) if hasattr(layer, "out_channels") else (layer,))))
+    out = []
+    for layer in layers:
+        out += [layer, batch_norm(layer.out_channels), nn.ReLU()] if hasattr(layer, "out_channels") else [layer]
+    return nn.Sequential(*out)
 
 
 class SyncNetV2(nn.Module):

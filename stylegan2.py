@@ -232,12 +232,6 @@ class ToRGB(nn.Module):
         return rgb if skip is None else rgb + self.upsample(skip)
 
 
-class ConstantInput(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
-
-
 class PixelNorm(nn.Module):
     def forward(self, z):  # (N, D): to the sphere of radius sqrt D
         return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
@@ -264,7 +258,7 @@ class Generator(nn.Module):
         self.resolutions = [2 ** i for i in range(2, int(math.log2(size)) + 1)]  # 4, 8, .., size
         ch = [channels_at(res, base, cap) for res in self.resolutions]
         self.style = MappingNetwork(dim, n_mlp)
-        self.input = ConstantInput(ch[0])
+        self.input = nn.ParameterDict(dict(input=torch.randn(1, ch[0], 4, 4)))
         self.conv1 = StyledConv(ch[0], ch[0], dim)
         self.to_rgb1 = ToRGB(ch[0], dim, up=False)
         self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
@@ -412,6 +406,15 @@ def generator_shape(state: dict, source) -> dict:
         return dict(size=4 * 2 ** pairs, dim=dim, n_mlp=n_mlp, **channel_shape(widths, source))
 
 
+def discriminator_shape(state: dict, source) -> dict:
+    """The same for `Discriminator`"""
+    with refusing(source, "not the weights of a StyleGAN2 discriminator"):
+        blocks = sum(key.endswith(".skip.1.weight") for key in state)
+        widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
+        widths = [state["final_linear.1.weight"].shape[1], *widths]
+        return dict(size=2 ** (blocks + 2), **channel_shape(widths, source))
+
+
 def channel_shape(widths: list, source) -> dict:
     """Channels at 4, 8, .. px -> base and cap of `channels_at`"""
     size, cap = 2 ** (len(widths) + 1), max(widths)
@@ -435,14 +438,8 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
     networks = {}
     for name, state in states.items():
         source = f"{path}, '{name}'"
-        if name == "d":
-            with refusing(source, "not the weights of a StyleGAN2 discriminator"):
-                blocks = sum(key.endswith(".skip.1.weight") for key in state)
-                widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
-                widths = [state["final_linear.1.weight"].shape[1], *widths]
-                network, shape = Discriminator, dict(size=2 ** (blocks + 2), **channel_shape(widths, source))
-        else:
-            network, shape = Generator, generator_shape(state, source)
+        network, shape_of = (Discriminator, discriminator_shape) if name == "d" else (Generator, generator_shape)
+        shape = shape_of(state, source)
         if size not in (None, shape["size"]):
             raise InputError(f"{source}: a network for {shape['size']} px, these are {size} px")
         networks[name] = load_strictly(functools.partial(network, **shape), state, source)

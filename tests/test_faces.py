@@ -278,7 +278,7 @@ def test_dlib_starts_from_five_boxes_that_follow_from_the_crop(tmp_path, monkeyp
     middle, side = faces.DLIB_BOX["face"]
     np.testing.assert_allclose(points, [np.multiply(128, middle)] * 68, atol=1)
     np.testing.assert_allclose(moved - points, [(150, 0)] * 68)
-    crop = faces.VIEW_SIDE / (1 + 2 * faces.MARGIN_68)
+    crop = faces.VIEW_SIDE / (1 + 2 * faces.VIEW_MARGIN)
     assert len(asked) == 10 and all(abs((x1 - x0) / crop - side) < 0.02 for x0, _, x1, _ in asked)
     with pytest.raises(InputError, match="not for crops of the template toy"):
         with faces.landmark_detector(spec, "toy"):
