@@ -19,11 +19,10 @@ from media import SAMPLE_RATE, SAMPLES_PER_FRAME
 # the mel, all from Wav2Lip's hparams
 N_MELS = 80                              # M: the one place to change it, before anything is trained; 55 or more
 N_FFT = 800                              # samples: 50 ms, also the length of the Hann window
-HOP = 200                                # samples: 12.5 ms
+HOP = 200                                # samples: 12.5 ms; 80 steps a second, 3.2 a frame
 MEL_LOW, MEL_HIGH = 55.0, 7600.0         # Hz
 PREEMPHASIS = 0.97
 REFERENCE_DB, FLOOR_DB = 20.0, -100.0    # this level is 0 dB; what lies below the floor is silence
-MEL_RATE = SAMPLE_RATE // HOP            # 80 steps a second, 3.2 a frame
 WINDOW = 16                              # S of one window, in mel steps: 0.2 s, five frames
 SILENCE = -4.0                           # mel value of silence, and of everything outside the sound
 HANN = torch.from_numpy((0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)).astype(np.float32))  # periodic

@@ -78,7 +78,7 @@ def is_out_of_memory(error: Exception) -> bool:
 # Ours: wide enough for all that can work
 RATE, SHARE = (1e-9, 1e3), (0, 1)
 LIMITS = dict(
-    seed=(0, 2**62), workers=(0, 256), refine=(0, 100), first_person=(0, 2**62), people=(1, 10**6), seconds=(0.2, 600),
+    seed=(0, 2**62), workers=(0, 256), refine=(0, 100), people=(1, 10**6), seconds=(0.2, 600),
     batch=(1, 10**5), lr=RATE, lr_gan=RATE, lr_g=RATE, lr_d=RATE, ema_kimg=(1e-6, 1e6), photo_share=SHARE,
     hyper_share=SHARE, taught=SHARE, augment=(-1, 1),
 )
@@ -216,8 +216,9 @@ def length_is_open(path: Path) -> bool:
 
 def last_packet(path: Path, *streams: str) -> float:
     """Seconds from the file's beginning to the end of the last packet of these streams, without decoding"""
-    options = [*chain(*(("-map", stream) for stream in streams)), "-c", "copy", "-f", "framecrc", "pipe:1"]
-    table = subprocess.run(decoder(path, *options), capture_output=True).stdout.decode(errors="replace")
+    maps = chain(*(("-map", stream) for stream in streams))
+    command = decoder(path, *maps, "-c", "copy", "-f", "framecrc", "pipe:1")
+    table = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
     unit = {stream: int(a) / int(b) for stream, a, b in re.findall(r"^#tb (\d+): (\d+)/(\d+)", table, re.M)}
     packets = re.findall(r"^(\d+),[^,]*, *(-?\d+), *(\d+),", table, re.M)  # stream, dts, pts, duration
     return max(((int(begin) + int(length)) * unit[stream] for stream, begin, length in packets), default=0.0)
@@ -230,8 +231,7 @@ def check_whole(path: Path, log: str, status: int, stream: str, seconds: float):
     than its file, nor a length that ffmpeg only estimates: the stream's own packets must go on, or those of no stream
     reach the length that the header states.
     """
-    kind = re.search(r"^\[info\] Input #0, ([^,]*)", log, re.M)
-    kind = kind[1] if kind else ""
+    kind = "".join(re.findall(r"^\[info\] Input #0, ([^,]*)", log, re.M))
     length = re.search(r"^(?:\[info\] )?  Duration: (\d+):(\d+):([\d.]+)", log, re.M)
     length = 0.9 * (int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])) if length else 0.0
     stated = kind not in ("mpegts", "mpeg", "h264", "hevc") and "Estimating duration" not in log
@@ -273,10 +273,10 @@ def write_original_sound(path: str | Path, out: str | Path, n: int, late: float 
     samples, packets, rate = decode_sound(path)
     samples = samples if samples.shape[1] <= 8 else mix(path, samples)[:, None]
     skip, left = round(late * rate), round(n * rate / SAMPLE_RATE)
+    silence = np.zeros((left + abs(skip), samples.shape[1]), np.float32)  # memory only where it is written
     with wave.open(str(out), "wb") as file:
         file.setparams((samples.shape[1], 2, rate, 0, "NONE", ""))
-        silence = (np.zeros((k, samples.shape[1]), np.float32) for k in (max(0, -skip), max(0, left + skip)))
-        for piece in chain([next(silence)], fill_gaps(samples, packets, rate), silence):
+        for piece in chain([silence[: max(0, -skip)]], fill_gaps(samples, packets, rate), [silence]):
             piece, skip = piece[max(0, skip) :][:left], max(0, skip - len(piece))
             left -= len(piece)
             file.writeframes(to_int16(piece).tobytes())
@@ -522,7 +522,6 @@ class VideoInfo:
     width: int           # as shown: after rotation
     height: int
     fps: float           # on average; 0 where the file does not say
-    has_audio: bool
     aspect: float        # width / height as shown: pixels need not be square
     interlaced: bool
     hdr: str             # "arib-std-b67" (HLG), "smpte2084" (PQ) or ""
@@ -535,11 +534,10 @@ def probe(path: str | Path) -> VideoInfo:
     """
     path = check_file(path)
     text = describe(path)
-    has_audio = bool(re.search(STREAM + "Audio: ", text, re.M))
     video = re.search(STREAM + r"Video: (?!.*\(attached pic\)).*, (?P<w>\d+)x(?P<h>\d+).*", text, re.M)
     if not video:
-        reason = "holds sound but no picture" if has_audio else f"is not a video ({last_error(text)})"
-        raise InputError(f"{path}: {reason}")
+        is_sound = re.search(STREAM + "Audio: ", text, re.M)
+        raise InputError(f"{path}: " + ("has no picture" if is_sound else f"is not a video ({last_error(text)})"))
     width, height = int(video["w"]), int(video["h"])
     pixel = re.search(r"SAR (\d+):(\d+)", video[0])
     aspect = width / height * (int(pixel[1]) / int(pixel[2]) if pixel else 1)
@@ -550,7 +548,7 @@ def probe(path: str | Path) -> VideoInfo:
     fps = re.search(r", ([\d.]+) fps", video[0])
     interlaced = bool(re.search(r"(top|bottom) (coded )?first", video[0]))
     hdr = re.search(r"arib-std-b67|smpte2084", video[0])
-    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, has_audio, aspect, interlaced, hdr[0] if hdr else "")
+    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, aspect, interlaced, hdr[0] if hdr else "")
 
 
 def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
@@ -562,11 +560,13 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
     `height`: resized to it. Raises InputError: not a video; damaged or cut short (once the cut is reached).
     """
     path = check_file(path)
-    return decode_frames(path, probe(path), height)          # probe refuses other files before the first frame
+    info = probe(path)                                       # refuses other files before the first frame
+    H = height or info.height
+    return decode_frames(path, info, H, max(1, round(H * info.aspect)))
 
 
 def frame_filters(info: VideoInfo, H: int, W: int) -> str:
-    """ffmpeg's filters from the pictures of a video to frames (H, W) as read_video gives them"""
+    """ffmpeg's filters from the pictures of a video to the frames (H, W) of read_video"""
     # scale: bwdif does not take a change of size
     filters = ["scale=iw:ih,bwdif=mode=send_frame:deint=interlaced"] if info.interlaced else []
     # start_time=0: a picture that starts late shows its first frame from 0 on; near: frame k shows at (k + 1/2)/25 s
@@ -583,12 +583,9 @@ def frame_filters(info: VideoInfo, H: int, W: int) -> str:
     return ",".join(filters)
 
 
-def decode_frames(path: Path, info: VideoInfo, height: int | None) -> Iterator[np.ndarray]:
+def decode_frames(path: Path, info: VideoInfo, H: int, W: int) -> Iterator[np.ndarray]:
     """The generator behind read_video"""
-    H = height or info.height
-    W = max(1, round(H * info.aspect))
-    filters = frame_filters(info, H, W)
-    args = ["-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough"]
+    args = ["-map", "0:V:0", "-vf", frame_filters(info, H, W), "-fps_mode", "passthrough"]
     args += ["-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1", *READ_ALL]
     # reinit_filter: ffmpeg would build the filters anew where the size changes, and fps would count from 0 again
     command = decoder(path, *args, before=("-reinit_filter", "0"))
