@@ -16,6 +16,7 @@ the network starts.
 
 import itertools
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -270,11 +271,15 @@ def talking_photo(model, photo, box, wav, mel, args):
 
 
 def in_order(job, n: int, workers: int = 2):
-    """job(0), job(1), .. job(n - 1) as a stream, computed by a few threads: PyTorch releases the interpreter's lock"""
+    """job(0), .. job(n - 1) as a stream, computed ahead by a few threads: PyTorch releases the interpreter's lock"""
     torch.set_num_threads(1)  # a frame each: threads within an operation would only wait for each other
     with ThreadPoolExecutor(workers) as pool:
-        for k in range(0, n, 2 * workers):
-            yield from pool.map(job, range(k, min(n, k + 2 * workers)))
+        ahead = deque(pool.submit(job, k) for k in range(min(n, 2 * workers)))
+        for k in range(n):
+            frame = ahead.popleft().result()
+            if k + 2 * workers < n:
+                ahead.append(pool.submit(job, k + 2 * workers))
+            yield frame
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_an_idle_photo_starts_as_it_is_blinks_at_a_persons_rate_and_sways_by_its
     assert np.all(a.poses[:, :3].std(0) > 0.4) and np.all(a.poses[:, :3].std(0) < 3)
     assert np.array_equal(a.poses, idle(n, np.ones(n), 1).poses) and not np.array_equal(a.poses, b.poses)
     still = idle(n, np.ones(n), 1, head=False)
-    assert not still.poses.any() and still.blinks.any() and Pose().still and still[5]["pose"].still
+    assert not still.poses.any() and still.blinks.any() and still[5]["pose"] == Pose()
 
 
 def test_a_short_motion_is_walked_there_and_back():

@@ -102,8 +102,8 @@ def arrives(warp, opening, shape=(0.0, 0.0)):
     p = torch.from_numpy(lips.face.points).float()
     at = p.clone().expand(2, -1, -1)
     for _ in range(60):                                                # p' = p + back(p')
-        at = p + lips.nodes.read(back, at[:, None])[:, :, 0].permute(0, 2, 1)
-    return lips.face.local(at.double().numpy(), lips.middle)
+        at = p + W.read(back, at[:, None], lips.box)[:, :, 0].permute(0, 2, 1)
+    return lips.face.local(at.double().numpy(), lips.mouth.middle)
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.10])
@@ -120,7 +120,7 @@ def test_the_gap_between_the_lips_is_the_opening(gap):
 def test_shape_numbers_move_the_corners():
     warp = Warp(face(), moves())
     upper, _ = arrives(warp, 0.0, (1.0, 0.0))
-    assert upper[54, 0] - upper[48, 0] > 1.07 * (warp.lips.q[54, 0] - warp.lips.q[48, 0])
+    assert upper[54, 0] - upper[48, 0] > 1.07 * (warp.lips.mouth.q[54, 0] - warp.lips.mouth.q[48, 0])
 
 
 def test_a_turned_face_moves_in_its_own_plane():
@@ -137,7 +137,7 @@ def test_a_field_is_inverted_on_its_nodes():
     moved = torch.stack([6 * torch.sin(y / 40), 4 * torch.cos(x / 50)])[None]
     back = nodes.invert(moved)
     came_from = nodes.at - back[0].permute(1, 2, 0)
-    again = nodes.read(moved, came_from[None])
+    again = W.read(moved, came_from[None], nodes.box)
     assert (again - back)[..., 4:-4, 4:-4].abs().max() < 0.05           # pixels
 
 
@@ -163,7 +163,7 @@ def test_landmarks_go_where_the_turned_shape_puts_them(pose):
     p = torch.from_numpy(f.points).float()
     at = p.clone()
     for _ in range(60):
-        at = p + head.nodes.read(back, at[None, None])[0, :, 0].T
+        at = p + W.read(back, at[None, None], head.box)[0, :, 0].T
     mean = mean_shape() * (1, 1, head.DEPTH)
     R = W.rotation(**{k: pose.get(k, 0.0) for k in ("yaw", "pitch", "roll")})
     wanted = SCALE * (((mean - head.PIVOT) @ R.T + head.PIVOT)[:, :2]) + (150, 120)
