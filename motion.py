@@ -30,6 +30,12 @@ LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # roll in degrees, shift right and down, 
 LID_SHUT, LID_OPEN = 0.5, 0.85  # of a driver's usual opening: wholly shut, not yet a blink
 
 
+def there_and_back(k: int, count: int) -> int:
+    """Index of step k when `count` frames are played to the end and back for ever: 0 1 2 1 0 1 2 .."""
+    k %= max(1, 2 * (count - 1))
+    return min(k, 2 * (count - 1) - k)
+
+
 @dataclass
 class Motion:
     """Of T frames. poses: (T, 6) yaw, pitch, roll, shift right, shift down, scale - 1; blinks, brows: (T,)"""
@@ -39,9 +45,8 @@ class Motion:
     brows: np.ndarray
 
     def __getitem__(self, k: int) -> dict:
-        """What warp.Warp is asked at frame k; a driving clip that is shorter is walked there and back"""
-        k %= max(1, 2 * (len(self.poses) - 1))
-        k = min(k, 2 * (len(self.poses) - 1) - k) if len(self.poses) > 1 else 0
+        """Arguments of warp.Warp for frame k; a driving clip that is shorter is played back and forth"""
+        k = there_and_back(k, len(self.poses))
         yaw, pitch, roll, right, down, scale = self.poses[k].tolist()
         pose = Pose(yaw, pitch, roll, (right, down), 1 + scale)
         return dict(pose=pose, blink=float(self.blinks[k]), brows=float(self.brows[k]))
