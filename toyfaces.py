@@ -1,29 +1,27 @@
 """The toy world: drawn faces and synthesised speech with ground truth, made on the spot, no download.
 
-A person is a set of flat colours and shapes, drawn by a head that turns in 2.5-D; the voice is a small
-formant synthesiser (source and filter, as in Klatt, JASA 1980). One law ties lips to sound: the mouth opens
-with the first formant and widens with the second, m b p shut the lips, silence shuts the mouth. Head pose,
-gaze, blinks, brows and smile come from a random stream of their own and know nothing of the sound. So each
-clip says exactly what every part of the face does, and control (change one thing: what else moves?) can be
-measured instead of judged. The paper has no such world; it is here so that training, tests and metrics run
-anywhere.
+A person is a set of flat colours and shapes, drawn on a head that turns in 2.5-D; the voice is a small formant
+synthesiser (source and filter, as in Klatt, JASA 1980). The lips follow the sound by one rule: the mouth opens with the
+first formant and widens with the second, m b p shut the lips, silence shuts the mouth. Head pose, gaze, blinks, brows
+and smile have a random stream of their own, independent of the sound. So every clip has the ground truth of each part of
+the face, and control (change one input: what else moves?) can be measured. The paper has no such world; it is here so
+that training, tests and metrics run anywhere.
 
     python toyfaces.py --out out               # out/toys.png, out/toys_32.png, out/toy.mp4      (5 s)
     python toyfaces.py --pack out/toy32 --size 32 --people 300     # a pack to train on          (1 min)
     python toyfaces.py --example example       # example/face.png and example/speech.wav         (2 s)
 
-Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half a head is 1 high; x right,
-y down, z towards the viewer, origin in the middle of the head.
+Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half a head is 1 high; x right, y down,
+z towards the viewer, origin in the middle of the head.
 """
 
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -31,24 +29,17 @@ from tqdm import tqdm
 
 from audio import n_frames
 from data import Pack, PackWriter
-from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, run, write_wav
-
-def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
-    """The toy world in `folder`, drawn on first use: the training people as train.py has them, or another split's."""
-    first = dict(train=TRAIN, tune=TUNE, test=TEST)[part]
-    path = folder / ("toys" if part == "train" else f"toys_{part}")
-    make_pack(path, size, people, seconds, first, os.cpu_count())
-    return Pack(path)
+from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run, write_wav
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees; ours: farther, features leave the silhouette
-TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split: they never meet
+TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split; no two splits overlap
 EXAMPLE = TEST + 500_002  # the person of the shipped example
-WORLD = 1  # goes up when looks or laws change: a pack drawn by an older world is not taken for a new one
+WORLD = 1  # version: goes up when the drawing or the sound changes, so that older packs are not taken for new ones
 
-# ---------------------------------------------------------------------------------------------- people
-
+# ---------------------------------------------------------------------------------------------------------------------
+# people
 
 def palette(colours: str) -> np.ndarray:
     """Hexadecimal RGB colours -> float (n, 3) in 0..255"""
@@ -65,38 +56,8 @@ WHITE, INK = np.array((255.0, 255, 255)), np.array((46.0, 32, 38))
 STYLES = ("crop", "side", "bob", "long", "curls", "bun", "bald", "quiff", "tails")
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no one truth value
-class Person:
-    """Who it is. Colours are RGB arrays in 0..255, lengths in head units."""
-
-    seed: int
-    skin: np.ndarray
-    hair: np.ndarray
-    iris: np.ndarray
-    backdrop: np.ndarray
-    clothes: np.ndarray
-    frames: np.ndarray
-    style: str  # one of STYLES
-    side: int  # -1 or 1: where the parting is
-    width: float  # half a head
-    chin: float  # 1 square, less is pointed
-    eye_apart: float
-    eye_size: float
-    brow: float  # thickness
-    nose: float
-    lips: float
-    mouth: float
-    blush: float  # 0..1
-    glasses: str  # none, round, square
-    beard: str  # none, full, moustache
-    collar: str  # round, shirt
-    earrings: bool
-    f0: float  # of the voice, Hz
-    tract: float  # what the vocal tract's length does to the formants: 1 an adult's average
-
-
-def person(seed: int) -> Person:
-    """The person of a seed (int >= 0): the same everywhere and for ever."""
+def person(seed: int) -> SimpleNamespace:
+    """The person of a seed (int >= 0), the same on every machine: RGB colours in 0..255, lengths in head units."""
     rng = np.random.default_rng([seed, 1])
 
     def pick(options):
@@ -107,44 +68,28 @@ def person(seed: int) -> Person:
     skin = blend(SKINS[int(shade)], SKINS[min(int(shade) + 1, len(SKINS) - 1)], shade % 1)
     style = pick(STYLES)
     bearded = high < 0.45 and style not in ("bob", "long", "tails")
-    return Person(
-        seed=seed,
-        skin=skin,
-        hair=pick(HAIRS),
-        iris=pick(IRISES),
-        backdrop=pick(BACKDROPS),
-        clothes=pick(CLOTHES),
-        frames=pick(FRAMES),
-        style=style,
-        side=int(pick((-1, 1))),
-        width=rng.uniform(0.78, 0.90),
-        chin=rng.uniform(0.76, 0.97),
-        eye_apart=rng.uniform(0.36, 0.41),
-        eye_size=rng.uniform(0.92, 1.10),
-        brow=rng.uniform(0.065, 0.10),
-        nose=rng.uniform(0.8, 1.2),
-        lips=rng.uniform(0.75, 1.25),
-        mouth=rng.uniform(0.95, 1.07),
-        blush=rng.uniform(0.2, 0.7),
-        collar=pick(("round", "shirt")),
+    return SimpleNamespace(  # the order of the draws decides who the person of a seed is
+        seed=seed, skin=skin, hair=pick(HAIRS), iris=pick(IRISES), backdrop=pick(BACKDROPS), clothes=pick(CLOTHES),
+        frames=pick(FRAMES), style=style, side=int(pick((-1, 1))),  # side: of the parting
+        width=rng.uniform(0.78, 0.90), chin=rng.uniform(0.76, 0.97),  # half a head; 1 is square, less is pointed
+        eye_apart=rng.uniform(0.36, 0.41), eye_size=rng.uniform(0.92, 1.10), brow=rng.uniform(0.065, 0.10),
+        nose=rng.uniform(0.8, 1.2), lips=rng.uniform(0.75, 1.25), mouth=rng.uniform(0.95, 1.07),
+        blush=rng.uniform(0.2, 0.7), collar=pick(("round", "shirt")),
         glasses=rng.choice(("none", "round", "square"), p=(0.70, 0.18, 0.12)).item(),
-        beard=rng.choice(
-            ("none", "full", "moustache"), p=(0.45, 0.35, 0.20) if bearded else (1, 0, 0)
-        ).item(),
+        beard=rng.choice(("none", "full", "moustache"), p=(0.45, 0.35, 0.20) if bearded else (1, 0, 0)).item(),
         earrings=bool(rng.random() < (0.1 if high < 0.45 else 0.45)),
-        f0=95 * 2.4**high,
-        tract=0.93 + 0.17 * high + rng.uniform(-0.02, 0.02),
-    )
+        f0=95 * 2.4**high,  # of the voice, Hz
+        tract=0.93 + 0.17 * high + rng.uniform(-0.02, 0.02))  # factor of the vocal tract's length on the formants
 
 
-# --------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing
 
 ANGLE = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
 U = np.linspace(-1, 1, 25)  # along the mouth and along hairlines
 DEPTH = 0.68  # of the head; ours: flatter than life, so that eyes stay on the face at 22 degrees
-# what the head turns about; ours: near the face, so that a nod keeps eyes and mouth in their template boxes
-PIVOT = np.array((0.0, 0.5, 0.22))
+PIVOT = np.array((0.0, 0.5, 0.22))  # of the head's turn; ours: a nod keeps eyes and mouth in their template boxes
 
 
 def blend(a, b, t: float):
@@ -152,9 +97,9 @@ def blend(a, b, t: float):
 
 
 class Head:
-    """One picture in the making: the geometry of the turned head, and a pen on a canvas of S x S pixels."""
+    """The geometry of the turned head, and a pen on a canvas of S x S pixels."""
 
-    def __init__(self, who: Person, state: dict, size: int, supersample: int):
+    def __init__(self, who, state: dict, size: int, supersample: int):
         self.who, self.state, self.S = who, state, size * supersample
         # 0 from 64 px on, 1 at 32 px and below: small portraits get a larger head and larger eyes and mouth
         small = float(np.clip(np.log2(64 / size), 0, 1))
@@ -210,7 +155,7 @@ class Head:
         self.fill(np.concatenate((points + w * across, tail, (points - w * across)[::-1], head)), colour)
 
     def ring(self, outer, inner, colour):
-        """What lies between two closed curves of the same length."""
+        """The area between two closed curves of the same length."""
         outer, inner = (np.concatenate((curve, curve[:1])) for curve in (outer, inner))
         self.fill(np.concatenate((outer, inner[::-1])), colour)
 
@@ -228,7 +173,7 @@ def rgb(colour) -> tuple:
     return tuple(int(min(max(v, 0), 255)) for v in colour)
 
 
-def draw(who: Person, state: dict, size: int, supersample: int = 4) -> np.ndarray:
+def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
     """One portrait, uint8 (size, size, 3) RGB.
 
     state: any of FACTORS, the rest as in REST: yaw > 0 turns to the right of the picture, pitch > 0 nods
@@ -238,26 +183,14 @@ def draw(who: Person, state: dict, size: int, supersample: int = 4) -> np.ndarra
     assert not unknown and size >= 8, f"draw: unknown factors {sorted(unknown)} or size {size} below 8"
     head = Head(who, {**REST, **state}, size, supersample)
     head.fill(head.body(COS * 1.44, SIN * 1.44 - 0.1), blend(who.backdrop, WHITE, 0.5))
-    for part in (  # from the back to the front
-        draw_back_hair,
-        draw_shoulders,
-        draw_ears,
-        draw_face,
-        draw_beard,
-        draw_eyes,
-        draw_nose,
-        draw_moustache,
-        draw_mouth,
-        draw_front_hair,
-        draw_brows,
-        draw_glasses,
-    ):
+    for part in (draw_back_hair, draw_shoulders, draw_ears, draw_face, draw_beard, draw_eyes, draw_nose, draw_moustache,
+                 draw_mouth, draw_front_hair, draw_brows, draw_glasses):  # from the back to the front
         part(head, who, head.state)
     return np.asarray(head.image.reduce(supersample))
 
 
-def landmarks(who: Person, state: dict, size: int) -> np.ndarray:
-    """Where the 68 points of iBUG's annotation are in draw(who, state, size), float32 (68, 2): x, y in pixels.
+def landmarks(who, state: dict, size: int) -> np.ndarray:
+    """The 68 points of iBUG's annotation in draw(who, state, size), float32 (68, 2): x, y in pixels.
 
     Jaw 0-16, brows 17-26, nose 27-35, eyes 36-47, outer lips 48-59, inner lips 60-67; from left to right in the
     picture, lips clockwise. Eyes and lips lie on the curves that are drawn; the nose's ridge, which is not drawn
@@ -284,7 +217,7 @@ def landmarks(who: Person, state: dict, size: int) -> np.ndarray:
 
 
 def draw_back_hair(head, who, state):
-    """What hangs or stands behind the head."""
+    """Hair behind the head."""
     w, shade = who.width, who.hair * 0.82
     if who.style in ("long", "bob"):
         drop = 1.55 if who.style == "long" else 0.95
@@ -293,10 +226,8 @@ def draw_back_hair(head, who, state):
         head.fill(head.outline(x, np.where(SIN > 0, SIN * drop, SIN * 1.12), -0.3), shade)
     elif who.style == "curls":
         for a in np.linspace(-0.35, np.pi + 0.35, 11):
-            head.fill(
-                head.plane(np.cos(a) * (w + 0.22) + COS * 0.29, -0.34 - np.sin(a) * 0.82 + SIN * 0.29, -0.2),
-                shade,
-            )
+            x, y = np.cos(a) * (w + 0.22) + COS * 0.29, -0.34 - np.sin(a) * 0.82 + SIN * 0.29
+            head.fill(head.plane(x, y, -0.2), shade)
     elif who.style == "bun":
         head.fill(head.plane(COS * 0.34, SIN * 0.30 - 1.22, -0.2), shade)
     elif who.style == "tails":
@@ -306,7 +237,7 @@ def draw_back_hair(head, who, state):
 
 
 def draw_shoulders(head, who, state):
-    """Clothes, neck and collar; the neck leans after the head."""
+    """Clothes, neck and collar; the neck leans with the head."""
     head.fill(head.body(np.sign(COS) * np.abs(COS) ** 0.7 * 1.42, 2.12 + SIN * 0.86), who.clothes)
     top = head.plane(np.array((-0.34, 0.34)), 0.7, -0.1)
     base = head.body(np.cos(ANGLE[:21]) * 0.40, 1.32 + np.sin(ANGLE[:21]) * 0.20)
@@ -323,15 +254,10 @@ def draw_ears(head, who, state):
     for side in (-1, 1):
         x = side * (who.width + 0.02)
         head.fill(head.outline(x + COS * 0.15, 0.08 + SIN * 0.21, -0.10), who.skin * 0.90)
-        head.fill(
-            head.outline(x + side * 0.03 + COS * 0.07, 0.08 + SIN * 0.11, -0.10),
-            who.skin * (0.80, 0.70, 0.70),
-        )
+        x = x + side * 0.03
+        head.fill(head.outline(x + COS * 0.07, 0.08 + SIN * 0.11, -0.10), who.skin * (0.80, 0.70, 0.70))
         if who.earrings:  # hangs from the lobe
-            head.fill(
-                head.outline(x + side * 0.03 + COS * 0.085, 0.33 + SIN * 0.085, -0.10),
-                np.array((250.0, 208, 84)),
-            )
+            head.fill(head.outline(x + COS * 0.085, 0.33 + SIN * 0.085, -0.10), (250, 208, 84))
 
 
 def draw_face(head, who, state):
@@ -340,11 +266,8 @@ def draw_face(head, who, state):
     for side in (-1, 1):
         head.fill(head.surface(side * 0.46 + COS * 0.16, 0.32 + SIN * 0.105), rosy)
     if who.style == "bald":
-        head.stroke(
-            head.surface(np.linspace(-0.42, -0.05, 9), -0.76 - 0.06 * np.cos(U[::3])),
-            0.07,
-            blend(who.skin, WHITE, 0.35),
-        )
+        shine = head.surface(np.linspace(-0.42, -0.05, 9), -0.76 - 0.06 * np.cos(U[::3]))
+        head.stroke(shine, 0.07, blend(who.skin, WHITE, 0.35))
 
 
 def draw_beard(head, who, state):
@@ -353,9 +276,8 @@ def draw_beard(head, who, state):
     a = np.linspace(-0.12, np.pi + 0.12, 28)
     outer = head.outline(*head.face_edge(a, 0.03))
     dip = np.sin(a[::-1])
-    inner = head.surface(
-        np.cos(a[::-1]) * 0.54, 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2
-    )
+    y = 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2
+    inner = head.surface(np.cos(a[::-1]) * 0.54, y)
     head.fill(np.concatenate((outer, inner)), who.hair * 0.88)
 
 
@@ -381,15 +303,11 @@ def draw_eyes(head, who, state):
         if slit > 0.2 * half_h:
             head.fill(head.surface(x0 + COS * half_w, y0 + SIN * slit), WHITE)
             gaze_x, gaze_y = 0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"]
-            for radius, dx, dy, colour in (
-                (0.112, 0, 0, who.iris),
-                (0.064, 0, 0, INK * 0.6),
-                (0.036, -0.04, -0.045, WHITE),
-            ):
+            parts = (0.112, 0, 0, who.iris), (0.064, 0, 0, INK * 0.6), (0.036, -0.04, -0.045, WHITE)
+            for radius, dx, dy, colour in parts:
                 x, y = COS * radius * size + gaze_x + dx * size, SIN * radius * size + gaze_y + dy * size
-                # what the lids cover is pushed onto their edge
-                reach = np.maximum(np.hypot(x / half_w, y / slit), 1)
-                head.fill(head.surface(x0 + x / reach, y0 + y / reach), colour)
+                outside = np.maximum(np.hypot(x / half_w, y / slit), 1)  # covered by the lids: moved to their edge
+                head.fill(head.surface(x0 + x / outside, y0 + y / outside), colour)
             lash = -np.sqrt(np.clip(1 - (U * 0.98) ** 2, 0, 1)) * slit
         else:
             lash = (1 - U**2) * 0.05 * size  # shut: the lashes make a smiling arc
@@ -403,7 +321,7 @@ def brow_curve(head, who, state, t):
 
 
 def draw_brows(head, who, state):
-    """Darker than the skin and near the hair's colour, so that they read on everybody."""
+    """Darker than the skin and near the hair's colour, so that they show on every person."""
     colour = blend(who.hair * 0.75, who.skin * (0.36, 0.32, 0.32), 0.55)
     t = U[::2]
     x, y = brow_curve(head, who, state, t)
@@ -413,16 +331,10 @@ def draw_brows(head, who, state):
 
 def draw_nose(head, who, state):
     shade, n = who.skin * (0.84, 0.76, 0.74), who.nose
-    head.stroke(
-        head.surface(np.linspace(-0.10, 0.10, 9) * n, 0.275 + 0.055 * (1 - U[::3] ** 2), 0.10), 0.06, shade
-    )
-    head.stroke(
-        head.surface(
-            np.full(5, -0.035) - 0.035 * n * np.linspace(0, 1, 5) ** 2, np.linspace(0.04, 0.25, 5), 0.09
-        ),
-        0.035,
-        shade,
-    )
+    base = head.surface(np.linspace(-0.10, 0.10, 9) * n, 0.275 + 0.055 * (1 - U[::3] ** 2), 0.10)
+    head.stroke(base, 0.06, shade)
+    x = np.full(5, -0.035) - 0.035 * n * np.linspace(0, 1, 5) ** 2
+    head.stroke(head.surface(x, np.linspace(0.04, 0.25, 5), 0.09), 0.035, shade)
 
 
 def mouth_curves(head, who, state):
@@ -452,9 +364,7 @@ def draw_mouth(head, who, state):
         head.fill(head.surface(np.append(x, x[::-1]), np.append(a[part], b[part][::-1]), 0.02), colour)
 
     between(top, bottom, red)
-    head.stroke(
-        head.surface(U * half * 1.06, middle, 0.02), 0.048 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75)
-    )
+    head.stroke(head.surface(U * half * 1.06, middle, 0.02), 0.048 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75))
     if gap < 0.04:  # a polygon without area would still be drawn a pixel wide
         return
     room = down - up
@@ -466,7 +376,7 @@ def draw_mouth(head, who, state):
         between(up, up + teeth, np.array((252.0, 250, 246)), slice(2, -2))
 
 
-def hairline(who: Person):
+def hairline(who):
     """Height of the hair's lower edge over the forehead at U (from the left of the picture to the right)."""
     t = U * who.side
     return {
@@ -491,9 +401,7 @@ def draw_front_hair(head, who, state):
     line = blend(line, burn, fall)
     edge = w * np.sqrt(1 - (line / 1.06) ** 2) * 0.99  # half the head's width at that height
     a = np.linspace(0.02, -np.pi - 0.02, 33)  # from the right ear over the top to the left ear
-    rise = np.zeros_like(a)
-    if who.style == "quiff":
-        rise = 0.15 * np.exp(-(((np.cos(a) * who.side + 0.30) / 0.60) ** 2))
+    rise = 0.15 * np.exp(-(((np.cos(a) * who.side + 0.30) / 0.60) ** 2)) if who.style == "quiff" else 0.0
     grow = 0.13 if who.style == "curls" else 0.075
     x, y = np.cos(a) * (w + grow), np.sin(a) * (1.04 + grow + rise)
     head.fill(np.concatenate((head.outline(x, y), head.surface(U * edge, line, 0.02))), who.hair)
@@ -504,12 +412,9 @@ def draw_front_hair(head, who, state):
         drop = 1.25 if who.style == "long" else 0.78
         s = np.linspace(0, 1, 14)
         for side in (-1, 1):
-            outer = head.outline(
-                side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s
-            )
-            inner = head.surface(
-                side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3), -0.45 + (drop + 0.40) * s
-            )
+            outer = head.outline(side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s)
+            x = side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3)
+            inner = head.surface(x, -0.45 + (drop + 0.40) * s)
             head.fill(np.concatenate((outer, inner[::-1])), who.hair)
     shine = blend(who.hair, WHITE, 0.28)
     t = np.linspace(-0.5, 0.05, 9) * who.side * -1
@@ -525,28 +430,20 @@ def draw_glasses(head, who, state):
     r_x, r_y = (0.262 if power == 1 else 0.25) * grow, (0.25 if power == 1 else 0.21) * grow
     for side in (-1, 1):
         x0, y0 = side * who.eye_apart, -0.06 - 0.16 * (head.feature - 1)
-        outer, inner = (
-            head.surface(x0 + cx * (r_x + grown), y0 + sx * (r_y + grown), 0.05)
-            for grown in (rim / 2, -rim / 2)
-        )
-        head.ring(outer, inner, who.frames)
+        edges = (head.surface(x0 + cx * (r_x + d), y0 + sx * (r_y + d), 0.05) for d in (rim / 2, -rim / 2))
+        head.ring(*edges, who.frames)
         x = side * np.linspace(who.eye_apart + r_x, who.width, 4)
         head.stroke(head.surface(x, np.full(4, -0.09), 0.03), rim, who.frames)
     x = np.linspace(-1, 1, 5) * max(who.eye_apart - r_x, 0.03)
     head.stroke(head.surface(x, -0.09 - 0.03 * (1 - np.linspace(-1, 1, 5) ** 2), 0.08), rim, who.frames)
 
 
-# ---------------------------------------------------------------------------------------------- speech
+# ---------------------------------------------------------------------------------------------------------------------
+# speech
 
 STEP = 0.005  # seconds: the synthesiser's controls run at 200 Hz
 # first three formants of an adult, Hz (near Peterson and Barney, JASA 1952)
-VOWELS = {
-    "a": (760, 1250, 2600),
-    "e": (500, 1900, 2600),
-    "i": (290, 2300, 3000),
-    "o": (500, 850, 2500),
-    "u": (310, 700, 2400),
-}
+VOWELS = dict(a=(760, 1250, 2600), e=(500, 1900, 2600), i=(290, 2300, 3000), o=(500, 850, 2500), u=(310, 700, 2400))
 VOWEL_ODDS = (0.30, 0.18, 0.18, 0.18, 0.16)
 CONSONANTS = ("m", "b", "p", "s", "t", "l", "n", "k", "")  # "" a vowel alone
 CONSONANT_ODDS = (0.14, 0.12, 0.12, 0.10, 0.10, 0.12, 0.10, 0.08, 0.12)
@@ -555,38 +452,35 @@ PAUSE = 0.14  # chance of a pause before a syllable
 
 
 def syllables(rng, seconds: float) -> list[tuple]:
-    """Random speech, one after another: (start, length of the consonant, of the vowel in seconds, consonant,
-    vowel, stress)."""
-    said, now = [], rng.uniform(0, 0.25)
+    """Random speech: (start, length of the consonant, of the vowel in seconds, consonant, vowel, stress) in order"""
+    spoken, now = [], rng.uniform(0, 0.25)
     while now < seconds:
         if rng.random() < PAUSE:
             now += rng.uniform(0.2, 0.55)
             continue
-        consonant, vowel = (
-            rng.choice(CONSONANTS, p=CONSONANT_ODDS).item(),
-            rng.choice(list(VOWELS), p=VOWEL_ODDS).item(),
-        )
+        consonant = rng.choice(CONSONANTS, p=CONSONANT_ODDS).item()
+        vowel = rng.choice(list(VOWELS), p=VOWEL_ODDS).item()
         onset, length = rng.uniform(0.06, 0.10) if consonant else 0.0, rng.uniform(0.12, 0.26)
-        said.append((now, onset, length, consonant, vowel, rng.uniform(0.8, 1.25)))
+        spoken.append((now, onset, length, consonant, vowel, rng.uniform(0.8, 1.25)))
         now += onset + length
-    return said
+    return spoken
 
 
 def smooth(x, steps: int):
-    """Hann-weighted running mean over axis 0: nothing in a mouth jumps. (K, ..) -> (K, ..)"""
+    """Hann-weighted running mean over axis 0, (K, ..) -> (K, ..)"""
     kernel = np.hanning(steps + 2)[1:-1]
     kernel /= kernel.sum()
     columns = np.pad(x.reshape(len(x), -1), ((steps // 2, steps - 1 - steps // 2), (0, 0)), "edge").T
     return np.stack([np.convolve(column, kernel, "valid") for column in columns], 1).reshape(x.shape)
 
 
-def controls(said: list[tuple], K: int) -> dict:
-    """What the vocal tract does: formants (K, 3) in Hz and, each (K,) in 0..1, voice (glottis), hiss, nasal,
-    closed (lips), speaking (a syllable is under way); stress (K,) around 1."""
+def controls(spoken: list[tuple], K: int) -> dict:
+    """Syllables -> controls of the synthesiser: formants (K, 3) in Hz and, each (K,) in 0..1, voice (glottis), hiss,
+    nasal, closed (lips), speaking (within a syllable); stress (K,) around 1."""
     formants = np.full((K, 3), (500.0, 1500.0, 2500.0))  # the neutral tube
     voice, hiss, nasal, closed, speaking = np.zeros((5, K))
     stress = np.ones(K)
-    for start, onset, length, consonant, vowel, accent in said:
+    for start, onset, length, consonant, vowel, accent in spoken:
         a, b, c = (min(K, round(t / STEP)) for t in (start, start + onset, start + onset + length))
         formants[a:c], speaking[a:c] = VOWELS[vowel], 1
         voice[a:b] = {"m": 0.35, "n": 0.35, "l": 0.5, "b": 0.12, "": 1.0}.get(consonant, 0.0)
@@ -600,28 +494,22 @@ def controls(said: list[tuple], K: int) -> dict:
         if consonant and consonant not in CLOSURES:  # the tongue is up: low F1, F2 on its way to the locus
             formants[a:b, 0] = 300
             formants[a:b, 1] = 0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400)
-    return dict(
-        formants=smooth(formants, 15),  # 75 ms: jaw and tongue are slow
-        speaking=smooth(speaking, 15),
-        stress=smooth(stress, 31),
-        voice=smooth(voice, 7),
-        hiss=smooth(hiss, 5),
-        nasal=smooth(nasal, 7),
-        closed=smooth(closed, 9),  # 45 ms: lips are quick
-    )
+    widths = dict(formants=15, speaking=15, stress=31, voice=7, hiss=5, nasal=7, closed=9)  # jaw 75 ms, lips 45 ms
+    curves = dict(formants=formants, speaking=speaking, stress=stress, voice=voice, hiss=hiss, nasal=nasal, closed=closed)
+    return {name: smooth(curve, widths[name]) for name, curve in curves.items()}
 
 
 def lips(c: dict):
-    """The law of the toy world: opening follows F1, width follows F2; m b p and silence shut the mouth.
+    """The lips that belong to the sound: opening follows F1, width follows F2; m b p and silence shut the mouth.
     -> open, wide (K,)"""
     F1, F2 = c["formants"][:, 0], c["formants"][:, 1]
-    gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)  # even an ee shows a slit
+    gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)  # an ee keeps a slit
     gap = gap * (1 - np.clip(1.25 * c["closed"], 0, 1)) * c["speaking"]
     wide = np.clip((F2 - 700) / 1500, 0, 1)  # oo is round, ee is wide, a resting mouth between
     return gap, blend(0.5, wide, c["speaking"])
 
 
-def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
+def voice(rng, c: dict, who, n: int) -> np.ndarray:
     """Source and filter: a glottal saw-tooth and noise, shaped every 5 ms by the formants. -> float32 (n,)"""
     K, hop = len(c["stress"]), round(STEP * SAMPLE_RATE)
     size, at = 4 * hop, np.arange(n) / SAMPLE_RATE
@@ -633,7 +521,7 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
     glottis = np.diff(np.maximum(saw, -0.2), prepend=0) + 0.35 * saw
     noise = rng.standard_normal(n)
 
-    # each piece of sound is 20 ms, padded to twice that: the filters ring on
+    # frames of 20 ms, padded to twice that for the filters' decay
     f = np.fft.rfftfreq(2 * size, 1 / SAMPLE_RATE)  # Hz
     shape = np.ones((K, len(f))) / np.sqrt(1 + (f / 3500) ** 4)
     for j, bandwidth in enumerate((80, 110, 160)):  # Hz
@@ -644,10 +532,10 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
     hiss = np.exp(-(((f - 5200) / 1500) ** 2)) * (0.12 * c["hiss"][:, None])
 
     window = np.hanning(size + 1)[:-1]
-    pieces = np.arange(K)[:, None] * hop + np.arange(size)  # (K, size) into the sound padded by half a window
+    frames = np.arange(K)[:, None] * hop + np.arange(size)  # (K, size) into the sound padded by half a window
 
     def spectrum(x):
-        return np.fft.rfft(np.pad(x, (size // 2, 2 * size))[pieces] * window, 2 * size)
+        return np.fft.rfft(np.pad(x, (size // 2, 2 * size))[frames] * window, 2 * size)
 
     y = np.fft.irfft(spectrum(glottis) * shape + spectrum(noise) * hiss, 2 * size).reshape(K, -1, hop)
     wav = np.zeros((K + y.shape[1], hop))
@@ -655,11 +543,11 @@ def voice(rng, c: dict, who: Person, n: int) -> np.ndarray:
         wav[m : m + K] += y[:, m]
     wav = np.pad(wav.ravel()[size // 2 :], (0, n))[:n]
     wav = 0.8 * wav / max(np.abs(wav).max(), 1e-3)
-    wav += 0.0015 * rng.standard_normal(n)  # a quiet room: no digital silence, as in any recording
+    wav += 0.0015 * rng.standard_normal(n)  # room noise: recordings have no digital silence
     return np.clip(wav, -1, 1).astype(np.float32)
 
 
-def speech(rng, seconds: float, who: Person):
+def speech(rng, seconds: float, who):
     """Random speech of a person. rng: a numpy Generator, all randomness comes from it.
     -> wav float32 (n,) at 16 kHz in [-1, 1], open (T,), wide (T,) in 0..1, T = round(25 seconds)."""
     assert seconds >= 0.04, f"speech of {seconds} s is shorter than a frame"
@@ -674,12 +562,12 @@ def at_frames(curves, T: int):
     return [np.interp(middle, np.arange(len(x)) * STEP, x) for x in curves]
 
 
-# ---------------------------------------------------------------------------------------------- motion
-
+# ---------------------------------------------------------------------------------------------------------------------
+# motion
 
 def sway(rng, T: int, seconds: float, reach: float):
-    """A smooth walk from side to side, turning every so many seconds: each clip uses much of the range, its
-    mean stays near 0. -> (T,) in +-reach"""
+    """A smooth curve that changes direction every so many seconds: each clip uses much of the range, its mean stays
+    near 0. -> (T,) in +-reach"""
     turns = int(T / FPS / seconds) + 3
     side = rng.choice((-1, 1)) * (-1) ** np.arange(turns)
     knots = side * rng.uniform(0.15, 1.0, turns) * reach
@@ -709,24 +597,22 @@ def blinks(rng, T: int):
 
 
 def motion(rng, T: int) -> dict:
-    """All that is not speech, each (T,): degrees for yaw, pitch, roll; blink 0..1; the rest -1..1."""
+    """All factors but the lips, each (T,): degrees for yaw, pitch, roll; blink 0..1; the rest -1..1."""
     gaze = jumps(rng, T)
     return dict(
         yaw=np.clip(rng.normal(0, 3) + sway(rng, T, 1.1, 20.0), -MAX_YAW, MAX_YAW),
         pitch=np.clip(rng.normal(0, 2) + sway(rng, T, 0.9, 14.0), -MAX_PITCH, MAX_PITCH),
         roll=np.clip(rng.normal(0, 1.5) + sway(rng, T, 1.4, 11.0), -MAX_ROLL, MAX_ROLL),
-        blink=blinks(rng, T),
-        gaze_x=gaze[:, 0],
-        gaze_y=gaze[:, 1],
+        blink=blinks(rng, T), gaze_x=gaze[:, 0], gaze_y=gaze[:, 1],
         brow=sway(rng, T, 0.8, 1.0),
         smile=np.clip(rng.normal(0.3, 0.3) + sway(rng, T, 1.6, 0.4), -0.5, 1),
     )
 
 
-# ----------------------------------------------------------------------------------------------- clips
+# ---------------------------------------------------------------------------------------------------------------------
+# clips and packs
 
-
-def clip_truth(seed: int, seconds: float, who: Person):
+def clip_truth(seed: int, seconds: float, who):
     """A clip before it is drawn: wav (n,), truth float32 (T, 10). Sound and motion have separate streams."""
     wav, gap, wide = speech(np.random.default_rng([seed, 2]), seconds, who)
     factors = dict(motion(np.random.default_rng([seed, 3]), len(gap)), open=gap, wide=wide)
@@ -742,17 +628,19 @@ def toy_clip(seed: int, seconds: float = 3, size: int = 64, person_seed: int | N
     return frames, wav, truth
 
 
-# ----------------------------------------------------------------------------------------------- packs
+def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
+    """The pack of a split ("train", "tune" or "test") in `folder`, drawn on first use."""
+    first = dict(train=TRAIN, tune=TUNE, test=TEST)[part]
+    path = folder / ("toys" if part == "train" else f"toys_{part}")
+    make_pack(path, size, people, seconds, first, os.cpu_count())
+    return Pack(path)
 
 
-def make_pack(
-    folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None
-):
-    """One clip of each of so many people as a pack, and in it truth.npy, float32 (all frames, 10).
+def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None):
+    """A pack of one clip of each person, and in it truth.npy, float32 (all frames, 10).
 
-    Clip i is toy_clip(first_seed + i); its identity is "toy<seed>". Drawing uses all cores (workers: how many
-    processes, 0 none but this). The folder appears whole or not at all; if it is there, made with the same
-    arguments, nothing is done.
+    Clip i is toy_clip(first_seed + i), its identity "toy<seed>". Drawing uses all cores (workers: number of processes, 0
+    none but this). The folder appears whole or not at all; one made with the same arguments is left as it is.
     Raises InputError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder).absolute()
@@ -761,29 +649,21 @@ def make_pack(
         note = folder / "toy.json"
         if note.is_file() and json.loads(note.read_text()) == recipe:
             return
-        raise InputError(
-            f"{folder}: holds something else than this toy pack; remove it or name another directory"
-        )
-    draft = None
+        raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
+    make_folder(folder.parent)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        truths = []
-        with PackWriter(draft / "pack", size, "toy") as pack:
-            jobs = [(first_seed + i, seconds, size) for i in range(people)]
-            for job, (frames, wav, truth) in tqdm(
-                each_clip(jobs, workers), "toy clips", people, disable=None
-            ):
-                pack.add(frames, wav, f"toy{job[0]}", f"toyfaces seed {job[0]}")
-                truths.append(truth)
-        np.save(draft / "pack" / "truth.npy", np.concatenate(truths))
-        (draft / "pack" / "toy.json").write_text(json.dumps(recipe))
-        os.replace(draft / "pack", folder)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as draft:
+            draft, truths = Path(draft) / "pack", []
+            with PackWriter(draft, size, "toy") as pack:
+                jobs = [(first_seed + i, seconds, size) for i in range(people)]
+                for job, (frames, wav, truth) in tqdm(each_clip(jobs, workers), "toy clips", people, disable=None):
+                    pack.add(frames, wav, f"toy{job[0]}", f"toyfaces seed {job[0]}")
+                    truths.append(truth)
+            np.save(draft / "truth.npy", np.concatenate(truths))
+            (draft / "toy.json").write_text(json.dumps(recipe))
+            os.replace(draft, folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    finally:
-        if draft:
-            shutil.rmtree(draft, ignore_errors=True)
 
 
 def each_clip(jobs: list[tuple], workers: int | None):
@@ -792,10 +672,8 @@ def each_clip(jobs: list[tuple], workers: int | None):
     if workers < 2:
         yield from ((job, toy_clip(*job)) for job in jobs)
         return
-    # spawn: fork is not safe once torch has threads. Ctrl-C is the parent's to handle
-    with multiprocessing.get_context("spawn").Pool(
-        workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
+    with spawn.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # the parent handles Ctrl-C
         for start in range(0, len(jobs), 16 * workers):
             block = jobs[start : start + 16 * workers]
             yield from zip(block, pool.imap(clip_of, block, chunksize=2))
@@ -805,30 +683,23 @@ def clip_of(job: tuple):
     return toy_clip(*job)
 
 
-# ---------------------------------------------------------------------------------------------- script
-
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
 
 def contact_sheet(size: int, columns: int, rows: int, first_seed: int = TRAIN, zoom: int = 1) -> np.ndarray:
-    """Many people, each in a moment of his own clip: uint8 (rows * size * zoom, columns * size * zoom, 3)."""
+    """Many people, each at a moment of a clip: uint8 (rows * size * zoom, columns * size * zoom, 3)."""
     faces = []
     for seed in range(first_seed, first_seed + rows * columns):
         _, truth = clip_truth(seed, 3, person(seed))
         moment = truth[[10, 26, 42, 58][seed % 4]]
         faces.append(draw(person(seed), dict(zip(FACTORS, moment.tolist())), size))
-    sheet = (
-        np.stack(faces)
-        .reshape(rows, columns, size, size, 3)
-        .swapaxes(1, 2)
-        .reshape(rows * size, columns * size, 3)
-    )
+    sheet = np.stack(faces).reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, -1, 3)
     return sheet.repeat(zoom, 0).repeat(zoom, 1)
 
 
 def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
     """toys.png, toys_32.png (enlarged four times, pixels kept) and toy.mp4."""
-    toys, small, video = (
-        check_output(out / name, overwrite) for name in ("toys.png", "toys_32.png", "toy.mp4")
-    )
+    toys, small, video = (check_output(out / name, overwrite) for name in ("toys.png", "toys_32.png", "toy.mp4"))
     Image.fromarray(contact_sheet(size, 8, 4, seed)).save(toys)
     Image.fromarray(contact_sheet(32, 8, 4, seed, zoom=4)).save(small)
     frames, wav, _ = toy_clip(seed, seconds, size)
@@ -839,7 +710,7 @@ def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
 
 
 def example(out: Path, overwrite: bool):
-    """The shipped example: a face nobody trains on, looking at you with closed lips, and 4 s of its voice."""
+    """The shipped example: a held-out person, frontal with closed lips, and 4 s of speech."""
     who = person(EXAMPLE)
     face, sound = (check_output(out / name, overwrite) for name in ("face.png", "speech.wav"))
     Image.fromarray(draw(who, REST, 256)).save(face)
@@ -849,37 +720,25 @@ def example(out: Path, overwrite: bool):
 
 def main():
     parser = Parser(description="Draws the toy world: faces and speech with ground truth.")
-    parser.add_argument(
-        "--out", default="out", help="directory for toys.png, toys_32.png and toy.mp4 (default out)"
-    )
-    parser.add_argument("--pack", metavar="DIR", help="write a pack to train on instead")
-    parser.add_argument("--example", metavar="DIR", help="write the example face.png and speech.wav instead")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
-    parser.add_argument(
-        "--people", type=int, default=300, help="clips in the pack, one a person (default 300)"
-    )
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=TRAIN,
-        help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})",
-    )
-    parser.add_argument("--workers", type=int, help="processes that draw (default: all cores)")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures and video that are there")
+    option = parser.add_argument
+    option("--out", default="out", help="directory for toys.png, toys_32.png and toy.mp4 (default out)")
+    option("--pack", metavar="DIR", help="write a pack to train on instead")
+    option("--example", metavar="DIR", help="write the example face.png and speech.wav instead")
+    option("--size", type=int, default=64, help="pixels of a side (default 64)")
+    option("--people", type=int, default=300, help="clips in the pack, one a person (default 300)")
+    option("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
+    option("--seed", type=int, default=TRAIN,
+           help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})")
+    option("--workers", type=int, help="processes that draw (default: all cores)")
+    option("--overwrite", action="store_true", help="replace pictures and video that are there")
     args = parser.parse_args(size=(16, 1024))
     if args.pack:
         make_pack(args.pack, args.size, args.people, args.seconds, args.seed, args.workers)
-        return print(f"{args.pack}: {args.people} clips of {args.seconds:g} s")
-    out = Path(args.example or args.out).absolute()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a directory ({error.strerror})") from None
-    if args.example:
-        example(out, args.overwrite)
+        print(f"{args.pack}: {args.people} clips of {args.seconds:g} s")
+    elif args.example:
+        example(make_folder(args.example), args.overwrite)
     else:
-        show(out, args.size, args.seconds, args.seed, args.overwrite)
+        show(make_folder(args.out), args.size, args.seconds, args.seed, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The toy world keeps its promises: sound tells the lips and nothing else, each factor moves its own part."""
+"""The toy world: the sound determines the lips and nothing else, each factor moves its own part of the image."""
 
 import json
 import subprocess
@@ -12,22 +12,21 @@ from scipy.linalg import solve_toeplitz
 from scipy.stats import spearmanr
 
 import toyfaces as toy
+from data import Pack
 from faces import TEMPLATES
 from media import InputError, load_audio, load_photo, read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 OPEN, WIDE, BLINK = (toy.FACTORS.index(name) for name in ("open", "wide", "blink"))
-POSES = [
-    dict(yaw=yaw, pitch=pitch, roll=roll) for yaw in (-22, 0, 22) for pitch in (-16, 16) for roll in (-13, 13)
-]
+POSES = [dict(yaw=yaw, pitch=pitch, roll=roll) for yaw in (-22, 0, 22) for pitch in (-16, 16) for roll in (-13, 13)]
 
 
 def deep_voice():
-    """Somebody whose low pitch samples the spectrum densely: formants can be measured best."""
+    """The person of the lowest pitch, which samples the spectrum most densely: formants can be measured best."""
     return min((toy.person(seed) for seed in range(40)), key=lambda who: who.f0)
 
 
-def say(vowel, who, seconds=1.0):
+def held_vowel(vowel, who, seconds=1.0):
     """-> wav of a held vowel without a consonant, and the lips (open, wide) in its middle"""
     c = toy.controls([(0.0, 0.0, seconds, "", vowel, 1.0)], round(seconds / toy.STEP))
     wav = toy.voice(np.random.default_rng(0), c, who, round(seconds * 16000))
@@ -47,7 +46,7 @@ def resonances(wav):
 
 
 def changed(who, pose, a, b, size=64):
-    """-> bool (size, size): the pixels that tell state a from state b"""
+    """-> bool (size, size): the pixels in which states a and b differ"""
     first, second = (toy.draw(who, dict(pose, **state), size).astype(int) for state in (a, b))
     return np.abs(first - second).max(-1) > 12
 
@@ -71,15 +70,8 @@ def test_the_same_seed_gives_the_same_bytes_even_in_another_process():
         "import toyfaces, hashlib; f, w, t = toyfaces.toy_clip(7, 0.4, 32, person_seed=3);"
         "print(hashlib.sha256(f.tobytes() + w.tobytes() + t.tobytes()).hexdigest())"
     )
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={"PYTHONHASHSEED": salt, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-        )
-        for salt in "12"
-    ]
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                             env={"PYTHONHASHSEED": salt, "OMP_NUM_THREADS": "1"}) for salt in "12"]
     first, second = (run.communicate()[0] for run in runs)
     assert len(first) > 60 and first == second
 
@@ -103,24 +95,25 @@ def test_people_differ_from_each_other():
 def test_measured_formants_are_those_of_the_vowel_scaled_by_the_vocal_tract():
     who = deep_voice()
     for vowel, (F1, F2, _) in toy.VOWELS.items():
-        wav, _, _ = say(vowel, who)
+        wav, _, _ = held_vowel(vowel, who)
         found = resonances(wav[6000:8000])[:2]
         assert np.allclose(found, np.array((F1, F2)) * who.tract, rtol=0.05), f"{vowel}: {found}"
 
 
 def test_vowels_with_a_higher_first_formant_open_and_with_a_higher_second_widen_the_mouth():
     who = deep_voice()
-    measured = {
-        vowel: (*resonances(say(vowel, who)[0][6000:8000])[:2], *say(vowel, who)[1:]) for vowel in "aeiou"
-    }
+    measured = {}
+    for vowel in "aeiou":
+        wav, gap, wide = held_vowel(vowel, who)
+        measured[vowel] = (*resonances(wav[6000:8000])[:2], gap, wide)
     F1, F2, gap, wide = np.array(list(measured.values())).T
     assert np.corrcoef(F1, gap)[0, 1] > 0.97 and np.corrcoef(F2, wide)[0, 1] > 0.97
     assert measured["a"][2] > 0.9 and measured["i"][2] < 0.3  # ah opens, ee does not
     assert measured["i"][3] > 0.9 and measured["u"][3] < 0.1  # ee is wide, oo is round
 
 
-def test_in_running_speech_the_lips_can_be_read_off_the_sound():
-    heard, seen = [], []
+def test_in_running_speech_formants_and_lips_correlate():
+    formants, lips = [], []
     who = deep_voice()
     for seed in range(4):
         wav, gap, wide = toy.speech(np.random.default_rng(seed), 4, who)
@@ -128,13 +121,13 @@ def test_in_running_speech_the_lips_can_be_read_off_the_sound():
             piece = wav[640 * t - 120 : 640 * (t + 1) + 120]
             found = resonances(piece)
             if piece.std() > 0.05 and len(found) > 1:
-                heard.append(found[:2])
-                seen.append((gap[t], wide[t]))
-    heard, seen = np.array(heard), np.array(seen)
-    assert len(seen) > 100
+                formants.append(found[:2])
+                lips.append((gap[t], wide[t]))
+    formants, lips = np.array(formants), np.array(lips)
+    assert len(lips) > 100
     # ranks: now and then linear prediction misses a formant and reports the next one
-    assert spearmanr(heard[:, 0], seen[:, 0])[0] > 0.75
-    assert spearmanr(heard[:, 1], seen[:, 1])[0] > 0.8
+    assert spearmanr(formants[:, 0], lips[:, 0])[0] > 0.75
+    assert spearmanr(formants[:, 1], lips[:, 1])[0] > 0.8
 
 
 def test_closures_shut_the_lips_and_other_consonants_do_not():
@@ -145,7 +138,7 @@ def test_closures_shut_the_lips_and_other_consonants_do_not():
         assert (during.min() < 0.02) == shut, f"{consonant!r}: {during.min()}"
 
 
-def test_silence_shuts_the_mouth_and_an_open_mouth_is_heard():
+def test_silence_shuts_the_mouth_and_an_open_mouth_is_loud():
     level, gap = [], []
     for seed in range(12):
         wav, opened, _ = toy.speech(np.random.default_rng(seed), 3, toy.person(seed))
@@ -155,11 +148,9 @@ def test_silence_shuts_the_mouth_and_an_open_mouth_is_heard():
     quiet = level < 0.003
     assert quiet.sum() > 20 and np.mean(gap[quiet] < 0.15) > 0.95  # lips close while the last sound dies
     assert np.mean(level[gap > 0.5] > 0.01) > 0.97
-    c = toy.controls([], 60)  # nobody speaks
-    assert (
-        toy.lips(c)[0].max() == 0
-        and np.abs(toy.voice(np.random.default_rng(0), c, toy.person(1), 4800)).max() < 0.01
-    )
+    c = toy.controls([], 60)  # no syllable
+    wav = toy.voice(np.random.default_rng(0), c, toy.person(1), 4800)
+    assert toy.lips(c)[0].max() == 0 and np.abs(wav).max() < 0.01
 
 
 @pytest.mark.parametrize("seconds", (0.2, 1.0, 2.37, 3.0))
@@ -173,7 +164,7 @@ def test_sound_and_truth_last_as_long_as_asked(seconds):
 # --- motion
 
 
-def test_pose_gaze_and_blinks_know_nothing_of_the_sound():
+def test_pose_gaze_and_blinks_do_not_correlate_with_the_lips():
     truths = np.stack([toy.clip_truth(seed, 3, toy.person(seed))[1] for seed in range(90)])  # (90, 75, 10)
     within = (truths - truths.mean(1, keepdims=True)).reshape(-1, 10)
     r = np.corrcoef(within.T)[:OPEN, OPEN:]
@@ -221,7 +212,7 @@ def test_blinks_and_gaze_change_only_the_eyes():
     for seed in range(12):
         for state in (dict(blink=1), dict(gaze_x=1), dict(gaze_y=-1), dict(blink=0.5)):
             mask = changed(toy.person(seed), {}, dict(blink=0, gaze_x=0), state)
-            assert mask.sum() > 8, f"person {seed}: {state} cannot be seen"
+            assert mask.sum() > 8, f"person {seed}: {state} changes nothing"
             assert inside(mask, TEMPLATES["toy"].eyes, 0), f"person {seed}, {state}: {extent(mask)}"
 
 
@@ -236,7 +227,7 @@ def test_mouth_and_eyes_stay_near_their_boxes_at_the_extremes_of_pose(size):
             assert inside(lips, template.mouth, 0.066), f"person {seed}, {pose}: lips {extent(lips)}"
             assert inside(eyes, template.eyes, 0.066), f"person {seed}, {pose}: eyes {extent(eyes)}"
             (x0, y0, x1, y1), H = (round(v * size) for v in template.mouth), lips.sum()
-            assert lips[y0:y1, x0:x1].sum() > 0.93 * H  # what the mask leaves is next to nothing
+            assert lips[y0:y1, x0:x1].sum() > 0.93 * H  # the mask hides nearly all of the lips
 
 
 def test_the_mouth_opens_step_by_step_and_a_closed_one_is_a_dark_line():
@@ -274,8 +265,6 @@ def test_every_size_gives_a_square_picture_and_unknown_factors_are_refused():
 
 
 def test_a_pack_holds_the_clips_and_their_truth(tmp_path):
-    from data import Pack
-
     folder = tmp_path / "pack"
     toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE, workers=2)
     pack, truth = Pack(folder), np.load(folder / "truth.npy")
@@ -288,9 +277,7 @@ def test_a_pack_holds_the_clips_and_their_truth(tmp_path):
         assert np.abs(pack.sound(i) - wav).max() < 1e-4
         assert np.abs(pack.frame(i, 14).astype(int) - frames[14]).mean() < 4  # JPEG
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    toy.make_pack(
-        folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE, workers=0
-    )  # is there: nothing to do
+    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE, workers=0)  # is there: nothing to do
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(InputError, match="something else"):
         toy.make_pack(folder, 32, people=4, seconds=0.6, first_seed=toy.TUNE, workers=0)
@@ -313,9 +300,7 @@ def test_a_pack_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
 
 
 def script(*args):
-    return subprocess.run(
-        [sys.executable, "toyfaces.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "toyfaces.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_there(tmp_path):
@@ -328,17 +313,15 @@ def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_ther
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
-def test_the_example_is_a_large_calm_face_and_its_voice(tmp_path, capsys):
+def test_the_example_is_a_face_of_256_pixels_and_4_seconds_of_speech(tmp_path, capsys):
     toy.example(tmp_path, overwrite=False)
     assert Image.open(tmp_path / "face.png").size == (256, 256)
     wav = load_audio(tmp_path / "speech.wav")
     assert len(wav) == 64000 and wav.std() > 0.02
 
 
-@pytest.mark.parametrize(
-    "args",
-    (("--size", 3), ("--seconds", 0), ("--people", 0, "--pack", "x"), ("--seed", -1), ("--seconds", "nan")),
-)
+@pytest.mark.parametrize("args", (("--size", 3), ("--seconds", 0), ("--people", 0, "--pack", "x"), ("--seed", -1),
+                                  ("--seconds", "nan")))
 def test_a_bad_argument_gets_one_line_and_exit_status_2(args, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toyfaces.py", *map(str, args)])
     with pytest.raises(SystemExit) as end:
