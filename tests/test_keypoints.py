@@ -1,8 +1,10 @@
-"""Audio -> keypoints: landmarks lie where the face is, the shape model is principal components, frame t hears frame t."""
+"""Audio -> keypoints: landmarks lie on the face, codes are principal components, a frame's sound and codes match."""
 
 import json
 import math
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,31 +16,36 @@ import initialise
 import keypoints as kp
 import syncnet
 import toyfaces
-from audio import mfcc, n_frames
+from audio import n_frames
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
-from keypoints import Humans, Mouth, Talks, Wav2KP, hear, normalise, predict
+from keypoints import Humans, KeypointDataset, Mouth, Wav2KP, audio_features, normalise, predict
 from media import InputError, load_audio, read_video, write_wav
 from syncnet import SyncNet
 
-SHARED = Path(__file__).parents[2] / "shared"
-REST = dict(toyfaces.REST)
+class Given:
+    """A source of one clip with these normalised landmarks"""
+
+    def __init__(self, faces):
+        self.faces = faces
+
+    def clip(self, c):
+        return None, self.faces
 
 
-def toy_faces(people=6, first=500):
-    """Normalised landmarks (n, 68, 2) of some toy people"""
-    talk = kp.ToyTalk(first, people, 1.0)
-    return np.concatenate([talk.faces(i) for i in range(people)])
+def fit(faces, codes):
+    return Mouth.fit(Given(faces), [0], codes)
 
 
 @pytest.fixture(scope="module")
 def drawn_faces():
-    return toy_faces()
+    """Normalised landmarks (150, 68, 2), a second of each of six toy people"""
+    return np.concatenate([kp.ToySource().clip(500 + i)[1][25:50] for i in range(6)])
 
 
 @pytest.fixture(scope="module")
 def mouth(drawn_faces):
-    return Mouth.fit(drawn_faces, 5, 20)
+    return fit(drawn_faces, 5)
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +115,10 @@ def test_the_landmarks_run_from_left_to_right_and_lips_clockwise():
 def test_the_mesh_of_mediapipe_names_68_different_vertices():
     mesh = faces.FROM_478
     assert len(mesh) == len(set(mesh)) == 68 and max(mesh) < 468
-    assert sorted(p for which, _ in kp.PARTS.values() for p in which) == list(range(68))
+    assert {p for line in kp.LINES for p in line} == set(range(68))
 
 
-def test_extract_writes_the_truth_of_a_toy_pack_and_goes_on_where_it_was_killed(pack):
+def test_extract_writes_the_truth_of_a_toy_pack_and_continues_where_it_was_killed(pack):
     folder, opened = pack / "landmarks", Pack(pack)
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
     found = faces.Landmarks(folder, opened)
@@ -128,28 +135,27 @@ def test_extract_writes_the_truth_of_a_toy_pack_and_goes_on_where_it_was_killed(
 
 
 def test_a_clip_without_a_face_is_dropped_with_its_reason(pack, tmp_path, monkeypatch):
-    opened = Pack(pack)
+    folder = shutil.copytree(pack, tmp_path / "pack", ignore=shutil.ignore_patterns("landmarks"))
+    opened = Pack(folder)
     face = toyfaces.landmarks(toyfaces.person(1), {}, 16)
-    blind = opened.frame(2, 0).tobytes(), opened.frame(2, 1).tobytes()
-    (pack / "truth.npy").rename(pack / "away.npy")
+    blind = {opened.frame(2, k).tobytes() for k in (0, 1)} | {opened.frame(5, k).tobytes() for k in range(25)}
 
-    @kp.contextmanager
+    @contextmanager
     def detector(spec, template):
-        yield lambda frame: None if frame.tobytes() in blind or frame.tobytes() in clip5 else face
+        assert (spec, template) == ("fan", "toy")
+        yield lambda frame: None if frame.tobytes() in blind else face
 
-    clip5 = {opened.frame(5, k).tobytes() for k in range(opened.n_frames[5])}
     monkeypatch.setattr(kp, "landmark_detector", detector)
-    try:
-        kp.main(["extract", str(pack), "--landmarks", str(tmp_path / "lm")])
-    finally:
-        (pack / "away.npy").rename(pack / "truth.npy")
-    found = faces.Landmarks(tmp_path / "lm", opened)
-    lines = [json.loads(line) for line in open(tmp_path / "lm" / "clips.jsonl")][1:]
+    kp.main(["extract", str(folder), "--landmarks", "fan"])
+    found = faces.Landmarks(folder / "landmarks", opened)
+    lines = [json.loads(line) for line in open(folder / "landmarks" / "clips.jsonl")][1:]
     assert list(found.kept) == [c for c in range(20) if c != 5] and lines[5]["reason"] == "a face in 0 of 25 frames"
-    assert lines[2]["bridged"] == 2 and found.detector == "fan"
+    assert lines[2]["interpolated"] == 2 and found.detector == "fan"
     assert np.isnan(found.points[opened.frame_start[5]]).all()
-    talk = kp.PackTalk(opened, found)
-    assert talk.name(5) == "toyfaces seed 706", "clip 5 of the talk is clip 6 of the pack"
+    parts = kp.open_source(kp.parse(["train", "--data", str(folder)]))[1]
+    assert 5 not in parts["train"] and 6 in parts["train"]
+    with pytest.raises(InputError, match="of another pack or detector; --overwrite"):
+        kp.main(["extract", str(folder)])
 
 
 def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
@@ -178,7 +184,7 @@ def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or
 # the shape of a mouth
 
 
-def test_place_size_and_tilt_of_a_head_make_no_difference(drawn_faces):
+def test_position_size_and_rotation_of_a_head_make_no_difference(drawn_faces):
     a, (c, s) = 0.3, (math.cos(0.3), math.sin(0.3))
     assert a
     moved = drawn_faces[:25] @ (70 * np.array(((c, s), (-s, c)))) + (31, -8)
@@ -189,29 +195,26 @@ def test_place_size_and_tilt_of_a_head_make_no_difference(drawn_faces):
     assert np.median(right[:, 0] - left[:, 0]) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("points", [20, 18])
-def test_the_codes_are_those_of_a_singular_value_decomposition(drawn_faces, points):
-    m = Mouth.fit(drawn_faces, 5, points)
-    x = drawn_faces[:, list(m.points)].astype(np.float64)
+def test_the_codes_are_those_of_a_singular_value_decomposition(drawn_faces):
+    m = fit(drawn_faces, 5)
+    x = drawn_faces[:, 48:].astype(np.float64)
     x = (x - x.mean(1, keepdims=True)).reshape(len(x), -1)
     _, sizes, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
     np.testing.assert_allclose(np.abs((m.basis * basis[:5]).sum(1)), 1, atol=1e-4)  # the same but for the sign
-    missed = kp.mse(m.decode(m.encode(drawn_faces)), m.shapes(drawn_faces))
+    missed = 1e4 * np.square(m.decode(m.encode(drawn_faces)) - m.shapes(drawn_faces)).mean()
     assert missed == pytest.approx(1e4 * (sizes[5:] ** 2).sum() / x.size, rel=1e-3)
     np.testing.assert_allclose(m.scale, sizes[:5] / math.sqrt(len(x)), rtol=1e-3)
 
 
-def test_all_codes_together_say_everything(drawn_faces):
-    m = Mouth.fit(drawn_faces, 36, 18)
+def test_all_codes_together_lose_nothing(drawn_faces):
+    m = fit(drawn_faces, 40)
     np.testing.assert_allclose(m.decode(m.encode(drawn_faces)), m.shapes(drawn_faces), atol=1e-5)
 
 
-def test_opening_is_the_distance_of_the_inner_lips_for_18_and_20_points(drawn_faces):
+def test_opening_is_the_distance_of_the_inner_lips(mouth, drawn_faces):
     true = np.hypot(*(drawn_faces[:, 66] - drawn_faces[:, 62]).T)
-    for points in (18, 20):
-        m = Mouth.fit(drawn_faces, 8, points)
-        np.testing.assert_allclose(m.opening(m.shapes(drawn_faces)), true, atol=1e-6)
-    assert m.opening(m.decode(m.rest[None]))[0] <= np.quantile(true, 0.1) + 1e-3
+    np.testing.assert_allclose(mouth.opening(mouth.shapes(drawn_faces)), true, atol=1e-6)
+    assert mouth.opening(mouth.decode(mouth.rest[None]))[0] <= np.quantile(true, 0.1) + 1e-3
 
 
 def test_the_face_of_codes_has_the_mouth_of_the_codes(mouth):
@@ -224,56 +227,56 @@ def test_the_face_of_codes_has_the_mouth_of_the_codes(mouth):
 def test_a_mouth_survives_its_checkpoint(mouth, tmp_path):
     save_checkpoint(tmp_path / "m.pt", dict(kind="x", format=1, mouth=mouth.state()))
     again = Mouth.load(load_checkpoint(tmp_path / "m.pt", "x")["mouth"])
-    assert again.points == mouth.points
     for name in ("mean", "basis", "scale", "rest", "face"):
         np.testing.assert_array_equal(getattr(again, name), getattr(mouth, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what the networks hear
+# input of the networks
 
 
 def test_mfcc_windows_are_those_of_a_naive_loop():
     features = np.random.default_rng(0).standard_normal((50, 13)).astype(np.float32)
-    windows = kp.mfcc_windows(features, [0, 23, 49])
-    for row, j in zip(windows, (0, 23, 49)):
+    windows = kp.audio_windows("lstm", features, 0, 13)
+    for j in (0, 23, 49):
         for i, s in enumerate(range(j - 20, j + 20)):
             expected = features[s] if 0 <= s < 50 else [math.log(2.220446049250313e-16), *[0] * 12]
-            np.testing.assert_allclose(row[i], expected, rtol=1e-6)
+            np.testing.assert_allclose(windows[j, i], expected, rtol=1e-6)
 
 
-def test_outside_of_the_sound_is_what_silence_sounds_like():
-    np.testing.assert_allclose(hear("lstm", np.zeros(4000, np.float32)), np.tile(kp.QUIET, (24, 1)), atol=1e-5)
-
-
-def test_mfcc_of_a_long_sound_are_the_same_in_blocks():
-    wav = wave(1600)  # 64 s: more than one block
-    np.testing.assert_allclose(hear("lstm", wav), mfcc(wav).T, rtol=1e-5, atol=1e-5)
+def test_windows_continue_a_sound_with_silence():
+    features = audio_features("lstm", np.zeros(4000, np.float32))
+    np.testing.assert_allclose(features, np.tile(kp.SILENCE, (24, 1)), atol=1e-5)
 
 
 def test_a_click_in_the_middle_of_a_frame_is_in_the_middle_of_its_windows():
     wav = np.zeros(40 * 640, np.float32)
     wav[20 * 640 + 320] = 0.9  # the middle of frame 20, at 82 steps of 10 ms
-    windows = kp.windows_of("lstm", hear("lstm", wav), 20, 21)  # (4, 40, 13)
+    windows = kp.audio_windows("lstm", audio_features("lstm", wav), 20, 21)  # (4, 40, 13)
     centre = [(np.flatnonzero(w[:, 0] > -30) + 0.5).mean() for w in windows]
     np.testing.assert_allclose(centre, np.array((21.25, 20.25, 19.25, 18.25)), atol=0.6)  # 19.75 on average
 
 
-def test_keypoints_are_brought_to_the_audio_rate_linearly():
+@pytest.fixture
+def source(pack):
+    return kp.PackSource(pack)
+
+
+def test_the_codes_of_an_lstm_are_brought_to_the_audio_rate_linearly(source, mouth, monkeypatch):
     ramp = np.stack((np.arange(6.0), 5 - np.arange(6.0)), 1)
-    fine = kp.upsample(ramp)
+    monkeypatch.setattr(Mouth, "encode", lambda self, faces: ramp)
+    monkeypatch.setattr(kp, "normalise", lambda points: ramp)
+    fine = KeypointDataset(source, [0], mouth, "lstm", 5, 0).clip(0)[1]
     assert fine.shape == (24, 2)
     np.testing.assert_allclose(fine[2:-2, 0], (np.arange(24) / 4 - 0.375)[2:-2], atol=1e-6)
     np.testing.assert_allclose(fine.reshape(6, 4, 2).mean(1)[1:-1], ramp[1:-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, steps", [("transformer", 1), ("lstm", 4)])
-def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(pack, mouth, kind, steps, monkeypatch):
-    opened = Pack(pack)
-    talk = kp.PackTalk(opened, faces.Landmarks(pack / "landmarks", opened))
-    monkeypatch.setattr(Talks, "SILENT", 0.0)
-    data = Talks(talk, np.arange(4, 9), mouth, kind, 7, seed=1)
-    item, again = data[5], Talks(talk, np.arange(4, 9), mouth, kind, 7, seed=1)[5]
+def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(source, mouth, kind, steps, monkeypatch):
+    monkeypatch.setattr(KeypointDataset, "SILENT", 0.0)
+    data = KeypointDataset(source, np.arange(4, 9), mouth, kind, 7, seed=1)
+    item, again = data[5], KeypointDataset(source, np.arange(4, 9), mouth, kind, 7, seed=1)[5]
     assert item["codes"].shape == (7 * steps, 5)
     assert item["sound"].shape == ((7, 1, 80, 16) if kind == "transformer" else (28, 40, 13))
     assert item["sound"].dtype == item["codes"].dtype == np.float32
@@ -283,25 +286,23 @@ def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(pack
         features, codes = data.clip(c)
         for first in range(25 - 7 + 1):
             if np.array_equal(codes[first * steps : (first + 7) * steps], item["codes"]):
-                windows = kp.windows_of(kind, features, first, first + 7)
+                windows = kp.audio_windows(kind, features, first, first + 7)
                 fits.append(np.corrcoef(windows.ravel(), item["sound"].ravel())[0, 1])
     assert len(fits) == 1 and fits[0] > 0.9
     assert not np.array_equal(data[6]["codes"], item["codes"])
 
 
-def test_silent_items_show_a_mouth_at_rest(pack, mouth, monkeypatch):
-    opened = Pack(pack)
-    talk = kp.PackTalk(opened, faces.Landmarks(pack / "landmarks", opened))
-    monkeypatch.setattr(Talks, "SILENT", 1.0)
+def test_silent_items_show_a_mouth_at_rest(source, mouth, monkeypatch):
+    monkeypatch.setattr(KeypointDataset, "SILENT", 1.0)
     for kind, rows in (("transformer", 3), ("lstm", 12)):
-        item = Talks(talk, np.arange(5), mouth, kind, 3, seed=1)[0]
+        item = KeypointDataset(source, np.arange(5), mouth, kind, 3, seed=1)[0]
         np.testing.assert_array_equal(item["codes"], np.tile(mouth.rest, (rows, 1)))
 
 
 def test_every_tenth_person_is_held_out_and_parts_do_not_meet(pack):
-    parts = {part: list(clips) for part, (_, clips) in kp.parts_of(kp.parse(["train", "--data", str(pack)])).items()}
+    parts = {part: list(clips) for part, clips in kp.open_source(kp.parse(["train", "--data", str(pack)]))[1].items()}
     assert parts["valid"] == [9] and parts["test"] == [19] and len(parts["train"]) == 18
-    train, valid, test = (set(talk.seeds) for talk, _ in kp.toy_split(50).values())
+    train, valid, test = (set(clips) for clips in kp.open_source(kp.parse(["train"]))[1].values())
     assert not train & valid and not train & test and not valid & test
 
 
@@ -325,7 +326,7 @@ def test_every_parameter_gets_a_gradient(options):
 
 
 @pytest.mark.parametrize("options", KINDS, ids=NAMES)
-def test_clips_of_a_batch_know_nothing_of_each_other(options):
+def test_clips_of_a_batch_do_not_depend_on_each_other(options):
     model = network(**options)
     x = inputs(model)
     with torch.no_grad():
@@ -336,11 +337,11 @@ def test_a_frame_depends_on_its_reach_to_each_side_and_on_nothing_else():
     model = network()
     x = inputs(model, B=1, T=23).requires_grad_()
     model(x)[0, 11].sum().backward()
-    heard = x.grad[0].abs().sum((1, 2, 3)) > 0
-    assert model.reach == 6 and heard.nonzero().ravel().tolist() == list(range(5, 18))
+    used = x.grad[0].abs().sum((1, 2, 3)) > 0
+    assert model.reach == 6 and used.nonzero().ravel().tolist() == list(range(5, 18))
 
 
-def test_an_autoregressive_frame_remembers_what_came_before_and_not_what_comes():
+def test_an_autoregressive_frame_depends_on_earlier_frames_and_not_on_later_ones():
     model = network(autoregressive=True)
     h = torch.randn(1, 9, 16, requires_grad=True)
     model.decode(h)[0, 4].sum().backward()
@@ -365,75 +366,82 @@ def test_the_loss_is_the_mean_square_of_coordinates_and_of_their_velocities(mout
     rng = np.random.default_rng(0)
     codes, true = (rng.standard_normal((3, 6, 5)).astype(np.float32) * mouth.scale for _ in range(2))
     a, b = (np.stack([mouth.decode(row) for row in x]).astype(np.float64) for x in (codes, true))
-    terms = kp.keypoint_loss(torch.from_numpy(codes), torch.from_numpy(true), 20)
+    terms = kp.keypoint_loss(torch.from_numpy(codes), torch.from_numpy(true))
     assert terms["position"].item() == pytest.approx(1e4 * ((a - b) ** 2).mean(), rel=1e-4)
     moves = np.diff(a, axis=1) - np.diff(b, axis=1)
     assert terms["velocity"].item() == pytest.approx(1e4 * (moves**2).mean(), rel=1e-4)
-    fine = kp.keypoint_loss(torch.from_numpy(codes), torch.from_numpy(true), 20, rate=4)
+    fine = kp.keypoint_loss(torch.from_numpy(codes), torch.from_numpy(true), rate=4)
     assert fine["velocity"].item() == pytest.approx(16 * terms["velocity"].item(), rel=1e-4)
 
 
-def test_the_average_of_weights_is_their_mean():
-    states = [dict(a=torch.tensor([1.0, 2]), b=torch.tensor(4.0)), dict(a=torch.tensor([3.0, 8]), b=torch.tensor(0.0))]
-    mean = kp.average(states)
-    assert mean["a"].tolist() == [2, 5] and mean["b"].item() == 2
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# judging
+# scores
 
 
 def test_a_late_mouth_is_found_late_and_by_how_much(mouth, drawn_faces):
     true = mouth.shapes(np.concatenate([drawn_faces[25 * i : 25 * i + 25] for i in (0, 2, 5)]))
     late = np.concatenate((true[:3], true[:-3]))
-    assert kp.score(mouth, [(late, true)])["delay"] == 3
-    assert kp.score(mouth, [(true[3:], true[:-3])])["delay"] == -3
-    same = kp.score(mouth, [(true, true)])
-    assert same["mse"] == 0 and same["delay"] == 0
-    assert same["r"] == pytest.approx(1) and same["spread"] == pytest.approx(1)
+    assert kp.score([(late, true)])["lag"] == 3
+    assert kp.score([(true[3:], true[:-3])])["lag"] == -3
+    same = kp.score([(true, true)])
+    assert same["mse"] == 0 and same["lag"] == 0
+    assert same["r"] == pytest.approx(1) and same["std_ratio"] == pytest.approx(1)
+    assert kp.score([(true.mean(0) + 0.5 * (true - true.mean(0)), true)])["std_ratio"] < 0.8
 
 
 def test_the_moving_part_of_the_error_does_not_count_whose_mouth_it_is(mouth, drawn_faces):
     true = mouth.shapes(drawn_faces[:25])
     whose = np.linspace(0, 0.1, 40)
-    found = kp.score(mouth, [(true + whose, true)])
+    found = kp.score([(true + whose, true)])
     assert found["moving"] == pytest.approx(0, abs=1e-6) and found["mse"] == pytest.approx(1e4 * np.mean(whose**2))
 
 
-def test_a_curve_that_is_only_the_profile_has_no_residual():
+def test_a_partial_correlation_is_that_of_what_least_squares_leave():
     rng = np.random.default_rng(0)
-    profile, own = rng.random(60), rng.random(60)
-    np.testing.assert_allclose(kp.residual(3 * profile + 2, profile), 0, atol=1e-9)
-    rest = kp.residual(own + 5 * profile, profile)
-    assert abs(rest @ profile) < 1e-9 and abs(rest.sum()) < 1e-9
-    assert np.corrcoef(rest, kp.residual(own, profile))[0, 1] == pytest.approx(1)
+    profile, a, b = rng.random(60), rng.random(70), rng.random(70)
+    a[:60], b[:60] = a[:60] + 5 * profile, b[:60] + 0.5 * a[:60] + 3 * profile
+    A = np.stack((profile, np.ones(60)), 1)
+    left = [x[:60] - A @ np.linalg.lstsq(A, x[:60], rcond=None)[0] for x in (a, b)]
+    assert kp.partial(a, b, profile) == pytest.approx(np.corrcoef(*left)[0, 1], abs=1e-9)
+    assert kp.partial(3 * profile + 2, b[:60], profile) == pytest.approx(0, abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# units
+# visemes
 
 
-def test_word_times_are_read_and_damaged_ones_refused(tmp_path):
-    (tmp_path / "a.align").write_text("0 23750 sil\n23750 29500 bin\n")
-    assert kp.read_align(tmp_path / "a.align") == [(0, 0.95, "sil"), (0.95, 1.18, "bin")]
-    (tmp_path / "b.align").write_text("0 23750 sil\nnot two\n")
-    with pytest.raises(InputError, match="b.align: expected lines"):
-        kp.read_align(tmp_path / "b.align")
+@pytest.fixture(scope="module")
+def cut_pack(tmp_path_factory):
+    """A pack of two clips of 40 frames, cut from a video at frames 0 and 25, and a folder for its .align files"""
+    folder = tmp_path_factory.mktemp("cut")
+    with PackWriter(folder / "pack", 16, "toy") as writer:
+        for begin in (0, 25):
+            writer.add(np.zeros((40, 16, 16, 3), np.uint8), wave(40, begin), f"p{begin}", f"videos/a.mp4#{begin}")
+    return landmarks_beside(folder / "pack")
+
+
+def test_word_times_are_read_and_damaged_ones_refused(cut_pack, tmp_path):
+    source = kp.PackSource(cut_pack, tmp_path)
     with pytest.raises(InputError, match="no such file"):
-        kp.read_align(tmp_path / "c.align")
+        source.alignment(0)
+    (tmp_path / "a.align").write_text("0 23750 sil\n23750 29500 bin\n29500 90000 sil\n")
+    assert source.alignment(0) == [(0, 0.95, "sil"), (0.95, 1.18, "bin"), (1.18, 3.6, "sil")]
+    np.testing.assert_allclose([row[:2] for row in source.alignment(1)], [(-0.05, 0.18), (0.18, 2.6)], atol=1e-9)
+    (tmp_path / "a.align").write_text("0 23750 sil\nnot two\n")
+    with pytest.raises(InputError, match="a.align: expected lines"):
+        source.alignment(0)
 
 
-def test_the_units_of_a_toy_clip_are_those_that_were_spoken():
-    talk = kp.ToyTalk(9, 1, 3.0)
-    said = talk.said(0)
-    assert said[0][0] == 0 and said[-1][1] >= 3.0
-    assert all(a[1] == pytest.approx(b[0]) for a, b in zip(said, said[1:]))
-    gap = toyfaces.clip_truth(9, 3.0, toyfaces.person(9))[1][:, toyfaces.FACTORS.index("open")]
-    k = [round((a + b) / 2 * 25 - 0.5) for a, b, unit in said if unit in ("a", "sil") and b - a > 0.15 and b < 3]
-    units = [unit for a, b, unit in said if unit in ("a", "sil") and b - a > 0.15 and b < 3]
-    assert {"a", "sil"} == set(units)
-    for frame, unit in zip(k, units):
-        assert gap[frame] > 0.7 if unit == "a" else gap[frame] < 0.1, (frame, unit)
+def test_the_alignment_of_a_toy_clip_fits_its_mouth():
+    times = kp.ToySource().alignment(9)
+    assert times[0][0] == 0 and times[-1][1] >= 3.0
+    assert all(a[1] == pytest.approx(b[0]) for a, b in zip(times, times[1:]))
+    opening = toyfaces.clip_truth(9, 3.0, toyfaces.person(9))[1][:, toyfaces.FACTORS.index("open")]
+    long = [row for row in times if row[2] in ("a", "sil") and row[1] - row[0] > 0.15 and row[1] < 3]
+    assert {"a", "sil"} == {name for *_, name in long}
+    for start, end, name in long:
+        middle = opening[round((start + end) / 2 * 25 - 0.5)]
+        assert middle > 0.7 if name == "a" else middle < 0.1, (start, name)
 
 
 class Spoken:
@@ -441,17 +449,11 @@ class Spoken:
 
     times = [[(0.0, 0.4, "up"), (0.4, 1.2, "down")], [(0.0, 0.8, "down"), (0.8, 1.6, "up")]]
 
-    def said(self, i):
+    def alignment(self, i):
         return self.times[i]
 
-    def codes(self, i):
-        t = (np.arange(40) + 0.5) / 25
-        edges = [0.0, *(end for _, end, _ in self.times[i])]
-        values = [0, 1, 0] if i == 0 else [1, 0, 1]
-        return np.interp(t, edges, values)[:, None] * np.ones((1, 5))
-
-    def faces(self, i):
-        return i
+    def clip(self, i):
+        return None, i
 
 
 class Straight:
@@ -460,92 +462,95 @@ class Straight:
     rest = np.full(5, -1.0, np.float32)
 
     def encode(self, i):
-        return Spoken().codes(i)
+        t = (np.arange(40) + 0.5) / 25
+        edges = [0.0, *(end for _, end, _ in Spoken.times[i])]
+        values = [0, 1, 0] if i == 0 else [1, 0, 1]
+        return np.interp(t, edges, values)[:, None] * np.ones((1, 5))
 
 
-def test_the_table_has_each_units_mean_motion_and_says_it_at_any_length():
-    table = kp.unit_table(Spoken(), [0, 1], Straight())
-    assert list(table) == ["down", "up"] and table["up"]["count"] == 2
-    assert table["up"]["seconds"] == pytest.approx(0.6) and table["down"]["seconds"] == pytest.approx(0.8)
+def test_the_table_has_the_mean_motion_of_each_viseme_and_gives_it_any_length():
+    table = kp.fit_visemes(Spoken(), [0, 1], Straight())
+    assert list(table) == ["down", "up"]
+    assert table["up"][0] == pytest.approx(0.6) and table["down"][0] == pytest.approx(0.8)
     phases = (np.arange(8) + 0.5) / 8
-    np.testing.assert_allclose(table["up"]["motion"][:, 2], phases, atol=0.03)  # 25 fps has no sharp turns
-    np.testing.assert_allclose(table["down"]["motion"][:, 0], 1 - phases, atol=0.03)
-    codes = kp.by_table(table, [(0.0, 2.0, "up"), (2.0, 2.4, "what"), (2.6, 3.0, "down")], 80, Straight.rest)
+    np.testing.assert_allclose(table["up"][1][:, 2], phases, atol=0.03)  # 25 fps has no sharp turns
+    np.testing.assert_allclose(table["down"][1][:, 0], 1 - phases, atol=0.03)
+    codes = kp.viseme_codes(table, [(0.0, 2.0, "up"), (2.0, 2.4, "what"), (2.6, 3.0, "down")], 80, Straight.rest)
     assert codes.shape == (80, 5)
     np.testing.assert_allclose(codes[4:46, 1], (np.arange(4, 46) + 0.5) / 50, atol=0.03)
-    assert (codes[50:65] == -1).all() and (codes[75:] == -1).all(), "rest where nothing known is said"
+    assert (codes[50:65] == -1).all() and (codes[75:] == -1).all(), "rest where no known word is"
     assert codes[65:75, 0].tolist() == sorted(codes[65:75, 0], reverse=True)
 
 
-def test_text_is_as_long_as_its_units_and_unknown_ones_are_named():
-    table = kp.unit_table(Spoken(), [0, 1], Straight())
+def test_text_is_as_long_as_its_visemes_and_unknown_ones_are_named():
+    table = kp.fit_visemes(Spoken(), [0, 1], Straight())
     assert kp.text_to_codes("up down  up", table, Straight.rest).shape == (50, 5)
-    with pytest.raises(InputError, match="unknown: left; the table knows down up"):
+    with pytest.raises(InputError, match="'left' is unknown; the table has down up"):
         kp.text_to_codes("up left", table, Straight.rest)
-    with pytest.raises(InputError, match="nothing to say"):
+    with pytest.raises(InputError, match="' ' is unknown"):
         kp.text_to_codes(" ", table, Straight.rest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # end to end
 
-BRIEF = "--width 16 --layers 1 --batch 3 --codes 5 --log-every 2 --val-every 2 --save-every 2 --device cpu".split()
+BRIEF = "--width 16 --batch 3 --codes 5 --save-every 2 --device cpu".split()
 
 
 def trained(pack, out, *options):
+    """Trains; -> what --resume would go on from"""
     kp.main(["train", "--data", str(pack), "--out", str(out), *BRIEF, *options])
-    return load_checkpoint(out, "keypoints")
+    return load_checkpoint(out.with_stem(f"{out.stem}_last"), "keypoints")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(pack, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "kp.pt"
-    trained(pack, out, "--steps", "40", "--val-every", "4", "--save-every", "40", "--lr", "0.01", "--frames", "20")
+    trained(pack, out, "--steps", "40", "--save-every", "16", "--lr", "0.01")
     return out
 
 
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
-def test_four_steps_are_two_steps_and_two_resumed_ones(pack, tmp_path, model):
-    whole = trained(pack, tmp_path / "whole.pt", "--model", model, "--steps", "4")
-    half = ["--model", model, "--steps", "4"]
-    real = kp.save_checkpoint
+def test_four_steps_are_two_steps_and_two_resumed_ones(pack, tmp_path, model, monkeypatch):
+    options, real = ["--model", model, "--steps", "4"], kp.save_checkpoint
+    whole = trained(pack, tmp_path / "whole.pt", *options)
 
     class Killed(Exception):
         pass
 
     def save_and_die(path, content):
         real(path, content)
-        raise Killed
+        if path.stem == "half_last":
+            raise Killed
 
-    kp.save_checkpoint = save_and_die
-    try:
-        with pytest.raises(Killed):
-            trained(pack, tmp_path / "half.pt", *half)
-    finally:
-        kp.save_checkpoint = real
-    assert load_checkpoint(tmp_path / "half.pt", "keypoints")["step"] == 2
-    resumed = trained(pack, tmp_path / "half.pt", *half, "--resume")
-    for which in ("last", "best", "average"):
-        for name, p in whole["networks"][which].items():
-            assert torch.equal(p, resumed["networks"][which][name]), (which, name)
+    monkeypatch.setattr(kp, "save_checkpoint", save_and_die)
+    with pytest.raises(Killed):
+        trained(pack, tmp_path / "half.pt", *options)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "half_last.pt", "keypoints")["step"] == 2
+    kp.main(["train", "--out", str(tmp_path / "half.pt"), "--steps", "4", "--resume"])  # the other options are its own
+    resumed = load_checkpoint(tmp_path / "half_last.pt", "keypoints")
+    assert [t["mse"] for t in whole["top"]] == [t["mse"] for t in resumed["top"]]
+    for name, p in whole["networks"]["last"].items():
+        assert torch.equal(p, resumed["networks"]["last"][name]), name
 
 
 def test_it_learns_and_the_table_says_how_well(pack, checkpoint, capsys):
     lines = [json.loads(line) for line in open(checkpoint.with_name("log_kp.jsonl"))]
     assert lines[0]["args"]["steps"] == 40 and "revision" in lines[0]
     scores = [line["mse"] for line in lines if "mse" in line]
-    model, mouth = kp.load_keypoints(checkpoint, "cpu")
-    opened = Pack(pack)
-    talk = kp.PackTalk(opened, faces.Landmarks(pack / "landmarks", opened))
-    assert min(scores) < 0.8 * kp.mean_mouth_mse(mouth, talk, [9])
+    mouth = kp.load_keypoints(checkpoint, "cpu")[1]
+    still = kp.baselines(mouth, {}, kp.PackSource(pack), [9])["mean mouth"]["mse"]
+    assert min(scores) < 0.8 * still and lines[-1]["best"] == min(scores)
     capsys.readouterr()
     kp.main(["evaluate", str(checkpoint), "--data", str(pack)])
     out = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
+    assert cells[0][1:] == ["mse", "moving", "r", "residual", "lag", "std_ratio", "silence"]
     rows = {name: values for name, *values in cells}
-    assert float(rows["PCA, 5 codes"][1]) < float(rows["kp (transformer), average"][1]) < float(rows["mean mouth"][1])
-    assert float(rows["PCA, 5 codes"][3]) > 0.98 and rows["PCA, 5 codes"][5] == "+0" and "silence" in out
-    kp.main(["evaluate", str(checkpoint), "--data", str(pack), "--landmarks", str(pack / "landmarks")])
+    assert float(rows["PCA, 5 codes"][0]) < float(rows["kp (transformer), average"][0]) < float(rows["mean mouth"][0])
+    assert float(rows["PCA, 5 codes"][2]) > 0.98 and rows["PCA, 5 codes"][4] == "+0"
+    assert float(rows["kp (transformer), best"][6]) > 0 and rows["mean mouth"][6] == ""
 
 
 def test_a_sound_gives_a_video_and_numbers_of_exactly_its_length(checkpoint, tmp_path):
@@ -567,96 +572,83 @@ def test_the_shipped_weights_keep_a_silent_mouth_shut_and_open_a_speaking_one():
     model, mouth = kp.load_keypoints(path, "cpu")
     shut = mouth.opening(mouth.decode(mouth.rest[None]))[0]
     speech = load_audio(Path(kp.__file__).parent / "examples" / "speech.wav")
-    said = mouth.opening(mouth.decode(predict(model, speech, "cpu")))
+    spoken = mouth.opening(mouth.decode(predict(model, speech, "cpu")))
     for seed, level in ((0, 0.0), (1, 0.0005)):
         room = level * np.random.default_rng(seed).standard_normal(32000)
         still = mouth.opening(mouth.decode(predict(model, room.astype(np.float32), "cpu")))
-        assert still.max() < shut + 0.02 and said.max() > shut + 0.05
+        assert still.max() < shut + 0.02 and spoken.max() > shut + 0.05
 
 
-def test_exported_weights_are_the_mean_of_the_best_in_half_precision(checkpoint, tmp_path):
-    kp.main(["export", str(checkpoint), "--best", "2", "--out", str(tmp_path / "small.pt")])
-    top, small = load_checkpoint(checkpoint, "keypoints")["top"], load_checkpoint(tmp_path / "small.pt", "keypoints")
-    assert [t["mse"] for t in top] == sorted(t["mse"] for t in top) and "top" not in small
+def test_the_weights_are_the_best_and_the_mean_of_the_best_in_half_precision(checkpoint):
+    top = load_checkpoint(checkpoint.with_stem("kp_last"), "keypoints")["top"]
+    small = load_checkpoint(checkpoint, "keypoints")
+    assert [t["mse"] for t in top] == sorted(t["mse"] for t in top) and len(top) == 10
+    assert "args" not in small, "no folder of one's own disk is in the weights"
     for name, p in small["networks"]["average"].items():
-        expected = (top[0]["state"][name].float() + top[1]["state"][name].float()) / 2
+        expected = torch.stack([t["state"][name] for t in top]).mean(0)
         torch.testing.assert_close(p, expected.half(), rtol=0, atol=0)
-    codes = [predict(kp.load_keypoints(path, "cpu")[0], wave(9), "cpu") for path in (checkpoint, tmp_path / "small.pt")]
-    assert np.abs(codes[0] - codes[1]).max() < 0.2
-    with pytest.raises(InputError, match="hold no checkpoints"):
-        kp.main(["export", str(tmp_path / "small.pt"), "--out", str(tmp_path / "x.pt")])
-    with pytest.raises(InputError, match="cannot be resumed"):
-        trained("nowhere", tmp_path / "small.pt", "--resume")
+        assert torch.equal(small["networks"]["best"][name], top[0]["state"][name].half())
+    default, average = (kp.load_keypoints(checkpoint, "cpu", which)[0] for which in (None, "average"))
+    assert all(torch.equal(p, q) for p, q in zip(default.parameters(), average.parameters()))
 
 
-def noisy(folder, seeds, size=16, T=10):
-    """A pack with landmarks beside it: clip `seed` has a sound of its own and a face that trembles"""
-    face, lines = toyfaces.landmarks(toyfaces.person(1), {}, size), []
-    with PackWriter(folder, size, "toy") as writer:
-        for seed in seeds:
-            writer.add(np.zeros((T, size, size, 3), np.uint8), wave(T, seed), f"p{seed}", f"{seed}")
-            lines.append(json.dumps(dict(source=str(seed))))
+def landmarks_beside(folder):
+    """A face that trembles, as the landmarks of a pack"""
+    pack = Pack(folder)
     (folder / "landmarks").mkdir()
-    head = json.dumps(faces.landmarks_header(Pack(folder), "truth"))
-    (folder / "landmarks" / "clips.jsonl").write_text("\n".join([head, *lines, ""]))
-    shake = np.random.default_rng(0).normal(0, 0.02 * size, (len(lines) * T, 68, 2))
-    (face + shake).astype("<f4").tofile(folder / "landmarks" / "points.bin")
+    lines = [faces.landmarks_header(pack, "truth"), *(dict(source=pack.source(c)) for c in range(len(pack)))]
+    (folder / "landmarks" / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shake = np.random.default_rng(0).normal(0, 0.02 * pack.size, (int(pack.frame_start[-1]), 68, 2))
+    points = toyfaces.landmarks(toyfaces.person(1), {}, pack.size) + shake
+    points.astype("<f4").tofile(folder / "landmarks" / "points.bin")
     return folder
 
 
-def test_an_exported_checkpoint_is_tested_on_what_no_checkpoint_was_trained_on_or_chosen_by(tmp_path):
+def noisy(folder, seeds, size=16, T=10):
+    """A pack with landmarks beside it: clip `seed` has a sound of its own"""
+    with PackWriter(folder, size, "toy") as writer:
+        for seed in seeds:
+            writer.add(np.zeros((T, size, size, 3), np.uint8), wave(T, seed), f"p{seed}", f"{seed}")
+    return landmarks_beside(folder)
+
+
+def test_a_network_is_tested_on_clips_that_no_network_was_trained_on_or_chosen_by(tmp_path):
     pack, wide = noisy(tmp_path / "pack", range(20)), noisy(tmp_path / "wide", [50, *range(20), 51, 52], 32)
     trained(pack, tmp_path / "kp.pt", "--steps", "2")
-    kp.main(["export", str(tmp_path / "kp.pt"), "--out", str(tmp_path / "small.pt")])
     (tmp_path / "list").write_text("p19\np0\n")
     lists = ["--train", str(tmp_path / "list"), "--steps", "2"]
     trained(pack, tmp_path / "other.pt", *lists)  # on these two; by turns of the other people half choose it
 
     def tested(data, *paths):
         args = kp.parse(["evaluate", *map(str, paths), "--data", str(data)])
-        parts = kp.judged_parts(args, [(path, load_checkpoint(path, "keypoints")) for path in paths])
-        talk = parts["test"][0]
-        return {part: [talk.name(c) for c in clips] for part, (_, clips) in parts.items()}
+        source, parts = kp.open_source(args, {path: load_checkpoint(path, "keypoints") for path in paths})
+        return {part: [source.pack.source(c) for c in clips] for part, clips in parts.items()}
 
-    for path in (tmp_path / "kp.pt", tmp_path / "small.pt"):
-        assert tested(pack, path)["test"] == ["19"] and tested(pack, path)["valid"] == ["9"]
-        assert tested(wide, path)["test"] == ["50", "19", "51", "52"]
-    both = tested(wide, tmp_path / "small.pt", tmp_path / "other.pt")
+    assert tested(pack, tmp_path / "kp.pt")["test"] == ["19"] and tested(pack, tmp_path / "kp.pt")["valid"] == ["9"]
+    assert tested(wide, tmp_path / "kp.pt")["test"] == ["50", "19", "51", "52"]
+    both = tested(wide, tmp_path / "kp.pt", tmp_path / "other.pt")
     assert both["test"] == ["50", "51", "52"] and both["train"] == ["0"]
+    with pytest.raises(InputError, match="no clip with landmarks is left to test on"):
+        tested(pack, tmp_path / "kp.pt", tmp_path / "other.pt")
 
 
-def test_networks_of_18_and_of_20_points_do_not_share_a_column(pack, checkpoint, tmp_path):
-    trained(pack, tmp_path / "few.pt", "--points", "18", "--steps", "2")
-    with pytest.raises(InputError, match="few.pt: has 18 points of the mouth, .*kp.pt 20"):
-        kp.main(["evaluate", str(checkpoint), str(tmp_path / "few.pt"), "--data", str(pack)])
+def test_clips_that_are_cut_from_no_video_have_no_times_of_words(pack, tmp_path):
+    with pytest.raises(InputError, match="clip 'toyfaces seed 700' is not cut from a video"):
+        kp.main(["sample", "--text", "a", "--data", str(pack), "--words", ".", "--out", str(tmp_path / "u.mp4")])
 
 
-def test_the_best_checkpoint_alone_is_exported_as_the_best(checkpoint, tmp_path):
-    kp.main(["export", str(checkpoint), "--best", "1", "--out", str(tmp_path / "best.pt")])
-    saved = load_checkpoint(tmp_path / "best.pt", "keypoints")
-    assert list(saved["networks"]) == ["best"]
-    best = load_checkpoint(checkpoint, "keypoints")["top"][0]["state"]
-    assert all(torch.equal(p, best[name].half()) for name, p in saved["networks"]["best"].items())
-    assert kp.load_keypoints(tmp_path / "best.pt", "cpu")[0].kind == "transformer"
-
-
-def test_the_times_of_words_are_not_looked_for_in_clips_that_are_cut_from_no_video(pack, tmp_path):
-    with pytest.raises(InputError, match="clip 'toyfaces seed 700' says no place in a video"):
-        kp.main(["units", "--data", str(pack), "--words", str(tmp_path), "--out", str(tmp_path / "u.pt")])
-
-
-def test_a_network_on_an_experts_tower_is_not_judged_by_clips_that_the_expert_knows(tmp_path):
+def test_a_network_on_an_experts_tower_is_not_tested_on_clips_of_the_expert(tmp_path):
     folder = noisy(tmp_path / "pack", range(40))
     brief = "--size 16 --steps 1 --batch 2 --windows 2 --dim 8 --width 0.25 --device cpu".split()
-    syncnet.main(["train", "--data", str(folder), "--out", str(tmp_path / "sync.pt"), *brief])
-    known = Pack(folder).fingerprints[[i for i in range(40) if i % 20 != 19]]  # it was trained on and chosen by
-    tuned = trained(folder, tmp_path / "kp.pt", "--encoder", str(tmp_path / "sync.pt"), "--finetune", "--steps", "2")
-    assert torch.isin(tuned["clips"]["valid"], known).sum() == 0 and len(tuned["clips"]["valid"]) == 1
-    assert torch.isin(known, tuned["clips"]["train"]).all()  # so neither do these test it
+    (tmp_path / "list").write_text("p19\n")
+    lists = ["--train", str(tmp_path / "list"), "--valid", str(tmp_path / "list2")]
+    (tmp_path / "list2").write_text("p29\n")
+    syncnet.main(["train", "--data", str(folder), "--out", str(tmp_path / "sync.pt"), *brief, *lists])
+    expert = Pack(folder).fingerprints[[19, 29]]
+    tuned = trained(folder, tmp_path / "kp.pt", "--expert", str(tmp_path / "sync.pt"), "--finetune", "--steps", "2")
+    assert torch.isin(expert, tuned["clips"]["train"]).all()
     args = kp.parse(["evaluate", "x", "--data", str(folder)])
-    assert kp.judged_parts(args, [("kp.pt", tuned)])["test"][1].tolist() == [39]
-    with pytest.raises(InputError, match="was trained with --finetune, give it"):
-        trained(folder, tmp_path / "kp.pt", "--encoder", str(tmp_path / "sync.pt"), "--steps", "4", "--resume")
+    assert kp.open_source(args, {"kp.pt": tuned})[1]["test"].tolist() == [39]
 
 
 def test_an_experts_tower_is_taken_over_and_moves_only_where_it_is_tuned(pack, tmp_path):
@@ -668,22 +660,21 @@ def test_an_experts_tower_is_taken_over_and_moves_only_where_it_is_tuned(pack, t
     tower = expert.sound_tower.state_dict()
     same = {}
     for name, extra in (("frozen", []), ("tuned", ["--finetune"])):
-        saved = trained(pack, tmp_path / f"{name}.pt", "--encoder", str(tmp_path / "sync.pt"), "--steps", "2", *extra)
+        saved = trained(pack, tmp_path / f"{name}.pt", "--expert", str(tmp_path / "sync.pt"), "--steps", "2", *extra)
         last = saved["networks"]["last"]
         same[name] = all(torch.equal(last[f"front.tower.{key}"], p) for key, p in tower.items())
     assert same == dict(frozen=True, tuned=False)
 
 
-def test_a_table_of_units_is_made_drawn_and_spoken(tmp_path, monkeypatch):
-    monkeypatch.setattr(kp, "parts_of", lambda args: dict(train=(kp.ToyTalk(40, 4, 2.0), np.arange(4))))
-    kp.main(["units", "--out", str(tmp_path / "new" / "u.pt")])
-    table, mouth = kp.load_units(tmp_path / "new" / "u.pt")
-    assert {"a", "m", "sil"} <= set(table) and (tmp_path / "new" / "u.png").stat().st_size > 5000
-    gap = {unit: mouth.opening(mouth.decode(table[unit]["motion"])) for unit in "am"}
-    assert gap["a"][4] > 0.1 and gap["m"].min() < 0.4 * gap["a"][4]
-    command = ["sample", "--text", "m a m a", "--units", str(tmp_path / "new" / "u.pt"), "--size", "64"]
-    kp.main([*command, "--out", str(tmp_path / "mama.mp4")])
-    length = sum(table[unit]["seconds"] for unit in "sil m a m a sil".split())
+def test_text_of_the_toy_world_becomes_a_video(tmp_path, monkeypatch):
+    monkeypatch.setitem(kp.TOY_PARTS, "train", range(40, 46))
+    source = kp.ToySource()
+    mouth = Mouth.fit(source, range(40, 46), 8)
+    table = kp.fit_visemes(source, range(40, 46), mouth)
+    opening = {name: mouth.opening(mouth.decode(table[name][1])) for name in "am"}
+    assert opening["a"][4] > 0.1 and opening["m"].min() < 0.4 * opening["a"][4]
+    kp.main(["sample", "--text", "m a m a", "--size", "64", "--out", str(tmp_path / "mama.mp4")])
+    length = sum(table[name][0] for name in "sil m a m a sil".split())
     assert len(list(read_video(tmp_path / "mama.mp4"))) == round(25 * length)
 
 
@@ -692,7 +683,7 @@ def test_a_clip_is_shown_as_a_picture_and_as_a_video(pack, checkpoint, tmp_path)
     from PIL import Image
 
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    assert sheet.shape == (562, 1008, 3) and all(part.std() > 5 for part in np.array_split(sheet, 5))
+    assert sheet.shape == (548, 1008, 3) and all(part.std() > 5 for part in np.array_split(sheet, 5))
     kp.main(["show", str(checkpoint), "--data", str(pack), "--out", str(tmp_path / "a.mp4")])
     assert len(list(read_video(tmp_path / "a.mp4"))) == 25
     with pytest.raises(InputError, match="has clips 0 to 0"):
@@ -703,22 +694,23 @@ def unreachable(name):
     raise InputError(f"{name} could not be fetched")
 
 
-def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeypatch):
+def test_detectors_are_compared_by_time_and_distance(pack, capsys, monkeypatch):
     face = toyfaces.landmarks(toyfaces.person(1), {}, 16)
 
-    @kp.contextmanager
+    @contextmanager
     def detector(spec, template):
         yield lambda frame: face + (spec != "fan")
 
     monkeypatch.setattr(kp, "landmark_detector", detector)
-    kp.main(["compare", str(pack), "--frames", "4", "--mediapipe", "x.task"])
+    kp.main(["compare", str(pack), "--landmarks", "fan", "mediapipe:x.task"])
     out = capsys.readouterr().out
     apart = 100 * math.sqrt(2) / np.hypot(*(face[45] - face[36]))
-    assert "| face-alignment FAN | 0.0" in out and f"| 4 of 4 | {apart:.1f} |" in out
+    assert "| fan | 0.0" in out and "| 50 of 50 | 0.0 |" in out
+    assert "| mediapipe:x.task | 0.0" in out and f"| 50 of 50 | {apart:.1f} |" in out
     monkeypatch.undo()
     monkeypatch.setattr(faces, "fetch", unreachable)
-    with pytest.raises(InputError, match="no detector"):
-        kp.main(["compare", str(pack), "--frames", "4"])
+    with pytest.raises(InputError, match="could not be fetched"):
+        kp.main(["compare", str(pack)])
 
 
 @pytest.mark.parametrize("command, message", [
@@ -726,9 +718,9 @@ def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeyp
     ("sample empty.wav", "empty.wav: the file is empty"),
     ("sample .", "is a directory"),
     ("sample words.txt", "is not a sound file"),
-    ("sample", "give a sound file, or --text"),
-    ("sample --text hello", "needs --units"),
-    ("sample --text hello --units words.txt", "damaged, cut short"),
+    ("sample", "give a sound file or --text"),
+    ("sample good.wav --text hello", "give a sound file or --text"),
+    ("sample --text hello --data nowhere", "nowhere"),
     ("sample good.wav --out there.mp4", "exists; give --overwrite"),
     ("sample good.wav --out new.avi", "must end in .mp4"),
     ("sample good.wav --out no/where.mp4", "no such directory"),
@@ -736,20 +728,19 @@ def test_the_detectors_are_compared_where_they_are_at_hand(pack, capsys, monkeyp
     ("sample good.wav --weights other.pt", "is a 'syncnet' checkpoint"),
     ("sample good.wav --weights empty.pt", "do not fit this version"),
     ("sample good.wav --size 8", "must lie between 32 and 2048"),
-    ("train --encoder x.pt --model lstm", "are the transformer's"),
-    ("train --finetune", "needs an --encoder"),
+    ("train --expert x.pt --model lstm", "are the transformer's"),
+    ("train --finetune", "needs an --expert"),
     ("train --width 30", "multiple of 4"),
     ("train --data nowhere", "nowhere"),
     ("train --out there.mp4", "exists"),
-    ("train --data nowhere --frames 1", "--frames 1: one frame has no velocity"),
-    ("train --test words.txt", "list clips of --data, which is not given"),
+    ("train --test words.txt", "lists clips of --data, which is not given"),
     ("extract nowhere", "nowhere"),
-    ("extract nowhere --mediapipe a --dlib b", "give one of them"),
-    ("units --data nowhere --out u.pt", "needs --words"),
+    ("compare nowhere --landmarks fan", "nowhere"),
+    ("train --resume --out nothing.pt", "nothing_last.pt: no such file"),
     ("show other.pt", "is a 'syncnet' checkpoint"),
     ("evaluate words.txt", "damaged, cut short"),
 ])
-def test_what_the_user_got_wrong_is_said_in_one_line(command, message, checkpoint, tmp_path, monkeypatch):
+def test_a_wrong_input_is_one_line(command, message, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.wav").touch()
     (tmp_path / "there.mp4").write_text("old")
