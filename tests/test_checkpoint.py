@@ -339,7 +339,7 @@ def test_files_with_anything_wrong_in_them_are_refused_in_one_line(name, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the downloader, against a server of our own
+# the downloader, against a local server
 
 
 CONTENT = bytes(range(256)) * 500  # 128,000 bytes
@@ -409,12 +409,12 @@ def server(tmp_path, monkeypatch):
     server.http.server_close()
 
 
-def lies(server):
+def cached(server):
     return sorted(path.name for path in server.cache.iterdir()) if server.cache.is_dir() else []
 
 
 def whole(server):
-    return server.target.read_bytes() == CONTENT and lies(server) == ["thing.pth"]
+    return server.target.read_bytes() == CONTENT and cached(server) == ["thing.pth"]
 
 
 def refusal(server):
@@ -468,7 +468,7 @@ def test_a_cut_download_is_resumed_where_it_was_cut(server):
     assert server.asked == [("/first", None), ("/first", "bytes=49152-"), ("/first", "bytes=98304-")]
 
 
-def test_a_server_that_cannot_resume_is_asked_for_the_whole_again(server):
+def test_from_a_server_that_cannot_resume_the_whole_file_is_fetched_again(server):
     cuts = iter((50_000, None))
     server.routes["/first"] = lambda handler: sends(cut_at=next(cuts), resumes=False)(handler)
     checkpoint.fetch("thing")
@@ -480,10 +480,10 @@ def test_a_server_that_cannot_resume_is_asked_for_the_whole_again(server):
     assert whole(server) and server.asked[1:] == [("/first", "bytes=98304-"), ("/second", "bytes=49152-")]
 
 
-def test_a_download_that_stays_cut_is_resumed_by_the_next_call_and_by_the_second_address(server):
+def test_a_download_that_stays_cut_is_resumed_by_the_second_url_and_by_the_next_call(server):
     server.routes |= {"/first": sends(cut_at=50_000), "/second": refuses(503)}
     assert "HTTP 503" in refusal(server)
-    part, = lies(server)
+    part, = cached(server)
     assert part.endswith(".part") and (server.cache / part).stat().st_size == 49_152  # whole blocks of 16 KiB
     server.routes |= {"/first": refuses(404), "/second": sends()}
     server.asked.clear()
@@ -495,10 +495,10 @@ def test_the_right_size_with_another_hash_is_refused_and_nothing_stays(server):
     wrong = bytes(len(CONTENT))
     server.routes |= {"/first": sends(wrong), "/second": sends(wrong)}
     assert "SHA256" in refusal(server)
-    assert lies(server) == [] and len(server.asked) == 3
+    assert cached(server) == [] and len(server.asked) == 3
 
 
-def test_a_rotten_part_is_found_out_and_fetched_again_from_the_start(server):
+def test_a_part_with_wrong_bytes_is_fetched_again_from_the_start(server):
     server.cache.mkdir(parents=True)
     for name, content in (("aa", bytes(1000)), ("bb", bytes(len(CONTENT)))):
         part = server.cache / f"thing.pth.{name}.part"
@@ -507,7 +507,7 @@ def test_a_rotten_part_is_found_out_and_fetched_again_from_the_start(server):
         checkpoint.fetch("thing")
         assert server.target.read_bytes() == CONTENT
         server.target.unlink()
-    assert lies(server) == []
+    assert cached(server) == []
 
 
 def test_a_part_that_was_whole_but_not_yet_named_is_named(server):
@@ -519,7 +519,7 @@ def test_a_part_that_was_whole_but_not_yet_named_is_named(server):
     assert whole(server) and server.asked == [("/first", "bytes=128000-")]
 
 
-def test_the_part_of_a_living_download_is_left_alone(server):
+def test_the_part_of_a_running_download_is_not_touched(server):
     server.cache.mkdir(parents=True)
     part = server.cache / "thing.pth.aa.part"
     part.write_bytes(CONTENT[:1000])
@@ -531,36 +531,36 @@ def test_the_part_of_a_living_download_is_left_alone(server):
     assert whole(server) and server.asked[1:] == [("/first", "bytes=1000-")]
 
 
-def test_a_web_page_in_place_of_the_file_sends_us_to_the_second_address(server):
+def test_after_a_web_page_in_place_of_the_file_the_second_url_is_tried(server):
     server.routes["/first"] = sends(b"<html>please log in</html>", kind="text/html; charset=utf-8")
     checkpoint.fetch("thing")
     assert whole(server) and [path for path, _ in server.asked] == ["/first", "/second"]
     server.target.unlink()
     server.routes["/second"] = sends(b"<html>please log in</html>", length=False)
     line = refusal(server)
-    assert line.count("SHA256") == 2 and lies(server) == []
+    assert line.count("SHA256") == 2 and cached(server) == []
 
 
-def test_a_missing_file_sends_us_to_the_second_address_and_both_missing_are_named(server):
+def test_after_a_missing_file_the_second_url_is_tried_and_both_failures_are_named(server):
     server.routes["/first"] = refuses(404)
     checkpoint.fetch("thing")
     assert whole(server)
     server.target.unlink()
     server.routes["/second"] = refuses(410)
     line = refusal(server)
-    assert "HTTP 404" in line and "HTTP 410" in line and lies(server) == []
+    assert "HTTP 404" in line and "HTTP 410" in line and cached(server) == []
 
 
 def test_a_file_that_is_too_long_is_refused_and_nothing_stays(server):
     server.routes |= {"/first": sends(CONTENT + b"x"), "/second": sends(CONTENT * 3, length=False)}
     line = refusal(server)
-    assert "more came" in line and lies(server) == []
+    assert "more came" in line and cached(server) == []
 
 
-def test_no_network_says_what_to_do_by_hand(server):
+def test_without_a_network_the_message_has_the_url_and_the_place(server):
     server.http.shutdown()
     server.http.server_close()
-    assert "no connection" in refusal(server) and lies(server) == []
+    assert "no connection" in refusal(server) and cached(server) == []
 
 
 def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(server):
@@ -568,7 +568,7 @@ def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(ser
     server.target.write_bytes(CONTENT[:-1] + b"!")
     server.routes |= {"/first": refuses(500), "/second": refuses(500)}
     assert "damaged" in refusal(server)
-    assert lies(server) == ["thing.pth"]  # what was there stays until there is better
+    assert cached(server) == ["thing.pth"]  # what was there stays until there is better
     server.routes["/second"] = sends()
     checkpoint.fetch("thing")
     assert whole(server)
@@ -594,7 +594,7 @@ def test_a_full_disk_leaves_nothing_behind(server, monkeypatch):
             return getattr(self.file, name)
 
     monkeypatch.setattr(checkpoint, "open", lambda path, mode: (Full if "+" in mode else open)(path, mode), raising=False)
-    assert "No space left" in refusal(server) and lies(server) == []
+    assert "No space left" in refusal(server) and cached(server) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
@@ -622,14 +622,14 @@ def test_ctrl_c_keeps_what_came_for_the_next_call(server, monkeypatch):
         patch.setattr(checkpoint, "tqdm", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.fetch("thing")
-    part, = lies(server)
+    part, = cached(server)
     size = (server.cache / part).stat().st_size
     server.routes["/first"] = sends()
     checkpoint.fetch("thing")
     assert size > 0 and whole(server) and server.asked[-1] == ("/first", f"bytes={size}-")
 
 
-def test_processes_that_fetch_at_once_all_get_the_whole_file(server):
+def test_processes_that_fetch_at_the_same_time_all_get_the_whole_file(server):
     fork = multiprocessing.get_context("fork")
     together = threading.Barrier(3)
 

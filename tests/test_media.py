@@ -227,7 +227,7 @@ def test_grey_by_its_profile_stays_grey_and_a_profile_that_cannot_be_used_is_lef
         np.testing.assert_array_equal(load_photo(tmp_path / "b.png")[..., 1], grey)
 
 
-def test_avif_is_read_and_heic_is_one_line_that_tells_what_to_do(tmp_path):
+def test_avif_is_read_and_heic_is_refused_with_the_command_to_convert_it(tmp_path):
     Image.fromarray(picture()).save(tmp_path / "a.avif", quality=95, subsampling="4:4:4")
     assert psnr(load_photo(tmp_path / "a.avif"), picture()) > 30
     content = b"\0\0\0\x18ftypheic" + bytes(100)
@@ -274,7 +274,7 @@ def test_palette_cmyk_and_bilevel(tmp_path):
     assert set(np.unique(load_photo(tmp_path / "1.png"))) == {0, 255}
 
 
-def test_a_phones_double_picture_is_its_first(tmp_path):
+def test_of_an_mpo_file_the_first_picture_is_read(tmp_path):
     first, second = Image.fromarray(picture(64, 64)), Image.new("RGB", (64, 64))
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second], quality=100)
     with Image.open(tmp_path / "a.jpg") as image:
@@ -515,7 +515,7 @@ def test_interlaced_video_is_deinterlaced_where_it_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("curve, white", [("arib-std-b67", 0.75), ("smpte2084", 0.5807)])  # 203 cd/m2
-def test_hdr_video_looks_as_it_should(tmp_path, curve, white):
+def test_white_of_hdr_video_is_white(tmp_path, curve, white):
     grey = f"color=black:s=32x32:r=25:d=0.2,format=yuv420p10le,geq=lum='64+876*{white}':cb=512:cr=512"
     tags = ("-color_primaries", "bt2020", "-colorspace", "bt2020nc", "-color_trc", curve, "-color_range", "tv")
     tags += ("-vf", f"setparams=color_primaries=bt2020:colorspace=bt2020nc:color_trc={curve}:range=tv")
@@ -567,13 +567,13 @@ def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
     scipy.io.wavfile.write(tmp_path / "a.wav", rate, sound.astype(np.float32))
     frames = drawn_frames(20, 32, 32)  # shorter than the sound
     write(tmp_path / "a.mp4", frames, load_audio(tmp_path / "a.wav")[: 640 * 20], sound=tmp_path / "a.wav")
-    _, heard, hz = media.sound_track(tmp_path / "a.mp4")
-    assert (heard, hz) == (channels, rate)
+    _, found, hz = media.sound_track(tmp_path / "a.mp4")
+    assert (found, hz) == (channels, rate)
     wav = load_audio(tmp_path / "a.mp4", level=False)
     assert abs(len(wav) - 640 * 20) <= 2048 * 16000 / rate and abs(abs(wav[3000:9000]).max() - 0.3) < 0.03
 
 
-def test_probe_tells_what_a_video_is(tmp_path):
+def test_probe_has_size_and_rate_whatever_the_title_says(tmp_path):
     source = "color=s=46x34:r=30000/1001:d=2"
     title = ("-metadata", "title=x\n  Stream #0:0: Video: h264, 1x1, 5 fps")
     ffmpeg("-f", "lavfi", "-i", source, "-f", "lavfi", "-i", "sine=d=2", *title, tmp_path / "a.mp4")
@@ -657,7 +657,7 @@ def test_an_error_while_writing_leaves_nothing_behind(scratch):
     assert leftovers(scratch) == [] and not list((scratch / "tmp").iterdir())
 
 
-def test_a_dying_ffmpeg_is_one_clear_error_and_leaves_nothing_behind(scratch):
+def test_a_killed_ffmpeg_is_one_clear_error_and_leaves_nothing_behind(scratch):
     with pytest.raises(InputError, match="could not be written"):
         with VideoWriter(scratch / "out/a.mp4", 512, 512) as video:
             video.process.kill()
@@ -780,7 +780,7 @@ def test_16_bit_16_khz_comes_back_sample_by_sample(tmp_path):
         ("%d [x];&$(touch y).wav", 16000, 1, "PCM_16"),
     ],
 )
-def test_every_kind_of_sound_file_is_heard_at_its_pitch(tmp_path, monkeypatch, name, rate, channels, subtype):
+def test_every_kind_of_sound_file_is_read_at_its_pitch(tmp_path, monkeypatch, name, rate, channels, subtype):
     monkeypatch.chdir(tmp_path)
     soundfile.write(
         str(tmp_path / name), np.tile(tone(700, rate, rate)[:, None], (1, channels)), rate, subtype=subtype
@@ -798,8 +798,8 @@ def test_sound_inside_a_video_is_found_at_its_time(tmp_path):
     picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=2")
     for name in ("v.mp4", "v.mkv", "v.mov"):
         ffmpeg(*picture, "-i", tmp_path / "click.wav", tmp_path / name)
-        heard = load_audio(tmp_path / name)
-        assert abs(int(abs(heard).argmax()) - RATE) < 320, name  # half a frame
+        wav = load_audio(tmp_path / name)
+        assert abs(int(abs(wav).argmax()) - RATE) < 320, name  # half a frame
 
 
 def test_a_track_that_starts_late_in_a_video_is_padded_in_front(tmp_path):
@@ -808,8 +808,8 @@ def test_a_track_that_starts_late_in_a_video_is_padded_in_front(tmp_path):
     scipy.io.wavfile.write(tmp_path / "click.wav", RATE, wav)
     picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=2")
     ffmpeg(*picture, "-itsoffset", "0.6", "-i", tmp_path / "click.wav", tmp_path / "late.mp4")
-    heard = load_audio(tmp_path / "late.mp4")
-    assert abs(int(abs(heard).argmax()) - 0.6 * RATE) < 320
+    wav = load_audio(tmp_path / "late.mp4")
+    assert abs(int(abs(wav).argmax()) - 0.6 * RATE) < 320
 
 
 def test_silence_and_a_tenth_of_a_second_work(tmp_path):
@@ -887,7 +887,7 @@ def click_at(seconds, length=2.0, rate=48000):
     return wav
 
 
-def heard_at(path):
+def click_time(path):
     wav = load_audio(path)
     return int(abs(wav).argmax()) / RATE
 
@@ -904,7 +904,7 @@ def test_a_hole_of_any_length_in_the_sound_is_silence(tmp_path, seconds):
     soundfile.write(tmp_path / "a.wav", click_at(1.5), 48000)
     drop = f"noise=drop='between(pts*tb,0.5,{0.499 + seconds})'"
     ffmpeg("-i", tmp_path / "a.wav", "-c:a", "flac", "-frame_size", "480", "-bsf:a", drop, tmp_path / "a.mkv")
-    assert abs(heard_at(tmp_path / "a.mkv") - 1.5) < 0.01
+    assert abs(click_time(tmp_path / "a.mkv") - 1.5) < 0.01
 
 
 def test_rate_and_channels_that_change_in_a_late_track_keep_its_time(tmp_path):
@@ -965,7 +965,7 @@ def test_a_sound_shorter_than_its_video_may_have_an_error(tmp_path):
     picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=4")
     spoil = ("-bsf:a", "noise=amount='if(eq(n,3),-1,0)':dropamount=0")
     ffmpeg(*picture, "-i", tmp_path / "a.wav", "-c:a", "flac", "-frame_size", "480", *spoil, tmp_path / "a.mkv")
-    assert abs(heard_at(tmp_path / "a.mkv") - 0.5) < 0.01
+    assert abs(click_time(tmp_path / "a.mkv") - 0.5) < 0.01
 
 
 def test_the_track_marked_default_is_read(tmp_path):
@@ -996,6 +996,12 @@ def test_a_voice_sounds_the_same_in_whichever_channels_it_is(tmp_path, kind):
     soundfile.write(tmp_path / "a.wav", np.stack(channels_of(syllables(), kind), 1), RATE, subtype="FLOAT")
     wav = load_audio(tmp_path / "a.wav", level=False)
     np.testing.assert_allclose(wav, syllables(), atol=0.002)
+
+
+def test_two_speakers_on_two_channels_are_both_kept():
+    one, two = tone(300, RATE), tone(700, RATE)
+    spectrum = abs(np.fft.rfft(media.mix("x", np.stack([one, two], 1))))
+    assert spectrum[[300, 700]].min() > 0.9 * spectrum.max()  # bins of 1 Hz
 
 
 def test_a_voice_that_goes_from_one_channel_to_two_keeps_its_loudness():
