@@ -85,10 +85,8 @@ def square_within(template: str, wanted: str) -> tuple[float, float, float]:
 
 
 def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
-    """Faces of detect_faces -> the square crop (x0, y0, x1, y1) around face `number`, 1 being the largest.
-
-    Where a face has points: the square that brings them nearest to the template's. That is three times as exact as a
-    square from the detector's box, which also depends on hair and beard.
+    """Faces of detect_faces -> the square crop (x0, y0, x1, y1) of face `number`, 1 being the largest: the square that
+    brings its points nearest to the template's, three times as exact as one from the detector's box; that without points.
     """
     if not 1 <= number <= len(faces):
         raise InputError(f"--face {number}: the number of faces found is {len(faces)}")
@@ -157,9 +155,8 @@ def box_slices(box: tuple, H: int, W: int) -> tuple[slice, slice]:
 
 
 def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torch.Tensor:
-    """frames (.., 3, H, W) -> a copy with a grey (0) mouth box: THE place that makes lips come from sound.
-
-    part: "mouth", jaw and cheeks included, for driving frames; or "lips", for sources, whose face stays visible."""
+    """frames (.., 3, H, W) -> a copy with a grey (0) box: THE place that makes lips come from sound. part: "mouth" with
+    jaw and cheeks, for driving frames; "lips", for sources."""
     rows, cols = box_slices(getattr(TEMPLATES[template], part), *frames.shape[-2:])
     frames = frames.clone()
     frames[..., rows, cols] = 0
@@ -356,10 +353,8 @@ def steady_parts(track: dict, begin: int, end: int, template: str) -> list[tuple
 
 def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
     """Frames of a stretch of video -> [(begin, end, box or None, reason)], which cover it: a clip has one box, the median
-    of its detections, so that its crop does not wobble; what is not a clip has a reason.
-
-    A clip ends where the scene ends, or the face is gone, or one box would not hold it. Of several faces the one that
-    fills most of picture and time is taken, then those of other times.
+    of its detections, so that its crop does not wobble; what is not a clip has a reason. A clip ends where the scene
+    ends, the face is gone, or one box would not hold it. Of several faces the largest for the longest time is taken.
     """
     scene, found = scenes(frames), find_faces(frames[::DETECT_EVERY])
     tracks = face_tracks(found, scene[::DETECT_EVERY])
@@ -386,10 +381,8 @@ def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
 
 
 def segment_box(frames: list[np.ndarray]) -> tuple:
-    """One box for all of a few seconds' frames (uint8 (H, W, 3)): that of the longest clip in them.
-
-    Raises InputError, without the file's name: no clip, or one shorter than half of the frames.
-    """
+    """The box of the longest clip in a few seconds' frames, uint8 (H, W, 3). Raises InputError, without the file's name:
+    no clip, or one shorter than half of the frames."""
     begin, end, box, reason = max(segments(frames), key=lambda s: (s[2] is not None, s[1] - s[0]))
     if box is None or 2 * (end - begin) < len(frames):
         raise InputError(reason or "a face that stays for less than half of the time")
@@ -447,9 +440,8 @@ def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
     """A landmark detector as a function: image uint8 (H, W, 3), box -> (68, 2) in pixels of the image, or None.
 
     spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: where the crop of `template` lies in the image, x0, y0, x1, y1 in
-    pixels; None: all of the image is that crop. template None, MediaPipe only: it searches in all of the image.
-    The function's `name` is for reports. dlib gives landmarks of any box.
-    Raises InputError: an optional package or weights are missing, a file of another kind, drawn faces with dlib.
+    pixels; None: all of the image is that crop. template None, MediaPipe only: it searches all of the image.
+    The function's `name` is for reports. Raises InputError: a package or weights are missing, a file of another kind.
     """
     kind, _, file = spec.partition(":")
     if kind not in ("mediapipe", "dlib", "fan") or bool(file) != (kind != "fan"):
@@ -503,9 +495,8 @@ def mediapipe_landmarks(path: Path):
 
 
 def dlib_landmarks(path: Path, template: str):
-    """dlib's shape predictor: a function, a crop of the template with VIEW_MARGIN, uint8 (S, S, 3) -> (68, 2) in pixels.
-
-    Its trees jitter with the box that they start from: the mean of five boxes is taken (ours)."""
+    """dlib's shape predictor: a function, a crop of the template with VIEW_MARGIN, uint8 (S, S, 3) -> (68, 2) in pixels,
+    the mean from five boxes (ours: its trees jitter with the box that they start from)."""
     import dlib
 
     with refusing(path, "not a shape predictor of dlib"):
@@ -556,11 +547,8 @@ STRAY = 0.3  # landmarks whose eye distance is so far off the clip's median are 
 
 
 def interpolate_gaps(found: list) -> tuple[np.ndarray, int]:
-    """Landmarks of a clip, (68, 2) or None a frame -> float32 (T, 68, 2) without gaps, and how many frames were filled.
-
-    Landmarks whose eye distance is STRAY off the clip's median count as none. Gaps of up to LONGEST_GAP frames are filled
-    linearly, at the ends by the nearest frame. Raises InputError, without the clip's name: too many gaps, a longer one.
-    """
+    """Landmarks of a clip, (68, 2) or None a frame -> float32 (T, 68, 2), gaps and strays filled linearly, at the ends by
+    the nearest frame; and how many frames were. Raises InputError, without the clip's name: too many, too long a gap."""
     there = np.array([p is not None for p in found])
     points = np.stack([np.full((K, 2), np.nan, np.float32) if p is None else np.float32(p) for p in found])  # (T, 68, 2)
     if there.any():
@@ -589,11 +577,8 @@ def landmarks_header(pack, detector: str) -> dict:
 
 
 class Landmarks:
-    """Landmarks of a pack: points (frames, 68, 2) as a memory map, `kept`: the clips that have some. Of a run that was
-    killed or is not done: the clips that it finished, with a line on stderr.
-
-    Raises InputError: missing, of another pack, not one clip.
-    """
+    """Landmarks of a pack: points (frames, 68, 2) as a memory map, `kept`: the clips that have some. Of an unfinished run
+    those that it finished, with a line on stderr. Raises InputError: missing, of another pack, not one clip."""
 
     def __init__(self, folder: Path, pack):
         try:

@@ -67,11 +67,10 @@ SHUT, SEARCH = 0.016, 0.025
 
 def trunk(widths: list[int]) -> list[nn.Module]:
     """Convolutions that halve a grey crop once a width"""
-    layers, before = [], 1
-    for c in widths:
-        layers += [nn.Conv2d(before, c, 3, 2, 1), nn.GroupNorm(4, c), nn.LeakyReLU(0.1)]
-        layers += [nn.Conv2d(c, c, 3, 1, 1), nn.LeakyReLU(0.1)] if before > 1 else []
-        before = c
+    layers = []
+    for c_in, c in zip([1, *widths], widths):
+        layers += [nn.Conv2d(c_in, c, 3, 2, 1), nn.GroupNorm(4, c), nn.LeakyReLU(0.1)]
+        layers += [nn.Conv2d(c, c, 3, 1, 1), nn.LeakyReLU(0.1)] if c_in > 1 else []
     return [*layers, nn.Flatten()]
 
 
@@ -97,9 +96,7 @@ class PartNet(nn.Module):
 
 class LandmarkNet(nn.Module):
     """Grey crops of faces (n, 1, 64, 64) -> points (n, 68, 2) in units of the crop; `eye`, `mouth`: networks of parts.
-
-    The trunk gives `components` weights of the principal components of shapes: no point can leave the others.
-    """
+    The trunk gives `components` weights of the principal components of shapes: no point can leave the others."""
 
     def __init__(self, width: int = 20, components: int = 40):
         super().__init__()
@@ -252,7 +249,7 @@ def track_landmarks(net: LandmarkNet, frames, box) -> tuple[np.ndarray, np.ndarr
     pixels, eyes and brows (T, 2) of read_eyes, all float32; NaN in frames where the face is lost.
 
     The crop follows the points: one pass a frame, two where it moves. The face is lost where crop and mirror image
-    disagree or the crop jumps; it is then searched for where it was last.
+    disagree or the crop jumps. It is then searched where it was last.
     """
     track, passes, (a, b) = [], 3, box_crop(box)
     for frame in frames:
@@ -278,11 +275,8 @@ def track_landmarks(net: LandmarkNet, frames, box) -> tuple[np.ndarray, np.ndarr
 # training data
 
 def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) -> tuple[torch.Tensor, np.ndarray]:
-    """Packs with landmarks beside them -> grey frames, uint8 (n, 1, S, S), and points (n, K) in units of the crop.
-
-    Up to `most` frames a pack, evenly from its clips for training. Raises InputError: no pack, no landmarks, packs of
-    several sizes.
-    """
+    """Packs with landmarks beside them -> grey frames, uint8 (n, 1, S, S), up to `most` a pack, evenly from its clips for
+    training; points (n, K) in units of the crop. Raises InputError: no pack, no landmarks, packs of several sizes."""
     packs = [Pack(folder) for folder in folders]
     if len({pack.size for pack in packs}) > 1:
         raise InputError("packs of several sizes: " + ", ".join(f"{pack.folder} {pack.size}" for pack in packs))
@@ -327,7 +321,7 @@ def degrade(x: torch.Tensor) -> torch.Tensor:
 def shut_eyes(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
     """Shuts eyes by moving their own lids: dlib's points hardly follow lids that shut, so they cannot teach blinks.
 
-    v (n, S, S): where pixels lie in the right crops of eyes, y (n, 11): the points there, share (n,): how much of the gap
+    v (n, S, S): where pixels lie in the right crops of eyes, y (n, 11): the points there, share (n,) of the gap that
     closes -> where each pixel is taken from, the moved points. The skin between brow and lid is stretched.
     """
     corner, far = y[:, 5, None], y[:, 8, None]
