@@ -74,12 +74,12 @@ def read_weights(path: str | Path, map_location="cpu") -> dict:
             content = torch.load(path, map_location, weights_only=True)
     except Exception as error:                                                         # torch has no type of its own
         code = "global" in str(error).lower()                                          # it names a class or function
-        reason = "holds more than tensors and plain values" if code else "damaged, cut short, or no file of weights"
+        reason = "holds more than tensors and plain values" if code else "damaged, cut short, or not a file of weights"
         raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of names and weights")
     if not all(is_dense(item) for item in items(content) if isinstance(item, torch.Tensor)):
-        raise InputError(f"{path}: holds a sparse or empty shell of a tensor, expected dense ones")
+        raise InputError(f"{path}: holds a tensor that is sparse or lacks its numbers, expected dense ones")
     return content
 
 
@@ -132,7 +132,7 @@ def load_strictly(make, state: dict, source) -> nn.Module:
         return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
 
     numbers = sum(value.numel() for value in items(state) if is_dense(value))
-    with refusing(source, "its sizes fit no network of this version"), Budget(2 * numbers + FREE_NUMBERS):
+    with refusing(source, "its sizes do not fit a network of this version"), Budget(2 * numbers + FREE_NUMBERS):
         network = make()
     name = type(network).__name__
     if not isinstance(state, dict):
@@ -298,8 +298,7 @@ def fetch(name: str, path: str | Path | None = None) -> Path:
         if matches(target, pin):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = claim_part(target)
-        try:
+        with part_file(target) as part:
             for url in (*pin.urls, pin.urls[0]):           # the first again: an old part may have spoiled its hash
                 try:
                     download(url, part, pin)
@@ -309,12 +308,6 @@ def fetch(name: str, path: str | Path | None = None) -> Path:
                     if isinstance(error, ValueError):      # it is another file
                         os.truncate(part, 0)
                     failures[url] = f"{urlsplit(url).netloc}: {explain(error)}"
-        except OSError:
-            part.unlink(missing_ok=True)                   # a full disk needs its room back
-            raise
-        finally:
-            if part.exists():                              # cut, or Ctrl-C: free for the next call at once
-                os.utime(part, (0, 0)) if part.stat().st_size else part.unlink()
     except OSError as error:
         failures["disk"] = f"{target.parent} cannot be written ({error.strerror or error})"
     state = "damaged" if target.is_file() else "missing"
@@ -337,16 +330,25 @@ def matches(path: Path, pin: Published) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest().startswith(pin.sha256)
 
 
-def claim_part(target: Path) -> Path:
-    """A part file beside the target for this process alone: an abandoned one, taken over by renaming it, or a new one"""
-    own = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+@contextlib.contextmanager
+def part_file(target: Path):
+    """A file beside the target for this process alone to fill: an abandoned one, taken over by renaming it, or a new one.
+    Where it is not renamed, it stays for the next call to go on with, unless it is empty or the disk is full."""
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     for left in target.parent.glob(f"{target.name}.*.part"):
         with contextlib.suppress(FileNotFoundError):       # another process was quicker
             if time.time() - left.stat().st_mtime > ABANDONED:
-                left.rename(own)
+                left.rename(part)
                 break
-    own.touch()
-    return own
+    part.touch()
+    try:
+        yield part
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    finally:
+        if part.exists():                                  # cut, or Ctrl-C: abandoned at once
+            os.utime(part, (0, 0)) if part.stat().st_size else part.unlink()
 
 
 def download(url: str, part: Path, pin: Published):
