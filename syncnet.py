@@ -389,23 +389,10 @@ def train(args):
     bit for bit on a CPU."""
     device, out = pick_device(args.device), claim_output(args.out, args)
     last = out.with_stem(f"{out.stem}_last")
-    saved = load_checkpoint(last, "syncnet", map_location=device) if args.resume else None
-    expert = build_expert(saved, last) if saved else None
-    if saved and expert.size != args.size:
-        raise InputError(f"{last}: an expert for images of {expert.size} px, --size is {args.size}")
-    pack, clips, val, val_clips = load_data(args, out.parent)
-    torch.manual_seed(args.seed)
-    expert = (expert or SyncNet(args.size, args.dim, args.width)).to(device)
-    scale_and_bias = [expert.log_scale, expert.bias]
-    weights = [p for name, p in expert.named_parameters() if name not in ("log_scale", "bias")]
-    opt = torch.optim.Adam([dict(params=weights), dict(params=scale_and_bias)], betas=(0.9, 0.99))
-    start, best = 0, math.inf
-    if saved:
-        opt.load_state_dict(saved["optimisers"]["adam"])
-        torch.set_rng_state(saved["rng"]["torch"].cpu())
-        start, best = saved["step"], saved["best"]
+    expert, opt, start, best = start_run(args, last, device)
     if start >= args.steps:
         return print(f"{last}: has {start} steps already; --steps is {args.steps}")
+    pack, clips, val, val_clips = load_data(args, out.parent)
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
           f"{sum(p.numel() for p in expert.parameters()) / 1e6:.2f} M parameters; chance is a loss of {CHANCE:.3f}")
 
@@ -442,9 +429,24 @@ def train(args):
                 save_checkpoint(out, checkpoint | dict(networks=dict(expert=half(expert))))
             save_checkpoint(last, checkpoint | dict(
                 args=vars(args), best=best, networks=dict(expert=expert.state_dict()),
-                optimisers=dict(adam=opt.state_dict()), rng=dict(torch=torch.get_rng_state())))
+                optimisers=dict(adam=opt.state_dict())))
             timer = StepTimer(device)  # validation is not a step
     print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --expert {args.out}")
+
+
+def start_run(args, path: Path, device) -> tuple:
+    """-> expert, optimiser, steps done, least held-out loss; with --resume as they were saved in `path`"""
+    saved = load_checkpoint(path, "syncnet", map_location=device) if args.resume else None
+    torch.manual_seed(args.seed)
+    expert = (build_expert(saved, path) if saved else SyncNet(args.size, args.dim, args.width)).to(device)
+    if expert.size != args.size:
+        raise InputError(f"{path}: an expert for images of {expert.size} px, --size is {args.size}")
+    weights = [p for name, p in expert.named_parameters() if name not in ("log_scale", "bias")]
+    opt = torch.optim.Adam([dict(params=weights), dict(params=[expert.log_scale, expert.bias])], betas=(0.9, 0.99))
+    if not saved:
+        return expert, opt, 0, math.inf
+    opt.load_state_dict(saved["optimisers"]["adam"])
+    return expert, opt, saved["step"], saved["best"]
 
 
 def load_data(args, folder: Path):

@@ -71,7 +71,7 @@ def test_a_pack_gives_back_frames_sound_and_notes(pack):
         assert pack.source(c) == f"clip {c}, ö.mp4"
 
 
-def test_a_file_name_that_is_no_text_is_kept(tmp_path):
+def test_a_file_name_that_is_not_valid_text_is_kept(tmp_path):
     name = os.fsdecode(b"caf\xe9 \xff.mp4")
     with PackWriter(tmp_path / "p", 16, "toy") as writer:
         writer.add(drawn(2, 16), noise(2, 0), name, name)
@@ -111,7 +111,7 @@ def test_mel_windows_of_a_pack_are_those_of_the_whole_sound_also_outside_the_cli
     assert (pack.windows(0, [40]) == audio.SILENCE).all()
 
 
-def test_a_pack_travels_to_another_process_as_its_name(pack):
+def test_a_pack_is_pickled_as_its_path(pack):
     pack.frame(0, 0)
     parcel = pickle.dumps(Clips(pack, 5, 0))
     assert len(parcel) < 1000
@@ -121,7 +121,7 @@ def test_a_pack_travels_to_another_process_as_its_name(pack):
 @pytest.mark.parametrize(
     "damage", ["no meta", "short frames", "short sound", "short index", "text", "code", "torn meta"]
 )
-def test_what_is_no_whole_pack_is_refused_in_one_line(tmp_path, damage):
+def test_a_damaged_or_unfinished_pack_is_refused_in_one_line(tmp_path, damage):
     folder = write_pack(tmp_path / "p")
     if damage == "no meta":
         (folder / "meta.json").unlink()
@@ -174,7 +174,7 @@ def test_an_error_while_writing_leaves_no_readable_pack(tmp_path):
         Pack(tmp_path / "p")
 
 
-def test_an_unfinished_pack_goes_on_behind_the_clips_that_are_kept(tmp_path):
+def test_an_unfinished_pack_is_continued_behind_the_clips_that_are_kept(tmp_path):
     writer = PackWriter(tmp_path / "p", SIZE, "toy")
     for i, count in enumerate(LENGTHS[:2]):
         add_clip(writer, i, count)
@@ -244,7 +244,7 @@ def asked(**lists):
     return argparse.Namespace(data="pack", **dict(train=None, valid=None, test=None) | lists)
 
 
-def test_every_tenth_person_or_of_few_people_every_tenth_clip_is_held_out_and_by_turns_validates_and_tests(tmp_path):
+def test_every_tenth_person_or_clip_is_held_out_by_turns_for_validation_and_test(tmp_path):
     pack = many(tmp_path / "people", 80, 40)
     parts = split(pack)
     assert sorted(np.concatenate(list(parts.values()))) == list(range(80))
@@ -262,7 +262,7 @@ def test_of_a_small_pack_the_last_two_clips_are_held_out_and_one_clip_is_too_few
         split(many(tmp_path / "one", 1, 1))
 
 
-def test_lists_of_clips_and_people_are_the_parts_that_they_are_given_for(tmp_path):
+def test_lists_of_clips_and_people_replace_the_parts_of_the_rule(tmp_path):
     pack = many(tmp_path / "pack", 40, 4)
     (tmp_path / "test").write_text("p3/00001.mp4\n\n  p2/00002  \n/videos/p0/00000.mp4\n")
     (tmp_path / "train").write_text("p0\np1\n")
@@ -293,7 +293,7 @@ def test_lists_that_do_not_fit_the_pack_are_refused_in_one_line(tmp_path, text, 
         split(pack, argparse.Namespace(data=None, test=str(tmp_path / "test")))
 
 
-def test_clips_are_known_by_their_sound_in_another_pack_at_another_size_and_place(tmp_path, capsys):
+def test_clips_are_found_by_their_sound_in_another_pack_at_another_size_and_place(tmp_path, capsys):
     first, second = many(tmp_path / "first", 30, 3), tmp_path / "second"
     with PackWriter(second, 16, "toy") as writer:
         for i in (50, 3, 29, 51):
@@ -337,7 +337,7 @@ def test_sound_and_frames_of_an_item_are_of_the_same_moments(pack):
         assert (item["mel"].numpy() == heard).all() and item["mel"].shape == (8, 1, 80, 16)
 
 
-def test_a_clip_shorter_than_the_window_stands_still_at_its_end(pack):
+def test_a_clip_shorter_than_the_window_repeats_its_last_frame(pack):
     item = next(item for n in itertools.count() if (item := Clips(pack, 5, 0, flip=False)[n])["clip"] == 2)
     assert item["frames"].tolist() == [0, 1, 2, 2, 2]
     assert torch.equal(item["driving"][4], item["driving"][2])
@@ -379,7 +379,7 @@ def test_batches_are_the_same_with_any_number_of_workers_and_from_any_position(p
         assert all(same(a, b) for a, b in zip(part, whole[start:], strict=True))
 
 
-def test_single_pictures_are_drawn_by_person_and_not_by_clip(tmp_path):
+def test_single_images_are_drawn_by_person_and_not_by_clip(tmp_path):
     with PackWriter(tmp_path / "p", 16, "toy") as writer:
         for i in range(7):
             writer.add(drawn(2, 16), noise(2, i), "many" if i < 6 else "one", str(i))
@@ -398,7 +398,7 @@ def test_mixed_datasets_give_their_shares_and_item_n_of_each(pack):
     assert torch.equal(mixed[n]["image"], frames[n]["image"])
 
 
-def test_datasets_keep_to_the_clips_they_are_given(pack):
+def test_datasets_draw_from_the_given_clips_only(pack):
     assert {Clips(pack, 2, seed=0, clips=[1])[n]["clip"] for n in range(20)} == {1}
     assert {Frames(pack, seed=0, clips=[1])[n]["identity"] for n in range(20)} == {int(pack.identity[1])}
 

@@ -99,7 +99,7 @@ def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypa
         assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_file_that_meets_a_bug_is_a_line_and_the_others_go_on(videos, tmp_path, monkeypatch):
+def test_a_bug_in_one_file_is_a_line_of_the_manifest_and_the_others_are_packed(videos, tmp_path, monkeypatch):
     real = prepare.probe
     monkeypatch.setattr(prepare, "probe", lambda path: 1 // 0 if path.suffix == ".mkv" else real(path))
     prepare.prepare(videos, tmp_path / "out", 32)
@@ -107,7 +107,7 @@ def test_a_file_that_meets_a_bug_is_a_line_and_the_others_go_on(videos, tmp_path
     assert manifest(tmp_path / "out")["bob.mkv"]["reason"].startswith("ZeroDivisionError")
 
 
-def test_the_voice_alone_goes_into_the_pack_where_that_is_asked_for(videos, tmp_path, monkeypatch):
+def test_isolate_packs_the_voice_alone(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "isolate_voice", lambda wav: 0.25 * wav)
     for isolate in (False, True):
         prepare.prepare(videos, tmp_path / str(isolate), 32, isolate=isolate)
@@ -205,7 +205,7 @@ prepare.prepare(Path(sys.argv[2]), Path(sys.argv[3]), 32)
 """
 
 
-def test_a_preparation_killed_again_and_again_ends_as_if_it_had_not_been(videos, tmp_path, monkeypatch):
+def test_a_run_killed_twice_and_continued_writes_the_same_pack(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SEGMENT", 12)
     prepare.prepare(videos, tmp_path / "whole", 32)
     assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
@@ -274,7 +274,7 @@ def test_scene_changes_end_clips_and_flicker_does_not(monkeypatch):
     assert clips == [(0, 33, 10), (33, 60, 10)]
 
 
-def test_short_gaps_are_bridged_and_long_ones_end_a_clip(monkeypatch):
+def test_short_gaps_without_a_face_are_filled_and_long_ones_end_a_clip(monkeypatch):
     def boxes(k):
         return [] if 20 <= k < 30 or 50 <= k < 75 else [(10, 10, 30, 30)]
 
@@ -298,7 +298,7 @@ def test_faces_that_pass_each_other_keep_their_tracks():
     assert all(np.ptp([face[1] for face in track.values()]) == 0 for track in tracks)
 
 
-def test_a_face_that_walks_is_cut_into_steady_clips_and_one_that_runs_is_none(monkeypatch):
+def test_a_face_that_moves_slowly_is_cut_into_steady_clips_and_a_fast_one_into_none(monkeypatch):
     clips, _ = cut_up(monkeypatch, numbered(120), lambda k: [(k // 3, 10, k // 3 + 20, 30)])
     assert len(clips) == 4 and clips[0][0] == 0 and clips[-1][1] == 120
     assert all(a[1] == b[0] and 5 <= b[2] - a[2] <= 15 for a, b in itertools.pairwise(clips))
@@ -369,7 +369,7 @@ def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
         Pack(tmp_path / "out")
 
 
-def test_without_a_detector_nothing_begins(tmp_path, monkeypatch):
+def test_without_a_detector_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(faces, "face_detectors", list)
     (tmp_path / "videos").mkdir()
     with pytest.raises(InputError, match="TORCH_HOME"):
