@@ -439,6 +439,6 @@ def test_a_file_that_asks_for_far_more_numbers_than_it_holds_costs_no_memory():
         return torch.nn.Linear(1 << 16, 1 << 14)  # 4 GiB
 
     before = memory_gib(torch.device("cpu"))
-    with pytest.raises(InputError, match="w.pt: its sizes fit no network.*more numbers"):
+    with pytest.raises(InputError, match="w.pt: its sizes do not fit a network.*more numbers"):
         load_strictly(make, {"weight": torch.ones(3)}, "w.pt")
     assert memory_gib(torch.device("cpu")) < before + 1
