@@ -1,4 +1,4 @@
-"""Where a face is in a picture: crop templates, the mouth mask, face detectors, landmark detectors and their store."""
+"""Where a face is in an image: crop templates, the mouth mask, face detectors, landmark detectors and their store."""
 
 import itertools
 import json
@@ -101,19 +101,19 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
 
 
 def parse_box(text: str, width: int, height: int, scale: float = 1.0) -> tuple:
-    """--box "x0,y0,x1,y1" in pixels of a width x height picture -> the square around it, in pixels of that picture shown
-    at `scale`. InputError: not four numbers, or not inside the picture."""
+    """--box "x0,y0,x1,y1" in pixels of a width x height image -> the square around it, in pixels of that image shown
+    at `scale`. InputError: not four numbers, or not inside the image."""
     try:
         x0, y0, x1, y1 = (float(v) for v in text.split(","))
     except ValueError:
         raise InputError(f"--box {text}: expected four numbers, x0,y0,x1,y1") from None
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise InputError(f"--box {text}: not a box inside the picture of {width}x{height} pixels")
+        raise InputError(f"--box {text}: not a box inside the image of {width}x{height} pixels")
     return square_around(scale * (x0 + x1) / 2, scale * (y0 + y1) / 2, scale * max(x1 - x0, y1 - y0))
 
 
 def crop_face(image: np.ndarray, box: tuple, size: int) -> np.ndarray:
-    """uint8 (H, W, 3), box in pixels -> uint8 (size, size, 3); beyond the picture its border is repeated."""
+    """uint8 (H, W, 3), box in pixels -> uint8 (size, size, 3); beyond the image its border is repeated."""
     H, W = image.shape[:2]
     x0, y0, x1, y1 = box
     assert x1 > x0 and y1 > y0, f"empty box {box}"
@@ -149,7 +149,7 @@ def recrop(frames: torch.Tensor, template: str, wanted: str) -> torch.Tensor:
 
 
 def box_slices(box: tuple, H: int, W: int) -> tuple[slice, slice]:
-    """Box x0, y0, x1, y1 in fractions of a picture of H x W pixels -> its rows, its columns"""
+    """Box x0, y0, x1, y1 in fractions of an image of H x W pixels -> its rows, its columns"""
     x0, y0, x1, y1 = box
     return slice(round(y0 * H), round(y1 * H)), slice(round(x0 * W), round(x1 * W))
 
@@ -164,7 +164,7 @@ def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# face detection by blazeface. A face is x0, y0, x1, y1, score, then x, y of the eye on the left of the picture, of the
+# face detection by blazeface. A face is x0, y0, x1, y1, score, then x, y of the eye on the left of the image, of the
 # other eye and of the mouth's middle, in pixels
 
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
@@ -192,14 +192,14 @@ def need_detector():
 
 
 def square_view(image: np.ndarray, x: int, y: int, side: int, size: int) -> np.ndarray:
-    """The square of uint8 (H, W, 3) whose corner is x, y -> uint8 (size, size, 3), grey beyond the picture."""
+    """The square of uint8 (H, W, 3) whose corner is x, y -> uint8 (size, size, 3), grey beyond the image."""
     canvas = Image.new("RGB", (side, side), (128, 128, 128))
     canvas.paste(Image.fromarray(image), (-x, -y))
     return np.array(canvas.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BILINEAR))
 
 
 def whole_square(image: np.ndarray, margin: float) -> tuple[int, int, int]:
-    """x, y, side of the square around a whole picture, `margin` times its larger side."""
+    """x, y, side of the square around a whole image, `margin` times its larger side."""
     H, W = image.shape[:2]
     side = round(margin * max(H, W))
     return (W - side) // 2, (H - side) // 2, side
@@ -254,7 +254,7 @@ def largest_first(faces) -> list[tuple]:
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple] | None:
     """uint8 (H, W, 3) -> its faces, the largest first; None where no detector's weights are at hand.
 
-    A single detection is not reliable: a dog can score .82 and a woman .55. So both models search the picture inside
+    A single detection is not reliable: a dog can score .82 and a woman .55. So both models search the image inside
     wider and wider margins. A face is what a third of the searches find with a mean score of MIN_SCORE, and `redetect`
     finds upright with that score (a cup seen from above has .7 from afar and .5 from near). Its box is the mean.
     """
@@ -444,14 +444,11 @@ def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
     The function's `name` is for reports. Raises InputError: a package or weights are missing, a file of another kind.
     """
     kind, _, file = spec.partition(":")
-    if kind not in ("mediapipe", "dlib", "fan") or bool(file) != (kind != "fan"):
+    make = dict(mediapipe=mediapipe_landmarks, dlib=dlib_landmarks, fan=fan_landmarks).get(kind)
+    if make is None or bool(file) != (kind != "fan"):
         raise InputError(f"--landmarks {spec}: expected mediapipe:FILE, dlib:FILE or fan")
     try:
-        if kind == "fan":
-            detect = fan_landmarks(template, device)
-        else:
-            path = check_file(file)
-            detect = mediapipe_landmarks(path) if kind == "mediapipe" else dlib_landmarks(path, template)
+        detect = make(file and check_file(file), template, device)
     except ImportError as error:
         package = "dlib-bin" if kind == "dlib" else kind
         raise InputError(f"--landmarks {spec} needs a package: pip install {package} ({error})") from None
@@ -475,7 +472,7 @@ def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
             detect.close()  # else it prints a traceback at the interpreter's end
 
 
-def mediapipe_landmarks(path: Path):
+def mediapipe_landmarks(path: Path, *_):
     """MediaPipe's face landmarker: a function, image uint8 (H, W, 3) -> (68, 2) in pixels or None"""
     os.environ.setdefault("GLOG_minloglevel", "2")  # without it the network prints its start
     import mediapipe
@@ -494,7 +491,7 @@ def mediapipe_landmarks(path: Path):
     return detect
 
 
-def dlib_landmarks(path: Path, template: str):
+def dlib_landmarks(path: Path, template: str, *_):
     """dlib's shape predictor: a function, a crop of the template with VIEW_MARGIN, uint8 (S, S, 3) -> (68, 2) in pixels,
     the mean from five boxes (ours: its trees jitter with the box that they start from)."""
     import dlib
@@ -517,7 +514,7 @@ def dlib_landmarks(path: Path, template: str):
     return detect
 
 
-def fan_landmarks(template: str, device="cpu"):
+def fan_landmarks(_, template: str, device):
     """face-alignment's FAN (Bulat & Tzimiropoulos 2017): a function, image uint8 (H, W, 3), box of the template's crop in
     it -> (68, 2) in pixels or None. The box that FAN expects follows from the template; .7 s a frame on a CPU."""
     fetch("fan")  # to where face-alignment looks for it

@@ -37,7 +37,7 @@ MIDDLE = 0.5 + 0.5j
 
 
 class Part(NamedTuple):
-    """What a network of its own reads, on the left of the picture and, mirrored, on the right"""
+    """What a network of its own reads, on the left of the image and, mirrored, on the right"""
 
     points: np.ndarray  # (2, k) of the 68; the second row in the mirror
     weight: list  # of the points in the loss
@@ -47,14 +47,14 @@ class Part(NamedTuple):
     size: int  # pixels of the crop
 
 
-LEFT = np.r_[17:22, 36:42]  # brow and eye on the left of the picture
+LEFT = np.r_[17:22, 36:42]  # brow and eye on the left of the image
 RIGHT, LIPS = MIRROR[LEFT], np.r_[48:68]
 EYE = Part(np.stack([LEFT, RIGHT]), [1] * 5 + [3] * 6, 5, 0.5 + 0.62j, 0.38, 32)
 MOUTH = Part(np.stack([LIPS, MIRROR[LIPS]]), [1] * 12 + [3] * 8, 0, MIDDLE, 0.45, 48)
 STEADY = 0.02  # a crop that moves by more of its side between two frames is read again
 LOST = 0.04  # sides of the crop: points of crop and mirror image are further apart where there is no face
 JUMP, SWELL = 0.35, 1.4  # sides by which a face moves at most between two frames, factor by which it grows
-DOUBT = 0.02  # see `doubt`: 99 of 100 UTKFace photos lie below; of 28 pictures of no face all but a dog above
+DOUBT = 0.02  # see `doubt`: 99 of 100 UTKFace photos lie below; of 28 images without a face all but a dog above
 # sides of the crop by which dlib's points lie too low: its line between shut lips is .0077 below the darkest row (median
 # of 431 places in UTKFace's photos). Half of that: lids and the corners of eyes and mouth are that much off
 DLIB_LOW = 0.004
@@ -231,7 +231,7 @@ def doubt(net: LandmarkNet, photo: np.ndarray, points: np.ndarray) -> float:
 
 
 def read_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Landmarks (.., 68, 2) -> eyes (.., 2): opening of the lids, left and right in the picture, in widths of the eye (.3
+    """Landmarks (.., 68, 2) -> eyes (.., 2): opening of the lids, left and right in the image, in widths of the eye (.3
     open, below .1 shut); brows (.., 2): height over the eye, in distances of the eyes' outer corners."""
     points = to_complex(points)
     eyes, brows = [], []
