@@ -1,27 +1,28 @@
-"""FC-TFG: canonical space, motion space, and the whole network.
+"""FC-TFG: canonical space, motion space, and the whole network. Start here.
 
 Jang et al., "That's What I Said: Fully-Controllable Talking Face Generation", ACM MM 2023 (arXiv 2304.03275), section 3.
 
     symbol   shape          what it is
-    z_s      (B, L, D)      W+ code of the source picture            z_s   = VisualEncoder(source)
+    z_s      (B, L, D)      W+ code of the source image              z_s   = VisualEncoder(source)
     z_s2c    (B, L, D)      the same person in the canonical pose    z_s2c = CanonicalEncoder(z_s)
     z_a      (B, T, D)      sound                                    z_a   = AudioEncoder(mel)
     z_v      (B, T, L, D)   driving frames, mouths masked            z_v   = VisualEncoder(mask(driving))
-    z_c2d    (B, T, L, D)   motion, without a person                 z_c2d = MotionEncoder(TemporalFusion(z_a, z_v))
-    z_s2d    (B, T, L, D)   this person, so moved                    z_s2d = z_s2c + z_c2d
+    z_c2d    (B, T, L, D)   motion, without identity                 z_c2d = MotionEncoder(TemporalFusion(z_a, z_v))
+    z_s2d    (B, T, L, D)   this person with this motion             z_s2d = z_s2c + z_c2d
     frames   (B, T, 3, H, W)                                         Generator(z_s2d, weights changed by HyperNetwork)
 
-B clips, T consecutive frames, N = B * T, L style layers, D latent width, P width of the pose code.
+B clips, T consecutive frames, N = B * T, L style layers, D latent width, P width of the pose code, M width of the mouth
+code, K of its numbers are the shape of the lips.
 
 What differs from the paper:
-- Two motion encoders behind `Config.motion`. "paper": a three-layer MLP over the fused modalities. "direct" (ours, the
+- Two motion encoders, `Config.motion`. "paper": a three-layer MLP over the fused modalities. "direct" (ours, the
   default): head, eyes and brows of frame t are a linear map of that frame's normalised code down to P numbers and up to
-  W+; only the sound goes through an MLP. A nonlinear joint path learns the lips and never picks up the pose, or picks it
-  up with the driver's face: pairs from one clip never show it two people. README has the numbers of both.
-- IdentityMaps (ours): the code also feeds the generator's coarse features directly, and of real faces a coarse picture,
-  which holds unseen people.
-- A mouth code (ours, real faces): a few numbers hold the lips that the encoder does not see. Landmarks teach the first of
-  them, the shape of lips, in which the sound speaks and which means the same on every face: see DirectMotion.
+  W+; only the sound goes through an MLP. A joint MLP learns the lips and either misses the pose or copies the driver's
+  face with it: training pairs come from one clip, so two people never meet. README has the numbers of both.
+- IdentityMaps (ours): the code also feeds the generator's coarse features directly, and for real faces a coarse RGB
+  image, which represents people outside the training set.
+- Mouth code (ours, real faces): M numbers hold the lips, which are masked in the encoder's input. The first K are the
+  shape of the lips, learned from landmarks. They mean the same on every face, so sound predicts them: see DirectMotion.
 - The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
 """
 
@@ -30,6 +31,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from audio import AudioEncoder
 from checkpoint import load_checkpoint, load_strictly, refusing
@@ -40,11 +42,14 @@ from vision import (
     GradualStyleEncoder, HyperNetwork, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet,
     parts_of)
 
+CONTEXT = 2  # sound windows on each side of the decoded frames: the reach of the temporal convolution
+
+
 @dataclasses.dataclass
 class Config:
     """Shape of the whole network; saved in every checkpoint as a plain dict. `Config.at(size)` is the dial."""
-    size: int = 256             # edge of a picture
-    template: str = "toy"       # crop template, see vision.TEMPLATES
+    size: int = 256             # edge of an image
+    template: str = "toy"       # crop template, see faces.TEMPLATES
     dim: int = 512              # D
     n_mlp: int = 8              # layers of the mapping network
     base: int = 32768           # channels of generator and discriminator: min(cap, base / resolution)
@@ -55,13 +60,12 @@ class Config:
     linear: int = 256           # numbers of the slim encoder's linear path; 0: none
     map_code: int = 0           # numbers behind the identity maps; 0: none, as with published generators
     map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
-    picture: int = 0            # edge of the coarse picture that is a linear image of the code, see IdentityMaps; 0: none
+    coarse_rgb: int = 0         # edge of the coarse image, a linear map of the code, see IdentityMaps; 0: none
     audio_width: float = 1.0    # of Wav2Lip's channel counts
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
-    mouth_dim: int = 0          # M, numbers of the mouth code, see FCTFG.invert; 0: none, as in the paper
-    state_dim: int = 0          # K of its directions speak, the others are the person's own, see DirectMotion.say
-    landmarks: bool = False     # these K are the lips' shape, taught by landmarks; the first is how far they are open
+    mouth_dim: int = 0          # M; 0: no mouth code, as in the paper
+    shape_dim: int = 0          # K
     hyper: str = "separable"    # HyperStyle's heads: "separable" or "shared"; "slim": HyperNetwork; "none"
     hyper_width: int = 64       # of "separable" and "shared"
     hyper_rank: int = 2         # of a weight change of "slim"
@@ -73,28 +77,22 @@ class Config:
         return n_styles(self.size)
 
     @classmethod
-    def load(cls, plain: dict) -> "Config":
-        """From a checkpoint; in the first ones the networks had one form each"""
-        first = dict(encoder="slim", hyper="slim" if plain["hyper_rank"] else "none", refine=1)
-        return cls(**(first | plain | dict(hyper_rank=plain["hyper_rank"] or 2,
-                                           map_channels=tuple(plain["map_channels"]))))
-
-    @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
         slim = dict(encoder="slim", hyper="slim", refine=2)
         small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
         if changes.get("template", "toy") != "toy" and size < 256:  # ours: real faces are harder than drawn ones
-            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=())
-            face |= dict(picture=min(32, size))
-            face |= dict(mouth_dim=24, state_dim=8) if changes.get("motion") != "paper" else {}
+            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=(),
+                        coarse_rgb=min(32, size))
+            if changes.get("motion") != "paper":
+                face |= dict(mouth_dim=24, shape_dim=6)
             dial = {16: dict(face, base=1024, linear=200, map_code=224), 32: dict(face, base=2048),
                     64: dict(face, base=4096), 128: dict(face, base=8192)}
         else:
-            middle = dict(slim, dim=256, base=8192, cap=256, encoder_width=48, map_code=256, audio_width=0.5)
-            dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: middle,
-                    256: dict()}
+            medium = dict(slim, dim=256, base=8192, cap=256, encoder_width=48, map_code=256, audio_width=0.5)
+            dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: medium}
+        dial[256] = dict()
         assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
         return cls(**(dict(size=size) | dial[size] | changes))
 
@@ -103,10 +101,7 @@ class Config:
 # the two spaces
 
 class Whiten(nn.Module):
-    """Fixed statistics of the encoder's codes: (z - mean) / std for each of the L x D numbers.
-
-    They are set by `FCTFG.set_statistics`.
-    """
+    """(z - mean) / std for each of the L x D numbers of a code; fixed statistics, see `FCTFG.set_statistics`"""
 
     def __init__(self, L: int, dim: int):
         super().__init__()
@@ -118,10 +113,10 @@ class Whiten(nn.Module):
 
 
 class CanonicalEncoder(nn.Module):
-    """z_s -> z_s2c: take the motion out, keep the person (paper, section 3.2: a two-layer MLP).
+    """z_s -> z_s2c: remove the motion, keep the identity (paper, section 3.2: a two-layer MLP).
 
-    z_s2c = z_s + linear(z) + MLP(z), z the whitened code. The linear part is ours: it starts from the closed-form
-    regression in train.py, and the MLP from zero.
+    z_s2c = z_s + linear(z) + MLP(z), z the whitened code. The linear part is ours: it starts from a closed-form
+    regression (initialise.motion_space), and the MLP from zero.
     """
 
     def __init__(self, L: int, dim: int, hidden: int, rank: int):
@@ -142,15 +137,14 @@ class CanonicalEncoder(nn.Module):
 class TemporalFusion(nn.Module):
     """One 1-D convolution over time for each modality (paper, section 3.3), added to its input.
 
-    Frame t sees frames t - 2 .. t + 2. In the "direct" form the driving frames keep to themselves: a pose needs no
+    Frame t depends on frames t - 2 .. t + 2. The "direct" form has none for the driving frames: a pose needs no
     neighbours, and the convolution would let the mouth's rhythm in.
     """
 
-    def __init__(self, dim: int, visual: bool, kernel: int = 5):
+    def __init__(self, dim: int, visual: bool):
         super().__init__()
-        self.audio = nn.Conv1d(dim, dim, kernel, padding=kernel // 2)
-        self.visual = nn.Conv1d(dim, dim, kernel, padding=kernel // 2) if visual else None
-        self.reach = kernel // 2
+        self.audio = nn.Conv1d(dim, dim, 2 * CONTEXT + 1, padding=CONTEXT)
+        self.visual = nn.Conv1d(dim, dim, 2 * CONTEXT + 1, padding=CONTEXT) if visual else None
 
     def forward(self, z_a, z_v):
         """z_a (B, T, D), z_v (B, T, L, D) -> the same shapes"""
@@ -185,104 +179,99 @@ class PaperMotion(nn.Module):
 
 
 class DirectMotion(nn.Module):
-    """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear readings of its whitened code; the lips are an
-    MLP of the sound. `idle` holds pose deviations of training clips: P numbers a frame that carry no face.
+    """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear functions of its whitened code; the lips are an
+    MLP of the sound. `idle` holds pose deviations of training clips: P numbers a frame, without identity.
 
-    With a mouth code (ours) the sound speaks in it: in the K directions `state`. What a mouth is in the others, its owner
-    keeps (`own`). Where landmarks taught the code, these are its first K numbers, the lips' shape, and of them only the
-    opening is taken from the owner, and kept in `range`: how wide a mouth is, and a smile, stay, and speech moves them
-    from there. Without landmarks they are those in which mouths of training clips move, and all are taken."""
+    With a mouth code (ours, real faces) sound predicts its first K numbers, the shape of the lips. The first of these,
+    the opening, replaces the source's own, within `opening_limits`; the other K - 1 are added to the source's: a wide
+    mouth or a smile stays. The remaining M - K (colour, teeth, a beard) are the source's appearance.
+    """
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
-        L, D, P, M, K = config.L, config.dim, config.pose_dim, config.mouth_dim, config.state_dim
-        self.shape = (L, D)
+        L, D, P, M, K = config.L, config.dim, config.pose_dim, config.mouth_dim, config.shape_dim
+        self.shape, self.M = (L, D), M
         self.whiten = Whiten(L, D)
         self.fusion = TemporalFusion(D, visual=False)
         self.pose_down, self.pose_up = nn.Linear(L * D, P), nn.Linear(P, L * D, bias=False)
         self.lips = nn.Sequential(nn.Linear(D, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
-                                  nn.Linear(hidden, K or M or L * D))
+                                  nn.Linear(hidden, K or L * D))
         self.mouth_up = nn.Linear(M, L * D, bias=False) if M else nn.Identity()   # mouth code -> W+
         nn.init.normal_(self.lips[4].weight, std=0.01)
         nn.init.zeros_(self.lips[4].bias)
         self.register_buffer("idle", torch.zeros(8, 75, P))                       # 8 clips of 3 s
-        self.register_buffer("state", torch.eye(K, M) if K else None)             # orthonormal rows
-        self.register_buffer("mouth_mean", torch.zeros(M) if K else None)
-        self.taken = 1 if config.landmarks else K
-        self.register_buffer("range", torch.tensor([-torch.inf, torch.inf]) if config.landmarks else None)
-        # for warp.py, set by train.fit_warp: how landmarks move with these numbers; slope and offset of the opening
-        self.register_buffer("moves", torch.zeros(K, 68, 2) if config.landmarks else None)
-        self.register_buffer("opening", torch.zeros(2) if config.landmarks else None)
+        self.register_buffer("opening_limits", torch.tensor([-torch.inf, torch.inf]) if M else None)  # of training clips
+        # for warp.py, set by initialise.fit_warp: displacement of the landmarks with each number of the shape; slope and
+        # offset of the opening, mouth code -> distances of the eyes' corners
+        self.register_buffer("moves", torch.zeros(K, 68, 2) if M else None)
+        self.register_buffer("opening", torch.zeros(2) if M else None)
 
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
 
-    def say(self, z_a, context=0):  # (B, T + 2 context, D) -> mouth code (B, T, M), or the lips in W+ where there is none
+    def audio_to_mouth(self, z_a, context=0):
+        """z_a (B, T + 2 context, D) -> mouth code (B, T, M), or (B, T, L * D), the lips in W+, without a mouth code"""
         z_a, _ = self.fusion(z_a, None)
-        said = self.lips(z_a[:, context:z_a.shape[1] - context])
-        if self.range is not None:  # lips shut no tighter and open no wider than those of training clips
-            said = torch.cat([said[..., :1].clamp(*self.range), said[..., 1:]], -1)
-        return said if self.state is None else said @ self.state + self.mouth_mean
+        mouth = self.lips(z_a[:, context:z_a.shape[1] - context])
+        if self.M:
+            mouth = torch.cat([mouth[..., :1].clamp(*self.opening_limits), mouth[..., 1:]], -1)
+            mouth = F.pad(mouth, (0, self.M - mouth.shape[-1]))
+        return mouth
 
-    def spoken(self, mouth):  # mouth code (.., M) -> the part of it that speech decides
-        if self.state is None:
-            return mouth
-        taken = self.state[:self.taken]
-        return (mouth - self.mouth_mean) @ taken.t() @ taken + self.mouth_mean
+    def speech_part(self, mouth):
+        """Mouth code (.., M) -> the part that sound replaces: the opening, zeros elsewhere"""
+        return F.pad(mouth[..., :1], (0, self.M - 1))
 
-    def own(self, mouth):  # mouth code (.., M) -> the part that it does not, in W+ (.., L, D)
-        return self.mouth_up(mouth - self.spoken(mouth)).unflatten(-1, self.shape)
+    def appearance_part(self, mouth):
+        """Mouth code (.., M) -> the part that sound does not replace, in W+ (.., L, D)"""
+        return self.mouth_up(mouth - self.speech_part(mouth)).unflatten(-1, self.shape)
 
     def join(self, pose, mouth):  # (.., P), (.., M) -> (.., L, D)
         return (self.pose_up(pose) + self.mouth_up(mouth)).unflatten(-1, self.shape)
 
-    def move(self, pose, z_a, context=0):  # (B, T, P), (B, T + 2 context, D) -> (B, T, L, D)
-        return self.join(pose, self.say(z_a, context))
-
     def forward(self, z_a, z_v, context=0):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
-        return self.move(self.pose(z_v), z_a, context)
+        return self.join(self.pose(z_v), self.audio_to_mouth(z_a, context))
 
 
 class IdentityMaps(nn.Module):
-    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse picture
-    (N, 3, P, P) to add to its RGB, or None. Ours.
+    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image
+    (N, 3, h, h) to add to its RGB, or None. Ours.
 
-    PC-AVS's generator starts from an identity map; here the map is a linear image of the moved code z_s2d, because one
-    of the source's own code would carry the source's pose and mouth past the motion space.
+    PC-AVS's generator starts from an identity map. Here the map is linear in z_s2d: a map of the source's own code would
+    bypass the motion space with the source's pose and mouth.
 
-    The coarse picture is for real faces. A linear image of a thousand numbers holds anybody from the first step, in the
-    manner of eigenfaces: 1024 components of 32x32 pixels alone keep an identity cosine of .89 on photos never seen, this
-    network starts at .70 (train.start_picture). The generator sees the picture at each of its resolutions and learns what
+    The coarse image is for real faces. A linear function of a thousand numbers represents anybody from the first step, in
+    the manner of eigenfaces: 1024 components of 32x32 pixels alone keep an identity cosine of .89 on unseen photos, this
+    network starts at .70 (initialise.coarse_rgb). The generator gets the image at each of its resolutions and learns what
     is still missing.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        edge = config.picture
+        edge = config.coarse_rgb
         resolutions = [r for r in (4, 8, 16, 32) if r <= (edge or config.size // 2)]
         channels = [min(config.cap, config.base // r) for r in resolutions]
         self.shapes = [(min(c, most), r, r) for c, most, r in zip(config.map_channels, channels, resolutions)]
         self.down = nn.Linear(config.L * config.dim, config.map_code)
         self.up = nn.ModuleList(nn.Linear(config.map_code, math.prod(s)) for s in self.shapes)
-        self.picture = nn.Linear(config.map_code, 3 * edge ** 2) if edge else None
+        self.coarse_rgb = nn.Linear(config.map_code, 3 * edge ** 2) if edge else None
         self.views = nn.ModuleList(nn.Conv2d(3, c, 3, padding=1) for c in channels if edge)
-        for layer in (*self.up, *self.views, *[self.picture] * (edge > 0)):
-            # closed at first: a generator of stage 1 is met as it was trained
-            nn.init.zeros_(layer.weight)
+        for layer in (*self.up, *self.views, *[self.coarse_rgb] * (edge > 0)):
+            nn.init.zeros_(layer.weight)                                          # at first the generator is stage 1's
             nn.init.zeros_(layer.bias)
 
     def forward(self, w_plus):
         code = self.down(w_plus.flatten(1))
-        maps, picture = [up(code).unflatten(1, shape) for up, shape in zip(self.up, self.shapes)], None
-        if self.picture:
-            edge = math.isqrt(self.picture.out_features // 3)
-            picture = self.picture(code).unflatten(1, (3, edge, edge))
-            maps = [view(nn.functional.adaptive_avg_pool2d(picture, 4 * 2 ** i)) for i, view in enumerate(self.views)]
-        return [x.contiguous(memory_format=torch.channels_last) for x in maps], picture
+        maps, coarse = [up(code).unflatten(1, shape) for up, shape in zip(self.up, self.shapes)], None
+        if self.coarse_rgb:
+            edge = math.isqrt(self.coarse_rgb.out_features // 3)
+            coarse = self.coarse_rgb(code).unflatten(1, (3, edge, edge))
+            maps = [view(F.adaptive_avg_pool2d(coarse, 4 * 2 ** i)) for i, view in enumerate(self.views)]
+        return [x.contiguous(memory_format=torch.channels_last) for x in maps], coarse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the whole
+# the whole network
 
 def changed_layers(generator: Generator, lowest: int = 4) -> list:
     """(O, I) of each 3x3 layer, in the order of styled_convs(); None for those below `lowest` px"""
@@ -292,7 +281,7 @@ def changed_layers(generator: Generator, lowest: int = 4) -> list:
 
 
 class FCTFG(nn.Module):
-    """The whole network; generator_only (stage 1): without what stands around the generator."""
+    """The whole network; generator_only (stage 1): the generator alone."""
 
     def __init__(self, config: Config, generator_only: bool = False):
         super().__init__()
@@ -314,19 +303,18 @@ class FCTFG(nn.Module):
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
         self.audio = AudioEncoder(c.dim, c.audio_width)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
-        assert not c.mouth_dim or c.motion == "direct", "a mouth code is of the direct form"
-        shape_dim = c.state_dim if c.landmarks else 0
-        self.mouth = MouthEncoder(c.template, c.mouth_dim, shape_dim) if c.mouth_dim else None
+        assert not c.mouth_dim or c.motion == "direct", "a mouth code needs the direct motion encoder"
+        self.mouth = MouthEncoder(c.template, c.mouth_dim, c.shape_dim) if c.mouth_dim else None
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> (N, 3, H, W)"""
-        maps, picture = self.maps(w_plus) if self.maps else ((), None)
-        return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, picture)
+        maps, coarse = self.maps(w_plus) if self.maps else ((), None)
+        return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, coarse)
 
     def refine(self, source, z_s, deltas=None):
-        """One of HyperStyle's refinements: what is still wrong with the picture changes the weights a little more.
+        """One of HyperStyle's refinements: the remaining error of the decoded image changes the weights once more.
 
-        Gradients reach the hypernetwork through this change alone, not through the deltas so far, nor their picture.
+        Gradients reach the hypernetwork through this change alone, not through the previous deltas or their image.
 
         Args:
             source: (B, 3, H, W).
@@ -348,32 +336,32 @@ class FCTFG(nn.Module):
         the last with gradients; None without a hypernetwork, or where config.refine is 0"""
         n, deltas = self.config.refine if self.hyper else 0, None
         if n and self.mouth:
-            z_s = self.invert(source)                                             # the whole code, mouth and all
+            z_s = self.invert(source)                                             # the code with its mouth
         for i in range(n):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == n - 1):
                 deltas = self.refine(source, z_s, deltas)
         return deltas
 
-    def person(self, source):
+    def canonical_code(self, source):
         """source (B, 3, H, W) -> its code z_s and its canonical code z_s2c, both (B, L, D)"""
         z_s = self.encode_source(source)
-        return z_s, self.canonical(z_s) + (self.motion.own(self.mouth(source)) if self.config.state_dim else 0.0)
+        z_s2c = self.canonical(z_s)
+        return z_s, z_s2c + self.motion.appearance_part(self.mouth(source)) if self.mouth else z_s2c
 
     def encode_source(self, source):
-        """source (B, 3, H, W) -> z_s (B, L, D), without its mouth where a mouth code carries that"""
+        """source (B, 3, H, W) -> z_s (B, L, D); with a mouth code the lips are masked"""
         return self.encoder(mask_mouth(source, self.config.template, "lips") if self.mouth else source)
 
-    def invert(self, pictures, mouth=None):
-        """pictures (N, 3, H, W) -> W+ codes (N, L, D) that decode to them.
+    def invert(self, images, mouth=None):
+        """images (N, 3, H, W) -> W+ codes (N, L, D) that decode to them.
 
-        With a mouth code (ours): the encoder sees the picture without its mouth, and the MouthEncoder reads that into M
-        numbers, so few that they mean the same on every face. Other `mouth` numbers (N, M), of another picture or of the
-        sound, then move the lips of a face that never spoke.
+        mouth: (N, M), with a mouth code: of another image or from sound, in place of the images' own. It moves the lips
+        of a face that is known from one photo.
         """
         if not self.mouth:
-            return self.encoder(pictures)
-        mouth = self.mouth(pictures) if mouth is None else mouth
-        return self.encode_source(pictures) + self.motion.mouth_up(mouth).unflatten(-1, self.motion.shape)
+            return self.encoder(images)
+        mouth = self.mouth(images) if mouth is None else mouth
+        return self.encode_source(images) + self.motion.mouth_up(mouth).unflatten(-1, self.motion.shape)
 
     def encode_driving(self, driving):
         """driving (B, T, 3, H, W) -> z_v (B, T, L, D). The mouths are masked here: the lips must come from the sound."""
@@ -389,10 +377,10 @@ class FCTFG(nn.Module):
 
         Args:
             source: (B, 3, H, W) in [-1, 1].
-            driving: (B, T', 3, H, W), T' = T + 2 context; of the "direct" form the T frames suffice.
+            driving: (B, T', 3, H, W), T' = T + 2 context; for the "direct" form the T frames suffice.
             mel: (B, T', 1, 80, 16).
-            context: frames at both ends that the temporal convolution may see and that are not decoded.
-            mouth: (B, T, M), with a mouth code: what is said in place of the sound's; NaN where the sound decides.
+            context: frames at both ends that the temporal convolution reads and that are not decoded.
+            mouth: (B, T, M), with a mouth code: replaces what the sound predicts, except where it is NaN.
 
         Returns:
             frames (B, T, 3, H, W), z_s2c (B, L, D), z_c2d (B, T, L, D).
@@ -400,15 +388,15 @@ class FCTFG(nn.Module):
         T = mel.shape[1] - 2 * context
         assert driving.shape[1] in (T, mel.shape[1]), (
             f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}")
-        z_s, z_s2c = self.person(source)
-        if self.config.motion == "direct":                                        # its poses know no neighbours
+        z_s, z_s2c = self.canonical_code(source)
+        if self.config.motion == "direct":                                        # its poses need no neighbours
             driving = middle(driving, T)
         z_a, z_v = self.encode_sound(mel), self.encode_driving(driving)
         if mouth is None:
             z_c2d = self.motion(z_a, z_v, context)
         else:
-            said = self.motion.say(z_a, context)
-            z_c2d = self.motion.join(self.motion.pose(z_v), torch.where(mouth.isnan(), said, mouth.to(said)))
+            predicted = self.motion.audio_to_mouth(z_a, context)
+            z_c2d = self.motion.join(self.motion.pose(z_v), torch.where(mouth.isnan(), predicted, mouth.to(predicted)))
         w_plus = (z_s2c[:, None] + z_c2d).flatten(0, 1)                           # (N, L, D)
         frames = self.decode(w_plus, self.weight_changes(source, z_s))
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
@@ -418,27 +406,27 @@ class FCTFG(nn.Module):
         """Set the whitening: z (n, L, D) codes of training frames, z_masked (n, L, D) of the same with masked mouths."""
         for whiten, codes in ((self.canonical.whiten, z), (self.motion.whiten, z_masked)):
             whiten.mean.copy_(codes.mean(0))
-            whiten.std.copy_(codes.std(0).clamp_min(0.05 * codes.std()))          # floor, ours: dead numbers stay quiet
+            whiten.std.copy_(codes.std(0).clamp_min(0.05 * codes.std()))          # ours: constant numbers stay small
 
     @torch.inference_mode()
     def still(self, source):
-        """source (3, H, W) -> (3, H, W) in [-1, 1]: the photo as the network holds it, nothing moved."""
+        """source (3, H, W) -> (3, H, W) in [-1, 1]: the reconstruction of a photo"""
         z_s = self.invert(source[None])
         return self.decode(z_s, self.weight_changes(source[None], z_s))[0].clamp(-1, 1)
 
     @torch.inference_mode()
-    def lip_numbers(self, mel):
-        """Sound -> the shape of the lips, without a picture. Only for networks trained with landmarks.
-
-        mel: (n, 1, 80, 16), or an iterable of pieces of it. Returns (n, K); the first number is the opening's.
-        """
-        z_a = torch.cat([self.audio(m) for m in (mel.split(256) if torch.is_tensor(mel) else mel)])
-        return (self.motion.say(z_a[None])[0] - self.motion.mouth_mean) @ self.motion.state.t()
+    def lip_shape(self, mel):
+        """Sound -> shape of the lips (n, K), without an image; needs a mouth code. mel: as for animate"""
+        return self.motion.audio_to_mouth(self.all_sound(mel)[None])[0, :, :self.config.shape_dim]
 
     def lips(self, mel):
-        """As lip_numbers, in warp.py's terms: opening (n,) in distances of the eyes' corners, shape (n, K - 1), NumPy"""
-        numbers, (slope, offset) = self.lip_numbers(mel).cpu().numpy(), self.motion.opening.tolist()
+        """As lip_shape, in warp.py's units: opening (n,) in distances of the eyes' corners, shape (n, K - 1), NumPy"""
+        numbers, (slope, offset) = self.lip_shape(mel).cpu().numpy(), self.motion.opening.tolist()
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
+
+    def all_sound(self, mel):
+        """mel (n, 1, 80, 16), or an iterable of pieces of it -> z_a (n, D)"""
+        return torch.cat([self.audio(m) for m in (mel.split(256) if torch.is_tensor(mel) else mel)])
 
     @torch.inference_mode()
     def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
@@ -448,46 +436,42 @@ class FCTFG(nn.Module):
             source: (3, H, W) in [-1, 1].
             mel: (n, 1, 80, 16), one window a frame, or an iterable of pieces of it.
             driving: n frames (3, H, W) (a tensor or any iterable), or None: the photo's own pose with idle motion.
-            sway: idle motion moves the head, too; without, it only blinks.
+            sway: idle motion moves the head as well; without, only blinks.
             batch: frames decoded at a time; memory does not grow with n.
 
         Yields:
             (b, 3, H, W) in [-1, 1], n frames in all.
         """
         source = source[None]
-        z_s, z_s2c = self.person(source)
-        deltas = self.weight_changes(source, z_s)
-        mel = mel.split(256) if torch.is_tensor(mel) else mel
-        z_a = torch.cat([self.audio(m) for m in mel])                             # (n, D): all the sound in one go
-        for _, z_c2d in self.motion_stream(source, z_a, driving, sway, batch):
+        z_s, z_s2c = self.canonical_code(source)
+        deltas, z_a = self.weight_changes(source, z_s), self.all_sound(mel)
+        for z_c2d in self.motion_stream(source, z_a, driving, sway, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
     def motion_stream(self, source, z_a, driving, sway, batch):
-        """(first frame, z_c2d (b, L, D)) in order. A batch is computed with the frames on both sides that the temporal
-        convolution reaches, so its numbers are those of the whole clip in one pass."""
-        n, reach = len(z_a), self.motion.fusion.reach
-        frames = iter(driving) if driving is not None else None
-        direct = self.config.motion == "direct"
+        """z_c2d (b, L, D) in order. A batch is computed with the frames on both sides that the temporal convolution
+        reaches, so its numbers are those of the whole clip in one pass."""
+        n, direct = len(z_a), self.config.motion == "direct"
         idle = (self.motion.idle if sway else blinks(self.motion.idle)) if direct else None
         z_own = self.encode_driving(source[None])                                 # (1, 1, L, D)
-        codes, first = z_own.new_zeros(1, 0, *z_own.shape[2:]), 0                  # codes of frames first, first + 1, ..
+        frames, codes, first = iter(() if driving is None else driving), z_own[:, :0], 0  # codes of frames first, ..
         for start in range(0, n, batch):
             stop = min(start + batch, n)
-            lo, hi = max(0, start - reach), min(n, stop + reach)
-            if frames is not None:
-                while first + codes.shape[1] < hi:                                # encode the new, forget the past
-                    fresh = [next(frames).to(source) for _ in range(min(batch, hi - first - codes.shape[1]))]
-                    codes = torch.cat([codes, self.encode_driving(torch.stack(fresh)[None])], 1)
+            lo, hi = max(0, start - CONTEXT), min(n, stop + CONTEXT)
+            if driving is None:
+                z_v = z_own.expand(1, hi - lo, -1, -1)
+            else:
+                while first + codes.shape[1] < hi:                                # encode new frames, drop old ones
+                    new = [next(frames).to(source) for _ in range(min(batch, hi - first - codes.shape[1]))]
+                    codes = torch.cat([codes, self.encode_driving(torch.stack(new)[None])], 1)
                 codes, first = codes[:, lo - first:], lo
                 z_v = codes[:, :hi - lo]
-            else:
-                z_v = z_own.expand(1, hi - lo, -1, -1)
-            if frames is None and direct:
+            if driving is None and direct:
                 pose = self.motion.pose(z_own) + idle_pose(idle, lo, hi)[None]
-                z_c2d = self.motion.move(pose, z_a[None, lo:hi])
+                z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[None, lo:hi]))
             else:
                 z_c2d = self.motion(z_a[None, lo:hi], z_v)
-            yield start, z_c2d[0, start - lo:stop - lo]
+            yield z_c2d[0, start - lo:stop - lo]
 
 
 def middle(x, T: int):
@@ -497,10 +481,8 @@ def middle(x, T: int):
 
 
 def idle_pose(idle, lo: int, hi: int):
-    """idle (n, T, P) -> (hi - lo, P): the stored clips one after another, each walked there and back, so nothing jumps.
-
-    Every clip begins at deviation zero (see train.py), so the joints do not jump either.
-    """
+    """idle (n, T, P) -> frames lo .. hi - 1 of endless idle motion, (hi - lo, P): the clips in turn, each played forward
+    and back. Each starts at deviation zero (initialise.collect_idle), so the joints are continuous as well."""
     n, T, _ = idle.shape
     k = torch.arange(lo, hi, device=idle.device)
     clip, t = k // (2 * T) % n, k % (2 * T)
@@ -508,12 +490,12 @@ def idle_pose(idle, lo: int, hi: int):
 
 
 def blinks(idle, reach: int = 6):
-    """idle (n, T, P) -> its brief jumps, zero elsewhere: the head of a photo that is pasted back into must stand still.
+    """idle (n, T, P) -> its brief deviations, zero elsewhere: blinks without sway, for a head that must not move.
 
-    A blink lasts 3-7 frames, a sway longer: off goes a running median of 13 frames, then what is small. Ours: in the
-    toy world's codes blinks stand 3.5 to 5 times above the median of what is left, the rest below 2.5 or so.
+    A blink lasts 3-7 frames, a sway longer: a running median of 13 frames is subtracted, then what is small is cut off.
+    Ours: in the toy world's codes blinks stand 3.5 to 5 times above the median of the remainder, the rest below 2.5.
     """
-    around = nn.functional.pad(idle.transpose(1, 2), (reach, reach), mode="replicate")
+    around = F.pad(idle.transpose(1, 2), (reach, reach), mode="replicate")
     brief = idle - around.unfold(2, 2 * reach + 1, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)
     return brief * (size / size.median().clamp_min(1e-6) - 2.5).clamp(0, 1)
@@ -526,18 +508,21 @@ def mean_w(generator: Generator, n: int = 4096):
     return generator.mapping(torch.randn(n, generator.dim, device=device)).mean(0)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
 def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
     """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px.
 
     Args:
         generator: checkpoint of rosinality's StyleGAN2 (g_ema is taken, or g; and d).
-        encoder: of pSp, of HyperStyle's W encoder, or ArcFace's IR-SE50 (the trunk that pSp starts from).
+        encoder: of pSp, or ArcFace's IR-SE50 (the trunk that pSp starts from).
         hyper: of HyperStyle. It and encoder may hold the generator that they were trained with, which is taken where
             none is given and its size is right.
 
     Returns:
-        (what Config must be for them, {"generator", "D", "encoder", "hyper": network}, those that there are). Where no
-        file has a latent_avg, the encoder's is NaN.
+        (overrides of Config's fields, {"generator", "D", "encoder", "hyper": network}, those that the files have). Where
+        no file has a latent_avg, the encoder's is NaN.
 
     Raises:
         InputError: a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together.
@@ -556,23 +541,23 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
     shape = generator_shape(decoder, source) if decoder and not generator else {}
     if shape.get("size") == size:
         networks["generator"] = load_strictly(lambda: Generator(**shape), decoder, f"{source}, decoder")
-    changes = {}
+    overrides = {}
     if encoder:
-        changes = dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
+        overrides = dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
     if "generator" in networks:
-        changes |= generator_shape(networks["generator"].state_dict(), source) | dict(noise=True, map_code=0)
-        if encoder and networks["encoder"].latent_avg.shape[1] != changes["dim"]:
-            raise InputError(f"{encoder}: its codes are not of the generator's {changes['dim']} numbers")
+        overrides |= generator_shape(networks["generator"].state_dict(), source) | dict(noise=True, map_code=0)
+        if encoder and networks["encoder"].latent_avg.shape[1] != overrides["dim"]:
+            raise InputError(f"{encoder}: the width of its codes is not the generator's {overrides['dim']}")
     if hyper:
         if "generator" not in networks:
             raise InputError(f"{hyper}: its generator of {size} px is neither in it nor given with --generator")
         networks["hyper"], form, _ = load_hypernet(hyper, changed_layers(networks["generator"]))
-        changes |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
-    return changes, networks
+        overrides |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
+    return overrides, networks
 
 
 def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) -> FCTFG:
-    """The EMA network of a file of one of these kinds, in eval mode; its `kind` says which.
+    """The EMA network of a file of one of these kinds, in eval mode; `model.kind` is the file's.
 
     Raises:
         InputError: missing, truncated, hostile or wrong-kind file; a network of another shape.
@@ -580,8 +565,6 @@ def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) ->
     checkpoint = load_checkpoint(path, kinds)
     with refusing(path, "not a network of this version"):
         state = checkpoint["networks" if checkpoint["kind"] == "weights" else "ema"]["model"]
-        model = load_strictly(lambda: FCTFG(Config.load(checkpoint["config"])), state, path)
+        model = load_strictly(lambda: FCTFG(Config(**checkpoint["config"])), state, path)
     model.kind = checkpoint["kind"]
     return model.to(device).eval()
-
-CONTEXT = 2  # sound windows on each side of the decoded frames: what the temporal convolution reaches

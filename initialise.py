@@ -1,319 +1,365 @@
-"""What happens once, before a stage's first step: closed forms that minutes on a CPU need.
+"""What happens once, before a stage's first step: closed forms and short regressions, so that minutes of a CPU suffice.
 
-ours: the paper trains long enough not to need them.
+ours: the paper trains long enough without them. `stage` is the order; fit_warp and collect_idle prepare a network for
+sampling.
 """
 
 import copy
 import dataclasses
 import functools
-import math
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
-import judges
-import losses
+from checkpoint import freeze
 from data import Clips, batches
 from faces import mask_mouth
 from fusion import CONTEXT, Config, mean_w
+from judges import SmallFaceJudge, same_person_loss
 from landmarks import load_landmarks
+from losses import Augment
 from media import InputError, to_tensor
 from motion import fit_moves, fit_opening, held_still, lip_opening
 from vision import small_picture
 
+LIP_STEPS = 2000   # of train_lips, at most: its loss hardly falls after these
+LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
+
+
+def make_config(args, pack, previous, overrides) -> Config:
+    """The dial's Config, or that of the stage before (`previous`: its checkpoint), with the overrides that published
+    files demand. A hypernetwork is in it from --part hyper on."""
+    dial = Config.at(args.size, template=pack.template, motion=args.motion)
+    config = Config(**previous["config"]) if previous else dial
+    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
+    if not config.map_code or config.encoder != "slim":                                # published networks have none
+        config.coarse_rgb = 0
+    if "hyper" not in overrides and (args.stage == 2 or not previous):
+        config.hyper = dial.hyper if args.part == "hyper" else "none"
+    if args.stage == 2:                                                                # stage 3 inherits these
+        config.mouth_dim, config.shape_dim = dial.mouth_dim, dial.shape_dim
+    elif args.stage == 3 and not previous:                                             # stage 2 would have learned it
+        config.mouth_dim = config.shape_dim = 0
+    if args.stage == 3 and config.mouth_dim and config.motion == "paper":
+        raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
+    return config
+
+
+def stage(args, model, D, data, networks, device) -> dict:
+    """What a stage starts with, once -> its frozen networks, see own_judges.
+
+    networks: state dicts of the stage before and of published networks, which are in `model` and D already; or of the
+    checkpoint that --resume continues, which needs no start."""
+    if args.stage == 1 or args.resume:
+        return own_judges(args, D, data, networks, device) if args.resume else {}
+    if args.part == "encoder" and model.mouth:
+        train_reader(model, data, device, args.seed)
+    if args.part == "encoder" and "encoder" not in networks:
+        fit_encoder(model, data["images"], device)
+    if model.encoder.latent_avg.isnan().any():                                         # a published file without it
+        model.encoder.latent_avg.copy_(mean_w(model.generator))
+    frozen = own_judges(args, D, data, networks, device)
+    if args.stage == 3:
+        fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
+        if model.mouth:
+            train_lips(model, data["pack"], data["clips"], args, device)
+    return frozen
+
+
+def own_judges(args, D, data, networks, device) -> dict:
+    """Frozen networks that need no download: feature_net, stage 1's discriminator, and judge, a small face recogniser.
+
+    networks: state dicts of the stage before, or of the checkpoint that is resumed."""
+    frozen = {}
+    if "feature_net" in networks or "D" in networks:
+        frozen["feature_net"] = copy.deepcopy(D)
+        frozen["feature_net"].load_state_dict(networks.get("feature_net", networks.get("D")))
+    if "judge" in networks:
+        frozen["judge"] = SmallFaceJudge().to(device)
+        frozen["judge"].load_state_dict(networks["judge"])
+    elif args.w.get("id") and not args.w["arcface"]:
+        frozen["judge"] = train_judge(data, device, args.seed)
+    return {name: freeze(network) for name, network in frozen.items()}
+
+
+def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
+    """Adam on loss_of(step), with a progress bar -> running mean of the loss"""
+    opt, mean = torch.optim.Adam(parameters, lr), 0.0
+    for step in tqdm(range(steps), desc=name, leave=False, disable=None):
+        loss = loss_of(step)
+        opt.param_groups[0]["lr"] = lr * (1 - step / steps) if decay else lr
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        mean += max(0.02, 1 / (step + 1)) * (loss.item() - mean)
+    return mean
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# starts: what a stage does once, before its first step
+# stage 2: the encoder, and what reads the lips
 
 @torch.no_grad()
-def start_encoder(model, pictures, device, most=3000):
-    """Stage 2: mean w of the generator, principal components of training pictures for the linear path."""
+def fit_encoder(model, images, device, most=3000):
+    """Mean w of the generator, and principal components of training images for the encoder's linear path."""
     model.encoder.latent_avg.copy_(mean_w(model.generator))
     if getattr(model.encoder, "linear_down", None) is not None:
-        n = max((8 if model.config.picture else 2) * len(model.encoder.linear_down.weight), most)
-        seen = torch.stack([pictures[i]["image"] for i in range(n)]).to(device)
+        coarse = model.config.coarse_rgb
+        n = max((8 if coarse else 2) * len(model.encoder.linear_down.weight), most)
+        print(f"before the first step: principal components of {n} images" + ", coarse RGB in closed form" * bool(coarse))
+        seen = torch.stack([images[i]["image"] for i in tqdm(range(n), "images", leave=False, disable=None)]).to(device)
         masked = mask_mouth(seen, model.config.template, "lips") if model.mouth else seen
         model.encoder.start_linear(masked)
-        if model.config.picture:
-            start_picture(model, masked, seen)
+        if coarse:
+            fit_coarse_rgb(model, masked, seen)
 
 
 @torch.no_grad()
-def start_picture(model, masked, seen, scale=0.1, ridge=0.02):
-    """Stage 2 with a coarse picture: pictures (n, 3, H, W), lips `masked` -> linear path -> W+ -> the picture as `seen`,
-    in closed form; so is the mouth code's, for what the rest of the face cannot tell about its lips. Ours.
+def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
+    """images (n, 3, H, W), lips `masked` -> linear path -> W+ -> the coarse RGB of `seen`, in closed form. The mouth code
+    is fitted to the lips that the rest of the face does not predict. Ours.
 
     Principal components and mouth numbers go into W+ in orthonormal directions, so short that the generator hardly
-    notices (`scale`; the shape of lips is longer), `maps.down` reads them back, and the picture is a ridge regression on
-    them, less what the generator paints by itself.
+    responds (`scale`; the lips' shape is longer, for the generator must respond to it). `maps.down` reads them back, and
+    coarse RGB is a ridge regression on them, less what the generator draws by itself.
     """
-    encoder, maps, edge, k = model.encoder, model.maps, model.config.picture, model.config.linear
-    for layer in (*(head[-1] for head in encoder.heads), maps.picture):                # the trunk speaks up later
+    encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
+    for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at zero
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     codes = encoder.linear_down(small_picture(masked)).cpu()                           # (n, k), of unit variance
-    by_itself, wanted = (torch.nn.functional.adaptive_avg_pool2d(x, edge).cpu()        # solved there: Apple's chips have
-                         for x in (model.decode(encoder.latent_avg[None]), seen))      # no float64
+    drawn, wanted = (F.adaptive_avg_pool2d(x, edge).cpu()                              # solved on the CPU: Apple's chips
+                     for x in (model.decode(encoder.latent_avg[None]), seen))          # have no float64
     mean, centre = codes.mean(0), wanted.mean(0)
     codes, rest = (codes - mean).double(), (wanted - centre).flatten(1).double()
-    gram = codes.t() @ codes + ridge * len(codes) * torch.eye(k)
-    picture = torch.linalg.solve(gram, codes.t() @ rest).float()                       # (k, 3 * edge * edge)
+    effect = ridge_regression(codes, rest, ridge).float()                              # (k, 3 * edge * edge)
+    k, length = len(effect), torch.full((len(effect),), scale)
     if model.mouth:
-        rest = (rest.float() - codes.float() @ picture).unflatten(1, (3, edge, edge))
+        rest = (rest.float() - codes.float() @ effect).unflatten(1, (3, edge, edge))
         rest = (rest - mask_mouth(rest, model.config.template, "lips")).flatten(1)     # of the lips alone
-        box = model.mouth.mouth_crop(seen).flatten(1).cpu()
-        if model.mouth.reader:                                                         # the lips' shape goes first
-            shape = torch.cat([model.mouth.read(x) for x in model.mouth.mouth_crop(seen).split(256)]).cpu()
-            mean, shape = torch.cat([mean, shape.mean(0)]), shape - shape.mean(0)
-            gram = shape.t() @ shape + ridge * len(shape) * torch.eye(shape.shape[1])
-            effect = torch.linalg.solve(gram, shape.t() @ rest)                        # (K, 3 * edge * edge)
-            picture, rest = torch.cat([picture, effect]), rest - shape @ effect
-        free = len(model.mouth.linear.weight)
-        down, up = reduced_rank_regression(box - box.mean(0), rest, free, ridge * box.var(0).mean())
+        box = model.mouth.mouth_crop(seen)
+        shape, box = torch.cat([model.mouth.read(x) for x in box.split(256)]).cpu(), box.flatten(1).cpu()
+        mean, shape = torch.cat([mean, shape.mean(0)]), shape - shape.mean(0)
+        by_shape = ridge_regression(shape, rest, ridge)                                # (K, 3 * edge * edge)
+        free = len(model.mouth.linear.weight)                                          # M - K: colour, teeth, a beard
+        down, up = reduced_rank_regression(
+            box - box.mean(0), rest - shape @ by_shape, free, ridge * box.var(0).mean())
         model.mouth.linear.weight.copy_(down)
         model.mouth.linear.bias.copy_(-down @ box.mean(0))
-        for q in model.mouth.body[-1].parameters() if model.mouth.body else ():
-            torch.nn.init.zeros_(q)
-        picture, mean = torch.cat([picture, up.t()]), torch.nn.functional.pad(mean, (0, len(down)))
-    length = torch.full((len(picture),), scale)
-    if model.mouth and model.mouth.reader:                                             # these few must be heard: they
-        length[k:k + model.config.state_dim] = 40 * scale                              # decide what the mouth is
-    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(picture)))[0]
+        effect, mean = torch.cat([effect, by_shape, up.t()]), F.pad(mean, (0, free))
+        length = torch.cat([length, torch.full((len(by_shape),), 40 * scale), torch.full((free,), scale)])
+    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(effect)))[0]
     encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
     if model.mouth:
         model.motion.mouth_up.weight.copy_(directions[:, k:])
-    back = (directions / length.square()).t()
-    maps.down.weight[:len(picture)] = back
-    maps.down.bias[:len(picture)] = -back @ encoder.latent_avg.flatten().cpu() - mean
-    maps.picture.weight[:, :len(picture)] = picture.t()
-    maps.picture.bias.copy_((centre - by_itself[0]).flatten())
+    back, n = (directions / length.square()).t(), len(effect)
+    maps.down.weight[:n] = back
+    maps.down.bias[:n] = -back @ encoder.latent_avg.flatten().cpu() - mean
+    maps.coarse_rgb.weight[:, :n] = effect.t()
+    maps.coarse_rgb.bias.copy_((centre - drawn[0]).flatten())
+
+
+# the same mouth in a mirror: which of its 20 points stands for which
+MIRRORED = (6, 5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 16, 15, 14, 13, 12, 19, 18, 17)
+
+
+def mouth_shape(points: np.ndarray) -> np.ndarray:
+    """Landmarks (n, 68, 2) -> (n, 42): how far the lips are open, the distance from nose to chin, and the mouth's 20
+    points about their middle, averaged with their mirror image, all in the landmarks' unit. Upright heads."""
+    mouth = points[:, 48:68] - points[:, 48:68].mean(1, keepdims=True)                 # (n, 20, 2)
+    mouth = (mouth + mouth[:, MIRRORED] * (-1, 1)) / 2
+    opening = np.mean([points[:, b, 1] - points[:, a, 1] for a, b in ((61, 67), (62, 66), (63, 65))], 0)
+    jaw = points[:, 8, 1] - points[:, 33, 1]
+    return np.concatenate([opening[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
 
 
 def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, per_clip=30):
-    """Stage 2 with landmarks: the MouthEncoder learns to read the shape of lips off clips and photos. Ours.
+    """The MouthEncoder learns to read the shape of lips from clips and photos with landmarks. Ours.
 
-    The shape's first number is how far the lips are open; the others are principal components of what else moves while
-    one person speaks, less what follows the opening; each in units of its spread there, from its mean.
+    The shape's first number is how far the lips are open. The others are principal components of what else moves while
+    one person speaks, less what follows the opening. Each is in units of its deviation there, from its mean.
     """
-    rng, K = np.random.default_rng([seed, 4]), model.config.state_dim
+    rng, K = np.random.default_rng([seed, 4]), model.config.shape_dim
     boxes, shapes = [], []
-    of_clips, of_photos = data["landmarks"]
+    of_clips, *of_photos = data["landmarks"]
 
-    def collect(pack, marks, c, ks):
-        air = model.mouth.mouth_crop(to_tensor(pack.frames(c, ks)), margin=0.125)                # to shift in
-        boxes.append(air.to(torch.float16))
-        shapes.append(mouth_shape(np.asarray(marks.points[pack.frame_start[c] + ks]) / pack.size))
+    def collect(pack, landmarks, c, ks):
+        boxes.append(model.mouth.mouth_crop(to_tensor(pack.frames(c, ks)), margin=0.125).to(torch.float16))
+        shapes.append(mouth_shape(np.asarray(landmarks.points[pack.frame_start[c] + ks]) / pack.size))
 
     for c in rng.permutation(np.intersect1d(data["clips"], of_clips.kept))[:clips]:
         collect(data["pack"], of_clips, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
-    shape, moving = np.concatenate(shapes), sum(map(len, shapes))                      # (n, 42)
-    moves = np.concatenate([s - s.mean(0) for s in shapes])                            # one person's, at one time
-    slope = moves[:, 0] @ moves[:, 1:] / (moves[:, 0] @ moves[:, 0])                   # what follows the opening
-    rest = moves[:, 1:] - moves[:, :1] * slope
-    _, directions = np.linalg.eigh(rest.T @ rest)                                      # ascending
-    directions = directions[:, :-K:-1]                                                 # (41, K - 1)
+    shape, n_clips = np.concatenate(shapes), sum(map(len, shapes))                     # (n, 42)
+    deviation = np.concatenate([s - s.mean(0) for s in shapes])                        # of one person, within a clip
+    slope = deviation[:, 0] @ deviation[:, 1:] / (deviation[:, 0] @ deviation[:, 0])   # what follows the opening
+    rest = deviation[:, 1:] - deviation[:, :1] * slope
+    directions = np.linalg.eigh(rest.T @ rest)[1][:, :-K:-1]                           # (41, K - 1), largest first
 
-    def numbers(shape):
+    def numbers(shape):  # (n, 42) -> (n, K)
         return np.concatenate([shape[:, :1], (shape[:, 1:] - shape[:, :1] * slope) @ directions], 1)
 
-    centre, spread = numbers(shape).mean(0), numbers(moves).std(0)
-    if of_photos is not None:
-        photos = data["photos"].pack
-        for c in rng.permutation(np.intersect1d(data["photos"].order, of_photos.kept))[:moving]:
-            collect(photos, of_photos, c, np.arange(1))
-    boxes, target = torch.cat(boxes), (numbers(np.concatenate(shapes)) - centre) / spread
-    target = torch.from_numpy(target).float().clamp(-8, 8)                             # landmarks err
-    weight, unread = 1 / target.var(0), 1.0
-    model.mouth.reader.requires_grad_(True)
-    opt = torch.optim.Adam(model.mouth.reader.parameters(), 1e-3)
-    for step in tqdm(range(steps), desc="reader of lips", leave=False, disable=None):
-        half = torch.randint(moving, (batch // 2,))
-        i = torch.cat([half, torch.randint(moving, len(boxes), (batch // 2,)) if len(boxes) > moving else half])
+    centre, std = numbers(shape).mean(0), numbers(deviation).std(0)
+    for landmarks in of_photos:
+        for c in rng.permutation(np.intersect1d(data["photos"].order, landmarks.kept))[:n_clips]:
+            collect(data["photos"].pack, landmarks, c, np.arange(1))
+    boxes, target = torch.cat(boxes), (numbers(np.concatenate(shapes)) - centre) / std
+    target = torch.from_numpy(target).float().clamp(-8, 8).to(device)                  # landmarks have outliers
+    weight = 1 / target.cpu().var(0).to(device)
+    print(f"before the first step: {steps} steps of the lip reader on landmarks of {len(boxes)} mouths")
+
+    def loss_of(step):
+        half = torch.randint(n_clips, (batch // 2,))                                   # half clips, half photos
+        i = torch.cat([half, torch.randint(n_clips, len(boxes), (batch // 2,)) if len(boxes) > n_clips else half])
         down, right = (int(v) for v in torch.randint(boxes.shape[-1] - 31, (2,)))
         x = boxes[i][..., down:down + 32, right:right + 32].to(device, torch.float32)
         if step % 2:
             x = x.flip(-1)                                                             # shapes are symmetric
-        if step % 4 > 1:                                                               # what a generator paints is soft
-            x = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-        loss = ((model.mouth.read(x) - target[i].to(device)).square() * weight.to(device)).mean()
-        opt.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-        unread += 0.02 * (loss.item() - unread)
-    print(f"shape of lips: {100 * (1 - unread):.0f} % of its variance, as landmarks tell it, is read off pixels")
+        if step % 4 > 1:                                                               # generated images are soft
+            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        return ((model.mouth.read(x) - target[i.to(device)]).square() * weight).mean()
+
+    model.mouth.reader.requires_grad_(True)
+    unread = regress("lip reader", model.mouth.reader.parameters(), steps, 1e-3, loss_of)
+    print(f"lip reader: {100 * (1 - unread):.0f} % of the variance of landmarks' shape is read from pixels")
 
 
 def train_judge(data, device, seed, steps=400, batch=48):
-    """The small face judge: frames of one clip are one person, other people's are others, and where all clips show one
-    person, other clips are. About 20 s at 32 px on a CPU.
+    """A small face recogniser: frames of one clip show one person, clips of other people show others (where all clips
+    show one person, other clips do). About 20 s at 32 px on a CPU.
 
-    With photos, two looks at one: shifted, mirrored, and one without its mouth (a clip's two frames differ there)."""
+    With photos, two views of one: shifted, mirrored, and one without its mouth (two frames of a clip differ there)."""
     photos, label = data["photos"], "identity"
-    pictures = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
-    if photos is None and len(np.unique(np.asarray(data["pack"].identity)[pictures.clips])) == 1:
+    images = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
+    if photos is None and len(np.unique(np.asarray(data["pack"].identity)[images.clips])) == 1:
         label = "clip"
-    if len(photos.people if photos else pictures.clips) < 2:
-        raise InputError(f"{pictures.pack.folder}: one person, from whom the face judge can tell nobody: --w-id 0 "
-                         "does without it")
+    if len(photos.people if photos else images.clips) < 2:
+        raise InputError(f"{images.pack.folder}: one person is too few for the face judge; --w id=0 does without it")
+    print(f"before the first step: {steps} steps of the small face judge")
     torch.manual_seed(seed)
-    judge = judges.SmallFaceJudge().to(device)
-    opt = torch.optim.Adam(judge.parameters(), 2e-3)
-    if photos is not None:
-        batch, looks, template = 2 * batch, losses.Augment(p=0.5), photos.pack.template
-    stream = batches(pictures, batch, 0)
-    for _ in tqdm(range(steps), desc="face judge", leave=False, disable=None):
+    judge, augment = SmallFaceJudge().to(device), Augment(p=0.5)
+    batch = 2 * batch if photos else batch
+    stream = batches(images, batch, 0)
+
+    def loss_of(step):
         item = next(stream)
         if photos is None:
-            faces = item["source"], item["driving"][:, 0]                              # two of each clip
+            views = item["source"], item["driving"][:, 0]                              # two frames of each clip
         else:
-            faces = looks(item["image"]), looks(mask_mouth(item["image"], template, "lips"))
-        # ours: colour and brightness move a little, so that the judge does not count pixels of one lamp
-        a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in faces)
-        loss = judges.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
+            views = item["image"], mask_mouth(item["image"], photos.pack.template, "lips")
+            views = [augment(x) for x in views]
+        # ours: brightness varies a little, so that the judge does not rely on exact colours
+        a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in views)
+        return same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
+
+    regress("face judge", judge.parameters(), steps, 2e-3, loss_of, decay=False)
     return judge
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# stage 3: motion
+
 @torch.no_grad()
-def start_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02, still=1.0):
-    """Stage 3: a closed-form start of canonical encoder and pose path. Ours.
+def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02):
+    """A closed-form start of canonical encoder and pose path. Ours.
 
     Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that
-    predicts it from the code of frame t alone, fitted over many people, can use no direction in which people differ: it
-    is free of identity by construction. From the whole picture's code it gives what the canonical encoder must take
-    away, from the mouth-masked picture's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
+    predicts it from the code of frame t alone, fitted over many people, cannot use directions in which people differ: it
+    is free of identity by construction. From the whole image's code it gives what the canonical encoder must remove, from
+    the mouth-masked image's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
 
-    Where the clips show few people, photos stand in for the many: of one photo there is no mean to deviate from, so it
-    enters as a face that keeps still, with a weight of `still`.
+    Where the clips show few people, photos add others: one photo has no mean to deviate from and counts as a face that
+    keeps still.
     """
     rng = np.random.default_rng(2)
     chosen = rng.permutation(chosen)[:clips]
-    z, z_masked = [], []                                                               # per clip (K, L, D)
-    for c in chosen:
+    print(f"before the first step: motion space in closed form from {len(chosen)} clips" + ", and photos" * bool(photos))
+    z, z_masked, deviation = [], [], []                                                # of each clip (n, L, D)
+    for c in tqdm(chosen, "motion space", leave=False, disable=None):
         length = int(pack.n_frames[c])
         seen = np.sort(rng.choice(length, min(per_clip, length), replace=False))
-        x = to_tensor(pack.frames(c, seen)).to(device)                                 # (K, 3, H, W)
+        x = to_tensor(pack.frames(c, seen)).to(device)                                 # (n, 3, H, W)
         z.append(model.encode_source(x))
         z_masked.append(model.encode_driving(x[None])[0])
-    deviation = [codes - codes.mean(0) for codes in z]
-    weight = [torch.ones(len(torch.cat(z)), 1)]
-    if photos is not None:
-        for i in range(0, clips * per_clip // 2, 64):
-            x = torch.stack([photos[k]["image"] for k in range(i, i + 64)]).to(device)
-            z.append(model.encode_source(x))
-            z_masked.append(model.encode_driving(x[None])[0])
-            deviation.append(torch.zeros_like(z[-1]))
-            weight.append(torch.full((64, 1), math.sqrt(still)))
-    z, z_masked, weight = torch.cat(z), torch.cat(z_masked), torch.cat(weight).to(device)
-    deviation = torch.cat(deviation).flatten(1)                                        # (n, L * D)
+        deviation.append(z[-1] - z[-1].mean(0))
+    for i in range(0, clips * per_clip // 2, 64) if photos else ():
+        x = torch.stack([photos[k]["image"] for k in range(i, i + 64)]).to(device)
+        z.append(model.encode_source(x))
+        z_masked.append(model.encode_driving(x[None])[0])
+        deviation.append(torch.zeros_like(z[-1]))
+    z, z_masked, deviation = torch.cat(z), torch.cat(z_masked), torch.cat(deviation).flatten(1)  # (n, L * D)
     model.set_statistics(z, z_masked)
     canonical, motion = model.canonical, model.motion
-    down, up = reduced_rank_regression(weight * canonical.whiten(z), -deviation, len(canonical.down.weight), ridge)
+    down, up = reduced_rank_regression(canonical.whiten(z), -deviation, len(canonical.down.weight), ridge)
     canonical.down.weight.copy_(down)
     canonical.up.weight.copy_(up)
     if model.config.motion == "direct":
-        down, up = reduced_rank_regression(weight * motion.whiten(z_masked), deviation, model.config.pose_dim, ridge)
+        down, up = reduced_rank_regression(motion.whiten(z_masked), deviation, model.config.pose_dim, ridge)
         motion.pose_down.weight.copy_(down)
         motion.pose_down.bias.zero_()
         motion.pose_up.weight.copy_(up)
 
 
-def start_lips(model, pack, chosen, args, device, clips=800, steps=2000, batch=12, span=16):
-    """Stage 3, with a mouth code: sound -> code, regressed on the MouthEncoder's readings before any picture is made.
-    Without landmarks also the directions in which the mouth of a clip moves; with them the range of its opening.
+def train_lips(model, pack, clips, args, device, most=800, batch=12, span=16):
+    """Sound -> shape of the lips, regressed on the MouthEncoder's readings before any image is made. Sets the limits of
+    the opening. A step of this costs a tenth of one through the generator, which then only refines it.
 
-    A step of this costs a tenth of one through the generator, which then only refines it. `batch` stretches of `span`
-    frames a step: neighbouring frames share their sound windows."""
+    Steps: LIP_STEPS, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
+    share their sound windows."""
+    steps, K = min(LIP_STEPS, args.steps), model.config.shape_dim
     rng = np.random.default_rng([args.seed, 3])
-    chosen = rng.permutation([c for c in chosen if pack.n_frames[c] >= span])[:clips]
+    chosen = rng.permutation([c for c in clips if pack.n_frames[c] >= span])[:most]
+    if not len(chosen):
+        raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
+    print(f"before the first step: {steps} steps of lips on sound, {len(chosen)} clips")
+    shapes = []
     with torch.no_grad():
-        codes = [model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)) for c in chosen]  # (T, M)
-    if model.config.landmarks:                                                         # opening; the rest from its mean
-        shapes = [c[:, :model.config.state_dim] for c in codes]
-        codes = [torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) @ model.motion.state for s in shapes]  # (T, M)
-    elif model.config.state_dim:
-        moves = torch.cat([c - c.mean(0) for c in codes])                              # (n, M): one person's, at one time
-        variance, directions = torch.linalg.eigh((moves.t() @ moves / len(moves)).cpu())  # ascending
-        model.motion.state.copy_(directions[:, -model.config.state_dim:].t())
-        model.motion.mouth_mean.copy_(torch.cat(codes).mean(0))
-        spoken = variance[-model.config.state_dim:].sum() / variance.sum()
-        print(f"of a mouth's motion {100 * spoken:.0f} % lie in {model.config.state_dim} directions")
-        codes = [model.motion.spoken(c) for c in codes]
-    else:
-        model.motion.lips[-1].bias.data.copy_(torch.cat(codes).mean(0))
-    spread, weight = torch.cat(codes).std().clamp_min(1e-3), torch.ones(codes[0].shape[1], device=device)
-    if model.config.landmarks:                                                         # each in units of its own spread
-        power = torch.cat(codes).var(0)
-        weight = spread.square() / power.clamp_min(1e-3)
-        weight[0] *= 5                                                                 # ours: the opening shows most
-        weight = weight / (weight * power / spread.square()).mean()
-    trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
-    opt = torch.optim.Adam(trained, 1e-3)
-    # each clip's sound windows are computed once: 0.4 MB a clip of 3 s
-    heard = functools.cache(lambda i: pack.windows(chosen[i], np.arange(-CONTEXT, len(codes[i]) + CONTEXT)))
-    for step in tqdm(range(steps), desc="lips", leave=False, disable=None):
-        items = [(i, int(rng.integers(len(codes[i]) - span + 1))) for i in rng.integers(len(chosen), size=batch)]
-        mel = torch.from_numpy(np.stack([heard(i)[k:k + span + 2 * CONTEXT] for i, k in items])).to(device)
+        for c in tqdm(chosen, "reading lips", leave=False, disable=None):
+            shapes.append(model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device))[:, :K])  # (T, K)
+    openings = torch.cat(shapes)[:, 0]
+    shapes = [torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes]   # all from the mean but the opening
+    power = torch.cat(shapes).var(0).clamp_min(1e-3)
+    weight = 1 / power
+    weight[0] *= 5                                                                     # ours: the opening shows most
+    weight = weight / (weight @ power)                                                 # the mean shape has loss 1
+    # the sound windows of a clip are computed once: 0.4 MB a clip of 3 s
+    windows = functools.cache(lambda i: pack.windows(chosen[i], np.arange(-CONTEXT, len(shapes[i]) + CONTEXT)))
+
+    def loss_of(step):
+        items = [(i, int(rng.integers(len(shapes[i]) - span + 1))) for i in rng.integers(len(chosen), size=batch)]
+        mel = torch.from_numpy(np.stack([windows(i)[k:k + span + 2 * CONTEXT] for i, k in items])).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            said = model.motion.say(model.encode_sound(mel), CONTEXT)                  # (B, span, M)
-        target = torch.stack([codes[i][k:k + span] for i, k in items])
-        loss = (((said.float() - target) / spread).square() * weight).mean()
-        opt.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-    if model.config.state_dim:  # ours: what is half predictable is predicted half as far, and drawn less than it is told
-        reach = args.articulate or (1.25 if model.config.landmarks else 2.0)
-        for q in (model.motion.lips[-1].weight, model.motion.lips[-1].bias):
-            q.data.mul_(reach)
-        if model.config.landmarks:
-            model.motion.range.copy_(torch.cat(shapes)[:, 0].quantile(torch.tensor([0.02, 0.9], device=device)))
-    print(f"lips from sound: {100 * (1 - loss.item()):.0f} % of the mouth code's variance before the first step")
+            predicted = model.motion.audio_to_mouth(model.encode_sound(mel), CONTEXT)  # (B, span, M)
+        target = torch.stack([shapes[i][k:k + span] for i, k in items])
+        return ((predicted[..., :K].float() - target).square() * weight).sum(-1).mean()
+
+    trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
+    missed = regress("lips from sound", trained, steps, 1e-3, loss_of)
+    for q in model.motion.lips[-1].parameters():
+        q.data.mul_(LIP_GAIN)
+    model.motion.opening_limits.copy_(openings.quantile(torch.tensor([0.02, 0.9], device=device)))
+    print(f"lips from sound: {100 * (1 - missed):.0f} % of the variance of their shape")
 
 
 def fit_warp(model, data, clips=200):
-    """Stage 3, with landmarks: how the points of a face move with the mouth code, and the opening that its first number
-    stands for, so that warp.py can move photos. Least squares over training clips, a minute on a CPU. Ours."""
-    pack, marks = data["pack"], data["landmarks"][0]
+    """For warp.py: how the landmarks of a face move with the shape of the lips, and the opening that its first number
+    stands for. Least squares over training clips, a minute on a CPU. Ours."""
+    pack, landmarks = data["pack"], data["landmarks"][0]
     motion, mean = model.motion, load_landmarks().solid.double().numpy()
-    moving, said, real = [], [], []
-    for c in np.intersect1d(data["clips"], marks.kept)[:clips]:
+    moving, predicted, real = [], [], []
+    chosen = np.intersect1d(data["clips"], landmarks.kept)[:clips]
+    print(f"after the last step: landmarks' motion with the lips, least squares over {len(chosen)} clips")
+    for c in tqdm(chosen, "landmarks", leave=False, disable=None):
         frames = range(int(pack.n_frames[c]))
-        points = np.asarray(marks.points[pack.frame_start[c]:pack.frame_start[c + 1]], np.float64)  # (T, 68, 2)
+        points = np.asarray(landmarks.points[pack.frame_start[c]:pack.frame_start[c + 1]], np.float64)  # (T, 68, 2)
         with torch.no_grad():
-            pictures = to_tensor(pack.frames(c, frames)).to(motion.moves.device)
-            read = torch.cat([model.mouth(x) for x in pictures.split(64)])
-        moving.append((points, read[:, 1:model.config.state_dim].cpu().numpy()))
-        said.append(model.lip_numbers(torch.from_numpy(pack.windows(c, frames)).to(read.device))[:, 0].cpu().numpy())
+            images = to_tensor(pack.frames(c, frames)).to(motion.moves.device)
+            shape = torch.cat([model.mouth(x) for x in images.split(64)])[:, :model.config.shape_dim]
+        moving.append((points, shape[:, 1:].cpu().numpy()))
+        predicted.append(model.lip_shape(torch.from_numpy(pack.windows(c, frames)).to(shape.device))[:, 0].cpu().numpy())
         real.append(lip_opening(held_still(points, mean)))
     motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))
-    motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(said), np.concatenate(real))))
-
-
-def reduced_rank_regression(x, y, rank, ridge):
-    """y ~ x down^T up^T with `rank` numbers of unit variance between, solved on the CPU: Apple's chips have no float64.
-
-    x (n, i), y (n, o) -> down (rank, i), up (o, rank), on the device of x
-    """
-    device, x, y = x.device, x.cpu().double(), y.cpu().double()
-    n, i = x.shape
-    gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
-    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype)
-    full = x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)  # (i, o)
-    fitted = x @ full
-    if n < y.shape[1]:
-        power, u = torch.linalg.eigh(fitted @ fitted.t())                              # ascending
-        v = fitted.t() @ u / power.clamp_min(1e-12 * power[-1]).sqrt()
-    else:
-        _, v = torch.linalg.eigh(fitted.t() @ fitted)
-    v = v[:, -rank:].flip(1)                                                           # (o, rank): where most of it moves
-    v = torch.nn.functional.pad(v, (0, rank - v.shape[1]))                             # few pictures: the rest is zero
-    down = full @ v
-    std = (x @ down).std(0).clamp_min(1e-6)
-    return (down / std).t().float().to(device), (v * std).float().to(device)
+    motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), np.concatenate(real))))
 
 
 @torch.no_grad()
@@ -332,64 +378,32 @@ def collect_idle(model, pack, chosen, device):
         model.motion.idle[i] = 0.7 * walk                                              # ours: a little less than speech
 
 
-def shape(args, pack, before, changes, landmarks=None) -> Config:
-    """The dial's, or that of the stage before, with what published files demand; a hypernetwork where one is trained"""
-    dial = Config.at(args.size, template=pack.template, motion=args.motion)
-    config = Config.load(before["config"]) if before else dial
-    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **changes)
-    if not config.map_code or config.encoder != "slim":                                # published networks know no such
-        config.picture = 0
-    if "hyper" not in changes and (args.stage == 2 or not before):
-        config.hyper = dial.hyper if args.stage == 2 and args.hyper_share else "none"
-    if args.refine is not None:
-        config.refine = args.refine
-    if args.stage == 2 and args.hyper_share and not config.refine:
-        raise InputError("--hyper-share trains the hypernetwork, --refine 0 switches it off: leave out one of them")
-    if args.stage == 2:                                                                # later stages inherit these
-        config.mouth_dim, config.state_dim = dial.mouth_dim, dial.state_dim
-        config.landmarks = bool(config.state_dim) and landmarks is not None
-        config.state_dim = min(config.state_dim, 6) if config.landmarks else config.state_dim
-    if args.stage == 3 and config.mouth_dim and config.motion == "paper":
-        raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
-    return config
+# ---------------------------------------------------------------------------------------------------------------------
+# least squares, solved on the CPU: Apple's chips have no float64
+
+def ridge_regression(x, y, ridge):
+    """x (n, i), y (n, o) -> (i, o): y ~ x @ it"""
+    return torch.linalg.solve(x.t() @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.t() @ y)
 
 
-def start(args, nets, data, device, known, parts):
-    """What stages 2 and 3 begin with: judges (of the stage before: `known`), the encoder's mean, the motion space"""
-    model = nets["model"]
-    texture = known.get("critic", known.get("D"))                                      # stage 1's D knows texture
-    if texture or "D" in parts:
-        nets["critic"] = copy.deepcopy(nets["D"])
-        nets["critic"].load_state_dict(texture or parts["D"].state_dict())
-    if args.stage == 2 and model.config.landmarks:
-        train_reader(model, data, device, args.seed)
-    elif args.stage == 2 and model.mouth:
-        print("no landmarks beside all packs (keypoints.py extract): what a mouth is, is learned from pixels alone, and "
-              "strangers' lips obey sound less")
-    if args.stage == 2 and "encoder" not in parts:
-        start_encoder(model, data["pictures"], device)
-    if model.encoder.latent_avg.isnan().any():                                         # a file without one
-        model.encoder.latent_avg.copy_(mean_w(model.generator))
-    if "judge" in known:
-        nets["judge"] = judges.SmallFaceJudge().to(device)
-        nets["judge"].load_state_dict(known["judge"])
-    elif args.w_id and not args.w_arcface:
-        nets["judge"] = train_judge(data, device, args.seed)
-    if args.stage == 3:
-        start_motion_space(model, data["pack"], data["clips"], device, data["photos"])
-        if model.mouth:
-            start_lips(model, data["pack"], data["clips"], args, device)
+def reduced_rank_regression(x, y, rank, ridge):
+    """y ~ x down^T up^T with `rank` numbers of unit variance between.
 
-
-# the same mouth in a mirror: which of its 20 points stands for which
-MIRRORED = (6, 5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 16, 15, 14, 13, 12, 19, 18, 17)
-
-
-def mouth_shape(points: np.ndarray) -> np.ndarray:
-    """Landmarks (n, 68, 2) -> (n, 42): how far the lips are open, the jaw's drop from nose to chin, and the mouth's 20
-    points about their middle, averaged with their mirror image, all in the landmarks' unit. Upright heads."""
-    mouth = points[:, 48:68] - points[:, 48:68].mean(1, keepdims=True)                # (n, 20, 2)
-    mouth = (mouth + mouth[:, MIRRORED] * (-1, 1)) / 2
-    opening = np.mean([points[:, b, 1] - points[:, a, 1] for a, b in ((61, 67), (62, 66), (63, 65))], 0)
-    jaw = points[:, 8, 1] - points[:, 33, 1]
-    return np.concatenate([opening[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
+    x (n, i), y (n, o) -> down (rank, i), up (o, rank), on the device of x
+    """
+    device, x, y = x.device, x.cpu().double(), y.cpu().double()
+    n, i = x.shape
+    gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
+    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype)
+    full = x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)  # (i, o)
+    fitted = x @ full
+    if n < y.shape[1]:
+        power, u = torch.linalg.eigh(fitted @ fitted.t())                              # ascending
+        v = fitted.t() @ u / power.clamp_min(1e-12 * power[-1]).sqrt()
+    else:
+        _, v = torch.linalg.eigh(fitted.t() @ fitted)
+    v = v[:, -rank:].flip(1)                                                           # (o, rank): where most of it moves
+    v = F.pad(v, (0, rank - v.shape[1]))                                               # few images: the rest is zero
+    down = full @ v
+    std = (x @ down).std(0).clamp_min(1e-6)
+    return (down / std).t().float().to(device), (v * std).float().to(device)

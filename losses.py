@@ -1,22 +1,16 @@
-"""The loss terms of training as pure functions, the frozen judges behind three of them, and the one pinned downloader.
+"""The loss terms of training as pure functions, and the discriminator's augmentation.
 
 FC-TFG (arXiv 2304.03275), section 3.4, names six terms; the GAN terms are StyleGAN2's (arXiv 1912.04958):
 
-    orthogonality   canonical and motion code share no direction          orthogonality_loss
-    sync            mouth and sound agree, judged by a sync expert        syncnet.sync_loss
-    identity        the same person, judged by a face recogniser          identity_loss
-    reconstruction  L1                                                    reconstruction_loss
-    perceptual      features of a judge agree                             perceptual_loss
-    adversarial     non-saturating logistic                               generator_loss, discriminator_loss
+    orthogonality   canonical and motion code share no direction      orthogonality_loss
+    sync            mouth and sound agree, by a sync expert           sync_loss
+    identity        the same person, by a face recogniser             identity_loss
+    reconstruction  L1                                                reconstruction_loss
+    perceptual      features of a frozen network agree                perceptual_loss
+    adversarial     non-saturating logistic                           generator_loss, discriminator_loss
 
-The paper prints no weights: those in train.py are ours. Pictures are (N, 3, H, W) in [-1, 1]; every loss is a scalar.
-
-The published judges (VGG19, LPIPS, ArcFace, SyncNet v2, the Wav2Lip expert, FID's Inception) are built under the names
-of their authors' files and load them strictly; pictures come in as ours and are brought to each author's size, range and
-channel order inside. Weights are fetched on first use into $TORCH_HOME/hub/checkpoints (default ~/.cache/torch), pinned
-by SHA256.
-None may be shipped; terms: VGG BSD (ImageNet's terms), LPIPS BSD-2, IR-SE50 trained on non-commercial data, SyncNet
-without a licence (cite it), Wav2Lip research only.
+Images are (N, 3, H, W) in [-1, 1]; every loss is a scalar. The frozen networks are in judges.py, the weights of the terms
+in train.py.
 """
 
 import math
@@ -24,32 +18,27 @@ import math
 import torch
 import torch.nn.functional as F
 
-from faces import box_slices
+from faces import box_slices, mask_mouth
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the six terms
 
 
 def orthogonality_loss(z_s2c, z_c2d):
-    """Squared cosine between canonical and motion code, a mean over clips, frames and style layers; in [0, 1].
+    """Squared cosine between canonical and motion code, z_s2c (B, L, D) and z_c2d (B, T, L, D): a mean in [0, 1].
 
     The paper drives the inner product of each style layer to 0. Ours is its square over the lengths: the bare inner
-    product is also lowered by shrinking both codes.
-
-    Args:
-        z_s2c: (B, L, D).
-        z_c2d: (B, T, L, D).
+    product also falls when both codes shrink.
     """
     return F.cosine_similarity(z_s2c[:, None], z_c2d, dim=-1, eps=1e-6).square().mean()
 
 
 def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
-    """L1 of the picture, of some boxes again, and of the picture at half and a quarter of its size.
+    """L1 of the image, of some boxes again, and of the image at half and a quarter of its size.
 
-    Args:
-        boxes: ((x0, y0, x1, y1) as fractions of the picture, weight) pairs. Ours: mouth and eyes are a hundredth of the
-            pixels and all that anyone looks at.
-        pyramid: weight of the smaller pictures (ours: colour and place settle before edges do).
+    boxes: ((x0, y0, x1, y1) as fractions of the image, weight) pairs. Ours: mouth and eyes are a hundredth of the pixels
+        and most of what a viewer looks at.
+    pyramid: weight of the smaller images (ours: colour and place settle before edges do).
     """
     loss = (fake - real).abs().mean()
     for box, weight in boxes:
@@ -61,46 +50,83 @@ def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
 
 
 def perceptual_loss(fake_maps, real_maps):
-    """Mean over layers of the L1 distance of feature maps (N, C, H, W), each in units of the real map's mean size."""
+    """Mean over layers of the L1 distance of feature maps (N, C, H, W), each relative to the real map's mean size."""
     pairs = [(f.float(), r.detach().float()) for f, r in zip(fake_maps, real_maps)]
     terms = [(f - r).abs().mean() / r.abs().mean().clamp_min(1e-6) for f, r in pairs]
     return sum(terms) / len(terms)
 
 
 def identity_loss(fake_embedding, real_embedding):
-    """1 - cosine of the judge's embeddings (N, E) of unit length; pSp, section 3.3. In [0, 2]."""
+    """1 - cosine of a recogniser's embeddings (N, E) of unit length; pSp, section 3.3. In [0, 2]."""
     return 1 - (fake_embedding * real_embedding.detach()).sum(-1).mean()
+
+
+def sync_loss(expert, frames, mel):
+    """The mouth fits the sound, by a frozen SyncNet or another network with its face, sound and logits; a scalar.
+
+    frames (B, 5, 3, H, W) in [-1, 1], with gradient; mel (B, 1, 80, 16), the window of each middle frame.
+
+    (-log sigmoid of the logit - log softmax among the sounds of the batch) / scale. The first term is absolute and
+    vanishes where the expert is convinced, so the mouth need not exaggerate; the gradient of a bare 1 - cos never does.
+    The second (StyleTalker's contrast, which the paper cites) asks that this sound fits better than the others of the
+    batch: a mouth that half fits every sound fails it. scale (ours): an expert's logits grow all its training. At 45 the
+    gradient at a still mouth was 2800 times that of an L1 loss, divided by it 60 times, and bounded for every expert.
+    """
+    assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
+    with torch.no_grad():
+        sound = expert.sound(mel.float())
+    logits = expert.logits(expert.face(frames.float()), sound)  # (B, B)
+    absolute = F.softplus(-logits.diagonal()).mean()
+    contrast = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    scale = expert.log_scale.exp() if hasattr(expert, "log_scale") else 1.0
+    return (absolute + contrast) / scale
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two terms of ours, for faces that get the mouth of another: they move the lips of people known from one photo
+
+def preserve_loss(swapped, real, template: str, colours: bool):
+    """L1 outside the mouth of a crop template; colours: and of the hue of the whole, at 16 px"""
+    loss = (mask_mouth(swapped, template) - mask_mouth(real, template)).abs().mean()
+    if colours:
+        hue = (swapped - swapped.mean(1, keepdim=True)) - (real - real.mean(1, keepdim=True))
+        loss = loss + F.avg_pool2d(hue, max(1, swapped.shape[-1] // 16)).abs().mean()
+    return loss
+
+
+def mouth_cycle_loss(read, target):
+    """Shape of the lips read from generated images, (N, K), and the one they were to have, in units of its variance over
+    the batch. The opening, the first number, is half of it."""
+    variance = target.var(0) if len(target) > 1 else torch.ones_like(target[0])  # 1: that of the training clips
+    wrong = (read - target).square() / variance.clamp_min(0.25)
+    return (wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the GAN terms: scores are (N, 1) logits
 
 def discriminator_loss(real_score, fake_score):
-    """-log D(real) - log(1 - D(fake)); 2 ln 2 where D knows nothing"""
+    """-log D(real) - log(1 - D(fake)); 2 ln 2 where D answers 1/2"""
     return F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
 
 
 def generator_loss(fake_score):
-    """Non-saturating: -log D(fake); ln 2 where D knows nothing"""
+    """Non-saturating: -log D(fake); ln 2 where D answers 1/2"""
     return F.softplus(-fake_score).mean()
 
 
 def r1_penalty(real, score):
-    """E |grad_x D(x)|^2 at real pictures, Mescheder et al. 2018. real must require a gradient and lead to score."""
+    """E |grad_x D(x)|^2 at real images, Mescheder et al. 2018. real must require a gradient and lead to score."""
     grad, = torch.autograd.grad(score.sum(), real, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()
 
 
 def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01):
-    """E (|J^T y| - a)^2, StyleGAN2 section 3.2, J the Jacobian of the picture by w, a the running mean of the length.
+    """E (|J^T y| - a)^2, StyleGAN2 section 3.2, J the Jacobian of the image by w, a the running mean of the length.
 
-    Args:
-        fake: (N, 3, H, W) made from w_plus (N, L, D), which requires a gradient.
-        mean_path: scalar tensor, a before this step.
-        noise: y (N, 3, H, W) ~ N(0, 1); drawn where None. Divided by sqrt(H W), so that the length is one of a pixel.
-
-    Returns:
-        (penalty, a after this step, detached)
+    fake: (N, 3, H, W) made from w_plus (N, L, D), which requires a gradient. mean_path: a before this step, a scalar.
+    noise: y (N, 3, H, W) ~ N(0, 1), drawn where None. Divided by sqrt(H W), so that the length is one of a pixel.
+    Returns (penalty, a after this step, detached).
     """
     noise = torch.randn_like(fake) if noise is None else noise
     y = noise / math.sqrt(fake.shape[2] * fake.shape[3])
@@ -111,18 +137,18 @@ def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01
 
 
 class Augment:
-    """What the discriminator sees of small data: DiffAugment's operations (Zhao et al. 2020), each drawn for each picture
-    with probability p, and ADA's controller for p (Karras et al. 2020, section 3: aim at E sign D(real) = 0.6).
+    """Augmentation of the discriminator's input, for small data: DiffAugment's operations (Zhao et al. 2020), each drawn
+    for each image with probability p, and ADA's controller for p (Karras et al. 2020, section 3: E sign D(real) = 0.6).
 
-    ADA's full pipeline warps and filters at three times the generator's cost on a CPU; flips, shifts, colour and cutout
-    are most of its gain and all differentiable.
+    ADA's full pipeline warps and filters at three times the generator's cost on a CPU. Flips, shifts, colour and cutout
+    give most of its gain, and are differentiable.
     """
 
     def __init__(self, p: float = 0.0, target: float = 0.6, kimg: float = 500.0):
         self.p, self.target, self.kimg = p, target, kimg
 
     def update(self, real_score):
-        """Move p by N / 500k pictures towards the target; p in [0, 1]. real_score (N, 1)."""
+        """Move p by N / 500k images towards the target; p in [0, 1]. real_score (N, 1)."""
         direction = math.copysign(1.0, real_score.sign().mean().item() - self.target)
         self.p = min(1.0, max(0.0, self.p + direction * len(real_score) / (self.kimg * 1000)))
 
@@ -150,28 +176,3 @@ class Augment:
         rows = (torch.arange(H, device=x.device)[None, :, None] - cy).abs() < H / 4
         cols = (torch.arange(W, device=x.device)[None, None, :] - cx).abs() < W / 4
         return x * (1 - hole * (rows & cols)[:, None].to(x.dtype))
-
-
-def sync_loss(expert, frames, mel):
-    """What a generator minimises so that its mouth says its sound (FC-TFG's L_sync); a scalar.
-
-    (-log sigmoid of the learned logit - log softmax among the sounds of the batch) / scale.
-    The first is absolute and lets go where the expert is convinced, so the mouth need not exaggerate; the pull of a
-    bare 1 - cos never ends. The second (StyleTalker's contrast, which the paper cites) asks that this sound fits better
-    than the batch's others, which a mouth that half fits every sound does not do; a batch of one has no such term.
-    Over the scale (ours), because an expert grows surer all its training: at 45 its gradient at a still mouth
-    summed to 2800 times that of an L1 loss; so it is 60 times, and bounded alike for every expert.
-
-    Args:
-        expert: a frozen SyncNet, or what has its face, sound and logits (then the scale is taken as 1).
-        frames: (B, 5, 3, H, W) in [-1, 1]; the gradient flows here.
-        mel: (B, 1, 80, 16), the window of each middle frame.
-    """
-    assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
-    with torch.no_grad():
-        sound = expert.sound(mel.float())
-    logits = expert.logits(expert.face(frames.float()), sound)  # (B, B)
-    absolute = F.softplus(-logits.diagonal()).mean()
-    contrast = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    scale = expert.log_scale.exp() if hasattr(expert, "log_scale") else 1.0
-    return (absolute + contrast) / scale

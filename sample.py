@@ -402,7 +402,7 @@ def main(argv=None):
     full = max(photo.shape[:2]) > size if args.full is None else args.full
     if full:
         photo, box = limit(photo, box)
-    if full and model.config.landmarks and model.motion.moves.any() and not args.network:
+    if full and model.mouth and model.motion.moves.any() and not args.network:
         shape, frames = talking_photo(model, photo, box, wav, mel, args)
     else:
         shape, frames = network_frames(model, photo, box, mel, T, full, device, args)

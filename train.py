@@ -1,30 +1,29 @@
 """Train FC-TFG: three stages by flag, one loop.
 
-FC-TFG (arXiv 2304.03275), section 3.5: a StyleGAN2 generator is trained on faces (stage 1), an inversion network on the
-frozen generator (stage 2), and everything end to end with six losses (stage 3).
+FC-TFG (arXiv 2304.03275), section 3.5: a StyleGAN2 generator is trained on faces (stage 1), an inversion network on that
+generator (stage 2), and everything end to end with six losses (stage 3).
 
-    python syncnet.py train        # the sync expert that stage 3 listens to
-    python train.py --stage 1      # StyleGAN2                       (Karras et al. 2020)
-    python train.py --stage 2      # pSp encoder, then hypernetwork  (Richardson et al. 2021, Alaluf et al. 2022)
-    python train.py --stage 3      # end to end; writes weights.pt for sample.py
+    python syncnet.py train                    # the sync expert of stage 3's sync loss
+    python train.py --stage 1                  # StyleGAN2                       (Karras et al. 2020)
+    python train.py --stage 2                  # pSp encoder                     (Richardson et al. 2021)
+    python train.py --stage 2 --part hyper     # optional: its hypernetwork      (Alaluf et al. 2022)
+    python train.py --stage 3                  # end to end; writes weights.pt for sample.py
 
 Without --data it trains on the toy world, drawn on first use; README has the time of each line and what to expect. Every
 stage resumes with --resume, bit for bit on a CPU: item n of the data is a function of the seed and n alone.
 
 What differs from the paper (which prints no weights, rates, batch or window): all numbers are ours. Stage 3 starts from a
-closed-form guess of the motion space (`start_motion_space`), and its steps alternate between a few five-frame windows,
-which the sync expert can judge, and many clips of one frame, which teach people and poses faster (without the sync loss
-all steps are such).
+closed-form guess of the motion space (initialise.py). Its steps alternate between a few windows of five frames, which the
+sync expert can judge, and many clips of one frame, which teach people and poses faster. Without the sync loss all steps
+are of the second kind.
 """
 
 import argparse
 import copy
-import json
+import functools
+import itertools
 import math
-import operator
 import os
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,758 +31,645 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
+import initialise
 import judges
 import losses
-from audio import log_mel, mel_windows, n_frames
 from checkpoint import (
-    bf16_native, cosine_warmup, finite, load_checkpoint, memory_gib, pace, pick_device, restore_optimiser, revision,
-    save_checkpoint, update_ema)
+    StepTimer, bf16_native, check_finite, claim_output, cosine_warmup, fetch, half, load_checkpoint, open_log,
+    pick_device, restore_optimiser, save_checkpoint, update_ema, write_log)
 from data import Clips, Frames, Mixed, Pack, batches, split, split_options
-from faces import TEMPLATES, Landmarks, mask_mouth, recrop
+from faces import TEMPLATES, Landmarks, recrop
 from fusion import CONTEXT, FCTFG, Config, middle, published
-from initialise import collect_idle, fit_warp, shape, start, train_judge
-from judges import SyncNetV2Expert
-from losses import sync_loss
-from media import InputError, Parser, VideoWriter, run, to_tensor, to_uint8
+from media import InputError, Parser, run, to_tensor, to_uint8
 from stylegan2 import Discriminator, mix_styles
 from syncnet import load_sync
-from toyfaces import toy_pack
 
-PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default; below, small stand-ins
-WINDOW = 5   # decoded frames of a sync window: the expert's 0.2 s
+STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
+LOG_EVERY = 50
+PAPERS_JUDGES = 128      # px, from which VGG19, ArcFace and a published sync expert are the default
+FINETUNE_GENERATOR = 64  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
+WINDOW = 5               # decoded frames of a sync window: the expert's 0.2 s
+PHOTO_SHARE = 0.75       # share of photos in stages 1 and 2: the clips show few people
+
+# weights of the loss terms in stages 1, 2, 3 (None: the stage has no such term); the paper prints none.
+# --w NAME=VALUE changes them
+WEIGHTS = dict(
+    adv=(1.0, 0.0, 0.01),           # adversarial; 0.01 in stage 2 with photos
+    r1=(1.0, 1.0, 1.0),             # R1 of the discriminator, every 16th of its steps
+    path=(2.0, None, None),         # path length of the generator, every 4th step
+    rec=(None, 1.0, 1.0),           # reconstruction, L1
+    mouth=(None, 3.0, 3.0),         # .. once more in the box of the mouth, or, with a mouth code, of the lips
+    eyes=(None, 3.0, 3.0),          # .. once more in the box of the eyes
+    l2=(None, 0.0, 0.0),            # squared error; pSp and HyperStyle: l2=1 lpips=.8 arcface=.1, all others 0
+    feat=(None, 0.2, 0.2),          # perceptual, features of stage 1's discriminator; 0 with vgg
+    vgg=(None, 0.0, 0.0),           # perceptual, VGG19 (downloaded); 0.2 from 128 px on
+    lpips=(None, 0.0, 0.0),         # perceptual, LPIPS on VGG16 (downloaded)
+    id=(None, 0.1, 0.1),            # identity, a small face judge; not with arcface
+    arcface=(None, 0.0, 0.0),       # identity, ArcFace (downloaded; pSp's trunk starts from it); 0.1 from 128 px on
+    preserve=(None, 1.0, 1.0),      # a face with the mouth of another: its L1 around the mouth
+    mouth_cycle=(None, 0.5, 0.3),   # .. and the mouth code read from it
+    orth=(None, None, 0.1),         # orthogonality
+    sync=(None, None, 0.3))         # sync
 
 
 def parse(argv=None):
-    p = Parser(description="train FC-TFG, one stage at a time",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
-    p.add_argument("--out", default="out/toy32", help="directory of checkpoints, logs and pictures")
-    p.add_argument("--data", help="pack directory written by prepare.py; "
-                   "default: the toy world, drawn into --out on first use")
+    p = Parser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
+    add("--part", choices=("encoder", "hyper"), help="stage 2: train the encoder (default), or, on its stage2.pt, the "
+        "hypernetwork alone")
+    add("--out", default="out/toy32", help="directory of checkpoints, logs and images")
+    add("--data", help="pack of clips by prepare.py; default: the toy world, drawn into --out on first use")
     split_options(p)
-    p.add_argument("--photos", help="pack of photos: identities for all stages, where the clips show few people")
-    p.add_argument("--photo-share", type=float, default=0.75, help="share of photos in the pictures of stages 1 and 2")
-    p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the picture: the dial")
-    p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
-    p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
-    p.add_argument("--motion", default="direct", choices=("direct", "paper"),
-                   help="form of the motion encoder, see fusion.py")
-    p.add_argument("--init", help="checkpoint of the stage before; default: stage1.pt or stage2.pt in --out")
-    p.add_argument("--expert", help="sync expert for stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or "
-                   "your copy (.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
-    # published files that stand in for what is trained here, and for downloads
-    p.add_argument("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
-    p.add_argument("--encoder", help="pSp's checkpoint (the first styles of a larger one), HyperStyle's W encoder, "
-                   "or ArcFace's IR-SE50 for the trunk alone (default at 256 px in stage 2); with --generator in place "
-                   "of stage 2")
-    p.add_argument("--hyper", help="HyperStyle's checkpoint; its generator is taken if no other is given")
-    p.add_argument("--vgg", help="your copy of VGG19 for --w-vgg")
-    p.add_argument("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="your copies of LPIPS's two files for --w-lpips")
-    p.add_argument("--arcface", help="your copy of ArcFace's IR-SE50 for --w-arcface")
-    # how long and how fast
-    p.add_argument("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
-    p.add_argument("--hyper-share", type=float, default=0.0,
-                   help="stage 2: share of the steps for the hypernetwork; 0: none")
-    p.add_argument("--refine", type=int, help="refinements of a photo's weight changes by the hypernetwork, 0: leave the "
-                   "weights alone; default: 5 at 256 px, as HyperStyle, else 2, or as in the stage before")
-    p.add_argument("--batch", type=int, default=16, help="pictures a step")
-    p.add_argument("--lr", type=float, default=1e-3, help="rate of ordinary layers (stages 2, 3)")
-    p.add_argument("--lr-gan", type=float, default=4e-3, help="rate of layers with equalised learning rate")
-    p.add_argument("--thaw", type=float,
-                   help="stage 2: the generator's rate as a share of --lr-gan; 0: frozen, as in pSp. "
-                   "Default: 1 up to 64 px, where minutes of stage 1 leave it half trained, else 0")
-    p.add_argument("--ema-kimg", type=float, default=3.0, help="half-life of the averaged weights in thousand pictures")
-    p.add_argument("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
-    # loss weights; the paper prints none
-    for name, default, note in (
-            ("orth", 0.1, "orthogonality"), ("sync", 0.3, "sync"),
-            ("id", 0.1, "identity"), ("rec", 1.0, "reconstruction"),
-            ("l2", 0.0, "squared error. pSp and HyperStyle: --w-l2 1 --w-lpips .8 --w-arcface .1, all others 0"),
-            ("vgg", None, "perceptual, VGG19 (downloads it); default: 0.2 from 128 px on, else 0"),
-            ("lpips", 0.0, "perceptual, LPIPS on VGG16 (downloads it)"),
-            ("arcface", None, "identity, ArcFace in place of the small judge, and start of pSp's trunk (downloads it); "
-             "default: 0.1 from 128 px on, else 0"),
-            ("feat", None, "perceptual, features of stage 1's discriminator; default: 0.2 without --w-vgg, else 0"),
-            ("adv", None, "adversarial; default: 0.01 in stage 3, and with photos in stage 2, else 0"),
-            ("around", 1.0, "photos with another mouth: L1 around it"),
-            ("obey", None, "and the code read back; default: 0.5, 0.3 in stage 3, where landmarks taught it, "
-             "else 0.1 and 0.03 (more spoils faces)"),
-            ("mouth", 3.0, "extra L1 in the mouth box, or with a mouth code of the lips"),
-            ("eyes", 3.0, "extra L1 in the eyes box"),
-            ("r1", 1.0, "R1, every 16 steps"), ("path", 2.0, "path length, every 4 steps of stage 1")):
-        p.add_argument(f"--w-{name}", type=float, default=default, help=note)
-    p.add_argument("--articulate", type=float, help="stage 3 with a mouth code: how many times as far the lips go as the "
-                   "regression on sound says; default: 1.25 where landmarks taught it, else 2")
-    p.add_argument("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
-    # running
-    p.add_argument("--resume", action="store_true", help="continue the stage's checkpoint in --out, with its options")
-    p.add_argument("--overwrite", action="store_true", help="start anew although a checkpoint exists")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, default=0, help="processes that load data")
-    p.add_argument("--log-every", type=int, default=50, help="steps between two log lines")
-    p.add_argument("--sample-every", type=int, default=500)
-    p.add_argument("--save-every", type=int, default=500)
+    add("--photos", help="pack of photos: identities for all stages, where the clips show few people")
+    add("--people", type=int, default=400, help="toy world: how many people (one clip each)")
+    add("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the images: the dial")
+    add("--motion", default="direct", choices=("direct", "paper"), help="the motion encoder, see fusion.py")
+    add("--init", help="checkpoint of the stage before; default: the one in --out")
+    add("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
+    add("--encoder", help="pSp's checkpoint (the first styles of a larger one), with --generator in place of stage 2; or "
+        "ArcFace's IR-SE50 for the trunk alone (default at 256 px in stage 2)")
+    add("--hyper", help="HyperStyle's checkpoint; its generator is taken if no other is given")
+    add("--expert", help="sync expert of stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or your copy "
+        "(.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
+    add("--path", type=own_file, nargs="+", action="extend", default=[], metavar="NAME=FILE",
+        help="your copies of published judges: vgg19, vgg16 and lpips_heads, arcface")
+    add("--w", type=loss_weight, nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help=f"weights of loss terms, the table in train.py has the defaults: {', '.join(WEIGHTS)}")
+    add("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
+    add("--batch", type=int, default=16, help="images a step")
+    add("--lr", type=float, default=1e-3, help="learning rate of ordinary layers (stages 2, 3)")
+    add("--lr-gan", type=float, default=4e-3, help="of layers with equalised learning rate")
+    add("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
+    add("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
+    add("--resume", action="store_true", help="continue the stage's checkpoint in --out, with its options")
+    add("--overwrite", action="store_true", help="start anew although a checkpoint exists")
+    add("--device", default="auto")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=0, help="processes that load data")
+    add("--save-every", type=int, default=500, help="steps between checkpoints, each with an image")
     args = p.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))                            # defaults are not filled in here
-    args.given = [k for k, v in vars(p.parse_args(argv, unset)).items() if v is not None]
+    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
+    if args.part and args.stage != 2:
+        p.error("--part is of --stage 2")
+    args.part = args.part or ("encoder" if args.stage == 2 else None)
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
-    args.thaw = float(args.size <= 64) if args.thaw is None else args.thaw
-    papers = args.size >= PAPERS_JUDGES
-    args.w_vgg = 0.2 * papers if args.w_vgg is None else args.w_vgg
-    args.w_arcface = 0.1 * papers if args.w_arcface is None else args.w_arcface
-    args.w_feat = 0.2 * (not args.w_vgg) if args.w_feat is None else args.w_feat
-    args.w_adv = 0.01 * (args.stage == 3 or bool(args.photos)) if args.w_adv is None else args.w_adv
+    args.path, args.w = dict(args.path), loss_weights(args, dict(args.w))
+    args.given = {k: v for k, v in given.items() if v is not None} | {f"w {k}": v for k, v in given["w"] or ()}
     return args
 
 
-STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
+def own_file(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if name not in ("vgg19", "vgg16", "lpips_heads", "arcface") or not path:
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=FILE for vgg19, vgg16, lpips_heads or arcface")
+    return name, path
 
-# what --resume may change (and loss weights): how long, how fast, where files lie, where and how it runs
-CHANGEABLE = {"steps", "lr", "lr_gan", "ema_kimg", "data", "photos", "expert", "vgg", "lpips", "arcface",
-              "device", "workers", "log_every", "sample_every", "save_every"}
+
+def loss_weight(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        if name in WEIGHTS and 0 <= float(value) < math.inf:
+            return name, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE, a number from 0 on for one of {', '.join(WEIGHTS)}")
 
 
-def resume_options(args, before, path):
-    """Options of a run that goes on: those in its checkpoint (`before`), but what is CHANGEABLE and given anew.
+def loss_weights(args, given: dict) -> dict:
+    """The stage's column of WEIGHTS, with what --size, --photos and --w change"""
+    weight = {name: column[args.stage - 1] for name, column in WEIGHTS.items() if column[args.stage - 1] is not None}
+    if args.stage == 2 and args.photos:
+        weight["adv"] = WEIGHTS["adv"][2]
+    if args.stage > 1 and args.size >= PAPERS_JUDGES:
+        weight |= dict(vgg=0.2, arcface=0.1)
+    if args.stage > 1 and given.get("vgg", weight["vgg"]):
+        weight["feat"] = 0.0
+    return weight | {name: value for name, value in given.items() if name in weight}
 
-    A line says what has changed. InputError: another option is given with another value."""
-    own = {"stage", "out", "resume", "overwrite", "given"}                             # of this call
-    anew = {k: getattr(args, k) for k in args.given if k in before and k not in own and getattr(args, k) != before[k]}
-    fixed = {k for k in anew if k not in CHANGEABLE and not k.startswith("w_")}
-    if args.stage == 2 and before["hyper_share"]:                                      # a share of the steps
-        fixed |= anew.keys() & {"steps"}
-    words = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in anew.items() if not fixed or k in fixed]
+
+# what --resume may change, with loss weights: how long, how fast, where files lie, where and how it runs
+CHANGEABLE = {"steps", "lr", "lr_gan", "data", "photos", "expert", "path", "device", "workers", "save_every"}
+
+
+def resume_options(args, saved: dict, path):
+    """Options of a run that goes on: those in its checkpoint (`saved`), but what is CHANGEABLE and given anew. A line
+    says what has changed. InputError: another option is given with another value."""
+    this_call = {"stage", "part", "out", "resume", "overwrite", "w"}
+    flat = saved | {f"w {k}": v for k, v in saved["w"].items()}
+    new = {k: v for k, v in args.given.items() if k in flat and k not in this_call and v != flat[k]}
+    fixed = {k for k in new if k not in CHANGEABLE and not k.startswith("w ")}
+    words = [f"--{k.replace('_', '-')} {flat[k]} -> {v}" for k, v in new.items() if k in (fixed or new)]
     if fixed:
         raise InputError(f"{path}: --resume cannot change {', '.join(words)}; --overwrite starts anew")
     print(f"{path}: goes on with its own options" + "".join(f", {word}" for word in words))
-    return argparse.Namespace(**vars(args) | {k: v for k, v in before.items() if k in vars(args) and k not in own} | anew)
+    options = {k: new.get(k, v) for k, v in saved.items() if k not in this_call}
+    return argparse.Namespace(**vars(args) | options | dict(w={k: new.get(f"w {k}", v) for k, v in saved["w"].items()}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the generator's side of a step, one function a stage: forward, then (after the discriminator's step) the terms
+# one function a stage: batch -> images and codes
 
-def forward_stage1(nets, batch, args):
-    """z -> w, two of them mixed in nine of ten pictures (StyleGAN2 default) -> fake"""
-    G, real = nets["model"].generator, batch["image"]
+def forward_stage1(model, batch):
+    """z -> w, two of them mixed in nine of ten images (StyleGAN2 default) -> fake"""
+    G, real = model.generator, batch["image"]
     N = len(real)
     w1, w2 = G.mapping(torch.randn(2 * N, G.dim, device=real.device)).chunk(2)         # (N, D) each
     crossover = int(torch.randint(1, G.L, ())) if torch.rand(()) < 0.9 else G.L
     w_plus = mix_styles(w1, w2, G.L, crossover)                                        # (N, L, D)
-    return dict(real=real, fake=G(w_plus, "random" if nets["model"].config.noise else "off"), w_plus=w_plus)
+    return dict(real=real, fake=G(w_plus, "random" if model.config.noise else "off"), w_plus=w_plus)
 
 
-def forward_stage2(nets, batch, args, deltas=None):
-    """picture -> code -> picture; in the second phase the encoder rests and the hypernetwork refines `deltas`.
+def forward_stage2(model, batch):
+    """image -> code -> image. With a mouth code, half of the faces once more with the mouth of another: fake_swapped.
 
-    With a mouth code, half of the faces are made once more with the mouth of another: `moved`. Where landmarks taught its
-    shape, with the other's opening, and the rest of the shape a little off; and the looks of every fourth mouth are kept
-    from the generator, so that it goes by the shape."""
-    model, real = nets["model"], batch["image"]
-    if not model.mouth or nets["hyper_phase"]:
-        z = model.invert(real)
-        deltas = model.refine(real, z, deltas) if nets["hyper_phase"] else None
-        return dict(real=real, fake=model.decode(z, deltas), deltas=deltas)
+    target_mouth, ours: the neighbour's opening, and the rest of the shape disturbed. A quarter of the true codes lose
+    their appearance part, so that the generator responds to the shape."""
+    real = batch["image"]                                                              # (N, 3, H, W)
+    if not model.mouth:
+        return dict(real=real, fake=model.decode(model.invert(real)))
+    K, n = model.config.shape_dim, len(real) // 2
     mouth = model.mouth(real)                                                          # (N, M)
-    said = mouth.detach().roll(1, 0)                                                   # the neighbours'
-    if model.config.landmarks:
-        shape, looks = mouth.split([model.config.state_dim, mouth.shape[1] - model.config.state_dim], 1)
-        said = torch.cat([said[:, :1], shape[:, 1:] + torch.randn_like(shape[:, 1:]), looks], 1).detach()
-        mouth = torch.cat([shape, looks * (torch.rand(len(looks), 1, device=looks.device) > 0.25)], 1)
-    said = said[len(real) // 2:]
-    own, other = (model.motion.mouth_up(m).unflatten(1, model.motion.shape) for m in (mouth, said))
-    z = model.encode_source(real)                                                      # (N, L, D): no mouth in it
-    fake, moved = model.decode(torch.cat([z + own, z[-len(said):] + other])).split([len(real), len(said)])
-    return dict(real=real, fake=fake, moved=moved, said=said)
+    shape, appearance = mouth[:, :K], mouth[:, K:]
+    neighbour = mouth.detach().roll(1, 0)[:, :1]
+    target = torch.cat([neighbour, shape[:, 1:] + torch.randn_like(shape[:, 1:]), appearance], 1).detach()[n:]
+    kept = torch.rand(len(real), 1, device=real.device) > 0.25
+    mouth = torch.cat([shape, appearance * kept], 1)
+    z = model.encode_source(real)                                                      # (N, L, D): the lips are masked
+    z_true, z_other = (model.motion.mouth_up(m).unflatten(1, model.motion.shape) for m in (mouth, target))
+    fake, swapped = model.decode(torch.cat([z + z_true, z[n:] + z_other])).split([len(real), len(target)])
+    return dict(real=real, fake=fake, fake_swapped=swapped, target_mouth=target)
 
 
-def forward_stage3(nets, batch, args):
-    """source, driving frames and sound -> the driving frames, in the source's looks.
+def forward_hyper(model, batch, deltas=None):
+    """image -> code -> image by weights that the hypernetwork has changed once more"""
+    real = batch["image"]
+    with torch.no_grad():
+        z = model.invert(real)
+    deltas = model.refine(real, z, deltas)
+    return dict(real=real, fake=model.decode(z, deltas), deltas=deltas)
 
-    Where landmarks taught the mouth's shape, every other clip is told the true one: what sound cannot tell, the generator
-    would learn to paint half."""
-    model, T = nets["model"], batch["mel"].shape[1] - 2 * CONTEXT
-    real, told, shape = middle(batch["driving"], T), None, None                        # (B, T, 3, H, W)
-    if model.config.landmarks:
+
+def forward_stage3(model, batch):
+    """source, driving frames and sound -> the driving frames, with the source's identity.
+
+    With a mouth code every other clip gets its true mouth (teacher forcing): sound alone is ambiguous, regression
+    averages, and the generator would learn to draw half of each movement."""
+    T = batch["mel"].shape[1] - 2 * CONTEXT
+    real, mouth, true_mouth = middle(batch["driving"], T), None, None                  # (B, T, 3, H, W)
+    if model.mouth:
         with torch.no_grad():
-            source, shape = model.mouth(batch["source"]), model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])
-            told = shape - (source - model.motion.spoken(source))[:, None]             # (B, T, M): beside the source's
-            told[..., model.config.state_dim:] = 0                                     # looks
-            told[1::2] = math.nan
-    frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], CONTEXT, told)
-    out = dict(shape=shape, real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, z_s2c=z_s2c, z_c2d=z_c2d,
+            of_source = model.mouth(batch["source"])                                   # (B, M)
+            mouth = model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])       # (B, T, M)
+            true_mouth = mouth - (of_source - model.motion.speech_part(of_source))[:, None]  # is added to the source's
+            true_mouth[..., model.config.shape_dim:] = 0                               # appearance
+            true_mouth[1::2] = torch.nan                                               # from sound
+    frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], CONTEXT, true_mouth)
+    out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
                mel=batch["mfcc"] if "mfcc" in batch else middle(batch["mel"], 1)[:, 0])  # of the window's middle frame
     return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
 def forward_photos(model, batch, out):
-    """Stage 3 on photos: each is its own driving video; once with its own mouth, once with what a clip's sound says.
+    """Stage 3 on photos: each is its own driving video, once with its own mouth, once with a clip's sound.
 
     Without a mouth code the first is the photo's inversion, as no sound is known that fits its own mouth."""
     photo = batch["photo"]                                                             # (N, 3, H, W)
+    clip = torch.arange(len(photo), device=photo.device) % len(batch["mel"])
     if not model.mouth:
-        mel = batch["mel"][torch.arange(len(photo)) % len(batch["mel"])]
-        moved = model(photo, photo[:, None].expand(-1, mel.shape[1], -1, -1, -1), mel, CONTEXT)[0][:, 0]
+        mel = batch["mel"][clip]
+        swapped = model(photo, photo[:, None].expand(-1, mel.shape[1], -1, -1, -1), mel, CONTEXT)[0][:, 0]
         z_s = model.invert(photo)
         fake = model.decode(z_s, model.weight_changes(photo, z_s))
-        return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), moved=moved)
-    (_, z_s2c), pose = model.person(photo), model.motion.pose(model.encode_driving(photo[None]))[0]
+        return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped)
+    motion = model.motion
+    (_, z_s2c), pose = model.canonical_code(photo), motion.pose(model.encode_driving(photo[None]))[0]
     mouth = model.mouth(photo)                                                         # (N, M)
+    own = motion.speech_part(mouth)
     with torch.no_grad():
-        said = model.motion.say(model.encode_sound(batch["mel"]), CONTEXT)[:, 0]       # (B, M)
-        said = said[torch.arange(len(photo), device=said.device) % len(said)]
-    spoken = model.motion.spoken(mouth), said
-    fake, moved = model.decode(torch.cat([z_s2c + model.motion.join(pose, m) for m in spoken])).chunk(2)
-    said = said + (mouth - spoken[0]).detach()                                         # what the picture should read as
-    return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), moved=moved, said=said)
+        spoken = motion.audio_to_mouth(model.encode_sound(batch["mel"]), CONTEXT)[clip, 0]  # (N, M)
+    fake, swapped = model.decode(torch.cat([z_s2c + motion.join(pose, m) for m in (own, spoken)])).chunk(2)
+    return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped,
+                target_mouth=spoken + (mouth - own).detach())
 
 
-def picture_terms(nets, out, args):
-    """Reconstruction, perceptual and identity: what stages 2 and 3 share."""
-    template = TEMPLATES[nets["model"].config.template]
-    mouth = template.lips if nets["model"].mouth else template.mouth
-    boxes = ((mouth, args.w_mouth), (template.eyes, args.w_eyes))
+def all_fakes(out):
+    """Every generated image, for the discriminator"""
+    return torch.cat([out["fake"], out["fake_swapped"]]) if "fake_swapped" in out else out["fake"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one function a stage: images and codes -> loss terms (but the adversarial one)
+
+def losses_stage1(model, frozen, out, w):
+    return {}
+
+
+def losses_stage2(model, frozen, out, w):
+    """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code"""
+    template = TEMPLATES[model.config.template]
+    boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))
     real, fake = out["real"], out["fake"]
     terms = dict(rec=losses.reconstruction_loss(fake, real, boxes))
-    if args.w_feat and "critic" in nets:
+    if w["feat"] and "feature_net" in frozen:
         with torch.no_grad():
-            real_maps = nets["critic"].features(real)
-        terms["feat"] = losses.perceptual_loss(nets["critic"].features(fake), real_maps)
-    if args.w_l2:
+            real_maps = frozen["feature_net"].features(real)
+        terms["feat"] = losses.perceptual_loss(frozen["feature_net"].features(fake), real_maps)
+    if w["l2"]:
         terms["l2"] = (fake - real).square().mean()
-    if args.w_vgg:
-        terms["vgg"] = losses.perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
-    if args.w_lpips:
-        terms["lpips"] = nets["lpips"](fake, real).mean()
-    if args.w_arcface:
-        terms["arcface"] = losses.identity_loss(nets["arcface"](fake), nets["arcface"](real))
-    elif args.w_id:
-        terms["id"] = losses.identity_loss(nets["judge"](fake), nets["judge"](real))
-    return terms
-
-
-def terms_stage1(nets, out, args):
-    return dict(adv=losses.generator_loss(nets["D"](nets["augment"](out["fake"]))))
-
-
-def terms_stage2(nets, out, args):
-    terms = picture_terms(nets, out, args) | moved_terms(nets["model"], out)
-    if args.w_adv:
-        terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](judged(out))))
-    return terms
-
-
-def moved_terms(model, out):
-    """A face with the mouth of another: around the mouth it is the same picture, and the mouth reads as it was told.
-    Where its shape is read, the whole keeps its colours, too.
-
-    This is what moves the lips of people who are known from one photo. Ours."""
-    if "moved" not in out:
-        return {}
-    moved, real = out["moved"], out["real"][-len(out["moved"]):]
-    around = (mask_mouth(moved, model.config.template) - mask_mouth(real, model.config.template)).abs().mean()
-    if not model.mouth:
-        return dict(around=around)
-    said = out["said"].float()
-    if model.config.landmarks:
-        hue = [x - x.mean(1, keepdim=True) for x in (moved, real)]
-        hue = torch.nn.functional.avg_pool2d(hue[0] - hue[1], max(1, moved.shape[-1] // 16))
+    if w["vgg"]:
+        terms["vgg"] = losses.perceptual_loss(frozen["vgg"](fake), frozen["vgg"](real))
+    if w["lpips"]:
+        terms["lpips"] = frozen["lpips"](fake, real).mean()
+    if w["arcface"]:
+        terms["arcface"] = losses.identity_loss(frozen["arcface"](fake), frozen["arcface"](real))
+    elif w["id"]:
+        terms["id"] = losses.identity_loss(frozen["judge"](fake), frozen["judge"](real))
+    if "fake_swapped" in out:                                                          # ours, see losses.py
+        swapped, real = out["fake_swapped"], out["real"][-len(out["fake_swapped"]):]
+        terms["preserve"] = losses.preserve_loss(swapped, real, model.config.template, colours=bool(model.mouth))
+    if "target_mouth" in out:
+        target = out["target_mouth"]
         if "frames" in out:                                                            # stage 3: clips have a truth
-            moved = torch.cat([moved, out["frames"].flatten(0, 1)])
-            said = torch.cat([said, out["shape"].flatten(0, 1).float()])
-        said = said[:, :model.config.state_dim]
-        wrong = (read_softly(model.mouth, moved) - said).square() / variance(said).clamp_min(0.25)
-        wrong = (wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2                         # the opening is half of it
-        return dict(around=around + hue.abs().mean(), obey=wrong)
-    frozen = {k: q.detach() for k, q in model.mouth.named_parameters()}                # else they would agree on a sign
-    read = torch.func.functional_call(model.mouth, frozen, (moved,)).float()
-    if "frames" in out and model.motion.state is not None:                             # stage 3: what is spoken counts
-        read, said = read @ model.motion.state.t(), said @ model.motion.state.t()
-    return dict(around=around, obey=(read - said).square().mean() / variance(said).mean().clamp_min(1e-6))
-
-
-def variance(codes):
-    """Of mouth codes (N, M), over the batch; of a single one the 1 that all mouth codes have at the start -> (M,)"""
-    return codes.var(0) if len(codes) > 1 else torch.ones_like(codes[0])
-
-
-def read_softly(mouth, pictures):
-    """The lips' shape (N, K) of pictures as a loss reads it: shifted and soft, so that fine patterns tell it nothing"""
-    boxes = mouth.mouth_crop(pictures.float(), margin=0.125)
-    down, right = (int(v) for v in torch.randint(boxes.shape[-1] - 31, (2,)))
-    boxes = torch.nn.functional.avg_pool2d(boxes[..., down:down + 32, right:right + 32], 2)
-    return mouth.read(torch.nn.functional.interpolate(boxes, scale_factor=2, mode="bilinear")).float()
-
-
-def judged(out):
-    """Every picture of the generator that the discriminator is to see"""
-    return torch.cat([out["fake"], out["moved"]]) if "moved" in out else out["fake"]
-
-
-def terms_stage3(nets, out, args):
-    terms = picture_terms(nets, out, args) | moved_terms(nets["model"], out)
-    terms["orth"] = losses.orthogonality_loss(out["z_s2c"], out["z_c2d"])
-    if args.w_adv and adversarial(out):
-        terms["adv"] = losses.generator_loss(nets["D"](nets["augment"](judged(out))))
-    if args.w_sync and out["frames"].shape[1] == WINDOW:
-        seen = recrop(out["frames"], nets["model"].config.template, nets["sync"].template)
-        terms["sync"] = sync_loss(nets["sync"], seen, out["mel"])
+            swapped = torch.cat([swapped, out["frames"].flatten(0, 1)])
+            target = torch.cat([target, out["mouth"].flatten(0, 1)])
+        terms["mouth_cycle"] = losses.mouth_cycle_loss(
+            model.mouth.read_softly(swapped), target[:, :model.config.shape_dim].float())
     return terms
 
 
-def adversarial(out):
-    """Whether this batch trains the discriminator: the many clips of stage 3 do, five frames of one clip are nearly one
-    sample"""
-    return "frames" not in out or out["frames"].shape[1] == 1
+def losses_stage3(model, frozen, out, w):
+    terms = losses_stage2(model, frozen, out, w)
+    terms["orth"] = losses.orthogonality_loss(out["z_s2c"], out["z_c2d"])
+    if w["sync"] and out["frames"].shape[1] == WINDOW:
+        face = recrop(out["frames"], model.config.template, frozen["sync"].template)
+        terms["sync"] = losses.sync_loss(frozen["sync"], face, out["mel"])
+    return terms
 
 
-FORWARD = {1: forward_stage1, 2: forward_stage2, 3: forward_stage3}
-TERMS = {1: terms_stage1, 2: terms_stage2, 3: terms_stage3}
+STAGES = dict(stage1=(forward_stage1, losses_stage1), stage2=(forward_stage2, losses_stage2),
+              stage2_hyper=(forward_hyper, losses_stage2), stage3=(forward_stage3, losses_stage3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-def build(args, data, device, saved=None):
-    """Networks of the stage, from nothing, from the stage before or published files, or as they were saved
-    -> (nets, ema). nets["model"] is what is trained. data: of `training_sets`."""
-    changes, parts = ({}, {}) if saved else published(args.size, args.generator, trunk(args), args.hyper)
-    before = None
-    if args.stage > 1 and not saved and (args.init or "generator" not in parts):
-        path = args.init or os.path.join(args.out, f"stage{args.stage - 1}.pt")
-        before = load_checkpoint(path, f"stage{args.stage - 1}", map_location=device)
-        if before["config"]["size"] != args.size:
-            raise InputError(f"{path}: a network of {before['config']['size']} px, --size is {args.size}")
-    config = Config.load(saved["config"]) if saved else shape(args, data["pack"], before, changes, data["landmarks"])
-    model = FCTFG(config, generator_only=args.stage == 1).to(device)
-    nets = dict(model=model, D=Discriminator(args.size, config.base, config.cap).to(device), hyper_phase=False,
-                augment=losses.Augment(max(args.augment, 0.0)))
-    if before:
-        names = ("generator", "encoder", "maps", "hyper", "mouth") + ("motion.mouth_up",) * bool(model.mouth)
-        for name in names[:1 if args.stage == 2 else None]:                            # what was trained before
-            part = operator.attrgetter(name)(model)
-            if part is not None and name not in parts:
-                prefix = name + "."
-                averaged = before["ema"]["model"].items()
-                part.load_state_dict({k[len(prefix):]: v for k, v in averaged if k.startswith(prefix)})
-        nets["D"].load_state_dict(before["networks"]["D"])
-    for name, network in parts.items():
-        target = nets["D"] if name == "D" else getattr(model, name)
-        if target is not None:
-            target.load_state_dict(network.state_dict())
-    if args.stage > 1 and not saved:
-        start(args, nets, data, device, before["networks"] if before else {}, parts)
-    if saved and args.stage > 1 and args.w_id and not args.w_arcface and "judge" not in saved["networks"]:
-        nets["judge"] = train_judge(data, device, args.seed)                           # a weight that was 0 so far
-    for name in ("critic", "judge"):
-        if saved and name in saved["networks"]:                                       # filled by `restore`
-            nets[name] = (copy.deepcopy(nets["D"]) if name == "critic" else judges.SmallFaceJudge().to(device))
-        if name in nets:
-            checkpoint.freeze(nets[name])
-    return nets, copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def optimisers(nets, args):
-    """Adam for the stage's trained parts: rates by kind of layer; the discriminator's corrected for lazy R1."""
-    model = nets["model"]
-    model.requires_grad_(False)
-    model.eval()                                                                       # BatchNorm of the published forms:
-    if args.stage == 2:                                                                # batch statistics where their
-        (model.hyper if nets["hyper_phase"] else model.encoder).train()                # authors trained with them
-    inversion = [model.encoder, model.maps] + [model.generator] * (args.thaw > 0)
-    inversion += [model.mouth, model.motion.mouth_up] if model.mouth else []
-    parts = {1: [model.generator], 2: inversion, 3: [model]}[args.stage]
-    if nets["hyper_phase"]:
-        parts = [model.hyper]
-    for part in parts:
-        if part is not None:
-            part.requires_grad_(True)
-    if args.stage > 1:
-        model.generator.style.requires_grad_(False)                                    # z -> w is stage 1's alone
-    if model.config.picture and model.encoder:                                         # its closed forms stay:
-        linear = [model.encoder.linear_down, model.encoder.linear_up, model.maps.down, model.maps.picture]
-        if model.mouth:
-            linear += [model.mouth.linear, model.motion.mouth_up]
-        for part in linear:
-            part.requires_grad_(False)                                                 # Adam would shake a picture apart
-    if model.mouth and model.mouth.reader:                                             # else it and the generator would
-        model.mouth.reader.requires_grad_(False)                                       # agree on another shape
-    c = 4 / 5 if args.stage == 1 else 1.0                                              # lazy path length: k/(k+1), k = 4
-    beta1 = 0.0 if args.stage == 1 else 0.9                                            # StyleGAN2: 0; ours where L1 leads
-    groups = {}                                                                        # not by rate: rates may change
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            option = "lr"
-            if name.startswith("generator."):
-                option, share = "lr_gan", args.thaw if args.stage == 2 else c
-            elif name.startswith("encoder.") and model.config.encoder != "slim" or (
-                    name.startswith("hyper.") and model.config.hyper != "slim"):
-                share = 0.1  # 1e-4: pSp's and HyperStyle's
-            elif model.config.picture and name.startswith(("canonical.", "motion.pose_")):
-                share = 0.01  # closed forms, too, and a small step in W+ is a large one in the coarse picture
-            elif model.config.picture and name.startswith(("encoder.", "mouth.")):
-                share = 0.1
-            elif model.config.landmarks and name.startswith(("audio.", "motion.fusion", "motion.lips")):
-                share = 0.1  # regressed on the shape itself, which tells them more than a picture of it
-            elif "down." in name or "canonical.mlp.0" in name:
-                share = 0.1  # a thousand whitened inputs: ten times as touchy
-            elif args.stage == 3 and (not name.startswith(("audio.", "motion.")) or "pose_up" in name):
-                share = 0.2  # found before: codes drift slowly under the maps
-            else:
-                share = 1.0
-            groups.setdefault((option, share), []).append(parameter)
-    groups = [dict(params=parameters, lr=share * getattr(args, option)) for (option, share), parameters in groups.items()]
-    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)
-    c = 16 / 17                                                                        # lazy R1: k = 16
-    opt_d = torch.optim.Adam(nets["D"].parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
-    for opt in (opt_g, opt_d):
-        for group in opt.param_groups:
-            group["initial_lr"] = group["lr"]
-    return opt_g, opt_d
-
-
-def discriminator_step(nets, out, opt_d, step, args):
-    """Logistic loss, and R1 (in fp32: it is a second derivative) on every 16th turn; -> diagnostics"""
-    D, augment = nets["D"].requires_grad_(True), nets["augment"]
-    real, fake = augment(out["real"]), augment(judged(out).detach())
-    with torch.autocast(real.device.type, torch.bfloat16, enabled=args.bf16):
-        real_score, fake_score = D(real), D(fake)                                      # (N, 1)
-    loss = losses.discriminator_loss(real_score, fake_score)
-    finite("d", loss)
-    opt_d.zero_grad(set_to_none=True)
-    loss.backward()
-    opt_d.step()
-    turn = step // 2 if args.stage == 3 and args.w_sync else step                      # the discriminator's own count
-    if turn % 16 == 0:
-        real = augment(out["real"]).detach().requires_grad_(True)
-        penalty = args.w_r1 / 2 * 16 * losses.r1_penalty(real, D(real))
-        finite("r1", penalty)
-        opt_d.zero_grad(set_to_none=True)
-        penalty.backward()
-        opt_d.step()
-        nets["r1"] = penalty.detach() / 16
-    D.requires_grad_(False)
-    if args.augment >= 0:
-        nets["augment"].update(real_score.detach())
-    return dict(d=loss.detach(), r1=nets.get("r1", loss.new_zeros(())),
-                real=real_score.detach().mean(), fake=fake_score.detach().mean())
-
-
-def path_length_step(nets, out, opt_g, args):
-    """StyleGAN2's path length regularisation on half a batch (every 4th step of stage 1)"""
-    half = forward_stage1(nets, dict(image=out["real"][:max(1, len(out["real"]) // 2)]), args)
-    penalty, nets["mean_path"] = losses.path_length_penalty(half["fake"], half["w_plus"], nets["mean_path"])
-    finite("path", penalty)
-    opt_g.zero_grad(set_to_none=True)
-    (args.w_path * 4 * penalty).backward()
-    opt_g.step()
-    return penalty.detach()
-
-
 def main(argv=None):
     args = parse(argv)
-    checkpoint_path = os.path.join(args.out, f"stage{args.stage}.pt")
-    saved = load_checkpoint(checkpoint_path, f"stage{args.stage}") if args.resume else None
-    if saved:
-        args = resume_options(args, saved["args"], checkpoint_path)
+    name = f"stage{args.stage}" + "_hyper" * (args.part == "hyper")
+    path = os.path.join(args.out, f"{name}.pt")
+    ckpt = load_checkpoint(path, f"stage{args.stage}") if args.resume else None        # to the CPU
+    args = resume_options(args, ckpt["args"], path) if ckpt else args
     del args.given
-    device = pick_device(args.device)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{args.out}: no directory to write to ({error.strerror})") from None
-    if os.path.exists(checkpoint_path) and not (args.resume or args.overwrite):
-        raise InputError(f"{checkpoint_path} exists: --resume continues it, --overwrite starts anew")
-    sync = expert_for(args, device)
-    judges = published_judges(args, device, Pack(args.data).template if args.data else "toy")
-    pack = Pack(args.data) if args.data else toy_pack(Path(args.out), args.size, args.people, args.seconds)
-    if pack.size != args.size:
-        raise InputError(f"{args.data}: pictures of {pack.size} px, --size is {args.size}")
-    if saved and pack.template != saved["config"]["template"]:
-        raise InputError(f"{args.data}: template {pack.template}, --resume needs {saved['config']['template']} as so far")
-    sets = training_sets(args, pack)
+    w, device = args.w, pick_device(args.device)
+    claim_output(path, args)
+    frozen = load_judges(args, device)                                                 # before anything slow
+    data = load_data(args)
 
     torch.manual_seed(args.seed)
-    nets, ema = build(args, sets, device, saved)
-    model = nets["model"]
-    if args.w_obey is None:
-        args.w_obey = ((0.1, 0.03), (0.5, 0.3))[model.config.landmarks][args.stage == 3]
-    nets |= dict(sync=sync, mean_path=torch.zeros((), device=device))
-    nets |= judges
-    hyper_from = args.steps - round(args.hyper_share * args.steps) if args.stage == 2 else args.steps + 1
-    start = 0
-    if saved:
-        start = restore(saved, nets, ema)
-    nets["hyper_phase"] = start > hyper_from and model.hyper is not None              # at hyper_from the loop switches
-    opt_g, opt_d = optimisers(nets, args)
-    if saved:
-        restore_optimiser(opt_g, saved["optimisers"]["g"])
-        restore_optimiser(opt_d, saved["optimisers"]["d"])
-        torch.set_rng_state(saved["rng"]["torch"].cpu())
+    model, D, known = build_networks(args, data, ckpt, device)
+    frozen |= initialise.stage(args, model, D, data, known, device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    opt_g, opt_d = optimizers(model, D, args)
+    augment, mean_path, r1, step0 = losses.Augment(max(args.augment, 0.0)), torch.zeros((), device=device), None, 0
+    if ckpt:
+        ema.load_state_dict(ckpt["ema"]["model"])
+        restore_optimiser(opt_g, ckpt["optimisers"]["g"])
+        restore_optimiser(opt_d, ckpt["optimisers"]["d"])
+        augment.p, mean_path, step0 = ckpt["augment_p"], ckpt["mean_path"].to(device), ckpt["step"]
+        torch.set_rng_state(ckpt["rng"]["torch"])
 
-    if args.stage == 3:  # even steps: few windows of five frames, for the sync loss; odd steps: many clips of one
-        see = 0 if args.motion == "direct" else 2 * CONTEXT                            # driving frames not decoded
-        turns = 2 if args.w_sync else 1
-        windows = (WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)             # T, B, batches already seen
-        singles = (1, max(1, args.batch // (2 if args.photos else 1)), start // turns)  # half of these are photos
-        mfcc = see // 2 if getattr(sync, "uses_mfcc", False) else None
-        data = [batches(Clips(pack, T + see, args.seed + T, context=CONTEXT - see // 2, clips=sets["clips"], mfcc=mfcc),
-                        B, first, args.workers) for T, B, first in (windows, singles)[-turns:]]
-        photos = batches(sets["photos"], singles[1], singles[2], args.workers) if args.photos else None
-    else:
-        data = [batches(sets["pictures"], args.batch, start, args.workers)]
-    header(args, model, pack, device)
-    log = open(os.path.join(args.out, f"log_stage{args.stage}.jsonl"), "a" if saved else "w")
-    versions = dict(torch=torch.__version__, python=sys.version.split()[0])
-    log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args))) + "\n")
-    weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")} | (dict(adv=1.0) if args.stage == 1 else {})
-    waited, clock, logged = 0.0, time.perf_counter(), start - 1
-
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"stage {args.stage}", disable=None)
+    forward, losses_of = STAGES[name]
+    refinements = model.config.refine if args.part == "hyper" else 1
+    bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
+    header(args, model, data, device)
+    log, stream = open_log(os.path.join(args.out, f"log_{name}.jsonl"), args), load_batches(args, data, frozen, step0)
+    timer = StepTimer(device)
+    bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=None)
     for step in bar:
-        before = time.perf_counter()
-        batch = next(data[step % len(data)])
-        if args.stage == 3 and args.photos and (step + 1) % turns == 0:
-            batch["photo"] = next(photos)["image"]
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        waited += time.perf_counter() - before
-        if step == hyper_from and not nets["hyper_phase"]:                             # stage 2: now the encoder rests
-            nets["hyper_phase"] = True
-            model.load_state_dict(ema.state_dict())
-            opt_g, _ = optimisers(nets, args)
-        for group in opt_g.param_groups + opt_d.param_groups:                          # ours: cosine down to a twentieth
-            group["lr"] = group["initial_lr"] * lr_factor(step, args)
+        last = step + 1 == args.steps
+        batch = timer.next(stream)                                                     # images (N, 3, H, W), see data.py
+        rate = 1.0 if args.stage == 1 else cosine_warmup(step, args.steps, 100)        # slow: keep what is learned
+        for group in opt_g.param_groups + opt_d.param_groups:
+            group["lr"] = group["initial_lr"] * rate
 
-        # one fake forward
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            out = FORWARD[args.stage](nets, batch, args)
+        with bf16():
+            out = forward(model, batch)
         out["fake"] = out["fake"].float()
 
-        # discriminator, lazy R1
-        diagnostics = {}
-        if args.stage == 1 or (args.w_adv and adversarial(out)):
-            diagnostics = discriminator_step(nets, out, opt_d, step, args)
+        # discriminator: logistic loss. Not on windows: five frames of one clip are nearly one sample
+        adversarial, diagnostics = w["adv"] and (args.stage < 3 or out["frames"].shape[1] == 1), {}
+        if adversarial:
+            D.requires_grad_(True)
+            with bf16():
+                real_score, fake_score = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
+            diagnostics = dict(d=losses.discriminator_loss(real_score, fake_score))
+            descend(opt_d, diagnostics, step)
+            diagnostics |= dict(real=real_score.mean(), fake=fake_score.mean())
+            # lazy R1: every 16th step of D, in fp32, as it is a second derivative
+            if step // (2 if w.get("sync") else 1) % 16 == 0:
+                real = augment(out["real"]).detach().requires_grad_(True)
+                r1 = w["r1"] / 2 * losses.r1_penalty(real, D(real))
+                descend(opt_d, dict(r1=16 * r1), step)
+            diagnostics["r1"] = r1 if r1 is not None else real_score.new_zeros(())
+            D.requires_grad_(False)
+            if args.augment >= 0:
+                augment.update(real_score.detach())
 
         # generator and everything before it; of the hypernetwork a backward pass at each refinement
         opt_g.zero_grad(set_to_none=True)
-        for turn in range(model.config.refine if nets["hyper_phase"] else 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                if turn:
-                    out = forward_stage2(nets, batch, args, out["deltas"])
-                terms = TERMS[args.stage](nets, out, args)
-            for name, value in terms.items():
-                finite(name, value)
-            loss = sum(weight[k] * v for k, v in terms.items())
-            loss.backward()
+        for turn in range(refinements):
+            with bf16():
+                out = forward(model, batch, out["deltas"]) if turn else out
+                terms = losses_of(model, frozen, out, w)
+                if adversarial:
+                    terms["adv"] = losses.generator_loss(D(augment(all_fakes(out))))
+            check_finite(terms, step)
+            sum(w[k] * v for k, v in terms.items()).backward()
         opt_g.step()
 
-        # lazy path length
-        if args.stage == 1 and args.w_path and step % 4 == 0:
-            diagnostics["path"] = path_length_step(nets, out, opt_g, args)
+        # lazy path length: every 4th step of stage 1, on half a batch
+        if args.stage == 1 and w["path"] and step % 4 == 0:
+            half_batch = forward(model, dict(image=out["real"][:max(1, args.batch // 2)]))
+            path_length, mean_path = losses.path_length_penalty(half_batch["fake"], half_batch["w_plus"], mean_path)
+            descend(opt_g, dict(path=w["path"] * 4 * path_length), step)
+            diagnostics["path"] = path_length
 
-        update_ema(ema, model, (step + 1) * args.batch, args.batch, args.ema_kimg)
+        update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
-        last = step + 1 == args.steps
-        if step % args.log_every == 0 or last:
-            line = {k: float(weight[k] * v.detach()) for k, v in terms.items()}
-            line |= {k: float(v) for k, v in diagnostics.items()}
-            line |= dict(step=step, p=nets["augment"].p, gib=round(memory_gib(device), 2))
-            line |= pace(time.perf_counter() - clock, waited, step - logged, args.batch)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            bar.write(format_line(line, args))
-            waited, clock, logged = 0.0, time.perf_counter(), step
-        if (step + 1) % args.sample_every == 0 or last:
-            save_samples(os.path.join(args.out, f"stage{args.stage}.png"), ema, sets, device, args)
+        if step % LOG_EVERY == 0 or last:
+            line = dict(step=step) | {k: float(w[k] * v.detach()) for k, v in terms.items()}
+            line |= {k: float(v.detach()) for k, v in diagnostics.items()} | dict(p=augment.p)
+            write_log(log, bar, line | timer.pace(args.batch), args.steps)
         if (step + 1) % args.save_every == 0 or last:
+            save_examples(os.path.join(args.out, f"{name}.png"), ema, data, args)
             if args.stage == 3:
-                collect_idle(ema, pack, sets["clips"], device)
-            save(checkpoint_path, step + 1, nets, ema, opt_g, opt_d, args)
+                initialise.collect_idle(ema, data["pack"], data["clips"], device)
+            networks = dict(model=model, D=D) | {k: frozen[k] for k in ("feature_net", "judge") if k in frozen}
+            save_checkpoint(path, dict(                                                # all that the next step depends on
+                kind=f"stage{args.stage}", format=1, config=vars(ema.config), args=vars(args), step=step + 1,
+                networks={k: v.state_dict() for k, v in networks.items()}, ema=dict(model=ema.state_dict()),
+                optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
+                augment_p=augment.p, mean_path=mean_path, rng=dict(torch=torch.get_rng_state())))
     log.close()
     if args.stage == 3:
-        if ema.config.landmarks and sets["landmarks"]:
-            fit_warp(ema, sets)
-        weights, talk = (os.path.join(args.out, name) for name in ("weights.pt", "talk.mp4"))
-        export_weights(weights, ema, args)
-        save_talk(talk, ema, pack, device)
-        print(f"{talk}: the first clip's face says the last one's words; {weights}: for sample.py --weights")
+        if ema.mouth:
+            initialise.fit_warp(ema, data)
+        weights = os.path.join(args.out, "weights.pt")
+        save_checkpoint(weights, dict(kind="weights", format=1, config=vars(ema.config), args=vars(args),
+                                      networks=dict(model=half(ema))))
+        print(f"{weights}: for sample.py --weights")
+
+
+def descend(opt, terms: dict, step: int):
+    """A step of an optimiser down the sum of loss terms"""
+    check_finite(terms, step)
+    opt.zero_grad(set_to_none=True)
+    sum(terms.values()).backward()
+    opt.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# around the loop
+# before the loop
 
-def training_sets(args, pack) -> dict:
-    """The pack, its clips to train on (of own videos every tenth is held out), photos or None, pictures: both mixed"""
+def build_networks(args, data, ckpt, device):
+    """-> model, D, and state dicts of networks that are known: of the checkpoint, of the stage before, published ones"""
+    previous, files, overrides = None, {}, {}
+    if not ckpt:
+        encoder, dial = args.encoder, Config.at(args.size)
+        if args.part == "encoder" and not encoder and args.w["arcface"] and dial.encoder == "psp":
+            encoder = fetch("arcface", args.path.get("arcface"))                       # the trunk, as in pSp
+        overrides, files = published(args.size, args.generator, encoder, args.hyper)
+        previous = load_previous(args, files)
+    config = Config(**ckpt["config"]) if ckpt else initialise.make_config(args, data["pack"], previous, overrides)
+    if config.mouth_dim and not data["landmarks"]:
+        text = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
+        if args.stage > 1:
+            raise InputError(text)
+        print(f"from stage 2 on {text}")
+    model = FCTFG(config, generator_only=args.stage == 1).to(device)
+    D = Discriminator(args.size, config.base, config.cap).to(device)
+    if ckpt:
+        known = ckpt["networks"]
+        model.load_state_dict(known.pop("model"))
+        D.load_state_dict(known.pop("D"))
+        return model, D, known
+    known = {name: network.state_dict() for name, network in files.items()}
+    if previous:
+        known = {k: v for k, v in previous["networks"].items() if k != "model"} | known
+        if args.part == "hyper":
+            known["encoder"] = {}
+        learned = ("generator",) if args.part == "encoder" else (
+            "generator", "encoder", "maps", "hyper", "mouth", "motion.mouth_up")
+        prefixes, own = tuple(f"{part}." for part in learned if part not in files), model.state_dict()
+        averaged = {k: v for k, v in previous["ema"]["model"].items() if k.startswith(prefixes) and k in own}
+        model.load_state_dict(averaged, strict=False)
+    for name in files:
+        if name != "D" and getattr(model, name) is not None:
+            getattr(model, name).load_state_dict(known[name])
+    if "D" in known:
+        D.load_state_dict(known["D"])
+    return model, D, known
+
+
+def load_previous(args, files) -> dict | None:
+    """Checkpoint of the stage before, where files of others do not replace it; from --init, else from --out"""
+    encoder = args.stage == 3 or args.part == "hyper"                                  # whether this needs a trained one
+    if args.stage == 1 or not args.init and {"generator", *["encoder"] * encoder} <= set(files):
+        return None
+    path = args.init or os.path.join(args.out, "stage2.pt" if encoder else "stage1.pt")
+    hyper = os.path.join(args.out, "stage2_hyper.pt")
+    if args.stage == 3 and not args.init and os.path.exists(hyper):
+        path = hyper
+    previous = load_checkpoint(path, "stage2" if encoder else "stage1")
+    if previous["config"]["size"] != args.size:
+        raise InputError(f"{path}: a network of {previous['config']['size']} px, --size is {args.size}")
+    print(f"starts from {path}")
+    return previous
+
+
+def optimizers(model, D, args):
+    """Adam for the trained parts, rates from `rates`; D's betas and rate corrected for lazy R1 (StyleGAN2)"""
+    table, groups = rates(args, model.config), {}
+    for name, parameter in model.named_parameters():
+        share = next((table[k] for k in sorted(table, key=len, reverse=True) if name.startswith(k)), 0.0)
+        parameter.requires_grad_(share > 0)
+        if share:                                                                      # groups do not depend on rates
+            groups.setdefault(("lr_gan" if name.startswith("generator.") else "lr", share), []).append(parameter)
+    model.eval()                                                                       # BatchNorm of published forms:
+    if args.stage == 2:                                                                # batch statistics where their
+        (model.hyper if args.part == "hyper" else model.encoder).train()               # authors trained with them
+    groups = [dict(params=p, lr=share * getattr(args, option)) for (option, share), p in groups.items()]
+    beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # lazy path length: k/(k+1), k = 4
+    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # ours: .9 where L1 leads
+    c = 16 / 17                                                                        # lazy R1: k = 16
+    opt_d = torch.optim.Adam(D.parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
+    for group in opt_g.param_groups + opt_d.param_groups:
+        group["initial_lr"] = group["lr"]
+    return opt_g, opt_d
+
+
+def rates(args, config) -> dict:
+    """{beginning of a parameter's name: share of --lr-gan for the generator, of --lr for the others}. Of several
+    beginnings the longest counts; 0 or none: not trained."""
+    if args.stage == 1:
+        return {"generator": 4 / 5}                                                    # lazy path length
+    published = 0.1                                                                    # 1e-4, pSp's and HyperStyle's
+    if args.part == "hyper":
+        return {"hyper": 1.0 if config.hyper == "slim" else published}
+    joint = args.stage == 3
+    learned = 0.2 if joint else 1.0                                                    # in stage 2: codes drift slowly
+    table = {"generator": float(joint or args.size <= FINETUNE_GENERATOR), "generator.style": 0.0,  # z -> w: stage 1's
+             "encoder": learned if config.encoder == "slim" else published, "encoder.linear_down": 0.1,
+             "maps": learned, "maps.down": 0.1, "mouth.linear": learned, "motion.mouth_up": 1.0}
+    if joint:
+        table |= {"hyper": learned if config.hyper == "slim" else published, "canonical": 0.2, "canonical.down": 0.1,
+                  "canonical.mlp.0": 0.1, "audio": 1.0, "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
+    if config.coarse_rgb:                                                              # closed forms: Adam would only
+        table |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,  # disturb them
+                  "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
+        table |= {k: 0.01 for k in table if k.startswith(("canonical", "motion.pose_"))}
+    if config.mouth_dim and joint:                                                     # found by initialise.train_lips
+        table |= {"audio": 0.1, "motion.fusion": 0.1, "motion.lips": 0.1}
+    return table
+
+
+def load_judges(args, device) -> dict:
+    """The frozen networks that a loss weight asks for: published ones, fetched on first use, and stage 3's sync expert"""
+    own = args.path
+    makers = dict(sync=lambda: sync_expert(args, device),
+                  vgg=lambda: judges.vgg19(device, own.get("vgg19")),
+                  lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
+                  arcface=lambda: judges.arcface(
+                      device, own.get("arcface"), Pack(args.data).template if args.data else "toy"))
+    frozen = {}
+    for name, make in makers.items():
+        try:
+            if args.w.get(name):
+                frozen[name] = make()
+        except InputError as error:
+            raise InputError(f"{error}; --w {name}=0 does without") from None
+    return frozen
+
+
+def sync_expert(args, device):
+    """--expert, else the trained one in --out, else, for own clips from 128 px on, Wav2Lip's"""
+    path = args.expert or os.path.join(args.out, "sync.pt")
+    if not args.expert and not os.path.exists(path):
+        if not args.data or args.size < PAPERS_JUDGES:
+            raise InputError(f"{path}: no sync expert; {expert_remedy(args)}")
+        path = "wav2lip"
+    if path == "syncnet_v2" or path.endswith(".model"):
+        print("SyncNet v2 is the judge: evaluate.py's LSE, computed by it, is no independent measure of this network")
+        return judges.SyncNetV2Expert(judges.syncnet_v2(device, None if path == "syncnet_v2" else path))
+    return load_sync(path, device, args.size)
+
+
+def expert_remedy(args) -> str:
+    data = f" --data {args.data} --size {min(args.size, 96)}" if args.data else ""
+    return f"python syncnet.py train{data} --out {os.path.join(args.out, 'sync.pt')} trains one, --expert FILE names one"
+
+
+def load_data(args) -> dict:
+    """pack and photos (or None); clips: numbers of the clips to train on; images: frames of these, and photos; landmarks:
+    of pack and photos, or None; held_out, held_out_photos: numbers of clips"""
+    if args.data:
+        pack = Pack(args.data)
+    else:
+        from toyfaces import toy_pack  # drawn on first use
+        pack = toy_pack(Path(args.out), args.size, args.people, 3.0)
+    if pack.size != args.size:
+        raise InputError(f"{args.data}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
-    clips, unseen = parts["train"], np.union1d(parts["valid"], parts["test"])
-    pictures, photos, unseen_photos = Frames(pack, args.seed, clips=clips), None, None
+    data = dict(pack=pack, photos=None, clips=parts["train"], held_out=np.union1d(parts["valid"], parts["test"]),
+                images=Frames(pack, args.seed, clips=parts["train"]), landmarks=None)
+    packs = [pack]
     if args.photos:
         photos = Pack(args.photos)
         if (photos.size, photos.template) != (pack.size, pack.template):
             raise InputError(f"{args.photos}: {photos.size} px, template {photos.template}; the clips have "
                              f"{pack.size} px, template {pack.template}")
         parts = split(photos)
-        unseen_photos = np.union1d(parts["valid"], parts["test"])
-        photos = Frames(photos, args.seed + 1, clips=parts["train"])
-        pictures = Mixed(pictures, photos, args.photo_share, args.seed)
-    return dict(pack=pack, clips=clips, photos=photos, pictures=pictures, held_out=unseen, held_out_photos=unseen_photos,
-                landmarks=landmarks_of(pack, photos.pack if photos else None))
+        data["held_out_photos"] = np.union1d(parts["valid"], parts["test"])
+        data["photos"] = Frames(photos, args.seed + 1, clips=parts["train"])
+        data["images"] = Mixed(data["images"], data["photos"], PHOTO_SHARE, args.seed)
+        packs.append(photos)
+    if all((p.folder / "landmarks" / "clips.jsonl").exists() for p in packs):
+        data["landmarks"] = [Landmarks(p.folder / "landmarks", p) for p in packs]
+    return data
 
 
-def landmarks_of(pack, photos):
-    """Those beside the pack and beside that of photos (keypoints.py extract); None unless all have some"""
-    packs = [p for p in (pack, photos) if p is not None]
-    if not all((p.folder / "landmarks" / "clips.jsonl").exists() for p in packs):
-        return None
-    return [Landmarks(p.folder / "landmarks", p) for p in packs] + [None] * (2 - len(packs))
+def load_batches(args, data, frozen, start: int):
+    """Batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync loss, else and on
+    odd steps many clips of one frame, half of them photos where there are some"""
+    if args.stage < 3:
+        yield from batches(data["images"], args.batch, start, args.workers)
+    extra = 0 if args.motion == "direct" else CONTEXT                                  # driving frames not decoded
+    mfcc = extra if getattr(frozen.get("sync"), "uses_mfcc", False) else None
+
+    def clips(T, batch, first):
+        options = dict(context=CONTEXT - extra, clips=data["clips"], mfcc=mfcc)
+        return batches(Clips(data["pack"], T + 2 * extra, args.seed + T, **options), batch, first, args.workers)
+
+    turns, batch = 2 if args.w["sync"] else 1, max(1, args.batch // (2 if args.photos else 1))
+    windows = clips(WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)
+    singles = clips(1, batch, start // turns)
+    photos = batches(data["photos"], batch, start // turns, args.workers) if args.photos else None
+    for step in itertools.count(start):
+        if (step + 1) % turns:
+            yield next(windows)
+        else:
+            yield next(singles) | (dict(photo=next(photos)["image"]) if photos else {})
 
 
-def lr_factor(step, args):
-    """A hundred steps up, so that what the stage before found is not thrown about, then cosine decay to 0.05; in
-    stage 2 the hypernetwork's phase has its own"""
-    a, b = 0, args.steps
-    if args.stage == 2 and args.hyper_share:
-        split = args.steps - round(args.hyper_share * args.steps)
-        a, b = (0, split) if step < split else (split, args.steps)
-    if args.stage == 1:
-        return 1.0  # StyleGAN2 default: a constant rate, the average does the settling
-    return cosine_warmup(step - a, b - a, 100)
+# ---------------------------------------------------------------------------------------------------------------------
+# what the user sees
 
-
-def published_judges(args, device, template) -> dict:
-    """The frozen judges that a weight asks for, from the user's files or fetched, for crops of a template"""
-    judges = {}
-    if args.stage > 1 and args.w_vgg:
-        judges["vgg"] = unless("--w-vgg 0", judges.vgg19, device, args.vgg)
-    if args.stage > 1 and args.w_lpips:
-        judges["lpips"] = unless("--w-lpips 0", judges.lpips, device, *(args.lpips or ()))
-    if args.stage > 1 and args.w_arcface:
-        judges["arcface"] = unless("--w-arcface 0", judges.arcface, device, args.arcface, template)
-    return judges
-
-
-def unless(flag, make, *options):
-    """make(*options), whose complaint about a file ends with the flag that does without it"""
-    try:
-        return make(*options)
-    except InputError as error:
-        raise InputError(f"{error}; {flag} does without") from None
-
-
-def expert_for(args, device):
-    """Stage 3's sync expert: that of --expert, else the trained one in --out, else, from 128 px on, Wav2Lip's"""
-    if args.stage < 3 or not args.w_sync:
-        return None
-    path = args.expert or os.path.join(args.out, "sync.pt")
-    if not args.expert and args.data and args.size >= PAPERS_JUDGES and not os.path.exists(path):
-        path = "wav2lip"
-    if path == "syncnet_v2" or path.endswith(".model"):
-        print("SyncNet v2 is the judge: evaluate.py's LSE, which it scores, is no independent measure of this network")
-        own = None if path == "syncnet_v2" else path
-        return SyncNetV2Expert(unless("--w-sync 0", judges.syncnet_v2, device, own))
-    return unless("--w-sync 0", load_sync, path, device, args.size)
-
-
-def trunk(args):
-    """--encoder, or where pSp's encoder starts from nothing the file of ArcFace's trunk, as in pSp"""
-    starts = args.stage == 2 and not args.encoder and args.w_arcface and Config.at(args.size).encoder == "psp"
-    return checkpoint.fetch("arcface", args.arcface) if starts else args.encoder
-
-
-def save(path, step, nets, ema, opt_g, opt_d, args):
-    """Everything that the next step depends on."""
-    networks = {k: v.state_dict() for k, v in nets.items() if k in ("model", "D", "critic", "judge")}
-    save_checkpoint(path, dict(
-        kind=f"stage{args.stage}", format=1, config=vars(ema.config), args=vars(args), step=step, networks=networks,
-        ema=dict(model=ema.state_dict()), optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
-        augment_p=nets["augment"].p, mean_path=nets["mean_path"],
-        rng=dict(torch=torch.get_rng_state()), data=dict(step=step)))
-
-
-def restore(saved, nets, ema) -> int:
-    """Load a checkpoint of `save` -> its step"""
-    for name, state in saved["networks"].items():
-        nets[name].load_state_dict(state)
-    ema.load_state_dict(saved["ema"]["model"])
-    nets["augment"].p, nets["mean_path"] = saved["augment_p"], saved["mean_path"].to(nets["mean_path"])
-    return saved["step"]
-
-
-def export_weights(path, ema, args):
-    """What sampling needs, in fp16: the averaged network and its config."""
-    halves = {}                                                                        # a shared head stays one tensor
-    for v in ema.state_dict().values():
-        halves.setdefault((v.data_ptr(), v.shape), v.half() if v.is_floating_point() else v)
-    state = {k: halves[v.data_ptr(), v.shape] for k, v in ema.state_dict().items()}
-    save_checkpoint(path, dict(kind="weights", format=1, config=vars(ema.config), args=vars(args),
-                               networks=dict(model=state)))
-
-
-def header(args, model, pack, device):
-    count = {k: sum(q.numel() for q in part.parameters()) for k, part in model.named_children()}
-    print(f"stage {args.stage} on {device}: {len(pack)} clips, {sum(count.values()) / 1e6:.2f} M parameters ("
-          + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in count.items()) + ")")
-    moved = sum(q.numel() for q in model.parameters() if q.requires_grad)
-    print(f"memory: {8 * sum(count.values()) / 2 ** 30:.2f} GiB of weights and averages, {12 * moved / 2 ** 30:.2f} "
-          f"of gradients and Adam's moments ({moved / 1e6:.2f} M learn now), then pictures in the making; "
-          f"{memory_gib(device):.2f} GiB so far")
+def header(args, model, data, device):
+    sizes = {name: sum(q.numel() for q in part.parameters()) / 1e6 for name, part in model.named_children()}
+    trained = sum(q.numel() for q in model.parameters() if q.requires_grad) / 1e6
+    print(f"stage {args.stage} on {device}: {len(data['pack'])} clips, {sum(sizes.values()):.2f} M parameters ("
+          + ", ".join(f"{k} {v:.2f}" for k, v in sizes.items()) + f"), {trained:.2f} M trained; loss weights "
+          + " ".join(f"{k}={v:g}" for k, v in args.w.items()))
     if args.bf16 != bf16_native(device):
         print("--bf16 is emulated on this chip: slower than fp32" if args.bf16 else "this chip has bf16: try --bf16")
-    if args.stage > 1 and not (args.w_vgg and args.w_arcface):
-        off = [n for n, w in (("VGG19 (--w-vgg)", args.w_vgg), ("ArcFace (--w-arcface)", args.w_arcface)) if not w]
-        print(f"off: {', '.join(off)}; on in their place: features of stage 1's discriminator, "
-              "a face judge trained on this pack")
-
-
-def format_line(line, args):
-    eta = (args.steps - line["step"]) * line["ms"] / 60000
-    skip = ("step", "ms", "images_s", "waiting", "gib")
-    numbers = "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in skip)
-    return (f"{line['step']:6d}  {numbers}  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, "
-            f"{100 * line['waiting']:.0f} % waiting, {line['gib']:.1f} GiB, {eta:.1f} min left")
+    default = args.stage < 3 and args.data and args.size < PAPERS_JUDGES
+    if default and not os.path.exists(os.path.join(args.out, "sync.pt")):
+        print(f"stage 3 needs a sync expert: {expert_remedy(args)}, --w sync=0 does without")
 
 
 @torch.no_grad()
-def save_samples(path, ema, sets, device, args, n=8):
-    """A grid, n columns. Stage 1: samples. Stage 2: pictures, inversions, and these with the neighbour's mouth or the
-    hypernetwork. Stage 3: sources, drivings of the next clip, results. With own clips and photos: held-out ones, the last
-    six columns photos."""
+def save_examples(path, ema, data, args, n=8):
+    """An image of n columns, of held-out clips and photos (the last six columns) where there are some"""
+    device = ema.generator.input.input.device
     if args.stage == 1:
         z = torch.randn(3 * n, ema.generator.dim, generator=torch.Generator().manual_seed(0)).to(device)
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
-        rows = ema.generator(w).unflatten(0, (3, n))
+        rows = dict(zip(("samples", "samples ", "samples  "), ema.generator(w).unflatten(0, (3, n))))
     else:
-        data = Clips(sets["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=sets["held_out"])
-        items = [data[i] for i in range(n)]
-        if sets["photos"]:
-            for i, c in enumerate(sets["held_out_photos"][:n - 2]):
-                items[2 + i]["source"] = to_tensor(sets["photos"].pack.frame(c, 0))
+        clips = Clips(data["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=data["held_out"])
+        items = [clips[i] for i in range(n)]
+        for i, c in enumerate(data["held_out_photos"][:n - 2] if args.photos else ()):
+            items[2 + i]["source"] = to_tensor(data["photos"].pack.frame(c, 0))
         source, driving, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "driving", "mel"))
-        if args.stage == 2:
-            z = ema.invert(source)
-            if ema.mouth:                                                              # and with the neighbour's mouth
-                rows = torch.stack([source, ema.decode(z), ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0)))])
-            else:
-                rows = torch.stack([source, ema.decode(z), ema.decode(z, ema.weight_changes(source, z))])
-        else:
-            driving, mel = driving.roll(1, 0), mel.roll(1, 0)                          # somebody else's head and sound
-            rows = torch.stack([source, middle(driving, 1)[:, 0], ema(source, driving, mel, context=CONTEXT)[0][:, 0]])
-    picture = torch.cat(list(torch.cat(list(rows.permute(1, 0, 2, 3, 4)), -1)), -2)    # (3, rows * H, n * W)
-    image = Image.fromarray(to_uint8(picture.clamp(-1, 1)))
+    if args.stage == 2:
+        z = ema.invert(source)
+        rows = dict(source=source, inversion=ema.decode(z))
+        if ema.hyper:
+            rows["by the hypernetwork"] = ema.decode(z, ema.weight_changes(source, z))
+        elif ema.mouth:
+            rows["with the left neighbour's mouth"] = ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0)))
+    elif args.stage == 3:
+        driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # another person's head and sound
+        rows = {"source": source, "driving frame": middle(driving, 1)[:, 0],
+                "source with its motion and sound": ema(source, driving, mel, context=CONTEXT)[0][:, 0]}
+    if not os.path.exists(path):
+        print(f"{path}: rows are {', '.join(rows)}")
+    grid = torch.cat([torch.cat(list(row), -1) for row in rows.values()], -2)          # (3, rows * H, n * W)
+    image = Image.fromarray(to_uint8(grid.clamp(-1, 1)))
     scale = max(1, 128 // args.size)
     image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)
-
-
-def save_talk(path, ema, pack, device):
-    """A talking picture: the face of the first clip, the sound of the last, enlarged to 256 px at least."""
-    wav, zoom = pack.sound(len(pack) - 1), max(1, 256 // pack.size)
-    mel = torch.from_numpy(mel_windows(log_mel(wav), range(n_frames(len(wav))))).to(device)
-    with VideoWriter(path, zoom * pack.size, zoom * pack.size, wav, overwrite=True) as video:
-        for frames in ema.animate(to_tensor(pack.frame(0, 0)).to(device), mel):
-            for frame in to_uint8(frames):
-                video.write(frame.repeat(zoom, 0).repeat(zoom, 1))
 
 
 if __name__ == "__main__":

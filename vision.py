@@ -87,26 +87,23 @@ class VisualEncoder(nn.Module):
 
 
 class MouthEncoder(nn.Module):
-    """The mouth of a picture -> M numbers: what `mask_mouth` hides from the VisualEncoder. Ours.
+    """The mouth of an image -> M numbers, what `mask_mouth` removes from the VisualEncoder's input. Ours.
 
-    So few numbers that they must mean the same on every face: how far it is open, how wide, teeth, a smile. Trained in
-    stage 2 on photos of many people, they are the language in which stage 3 lets the sound speak: see fusion.py.
-
-    With `shape_dim` the first so many are the lips' shape, as landmarks taught the `reader` (train.train_reader), and
-    mean the same by force; the others are what it leaves: colour, teeth, a beard.
+    The first K are the shape of the lips, by the `reader`, a small network trained on landmarks
+    (initialise.train_reader). They mean the same on every face: how far it is open, how wide, a smile. The other M - K,
+    linear in the pixels, hold the appearance: colour, teeth, a beard.
     """
 
-    def __init__(self, template: str, dim: int, shape_dim: int = 0, width: int = 32):
+    def __init__(self, template: str, M: int, K: int, width: int = 32):
         super().__init__()
         self.template = template
-        self.linear = nn.Linear(3 * 32 * 32, dim - shape_dim)  # as of the VisualEncoder: train.start_picture sets it
-        body = nn.Sequential(
-            nn.Conv2d(1 if shape_dim else 3, width, 3, padding=1), nn.LeakyReLU(0.2),
+        self.linear = nn.Linear(3 * 32 * 32, M - K)  # set by initialise.fit_coarse_rgb
+        self.reader = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(4 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Flatten(), nn.Linear(4 * width * 16, shape_dim or dim))
-        self.reader, self.body = (body, None) if shape_dim else (None, body)
+            nn.Flatten(), nn.Linear(4 * width * 16, K))
 
     def mouth_crop(self, x, margin: float = 0.0):
         """(N, 3, H, W) -> (N, 3, 32, 32): the lips; margin: more on each side, in box sides, and so more pixels"""
@@ -115,17 +112,22 @@ class MouthEncoder(nn.Module):
         rows, cols = box_slices((x0 - across, y0 - down, x1 + across, y1 + down), *x.shape[-2:])
         return F.interpolate(x[..., rows, cols], (edge, edge), mode="bilinear", antialias=True, align_corners=False)
 
-    def read(self, box):  # (N, 3, 32, 32) -> the lips' shape (N, K): colour, skin and lamp say nothing about it
+    def read(self, box):  # (N, 3, 32, 32) -> shape of the lips (N, K), the same for any colour, skin and light
         box = box.mean(1, keepdim=True)
         box = box - box.mean((2, 3), keepdim=True)
         box = box / box.std((2, 3), keepdim=True).clamp_min(1e-2)
         return self.reader(box.contiguous(memory_format=torch.channels_last))
 
+    def read_softly(self, x):
+        """(N, 3, H, W) -> (N, K), read from shifted and blurred boxes, for a loss: fine patterns cannot fool it"""
+        box = self.mouth_crop(x.float(), margin=0.125)
+        down, right = (int(v) for v in torch.randint(box.shape[-1] - 31, (2,)))
+        box = F.avg_pool2d(box[..., down:down + 32, right:right + 32], 2)
+        return self.read(F.interpolate(box, scale_factor=2, mode="bilinear")).float()
+
     def forward(self, x):  # (N, 3, H, W) -> (N, M)
         box = self.mouth_crop(x)
-        if self.reader:
-            return torch.cat([self.read(box), self.linear(box.flatten(1))], 1)
-        return self.linear(box.flatten(1)) + self.body(box.contiguous(memory_format=torch.channels_last))
+        return torch.cat([self.read(box), self.linear(box.flatten(1))], 1)
 
 
 def small_picture(x):

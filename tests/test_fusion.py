@@ -70,7 +70,7 @@ def test_the_sound_of_a_frame_reaches_two_frames_and_one_clip():
 
 
 @pytest.mark.parametrize("motion", ["direct", "paper"])
-def test_the_driving_mouth_cannot_be_seen(motion):
+def test_the_driving_mouth_has_no_effect(motion):
     model = opened(tiny(motion))
     source, driving, mel = window()
     other = driving.clone()
@@ -88,7 +88,7 @@ def test_another_sound_makes_another_picture(motion):
     assert not torch.allclose(model(source, driving, mel)[0], model(source, driving, -mel)[0], atol=1e-4)
 
 
-def test_the_direct_pose_of_a_frame_knows_that_frame_alone():
+def test_the_direct_pose_of_a_frame_depends_on_that_frame_alone():
     model = opened(tiny())
     z_v = torch.randn(2, 5, 6, 24, requires_grad=True)
     grad, = torch.autograd.grad(model.motion.pose(z_v)[1, 2].sum(), z_v)
@@ -96,7 +96,7 @@ def test_the_direct_pose_of_a_frame_knows_that_frame_alone():
 
 
 def face(**changes):
-    return opened(tiny(**(dict(template="face", mouth_dim=3, state_dim=2) | changes)))
+    return opened(tiny(**(dict(template="face", mouth_dim=3, shape_dim=2) | changes)))
 
 
 def test_with_a_mouth_code_the_lips_of_a_picture_reach_its_code_through_the_code_alone():
@@ -111,7 +111,7 @@ def test_with_a_mouth_code_the_lips_of_a_picture_reach_its_code_through_the_code
     assert change.abs().max() > 1e-3
 
 
-def test_given_mouth_numbers_take_the_place_of_the_pictures_own():
+def test_a_given_mouth_code_replaces_the_images_own():
     model, (x, _, _) = face(), window()
     own, swapped = model.invert(x), model.invert(x, model.mouth(x).flip(0))      # of two pictures
     both = model.motion.mouth_up(model.mouth(x).sum(0)).unflatten(0, own.shape[1:])
@@ -119,72 +119,58 @@ def test_given_mouth_numbers_take_the_place_of_the_pictures_own():
     assert (own - swapped).abs().max() > 1e-3
 
 
-def test_the_sound_speaks_in_mouth_numbers():
+def test_sound_gives_the_shape_of_the_mouth_code_and_zeros_for_its_appearance():
     model, (x, driving, mel) = face(), window()
-    said = model.motion.say(model.encode_sound(mel), context=2)
-    assert said.shape == (2, 1, 3)
+    mouth = model.motion.audio_to_mouth(model.encode_sound(mel), context=2)
+    assert mouth.shape == (2, 1, 3) and mouth[..., :2].abs().min() > 0 and mouth[..., 2].abs().max() == 0
     pose = model.motion.pose(model.encode_driving(driving[:, 2:3]))
     _, _, z_c2d = model(x, driving, mel, context=2)
-    torch.testing.assert_close(z_c2d, model.motion.join(pose, said))
+    torch.testing.assert_close(z_c2d, model.motion.join(pose, mouth))
 
 
-def test_speech_moves_a_mouth_in_its_directions_and_the_rest_stays_its_owners():
+def test_speech_replaces_the_opening_and_the_rest_of_a_mouth_stays_its_owners():
     model, (x, driving, mel) = face(), window()
-    model.motion.state.copy_(torch.linalg.qr(torch.randn(3, 2))[0].t())
-    model.motion.mouth_mean.copy_(torch.randn(3))
     mouth = model.mouth(x)                                                      # (B, M)
-    own = model.motion.own(mouth)
-    torch.testing.assert_close(model.motion.mouth_up(mouth).unflatten(1, own.shape[1:]),
-                               own + model.motion.mouth_up(model.motion.spoken(mouth)).unflatten(1, own.shape[1:]))
-    said = model.motion.say(model.encode_sound(mel))                            # (B, T, M)
-    torch.testing.assert_close(model.motion.spoken(said), said, atol=1e-5, rtol=1e-4)
-    assert (said[:, 1:] - said[:, :1]).abs().max() > 1e-4                       # it does speak
-    pictured = model.motion.spoken(mouth) + 2 * model.motion.state[0]           # the same mouth, otherwise open
-    torch.testing.assert_close(model.motion.own(mouth - model.motion.spoken(mouth) + pictured), own, atol=1e-5, rtol=1e-4)
-    z_s, z_s2c = model.person(x)
+    torch.testing.assert_close(mouth[:, :2], model.mouth.read(model.mouth.mouth_crop(x)))  # the shape
+    own = model.motion.appearance_part(mouth)                                   # (B, L, D)
+    rest = mouth * torch.tensor([0.0, 1, 1])                                    # all but the opening
+    torch.testing.assert_close(model.motion.mouth_up(rest).unflatten(1, (6, 24)), own)
+    opened, wider, redder = (mouth + 2 * direction for direction in torch.eye(3))
+    torch.testing.assert_close(model.motion.appearance_part(opened), own)       # an open photo starts shut
+    assert all((model.motion.appearance_part(m) - own).abs().max() > 1e-3 for m in (wider, redder))
+    z_s, z_s2c = model.canonical_code(x)
     torch.testing.assert_close(z_s2c, model.canonical(z_s) + own)
     assert own.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
 
 
-def test_where_landmarks_taught_the_shape_speech_takes_the_opening_alone():
-    model, (x, _, _) = face(landmarks=True), window()
-    assert model.mouth.body is None and model.motion.spoken(model.mouth(x)).shape == (2, 3)
-    shape = model.mouth.read(model.mouth.mouth_crop(x))  # (B, K), the first numbers of the code
-    torch.testing.assert_close(model.mouth(x)[:, :2], shape)
-    opened, wider, redder = (model.mouth(x) + 2 * direction for direction in torch.eye(3))
-    own = model.motion.own(model.mouth(x))
-    torch.testing.assert_close(model.motion.own(opened), own)                   # an open photo starts shut
-    assert all((model.motion.own(mouth) - own).abs().max() > 1e-3 for mouth in (wider, redder))
-
-
 def test_speech_opens_lips_no_wider_than_the_training_clips_did():
-    model, (_, _, mel) = face(landmarks=True), window()
-    free = model.motion.say(model.encode_sound(mel))
+    model, (_, _, mel) = face(), window()
+    free = model.motion.audio_to_mouth(model.encode_sound(mel))
     low, high = free[..., 0].quantile(torch.tensor([0.2, 0.8]))
-    model.motion.range.copy_(torch.stack([low, high]))
-    said = model.motion.say(model.encode_sound(mel))
-    torch.testing.assert_close(said[..., 0], free[..., 0].clamp(low, high))
-    assert (free[..., 0] - said[..., 0]).abs().max() > 0 and torch.equal(said[..., 1:], free[..., 1:])
+    model.motion.opening_limits.copy_(torch.stack([low, high]))
+    limited = model.motion.audio_to_mouth(model.encode_sound(mel))
+    torch.testing.assert_close(limited[..., 0], free[..., 0].clamp(low, high))
+    assert (free[..., 0] - limited[..., 0]).abs().max() > 0 and torch.equal(limited[..., 1:], free[..., 1:])
 
 
-def test_a_mouth_that_is_told_goes_before_the_sounds():
+def test_a_given_mouth_code_replaces_the_one_from_sound_except_where_it_is_nan():
     model, (x, driving, mel) = face(), window()
-    told = torch.full((2, 1, 3), math.nan)
-    torch.testing.assert_close(model(x, driving, mel, 2, told), model(x, driving, mel, 2))
-    told[0] = torch.tensor([1.0, -2.0, 0.5])
-    loud, quiet = (model(x, driving, sound, 2, told)[0] for sound in (mel, -mel))
-    torch.testing.assert_close(loud[0], quiet[0])                               # the first hears nothing
+    given = torch.full((2, 1, 3), math.nan)
+    torch.testing.assert_close(model(x, driving, mel, 2, given), model(x, driving, mel, 2))
+    given[0] = torch.tensor([1.0, -2.0, 0.5])
+    loud, quiet = (model(x, driving, sound, 2, given)[0] for sound in (mel, -mel))
+    torch.testing.assert_close(loud[0], quiet[0])                               # the sound does not count
     assert not torch.allclose(loud[1], quiet[1], atol=1e-4)
     assert not torch.allclose(loud[0], model(x, driving, mel, 2)[0][0], atol=1e-4)
 
 
-def test_lamp_and_skin_do_not_change_the_shape_of_lips():
-    model, (x, _, _) = face(landmarks=True), window()
+def test_light_and_skin_do_not_change_the_shape_of_lips():
+    model, (x, _, _) = face(), window()
     box = model.mouth.mouth_crop(x)
     tinted = 0.5 * box + torch.tensor([0.3, -0.1, 0.2])[:, None, None]
     torch.testing.assert_close(model.mouth.read(box), model.mouth.read(tinted))
-    air = model.mouth.mouth_crop(x, margin=0.125)
-    assert box.shape[-2:] == (32, 32) and air.shape[-2:] == (40, 40)
+    larger = model.mouth.mouth_crop(x, margin=0.125)
+    assert box.shape[-2:] == (32, 32) and larger.shape[-2:] == (40, 40)
 
 
 def test_context_frames_give_the_same_middle_as_a_long_window():
@@ -224,8 +210,8 @@ def test_canonical_encoder_starts_as_the_identity():
 
 def test_identity_maps_are_closed_at_the_start_and_linear_later():
     maps = IdentityMaps(tiny().config)
-    (m4, m8), picture = maps(torch.randn(3, 6, 24))
-    assert (m4.shape, m8.shape, picture) == ((3, 8, 4, 4), (3, 6, 8, 8), None) and m4.abs().max() == m8.abs().max() == 0
+    (m4, m8), coarse = maps(torch.randn(3, 6, 24))
+    assert (m4.shape, m8.shape, coarse) == ((3, 8, 4, 4), (3, 6, 8, 8), None) and m4.abs().max() == m8.abs().max() == 0
     for layer in maps.up:
         torch.nn.init.normal_(layer.weight)
     a, b = torch.randn(2, 1, 6, 24).unbind(0)
@@ -233,16 +219,16 @@ def test_identity_maps_are_closed_at_the_start_and_linear_later():
         torch.testing.assert_close(m_ab, m_a + m_b - m_0, atol=1e-4, rtol=1e-4)
 
 
-def test_a_coarse_picture_is_linear_in_the_code_and_added_to_the_pictures_rgb():
-    model, z = tiny(picture=8, map_channels=()), torch.randn(3, 6, 24)
-    maps, picture = model.maps(z)
+def test_the_coarse_image_is_linear_in_the_code_and_added_to_the_rgb():
+    model, z = tiny(coarse_rgb=8, map_channels=()), torch.randn(3, 6, 24)
+    maps, coarse = model.maps(z)
     channels = [min(32, 256 // r) for r in (4, 8)]
-    assert [m.shape for m in maps] == [(3, c, r, r) for c, r in zip(channels, (4, 8))] and picture.shape == (3, 3, 8, 8)
-    assert picture.abs().max() == 0 and all(m.abs().max() == 0 for m in maps)   # closed at first
+    assert [m.shape for m in maps] == [(3, c, r, r) for c, r in zip(channels, (4, 8))] and coarse.shape == (3, 3, 8, 8)
+    assert coarse.abs().max() == 0 and all(m.abs().max() == 0 for m in maps)   # closed at first
     before = model.decode(z)
-    model.maps.picture.bias.data.fill_(0.25)
+    model.maps.coarse_rgb.bias.data.fill_(0.25)
     torch.testing.assert_close(model.decode(z)[..., 4:-4, 4:-4], before[..., 4:-4, 4:-4] + 0.25, atol=1e-5, rtol=1e-4)
-    torch.nn.init.normal_(model.maps.picture.weight)
+    torch.nn.init.normal_(model.maps.coarse_rgb.weight)
     a, b, ab, zero = (model.maps(x)[1] for x in (z[:1], z[1:2], z[:1] + z[1:2], torch.zeros_like(z[:1])))
     torch.testing.assert_close(ab, a + b - zero, atol=1e-4, rtol=1e-4)
 
@@ -336,9 +322,9 @@ def test_refinements_are_summed_in_fp32_under_autocast():
 PUBLISHED = dict(encoder_width=16, hyper_width=16, base=1024, cap=128, map_code=0, noise=True)
 
 
-@pytest.mark.parametrize("encoder, hyper", [("psp", "shared"), ("slim", "separable")])
-def test_every_parameter_of_the_published_forms_gets_a_gradient(encoder, hyper):
-    model = opened(tiny(encoder=encoder, hyper=hyper, refine=2, **PUBLISHED))
+@pytest.mark.parametrize("hyper", ["shared", "separable"])
+def test_every_parameter_of_the_published_forms_gets_a_gradient(hyper):
+    model = opened(tiny(encoder="psp", hyper=hyper, refine=2, **PUBLISHED))
     frames, *_ = model(*window(T=2))
     (frames.square().sum() + model.generator.mapping(torch.randn(2, 24)).sum()).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
@@ -396,7 +382,7 @@ def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
     save_rosinality(tmp_path / "wide.pt", g=Generator(16, dim=40, n_mlp=2, base=256, cap=32))
     save_rosinality(tmp_path / "d.pt", d=Discriminator(16, base=256, cap=32))
     save_rosinality(tmp_path / "thin.pt", g=Generator(16, dim=24, n_mlp=2, base=512, cap=128))
-    for arguments, match in (((32, g), "g.pt.*16 px"), ((16, str(tmp_path / "wide.pt"), psp), "psp.pt: its codes"),
+    for arguments, match in (((32, g), "g.pt.*16 px"), ((16, str(tmp_path / "wide.pt"), psp), "psp.pt: the width of"),
                              ((16, str(tmp_path / "d.pt")), "no generator in it"),
                              ((16, str(tmp_path / "thin.pt"), None, h), "h.pt: not the weights"),
                              ((8, None, None, h), "neither in it nor given"), ((16, None, None, bare), "neither")):

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import faces
 import fusion
 import initialise
+import judges
 import keypoints
+import losses
 import motion
 import syncnet
 import toyfaces
 import train
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import freeze, load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
 from faces import TEMPLATES, box_slices, mask_mouth
 from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, changed_layers, load_model
@@ -49,8 +52,11 @@ def stages(pack, tmp_path_factory):
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(initialise, "train_judge", lambda data, device, seed: quick_judge())
+        patch.setattr(train, "FINETUNE_GENERATOR", 0)
+        patch.setattr(train, "LOG_EVERY", 1)
         go(pack, out, 1)
-        go(pack, out, 2, "--thaw", "0", "--hyper-share", "0.5")
+        go(pack, out, 2)
+        go(pack, out, 2, "--part", "hyper")
         go(pack, out, 3)
     return out
 
@@ -58,17 +64,18 @@ def stages(pack, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
     monkeypatch.setattr(initialise, "train_judge", lambda data, device, seed: quick_judge())
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
 
 
 def quick_judge():
     torch.manual_seed(4)
-    return train.losses.SmallFaceJudge(width=32)
+    return judges.SmallFaceJudge(width=32)
 
 
 def options(pack, out, stage, *more, steps=4):
     return ["--stage", str(stage), "--data", str(pack), "--out", str(out),
             "--size", "16", "--batch", "6", "--steps", str(steps), "--device", "cpu",
-            "--log-every", "1", "--save-every", "2", "--sample-every", "2", *more]
+            "--save-every", "2", *more]
 
 
 def go(pack, out, stage, *more, **k):
@@ -97,25 +104,26 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_four_steps_are_two_and_resume_and_two(stage, pack, stages, tmp_path, monkeypatch):
-    more = [] if stage == 1 else ["--init", str(stages / f"stage{stage - 1}.pt")]
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_hyper", "stage3"])
+def test_four_steps_are_two_and_resume_and_two(name, pack, stages, tmp_path, monkeypatch):
+    stage, hyper = int(name[5]), name == "stage2_hyper"
+    more = ["--part", "hyper"] if hyper else []
+    more += ["--init", str(stages / ("stage1.pt" if name == "stage2" else "stage2.pt"))] if stage > 1 else []
     more += ["--expert", str(stages / "sync.pt")] if stage == 3 else []
-    more += ["--hyper-share", "0.5"] if stage == 2 else []  # killed just where the hypernetwork's phase begins
     go(pack, tmp_path / "straight", stage, *more)
-    save = train.save
+    save = train.save_checkpoint
 
-    def save_and_die(path, step, *rest):
-        save(path, step, *rest)
+    def save_and_die(path, content):
+        save(path, content)
         raise Killed
 
-    monkeypatch.setattr(train, "save", save_and_die)
+    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
     with pytest.raises(Killed):
         go(pack, tmp_path / "broken", stage, *more)
-    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(train, "save_checkpoint", save)
     torch.manual_seed(99)  # whatever happened in between
     go(pack, tmp_path / "broken", stage, "--resume", *more)
-    paths = (str(tmp_path / name / f"stage{stage}.pt") for name in ("straight", "broken"))
+    paths = (str(tmp_path / folder / f"{name}.pt") for folder in ("straight", "broken"))
     straight, broken = (load_checkpoint(path, f"stage{stage}") for path in paths)
     assert straight["step"] == 4
     equal(straight, broken)
@@ -126,33 +134,28 @@ def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack
     here = ["--stage", "1", "--out", str(tmp_path), "--resume"]
     for change in (["--size", "32"], ["--augment", "0.5"], ["--batch", "3", "--lr-gan", "0.1"]):
         assert f"cannot change {change[0]} " in refused(capsys, [*here, *change])
-    train.main([*here, "--steps", "5", "--lr-gan", "0.0005", "--w-r1", "7"])  # neither --size nor --data nor --batch
+    train.main([*here, "--steps", "5", "--lr-gan", "0.0005", "--w", "r1=7"])  # neither --size nor --data nor --batch
     line = capsys.readouterr().out.splitlines()[0]
-    assert all(f"--{word}" in line for word in ("steps 4 -> 5", "lr-gan 0.004 -> 0.0005", "w-r1 1.0 -> 7.0"))
+    assert all(f"--{word}" in line for word in ("steps 4 -> 5", "lr-gan 0.004 -> 0.0005", "w r1 1.0 -> 7.0"))
     saved = load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")
-    assert saved["step"] == 5 and saved["args"]["batch"] == 6 and saved["args"]["w_r1"] == 7
+    assert saved["step"] == 5 and saved["args"]["batch"] == 6 and saved["args"]["w"]["r1"] == 7
     assert saved["optimisers"]["g"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 4 / 5)
     assert saved["optimisers"]["d"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 16 / 17)
-    shutil.copy(stages / "stage2.pt", tmp_path / "stage2.pt")
-    two = ["--stage", "2", "--out", str(tmp_path), "--resume"]
-    assert "cannot change --steps 4 -> 9;" in refused(capsys, [*two, "--steps", "9"])  # --hyper-share divides them
-    assert "hyper-share" in refused(capsys, [*two, "--hyper-share", "0.25"])
 
 
 def test_a_resumed_run_keeps_its_judge_until_told_otherwise(pack, stages, tmp_path, monkeypatch, quick_starts):
-    monkeypatch.setattr(train.losses, "arcface", lambda device, path, template: train.losses.freeze(quick_judge()))
-    go(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w-arcface", "0.1", steps=1)
-    for steps, change, term in ((2, [], "arcface"), (3, ["--w-arcface", "0"], "id"), (4, ["--w-id", "2"], "id")):
+    monkeypatch.setattr(judges, "arcface", lambda device, path, template: freeze(quick_judge()))
+    go(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w", "arcface=0.1", steps=1)
+    for steps, change, term in ((2, [], "arcface"), (3, ["--w", "arcface=0"], "id"), (4, ["--w", "id=2"], "id")):
         train.main(["--stage", "2", "--out", str(tmp_path), "--resume", "--steps", str(steps), *change])
         last = json.loads((tmp_path / "log_stage2.jsonl").read_text().splitlines()[-1])
         assert last["step"] == steps - 1 and term in last and len({"id", "arcface"} & set(last)) == 1
 
 
 def test_rates_that_become_equal_do_not_mix_up_groups():
-    nets = dict(model=FCTFG(Config.at(16)), D=Discriminator(16, 512, 32), hyper_phase=False)
-    shapes = []
+    model, D, shapes = FCTFG(Config.at(16)), Discriminator(16, 512, 32), []
     for rate in ("4e-3", "1e-3"):  # the second is that of --lr
-        opt = train.optimisers(nets, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
+        opt = train.optimizers(model, D, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
         shapes.append([[q.shape for q in group["params"]] for group in opt.param_groups])
     assert shapes[0] == shapes[1]
 
@@ -168,8 +171,8 @@ def test_wav2lip_is_the_name_of_a_published_expert_here_too(pack, tmp_path, monk
 
 def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    batches, forward = train.batches, train.forward_stage1
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
+    batches, (forward, terms) = train.batches, train.STAGES["stage1"]
 
     def waiting(*a):
         for batch in batches(*a):
@@ -181,15 +184,17 @@ def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
         return forward(*a)
 
     monkeypatch.setattr(train, "batches", waiting)
-    monkeypatch.setitem(train.FORWARD, 1, working)
-    go(pack, tmp_path, 1, "--w-path", "0", "--log-every", "3", "--sample-every", "99", "--save-every", "99", steps=5)
+    monkeypatch.setitem(train.STAGES, "stage1", (working, terms))
+    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    go(pack, tmp_path, 1, "--w", "path=0", "--save-every", "99", steps=5)
     lines = [json.loads(line) for line in (tmp_path / "log_stage1.jsonl").read_text().splitlines()[1:]]
     assert [(x["step"], x["ms"], x["images_s"], x["waiting"]) for x in lines] == [(k, 4000, 1.5, 0.25) for k in (0, 3, 4)]
 
 
 def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
-    """Stage 2 moves pSp's encoder, then HyperStyle's hypernetwork, each alone; stage 3 starts from files without either
-    stage, hears the published expert, and has no critic or judge but those asked for."""
+    """Stage 2 trains pSp's encoder or HyperStyle's hypernetwork; stage 3 starts from files without either stage, uses the
+    published expert, and has no frozen networks but those that were asked for."""
+    monkeypatch.setattr(train, "FINETUNE_GENERATOR", 0)
     torch.manual_seed(0)
     G, D = Generator(16, dim=24, n_mlp=2, base=1024, cap=128), Discriminator(16, base=1024, cap=128)
     encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "separable", 16)
@@ -198,41 +203,45 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
     torch.save(dict(state_dict=state), tmp_path / "psp.pt")
     torch.save(dict(state_dict={f"hypernet.{k}": v for k, v in hyper.state_dict().items()}), tmp_path / "h.pt")
     given = [word for kind, name in (("generator", "g"), ("encoder", "psp"), ("hyper", "h"))
-             for word in (f"--{kind}", str(tmp_path / f"{name}.pt"))] + ["--batch", "2", "--refine", "2"]
-    go(pack, tmp_path / "two", 2, *given, "--hyper-share", "0.5", "--thaw", "0", steps=2)
-    two = load_checkpoint(str(tmp_path / "two" / "stage2.pt"), "stage2")
-    now = two["networks"]["model"]
+             for word in (f"--{kind}", str(tmp_path / f"{name}.pt"))] + ["--batch", "2"]
 
-    def moved(part, author):
+    def changed(part, author):
         return any(not torch.equal(now[f"{part}.{k}"], v) for k, v in author.named_parameters())
 
-    assert moved("hyper", hyper) and not moved("generator", G) and not now["encoder.latent_avg"].isnan().any()
-    assert (two["config"]["encoder"], two["config"]["hyper"], two["config"]["refine"]) == ("psp", "separable", 2)
-    assert torch.equal(two["networks"]["critic"]["final_conv.0.weight"], D.final_conv[0].weight)
-    monkeypatch.setattr(initialise, "start_motion_space", lambda *a: None)
-    heard, sync = [], train.sync_loss
-    monkeypatch.setattr(train, "sync_loss", lambda expert, *a: heard.append(type(expert)) or sync(expert, *a))
-    torch.save(dict(state_dict=train.losses.Wav2LipExpert().state_dict()), tmp_path / "expert.pth")
+    for part, name in (("encoder", "stage2"), ("hyper", "stage2_hyper")):
+        go(pack, tmp_path / part, 2, *given, "--part", part, steps=1)
+        two = load_checkpoint(str(tmp_path / part / f"{name}.pt"), "stage2")
+        now = two["networks"]["model"]
+        assert (changed("encoder", encoder), changed("hyper", hyper)) == (part == "encoder", part == "hyper")
+        assert not changed("generator", G) and not now["encoder.latent_avg"].isnan().any()
+        assert (two["config"]["encoder"], two["config"]["hyper"]) == ("psp", "separable")
+        assert torch.equal(two["networks"]["feature_net"]["final_conv.0.weight"], D.final_conv[0].weight)
+    monkeypatch.setattr(initialise, "fit_motion_space", lambda *a: None)
+    used, sync = [], losses.sync_loss
+    monkeypatch.setattr(losses, "sync_loss", lambda expert, *a: used.append(type(expert)) or sync(expert, *a))
+    torch.save(dict(state_dict=judges.Wav2LipExpert().state_dict()), tmp_path / "expert.pth")
     go(pack, tmp_path / "three", 3, *given, "--expert", str(tmp_path / "expert.pth"), steps=2)
     now = load_checkpoint(str(tmp_path / "three" / "stage3.pt"), "stage3")["networks"]["model"]
-    assert moved("hyper", hyper) and moved("generator", G) and moved("encoder", encoder)
-    assert heard == [train.losses.Wav2LipExpert]
+    assert changed("hyper", hyper) and changed("generator", G) and changed("encoder", encoder)
+    assert used == [judges.Wav2LipExpert]
 
 
 def test_each_stage_trains_what_is_its_own(stages):
-    one, two, three = (load_checkpoint(str(stages / f"stage{k}.pt"), f"stage{k}") for k in (1, 2, 3))
+    one, two, hyper, three = (load_checkpoint(str(stages / f"{name}.pt"), name[:6])
+                              for name in ("stage1", "stage2", "stage2_hyper", "stage3"))
 
     def moved(a, b, part):
         x, y = a["networks"]["model"], b["networks"]["model"]
         return any(not torch.equal(x[k], y[k]) for k in x if k.startswith(part) and k in y)
 
     assert not moved(dict(networks=one["ema"]), two, "generator.")         # stage 2 leaves the generator alone
+    assert not any(moved(dict(networks=two["ema"]), hyper, part) for part in ("generator.", "encoder.", "maps."))
     trained = ("generator.conv", "encoder.", "maps.", "hyper.", "canonical.", "audio.", "motion.")
-    assert all(moved(two, three, part) for part in trained)
-    assert not moved(two, three, "generator.style")                        # z -> w is stage 1's
+    assert all(moved(hyper, three, part) for part in trained)
+    assert not moved(hyper, three, "generator.style")                      # z -> w is stage 1's
     assert any(not torch.equal(v, three["networks"]["D"][k]) for k, v in two["networks"]["D"].items())
-    critic = three["networks"]["critic"]                                   # the frozen judge of texture
-    assert all(torch.equal(v, critic[k]) for k, v in one["networks"]["D"].items())
+    features = three["networks"]["feature_net"]
+    assert all(torch.equal(v, features[k]) for k, v in one["networks"]["D"].items())
 
 
 def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
@@ -247,36 +256,40 @@ def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
 
 
 def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
-    """One step each, with one weight doubled: the gradient is another. Windows of five frames, but one for the
-    adversary."""
+    """One step each, with one weight doubled: the gradient is another. Windows of five frames."""
     args = train.parse(options(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), steps=1))
-    base = {T: gradient_of_one_step(args, pack, stages, T) for T in (1, train.WINDOW)}
-    for name in ("orth", "sync", "id", "rec", "feat", "adv", "mouth", "eyes"):
-        T = 1 if name == "adv" else train.WINDOW
-        changed = argparse.Namespace(**vars(args) | {f"w_{name}": 2 * getattr(args, f"w_{name}")})
-        assert not torch.allclose(gradient_of_one_step(changed, pack, stages, T), base[T], rtol=1e-6, atol=0), name
+    base = gradient_of_one_step(args, pack, stages)
+    for name in ("orth", "sync", "id", "rec", "feat", "mouth", "eyes"):
+        changed = argparse.Namespace(**vars(args) | dict(w=args.w | {name: 2 * args.w[name]}))
+        assert not torch.allclose(gradient_of_one_step(changed, pack, stages), base, rtol=1e-6, atol=0), name
 
 
-def gradient_of_one_step(args, pack, stages, T):
+def built(args):
+    """Networks of a stage before its first step"""
+    cpu, data = torch.device("cpu"), train.load_data(args)
+    model, D, known = train.build_networks(args, data, None, cpu)
+    return model, D, initialise.stage(args, model, D, data, known, cpu)
+
+
+def gradient_of_one_step(args, pack, stages):
     torch.manual_seed(1)
-    nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
-    nets["sync"] = train.load_sync(str(stages / "sync.pt"), "cpu")
-    train.optimisers(nets, args)
-    data = train.Clips(Pack(pack), T, 0, context=fusion.CONTEXT)
+    model, D, frozen = built(args)
+    frozen["sync"] = train.load_sync(str(stages / "sync.pt"), "cpu")
+    train.optimizers(model, D, args)
+    data = train.Clips(Pack(pack), train.WINDOW, 0, context=fusion.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
-    for p in nets["model"].motion.lips[4].parameters():
+    for p in model.motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
-    terms = train.terms_stage3(nets, train.forward_stage3(nets, batch, args), args)
-    weight = {k[2:]: v for k, v in vars(args).items() if k.startswith("w_")}
-    sum(weight[k] * v for k, v in terms.items()).backward()
-    return torch.cat([p.grad.flatten() for p in nets["model"].motion.parameters() if p.grad is not None])
+    terms = train.losses_stage3(model, frozen, train.forward_stage3(model, batch), args.w)
+    sum(args.w[k] * v for k, v in terms.items()).backward()
+    return torch.cat([p.grad.flatten() for p in model.motion.parameters() if p.grad is not None])
 
 
 def test_one_batch_can_be_learned_by_heart(pack, stages):
     torch.manual_seed(0)
-    args = train.parse(options(pack, stages, 3))
-    nets, _ = train.build(args, train.training_sets(args, Pack(pack)), torch.device("cpu"))
-    model, (opt, _) = nets["model"], train.optimisers(nets, args)
+    args = train.parse(options(pack, stages, 3, "--lr", "3e-4", "--lr-gan", "1e-3"))
+    model, D, _ = built(args)
+    opt, _ = train.optimizers(model, D, args)
     data = train.Clips(Pack(pack), 1, 0, context=fusion.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     errors = []
@@ -287,11 +300,11 @@ def test_one_batch_can_be_learned_by_heart(pack, stages):
         loss.backward()
         opt.step()
         errors.append(float(loss.detach()))
-    assert errors[-1] < 0.4 * errors[0], (errors[0], errors[-1])
+    assert errors[-1] < 0.4 * errors[0], errors
 
 
 def test_the_face_judge_is_trained_on_clips_alone(pack):
-    before = train.losses.SmallFaceJudge()
+    before = judges.SmallFaceJudge()
     data = dict(pack=Pack(pack), photos=None, clips=np.arange(5))
     judge = TRAIN_JUDGE(data, torch.device("cpu"), seed=0, steps=30, batch=8)
     faces = torch.cat([train.to_tensor(Pack(pack).frames(c, [0, 9])) for c in range(3)])   # two frames of three people
@@ -303,7 +316,7 @@ def test_the_face_judge_is_trained_on_clips_alone(pack):
     assert margin(judge) > margin(before) + 0.1
 
 
-def test_clips_of_one_person_teach_the_face_judge_as_clips_and_held_out_ones_do_not(pack, monkeypatch):
+def test_with_clips_of_one_person_the_face_judge_tells_clips_and_held_out_ones_are_not_used(pack, monkeypatch):
     one, seen = Pack(pack), set()
     one.identity = np.zeros(5, np.int32)
     frames = one.frames
@@ -313,7 +326,7 @@ def test_clips_of_one_person_teach_the_face_judge_as_clips_and_held_out_ones_do_
     assert seen == {0, 1, 2, 3}
     faces = judge(torch.cat([to_tensor(frames(c, [0])) for c in range(4)]))
     assert (faces @ faces.t()).triu(1).max() < 0.99 and faces.isfinite().all()
-    with pytest.raises(InputError, match="--w-id 0"):
+    with pytest.raises(InputError, match="--w id=0"):
         TRAIN_JUDGE(data | dict(clips=np.arange(1)), torch.device("cpu"), seed=0, steps=1)
 
 
@@ -326,17 +339,24 @@ def test_idle_motion_is_of_clips_to_train_on(monkeypatch):
     assert seen == [0, 3]                                                    # 1 is held out, 2 is too short
 
 
-@pytest.mark.parametrize("stage, w_sync, due", [(1, "0", [0, 16, 32]), (2, "0", [0, 16, 32]), (3, "0", [0, 16, 32]),
-                                                (3, "1", [1, 33])])
-def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, w_sync, due, monkeypatch):
-    args = train.parse(["--stage", str(stage), "--w-sync", w_sync, "--augment", "-1"])
-    nets = dict(D=torch.nn.Linear(3, 1), augment=lambda x: x)
-    nets = dict(D=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1)), augment=train.losses.Augment())
-    opt = torch.optim.SGD(nets["D"].parameters(), 0.1)
-    out, came = dict(real=torch.ones(2, 3, 1, 1), fake=torch.zeros(2, 3, 1, 1)), []
-    monkeypatch.setattr(train.losses, "r1_penalty", lambda real, score: came.append(step) or score.square().mean())
-    for step in range(1 if w_sync == "1" else 0, 40, 2 if w_sync == "1" else 1):
-        train.discriminator_step(nets, out, opt, step, args)
+@pytest.mark.parametrize("stage, sync, due", [(1, 0, [0, 16, 32]), (3, 0, [0, 16, 32]), (3, 1, [1, 33])])
+def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, sync, due, pack, stages, tmp_path, monkeypatch):
+    came, now = [], [-1]
+    monkeypatch.setattr(losses, "r1_penalty", lambda real, score: came.append(now[0]) or score.square().mean())
+    images = torch.rand(2, 3, 16, 16)                                        # the generator's stand-in
+
+    def forward(model, batch):
+        now[0] += 1
+        frames = torch.zeros(2, 5 if sync and now[0] % 2 == 0 else 1, 3, 16, 16)
+        return dict(real=images, fake=images.clone().requires_grad_(True), frames=frames)
+
+    monkeypatch.setitem(train.STAGES, f"stage{stage}", (forward, lambda model, *_: dict(r1=sum(
+        q.mean() for q in model.parameters() if q.requires_grad))))
+    for name in ("save_checkpoint", "save_examples", "update_ema"):
+        monkeypatch.setattr(train, name, lambda *a: None)
+    more = ["--w", "path=0", f"sync={sync}", "--augment", "-1"]
+    more += ["--init", str(stages / "stage2.pt"), "--expert", str(stages / "sync.pt")] if stage == 3 else []
+    go(pack, tmp_path, stage, *more, steps=40)
     assert came == due
 
 
@@ -358,11 +378,11 @@ def test_closed_forms_are_solved_where_there_is_float64():
     for a, b in zip(initialise.reduced_rank_regression(x.as_subclass(Apple), y.as_subclass(Apple), 2, 0.1),
                     initialise.reduced_rank_regression(x, y, 2, 0.1)):
         torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
-    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, state_dim=2)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2)
     model = FCTFG(Config.at(16, **shape)).eval()
     seen = [dict(image=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
-    initialise.start_encoder(model, seen, torch.device("cpu"), most=160)
-    assert model.encoder.linear_down.weight.isfinite().all() and model.maps.picture.weight.abs().sum() > 0
+    initialise.fit_encoder(model, seen, torch.device("cpu"), most=160)
+    assert model.encoder.linear_down.weight.isfinite().all() and model.maps.coarse_rgb.weight.abs().sum() > 0
 
 
 def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
@@ -394,71 +414,6 @@ def real_packs(pack, tmp_path_factory):
     return folder / "clips", folder / "photos"
 
 
-def test_photos_train_in_all_stages_and_move_their_mouths(real_packs, tmp_path, quick_starts):
-    clips, photos = real_packs
-    more = ["--photos", str(photos), "--thaw", "1"]
-    go(clips, tmp_path, 1, *more)
-    go(clips, tmp_path, 2, *more)
-    go(clips, tmp_path, 3, *more, "--w-sync", "0")
-    two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
-                  for k in (2, 3))
-    assert all({"around", "obey", "adv", "d"} <= set(line) for line in two)
-    assert all("obey" in line for line in three)                             # without the sync loss every step has photos
-    before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
-    assert all(not torch.equal(before[k], after[k]) for k in ("mouth.body.0.weight", "motion.lips.0.weight"))
-    assert torch.equal(before["motion.mouth_up.weight"], after["motion.mouth_up.weight"])  # a closed form, and stays
-    model = load_model(str(tmp_path / "weights.pt"))
-    assert model.config.mouth_dim and model.config.template == "face"
-    assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
-
-
-@pytest.fixture
-def quick_starts(monkeypatch):
-    for name, changes in (("start_lips", dict(steps=2)), ("start_motion_space", dict(clips=8, per_clip=8)),
-                          ("start_encoder", dict(most=200))):
-        monkeypatch.setattr(train, name, functools.partial(getattr(train, name), **changes))
-
-
-@pytest.mark.parametrize("motion", ["direct", "paper"])
-@pytest.mark.parametrize("world", ["toys", "real"])
-def test_all_three_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
-        motion, world, pack, stages, real_packs, tmp_path, quick_starts):
-    clips, photos = (pack, None) if world == "toys" else real_packs
-    more = ["--motion", motion, "--expert", str(stages / "sync.pt"), "--sample-every", "99", "--save-every", "99"]
-    for stage in (1, 2, 3):
-        go(clips, tmp_path, stage, *more, *(["--photos", str(photos), "--batch", "1"] if photos else []), steps=2)
-    log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
-    assert "sync" in log[0] and ("around" in log[1]) == bool(photos)         # the odd step has photos
-    before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
-    for part in ("generator.conv1", "encoder.blocks", "canonical.mlp", "audio.", "motion."):
-        assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
-    model = load_model(str(tmp_path / "weights.pt"))
-    assert (model.config.motion, bool(model.mouth)) == (motion, motion == "direct" and bool(photos))
-    assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
-
-
-def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_stage_2_that_has_one(real_packs):
-    pack = Pack(real_packs[0])
-    for first in ("direct", "paper"):
-        before = dict(config=vars(Config.at(16, template="face", motion=first)))
-        for second, mouth in (("direct", 24), ("paper", 0)):
-            config = initialise.shape(train.parse(["--stage", "2", "--size", "16", "--motion", second]), pack, before, {})
-            assert (config.mouth_dim, config.motion) == (mouth, second)
-    before = dict(config=vars(Config.at(16, template="face")))
-    with pytest.raises(InputError, match="train stage 2 with --motion paper"):
-        initialise.shape(train.parse(["--stage", "3", "--size", "16", "--motion", "paper"]), pack, before, {})
-
-
-@pytest.mark.parametrize("landmarks", [False, True])
-@pytest.mark.parametrize("N", [1, 2])
-def test_a_mouth_code_learns_from_one_or_two_pictures(landmarks, N):
-    torch.manual_seed(0)
-    shape = dict(template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3)
-    nets = dict(model=FCTFG(Config.at(16, **shape, landmarks=landmarks)), hyper_phase=False)
-    out = train.forward_stage2(nets, dict(image=torch.rand(N, 3, 16, 16) - 0.5), None)
-    assert all(v.isfinite() for v in train.moved_terms(nets["model"], out).values())
-
-
 @pytest.fixture(scope="module")
 def marked_packs(real_packs, pack, tmp_path_factory):
     """Copies of these packs with the drawn faces' true landmarks beside them"""
@@ -481,20 +436,83 @@ def marked_packs(real_packs, pack, tmp_path_factory):
     return folders
 
 
-def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, tmp_path, monkeypatch):
-    monkeypatch.setattr(initialise, "start_lips", functools.partial(initialise.start_lips, steps=2))
-    monkeypatch.setattr(initialise, "train_reader", functools.partial(initialise.train_reader, steps=200, batch=32))
+@pytest.fixture
+def quick_starts(monkeypatch):
+    for name, changes in (("fit_motion_space", dict(clips=8, per_clip=8)), ("fit_encoder", dict(most=200)),
+                          ("train_reader", dict(steps=20, batch=32))):
+        monkeypatch.setattr(initialise, name, functools.partial(getattr(initialise, name), **changes))
+
+
+@pytest.mark.parametrize("motion", ["direct", "paper"])
+@pytest.mark.parametrize("world", ["toys", "real"])
+def test_all_three_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
+        motion, world, pack, stages, marked_packs, tmp_path, quick_starts):
+    clips, photos = (pack, None) if world == "toys" else marked_packs
+    more = ["--motion", motion, "--expert", str(stages / "sync.pt"), "--save-every", "99"]
+    for stage in (1, 2, 3):
+        go(clips, tmp_path, stage, *more, *(["--photos", str(photos), "--batch", "1"] if photos else []), steps=2)
+    log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
+    assert "sync" in log[0] and ("preserve" in log[1]) == bool(photos)       # the odd step has photos
+    before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
+    for part in ("generator.conv1", "encoder.blocks", "canonical.mlp", "audio.", "motion."):
+        assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
+    model = load_model(str(tmp_path / "weights.pt"))
+    assert (model.config.motion, bool(model.mouth)) == (motion, motion == "direct" and bool(photos))
+    assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
+
+
+def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_stage_2_that_has_one(real_packs):
+    pack = Pack(real_packs[0])
+    for first in ("direct", "paper"):
+        previous = dict(config=vars(Config.at(16, template="face", motion=first)))
+        for second, mouth in (("direct", 24), ("paper", 0)):
+            args = train.parse(["--stage", "2", "--size", "16", "--motion", second])
+            config = initialise.make_config(args, pack, previous, {})
+            assert (config.mouth_dim, config.motion) == (mouth, second)
+    previous = dict(config=vars(Config.at(16, template="face")))
+    with pytest.raises(InputError, match="train stage 2 with --motion paper"):
+        args = train.parse(["--stage", "3", "--size", "16", "--motion", "paper"])
+        initialise.make_config(args, pack, previous, {})
+
+
+def test_real_faces_without_landmarks_are_told_about_in_stage_1_and_refused_in_stage_2(real_packs, tmp_path, capsys):
+    clips, photos = real_packs
+    go(clips, tmp_path, 1, "--photos", str(photos), steps=1)
+    assert "from stage 2 on real faces need landmarks" in capsys.readouterr().out
+    with pytest.raises(InputError, match="need landmarks, for each pack: python keypoints.py extract"):
+        go(clips, tmp_path, 2, "--photos", str(photos), steps=1)
+
+
+MOUTH = dict(template="face", linear=20, map_code=24, mouth_dim=5, shape_dim=3)
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_mouth_code_learns_from_one_or_two_images(N):
+    torch.manual_seed(0)
+    model = FCTFG(Config.at(16, **MOUTH))
+    out = train.forward_stage2(model, dict(image=torch.rand(N, 3, 16, 16) - 0.5))
+    w = dict.fromkeys(train.WEIGHTS, 0.0) | dict(preserve=1.0, mouth_cycle=1.0)
+    terms = train.losses_stage2(model, {}, out, w)
+    assert {"preserve", "mouth_cycle"} <= set(terms) and all(v.isfinite() for v in terms.values())
+
+
+def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, tmp_path, monkeypatch, quick_starts):
+    monkeypatch.setattr(initialise, "train_reader", functools.partial(initialise.train_reader, steps=200))
     clips, photos = marked_packs
-    more = ["--photos", str(photos), "--w-adv", "0"]
+    more = ["--photos", str(photos)]
     go(clips, tmp_path, 1, *more)
     go(clips, tmp_path, 2, *more)
-    go(clips, tmp_path, 3, *more, "--w-sync", "0")
-    log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
-    assert all("obey" in line for line in log)
+    go(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0")
+    two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
+                  for k in (2, 3))
+    assert all({"preserve", "mouth_cycle", "adv", "d"} <= set(line) for line in two)
+    assert all("mouth_cycle" in line for line in three)                      # without the sync loss every step has photos
     before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("mouth."))
+    assert torch.equal(before["motion.mouth_up.weight"], after["motion.mouth_up.weight"])  # a closed form, and stays
+    assert not torch.equal(before["motion.lips.0.weight"], after["motion.lips.0.weight"])
     model, toys = load_model(str(tmp_path / "weights.pt")), Pack(clips)
-    assert model.config.landmarks and model.motion.range.isfinite().all()
+    assert model.config.shape_dim == 6 and model.motion.opening_limits.isfinite().all()
     gap = motion.lip_opening(model.motion.moves[:1].numpy())                             # for warp.py
     assert gap == pytest.approx(1, abs=0.01) and model.motion.opening.abs().min() > 0
     landmarks = faces.Landmarks(clips / "landmarks", toys)
@@ -504,70 +522,72 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, 
         true.append(initialise.mouth_shape(landmarks.points[toys.frame_start[c]:toys.frame_start[c + 1]])[:, 0])
     assert np.corrcoef(np.concatenate(read), np.concatenate(true))[0, 1] > 0.6
     with pytest.raises(InputError, match="landmarks"):
-        shutil.copytree(photos / "landmarks", clips / "landmarks", dirs_exist_ok=True)
-        go(clips, tmp_path / "other", 1, *more)
+        shutil.copytree(photos / "landmarks", tmp_path / "clips" / "landmarks")
+        shutil.copytree(clips, tmp_path / "clips", dirs_exist_ok=True,
+                        ignore=lambda folder, names: names if "landmarks" in folder else ["landmarks"])
+        go(tmp_path / "clips", tmp_path / "other", 1, *more)
 
 
-@pytest.mark.parametrize("picture", [0, 16])
-def test_what_landmarks_taught_is_not_taught_anew_by_the_pictures(picture):
-    shape = dict(template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3, landmarks=True)
-    config = Config.at(16, **shape, picture=picture)
+@pytest.mark.parametrize("coarse_rgb", [0, 16])
+def test_the_lip_reader_is_not_trained_by_the_images(coarse_rgb):
     for stage in ("2", "3"):
-        nets = dict(model=FCTFG(config), D=Discriminator(16, 512, 32), hyper_phase=False)
-        train.optimisers(nets, train.parse(["--stage", stage, "--size", "16"]))
-        assert not any(q.requires_grad for q in nets["model"].mouth.reader.parameters())
-        assert nets["model"].mouth.linear.weight.requires_grad == (picture == 0)
+        model = FCTFG(Config.at(16, **MOUTH, coarse_rgb=coarse_rgb))
+        train.optimizers(model, Discriminator(16, 512, 32), train.parse(["--stage", stage, "--size", "16"]))
+        assert not any(q.requires_grad for q in model.mouth.reader.parameters())
+        assert model.mouth.linear.weight.requires_grad == (coarse_rgb == 0)
 
 
-def test_every_other_clip_is_told_the_true_shape_of_its_lips_and_keeps_the_looks_of_its_source():
+def test_every_other_clip_gets_the_true_shape_of_its_lips_and_keeps_the_appearance_of_its_source():
     torch.manual_seed(0)
-    model = FCTFG(Config.at(16, template="face", linear=20, map_code=24, mouth_dim=5, state_dim=3, landmarks=True)).eval()
+    model = FCTFG(Config.at(16, **MOUTH)).eval()
     batch = dict(source=torch.rand(2, 3, 16, 16) - 0.5, driving=torch.rand(2, 1, 3, 16, 16) - 0.5,
                  mel=torch.randn(2, 5, 1, 80, 16))
     with torch.no_grad():
-        out = train.forward_stage3(dict(model=model), batch, None)
-        shape, looks = model.mouth(batch["driving"][:, 0])[:, :3], model.mouth(batch["source"])[:, 3:]
+        out = train.forward_stage3(model, batch)
+        shape, appearance = model.mouth(batch["driving"][:, 0])[:, :3], model.mouth(batch["source"])[:, 3:]
         pose = model.motion.pose_up(model.motion.pose(model.encode_driving(batch["driving"])[:, 0]))
         still = model.canonical(model.encode_source(batch["source"])) + pose.unflatten(1, model.motion.shape)
         mouth = out["z_s2c"] + out["z_c2d"][:, 0] - still
-        told = model.motion.mouth_up(torch.cat([shape, looks], 1)).unflatten(1, model.motion.shape)
-    torch.testing.assert_close(mouth[0], told[0], atol=1e-4, rtol=1e-3)
-    assert (mouth[1] - told[1]).abs().max() > 1e-2                           # this one listens
-    torch.testing.assert_close(out["shape"][:, 0, :3], shape)
+        true = model.motion.mouth_up(torch.cat([shape, appearance], 1)).unflatten(1, model.motion.shape)
+    torch.testing.assert_close(mouth[0], true[0], atol=1e-4, rtol=1e-3)
+    assert (mouth[1] - true[1]).abs().max() > 1e-2                           # this one comes from the sound
+    torch.testing.assert_close(out["mouth"][:, 0, :3], shape)
 
 
-def test_a_published_generator_takes_real_faces_without_the_coarse_picture(real_packs, tmp_path):
-    clips, photos = real_packs
+def test_a_published_generator_takes_real_faces_without_the_coarse_image(marked_packs, tmp_path, quick_starts):
+    clips, photos = marked_packs
     torch.manual_seed(0)
     save_rosinality(tmp_path / "g.pt", g_ema=Generator(16, 32, 2, 512, 32), d=Discriminator(16, 512, 32))
-    go(clips, tmp_path, 2, "--generator", str(tmp_path / "g.pt"), "--photos", str(photos), "--w-adv", "0", steps=2)
-    assert load_checkpoint(str(tmp_path / "stage2.pt"), "stage2")["config"]["picture"] == 0
+    go(clips, tmp_path, 2, "--generator", str(tmp_path / "g.pt"), "--photos", str(photos), "--w", "adv=0", steps=2)
+    assert load_checkpoint(str(tmp_path / "stage2.pt"), "stage2")["config"]["coarse_rgb"] == 0
 
 
-def test_a_coarse_picture_holds_faces_and_moves_mouths_before_the_first_step():
-    """Faces of 12 independent numbers and mouths of 3: the closed form finds both, and tells them apart."""
+def test_the_coarse_image_holds_faces_and_moves_mouths_before_the_first_step():
+    """Faces of 12 independent numbers and mouths of 3: the closed form finds both, and separates them."""
     torch.manual_seed(0)
-    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, state_dim=2)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2)
     model = FCTFG(Config.at(16, **shape)).eval()
     face, lips = torch.randn(12, 3, 16, 16), torch.randn(3, 3, 16, 16)
     face, lips = mask_mouth(face, "face", "lips"), lips - mask_mouth(lips, "face", "lips")
-    numbers, said = torch.randn(300, 12), torch.randn(300, 3)
+    model.mouth.linear = torch.nn.Linear(3 * 32 * 32, 3)                        # all of the mouth is linear here
+    model.mouth.read = lambda box: box.new_zeros(len(box), 0)
+    people, mouths = torch.randn(300, 12), torch.randn(300, 3)
 
-    def draw(numbers, said):
-        return 0.1 * (torch.einsum("nk,kchw->nchw", numbers, face) + torch.einsum("nm,mchw->nchw", said, lips))
+    def draw(people, mouths):
+        return 0.1 * (torch.einsum("nk,kchw->nchw", people, face) + torch.einsum("nm,mchw->nchw", mouths, lips))
 
-    seen = [dict(image=x) for x in draw(numbers, said)]
-    initialise.start_encoder(model, seen, torch.device("cpu"), most=300)
+    seen = [dict(image=x) for x in draw(people, mouths)]
+    initialise.fit_encoder(model, seen, torch.device("cpu"), most=300)
     other, new = torch.randn(2, 40, 12), torch.randn(2, 40, 3)                  # people and mouths never seen
     with torch.no_grad():
-        for told in (None, new[1]):
-            mouth = None if told is None else model.mouth(draw(other[1], told))
+        for swapped in (False, True):
+            mouth = model.mouth(draw(other[1], new[1])) if swapped else None
             made = model.decode(model.invert(draw(other[0], new[0]), mouth))
-            wanted = draw(other[0], new[0 if told is None else 1])
+            wanted = draw(other[0], new[int(swapped)])
             rows, cols = box_slices(TEMPLATES["face"].lips, 16, 16)
             for part in (slice(None), (..., rows, cols)):
                 error = (made - wanted)[part].square().mean() / wanted[part].square().mean()
-                assert error < 0.1, (told is None, part, float(error))
+                assert error < 0.1, (swapped, part, float(error))
 
 
 def test_photos_are_faces_that_keep_still(monkeypatch):
@@ -591,10 +611,10 @@ def test_photos_are_faces_that_keep_still(monkeypatch):
             return (angle @ turn + 0.5 * angle @ looks.sum(0, keepdim=True)).unflatten(1, (L, D))
 
     others = [dict(image=(torch.randn(20) @ looks).unflatten(0, (L, D))) for _ in range(64 * 5)]
-    monkeypatch.setattr(train, "to_tensor", lambda x: x)
+    monkeypatch.setattr(initialise, "to_tensor", lambda x: x)
     moved = {}
     for photos in (None, others):
-        initialise.start_motion_space(Codes(), Clips(), np.arange(40), torch.device("cpu"), photos, clips=40, per_clip=16)
+        initialise.fit_motion_space(Codes(), Clips(), np.arange(40), torch.device("cpu"), photos, clips=40, per_clip=16)
         faces = torch.stack([photo["image"] for photo in others])
         moved[photos is None] = Codes.motion.pose_up(Codes.motion.pose(faces)).norm(dim=1).mean()
     assert moved[False] < 0.3 * moved[True]
@@ -602,14 +622,13 @@ def test_photos_are_faces_that_keep_still(monkeypatch):
 
 def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
     clips, photos = (Pack(folder) for folder in real_packs)
-    args = train.parse(options(clips.folder, tmp_path, 2, "--photos", str(photos.folder)))
-    sets = train.training_sets(args, clips)
-    assert not set(sets["clips"]) & set(sets["held_out"]) and len(sets["clips"]) + len(sets["held_out"]) == len(clips)
+    data = train.load_data(train.parse(options(clips.folder, tmp_path, 2, "--photos", str(photos.folder))))
+    assert not set(data["clips"]) & set(data["held_out"]) and len(data["clips"]) + len(data["held_out"]) == len(clips)
     (tmp_path / "list").write_text("1\n2")
     listed = train.parse(options(clips.folder, tmp_path, 2, "--train", str(tmp_path / "list")))
-    assert train.training_sets(listed, clips)["clips"].tolist() == [1, 2]
-    hidden = set(sets["held_out_photos"])
-    assert hidden and not hidden & {sets["photos"][n]["identity"] for n in range(300)}
+    assert train.load_data(listed)["clips"].tolist() == [1, 2]
+    hidden = set(data["held_out_photos"])
+    assert hidden and not hidden & {data["photos"][n]["identity"] for n in range(300)}
 
 
 def test_few_pictures_of_many_numbers_give_the_same_map_as_the_long_way():
@@ -623,15 +642,6 @@ def test_few_pictures_of_many_numbers_give_the_same_map_as_the_long_way():
     down, up = initialise.reduced_rank_regression(x, y, 10, ridge)
     assert down.shape == (10, 14) and up.shape == (11, 10) and down[9].abs().max() == 0
     torch.testing.assert_close((down.t() @ up.t()).double(), full, atol=1e-5, rtol=1e-4)
-
-
-def test_rates_warm_up_and_decay():
-    args = train.parse(["--stage", "3", "--steps", "1000"])
-    factors = [train.lr_factor(step, args) for step in range(1000)]
-    assert factors[0] < 0.02 and max(factors) > 0.9 and abs(factors[-1] - 0.05) < 0.01
-    args = train.parse(["--stage", "2", "--steps", "1000", "--hyper-share", "0.25"])
-    assert train.lr_factor(749, args) < 0.06 and train.lr_factor(860, args) > 0.4  # the second phase begins anew
-    assert train.lr_factor(500, train.parse(["--stage", "1"])) == 1
 
 
 def refused(capsys, argv):
@@ -649,26 +659,28 @@ def test_what_the_user_got_wrong_is_one_line_and_status_two(pack, stages, tmp_pa
     assert "no such" in refused(capsys, options(tmp_path / "nowhere", new, 1)).lower()
     assert "--size" in refused(capsys, [*options(pack, new, 1), "--size", "32"])
     assert "sync" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))     # no expert there
-    assert "'stage1'" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage1.pt"), "--w-sync", "0"))
+    assert "'stage1'" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage1.pt"), "--w", "sync=0"))
     assert "stage1.pt" in refused(capsys, options(pack, new, 1, "--resume"))                         # nothing to resume
     (new / "stage1.pt").write_bytes((stages / "stage1.pt").read_bytes()[:5000])
     assert "cut short" in refused(capsys, options(pack, new, 1, "--resume"))
     assert "nonsense" in refused(capsys, options(pack, new, 1, "--overwrite", "--device", "nonsense"))
-    assert "--refine 0" in refused(capsys, options(pack, new, 2, "--init", str(stages / "stage1.pt"),
-                                                   "--hyper-share", "0.5", "--refine", "0"))
+    assert "--part" in refused(capsys, options(pack, new, 1, "--part", "hyper", "--overwrite"))
+    assert "rex=1" in refused(capsys, options(pack, new, 1, "--overwrite", "--w", "r1=2", "rex=1"))
+    assert "rec=-1" in refused(capsys, options(pack, new, 1, "--overwrite", "--w", "rec=-1"))
+    assert "vgg=x" in refused(capsys, options(pack, new, 1, "--overwrite", "--path", "vgg=x"))
     (tmp_path / "file").write_text("x")
     assert "file" in refused(capsys, options(pack, tmp_path / "file", 1))
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(pack, tmp_path, monkeypatch):
-    terms, calls = train.TERMS[1], []
+    (forward, _), calls = train.STAGES["stage1"], []
 
-    def poisoned(nets, out, args):
+    def poisoned(model, frozen, out, w):
         calls.append(1)
-        return {k: v * (float("nan") if len(calls) == 4 else 1) for k, v in terms(nets, out, args).items()}
+        return dict(path=out["fake"].mean() * (float("nan") if len(calls) == 4 else 0))
 
-    monkeypatch.setitem(train.TERMS, 1, poisoned)
-    with pytest.raises(InputError, match="'adv'"):
+    monkeypatch.setitem(train.STAGES, "stage1", (forward, poisoned))
+    with pytest.raises(InputError, match="step 3: the loss term 'path' is nan"):
         go(pack, tmp_path, 1, steps=6)
     assert load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")["step"] == 2
 
@@ -676,22 +688,22 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(pack, tmp_pa
 def test_the_papers_judges_are_the_default_from_128_px_on_and_small_ones_below():
     for size, vgg, arcface, feat in ((64, 0, 0, 0.2), (128, 0.2, 0.1, 0), (256, 0.2, 0.1, 0)):
         args = train.parse(["--stage", "2", "--size", str(size)])
-        assert (args.w_vgg, args.w_arcface, args.w_feat) == (vgg, arcface, feat)
-    args = train.parse(["--stage", "2", "--size", "128", "--w-vgg", "0"])
-    assert (args.w_vgg, args.w_feat) == (0, 0.2)  # the stand-in is back
+        assert (args.w["vgg"], args.w["arcface"], args.w["feat"]) == (vgg, arcface, feat)
+    args = train.parse(["--stage", "2", "--size", "128", "--w", "vgg=0"])
+    assert (args.w["vgg"], args.w["feat"]) == (0, 0.2)  # the stand-in is back
 
 
 @pytest.mark.parametrize("more, file, flag", [
-    (["--stage", "2"], "vgg19-dcbb9e9d.pth", "--w-vgg 0"),
-    (["--stage", "2", "--w-vgg", "0"], "recognition_arcface_ir_se50.pth", "--w-arcface 0"),
-    (["--stage", "3", "--data", "pack"], "lipsync_expert.pth", "--w-sync 0"),
-    (["--stage", "3", "--expert", "syncnet_v2"], "syncnet_v2.model", "--w-sync 0"),
+    (["--stage", "2"], "vgg19-dcbb9e9d.pth", "--w vgg=0"),
+    (["--stage", "2", "--w", "vgg=0"], "recognition_arcface_ir_se50.pth", "--w arcface=0"),
+    (["--stage", "3", "--data", "pack"], "lipsync_expert.pth", "--w sync=0"),
+    (["--stage", "3", "--expert", "syncnet_v2"], "syncnet_v2.model", "--w sync=0"),
 ])
 def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without(more, file, flag, tmp_path, monkeypatch):
     def offline(url, **options):
-        raise train.losses.requests.ConnectionError("no route")
+        raise checkpoint.requests.ConnectionError("no route")
 
-    monkeypatch.setattr(train.losses.requests, "get", offline)
+    monkeypatch.setattr(checkpoint.requests, "get", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     with pytest.raises(InputError) as caught:
         train.main(["--size", "128", "--out", str(tmp_path / "out"), "--device", "cpu", *more])
@@ -701,10 +713,17 @@ def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without
 
 
 def test_psps_trunk_starts_from_arcface_unless_arcface_is_off(monkeypatch):
-    monkeypatch.setattr(train.losses, "fetch", lambda name, path: path or name)
-    for more, expected in (([], "arcface"), (["--arcface", "mine.pth"], "mine.pth"), (["--w-arcface", "0"], None),
+    monkeypatch.setattr(train, "fetch", lambda name, path: path or name)
+
+    def stop(size, generator, encoder, hyper):
+        raise Killed(encoder)
+
+    monkeypatch.setattr(train, "published", stop)
+    for more, expected in (([], "arcface"), (["--path", "arcface=mine.pth"], "mine.pth"), (["--w", "arcface=0"], None),
                            (["--encoder", "psp.pt"], "psp.pt"), (["--size", "128"], None)):
-        assert train.trunk(train.parse(["--stage", "2", "--size", "256", *more])) == expected
+        with pytest.raises(Killed) as caught:
+            train.build_networks(train.parse(["--stage", "2", "--size", "256", *more]), {}, None, "cpu")
+        assert caught.value.args == (expected,)
 
 
 class TinySyncNetV2(torch.nn.Module):
@@ -722,7 +741,7 @@ class TinySyncNetV2(torch.nn.Module):
 
 @pytest.mark.parametrize("motion", ["direct"])
 def test_syncnet_v2_teaches_stage_3_by_a_margin_on_its_distance(motion, pack, stages, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.losses, "syncnet_v2", lambda device, path: train.losses.freeze(TinySyncNetV2()))
+    monkeypatch.setattr(judges, "syncnet_v2", lambda device, path: freeze(TinySyncNetV2()))
     go(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--expert", "syncnet_v2", "--motion", motion, steps=2)
     assert "no independent measure" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
