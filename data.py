@@ -54,9 +54,6 @@ def encode_jpeg(frame: np.ndarray, size: int) -> bytes:
 class PackWriter:
     """Writes a pack clip by clip. meta.json is written last and makes the directory a pack.
 
-        with PackWriter("out/pack", 64, "toy") as pack:
-            pack.add(frames, wav, identity="anna", source="anna/1.mp4")
-
     size: edge of the frames in pixels. template: name of the crop in faces.TEMPLATES. keep: continue an unfinished pack
     behind its first `keep` clips. Until the pack is finished, journal.jsonl has a line for each clip, written after it.
     Raises InputError: the folder holds a pack, cannot be written, is in use, or was begun with another size.
@@ -77,7 +74,7 @@ class PackWriter:
             raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
     def open(self, keep: int):
-        """Opens the three files and cuts them behind the first `keep` clips."""
+        """Opens the three files, cut behind the first `keep` clips."""
         self.files = {name: open(self.folder / name, "ab") for name in ("frames.bin", "sound.bin", "journal.jsonl")}
         journal = self.files["journal.jsonl"]
         if fcntl:
@@ -263,9 +260,8 @@ def split(pack: Pack, args=None) -> dict:
 
     Every tenth person is held out, or every tenth clip where there are fewer than MIN_PEOPLE people; of fewer than
     twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test.
-    args: has data, and train, valid and test of split_options. A listed part is that list. With a train list
-    everything else is held out. Without data it is the toy world, whose held-out people are in packs of their own: all
-    clips are in all parts.
+    args: has data and the lists of split_options, which replace the rule; beside a train list all else is held out.
+    Without data it is the toy world, whose held-out people are in other packs: all clips are in all parts.
     Raises InputError: a name that fits no clip, or several files; a clip in two lists; too few clips.
     """
     lists = {part: path for part in USES if (path := getattr(args, part, None))}
@@ -347,7 +343,6 @@ def find_clips(pack: Pack, *prints: torch.Tensor) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # endless datasets: item n depends on (seed, n) alone, in any process, so a resumed run continues exactly
-
 
 class Clips(Dataset):
     """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then windows within the clip.

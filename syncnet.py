@@ -8,16 +8,14 @@ Papers: SyncNet (Chung & Zisserman 2016), two towers and a distance of their emb
     python syncnet.py offset clip.mp4         # by how many frames the sound is late (weights/sync.pt); --fix out.mp4
 
 Differences from Wav2Lip, beside 3x3 kernels throughout and images of any size:
-- The cosine gets a learned scale and bias and may be negative. Theirs, after a ReLU, is itself the probability, and the
-  loss can stay at ln 2 for ever (at toy scale it does).
-- All pairs of a batch count. Several windows of each clip give shifted sound (the hard negatives), the other clips give
-  foreign sound. Windows of one clip nearer than NEAR frames sound too alike and are left out.
+- The cosine gets a learned scale and bias. Theirs, after a ReLU, is itself the probability; at toy scale its loss stays
+  at ln 2.
+- All pairs of a batch count: several windows of each clip (hard negatives), and foreign sound from the other clips.
 - A softmax over the batch is added to the sigmoid, which alone stayed at ln 2 for 400 steps of the toy run: a bias that
   rejects every pair is nearly a minimum. The softmax does not depend on the bias; with it 50 steps sufficed.
 - The face tower gets the mean of the five frames and the deviations from it, enlarged: identity is most of an image's
   variance, motion little. Accuracy after 200 steps rose from .80 to .85.
-- GroupNorm, not BatchNorm: a batch holds windows of one clip, and its statistics would tell the towers which belong
-  together. The frozen expert must also give a pair the same score alone as in a batch.
+- GroupNorm, not BatchNorm, whose statistics would tell the towers which windows of a batch share a clip.
 
 Axes: B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts, C H W.
 """
@@ -33,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -161,14 +160,11 @@ def build_expert(checkpoint: dict, path) -> SyncNet:
 # the loss
 
 def expert_loss(logits, clip, k) -> dict:
-    """Terms of the expert's loss: three of the pairwise sigmoid, each -log sigmoid(+-logit), and the softmax.
+    """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the loss.
 
-    Args:
-        logits: (N, N), face i against sound j.
-        clip, k: (N,), the clip of window i and its middle frame.
-    Returns: in_sync (the diagonal); shifted (same clip, NEAR frames or more apart); other (another clip); each ln 2
-        at zero logits, and absent where the batch has no such pair. contrast: -log softmax of the true sound among the
-        sounds, NEAR ones left out, and of the true face among the faces (CLIP).
+    Pairwise sigmoid, each -log sigmoid(+-logit), absent where the batch has no such pair: in_sync (the diagonal); shifted
+    (same clip, NEAR frames or more apart); other (another clip). contrast: -log softmax of the true sound among the
+    sounds and of the true face among the faces (CLIP), pairs nearer than NEAR left out.
     """
     N = len(clip)
     assert logits.shape == (N, N), f"logits are {tuple(logits.shape)}, expected {(N, N)}"
@@ -338,8 +334,8 @@ def validate(expert, pack: Pack, clips, device) -> dict:
             mel = log_mel(pack.sound(c))
             table = by_shift(expert, *embed(expert, (pack.frame(c, k) for k in range(T)), mel, device))
             tables.append(table)
-            seconds.append(running_mean(table, FPS - SPAN + 1))
-            speech.append(np.where(any_speech(is_speech(mel, len(table)), MAX_OFFSET), table, math.nan))
+            seconds.append(sliding_window_view(table, min(FPS - SPAN + 1, len(table)), 0).mean(-1))
+            speech.append(np.where(speech_pairs(mel, len(table)), table, math.nan))
     if not tables:
         raise InputError(f"{pack.folder}: no clip has {SPAN} frames")
     table, seconds, speech = map(np.concatenate, (tables, seconds, speech))  # (windows, S)
@@ -365,20 +361,12 @@ def shift_rates(table) -> dict:
     return dict(positive_rate=positive, accuracy=accuracy, pairwise_accuracy=above)
 
 
-def running_mean(table, n: int):
-    """(K, S) -> the mean of every n consecutive rows, (K - n + 1, S); of all where there are fewer"""
-    return np.lib.stride_tricks.sliding_window_view(table, min(n, len(table)), 0).mean(-1)
-
-
-def is_speech(mel, K: int):
-    """Which of a clip's K windows are speech, (K,) bool: above the middle, in dB, of its quietest and loudest."""
+def speech_pairs(mel, K: int):
+    """(K, S): whether a clip's window k, or the one d frames away, is speech: louder than the middle, in dB, of its
+    quietest and its loudest window."""
     level = mel_windows(mel, HALF + np.arange(K)).mean((1, 2, 3))
-    return level > (level.min() + level.max()) / 2
-
-
-def any_speech(speech, reach: int):
-    """(K,) bool -> (K, S): whether the own window is speech, or the one d frames away"""
-    return speech[:, None] | np.lib.stride_tricks.sliding_window_view(np.pad(speech, reach), 2 * reach + 1)
+    speech = level > (level.min() + level.max()) / 2
+    return speech[:, None] | sliding_window_view(np.pad(speech, MAX_OFFSET), 2 * MAX_OFFSET + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -596,18 +596,23 @@ def test_rates_by_shift_are_those_of_a_naive_count():
     assert np.isnan(syncnet.shift_rates(table)["accuracy"][4])
 
 
-def test_a_second_is_the_mean_of_its_windows_and_pairs_of_pauses_are_left_out_of_speech():
-    table = np.arange(12.0).reshape(6, 2)
-    assert np.allclose(syncnet.running_mean(table, 4), [table[i : i + 4].mean(0) for i in range(3)])
-    assert np.allclose(syncnet.running_mean(table, 99), [table.mean(0)])
-    speech = np.array([False, False, True, False, False, False])
-    there = syncnet.any_speech(speech, 2)
-    for k in range(6):
-        for d in range(-2, 3):
-            assert there[k, 2 + d] == (speech[k] or (0 <= k + d < 6 and speech[k + d])), (k, d)
-    loud = np.concatenate([np.zeros(640 * 20, np.float32), bar_clip(0, T=20)[1], np.zeros(640 * 20, np.float32)])
-    found = syncnet.is_speech(log_mel(loud), 56)
-    assert not found[:14].any() and not found[-14:].any() and found[20:36].mean() > 0.6
+def test_a_second_is_the_mean_of_its_windows_and_pairs_of_pauses_are_left_out_of_speech(monkeypatch, tmp_path):
+    frames = bar_clip(0, T=60)[0]
+    wav = np.concatenate([np.zeros(640 * 20, np.float32), bar_clip(0, T=20)[1], np.zeros(640 * 20, np.float32)])
+    with PackWriter(tmp_path / "pack", 16, "toy") as pack:
+        pack.add(frames, wav, "a", "a")
+    table = np.random.default_rng(0).normal(size=(56, 31))
+    monkeypatch.setattr(syncnet, "by_shift", lambda *_: table)
+    rates = syncnet.validate(small(size=16), Pack(tmp_path / "pack"), [0], "cpu")["by_shift"]
+    means = np.stack([table[i : i + 21].mean(0) for i in range(36)])
+    expected = (np.mean(means[:, 15] > 0) + 1 - np.mean(means[:, [12, 18]] > 0)) / 2
+    assert rates["second"][3] == pytest.approx(expected)
+    there = syncnet.speech_pairs(log_mel(wav), 56)
+    speech = there[:, 15]
+    assert not speech[:14].any() and not speech[-14:].any() and speech[20:36].mean() > 0.6
+    for k in range(56):
+        for d in range(-15, 16):
+            assert there[k, 15 + d] == (speech[k] or (0 <= k + d < 56 and speech[k + d])), (k, d)
 
 
 # ------------------------------------------------------------------------------------------------------------
