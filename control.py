@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from audio import log_mel, mel_windows, n_frames
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, load_frozen, save_checkpoint
 from data import Pack
 from fusion import load_model
 from judges import same_person_loss
@@ -73,10 +73,9 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     path = folder / f"probe{size}_world{WORLD}.pt"
     if path.exists():
         try:
-            probe = Probe(size).to(device, memory_format=torch.channels_last)
-            probe.load_state_dict(load_checkpoint(str(path), "probe")["networks"]["probe"])
-            return probe.eval()
-        except (InputError, KeyError, TypeError, RuntimeError, AttributeError):  # cut short, or of another version
+            state = load_checkpoint(path, "probe")["networks"]["probe"]
+            return load_frozen(lambda: Probe(size), state, path, device).to(memory_format=torch.channels_last)
+        except (InputError, KeyError):  # cut short, or of another version
             print(f"{path}: the kept probe cannot be read, another is trained")
     probe = Probe(size).to(device, memory_format=torch.channels_last)
     toys = folder / f"probe_toys{size}"

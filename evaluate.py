@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import time
 import unicodedata
 from itertools import islice, zip_longest
@@ -74,13 +73,14 @@ METRICS = {
     "CSIM": Metric("", "higher", 1, 3, "cosine of ArcFace's identity embeddings, every fifth frame"),
     "FID": Metric("", "lower", 0, 2, "Frechet distance of Inception's features, every fifth frame; Heusel et al. 2017"),
     "LSE-D": Metric("", "lower", None, 3, "distance of lips and sound at the best offset, SyncNet v2; Wav2Lip, 2020",
-                    "6.7 to 7.0 (Wav2Lip on LRS2, LRS3, LRW)"),
+                    "6.7 to 7.0 (Wav2Lip's table: LRW, LRS2, LRS3)"),
     "LSE-C": Metric("", "higher", None, 3, "median over the offsets less that distance, SyncNet v2; Wav2Lip, 2020",
-                    "6.9 to 7.8 (Wav2Lip on LRS2, LRS3, LRW)"),
+                    "6.9 to 7.8 (Wav2Lip's table: LRW, LRS2, LRS3)"),
     "LSE offset": Metric("frames", "lower", None, 2, "size of that offset, which LSE itself does not punish"),
     "Sync-D": Metric("", "lower", None, 3, "as LSE-D, by our expert, whose embeddings have unit length",
-                     "0.83 (GRID, the speaker it was trained on), 1.03 (six other speakers)"),
-    "Sync-C": Metric("", "higher", None, 3, "as LSE-C, by our expert", "0.43 and 0.27 of the same clips"),
+                     "0.83 of its training speaker, 1.03 of six others (GRID)"),
+    "Sync-C": Metric("", "higher", None, 3, "as LSE-C, by our expert",
+                     "0.43 of its training speaker, 0.27 of six others (GRID)"),
     "Sync offset": Metric("frames", "lower", None, 2, "size of that offset"),
 }  # fmt: skip
 LANDMARKS, LSE, SYNC = ("LMD", "mouth LMD", "pose", "blink"), ("LSE-D", "LSE-C", "LSE offset"), tuple(METRICS)[-3:]
@@ -323,8 +323,10 @@ def sync_sound(expert, wav, K: int):
 def lse_sound(network, wav, frames: int):
     """SyncNet v2's: window k is MFCC steps 4 k .. 4 k + 19. As in its script, one window fewer than would fit."""
     K = min(frames, len(wav) // SAMPLES_PER_FRAME) - SPAN
+    if K <= 0:
+        return ()
     windows = np.lib.stride_tricks.sliding_window_view(mfcc(wav), 20, 1)[:, ::4].swapaxes(0, 1)  # (.., 13, 20)
-    return embed_sound(network, windows[:K].astype(np.float32)) if K > 0 else ()
+    return embed_sound(network, windows[:K].astype(np.float32))
 
 
 def embed_sound(network, windows):
@@ -345,14 +347,6 @@ class FaceWindows:
         if len(crops) >= SPAN:
             self.embeddings.append(self.embed(crops).float())
         self.last = crops[-(SPAN - 1) :]
-
-
-def syncnet_crop(detection) -> tuple:
-    """Detection -> the square that SyncNet v2's scripts cut: s half the box's larger side, 1.4 s to either side, s above
-    the middle, 1.8 s below it (their crop scale is .4)."""
-    x0, y0, x1, y1 = detection[:4]
-    x, y, s = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) / 2
-    return x - 1.4 * s, y - s, x + 1.4 * s, y + 1.8 * s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,15 +422,21 @@ class ClipMetrics:
         self.networks, self.count, self.detection, self.looks, self.found = networks, 0, None, 0, 0
         self.points, self.embeddings, self.features, self.windows = [], [], [], {}
         if expert := networks.sync:
-            def embed(crops):  # (n, 3, H, H) -> (n - 4, 5, 3, H, H) -> (n - 4, E)
+            def sync_embed(crops):  # (n, 3, H, H) -> (n - 4, 5, 3, H, H) -> (n - 4, E)
                 return expert.face(crops.to(networks.device).unfold(0, SPAN, 1).movedim(-1, 1))
 
-            drawn = expert.template == "toy"  # drawn clips are crops already
-            crop = (lambda _: self.middle) if drawn else (lambda detection: face_box([detection], "face"))
-            self.windows["Sync"] = FaceWindows(embed, expert.size, crop)
+            def sync_crop(detection):  # drawn clips are crops already
+                return self.middle if expert.template == "toy" else face_box([detection], "face")
+
+            self.windows["Sync"] = FaceWindows(sync_embed, expert.size, sync_crop)
         if syncnet := networks.syncnet:
-            self.windows["LSE"] = FaceWindows(lambda crops: syncnet.face(crops[None].to(networks.device))[0], 224,
-                                              syncnet_crop)
+            def lse_embed(crops):
+                return syncnet.face(crops[None].to(networks.device))[0]
+
+            def lse_crop(detection):  # by the box alone, as its script
+                return face_box([detection[:5]], "syncnet")
+
+            self.windows["LSE"] = FaceWindows(lse_embed, 224, lse_crop)
 
     def detect(self, frame):
         """The face's detection; the last one where there is none now; or None"""
@@ -641,10 +641,6 @@ def mean_rows(pairs: list[dict]) -> tuple[dict, dict]:
     return real, fake
 
 
-def cell(name: str, value) -> str:
-    return "–" if value is None else f"{value:.{METRICS[name].digits}f}"
-
-
 def heading(name: str) -> str:
     """LMD -> "LMD, px ↓" """
     unit = METRICS[name].unit
@@ -682,13 +678,14 @@ def measure_pairs(args, device):
     rows = {"real, against itself": real, os.path.basename(os.path.abspath(args.fake)): fake}
     order = [name for name in METRICS if name in fake and name not in missing]
     seconds, frames = time.perf_counter() - begin, sum(pair["frames"] for pair in measured)
-    print(markdown({row: {heading(k): cell(k, values.get(k)) for k in order} for row, values in rows.items()}))
+    cells = {row: {heading(k): f"{values[k]:.{METRICS[k].digits}f}" if values.get(k) is not None else "–" for k in order}
+             for row, values in rows.items()}
+    print(markdown(cells))
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
     notes = legend(args, networks, order, n_features) + problems(missing, reports, alone)
     print("\n".join(notes))
     if args.json:
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        versions["revision"] = revision()
+        versions = dict(revision=revision(), torch=torch.__version__, numpy=np.__version__)
         columns = {name: METRICS[name]._asdict() for name in order}
         rows = {row: {name: values.get(name) for name in order} for row, values in rows.items()}
         report = dict(rows=rows, columns=columns, pairs=reports, frames=frames, seconds=seconds, left_out=missing,

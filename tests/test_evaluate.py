@@ -220,6 +220,8 @@ def test_published_lse_is_that_of_a_loop_over_windows_of_five_frames(monkeypatch
         means.append(float(np.mean([float((f - s).norm()) for f, s in pairs])))
     assert values["LSE-D"] == pytest.approx(min(means), rel=1e-3)
     assert values["LSE-C"] == pytest.approx(np.median(means) - min(means), abs=2e-3 * max(means)) and "LSE" not in why
+    monkeypatch.setattr(evaluate, "load_audio", lambda path, level: wav[:1600])
+    assert "too short: 8 frames, 2.5 frames of sound" in clip.lip_sync("a.mp4")[1]["LSE"]
 
 
 def test_frechet_distance_is_0_of_equal_sets_and_the_closed_form_of_two_gaussians():
