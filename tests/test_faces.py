@@ -1,6 +1,7 @@
 """Faces: crops and boxes, detectors, tracks, landmarks and their store."""
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -402,3 +403,74 @@ def test_smoothing_keeps_a_parabola_and_removes_jitter():
     assert smooth(noise).var() == pytest.approx((weights**2).sum(), rel=0.02)
     short = np.ones((3, 68, 2), np.float32)
     assert smooth(short) is short
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clips of a video
+
+def scripted(frames, boxes):
+    """find_faces for frames whose top left pixel is their number: boxes[number] is the list of faces there."""
+    return [[(*box, 0.9) for box in boxes(int(frame[0, 0, 0]))] for frame in frames]
+
+
+def numbered(count, shade=lambda k: 100):
+    frames = np.stack([np.full((60, 80, 3), shade(k), np.uint8) for k in range(count)])
+    frames[:, 0, 0] = np.arange(count)[:, None]
+    return list(frames)
+
+
+def cut_up(monkeypatch, frames, boxes):
+    """The clips (begin, end, left edge of the box) that faces.segments makes, and the reasons of the rest."""
+    monkeypatch.setattr(faces, "find_faces", lambda views: scripted(views, boxes))
+    found = faces.segments(frames)
+    assert [piece[0] for piece in found] == [0, *(piece[1] for piece in found[:-1])] and found[-1][1] == len(frames)
+    left = faces.TEMPLATES["face"].side / 2 * 20 - 10  # how much wider the crop is than a box 20 pixels wide
+    clips = [(a, b, round(box[0] + left)) for a, b, box, _ in found if box]
+    return clips, [reason for *_, box, reason in found if not box]
+
+
+def test_scene_changes_end_clips_and_flicker_does_not(monkeypatch):
+    cut = numbered(60, lambda k: 40 if k < 33 else 200)
+    assert np.flatnonzero(np.diff(faces.scenes(cut))).tolist() == [32]
+    assert faces.scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
+    assert faces.scenes(numbered(60, lambda k: 4 * k)).max() == 0
+    assert faces.scenes(numbered(1)).tolist() == [0]
+    clips, _ = cut_up(monkeypatch, cut, lambda k: [(10, 10, 30, 30)])
+    assert clips == [(0, 33, 10), (33, 60, 10)]
+
+
+def test_short_gaps_without_a_face_are_filled_and_long_ones_end_a_clip(monkeypatch):
+    def boxes(k):
+        return [] if 20 <= k < 30 or 50 <= k < 75 else [(10, 10, 30, 30)]
+
+    clips, reasons = cut_up(monkeypatch, numbered(110), boxes)
+    assert clips == [(0, 46, 10), (75, 110, 10)] and len(reasons) == 1 and "no face" in reasons[0]
+
+
+def test_of_several_faces_the_largest_for_longest_is_taken(monkeypatch):
+    def boxes(k):  # one stays, a larger one comes for a moment, a small one for longer than the first
+        return [(10, 10, 30, 30)] * (k < 70) + [(40, 5, 70, 35)] * (20 <= k <= 30) + [(60, 40, 70, 50)]
+
+    clips, _ = cut_up(monkeypatch, numbered(100), boxes)
+    assert clips[0] == (0, 66, 10) and len(clips) == 1
+
+
+def test_faces_that_pass_each_other_keep_their_tracks():
+    pairs = [[(2 * i, 5, 2 * i + 20, 25, 0.9), (60 - 2 * i, 40, 80 - 2 * i, 60, 0.9)] for i in range(12)]
+    looks = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
+    tracks = faces.face_tracks(looks, np.zeros(12))
+    assert [len(track) for track in tracks] == [12, 12]
+    assert all(np.ptp([face[1] for face in track.values()]) == 0 for track in tracks)
+
+
+def test_a_face_that_moves_slowly_is_cut_into_steady_clips_and_a_fast_one_into_none(monkeypatch):
+    clips, _ = cut_up(monkeypatch, numbered(120), lambda k: [(k // 3, 10, k // 3 + 20, 30)])
+    assert len(clips) == 4 and clips[0][0] == 0 and clips[-1][1] == 120
+    assert all(a[1] == b[0] and 5 <= b[2] - a[2] <= 15 for a, b in itertools.pairwise(clips))
+
+    def boxes(k):
+        return [(9 * k % 50, 10, 9 * k % 50 + 20, 30)]
+
+    monkeypatch.setattr(faces, "find_faces", lambda views: scripted(views, boxes))
+    with pytest.raises(InputError, match="moves too far|less than half"):
+        faces.segment_box(numbered(40))
