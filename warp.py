@@ -441,6 +441,7 @@ class Lids:
     """
 
     RISE, SEAL, LASH = 0.20, 0.07, 0.06  # share of the gap that the lower lid closes; overlap of both lids; lashes
+    SKIN, LINE = 0.7, 0.35  # share of the skin below the eye in the colour of a shut lid; darkness of its lash line
 
     def __init__(self, face: Face, eye: np.ndarray, brow: np.ndarray):
         self.width = max(np.linalg.norm(eye[3] - eye[0]), 2.0)
@@ -458,7 +459,9 @@ class Lids:
         self.tallest = max(float(gap.max()), 1e-3)
         self.maps = stack(upper, lower, v, gap, near, np.maximum(upper + far, 0.12))
         soft = gaussian_filter(face.photo[y0:y1, x0:x1].astype(float), (0.03 * self.width, 0.12 * self.width, 0))
-        self.smooth = stack(*np.moveaxis(soft, -1, 0))                 # lashes that are stretched would be streaks
+        below = (np.abs(u) < 0.3) & (v > lower + 0.12) & (v < lower + 0.3)
+        lid = soft[below].mean(0) if below.any() else soft.mean((0, 1))
+        self.smooth = stack(*np.moveaxis(soft + self.SKIN * (lid - soft), -1, 0))  # stretched lashes would be streaks
 
     def render(self, where, blink: float, photo):
         """where (h, w, 2) -> (3, h, w): the eye shut by `blink`, 0 to 1. photo: reads colours at such places"""
@@ -471,6 +474,7 @@ class Lids:
         smooth = read(self.smooth, skin, self.box)[0]
         skin, under = photo(skin), photo(under)
         skin = skin + stretched * (smooth - skin)
+        skin = skin * (1 - self.LINE * torch.exp(-((d / 0.05) ** 2)) * near * smoothstep(fall / 0.15))
         edge = (d + self.LASH * gap / self.tallest) / max(0.04, 1.2 / self.width) + 0.5
         return under + smoothstep(edge) * smoothstep(fall / 0.02) * (skin - under)
 
