@@ -135,7 +135,8 @@ class Mouth:
     @classmethod
     def fit(cls, source, clips, codes: int):
         """To the mouths in up to 400 clips"""
-        faces = np.concatenate([source.clip(c)[1] for c in clips[:: -(-len(clips) // 400)]])  # (n, 68, 2)
+        some = tqdm(clips[:: -(-len(clips) // 400)], "mouths", disable=None)
+        faces = np.concatenate([source.clip(c)[1] for c in some])  # (n, 68, 2)
         shapes = cls.shapes(faces).astype(np.float64)
         mean, (_, basis) = shapes.mean(0), np.linalg.eigh(np.cov(shapes.T))
         basis = basis[:, ::-1][:, :codes].T  # the largest first
@@ -261,9 +262,7 @@ SILENCE = np.r_[math.log(np.finfo(float).eps), np.zeros(12)]  # MFCC of digital 
 
 def audio_features(kind: str, wav: np.ndarray) -> np.ndarray:
     """Sound (n,) -> of kind "lstm" MFCC (S, 13) at 100 Hz, of "transformer" log mel (80, S) at 80 Hz"""
-    if kind == "transformer":
-        return log_mel(wav)
-    return mfcc(wav).T.astype(np.float32)
+    return log_mel(wav) if kind == "transformer" else mfcc(wav).T.astype(np.float32)
 
 
 def audio_windows(kind: str, features, first: int, stop: int) -> np.ndarray:
@@ -514,7 +513,7 @@ def train(args):
         start, top = saved["step"], saved["top"]
     used = {part: fingerprints(source.clip(c)[0] for c in parts[part]) for part in ("train", "valid")}
     if args.expert:  # clips that trained or chose it do not test this network
-        used["train"] = torch.cat([used["train"], *load_checkpoint(args.expert, "syncnet")["clips"].values()])
+        used["train"] = torch.cat([used["train"], *load_checkpoint(args.expert, "syncnet").get("clips", {}).values()])
     still = baselines(mouth, {}, source, parts["valid"])["mean mouth"]["mse"]
     print(f"{model.kind} on {device}: {len(parts['train'])} clips to train on, {len(parts['valid'])} to validate, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; MSE of the mean mouth {still:.3g}")
@@ -621,7 +620,8 @@ def evaluate(args):
             nets[f"{Path(path).stem} ({', '.join(kind)}), {which}"] = model, mouth
     source, parts = open_source(args, checkpoints)
     train, test = parts["train"], parts["test"]
-    curves = [mouth.opening(mouth.shapes(source.clip(c)[1])) for c in (train if len(train) else test)]
+    clips = tqdm(train if len(train) else test, "clips", disable=None)
+    curves = [mouth.opening(mouth.shapes(source.clip(c)[1])) for c in clips]
     stop = sorted(map(len, curves), reverse=True)[len(curves) // 5]  # a fifth of the clips lasts so long
     profile = np.array([np.mean([curve[k] for curve in curves if len(curve) > k]) for k in range(stop)])  # mean opening
     table = fit_visemes(source, train, mouth) if len(train) and (args.words or not args.data) else {}
@@ -752,6 +752,8 @@ def sample(args):
     numbers = check_output(out.with_suffix(".npy"), args.overwrite)
     if bool(args.speech) == bool(args.text):
         raise InputError("give a sound file or --text")
+    if args.text and args.data and not args.words:
+        raise InputError("--text of --data needs --words, the folder of its .align files")
     if args.text:
         (source, parts), wav = open_source(args), None
         mouth = Mouth.fit(source, parts["train"], codes=8)

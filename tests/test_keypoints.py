@@ -482,6 +482,13 @@ def test_the_table_has_the_mean_motion_of_each_viseme_and_gives_it_any_length():
     assert codes[65:75, 0].tolist() == sorted(codes[65:75, 0], reverse=True)
 
 
+def test_text_in_words_of_a_pack_becomes_a_video(cut_pack, tmp_path):
+    (tmp_path / "a.align").write_text("0 5000 sil\n5000 20000 bin\n20000 25000 sil\n25000 70000 blue\n")
+    command = ["sample", "--text", "bin blue", "--data", str(cut_pack), "--words", str(tmp_path), "--size", "64"]
+    kp.main([*command, "--out", str(tmp_path / "words.mp4")])
+    assert len(np.load(tmp_path / "words.npy")) == round(25 * (0.2 + 0.6 + 1.8 + 0.2))  # with pauses around
+
+
 def test_text_is_as_long_as_its_visemes_and_unknown_ones_are_named():
     table = kp.fit_visemes(Spoken(), [0, 1], Straight())
     assert kp.text_to_codes("up down  up", table, Straight.rest).shape == (50, 5)
@@ -720,7 +727,8 @@ def test_detectors_are_compared_by_time_and_distance(pack, capsys, monkeypatch):
     ("sample words.txt", "is not a sound file"),
     ("sample", "give a sound file or --text"),
     ("sample good.wav --text hello", "give a sound file or --text"),
-    ("sample --text hello --data nowhere", "nowhere"),
+    ("sample --text hello --data nowhere", "needs --words"),
+    ("sample --text hello --data nowhere --words .", "nowhere"),
     ("sample good.wav --out there.mp4", "exists; give --overwrite"),
     ("sample good.wav --out new.avi", "must end in .mp4"),
     ("sample good.wav --out no/where.mp4", "no such directory"),
