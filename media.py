@@ -76,12 +76,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 # what a number option may be, by its name, in every script; others: whole ones from 1, floats from 0, up to 10^9.
 # Ours: wide enough for all that can work
-RATE, SHARE = (1e-9, 1e3), (0, 1)
-LIMITS = dict(
-    seed=(0, 2**62), workers=(0, 256), refine=(0, 100), people=(1, 10**6), seconds=(0.2, 600),
-    batch=(1, 10**5), lr=RATE, lr_gan=RATE, lr_g=RATE, lr_d=RATE, ema_kimg=(1e-6, 1e6), photo_share=SHARE,
-    hyper_share=SHARE, taught=SHARE, augment=(-1, 1),
-)
+RATE = (1e-9, 1e3)
+LIMITS = dict(seed=(0, 2**62), workers=(0, 256), refine=(0, 100), people=(1, 10**6), seconds=(0.2, 600), batch=(1, 10**5),
+              lr=RATE, lr_gan=RATE, lr_g=RATE, lr_d=RATE, ema_kimg=(1e-6, 1e6), taught=(0, 1), augment=(-1, 1))
 
 
 class Parser(argparse.ArgumentParser):

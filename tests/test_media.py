@@ -1077,16 +1077,13 @@ def parsers(monkeypatch):
                 yield f"{name} {word or ''}", parser, limits, words, [a for a in sub._actions if a.type in (int, float)]
 
 
-# 0 is fine for these
-NOUGHT = "seed workers refine first_person clip w_ photo_share hyper_share taught thaw articulate augment".split()
-
-
 def test_no_number_option_of_any_script_takes_an_absurd_value(monkeypatch, capsys):
     tried = set()
     for name, parser, limits, words, options in list(parsers(monkeypatch)):
         parser.parse_args(words, **limits)  # goes well, defaults and all
         for a in options:
-            zero = [] if a.dest.startswith(tuple(NOUGHT)) and not name.startswith("prepare") else ["0"]
+            counts = a.type is int and a.dest not in ("seed", "workers", "refine", "clip")
+            zero = ["0"] if counts or a.dest.startswith(("lr", "ema_kimg", "seconds")) else []  # others may be 0
             for value in [*zero, "-7", "1" + 30 * "0", "nan", "-inf", "inf", "word"]:
                 with pytest.raises((InputError, SystemExit)) as refused:
                     parser.parse_args([*words, f"{a.option_strings[0]}={value}"], **limits)
@@ -1095,7 +1092,7 @@ def test_no_number_option_of_any_script_takes_an_absurd_value(monkeypatch, capsy
                 assert a.option_strings[0] in line and line.count("\n") == 1, (name, line)
                 assert refused.type is InputError or refused.value.code == 2
             tried.add((name, a.dest))
-    assert len(tried) > 100
+    assert len(tried) > 50
 
 
 NO_MEMORY = [MemoryError(), OSError(12, "Cannot allocate memory"), torch.OutOfMemoryError("CUDA out of memory"),
