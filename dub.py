@@ -12,7 +12,6 @@ eyes are 1 apart.
 """
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -363,9 +362,9 @@ def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
     return abs(yaw) < TURNED[0] and abs(pitch) < TURNED[1] and np.hypot(*miss[RIGID].T).mean() < MISFIT
 
 
-def dubbed(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):
-    """Frames, uint8 (H, W, 3), of a video of `count` frames with other lips: opening (T,), shape (T, K - 1). A video
-    that is shorter is shown again from its beginning."""
+def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):
+    """Functions without arguments that return the frames, uint8 (H, W, 3), of a video of `count` frames with other lips:
+    opening (T,), shape (T, K - 1). Each holds what it reads. A video that is shorter is shown again."""
     banks = [Bank(take) for take in takes]
     wanted = {take.first + t: (bank, t) for take, bank in zip(takes, banks) for t in bank.frames}
     for k, frame in enumerate(itertools.islice(read_video(path), count)):
@@ -375,15 +374,6 @@ def dubbed(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.n
     for bank in banks:
         bank.finish()
     dubs = {take.first + t: (Dub(take, bank), t) for take, bank in zip(takes, banks) for t in range(take.T)}
-    torch.set_num_threads(1)  # two frames side by side are faster than two threads in one
-    with ThreadPoolExecutor(2) as pool:
-        plan = frame_plan(path, dubs, count, opening, shape)
-        while jobs := list(itertools.islice(plan, 4)):
-            yield from pool.map(lambda job: job(), jobs)
-
-
-def frame_plan(path, dubs: dict, count: int, opening: np.ndarray, shape: np.ndarray):
-    """Functions without arguments that make the frames, in order, each holding the frames it reads"""
     for begin in range(0, len(opening), count):
         ahead, held = enumerate(read_video(path)), {}                  # a second reader, for the shut frames to come
         for k, frame in enumerate(itertools.islice(read_video(path), min(count, len(opening) - begin))):

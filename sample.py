@@ -8,12 +8,15 @@ instead, and --network pastes them into the photo (class Paste), as is done with
     python sample.py face.jpg speech.wav --out talk.mp4      # the whole photo talks, blinks, sways a little
     python sample.py face.jpg speech.wav --driving clip.mp4  # head pose, blinks and brows from clip.mp4
     python sample.py face.jpg speech.wav --crop              # the network's own frames alone
+    python sample.py clip.mp4 speech.wav                     # dubbing: the person in a video says other words (dub.py)
     python sample.py --toy                                   # the drawn face
 
 Each prints where the face was found, then the file, its length and the speed. Whatever is wrong with the files is
 reported before the network starts.
 """
 
+import contextlib
+import functools
 import itertools
 import time
 from collections import deque
@@ -31,6 +34,7 @@ from audio import n_frames, sound_windows
 from checkpoint import pick_device
 from faces import (
     TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, parse_box, square_around, turn_upright)
+from dub import find_takes, frame_jobs
 from fusion import load_model
 from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, track_landmarks
 from media import (
@@ -61,7 +65,7 @@ WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 def parse(argv=None):
     p = Parser(description="A photo and speech (and a driving video) -> a talking face.")
-    p.add_argument("face", nargs="?", help="photo (default: examples/astronaut.jpg)")
+    p.add_argument("face", nargs="?", help="photo, or a video to be dubbed (default: examples/astronaut.jpg)")
     p.add_argument("speech", nargs="?", help="sound, or video with it (default: examples/speech.flac)")
     p.add_argument("--toy", action="store_true", help="the drawn example in place of the photo")
     p.add_argument("--driving", help="video that gives pose, eyes, expression (default: the photo's, idling)")
@@ -81,7 +85,7 @@ def parse(argv=None):
     p.add_argument("--landmarks", metavar="NAME", help="of the photo: mediapipe:FILE, dlib:FILE or fan, each an optional "
                    "package with its weights (default: a small network, weights/landmarks.pt)")
     p.add_argument("--still", action="store_true", help="the head of a photo does not sway; lips and lids move")
-    p.add_argument("--mouth", type=float, default=1.0, help="strength of a photo's lip motion, 0 to 2 (default: 1)")
+    p.add_argument("--mouth", type=float, default=1.0, help="strength of the lips' motion, 0 to 2 (default: 1)")
     p.add_argument("--blink", type=float, default=1.0, help="how far a photo's lids shut, 0: not at all (default: 1)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--seed", type=int, default=0, help="of whatever is random: blinks, sway")
@@ -90,6 +94,17 @@ def parse(argv=None):
         args.face, args.box = (DRAWING, args.box) if args.toy else (EXAMPLE, args.box or EXAMPLE_BOX)
     args.speech = args.speech or (DRAWN_SPEECH if args.toy else SPEECH)
     return args
+
+
+def is_video(path) -> bool:
+    """Whether a file is a video, which is dubbed, and not a photo"""
+    try:
+        photo_size(path)
+    except InputError:
+        with contextlib.suppress(InputError):  # neither: load_photo says what is wrong with it
+            probe(path)
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,18 +269,34 @@ def talking_photo(model, photo, box, wav, mel, args):
     else:
         motion = idle(T, active, args.seed, head=not args.still)
     motion.blinks *= args.blink
-    return larger.shape, in_order(lambda k: warp(opening[k], shape[k], **motion[k]), T)
+    return larger.shape, in_order(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
 
 
-def in_order(job, n: int, workers: int = 2):
-    """job(0), .. job(n - 1) as a stream, computed ahead by a few threads: PyTorch releases the interpreter's lock"""
+def dubbed_video(model, wav, mel, args):
+    """A video whose person says other words -> shape (H, W, 3), iterator over n_frames(len(wav)) frames of that shape"""
+    if args.full is not None or args.driving or args.box or args.landmarks or args.network or args.still:
+        raise InputError(f"{args.face}: a video is dubbed, which takes no --driving, --box, --landmarks, --full, --crop, "
+                         "--network or --still")
+    if not (model.mouth and model.motion.moves.any()):
+        raise InputError(f"{args.weights}: dubbing needs a network of real faces, as weights/face.pt")
+    moves, T = model.motion.moves.double().cpu().numpy(), n_frames(len(wav))
+    count, takes = find_takes(args.face, load_landmarks(), moves, T, args.number or 1)
+    print(f"{args.face}: {sum(take.T for take in takes)} of {count} frames have a face that can be tracked"
+          + ("; the sound is longer: the video starts again" if T > count else ""))
+    opening, shape = mouth(*model.lips(mel), activity(wav, T), 0.0, args.mouth)
+    return next(read_video(args.face)).shape, in_order(frame_jobs(args.face, takes, count, opening, shape))
+
+
+def in_order(jobs, workers: int = 2):
+    """Results of functions without arguments, in order, computed ahead by a few threads: PyTorch releases the
+    interpreter's lock"""
     torch.set_num_threads(1)  # a frame each: threads within an operation would only wait for each other
+    jobs = iter(jobs)
     with ThreadPoolExecutor(workers) as pool:
-        ahead = deque(pool.submit(job, k) for k in range(min(n, 2 * workers)))
-        for k in range(n):
+        ahead = deque(pool.submit(job) for job in itertools.islice(jobs, 2 * workers))
+        while ahead:
             frame = ahead.popleft().result()
-            if k + 2 * workers < n:
-                ahead.append(pool.submit(job, k + 2 * workers))
+            ahead.extend(pool.submit(job) for job in itertools.islice(jobs, 1))
             yield frame
 
 
@@ -378,31 +409,35 @@ def main(argv=None):
 
     # everything that can be wrong, the quick things first
     out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
-    photo = load_photo(args.face)  # (H, W, 3) uint8
+    dubbing = is_video(args.face)
+    photo = None if dubbing else load_photo(args.face)  # (H, W, 3) uint8
     wav = load_audio(args.speech)  # (n,) at 16 kHz
     if args.driving:
         probe(args.driving)
     device = pick_device(args.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the detector's layers are so small that threads would only wait for each other
-    weights = pick_weights(photo, args)
+    weights = (args.weights or FACE) if dubbing else pick_weights(photo, args)
     model = load_model(weights, device)
     if args.refine is not None:
         model.config.refine = args.refine
     size, template = model.config.size, model.config.template
-    photo, box, how = photo_box(photo, args, template)
+    if not dubbing:
+        photo, box, how = photo_box(photo, args, template)
+        print(f"{args.face}: {how}; network: {weights}")
     torch.set_num_threads(threads)
-    print(f"{args.face}: {how}; network: {weights}")
 
     T = n_frames(len(wav))
     pieces = np.array_split(np.arange(T), -(-T // PIECE))
     mel = (torch.from_numpy(sound_windows(wav, k)).to(device) for k in pieces)  # (k, 1, 80, 16), T in all
 
     torch.manual_seed(args.seed)
-    full = max(photo.shape[:2]) > size if args.full is None else args.full
+    full = not dubbing and (max(photo.shape[:2]) > size if args.full is None else args.full)
     if full:
         photo, box = limit(photo, box)
-    if full and model.mouth and model.motion.moves.any() and not args.network:
+    if dubbing:
+        shape, frames = dubbed_video(model, wav, mel, args)
+    elif full and model.mouth and model.motion.moves.any() and not args.network:
         shape, frames = talking_photo(model, photo, box, wav, mel, args)
     else:
         shape, frames = network_frames(model, photo, box, mel, T, full, device, args)

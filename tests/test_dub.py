@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import dub
+import sample
 from fusion import load_model
 from landmarks import find_landmarks, load_landmarks, track_landmarks
-from media import InputError, VideoWriter, load_photo, read_video
+from media import InputError, VideoWriter, load_photo, read_video, write_wav
 from motion import lip_opening
-from sample import EXAMPLE, FACE
+from sample import EXAMPLE, FACE, in_order
 from warp import Face, Warp
 
 T = 40
@@ -49,7 +50,8 @@ def detector(monkeypatch):
 
 def dubbed(path, net, moves, opening):
     count, takes = dub.find_takes(path, net, moves, len(opening))
-    return takes, list(dub.dubbed(path, takes, count, opening, np.zeros((len(opening), len(moves) - 1))))
+    jobs = dub.frame_jobs(path, takes, count, opening, np.zeros((len(opening), len(moves) - 1)))
+    return takes, list(in_order(jobs))
 
 
 def openings(net, frames):
@@ -130,3 +132,17 @@ def test_faces_that_are_turned_lost_or_hidden_are_not_usable(net):
     c, s = np.cos(np.radians(50)), np.sin(np.radians(50))
     assert not dub.is_usable(100 * (mean[:68] @ [[c, 0], [0, 1], [-s, 0]]) + 128, mean)
     assert not dub.is_usable(front + np.random.default_rng(0).normal(0, 30, (68, 2)), mean)
+
+
+def test_the_script_dubs_a_video_and_refuses_what_belongs_to_photos(clip, tmp_path, capsys):
+    speech, out = tmp_path / "speech.wav", tmp_path / "out.mp4"
+    write_wav(speech, np.random.default_rng(0).normal(0, 0.1, 640 * 30).astype(np.float32))
+    sample.main([str(clip), str(speech), "--out", str(out), "--mouth", "1.5"])
+    assert "30 of 30 frames have a face" in capsys.readouterr().out
+    frames, source = list(read_video(out)), list(read_video(clip))[:30]
+    assert len(frames) == 30 and any(not np.array_equal(a, b) for a, b in zip(frames, source))
+    for wrong in (["--crop"], ["--still"], ["--box", "1,2,30,40"]):
+        with pytest.raises(InputError, match="a video is dubbed"):
+            sample.main([str(clip), str(speech), "--out", str(out), "--overwrite", *wrong])
+    with pytest.raises(InputError, match="real faces"):
+        sample.main([str(clip), str(speech), "--out", str(out), "--overwrite", "--weights", str(sample.TOY)])

@@ -646,7 +646,7 @@ def test_lips_move_by_their_strength_and_lids_by_theirs(short, monkeypatch):
         return call(self, opening, shape, **motion)
 
     monkeypatch.setattr(sample.Warp, "__call__", ask)
-    monkeypatch.setattr(sample, "in_order", lambda job, n: map(job, range(n)))
+    monkeypatch.setattr(sample, "in_order", lambda jobs: (job() for job in jobs))
     monkeypatch.setattr(sample, "idle", lambda n, *_, **__: Motion(np.zeros((n, 6)), np.full(n, 0.8), np.zeros(n)))
     for k, (mouth, blink) in enumerate([(1, 1), (2, 0.5), (0, 0)]):
         example("--mouth", mouth, "--blink", blink, "--still", "--out", f"{k}.mp4")
