@@ -387,13 +387,14 @@ def train(args):
     used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
     stream = batches(Windows(pack, clips, args.windows, args.seed, args.size), args.batch, start, args.workers)
     log, timer = open_log(out.with_name(f"log_{out.stem}.jsonl"), args), StepTimer(device)
+    validate_every = max(1, min(1000, args.steps // 4))
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sync expert", disable=None)
     for step in bar:
         batch = {name: x.flatten(0, 1) for name, x in timer.next(stream).items()}  # (N, ..)
         for group, factor in zip(opt.param_groups, (1, 10)):  # ours: the scale has to go from 5 to 40
             group["lr"] = factor * args.lr * cosine_warmup(step, args.steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            face, sound = expert.face(batch["frames"]), expert.sound(batch["mel"])
+            face, sound = expert.face(batch["frames"]), expert.sound(batch["mel"])  # (N, E)
         terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"])
         check_finite(terms, step)
         sigmoid = sigmoid_part(terms)
@@ -406,7 +407,7 @@ def train(args):
             line = dict(step=step + 1, loss=sigmoid.item(), **{name: value.item() for name, value in terms.items()},
                         scale=expert.log_scale.exp().item(), bias=expert.bias.item())
             write_log(log, bar, line | timer.pace(len(face)), args.steps)
-        if (step + 1) % max(1, min(1000, args.steps // 4)) == 0 or end:
+        if (step + 1) % validate_every == 0 or end:
             found = validate(expert.eval(), val, val_clips, device)
             expert.train()
             write_log(log, bar, dict(step=step + 1) | {f"val_{k}": v for k, v in found.items() if type(v) is float})
@@ -446,7 +447,7 @@ def load_data(args, folder: Path):
             raise InputError(f"{args.data}: images of {pack.size} px, --size is {args.size}")
         parts = split(pack, args)
         return pack, parts["train"], pack, parts["valid"]
-    pack = toy_pack(folder, args.size, args.people, args.seconds)
+    pack = toy_pack(folder, args.size, args.people, 3.0)
     val = toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
     return pack, split(pack, args)["train"], val, np.arange(len(val))
 
@@ -600,7 +601,6 @@ def parse(argv=None):
                    help="edge of the images it looks at; larger ones are shrunk to it")
     p.add_argument("--out", default=TOY, help="checkpoint")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
-    p.add_argument("--seconds", type=float, default=3.0, help="toy world: length of a clip")
     p.add_argument("--dim", type=int, default=128, help="length of an embedding (Wav2Lip: 512)")
     p.add_argument("--width", type=float, help="channels, 1 is Wav2Lip's; default: .25 up to 32 px, else .5")
     p.add_argument("--steps", type=int, default=1000, help="steps in all; validates and saves four times and more")
@@ -623,7 +623,7 @@ def parse(argv=None):
     o.add_argument("--overwrite", action="store_true", help="replace what --fix names")
     for command in (p, t, o):
         command.add_argument("--device", default="auto")
-    args = parser.parse_args(argv, seconds=(0.4, 600), dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
+    args = parser.parse_args(argv, dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
     if args.command == "train" and args.width is None:
         args.width = 0.25 if args.size <= 32 else 0.5
     return args
