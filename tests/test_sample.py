@@ -336,7 +336,7 @@ def test_with_a_mouth_code_only_the_box_that_it_tells_is_touched():
     model = Smiler()
     model.config = Config.at(64, template="face")
     _, wide = sample.still_of(model, torch.zeros(3, 64, 64), "cpu", False)
-    model.mouth = MouthEncoder("face", 24)
+    model.mouth = MouthEncoder("face", 24, 6)
     _, mask = sample.still_of(model, torch.zeros(3, 64, 64), "cpu", False)
     x0, y0, x1, y1 = (round(64 * v) for v in TEMPLATES["face"].lips)
     below = mask[round(0.45 * 64):]  # without the eyes
