@@ -78,7 +78,7 @@ def is_out_of_memory(error: Exception) -> bool:
 # Ours: wide enough for all that can work
 RATE = (1e-9, 1e3)
 LIMITS = dict(seed=(0, 2**62), workers=(0, 256), refine=(0, 100), people=(1, 10**6), seconds=(0.2, 600), batch=(1, 10**5),
-              lr=RATE, lr_gan=RATE, lr_g=RATE, lr_d=RATE, ema_kimg=(1e-6, 1e6), taught=(0, 1), augment=(-1, 1))
+              lr=RATE, lr_gan=RATE, ema_kimg=(1e-6, 1e6), augment=(-1, 1))
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,8 +94,9 @@ class Parser(argparse.ArgumentParser):
             if type(value) in (int, float):
                 low, high = (LIMITS | limits).get(name, (1 if type(value) is int else 0, 10**9))
                 if not low <= value <= high:
-                    flags = [a.option_strings[0] for a in self._actions if a.dest == name]
-                    option = flags[0] if flags else "--" + name.replace("_", "-")  # a sub-command's
+                    commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+                    actions = [a for parser in (self, *chain(*commands)) for a in parser._actions if a.option_strings]
+                    option = next(a.option_strings[0] for a in actions if a.dest == name)
                     raise InputError(f"{option} {value}: must lie between {low} and {high}")
         return args
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import control
 import evaluate
 import judges
-from audio import LWS_STEPS, N_MELS, lws_mel, lws_windows, n_frames
+from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_frozen, load_strictly,
     open_log, pick_device, read_weights, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
@@ -249,7 +249,7 @@ class SpeechEncoder(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        f, flat = c.a_filters, c.a_filters[-1] * N_MELS // 8
+        f, flat = c.a_filters, c.a_filters[-1] * LWS_BANDS // 8
         m = self.model = nn.Module()                                            # the published names begin with "model."
         m.conv1, m.bn1 = nn.Conv2d(1, f[0], 3, padding=1), nn.BatchNorm2d(f[0])
         for i, (c_in, c_out, count) in enumerate(zip((f[0], *f), f, c.a_blocks)):
@@ -260,7 +260,7 @@ class SpeechEncoder(nn.Module):
         m.fc = nn.Linear(flat, c.hidden)
 
     def forward(self, mel):
-        assert mel.shape[1:] == (1, N_MELS, LWS_STEPS), f"mel window is {tuple(mel.shape)}, expected (N, 1, 80, 20)"
+        assert mel.shape[1:] == (1, LWS_BANDS, LWS_STEPS), f"mel window is {tuple(mel.shape)}, expected (N, 1, 80, 20)"
         m = self.model
         x = m.layer1(m.bn1(torch.relu(m.conv1(mel))))
         x = m.layer4(m.layer3(m.layer2(x))).flatten(1, 2)                       # (N, 10 C, 3): 3 steps of time
@@ -341,39 +341,36 @@ class PCAVS(nn.Module):
             windows = lws_windows(mel, range(first, min(first + batch, n)))
             with autocast:
                 speech = c.mouth_gain * self.A(torch.from_numpy(windows).to(photo))
-                frames = self.decode(identity, speech, codes[first:first + batch], noise)
-            yield frames
+                fake = self.decode(identity, speech, codes[first:first + batch], noise)
+            yield fake
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 
-CLASSES = dict(G=FaceGenerator, V=IdentityEncoder, E=NonIdentityEncoder, A=SpeechEncoder)
 UNUSED = {"G": ("style.", "input.", "noises."), "V": ("fc.", "model.fc."),
           "E": ("classifier.", "mouth_fc.", "headpose_fc."), "A": ("fc.",)}  # heads of training, G's mapping and constant
 
 
-def load_published(folder: Path, config: Config | None = None, device="cpu") -> dict:
-    """{letter: network} from the authors' bare state_dicts, by every key and shape. What inference does not use is
-    dropped, and the prefix of DataParallel. Raises InputError, one line that names the file."""
-    nets = {}
+def load_published(folder: Path, config: Config | None = None, device="cpu") -> PCAVS:
+    """The networks in the authors' bare state_dicts, by every key and shape. What inference does not use is dropped, and
+    the prefix of DataParallel. Raises InputError, one line that names the file."""
+    config = config or Config()
+    with torch.device("meta"):
+        model = PCAVS(config)
     for k, name in PUBLISHED.items():
         state = {key.removeprefix("module."): v for key, v in read_weights(folder / name).items()}
         state = {key: v.flatten() if key.endswith("activate.bias") and torch.is_tensor(v) else v
                  for key, v in state.items() if not key.startswith(UNUSED[k])}  # (1, C, 1, 1) there, (C,) here
-        nets[k] = load_frozen(lambda make=CLASSES[k]: make(config or Config()), state, folder / name, device)
-    return nets
+        make = type(getattr(model, k))
+        setattr(model, k, load_frozen(lambda make=make: make(config), state, folder / name, device))
+    return model.eval()
 
 
 def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
     """Networks for inference: a folder of the four published files, or a weights.pt of `train`. InputError: see there."""
-    path = Path(path)
-    if path.is_dir():
-        with torch.device("meta"):
-            model = PCAVS(Config())
-        for k, net in load_published(path, device=device).items():
-            setattr(model, k, net)
-        return model.eval()
+    if Path(path).is_dir():
+        return load_published(Path(path), device=device)
     checkpoint = load_checkpoint(path, "pcavs")
     with refusing(path, "not a network of this version"):
         model = load_strictly(lambda: PCAVS(Config(**checkpoint["config"])), checkpoint["networks"]["model"], path)
@@ -393,8 +390,8 @@ def eyes_and_mouth(points: np.ndarray) -> np.ndarray:
 
 
 def align_frames(frames, points: np.ndarray, size: int, box: tuple = SEEN):
-    """Frames, uint8 (H, W, 3), and eyes and mouth in them, (T, 3) in units of H -> a stream of uint8 (size, size, 3), the box
-    of the authors' 224 px. Scale and rotation are the clip's mean, the mouth is held in its place; black beyond a frame."""
+    """Frames, uint8 (H, W, 3), and eyes and mouth in them, (T, 3) in units of H -> a stream of uint8 (size, size, 3), the
+    box of the authors' 224 px. Scale and rotation are the mean, the mouth is held in its place; black beyond a frame."""
     scale = similarity(points.mean(0), ALIGNED)[0]
     step, corner = (box[2] - box[0]) / size / scale, (complex(*box[:2]) - ALIGNED[2]) / scale
     for frame, mouth in zip(frames, points[:, 2]):
@@ -493,10 +490,9 @@ def align(args):
 
 def render(model, crop, wav, pose, args, device):
     """crop uint8 (size, size, 3), wav (n,), pose: iterable of such crops -> a stream of frames, uint8 (size, size, 3)"""
-    generator = torch.Generator().manual_seed(args.seed)
-    noise = [x.to(device) for x in model.G.draw_noise(generator)] if model.config.noise else "off"
-    photo, mel = to_tensor(crop).to(device), lws_mel(wav)
-    for frames in model.animate(photo, mel, n_frames(len(wav)), map(to_tensor, pose), noise, args.bf16):
+    noise = [x.to(device) for x in model.G.draw_noise(torch.Generator().manual_seed(args.seed))]
+    noise, photo, n = noise if model.config.noise else "off", to_tensor(crop).to(device), n_frames(len(wav))
+    for frames in model.animate(photo, lws_mel(wav), n, map(to_tensor, pose), noise, args.bf16):
         try:
             yield from to_uint8(frames)                                         # (b, size, size, 3)
         except FloatingPointError as error:
@@ -524,7 +520,6 @@ def sample(args):
 
 def read_pairs(path: Path) -> list[list]:
     """The authors' csv -> photo, pose, speech and real frames of each line; pose and real frames may be None.
-
     Fields, with blanks between: photo folder, its number, pose folder, its number, sound, folder of the real frames, its
     number, mel file; numbers and mel file are not used. Names are relative to the working directory, or to the csv."""
     jobs = []
@@ -734,7 +729,6 @@ def train(args):
     if pack.size != args.size:
         raise InputError(f"{args.data}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
-
     torch.manual_seed(args.seed)
     nets, opt = build(args, pack, device)
     model, ema, stored, start = nets["model"], nets["ema"], dict(nets), 0
@@ -780,10 +774,9 @@ def train(args):
                 networks={k: net.state_dict() for k, net in stored.items()}, optimisers=dict(g=opt.state_dict()),
                 rng=dict(torch=torch.get_rng_state())))
     log.close()
-    weights = path.with_name("weights.pt")
-    save_checkpoint(weights, dict(kind="pcavs", format=1, config=vars(ema.config), args=vars(args),
-                                  networks=dict(model=half(ema))))
-    print(f"{weights}: for pcavs.py --weights")
+    save_checkpoint(path.with_name("weights.pt"), dict(
+        kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=half(ema))))
+    print(f"{path.with_name('weights.pt')}: for pcavs.py --weights")
 
 
 @torch.no_grad()
@@ -798,8 +791,6 @@ def save_samples(path, model, pack, clips, device, n=8):
     zoom = max(1, 64 // model.config.size)
     Image.fromarray(to_uint8(rows.clamp(-1, 1)).repeat(zoom, 0).repeat(zoom, 1)).save(path)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
     parser = Parser(description="PC-AVS: identity from a photo, lips from speech, head pose from a second video")
@@ -816,13 +807,13 @@ def parse(argv=None):
     p.add_argument("--face", type=int, dest="number", metavar="N", help="the N-th largest face")
 
     p = test = commands.add_parser("evaluate", help="generate clips and measure them against the real frames", **options)
-    p.add_argument("clips", nargs="*", help="videos with sound, to be generated again, or the authors' file of pairs (.csv)")
+    p.add_argument("clips", nargs="*", help="videos with sound, to be generated again, or a file of pairs (.csv)")
     p.add_argument("--toy", action="store_true", help="weights of the toy world: control.py's table, no clips")
     p.add_argument("--people", type=int, default=32, help="toy world: people that nothing was trained on")
     p.add_argument("--out", default="out/pcavs_eval", help="folder for the clips real/ and fake/")
     p.add_argument("--json", help="write evaluate.py's numbers there as well")
     for p in (talk, test):
-        p.add_argument("--weights", default=TOY_WEIGHTS, help="folder of the four published files, or a weights.pt of train")
+        p.add_argument("--weights", default=TOY_WEIGHTS, help="folder of the published files, or a weights.pt of train")
         p.add_argument("--aligned", action="store_true", help="published weights: the images are aligned already")
 
     p = learn = commands.add_parser("train", help="train the four networks together", **options)

@@ -18,23 +18,24 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pcavs import PCAVS, Config, speech_mel, speech_windows# noqa: E402
-from sample import there_and_back# noqa: E402
-from media import to_uint8# noqa: E402
+from audio import lws_mel, lws_windows  # noqa: E402
+from media import to_uint8  # noqa: E402
+from pcavs import PCAVS, Config  # noqa: E402
+from sample import there_and_back  # noqa: E402
 
 
 def ours(model, photo, wav, clip, frames, noise):
-    return np.concatenate([to_uint8(x) for x in model.animate(photo, speech_mel(wav), frames, clip, noise)])
+    return np.concatenate([to_uint8(x) for x in model.animate(photo, lws_mel(wav), frames, clip, noise)])
 
 
 def authors(model, photo, wav, clip, frames, noise, batch=16):
-    made, mel = [], speech_mel(wav)
+    made, mel = [], lws_mel(wav)
     for first in range(0, frames, batch):
         ks = range(first, min(first + batch, frames))
         photos = photo.expand(len(ks), -1, -1, -1)
         heads = torch.stack([clip[there_and_back(k, len(clip))] for k in ks])
-        identity = model.identity(photos)
-        speech = model.config.mouth_gain * model.A(torch.from_numpy(speech_windows(mel, ks)))
+        identity = model.V(photos)
+        speech = model.config.mouth_gain * model.A(torch.from_numpy(lws_windows(mel, ks)))
         to_uint8(model.decode(identity, speech, model.pose(photos), noise))     # with the photo's own pose
         made.append(to_uint8(model.decode(identity, speech, model.pose(heads), noise)))
     return np.concatenate(made)

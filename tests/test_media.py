@@ -1060,12 +1060,11 @@ def parsers(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(media.Parser, "parse_args", stop)
-        for name in ("prepare.main", "evaluate.parse", "keypoints.parse", "landmarks.main", "pcavs.parse_sample",
-                     "pcavs.parse_evaluate", "pcavs.parse_train", "sample.parse", "syncnet.parse", "toyfaces.main",
-                     "train.parse"):
+        for name in ("prepare.main", "evaluate.parse", "keypoints.parse", "landmarks.main", "pcavs.parse", "sample.parse",
+                     "syncnet.parse", "toyfaces.main", "train.parse"):
             script, function = name.split(".")
             with pytest.raises(Built) as built:
-                getattr(importlib.import_module(script), function)(*[[]] * (script == "pcavs"))
+                getattr(importlib.import_module(script), function)()
             parser, limits = built.value.args
             commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
             for word, sub in (commands[0].choices.items() if commands else [(None, parser)]):
