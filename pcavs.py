@@ -55,7 +55,8 @@ from losses import perceptual_loss, reconstruction_loss
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output,
     is_grey, load_audio, load_photo, make_folder, probe, read_video, run, to_tensor, to_uint8)
-from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, there_and_back, whole, without_colour
+from motion import there_and_back
+from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, square_box, without_colour
 from stylegan2 import StyledConv, ToRGB
 from toyfaces import toy_pack
 
@@ -409,7 +410,7 @@ def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
     published = config.template not in TEMPLATES
     if args.aligned and published:
         return crop_face(photo, ready_box(photo), config.size)
-    if config.template == "toy" and not (whole(photo) and is_drawn(photo)):
+    if config.template == "toy" and not (square_box(photo) and is_drawn(photo)):
         print(f"{args.weights}: these weights draw the toy world only; {args.face} is another kind of picture")
     photo, box, how = photo_box(photo, args, "face" if published else config.template)
     print(f"{args.face}: {how}")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from audio import lws_mel, lws_windows  # noqa: E402
 from media import to_uint8  # noqa: E402
 from pcavs import PCAVS, Config  # noqa: E402
-from sample import there_and_back  # noqa: E402
+from motion import there_and_back  # noqa: E402
 
 
 def ours(model, photo, wav, clip, frames, noise):

@@ -611,7 +611,7 @@ BAD = [  # (what is done, the arguments, what the line says)
     ("text", ["sample", "face.png", "text"], "text: is not a sound"),
     ("text", ["sample", "text", "speech.wav"], "text: is not a picture"),
     ("silent video", ["sample", "face.png", "mute.mp4"], "mute.mp4: has no sound"),
-    ("", ["sample", "face.png", "speech.wav", "--pose", "speech.wav"], "speech.wav: holds sound but no picture"),
+    ("", ["sample", "face.png", "speech.wav", "--pose", "speech.wav"], "speech.wav: has no picture"),
     ("", ["sample", "face.png", "speech.wav", "--pose", "gone.mp4"], "gone.mp4: no such file"),
     ("cut", ["sample", "face.png", "speech.wav", "--pose", "cut.mp4"], "cut.mp4"),
     ("taken", ["sample", "face.png", "speech.wav"], "talk.mp4: exists; give --overwrite"),
