@@ -1,6 +1,6 @@
 """Frame by frame motion of a talking photo, for warp.py: lips, blinks, brows, pose of the head.
 
-    mouth(numbers of the sound)         -> opening (T,), shape (T, K - 1); at rest where nobody speaks
+    mouth(numbers of the sound)         -> opening (T,), shape (T, K - 1); the photo's own in silence
     idle(T, activity, seed)             -> Motion: blinks, and a head that sways a little with the speech
     follow(landmarks of a driving clip) -> Motion: its pose, blinks and brows, relative to its first frame
 
@@ -16,17 +16,18 @@ from landmarks import MIRROR
 from media import FPS, SAMPLES_PER_FRAME
 from warp import RIGID, Pose, angles, fit_pose, smoothstep
 
-QUIET = 30.0  # dB below the level of speech: nobody speaks; ours, breath lies lower and GRID's noise floor at 40
+# constants are ours
+QUIET = 30.0  # dB below the level of speech: silence; breath lies lower, and GRID's noise floor at 40
 PAUSE = 25  # frames: in shorter pauses the lips stay shut, in longer ones the photo gets its own mouth back
 BLINK = (0.35, 0.85, 1.0, 0.85, 0.5, 0.2)  # of a lid, frame by frame: .24 s, faster down than up
 BLINK_EVERY = 2.5, 6.0  # seconds between two blinks: 14 a minute on average
-SWAY = 1.3, 0.8, 0.7  # degrees of yaw, pitch, roll, standard deviation; ours: more floats, less freezes
+SWAY = 1.3, 0.8, 0.7  # degrees of yaw, pitch, roll, standard deviation; with more it floats, with less it freezes
 SWAY_SECONDS = 0.55  # sigma of the sway's smoothing
-NOD = 1.2  # degrees that the chin drops with a stressed syllable
+NOD = 1.2  # degrees that the chin drops where speech starts
 DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
 OPENER = 1.4  # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 of its slope
-TOLD = 1.15, 1.3  # yaw and pitch of the small network's points fall short of MediaPipe's pose of the same clips by these
-LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # roll in degrees, shift right and down, scale, brows, as room for yaw and pitch
+DRIVE_GAIN = 1.15, 1.3  # yaw and pitch by the small network's points are smaller than by MediaPipe's, on the same clips
+LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # of roll in degrees, shift right and down, scale, brows; see warp.Head.room
 LID_SHUT, LID_OPEN = 0.5, 0.85  # of a driver's usual opening: wholly shut, not yet a blink
 
 
@@ -61,7 +62,7 @@ def loudness(wav: np.ndarray, n: int) -> np.ndarray:
 
 
 def activity(wav: np.ndarray, n: int) -> np.ndarray:
-    """wav (samples,) -> (n,) in [0, 1]: whether somebody speaks at frame k, with soft edges"""
+    """wav (samples,) -> (n,) in [0, 1]: whether frame k has speech, with soft edges"""
     speaks = maximum_filter1d((loudness(wav, n) > -QUIET).astype(float), 2 * PAUSE + 1)
     return gaussian_filter1d(speaks, 3.0)
 
@@ -69,16 +70,16 @@ def activity(wav: np.ndarray, n: int) -> np.ndarray:
 def mouth(opening, shape, active, own: float, strength: float = 1.0):
     """opening (T,), shape (T, K - 1), active (T,) -> the same two for a photo whose lips are open by `own` at rest.
 
-    While nobody speaks the photo keeps its own mouth, bit for bit. strength: of all movement, 1 as predicted."""
+    In silence the photo keeps its own mouth, bit for bit. strength: of all movement, 1 as predicted."""
     active = np.where(active < 0.02, 0.0, active) * strength
     return own + active * (opening - own), active[:, None] * shape
 
 
-def idle(n: int, active: np.ndarray, seed: int, head: bool = True, blink: bool = True) -> Motion:
+def idle(n: int, active: np.ndarray, seed: int, head: bool = True) -> Motion:
     """A photo that is not driven: blinks at a person's rate, a slow sway that starts from the photo, nods with speech."""
     rng = np.random.default_rng(seed)
     blinks, k = np.zeros(n + len(BLINK)), rng.uniform(1.0, BLINK_EVERY[1])
-    while blink and k * FPS < n:
+    while k * FPS < n:
         at = int(k * FPS)
         blinks[at : at + len(BLINK)] = BLINK
         k += rng.uniform(*BLINK_EVERY)
@@ -93,14 +94,14 @@ def idle(n: int, active: np.ndarray, seed: int, head: bool = True, blink: bool =
     return Motion(poses, blinks[:n], np.zeros(n))
 
 
-def bridged(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def interpolated(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """values (T, ..), those of frames not `seen` (T,) interpolated linearly from the others"""
     frames, flat = np.arange(len(values)), values.reshape(len(values), -1)
     return np.stack([np.interp(frames, frames[seen], column[seen]) for column in flat.T], 1).reshape(values.shape)
 
 
 def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, room: tuple) -> Motion:
-    """A driving clip -> its motion, softly limited to what the photo can bear.
+    """A driving clip -> its motion, softly limited to what looks right on the photo.
 
     points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; NaN where
     there is no face. mean: (77, 3) shape; room: limits of yaw and pitch in degrees, of warp.Head.
@@ -110,7 +111,7 @@ def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.nda
     seen = np.isfinite(points).all((1, 2))
     if not seen.any():
         raise ValueError("no face")
-    points, lids, brows = (bridged(x, seen) for x in (points, lids, brows))
+    points, lids, brows = (interpolated(x, seen) for x in (points, lids, brows))
     fits = [fit_pose(p, mean) for p in points]
     scale0, R0, _ = fits[0]
     turns = np.array([angles(R @ R0.T) for _, R, _ in fits])
@@ -120,7 +121,7 @@ def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.nda
     asked = np.c_[turns, places, [s / scale0 - 1 for s, _, _ in fits], raised]
     asked = gaussian_filter1d(asked, DRIVE_SIGMA, axis=0, mode="nearest")
     asked[:, :6] -= asked[0, :6]
-    asked[:, :2] *= TOLD
+    asked[:, :2] *= DRIVE_GAIN
     limits = np.array([*room, *LIMITS])
     asked = asked / (1 + (asked / limits) ** 4) ** 0.25                # nearly linear up to .7 of the limit
     opened = lids.mean(1) / max(np.percentile(lids.mean(1), 80), 1e-6)
@@ -130,6 +131,7 @@ def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.nda
 
 # ---------------------------------------------------------------------------------------------------------------------
 # once for a network: how its numbers move landmarks
+
 
 def held_still(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """A clip's landmarks (T, 68, 2) in pixels -> in units, seen from the front, without the head's own motion: each frame
@@ -164,24 +166,14 @@ def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
     return moves
 
 
-def lip_numbers(points: np.ndarray, moves: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Landmarks of a talking face (T, 68, 2) in pixels, measured or predicted -> opening (T,), shape (T, K - 1) for
-    warp.Warp: the gap of the lips, and least squares of their other motion on `moves` (K, 68, 2)."""
-    q = held_still(points, mean)
-    opening = lip_opening(q)
-    rest = q - np.median(q, 0) - (opening - np.median(opening))[:, None, None] * moves[0]
-    shape = np.linalg.lstsq(moves[1:].reshape(len(moves) - 1, -1).T, rest.reshape(len(q), -1).T, rcond=None)[0].T
-    return opening, shape
-
-
-def fit_opening(said: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """said (n,), first number predicted from sound, real (n,) openings -> slope, offset: max(0, slope said + offset) has
-    the real mean and deviation. Least squares would open mouths less: a half predictable motion is predicted half as
+def fit_opening(predicted: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """predicted (n,), the first number from sound, real (n,) openings -> slope, offset: max(0, slope predicted + offset)
+    has the real mean and deviation. Least squares would open mouths less: a half predictable motion is predicted half as
     far. The smallest twentieth of the openings counts as shut, see OPENER."""
     real = OPENER * np.maximum(0, real - np.quantile(real, 0.05))
-    slope, offset = real.std() / said.std(), 0.0
+    slope, offset = real.std() / predicted.std(), 0.0
     for _ in range(50):
-        got = np.maximum(0, slope * said + offset)
+        got = np.maximum(0, slope * predicted + offset)
         slope *= (real.std() / max(got.std(), 1e-6)) ** 0.5
         offset += 0.5 * (real.mean() - got.mean())
     return float(slope), float(offset)

@@ -21,7 +21,7 @@ from checkpoint import save_checkpoint
 from faces import TEMPLATES
 from fusion import FCTFG, Config, blinks, load_model
 from media import InputError, load_audio, read_video
-from motion import Motion, idle
+from motion import Motion
 from vision import MouthEncoder
 from warp import Pose
 
@@ -593,10 +593,9 @@ def example(*args):
 
 
 def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_keeps_still(short, monkeypatch):
-    monkeypatch.setattr(sample, "idle", lambda n, active, seed, head: idle(n, active, seed, head, blink=False))
     frames, writer = [], media.VideoWriter.write
     monkeypatch.setattr(media.VideoWriter, "write", lambda self, frame: (frames.append(frame), writer(self, frame)))
-    example("--still", "--out", "a.mp4")
+    example("--still", "--blink", 0, "--out", "a.mp4")
     photo = media.load_photo(sample.EXAMPLE)
     changed = np.any([(frame != photo).any(-1) for frame in frames], 0)
     assert len(frames) == 15 and frames[0].shape == photo.shape and changed.sum() > 1000
