@@ -65,7 +65,7 @@ def smoothstep(x):
 
 @dataclass
 class Pose:
-    """What a head does beside talking, relative to the photo. shift: right, down, in units; scale: nearer > 1."""
+    """The head's pose relative to the photo. shift: right, down, in units; scale: nearer > 1."""
 
     yaw: float = 0.0
     pitch: float = 0.0
@@ -149,10 +149,6 @@ class Face:
         """where (h, w, 2) in pixels, centres at .5 -> (3, h, w) in [0, 255]; mirrored beyond the photo's edges"""
         return read(self.pixels, where, (0, 0, *self.photo.shape[1::-1]), "reflection")[0]
 
-    def local(self, p, about):
-        """Pixels (.., 2) -> units in the plane of the face, as seen from the front, about a point"""
-        return (p - about) @ np.linalg.inv(self.plane).T
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fields
@@ -169,10 +165,8 @@ def read(values, where, box, beyond: str = "border"):
 
 
 class Nodes:
-    """A grid of nodes over a box of the photo, on which displacements are kept: they are smooth.
-
-    box: x0, y0, x1, y1, whole pixels; spacing: of the nodes, in pixels.
-    """
+    """A grid of nodes `spacing` pixels apart over a box of the photo, x0, y0, x1, y1 in whole pixels. Displacements are
+    kept on it, for they are smooth."""
 
     def __init__(self, box, spacing: float):
         x0, y0, x1, y1 = self.box = box
@@ -257,7 +251,8 @@ class Mouth:
         self.jaw = q[:17] - q[30]
 
     def local(self, pixels):
-        return self.face.local(pixels, self.middle)
+        """Pixels (.., 2) -> units (.., 2)"""
+        return (pixels - self.middle) @ np.linalg.inv(self.face.plane).T
 
     def box(self, x, y):
         """The box of whole pixels around four corners: x, y are pairs, in units"""
@@ -265,10 +260,9 @@ class Mouth:
         return box_in(self.face.photo, corners @ self.face.plane.T + self.middle)
 
     def closing(self, opens: np.ndarray) -> np.ndarray:
-        """How the points move for each unit that an open mouth closes, downwards as `opens`: (68, 2).
-
-        Each of the three gaps closes by its own size, so that the lips meet all along. A smile that shuts also gets
-        narrower and its corners drop, as far as it is wider than the mean face's mouth: the cheeks follow."""
+        """How the points move for each unit that an open mouth closes, downwards as `opens`: (68, 2). Each of the three
+        gaps closes by its own size, so that the lips meet all along. A smile that shuts also gets narrower and its
+        corners drop, as far as it is wider than the mean face's mouth: the cheeks follow."""
         if not self.own:
             return opens
         q, mean, closes = self.q, self.face.mean, opens.copy()
@@ -342,46 +336,42 @@ def lip_layers(mouth: Mouth, box):
     ground = 1 - inside * smoothstep((e - 1.5 / face.scale) / soft - 0.5)  # the lower lip and all below it: 1
     near = region[np.abs(x) < 1]
     lips = (np.abs(x) < 0.6) & (((y > q[51, 1]) & (d < 0)) | ((e < 0) & (y < q[57, 1])))
-    shade, red = paint_inside(mouth, x, e, near, region[lips])
+    front = 1 - smoothstep((np.abs(x) - 0.25) / 0.6)                   # the corners of the mouth lie in the dark
+    shade, red = paint_inside(mouth, x, e, front, near, region[lips])
     if mouth.own > max(SHOWS, 4 / face.scale):
         teeth, seen = None, smoothstep(2 * e / soft)
     else:
-        teeth, seen = paint_teeth(mouth, x, d, near, soft)
+        teeth, seen = paint_teeth(mouth, x, d, front, near, soft)
         teeth = stack(*np.moveaxis(teeth, -1, 0))
     return stack(cover, seen), stack(ground, (1 - ground) * shade), teeth, torch.from_numpy(red).float().view(3, 1, 1)
 
 
-def in_front(x):
-    """1 in the middle of the mouth, 0 at its corners (x: -1, 1), which lie in the dark"""
-    return 1 - smoothstep((np.abs(x) - 0.25) / 0.6)
-
-
-def paint_inside(mouth: Mouth, x, e, near, lips):
+def paint_inside(mouth: Mouth, x, e, front, near, lips):
     """Cavity and tongue: brightness (h, w), and the colour (3,) that it is times. e: height over the lower lip; near
     (n, 3), lips (m, 3): colours of the photo around the mouth, of the lips"""
     light, black = np.percentile(near @ GREY, (90, 1))
     red = lips.mean(0) if len(lips) else near.mean(0)
     red = red @ GREY + 1.7 * (red - red @ GREY)                        # flesh is redder inside; a grey photo stays grey
     red = np.maximum(red, 0) * (0.6 * light / max(red @ GREY, 1))
-    dark = max(0.16, 0.6 * black / max(red.max(), 1)) * (0.6 + 0.4 * in_front(x))
+    dark = max(0.16, 0.6 * black / max(red.max(), 1)) * (0.6 + 0.4 * front)
     tongue = smoothstep((0.42 - e / mouth.half) / 0.4) * smoothstep((0.8 - np.abs(x)) / 0.5)
-    return dark + tongue * np.maximum(0.62 * (0.3 + 0.7 * in_front(x)) - dark, 0), red
+    return dark + tongue * np.maximum(0.62 * (0.3 + 0.7 * front) - dark, 0), red
 
 
-def paint_teeth(mouth: Mouth, x, d, near, soft):
+def paint_teeth(mouth: Mouth, x, d, front, near, soft):
     """Upper teeth: colours (h, w, 3), and how far they are seen (h, w). d: depth under the upper lip; soft: an edge"""
     light, skin, half = np.percentile(near @ GREY, 90), near.mean(0), mouth.half
     tall = 0.15 * half * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
     fine = smoothstep(half * mouth.face.scale * mouth.face.sharpest / 40 - 0.25)  # few pixels: a strip without gaps
     gaps = fine * np.exp(-((np.abs(np.abs(x)[..., None] - (0, 0.30, 0.54, 0.74)).min(-1) / 0.03) ** 2))
-    bright = (0.65 + 0.35 * smoothstep(d / (0.5 * tall))) * (0.35 + 0.65 * in_front(x)) * (1 - 0.14 * gaps)
+    bright = (0.65 + 0.35 * smoothstep(d / (0.5 * tall))) * (0.35 + 0.65 * front) * (1 - 0.14 * gaps)
     teeth = 0.85 * light * bright[..., None] * (1 + 0.4 * (skin / max(skin @ GREY, 1) - 1))
     seen = smoothstep((tall * (1 - 0.2 * gaps) - d) / np.maximum(0.3 * tall, soft) + 0.5)
     return teeth, seen * smoothstep(d / soft + 0.5) * (np.abs(x) < 0.95)
 
 
 class Lips:
-    """The mouth of a photo in motion: all below the eyes follows the lips, smoothly, and nothing outside the face does.
+    """A photo's lips in motion: all below the eyes follows them, smoothly, and nothing outside the face does.
 
     moves: (K, 68, 2), how the landmarks of a talking face move: moves[0] for each unit that the lips open, the others for
     each unit of a shape number (motion.fit_moves). They were learned on frontal faces: here they lie in the face's plane.

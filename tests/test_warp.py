@@ -90,7 +90,7 @@ def test_talking_changes_pixels_below_the_eyes_and_inside_the_face_only():
     changed = (warp(0.12, [1.0, 0.0]) != f.photo).any(-1)
     y, x = changed.nonzero()
     assert changed.sum() > 2000
-    q = f.local(np.c_[x, y] + 0.5, f.points[30]) / W.OVAL[1]
+    q = (np.c_[x, y] + 0.5 - f.points[30]) @ np.linalg.inv(f.plane).T / W.OVAL[1]
     assert y.min() > f.points[[40, 41, 46, 47], 1].max()
     assert (np.hypot(q[:, 0] / 0.9, q[:, 1] / 1.05) < 1).all()         # the jaw's oval, a little wider
 
@@ -103,7 +103,7 @@ def arrives(warp, opening, shape=(0.0, 0.0)):
     at = p.clone().expand(2, -1, -1)
     for _ in range(60):                                                # p' = p + back(p')
         at = p + W.read(back, at[:, None], lips.box)[:, :, 0].permute(0, 2, 1)
-    return lips.face.local(at.double().numpy(), lips.mouth.middle)
+    return lips.mouth.local(at.double().numpy())
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.10])
