@@ -524,15 +524,3 @@ def restore_optimiser(opt, state):
     opt.load_state_dict(state)
     for group, rate in zip(opt.param_groups, rates):
         group["initial_lr"] = rate
-
-
-def pace(seconds, waited, steps, batch) -> dict:
-    """For the log: `seconds` went by in `steps` steps of `batch` pictures, `waited` of them for data"""
-    return dict(ms=round(1000 * seconds / steps, 1), images_s=round(batch * steps / seconds, 1),
-                waiting=round(waited / seconds, 3))
-
-
-def finite(name, value):
-    if not torch.isfinite(value):
-        raise InputError(f"the loss term '{name}' is {float(value.detach())}: stopped; the last checkpoint is whole. "
-                         "Lower --lr or --lr-gan")

@@ -78,7 +78,7 @@ def is_out_of_memory(error: Exception) -> bool:
 # Ours: wide enough for all that can work
 RATE = (1e-9, 1e3)
 LIMITS = dict(seed=(0, 2**62), workers=(0, 256), refine=(0, 100), people=(1, 10**6), seconds=(0.2, 600), batch=(1, 10**5),
-              lr=RATE, lr_gan=RATE, ema_kimg=(1e-6, 1e6), augment=(-1, 1))
+              lr=RATE, lr_gan=RATE, augment=(-1, 1))
 
 
 class Parser(argparse.ArgumentParser):
