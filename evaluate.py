@@ -144,11 +144,6 @@ def ssim_and_ms_ssim(a, b) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(values, float).T)
 
 
-def ssim(a, b) -> float:
-    """SSIM of two images, uint8 (H, W, 3)"""
-    return float(ssim_and_ms_ssim(a[None], b[None])[0][0])
-
-
 class Inception:
     """FID's network (Szegedy et al. 2015, as Heusel et al. 2017 use it): images (N, 3, H, W) in [-1, 1] -> (N, 2048).
 
