@@ -7,44 +7,29 @@ sampling.
 import copy
 import dataclasses
 import functools
+import os
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from checkpoint import freeze
-from data import Clips, batches
+import judges
+from checkpoint import fetch, freeze, load_checkpoint
+from data import Clips, Pack, batches
 from faces import mask_mouth
-from fusion import CONTEXT, Config, mean_w
-from judges import SmallFaceJudge, same_person_loss
+from fusion import CONTEXT, FCTFG, Config, mean_w, published
 from landmarks import load_landmarks
 from losses import Augment
 from media import InputError, to_tensor
 from motion import fit_moves, fit_opening, held_still, lip_opening
+from stylegan2 import Discriminator
+from syncnet import load_sync
 from vision import small_picture
 
+PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
 LIP_STEPS = 2000   # of train_lips, at most: its loss hardly falls after these
 LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
-
-
-def make_config(args, pack, previous, overrides) -> Config:
-    """The dial's Config, or that of the stage before (`previous`: its checkpoint), with the overrides that published
-    files demand. A hypernetwork is in it from --part hyper on."""
-    dial = Config.at(args.size, template=pack.template, motion=args.motion)
-    config = Config(**previous["config"]) if previous else dial
-    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
-    if not config.map_code or config.encoder != "slim":                                # published networks have none
-        config.coarse_rgb = 0
-    if "hyper" not in overrides and (args.stage == 2 or not previous):
-        config.hyper = dial.hyper if args.part == "hyper" else "none"
-    if args.stage == 2:                                                                # stage 3 inherits these
-        config.mouth_dim, config.shape_dim = dial.mouth_dim, dial.shape_dim
-    elif args.stage == 3 and not previous:                                             # stage 2 would have learned it
-        config.mouth_dim = config.shape_dim = 0
-    if args.stage == 3 and config.mouth_dim and config.motion == "paper":
-        raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
-    return config
 
 
 def stage(args, model, D, data, networks, device) -> dict:
@@ -68,6 +53,113 @@ def stage(args, model, D, data, networks, device) -> dict:
     return frozen
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# networks
+
+def build_networks(args, data, ckpt, device):
+    """-> model, D, and state dicts of the other networks of the checkpoint or of the stage before"""
+    files, overrides, previous, encoder = {}, {}, None, args.encoder
+    if not ckpt:
+        if args.part == "encoder" and not encoder and args.w["arcface"] and Config.at(args.size).encoder == "psp":
+            encoder = fetch("arcface", args.path.get("arcface"))                       # pSp starts from its trunk
+        overrides, files = published(args.size, args.generator, encoder, args.hyper)
+        previous = load_previous(args, files)
+    config = Config(**ckpt["config"]) if ckpt else make_config(args, data["pack"], previous, overrides)
+    if config.mouth_dim and not data["landmarks"]:
+        text = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
+        if args.stage > 1:
+            raise InputError(text)
+        print(f"from stage 2 on {text}")
+    model = FCTFG(config, generator_only=args.stage == 1).to(device)
+    D = Discriminator(args.size, config.base, config.cap).to(device)
+    known = dict((ckpt or previous or {}).get("networks", {}))
+    state = known.pop("model", {})
+    if not ckpt:
+        learned = ("generator.",) if args.part == "encoder" else (
+            "generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
+        state = {k: v for k, v in previous["ema"]["model"].items() if k.startswith(learned)} if previous else {}
+        state = {k: v for k, v in state.items() if k.partition(".")[0] not in files}
+        state |= {f"{name}.{k}": v for name, network in files.items() for k, v in network.state_dict().items()}
+        state = {k: v for k, v in state.items() if k in set(model.state_dict())}
+        known |= dict.fromkeys(files) | ({"D": files["D"].state_dict()} if "D" in files else {})
+    model.load_state_dict(state, strict=bool(ckpt))
+    if "D" in known:
+        D.load_state_dict(known.pop("D") if ckpt else known["D"])
+    return model, D, known
+
+
+def load_previous(args, files) -> dict | None:
+    """Checkpoint of the stage before, where files of others do not replace it; from --init, else from --out"""
+    encoder = args.stage == 3 or args.part == "hyper"                                  # whether this needs a trained one
+    if args.stage == 1 or not args.init and {"generator", *["encoder"] * encoder} <= set(files):
+        return None
+    path = args.init or os.path.join(args.out, "stage2.pt" if encoder else "stage1.pt")
+    hyper = os.path.join(args.out, "stage2_hyper.pt")
+    path = hyper if args.stage == 3 and not args.init and os.path.exists(hyper) else path
+    previous = load_checkpoint(path, "stage2" if encoder else "stage1")
+    if previous["config"]["size"] != args.size:
+        raise InputError(f"{path}: a network of {previous['config']['size']} px, --size is {args.size}")
+    print(f"starts from {path}")
+    return previous
+
+
+def make_config(args, pack, previous, overrides) -> Config:
+    """The dial's Config, or that of the stage before (`previous`: its checkpoint), with the overrides that published
+    files demand. A hypernetwork is in it from --part hyper on."""
+    dial = Config.at(args.size, template=pack.template, motion=args.motion)
+    config = Config(**previous["config"]) if previous else dial
+    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
+    if not config.map_code or config.encoder != "slim":                                # published networks have none
+        config.coarse_rgb = 0
+    if "hyper" not in overrides and (args.stage == 2 or not previous):
+        config.hyper = dial.hyper if args.part == "hyper" else "none"
+    if args.stage == 2:                                                                # stage 3 inherits these
+        config.mouth_dim, config.shape_dim = dial.mouth_dim, dial.shape_dim
+    elif args.stage == 3 and not previous:                                             # stage 2 would have learned it
+        config.mouth_dim = config.shape_dim = 0
+    if args.stage == 3 and config.mouth_dim and config.motion == "paper":
+        raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
+    return config
+
+
+def load_judges(args, device) -> dict:
+    """The frozen networks that a loss weight asks for: published ones, fetched on first use, and stage 3's sync expert"""
+    own = args.path
+    makers = dict(sync=lambda: sync_expert(args, device),
+                  vgg=lambda: judges.vgg19(device, own.get("vgg19")),
+                  lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
+                  arcface=lambda: judges.arcface(
+                      device, own.get("arcface"), Pack(args.data).template if args.data else "toy"))
+    frozen, path = {}, os.path.join(args.out, "sync.pt")
+    if args.stage < 3 and args.data and args.size < PAPERS_JUDGES and not (args.expert or os.path.exists(path)):
+        print(f"{no_expert(args, path)}, --w sync=0 does without")
+    for name, make in makers.items():
+        try:
+            if args.w.get(name):
+                frozen[name] = make()
+        except InputError as error:
+            raise InputError(f"{error}; --w {name}=0 does without") from None
+    return frozen
+
+
+def sync_expert(args, device):
+    """--expert, else the trained one in --out, else, for own clips from 128 px on, Wav2Lip's"""
+    path = args.expert or os.path.join(args.out, "sync.pt")
+    if not args.expert and not os.path.exists(path):
+        if not args.data or args.size < PAPERS_JUDGES:
+            raise InputError(no_expert(args, path))
+        path = "wav2lip"
+    if path == "syncnet_v2" or path.endswith(".model"):
+        print("SyncNet v2 is the judge: evaluate.py's LSE, computed by it, is no independent measure of this network")
+        return judges.SyncNetV2Expert(judges.syncnet_v2(device, None if path == "syncnet_v2" else path))
+    return load_sync(path, device, args.size)
+
+
+def no_expert(args, path) -> str:
+    train = f"python syncnet.py train{f' --data {args.data} --size {args.size}' if args.data else ''} --out {path}"
+    return f"{path}: no sync expert for stage 3; {train} trains one, --expert FILE names one"
+
+
 def own_judges(args, D, data, networks, device) -> dict:
     """Frozen networks that need no download: feature_net, stage 1's discriminator, and judge, a small face recogniser.
 
@@ -77,12 +169,15 @@ def own_judges(args, D, data, networks, device) -> dict:
         frozen["feature_net"] = copy.deepcopy(D)
         frozen["feature_net"].load_state_dict(networks.get("feature_net", networks.get("D")))
     if "judge" in networks:
-        frozen["judge"] = SmallFaceJudge().to(device)
+        frozen["judge"] = judges.SmallFaceJudge().to(device)
         frozen["judge"].load_state_dict(networks["judge"])
     elif args.w.get("id") and not args.w["arcface"]:
         frozen["judge"] = train_judge(data, device, args.seed)
     return {name: freeze(network) for name, network in frozen.items()}
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stage 2: the encoder, and what reads the lips
 
 def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
     """Adam on loss_of(step), with a progress bar -> running mean of the loss"""
@@ -96,9 +191,6 @@ def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
         mean += max(0.02, 1 / (step + 1)) * (loss.item() - mean)
     return mean
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# stage 2: the encoder, and what reads the lips
 
 @torch.no_grad()
 def fit_encoder(model, images, device, most=3000):
@@ -237,7 +329,7 @@ def train_judge(data, device, seed, steps=400, batch=48):
         raise InputError(f"{images.pack.folder}: one person is too few for the face judge; --w id=0 does without it")
     print(f"before the first step: {steps} steps of the small face judge")
     torch.manual_seed(seed)
-    judge, augment = SmallFaceJudge().to(device), Augment(p=0.5)
+    judge, augment = judges.SmallFaceJudge().to(device), Augment(p=0.5)
     batch = 2 * batch if photos else batch
     stream = batches(images, batch, 0)
 
@@ -250,7 +342,7 @@ def train_judge(data, device, seed, steps=400, batch=48):
             views = [augment(x) for x in views]
         # ours: brightness varies a little, so that the judge does not rely on exact colours
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in views)
-        return same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
+        return judges.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
 
     regress("face judge", judge.parameters(), steps, 2e-3, loss_of, decay=False)
     return judge

@@ -22,7 +22,6 @@ import argparse
 import copy
 import functools
 import itertools
-import math
 import os
 from pathlib import Path
 
@@ -32,23 +31,21 @@ from PIL import Image
 from tqdm import tqdm
 
 import initialise
-import judges
 import losses
 from checkpoint import (
-    StepTimer, bf16_native, check_finite, claim_output, cosine_warmup, fetch, half, load_checkpoint, open_log,
+    StepTimer, bf16_native, check_finite, claim_output, cosine_warmup, half, load_checkpoint, open_log,
     pick_device, restore_optimiser, save_checkpoint, update_ema, write_log)
 from data import Clips, Frames, Mixed, Pack, batches, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
-from fusion import CONTEXT, FCTFG, Config, middle, published
+from fusion import CONTEXT, middle
 from media import InputError, Parser, run, to_tensor, to_uint8
-from stylegan2 import Discriminator, mix_styles
-from syncnet import load_sync
+from stylegan2 import mix_styles
 
 STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
 LOG_EVERY = 50
-PAPERS_JUDGES = 128      # px, from which VGG19, ArcFace and a published sync expert are the default
 FINETUNE_GENERATOR = 64  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
 WINDOW = 5               # decoded frames of a sync window: the expert's 0.2 s
+JUDGES = ("vgg19", "vgg16", "lpips_heads", "arcface")  # files that --path names
 PHOTO_SHARE = 0.75       # share of photos in stages 1 and 2: the clips show few people
 
 # weights of the loss terms in stages 1, 2, 3 (None: the stage has no such term); the paper prints none.
@@ -92,10 +89,10 @@ def parse(argv=None):
     add("--hyper", help="HyperStyle's checkpoint; its generator is taken if no other is given")
     add("--expert", help="sync expert of stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or your copy "
         "(.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
-    add("--path", type=own_file, nargs="+", action="extend", default=[], metavar="NAME=FILE",
-        help="your copies of published judges: vgg19, vgg16 and lpips_heads, arcface")
-    add("--w", type=loss_weight, nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-        help=f"weights of loss terms, the table in train.py has the defaults: {', '.join(WEIGHTS)}")
+    many = dict(nargs="+", action="extend", default=[])
+    add("--path", type=named(JUDGES, str), metavar="NAME=FILE", help=f"your copies of {', '.join(JUDGES)}", **many)
+    add("--w", type=named(WEIGHTS, float), metavar="NAME=VALUE", help="weights of loss terms, defaults in train.py: "
+        + ", ".join(WEIGHTS), **many)
     add("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
     add("--batch", type=int, default=16, help="images a step")
     add("--lr", type=float, default=1e-3, help="learning rate of ordinary layers (stages 2, 3)")
@@ -119,29 +116,27 @@ def parse(argv=None):
     return args
 
 
-def own_file(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if name not in ("vgg19", "vgg16", "lpips_heads", "arcface") or not path:
-        raise argparse.ArgumentTypeError(f"{text}: expected NAME=FILE for vgg19, vgg16, lpips_heads or arcface")
-    return name, path
-
-
-def loss_weight(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        if name in WEIGHTS and 0 <= float(value) < math.inf:
-            return name, float(value)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE, a number from 0 on for one of {', '.join(WEIGHTS)}")
+def named(names, kind):
+    """An argparse type: NAME=VALUE -> (NAME, kind(VALUE))"""
+    def convert(text):
+        name, _, value = text.partition("=")
+        try:
+            assert name in names
+            return name, kind(value)
+        except (AssertionError, ValueError):
+            raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE for one of {', '.join(names)}") from None
+    return convert
 
 
 def loss_weights(args, given: dict) -> dict:
     """The stage's column of WEIGHTS, with what --size, --photos and --w change"""
     weight = {name: column[args.stage - 1] for name, column in WEIGHTS.items() if column[args.stage - 1] is not None}
+    for name, value in given.items():
+        if not 0 <= value < float("inf") or value == 0 and name == "adv" and args.stage == 1:
+            raise InputError(f"--w {name}={value:g}: expected a number from 0 on, and some adversarial loss in stage 1")
     if args.stage == 2 and args.photos:
         weight["adv"] = WEIGHTS["adv"][2]
-    if args.stage > 1 and args.size >= PAPERS_JUDGES:
+    if args.stage > 1 and args.size >= initialise.PAPERS_JUDGES:
         weight |= dict(vgg=0.2, arcface=0.1)
     if args.stage > 1 and given.get("vgg", weight["vgg"]):
         weight["feat"] = 0.0
@@ -323,15 +318,15 @@ def main(argv=None):
     del args.given
     w, device = args.w, pick_device(args.device)
     claim_output(path, args)
-    frozen = load_judges(args, device)                                                 # before anything slow
+    frozen = initialise.load_judges(args, device)                                      # before anything slow
     data = load_data(args)
 
     torch.manual_seed(args.seed)
-    model, D, known = build_networks(args, data, ckpt, device)
+    model, D, known = initialise.build_networks(args, data, ckpt, device)
     frozen |= initialise.stage(args, model, D, data, known, device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt_g, opt_d = optimizers(model, D, args)
-    augment, mean_path, r1, step0 = losses.Augment(max(args.augment, 0.0)), torch.zeros((), device=device), None, 0
+    augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), torch.zeros((), device=device), 0
     if ckpt:
         ema.load_state_dict(ckpt["ema"]["model"])
         restore_optimiser(opt_g, ckpt["optimisers"]["g"])
@@ -344,7 +339,7 @@ def main(argv=None):
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     header(args, model, data, device)
     log, stream = open_log(os.path.join(args.out, f"log_{name}.jsonl"), args), load_batches(args, data, frozen, step0)
-    timer = StepTimer(device)
+    timer, lazy = StepTimer(device), {}                                                # the last r1 and path
     bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=None)
     for step in bar:
         last = step + 1 == args.steps
@@ -365,14 +360,8 @@ def main(argv=None):
                 real_score, fake_score = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
             diagnostics = dict(d=losses.discriminator_loss(real_score, fake_score))
             descend(opt_d, diagnostics, step)
-            diagnostics |= dict(real=real_score.mean(), fake=fake_score.mean())
-            # lazy R1: every 16th step of D, in fp32, as it is a second derivative
-            if step // (2 if w.get("sync") else 1) % 16 == 0:
-                real = augment(out["real"]).detach().requires_grad_(True)
-                r1 = w["r1"] / 2 * losses.r1_penalty(real, D(real))
-                descend(opt_d, dict(r1=16 * r1), step)
-            diagnostics["r1"] = r1 if r1 is not None else real_score.new_zeros(())
             D.requires_grad_(False)
+            diagnostics |= dict(real=real_score.mean(), fake=fake_score.mean())
             if args.augment >= 0:
                 augment.update(real_score.detach())
 
@@ -388,18 +377,24 @@ def main(argv=None):
             sum(w[k] * v for k, v in terms.items()).backward()
         opt_g.step()
 
-        # lazy path length: every 4th step of stage 1, on half a batch
-        if args.stage == 1 and w["path"] and step % 4 == 0:
-            half_batch = forward(model, dict(image=out["real"][:max(1, args.batch // 2)]))
-            path_length, mean_path = losses.path_length_penalty(half_batch["fake"], half_batch["w_plus"], mean_path)
-            descend(opt_g, dict(path=w["path"] * 4 * path_length), step)
-            diagnostics["path"] = path_length
+        # lazy regularisation, when the graph of this step is gone. R1 of D: every 16th of its steps, in fp32
+        if adversarial and step // (2 if w.get("sync") else 1) % 16 == 0:
+            D.requires_grad_(True)
+            real = augment(out["real"]).detach().requires_grad_(True)
+            lazy["r1"] = w["r1"] / 2 * losses.r1_penalty(real, D(real))
+            descend(opt_d, dict(r1=16 * lazy["r1"]), step)
+            D.requires_grad_(False)
+        # path length: every 4th step of stage 1, on half a batch
+        if w.get("path") and step % 4 == 0:
+            small = forward(model, dict(image=out["real"][:max(1, args.batch // 2)]))
+            lazy["path"], mean_path = losses.path_length_penalty(small["fake"], small["w_plus"], mean_path)
+            descend(opt_g, dict(path=4 * w["path"] * lazy["path"]), step)
 
         update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
         if step % LOG_EVERY == 0 or last:
             line = dict(step=step) | {k: float(w[k] * v.detach()) for k, v in terms.items()}
-            line |= {k: float(v.detach()) for k, v in diagnostics.items()} | dict(p=augment.p)
+            line |= {k: float(v.detach()) for k, v in (diagnostics | lazy).items()} | dict(p=augment.p)
             write_log(log, bar, line | timer.pace(args.batch), args.steps)
         if (step + 1) % args.save_every == 0 or last:
             save_examples(os.path.join(args.out, f"{name}.png"), ema, data, args)
@@ -431,62 +426,6 @@ def descend(opt, terms: dict, step: int):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # before the loop
-
-def build_networks(args, data, ckpt, device):
-    """-> model, D, and state dicts of networks that are known: of the checkpoint, of the stage before, published ones"""
-    previous, files, overrides = None, {}, {}
-    if not ckpt:
-        encoder, dial = args.encoder, Config.at(args.size)
-        if args.part == "encoder" and not encoder and args.w["arcface"] and dial.encoder == "psp":
-            encoder = fetch("arcface", args.path.get("arcface"))                       # the trunk, as in pSp
-        overrides, files = published(args.size, args.generator, encoder, args.hyper)
-        previous = load_previous(args, files)
-    config = Config(**ckpt["config"]) if ckpt else initialise.make_config(args, data["pack"], previous, overrides)
-    if config.mouth_dim and not data["landmarks"]:
-        text = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
-        if args.stage > 1:
-            raise InputError(text)
-        print(f"from stage 2 on {text}")
-    model = FCTFG(config, generator_only=args.stage == 1).to(device)
-    D = Discriminator(args.size, config.base, config.cap).to(device)
-    if ckpt:
-        known = ckpt["networks"]
-        model.load_state_dict(known.pop("model"))
-        D.load_state_dict(known.pop("D"))
-        return model, D, known
-    known = {name: network.state_dict() for name, network in files.items()}
-    if previous:
-        known = {k: v for k, v in previous["networks"].items() if k != "model"} | known
-        if args.part == "hyper":
-            known["encoder"] = {}
-        learned = ("generator",) if args.part == "encoder" else (
-            "generator", "encoder", "maps", "hyper", "mouth", "motion.mouth_up")
-        prefixes, own = tuple(f"{part}." for part in learned if part not in files), model.state_dict()
-        averaged = {k: v for k, v in previous["ema"]["model"].items() if k.startswith(prefixes) and k in own}
-        model.load_state_dict(averaged, strict=False)
-    for name in files:
-        if name != "D" and getattr(model, name) is not None:
-            getattr(model, name).load_state_dict(known[name])
-    if "D" in known:
-        D.load_state_dict(known["D"])
-    return model, D, known
-
-
-def load_previous(args, files) -> dict | None:
-    """Checkpoint of the stage before, where files of others do not replace it; from --init, else from --out"""
-    encoder = args.stage == 3 or args.part == "hyper"                                  # whether this needs a trained one
-    if args.stage == 1 or not args.init and {"generator", *["encoder"] * encoder} <= set(files):
-        return None
-    path = args.init or os.path.join(args.out, "stage2.pt" if encoder else "stage1.pt")
-    hyper = os.path.join(args.out, "stage2_hyper.pt")
-    if args.stage == 3 and not args.init and os.path.exists(hyper):
-        path = hyper
-    previous = load_checkpoint(path, "stage2" if encoder else "stage1")
-    if previous["config"]["size"] != args.size:
-        raise InputError(f"{path}: a network of {previous['config']['size']} px, --size is {args.size}")
-    print(f"starts from {path}")
-    return previous
-
 
 def optimizers(model, D, args):
     """Adam for the trained parts, rates from `rates`; D's betas and rate corrected for lazy R1 (StyleGAN2)"""
@@ -532,42 +471,6 @@ def rates(args, config) -> dict:
     if config.mouth_dim and joint:                                                     # found by initialise.train_lips
         table |= {"audio": 0.1, "motion.fusion": 0.1, "motion.lips": 0.1}
     return table
-
-
-def load_judges(args, device) -> dict:
-    """The frozen networks that a loss weight asks for: published ones, fetched on first use, and stage 3's sync expert"""
-    own = args.path
-    makers = dict(sync=lambda: sync_expert(args, device),
-                  vgg=lambda: judges.vgg19(device, own.get("vgg19")),
-                  lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
-                  arcface=lambda: judges.arcface(
-                      device, own.get("arcface"), Pack(args.data).template if args.data else "toy"))
-    frozen = {}
-    for name, make in makers.items():
-        try:
-            if args.w.get(name):
-                frozen[name] = make()
-        except InputError as error:
-            raise InputError(f"{error}; --w {name}=0 does without") from None
-    return frozen
-
-
-def sync_expert(args, device):
-    """--expert, else the trained one in --out, else, for own clips from 128 px on, Wav2Lip's"""
-    path = args.expert or os.path.join(args.out, "sync.pt")
-    if not args.expert and not os.path.exists(path):
-        if not args.data or args.size < PAPERS_JUDGES:
-            raise InputError(f"{path}: no sync expert; {expert_remedy(args)}")
-        path = "wav2lip"
-    if path == "syncnet_v2" or path.endswith(".model"):
-        print("SyncNet v2 is the judge: evaluate.py's LSE, computed by it, is no independent measure of this network")
-        return judges.SyncNetV2Expert(judges.syncnet_v2(device, None if path == "syncnet_v2" else path))
-    return load_sync(path, device, args.size)
-
-
-def expert_remedy(args) -> str:
-    data = f" --data {args.data} --size {min(args.size, 96)}" if args.data else ""
-    return f"python syncnet.py train{data} --out {os.path.join(args.out, 'sync.pt')} trains one, --expert FILE names one"
 
 
 def load_data(args) -> dict:
@@ -633,9 +536,6 @@ def header(args, model, data, device):
           + " ".join(f"{k}={v:g}" for k, v in args.w.items()))
     if args.bf16 != bf16_native(device):
         print("--bf16 is emulated on this chip: slower than fp32" if args.bf16 else "this chip has bf16: try --bf16")
-    default = args.stage < 3 and args.data and args.size < PAPERS_JUDGES
-    if default and not os.path.exists(os.path.join(args.out, "sync.pt")):
-        print(f"stage 3 needs a sync expert: {expert_remedy(args)}, --w sync=0 does without")
 
 
 @torch.no_grad()

@@ -267,14 +267,14 @@ def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
 def built(args):
     """Networks of a stage before its first step"""
     cpu, data = torch.device("cpu"), train.load_data(args)
-    model, D, known = train.build_networks(args, data, None, cpu)
+    model, D, known = initialise.build_networks(args, data, None, cpu)
     return model, D, initialise.stage(args, model, D, data, known, cpu)
 
 
 def gradient_of_one_step(args, pack, stages):
     torch.manual_seed(1)
     model, D, frozen = built(args)
-    frozen["sync"] = train.load_sync(str(stages / "sync.pt"), "cpu")
+    frozen["sync"] = initialise.load_sync(str(stages / "sync.pt"), "cpu")
     train.optimizers(model, D, args)
     data = train.Clips(Pack(pack), train.WINDOW, 0, context=fusion.CONTEXT)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
@@ -713,16 +713,16 @@ def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without
 
 
 def test_psps_trunk_starts_from_arcface_unless_arcface_is_off(monkeypatch):
-    monkeypatch.setattr(train, "fetch", lambda name, path: path or name)
+    monkeypatch.setattr(initialise, "fetch", lambda name, path: path or name)
 
     def stop(size, generator, encoder, hyper):
         raise Killed(encoder)
 
-    monkeypatch.setattr(train, "published", stop)
+    monkeypatch.setattr(initialise, "published", stop)
     for more, expected in (([], "arcface"), (["--path", "arcface=mine.pth"], "mine.pth"), (["--w", "arcface=0"], None),
                            (["--encoder", "psp.pt"], "psp.pt"), (["--size", "128"], None)):
         with pytest.raises(Killed) as caught:
-            train.build_networks(train.parse(["--stage", "2", "--size", "256", *more]), {}, None, "cpu")
+            initialise.build_networks(train.parse(["--stage", "2", "--size", "256", *more]), {}, None, "cpu")
         assert caught.value.args == (expected,)
 
 

@@ -1,0 +1,71 @@
+"""The house: imports run one way, the method needs no sibling, rooms and scripts stay small."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
+METHOD = set("audio media checkpoint faces stylegan2 vision fusion losses judges data initialise warp motion landmarks "
+             "sample train".split())
+SIBLINGS = {"keypoints", "pcavs", "evaluate", "control", "toyfaces", "dub", "prepare"}
+
+
+def imports(tree, everywhere=False):
+    """Project files that a room imports at its top, or also inside functions"""
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names & set(ROOMS)
+
+
+TOP = {room: imports(tree) for room, tree in ROOMS.items()}
+
+
+def closure(room):
+    todo, found = [room], set()
+    while todo:
+        here = todo.pop()
+        if here not in found:
+            found.add(here)
+            todo += TOP[here]
+    return found
+
+
+def test_the_import_graph_has_no_circle():
+    circles = {room for room in ROOMS if any(room in closure(other) for other in TOP[room])}
+    assert not circles
+
+
+def test_the_method_imports_no_sibling():
+    wrong = {room: imports(ROOMS[room], everywhere=True) & SIBLINGS for room in METHOD & set(ROOMS)}
+    assert wrong.pop("train") <= {"toyfaces"} and "toyfaces" not in TOP["train"]  # drawn on first use
+    assert not any(wrong.values()), wrong
+
+
+def test_training_needs_few_files():
+    """13 for networks, data and losses; landmarks, motion and warp fit what moves photos, after the last step"""
+    needed = closure("train") - {"landmarks", "motion", "warp", "toyfaces"}
+    assert len(needed) <= 13, sorted(needed)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_rooms_and_functions_are_short(room):
+    source = (ROOT / f"{room}.py").read_text().splitlines()
+    assert len(source) <= 850
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ROOMS[room])
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 65}
+    assert set(long) <= {"parse", "main"} | {"__init__"}, long  # a list of options, the story of train.py, a network
+
+
+def test_train_has_at_most_thirty_options(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    assert len(set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE))) <= 30
