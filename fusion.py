@@ -17,12 +17,11 @@ code, K of its numbers are the shape of the lips.
 What differs from the paper:
 - Two motion encoders, `Config.motion`. "paper": a three-layer MLP over the fused modalities. "direct" (ours, the
   default): head, eyes and brows of frame t are a linear map of that frame's normalised code down to P numbers and up to
-  W+; only the sound goes through an MLP. A joint MLP learns the lips and either misses the pose or copies the driver's
-  face with it: training pairs come from one clip, so two people never meet. README has the numbers of both.
-- IdentityMaps (ours): the code also feeds the generator's coarse features directly, and for real faces a coarse RGB
-  image, which represents people outside the training set.
-- Mouth code (ours, real faces): M numbers hold the lips, which are masked in the encoder's input. The first K are the
-  shape of the lips, learned from landmarks. They mean the same on every face, so sound predicts them: see DirectMotion.
+  W+; only the sound goes through an MLP. A joint MLP either misses the pose or copies the driver's face with it:
+  training pairs come from one clip, so two people never meet. The numbers of both are in the README.
+- IdentityMaps (ours): the code also feeds the generator's coarse features and, for real faces, a coarse RGB image.
+- Mouth code (ours, real faces): M numbers hold the lips, which are masked in the encoder's input. The first K, the shape
+  of the lips, are learned from landmarks and mean the same on every face, so sound predicts them: see DirectMotion.
 - The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
 """
 
@@ -235,15 +234,12 @@ class DirectMotion(nn.Module):
 
 class IdentityMaps(nn.Module):
     """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image
-    (N, 3, h, h) to add to its RGB, or None. Ours.
+    (N, 3, h, h) to add to its RGB, or None. Ours; PC-AVS's generator starts from an identity map.
 
-    PC-AVS's generator starts from an identity map. Here the map is linear in z_s2d: a map of the source's own code would
-    bypass the motion space with the source's pose and mouth.
-
-    The coarse image is for real faces. A linear function of a thousand numbers represents anybody from the first step, in
-    the manner of eigenfaces: 1024 components of 32x32 pixels alone keep an identity cosine of .89 on unseen photos, this
-    network starts at .70 (initialise.coarse_rgb). The generator gets the image at each of its resolutions and learns what
-    is still missing.
+    The maps are linear in z_s2d: maps of the source's own code would bypass the motion space with the source's pose and
+    mouth. The coarse image, for real faces, represents anybody from the first step, in the manner of eigenfaces: 1024
+    components of 32x32 pixels alone keep an identity cosine of .89 on unseen photos, this network starts at .70
+    (initialise.fit_coarse_rgb). The generator gets it at each of its resolutions and learns what is missing.
     """
 
     def __init__(self, config: Config):
@@ -312,17 +308,10 @@ class FCTFG(nn.Module):
         return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, coarse)
 
     def refine(self, source, z_s, deltas=None):
-        """One of HyperStyle's refinements: the remaining error of the decoded image changes the weights once more.
+        """One of HyperStyle's refinements: the error of the decoded image changes the weights once more.
 
-        Gradients reach the hypernetwork through this change alone, not through the previous deltas or their image.
-
-        Args:
-            source: (B, 3, H, W).
-            z_s: (B, L, D), its code.
-            deltas: what this returned before, or None.
-
-        Returns:
-            relative weight changes, as in Generator.forward.
+        source (B, 3, H, W), its code z_s (B, L, D), the deltas so far -> new deltas, as in Generator.forward. Gradients
+        reach the hypernetwork through this change alone, not through the previous deltas or their image.
         """
         with torch.no_grad():
             y_hat = self.decode(z_s, deltas)
@@ -346,18 +335,17 @@ class FCTFG(nn.Module):
         """source (B, 3, H, W) -> its code z_s and its canonical code z_s2c, both (B, L, D)"""
         z_s = self.encode_source(source)
         z_s2c = self.canonical(z_s)
-        return z_s, z_s2c + self.motion.appearance_part(self.mouth(source)) if self.mouth else z_s2c
+        if self.mouth:
+            z_s2c = z_s2c + self.motion.appearance_part(self.mouth(source))
+        return z_s, z_s2c
 
     def encode_source(self, source):
         """source (B, 3, H, W) -> z_s (B, L, D); with a mouth code the lips are masked"""
         return self.encoder(mask_mouth(source, self.config.template, "lips") if self.mouth else source)
 
     def invert(self, images, mouth=None):
-        """images (N, 3, H, W) -> W+ codes (N, L, D) that decode to them.
-
-        mouth: (N, M), with a mouth code: of another image or from sound, in place of the images' own. It moves the lips
-        of a face that is known from one photo.
-        """
+        """images (N, 3, H, W) -> W+ codes (N, L, D) that decode to them; mouth (N, M): another mouth code, of an image or
+        from sound, in place of the images' own"""
         if not self.mouth:
             return self.encoder(images)
         mouth = self.mouth(images) if mouth is None else mouth
@@ -373,17 +361,11 @@ class FCTFG(nn.Module):
         return self.audio(mel.flatten(0, 1)).unflatten(0, (len(mel), -1))
 
     def forward(self, source, driving, mel, context: int = 0, mouth=None):
-        """One window of each clip.
+        """One window of each clip -> frames (B, T, 3, H, W), z_s2c (B, L, D), z_c2d (B, T, L, D).
 
-        Args:
-            source: (B, 3, H, W) in [-1, 1].
-            driving: (B, T', 3, H, W), T' = T + 2 context; for the "direct" form the T frames suffice.
-            mel: (B, T', 1, 80, 16).
-            context: frames at both ends that the temporal convolution reads and that are not decoded.
-            mouth: (B, T, M), with a mouth code: replaces what the sound predicts, except where it is NaN.
-
-        Returns:
-            frames (B, T, 3, H, W), z_s2c (B, L, D), z_c2d (B, T, L, D).
+        source: (B, 3, H, W) in [-1, 1]. driving: (B, T', 3, H, W), T' = T + 2 context, or T if "direct".
+        mel: (B, T', 1, 80, 16). context: frames at both ends that the convolution over time reads, not decoded.
+        mouth: (B, T, M), with a mouth code: replaces what the sound predicts, except where it is NaN.
         """
         T = mel.shape[1] - 2 * context
         assert driving.shape[1] in (T, mel.shape[1]), (
@@ -430,17 +412,12 @@ class FCTFG(nn.Module):
 
     @torch.inference_mode()
     def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
-        """A talking clip, streamed.
+        """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
 
-        Args:
-            source: (3, H, W) in [-1, 1].
-            mel: (n, 1, 80, 16), one window a frame, or an iterable of pieces of it.
-            driving: n frames (3, H, W) (a tensor or any iterable), or None: the photo's own pose with idle motion.
-            sway: idle motion moves the head as well; without, only blinks.
-            batch: frames decoded at a time; memory does not grow with n.
-
-        Yields:
-            (b, 3, H, W) in [-1, 1], n frames in all.
+        source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of pieces of it.
+        driving: n frames (3, H, W), a tensor or any iterable; None: the photo's own pose with idle motion.
+        sway: idle motion moves the head as well; without, only blinks. batch: frames decoded at a time; memory does not
+        grow with n.
         """
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
@@ -512,20 +489,13 @@ def mean_w(generator: Generator, n: int = 4096):
 # files
 
 def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
-    """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px.
+    """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px -> (overrides of Config's fields,
+    {"generator", "D", "encoder", "hyper": network}, those that the files have).
 
-    Args:
-        generator: checkpoint of rosinality's StyleGAN2 (g_ema is taken, or g; and d).
-        encoder: of pSp, or ArcFace's IR-SE50 (the trunk that pSp starts from).
-        hyper: of HyperStyle. It and encoder may hold the generator that they were trained with, which is taken where
-            none is given and its size is right.
-
-    Returns:
-        (overrides of Config's fields, {"generator", "D", "encoder", "hyper": network}, those that the files have). Where
-        no file has a latent_avg, the encoder's is NaN.
-
-    Raises:
-        InputError: a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together.
+    generator: checkpoint of rosinality's StyleGAN2 (g_ema, else g; and d). encoder: of pSp, or ArcFace's IR-SE50, the
+    trunk that pSp starts from. hyper: of HyperStyle. The last two may hold the generator that they were trained with,
+    which is taken where none is given and its size is right. encoder.latent_avg is NaN where no file has one.
+    InputError: a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together.
     """
     networks, decoder, source = {}, None, generator or encoder or hyper
     if generator:
@@ -559,9 +529,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
 def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) -> FCTFG:
     """The EMA network of a file of one of these kinds, in eval mode; `model.kind` is the file's.
 
-    Raises:
-        InputError: missing, truncated, hostile or wrong-kind file; a network of another shape.
-    """
+    InputError: missing, truncated, hostile or wrong-kind file; a network of another shape."""
     checkpoint = load_checkpoint(path, kinds)
     with refusing(path, "not a network of this version"):
         state = checkpoint["networks" if checkpoint["kind"] == "weights" else "ema"]["model"]

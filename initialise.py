@@ -33,10 +33,9 @@ LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), 
 
 
 def stage(args, model, D, data, networks, device) -> dict:
-    """What a stage starts with, once -> its frozen networks, see own_judges.
+    """What a stage starts with, once (--resume needs no start) -> its frozen networks, see own_judges.
 
-    networks: state dicts of the stage before and of published networks, which are in `model` and D already; or of the
-    checkpoint that --resume continues, which needs no start."""
+    networks: those of build_networks, which are in `model` and D already."""
     if args.stage == 1 or args.resume:
         return own_judges(args, D, data, networks, device) if args.resume else {}
     if args.part == "encoder" and model.mouth:
@@ -161,9 +160,8 @@ def no_expert(args, path) -> str:
 
 
 def own_judges(args, D, data, networks, device) -> dict:
-    """Frozen networks that need no download: feature_net, stage 1's discriminator, and judge, a small face recogniser.
-
-    networks: state dicts of the stage before, or of the checkpoint that is resumed."""
+    """Frozen networks without a download: feature_net, stage 1's discriminator, and judge, a small face recogniser; from
+    state dicts, where they are among the known networks"""
     frozen = {}
     if "feature_net" in networks or "D" in networks:
         frozen["feature_net"] = copy.deepcopy(D)
@@ -212,9 +210,9 @@ def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
     """images (n, 3, H, W), lips `masked` -> linear path -> W+ -> the coarse RGB of `seen`, in closed form. The mouth code
     is fitted to the lips that the rest of the face does not predict. Ours.
 
-    Principal components and mouth numbers go into W+ in orthonormal directions, so short that the generator hardly
-    responds (`scale`; the lips' shape is longer, for the generator must respond to it). `maps.down` reads them back, and
-    coarse RGB is a ridge regression on them, less what the generator draws by itself.
+    Principal components and mouth numbers go into W+ in orthonormal directions, so short (`scale`) that the generator
+    hardly responds; longer for the shape of lips, to which it must. `maps.down` reads them back, and coarse RGB is a
+    ridge regression on them, less what the generator draws by itself.
     """
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
     for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at zero
@@ -269,9 +267,8 @@ def mouth_shape(points: np.ndarray) -> np.ndarray:
 def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, per_clip=30):
     """The MouthEncoder learns to read the shape of lips from clips and photos with landmarks. Ours.
 
-    The shape's first number is how far the lips are open. The others are principal components of what else moves while
-    one person speaks, less what follows the opening. Each is in units of its deviation there, from its mean.
-    """
+    Its first number is how far the lips are open. The others are principal components of what else moves while one person
+    speaks, less what follows the opening. Each is in units of its deviation there, from its mean."""
     rng, K = np.random.default_rng([seed, 4]), model.config.shape_dim
     boxes, shapes = [], []
     of_clips, *of_photos = data["landmarks"]
@@ -358,11 +355,8 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
     Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that
     predicts it from the code of frame t alone, fitted over many people, cannot use directions in which people differ: it
     is free of identity by construction. From the whole image's code it gives what the canonical encoder must remove, from
-    the mouth-masked image's code the pose path. Reduced-rank ridge regression, seconds on a CPU.
-
-    Where the clips show few people, photos add others: one photo has no mean to deviate from and counts as a face that
-    keeps still.
-    """
+    the mouth-masked image's code the pose path. Where the clips show few people, photos add others, as faces that keep
+    still. Reduced-rank ridge regression, seconds on a CPU."""
     rng = np.random.default_rng(2)
     chosen = rng.permutation(chosen)[:clips]
     print(f"before the first step: motion space in closed form from {len(chosen)} clips" + ", and photos" * bool(photos))
@@ -393,10 +387,10 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
 
 
 def train_lips(model, pack, clips, args, device, most=800, batch=12, span=16):
-    """Sound -> shape of the lips, regressed on the MouthEncoder's readings before any image is made. Sets the limits of
-    the opening. A step of this costs a tenth of one through the generator, which then only refines it.
+    """Sound -> shape of the lips, regressed on the MouthEncoder's readings before any image is made; also the limits of
+    the opening. A step costs a tenth of one through the generator, which then only refines it.
 
-    Steps: LIP_STEPS, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
+    LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
     share their sound windows."""
     steps, K = min(LIP_STEPS, args.steps), model.config.shape_dim
     rng = np.random.default_rng([args.seed, 3])

@@ -13,9 +13,8 @@ Without --data it trains on the toy world, drawn on first use; README has the ti
 stage resumes with --resume, bit for bit on a CPU: item n of the data is a function of the seed and n alone.
 
 What differs from the paper (which prints no weights, rates, batch or window): all numbers are ours. Stage 3 starts from a
-closed-form guess of the motion space (initialise.py). Its steps alternate between a few windows of five frames, which the
-sync expert can judge, and many clips of one frame, which teach people and poses faster. Without the sync loss all steps
-are of the second kind.
+closed-form motion space (initialise.py). Its steps alternate between a few windows of five frames, for the sync expert,
+and many clips of one frame, which teach people and poses faster. Without the sync loss all are of the second kind.
 """
 
 import argparse
@@ -89,7 +88,7 @@ def parse(argv=None):
     add("--hyper", help="HyperStyle's checkpoint; its generator is taken if no other is given")
     add("--expert", help="sync expert of stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or your copy "
         "(.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
-    many = dict(nargs="+", action="extend", default=[])
+    many = dict(nargs="+", action="extend")
     add("--path", type=named(JUDGES, str), metavar="NAME=FILE", help=f"your copies of {', '.join(JUDGES)}", **many)
     add("--w", type=named(WEIGHTS, float), metavar="NAME=VALUE", help="weights of loss terms, defaults in train.py: "
         + ", ".join(WEIGHTS), **many)
@@ -111,8 +110,9 @@ def parse(argv=None):
         p.error("--part is of --stage 2")
     args.part = args.part or ("encoder" if args.stage == 2 else None)
     args.steps = STEPS[args.stage] if args.steps is None else args.steps
-    args.path, args.w = dict(args.path), loss_weights(args, dict(args.w))
-    args.given = {k: v for k, v in given.items() if v is not None} | {f"w {k}": v for k, v in given["w"] or ()}
+    args.path, args.w = dict(args.path or ()), loss_weights(args, dict(args.w or ()))
+    args.given = {k: v if k != "path" else args.path for k, v in given.items() if v is not None}
+    args.given |= {f"w {k}": v for k, v in given["w"] or ()}
     return args
 
 
@@ -545,7 +545,7 @@ def save_examples(path, ema, data, args, n=8):
     if args.stage == 1:
         z = torch.randn(3 * n, ema.generator.dim, generator=torch.Generator().manual_seed(0)).to(device)
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
-        rows = dict(zip(("samples", "samples ", "samples  "), ema.generator(w).unflatten(0, (3, n))))
+        rows, names = ema.generator(w).unflatten(0, (3, n)), "samples"
     else:
         clips = Clips(data["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=data["held_out"])
         items = [clips[i] for i in range(n)]
@@ -554,20 +554,21 @@ def save_examples(path, ema, data, args, n=8):
         source, driving, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "driving", "mel"))
     if args.stage == 2:
         z = ema.invert(source)
-        rows = dict(source=source, inversion=ema.decode(z))
-        if ema.hyper:
-            rows["by the hypernetwork"] = ema.decode(z, ema.weight_changes(source, z))
-        elif ema.mouth:
-            rows["with the left neighbour's mouth"] = ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0)))
+        rows, names = [source, ema.decode(z)], "source, inversion"
+        if ema.mouth and not ema.hyper:
+            rows.append(ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0))))
+            names += ", with the mouth of the column to the left"
+        elif ema.hyper:
+            rows.append(ema.decode(z, ema.weight_changes(source, z)))
+            names += ", refined by the hypernetwork"
     elif args.stage == 3:
         driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # another person's head and sound
-        rows = {"source": source, "driving frame": middle(driving, 1)[:, 0],
-                "source with its motion and sound": ema(source, driving, mel, context=CONTEXT)[0][:, 0]}
+        rows = source, middle(driving, 1)[:, 0], ema(source, driving, mel, context=CONTEXT)[0][:, 0]
+        names = "source, driving frame of another clip, source with its motion and sound"
     if not os.path.exists(path):
-        print(f"{path}: rows are {', '.join(rows)}")
-    grid = torch.cat([torch.cat(list(row), -1) for row in rows.values()], -2)          # (3, rows * H, n * W)
-    image = Image.fromarray(to_uint8(grid.clamp(-1, 1)))
-    scale = max(1, 128 // args.size)
+        print(f"{path}, its rows: {names}")
+    grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2)                   # (3, rows * H, n * W)
+    image, scale = Image.fromarray(to_uint8(grid.clamp(-1, 1))), max(1, 128 // args.size)
     image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)
 

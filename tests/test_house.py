@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 METHOD = set("audio media checkpoint faces stylegan2 vision fusion losses judges data initialise warp motion landmarks "
              "sample train".split())
-SIBLINGS = {"keypoints", "pcavs", "evaluate", "control", "toyfaces", "dub", "prepare"}
+SIBLINGS = {"keypoints", "pcavs", "evaluate", "control", "toyfaces", "prepare"}
 
 
 def imports(tree, everywhere=False):

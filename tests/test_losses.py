@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import faces
 import losses
 
 
@@ -162,3 +163,25 @@ def test_the_controller_moves_p_by_n_of_500k_towards_the_target_and_stays_in_0_1
     augment.p = 0.0
     augment.update(-torch.ones(32, 1))
     assert augment.p == 0
+
+
+def test_a_swapped_mouth_may_change_its_box_and_nothing_else():
+    real = torch.rand(2, 3, 32, 32)
+    rows, cols = faces.box_slices(faces.TEMPLATES["face"].mouth, 32, 32)
+    swapped = real.clone()
+    swapped[..., rows, cols] = 0
+    assert losses.preserve_loss(swapped, real, "face", colours=False).item() == 0
+    assert losses.preserve_loss(swapped, real, "face", colours=True) > 0              # the mouth became grey
+    brighter = losses.preserve_loss(real + 0.25, real, "face", colours=True)          # of the same hue
+    outside = 1 - (rows.stop - rows.start) * (cols.stop - cols.start) / 32 ** 2
+    assert brighter.item() == pytest.approx(0.25 * outside, rel=1e-4)
+
+
+def test_the_mouth_cycle_counts_the_opening_as_much_as_all_other_numbers_in_units_of_their_variance():
+    target = torch.tensor([[1.0, 0, 2], [-1, 0, -2], [0, 0, 0]])                      # variances 1, 0 (taken as .25), 4
+    assert losses.mouth_cycle_loss(target, target).item() == 0
+    for k, expected in ((0, 1 / 2), (1, 4 / 4), (2, 1 / 16)):
+        read = target.clone()
+        read[:, k] += 1
+        assert losses.mouth_cycle_loss(read, target).item() == pytest.approx(expected)
+    assert losses.mouth_cycle_loss(target[:1] + 1, target[:1]).item() == pytest.approx(1)  # a batch of one

@@ -1,5 +1,4 @@
-"""The three stages as stages: they run, resume bit for bit, obey every weight, and refuse what is wrong before anything
-slow."""
+"""The three stages run, resume bit for bit, respond to every loss weight, and refuse bad input before anything slow."""
 
 import argparse
 import functools
@@ -134,16 +133,18 @@ def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack
     here = ["--stage", "1", "--out", str(tmp_path), "--resume"]
     for change in (["--size", "32"], ["--augment", "0.5"], ["--batch", "3", "--lr-gan", "0.1"]):
         assert f"cannot change {change[0]} " in refused(capsys, [*here, *change])
-    train.main([*here, "--steps", "5", "--lr-gan", "0.0005", "--w", "r1=7"])  # neither --size nor --data nor --batch
+    changes = ["--steps", "5", "--lr-gan", "0.0005", "--w", "r1=7", "--path", "vgg19=mine.pth"]
+    train.main([*here, *changes])                                           # neither --size nor --data nor --batch
     line = capsys.readouterr().out.splitlines()[0]
     assert all(f"--{word}" in line for word in ("steps 4 -> 5", "lr-gan 0.004 -> 0.0005", "w r1 1.0 -> 7.0"))
     saved = load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")
     assert saved["step"] == 5 and saved["args"]["batch"] == 6 and saved["args"]["w"]["r1"] == 7
+    assert saved["args"]["path"] == dict(vgg19="mine.pth")
     assert saved["optimisers"]["g"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 4 / 5)
     assert saved["optimisers"]["d"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 16 / 17)
 
 
-def test_a_resumed_run_keeps_its_judge_until_told_otherwise(pack, stages, tmp_path, monkeypatch, quick_starts):
+def test_a_resumed_run_keeps_its_judge_until_a_weight_changes(pack, stages, tmp_path, monkeypatch, quick_starts):
     monkeypatch.setattr(judges, "arcface", lambda device, path, template: freeze(quick_judge()))
     go(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w", "arcface=0.1", steps=1)
     for steps, change, term in ((2, [], "arcface"), (3, ["--w", "arcface=0"], "id"), (4, ["--w", "id=2"], "id")):
@@ -285,7 +286,7 @@ def gradient_of_one_step(args, pack, stages):
     return torch.cat([p.grad.flatten() for p in model.motion.parameters() if p.grad is not None])
 
 
-def test_one_batch_can_be_learned_by_heart(pack, stages):
+def test_one_batch_can_be_overfitted(pack, stages):
     torch.manual_seed(0)
     args = train.parse(options(pack, stages, 3, "--lr", "3e-4", "--lr-gan", "1e-3"))
     model, D, _ = built(args)
@@ -658,7 +659,8 @@ def test_what_the_user_got_wrong_is_one_line_and_status_two(pack, stages, tmp_pa
     assert "stage1.pt" in refused(capsys, options(pack, new, 2))                                     # nothing before it
     assert "no such" in refused(capsys, options(tmp_path / "nowhere", new, 1)).lower()
     assert "--size" in refused(capsys, [*options(pack, new, 1), "--size", "32"])
-    assert "sync" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))     # no expert there
+    line = refused(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))               # no expert there
+    assert f"python syncnet.py train --data {pack}" in line and "--w sync=0 does without" in line
     assert "'stage1'" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage1.pt"), "--w", "sync=0"))
     assert "stage1.pt" in refused(capsys, options(pack, new, 1, "--resume"))                         # nothing to resume
     (new / "stage1.pt").write_bytes((stages / "stage1.pt").read_bytes()[:5000])
