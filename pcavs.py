@@ -14,7 +14,8 @@ What differs from the authors' code:
 - Their frames begin with the third and their sound with the first, so their video leads by 80 ms. Ours is in step.
 - They run V and A_sync once, E and G twice a frame. Ours runs V once a photo, E once a pose frame, A_sync and G once.
 - Noise is drawn once a clip, not anew for every frame. landmarks.py stands in for FAN's landmarks in the alignment.
-- They published no training code. Ours has their losses, but for the adversary, and what makes minutes enough: "ours".
+- They published no training code. Ours has their contrast, cross-modal, classification and VGG losses and no adversary;
+  what is marked "ours" makes minutes enough.
 
 Axes: B clips, K frames of each, N = B K, P pose numbers, S mel steps.
 """
@@ -47,14 +48,14 @@ from checkpoint import (
     open_log, pick_device, read_weights, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
 from data import Pack, batches, split, split_options
 from faces import (
-    TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, middle_square, need_detector, similarity,
-    to_complex, warp_face)
+    TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, middle_square, need_detector, similarity, to_complex,
+    warp_face)
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import perceptual_loss, reconstruction_loss
 from media import (
-    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output,
-    is_grey, load_audio, load_photo, make_folder, probe, read_video, run, to_tensor, to_uint8)
+    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
+    make_folder, probe, read_video, run, to_tensor, to_uint8)
 from motion import there_and_back
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, square_box, without_colour
 from stylegan2 import StyledConv, ToRGB
@@ -510,7 +511,6 @@ def sample(args):
     crop, grey = photo_crop(photo, args, model.config), is_grey(photo)
     pose = clip_crops(args.pose, n, model.config, args.aligned) if args.pose else [crop]
     pose = list(pose) if args.grid else pose
-
     frames = tqdm(render(model, crop, wav, pose, args, device), total=n, unit="frame")
     with VideoWriter(out, size, 3 * size if args.grid else size, wav, args.overwrite, args.speech) as video:
         for k, frame in enumerate(frames):
@@ -699,7 +699,6 @@ def loss_terms(nets, batch, step, args) -> dict:
     pose = model.E.headpose_embed(model.E.to_headpose(head)).float()
     pose_in = teacher_pose if step < TEACHER_SHARE * args.steps else pose
     fake = model.decode(identity, speech, pose_in, "random" if model.config.noise else "off").float()
-
     terms = dict(rec=reconstruction_loss(fake, real, ((template.mouth, 3.0), (template.eyes, 3.0))),  # ours: 3 times
                  contrast=contrastive_loss(mouth, speech) + contrastive_loss(speech, mouth),
                  cross=(mouth.detach() - speech).abs().mean(),
