@@ -339,7 +339,7 @@ def main(argv=None):
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     header(args, model, data, device)
     log, stream = open_log(os.path.join(args.out, f"log_{name}.jsonl"), args), load_batches(args, data, frozen, step0)
-    timer, lazy = StepTimer(device), {}                                                # the last r1 and path
+    timer, shown = StepTimer(device), {}                                               # the last value of each term
     bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=None)
     for step in bar:
         last = step + 1 == args.steps
@@ -381,20 +381,21 @@ def main(argv=None):
         if adversarial and step // (2 if w.get("sync") else 1) % 16 == 0:
             D.requires_grad_(True)
             real = augment(out["real"]).detach().requires_grad_(True)
-            lazy["r1"] = w["r1"] / 2 * losses.r1_penalty(real, D(real))
-            descend(opt_d, dict(r1=16 * lazy["r1"]), step)
+            diagnostics["r1"] = w["r1"] / 2 * losses.r1_penalty(real, D(real))
+            descend(opt_d, dict(r1=16 * diagnostics["r1"]), step)
             D.requires_grad_(False)
         # path length: every 4th step of stage 1, on half a batch
         if w.get("path") and step % 4 == 0:
             small = forward(model, dict(image=out["real"][:max(1, args.batch // 2)]))
-            lazy["path"], mean_path = losses.path_length_penalty(small["fake"], small["w_plus"], mean_path)
-            descend(opt_g, dict(path=4 * w["path"] * lazy["path"]), step)
+            penalty, mean_path = losses.path_length_penalty(small["fake"], small["w_plus"], mean_path)
+            diagnostics["path"] = w["path"] * penalty
+            descend(opt_g, dict(path=4 * diagnostics["path"]), step)
 
         update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
+        shown |= {k: w[k] * v.detach() for k, v in terms.items()} | {k: v.detach() for k, v in diagnostics.items()}
         if step % LOG_EVERY == 0 or last:
-            line = dict(step=step) | {k: float(w[k] * v.detach()) for k, v in terms.items()}
-            line |= {k: float(v.detach()) for k, v in (diagnostics | lazy).items()} | dict(p=augment.p)
+            line = dict(step=step) | {k: float(v) for k, v in shown.items()} | dict(p=augment.p)
             write_log(log, bar, line | timer.pace(args.batch), args.steps)
         if (step + 1) % args.save_every == 0 or last:
             save_examples(os.path.join(args.out, f"{name}.png"), ema, data, args)

@@ -249,7 +249,8 @@ def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
     lines = [json.loads(line) for line in (stages / "log_stage3.jsonl").read_text().splitlines()]
     assert {"revision", "torch", "args"} <= set(lines[0])
     assert {"rec", "feat", "id", "orth", "adv", "d", "real", "fake", "ms", "images_s", "waiting"} <= set(lines[2])
-    assert "sync" in lines[1] and "sync" not in lines[2]                    # even steps are five-frame windows
+    assert "sync" in lines[1] and "adv" not in lines[1]                     # even steps are five-frame windows
+    assert lines[2]["sync"] == lines[1]["sync"]                             # the last value of each term
     model = load_model(str(stages / "weights.pt"))
     frames = torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(7, 1, 80, 16))))
     assert frames.shape == (7, 3, 16, 16) and torch.isfinite(frames).all()
