@@ -75,10 +75,11 @@ def gap(q: np.ndarray) -> np.ndarray:
 class Take:
     """Consecutive frames of one face: its place in each, its own mouth, and its mouth as it would be shut.
 
-    points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2) of fusion.DirectMotion."""
+    first: number of its first frame; points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2) of
+    fusion.DirectMotion; fades: whether frames that pass through lie before it, and after it, in the same scene."""
 
-    def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray):
-        self.first, self.moves, self.T = first, moves, len(points)
+    def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray, fades=(False, False)):
+        self.first, self.moves, self.T, self.fades = int(first), moves, len(points), fades
         self.points = points = steady(points.astype(np.float64))
         scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))
         planes, depths = steady(scale[:, None, None] * R[:, :2, :2]), steady(scale[:, None] * R[:, :2, 2])
@@ -345,11 +346,8 @@ def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[i
     parts = [part for part in np.split(np.arange(len(points)), change) if usable[part[0]] and len(part) >= SHORTEST]
     if not parts:
         raise InputError(f"{path}: no face that can be tracked (turned beyond {TURNED[0]:.0f} degrees, hidden, or none)")
-    takes = [Take(part[0], points[part], mean, moves) for part in parts]
-    for take in takes:  # beside frames that pass through in the same scene the take fades
-        ends = take.first - 1, take.first + take.T
-        take.fades = [0 <= end < len(scene) and scene[end] == scene[take.first] for end in ends]
-    return len(points), takes
+    beside = [[0 <= k < len(scene) and scene[k] == scene[part[0]] for k in (part[0] - 1, part[-1] + 1)] for part in parts]
+    return len(points), [Take(part[0], points[part], mean, moves, fades) for part, fades in zip(parts, beside)]
 
 
 def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:

@@ -679,6 +679,13 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_file(scratch, monkeyp
     assert leftovers(scratch) == ["out/a.mp4"] and (scratch / "out/a.mp4").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("suffix", media.VIDEO_SUFFIXES)
+def test_a_written_video_says_that_it_was_generated(scratch, suffix):
+    path = scratch / f"out/marked{suffix}"
+    write(path, drawn_frames(2, 32, 32))
+    assert media.MARK in media.describe(path)
+
+
 def test_a_writer_without_frames_is_an_error(scratch):
     with pytest.raises(InputError), VideoWriter(scratch / "out/a.mp4", 32, 32):
         pass
