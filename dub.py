@@ -246,7 +246,7 @@ class Dub:
         corners = np.stack(np.meshgrid(*zip(top, low)), -1).reshape(-1, 2)
         skin_nodes = Nodes(box_in(frame, place.pixels(corners)), SKIN_NODE * place.scale)
         lips = (g[48:60].max(0) + g[48:60].min(0)) / 2, np.ptp(g[48:60], axis=0) / 2 + 0.03  # an ellipse: middle, radii
-        corners = lips[0] + RIM[1] * lips[1] * np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])
+        corners = (lips[0] + RIM[1] * lips[1] * np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])).clip(top, low)
         lip_nodes = Nodes(box_in(frame, place.pixels(corners)), LIP_NODE * place.scale)
 
         # fields from the wanted points back to those of this frame and of the keys, for what hangs on either lip
