@@ -2,7 +2,7 @@
 
     python docs/experiments.py out/toy32          # after the documented run; a quarter of an hour on two cores
 
-Each trains 300 steps from the same stage 2 and is measured by the control table on 16 people. The faces of its row in
+Each trains 150 steps from the same stage 2 and is measured by the control table on 12 people. The faces of its row in
 docs/experiments.png have the head pose and the sound of somebody else. Numbers go to docs/experiments.json.
 """
 
@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import evaluate  # noqa: E402
+import control  # noqa: E402
 import fusion  # noqa: E402
 import train  # noqa: E402
 
-STEPS, PEOPLE = "300", "16"
+STEPS, PEOPLE = "150", 12
 
 
 def without_maps(forward):
@@ -57,9 +57,9 @@ def run(name: str, run32: Path) -> tuple[dict, np.ndarray]:
         for where, what in replaced.items():
             stack.enter_context(patch(where, what))
         train.main(["--stage", "3", "--steps", STEPS, "--out", str(out), "--overwrite", *options])
-        evaluate.main(["toy", str(out / "weights.pt"), "--people", PEOPLE, "--json", str(out / "table.json")])
-    table = json.loads((out / "table.json").read_text())
-    return table[str(out / "weights.pt")], np.array(Image.open(out / "stage3.png").convert("RGB"))
+        animate = control.animator(fusion.load_model(out / "weights.pt"), "cpu")
+        table = control.control_table(animate, control.toy_test(32, PEOPLE, str(run32.parent / "evaluate"), "cpu"))
+    return table, np.array(Image.open(out / "stage3.png").convert("RGB"))
 
 
 def main(run32: Path):
