@@ -390,14 +390,17 @@ def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
         return found
 
     def landmarks(device, *_):
-        whole = args.landmarks.startswith("mediapipe:") and not face_detectors()  # it can search in all of the frame
-        return stack.enter_context(landmark_detector(args.landmarks, None if whole else "face", device))
+        mediapipe = args.landmarks.startswith("mediapipe:")                   # it can search in all of the frame
+        whole = mediapipe and not face_detectors()
+        found = stack.enter_context(landmark_detector(args.landmarks, None if whole else "face", device))
+        if not mediapipe:
+            need_detector()
+        return found
 
     fan = args.landmarks == "fan"
     found = SimpleNamespace(device=device, skip=missing.copy())
     found.sync = network(SYNC, expert, named=args.expert, detector=False)
-    found.landmarks = network(LANDMARKS, landmarks, *["fan"] * fan, named=not fan,
-                              detector=not args.landmarks.startswith("mediapipe:"))
+    found.landmarks = network(LANDMARKS, landmarks, *["fan"] * fan, named=not fan, detector=False)
     found.lpips = network(("LPIPS",), published.lpips, "vgg16", "lpips_heads", detector=False)
     found.arcface = network(("CSIM",), published.arcface, "arcface")
     found.syncnet = network(LSE, published.syncnet_v2, "syncnet_v2")

@@ -314,6 +314,7 @@ def test_real_clips_are_packed_with_the_real_detector(tmp_path, monkeypatch):
     if not clips or not (shared / "weights" / "torch_home").is_dir():
         pytest.skip("../shared has no clips or no detector's weights here")
     monkeypatch.setenv("TORCH_HOME", str(shared / "weights" / "torch_home"))
+    monkeypatch.setattr(faces, "face_detectors", faces.face_detectors.__wrapped__)  # other tests have cached none
     (tmp_path / "videos").mkdir()
     shutil.copy(clips[0], tmp_path / "videos")
     prepare.prepare(tmp_path / "videos", tmp_path / "out", 64)
