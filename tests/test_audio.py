@@ -1,6 +1,5 @@
 """Sound: against librosa, SciPy and naive loops; where a click lands; every format and every refusal."""
 
-import subprocess
 
 import librosa
 import numpy as np
@@ -11,23 +10,8 @@ import scipy.signal
 import torch
 
 import audio
-import media
 from audio import AudioEncoder, log_mel, mel_windows, mfcc, n_frames, sound_windows
-
-RATE = 16000
-
-
-def noise(n, seed=0):
-    return np.random.default_rng(seed).uniform(-0.5, 0.5, n).astype(np.float32)
-
-
-def tone(hz, n, rate=RATE):
-    return (0.5 * np.sin(2 * np.pi * hz * np.arange(n) / rate)).astype(np.float32)
-
-
-def ffmpeg(*args):
-    command = [media.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
-    subprocess.run(command, check=True)
+from test_media import RATE, noise, tone
 
 
 # ------------------------------------------------------------------------------------------------------------

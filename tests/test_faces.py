@@ -15,21 +15,9 @@ import torch
 import faces
 from faces import Template, interpolate_gaps, mask_mouth, parse_box, similarity, smooth
 from media import InputError, load_photo, read_video
+from test_media import picture
 
 SHARED = Path(__file__).parents[2] / "shared"
-
-
-def picture(height=20, width=30):
-    """Four patches of colour, none like another, so that any turn or mix-up of channels shows."""
-    image = np.zeros((height, width, 3), np.uint8)
-    h, w = height // 2, width // 2
-    image[:h, :w], image[:h, w:], image[h:, :w], image[h:, w:] = (
-        (220, 30, 40),
-        (20, 200, 60),
-        (30, 50, 210),
-        (240, 230, 90),
-    )
-    return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
