@@ -107,6 +107,12 @@ def test_lips_come_from_the_take_itself(clip, net, moves):
         assert len(near) == 1 or near[0][0] < t < near[1][0]
 
 
+def test_without_an_opening_the_wanted_lips_meet_in_every_frame(clip, net, moves):
+    take = dub.find_takes(clip, net, moves, T)[1][0]
+    gaps = [dub.gap(take.target(t, 0.0, np.zeros(len(moves) - 1))) for t in range(T)]
+    assert np.abs(gaps).max() < 0.02 < 0.08 < take.own.max()
+
+
 def test_wanted_lips_never_cross(clip, net, moves):
     take = dub.find_takes(clip, net, moves, T)[1][0]
     rng = np.random.default_rng(0)
