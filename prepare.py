@@ -47,15 +47,17 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
                   ".heic", ".heif")  # the last two so that the manifest says what is wrong with them
 
 
-def prepare_video(path: Path, size: int, template: str, expert: Path | None = None, isolate: bool = False):
+def prepare_video(path: Path, size: int, template: str, expert: Path | None = None, isolate: bool = False,
+                  lag: int = 0):
     """One video, decoded once -> (segment, JPEGs, int16 samples) in order. segment is a dict for the manifest: begin and
-    number of frames, outcome, reason; a skipped one has no JPEGs.
+    number of frames, outcome, reason; a skipped one has no JPEGs. lag: by how many frames its sound is late.
 
     Raises InputError: not a video, no sound, damaged. Sound is read first, so most such files leave nothing in the pack;
     a video whose pictures break off leaves what came before.
     """
     info, wav = probe(path), load_audio(path)
     wav = set_level(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
+    wav = cut_sound(wav, lag, lag + n_frames(len(wav))) if lag else wav
     height = min(info.height, HIGHEST)
     total = n_frames(len(wav))
     length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
@@ -141,6 +143,7 @@ class Job:
     spool: Path  # the job's output: of each clip all JPEGs, then its samples
     expert: Path | None = None
     isolate: bool = False
+    lag: int = 0
     first: int = 0
 
     def inputs(self):
@@ -148,7 +151,7 @@ class Job:
         parts = Path(self.name).parts
         identity = parts[0] if len(parts) > 1 else Path(self.name).stem  # the folder, or the file by itself
         if self.kind == "video":
-            found = prepare_video(self.path, self.size, self.template, self.expert, self.isolate)
+            found = prepare_video(self.path, self.size, self.template, self.expert, self.isolate, self.lag)
             yield self.name, identity, str(self.path), found
         elif self.kind == "photo":
             yield self.name, identity, str(self.path), prepare_photo(self.path, "", self.size, self.template)
@@ -161,7 +164,7 @@ class Job:
 
 
 def list_jobs(folder: Path, out: Path, spools: Path, done: list[str], **options) -> list[Job]:
-    """The jobs in the order of the files' names, without the files in `done`. options: size, template, expert, isolate.
+    """The jobs in the order of the files' names, without the files in `done`. options: Job's fields.
 
     A folder in which more than half of the files are named as pictures holds photos; an .npz is an archive of them.
     """
@@ -254,14 +257,14 @@ def write_job(job: Job, lines: list[dict], pack: PackWriter, log, person: str | 
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
-            expert: Path | None = None, isolate: bool = False, template: str = "face") -> list[dict]:
+            expert: Path | None = None, isolate: bool = False, template: str = "face", lag: int = 0) -> list[dict]:
     """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`. Returns the lines of
     out/manifest.jsonl, one a file. The pack does not depend on the number of workers. A killed run continues after the
     last file in the manifest.
 
     person: the identity of all files; None: each folder in `folder` is one. expert: file of a sync expert that corrects
     offsets and drops clips that fit at no offset. isolate: keep only the speech of the sound. template: see
-    faces.TEMPLATES.
+    faces.TEMPLATES. lag: by how many frames the sound of all files is late.
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     need_detector()
@@ -275,7 +278,7 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
             done = [outcome["path"] for outcome in outcomes]
-            options = dict(size=size, template=template, expert=expert, isolate=isolate)
+            options = dict(size=size, template=template, expert=expert, isolate=isolate, lag=lag)
             jobs = list_jobs(folder, out, Path(spools), done, **options)
             for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
                 write_job(job, found, pack, log, person)
@@ -321,9 +324,10 @@ def main():
     p.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
     p.add_argument("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects "
                    "each clip's offset, drops clips that fit at none")
+    p.add_argument("--lag", type=int, default=0, help="frames (25 a second) by which the sound of this source is late")
     p.add_argument("--isolate-voice", action="store_true", help="take music and noise that repeat down (librosa's vocal "
                    "separation; 0.2 s a second of sound)")
-    args = p.parse_args(workers=(1, 256))
+    args = p.parse_args(workers=(1, 256), lag=(-25, 25))
     if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
         raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
     if args.check_sync:
@@ -331,7 +335,7 @@ def main():
     start, person = time.time(), args.videos.absolute().name if args.one_person else None
     try:
         outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync, args.isolate_voice,
-                           args.template)
+                           args.template, args.lag)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
     except OSError as error:  # of the output; an input that cannot be read is a line of the manifest

@@ -106,6 +106,16 @@ def test_a_bug_in_one_file_is_a_line_of_the_manifest_and_the_others_are_packed(v
     assert manifest(tmp_path / "out")["bob.mkv"]["reason"].startswith("ZeroDivisionError")
 
 
+def test_a_lag_moves_the_sound_against_the_frames(videos, tmp_path):
+    for lag in (0, 2, -3):
+        prepare.prepare(videos, tmp_path / str(lag), 32, lag=lag)
+    (asis, late, early), step = (Pack(tmp_path / str(lag)).sound(0) for lag in (0, 2, -3)), 16000 // 25
+    assert len(late) == len(early) == len(asis)
+    np.testing.assert_array_equal(late[: -2 * step], asis[2 * step :])
+    np.testing.assert_array_equal(early[3 * step :], asis[: -3 * step])
+    assert not late[-2 * step :].any() and not early[: 3 * step].any() and asis.any()
+
+
 def test_isolate_packs_the_voice_alone(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "isolate_voice", lambda wav: 0.25 * wav)
     for isolate in (False, True):
