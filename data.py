@@ -9,6 +9,7 @@ million clips open in a moment.
 losses need it.
 """
 
+import bisect
 import hashlib
 import io
 import itertools
@@ -55,13 +56,15 @@ class PackWriter:
     """Writes a pack clip by clip. meta.json is written last and makes the directory a pack.
 
     size: edge of the frames in pixels. template: name of the crop in faces.TEMPLATES. keep: continue an unfinished pack
-    behind its first `keep` clips. Until the pack is finished, journal.jsonl has a line for each clip, written after it.
+    behind its first `keep` clips. shard_of: the folder of which this pack has a part (see Packs). Until the pack is
+    finished, journal.jsonl has a line for each clip, written after it.
     Raises InputError: the folder holds a pack, cannot be written, is in use, or was begun with another size.
     """
 
-    def __init__(self, folder: str | Path, size: int, template: str, keep: int = 0):
+    def __init__(self, folder: str | Path, size: int, template: str, keep: int = 0, shard_of: str | None = None):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
         self.folder, self.size, self.template = Path(folder).absolute(), size, template
+        self.more = dict(shard_of=str(shard_of)) if shard_of else {}
         self.index = {name: [] for name in ("n_frames", "n_samples", "identity", "box", "fps")}
         self.jpeg_start = array("q", [0])  # not a list: 75 million numbers are 600 MB, not 3 GB
         self.identities, self.sources, self.n_sound = {}, [], 0
@@ -141,7 +144,7 @@ class PackWriter:
         columns["source_start"] = np.cumsum([0, *map(len, names)])
         for name, kind in INDEX.items():
             np.save(self.folder / f"{name}.npy", np.asarray(columns[name], kind))
-        meta = dict(format=FORMAT, size=self.size, template=self.template, identities=list(self.identities))
+        meta = dict(format=FORMAT, size=self.size, template=self.template, identities=list(self.identities)) | self.more
         draft = self.folder / ".meta.json"
         draft.write_text(json.dumps(meta))
         self.release()
@@ -169,7 +172,7 @@ class Pack:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).absolute()
+        self.folder, self.packs = Path(folder).absolute(), [self]
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such directory, expected a pack written by prepare.py")
         if not (self.folder / "meta.json").is_file():
@@ -177,6 +180,7 @@ class Pack:
         try:
             meta = json.loads((self.folder / "meta.json").read_text())
             self.size, self.template, self.identities = meta["size"], meta["template"], meta["identities"]
+            self.source_folder = meta.get("shard_of", str(self.folder))  # shards of one folder share its people
             for name in INDEX:  # np.asarray: np.memmap's own indexing is slow
                 setattr(self, name, np.asarray(np.load(self.folder / f"{name}.npy", "r", allow_pickle=False)))
             self.jpegs, self.samples = self.map("frames.bin", "u1"), self.map("sound.bin", "<i2")
@@ -199,6 +203,10 @@ class Pack:
 
     def __reduce__(self):  # a worker process gets the path and maps the files itself
         return Pack, (self.folder,)
+
+    def find(self, c: int) -> tuple[int, int]:
+        """Clip c -> number of its pack in .packs, its number there"""
+        return 0, c
 
     def frame(self, c: int, k: int) -> np.ndarray:
         """Frame k of clip c, uint8 (H, W, 3)"""
@@ -234,6 +242,58 @@ class Pack:
         return name.decode("utf-8", "surrogateescape")
 
 
+class Packs(Pack):
+    """Several packs, read as one: clips, frames and people are numbered on from pack to pack.
+
+    People of different packs are different, also if their names are equal; those of shards of one folder are not.
+    .packs: the packs; .box, .fps and the index of JPEGs are theirs alone. Raises InputError: packs of different sizes or
+    templates; a pack named twice.
+    """
+
+    def __init__(self, folders):
+        self.packs = packs = [Pack(folder) for folder in folders]
+        for pack in packs[1:]:
+            if (pack.size, pack.template) != (packs[0].size, packs[0].template):
+                raise InputError(f"{pack.folder}: {pack.size} px, template {pack.template}; {packs[0].folder} has "
+                                 f"{packs[0].size} px, template {packs[0].template}")
+        if len({pack.folder for pack in packs}) < len(packs):
+            raise InputError(f"{' '.join(map(str, folders))}: a pack is named twice")
+        self.size, self.template, self.folder = packs[0].size, packs[0].template, " ".join(map(str, folders))
+        people = {}  # (folder, name) -> number
+        number = [[people.setdefault((pack.source_folder, name), len(people)) for name in pack.identities]
+                  for pack in packs]
+        self.identities = [name for _, name in people]
+        self.identity = np.concatenate([np.array(n, np.int32)[pack.identity] for n, pack in zip(number, packs)])
+        self.n_frames = np.concatenate([pack.n_frames for pack in packs])
+        self.frame_start = np.append(0, np.cumsum(self.n_frames, dtype=np.int64))
+        self.first = np.cumsum([0, *map(len, packs)]).tolist()  # number of each pack's first clip
+
+    def __reduce__(self):
+        return Packs, ([pack.folder for pack in self.packs],)
+
+    def find(self, c: int) -> tuple[int, int]:
+        i = bisect.bisect(self.first, c) - 1
+        return i, c - self.first[i]
+
+    def frame(self, c: int, k: int) -> np.ndarray:
+        i, c = self.find(c)
+        return self.packs[i].frame(c, k)
+
+    def sound(self, c: int) -> np.ndarray:
+        i, c = self.find(c)
+        return self.packs[i].sound(c)
+
+    def source(self, c: int) -> str:
+        i, c = self.find(c)
+        return self.packs[i].source(c)
+
+
+def open_packs(folders) -> Pack:
+    """--data: a folder, or a list of one or more -> a Pack. Raises InputError: see Pack and Packs."""
+    folders = [folders] if isinstance(folders, str | Path) else folders
+    return Pack(folders[0]) if len(folders) == 1 else Packs(folders)
+
+
 def cut_sound(wav: np.ndarray, begin: int, end: int) -> np.ndarray:
     """The samples of frames begin .. end-1, silence outside the sound."""
     begin, end = begin * SAMPLES_PER_FRAME, end * SAMPLES_PER_FRAME
@@ -246,10 +306,12 @@ def cut_sound(wav: np.ndarray, begin: int, end: int) -> np.ndarray:
 
 USES = dict(train="train on", valid="validate on", test="test on")
 MIN_PEOPLE = 10  # ours: in packs of fewer people single clips are held out, not people
+MOST_DRAWN = 2**24  # numbers of drawn_clips: 128 MB
 
 
 def split_options(p: Parser):
-    """The options that `split` reads"""
+    """The options that `split` and `drawn_clips` read"""
+    p.add_argument("--by-person", action="store_true", help="train on every person as often, not on every clip of --data")
     for part, use in USES.items():
         text = f"list of clips or people of --data to {use}, one name a line; default: every tenth is held out"
         p.add_argument(f"--{part}", metavar="FILE", help=text)
@@ -286,6 +348,20 @@ def split(pack: Pack, args=None) -> dict:
         if not len(parts[part]):
             raise InputError(f"{pack.folder}: {len(pack)} clips leave none to {USES[part]}")
     return {part: parts[part] for part in USES}
+
+
+def drawn_clips(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
+    """Clips to train on -> numbers of which each is to be drawn alike. With --by-person clips of the people who have few
+    are repeated, person by person in turn (of people who have very many, the last are left out)."""
+    if not getattr(args, "by_person", False):
+        return clips
+    if not args.data:
+        raise InputError("--by-person chooses clips of --data, which is not given")
+    identity = pack.identity[clips]
+    people, count = np.unique(identity, return_counts=True)
+    own = np.split(clips[np.argsort(identity, kind="stable")], np.cumsum(count)[:-1])  # the clips of each person
+    rows = min(count.max(), -(-MOST_DRAWN // len(people)))
+    return np.stack([np.resize(c, rows) for c in own], 1).ravel()  # (rows * people,)
 
 
 def holdout_unit(pack: Pack) -> np.ndarray:

@@ -574,24 +574,36 @@ def landmarks_header(pack, detector: str) -> dict:
 
 
 class Landmarks:
-    """Landmarks of a pack: points (frames, 68, 2) as a memory map, `kept`: the clips that have some. Of an unfinished run
-    those that it finished, with a line on stderr. Raises InputError: missing, of another pack, not one clip."""
+    """Landmarks of a pack, or of several read as one, each in landmarks/ beside its pack. kept: the clips that have some.
+    Of an unfinished run those that it finished, with a line on stderr. Raises InputError: missing, of another pack, not
+    one clip."""
 
-    def __init__(self, folder: Path, pack):
-        try:
-            lines = [json.loads(line) for line in whole_lines(folder / "clips.jsonl")]
-            done = int(pack.frame_start[min(len(lines), len(pack) + 1) - 1]) if lines else 0
-            self.points = np.memmap(folder / "points.bin", "<f4", "r", shape=(done, K, 2)) if done else None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: no landmarks ({error}): python keypoints.py extract {pack.folder}") from None
-        if not lines or lines[0] != landmarks_header(pack, lines[0].get("detector")):
-            raise InputError(f"{folder}: landmarks of another pack than {pack.folder}")
-        if len(lines) < len(pack) + 1:
-            print(f"{folder}: unfinished, {len(lines) - 1} of {len(pack)} clips so far", file=sys.stderr)
-        self.detector = lines[0]["detector"]
-        self.kept = np.array([i for i, line in enumerate(lines[1:]) if "reason" not in line], int)
+    def __init__(self, pack):
+        self.pack, self.points, kept, before = pack, [], [], 0
+        for part in pack.packs:
+            folder = part.folder / "landmarks"
+            try:
+                lines = [json.loads(line) for line in whole_lines(folder / "clips.jsonl")]
+                done = int(part.frame_start[min(len(lines), len(part) + 1) - 1]) if lines else 0
+                self.points.append(np.memmap(folder / "points.bin", "<f4", "r", shape=(done, K, 2)) if done else None)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{folder}: no landmarks ({error}): python keypoints.py extract {part.folder}") from None
+            if not lines or lines[0] != landmarks_header(part, lines[0].get("detector")):
+                raise InputError(f"{folder}: landmarks of another pack than {part.folder}")
+            if len(lines) < len(part) + 1:
+                print(f"{folder}: unfinished, {len(lines) - 1} of {len(part)} clips so far", file=sys.stderr)
+            self.detector = lines[0]["detector"]
+            kept += [before + i for i, line in enumerate(lines[1:]) if "reason" not in line]
+            before += len(part)
+        self.kept = np.array(kept, int)
         if not len(self.kept):
             raise InputError(f"{folder}: not one clip has landmarks, clips.jsonl says why")
+
+    def clip(self, c: int) -> np.ndarray:
+        """float32 (T, 68, 2) in pixels of the crop; NaN where the clip was dropped"""
+        i, c = self.pack.find(c)
+        first, end = self.pack.packs[i].frame_start[c : c + 2]
+        return np.array(self.points[i][first:end])
 
 
 def whole_lines(path: Path) -> list[bytes]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import judges
 from checkpoint import fetch, freeze, load_checkpoint
-from data import Clips, Pack, batches
+from data import Clips, batches, open_packs
 from faces import mask_mouth
 from fusion import CONTEXT, FCTFG, Config, mean_w, published
 from landmarks import load_landmarks
@@ -128,7 +128,7 @@ def load_judges(args, device) -> dict:
                   vgg=lambda: judges.vgg19(device, own.get("vgg19")),
                   lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
                   arcface=lambda: judges.arcface(
-                      device, own.get("arcface"), Pack(args.data).template if args.data else "toy"))
+                      device, own.get("arcface"), open_packs(args.data).template if args.data else "toy"))
     frozen, path = {}, os.path.join(args.out, "sync.pt")
     if args.stage < 3 and args.data and args.size < PAPERS_JUDGES and not (args.expert or os.path.exists(path)):
         print(f"{no_expert(args, path)}, --w sync=0 does without")
@@ -155,7 +155,8 @@ def sync_expert(args, device):
 
 
 def no_expert(args, path) -> str:
-    train = f"python syncnet.py train{f' --data {args.data} --size {args.size}' if args.data else ''} --out {path}"
+    data = f" --data {' '.join(args.data)} --size {args.size}" if args.data else ""
+    train = f"python syncnet.py train{data} --out {path}"
     return f"{path}: no sync expert for stage 3; {train} trains one, --expert FILE names one"
 
 
@@ -275,9 +276,9 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
 
     def collect(pack, landmarks, c, ks):
         boxes.append(model.mouth.mouth_crop(to_tensor(pack.frames(c, ks)), margin=0.125).to(torch.float16))
-        shapes.append(mouth_shape(np.asarray(landmarks.points[pack.frame_start[c] + ks]) / pack.size))
+        shapes.append(mouth_shape(landmarks.clip(c)[ks] / pack.size))
 
-    for c in rng.permutation(np.intersect1d(data["clips"], of_clips.kept))[:clips]:
+    for c in rng.permutation(data["clips"][np.isin(data["clips"], of_clips.kept)])[:clips]:
         collect(data["pack"], of_clips, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
     shape, n_clips = np.concatenate(shapes), sum(map(len, shapes))                     # (n, 42)
     deviation = np.concatenate([s - s.mean(0) for s in shapes])                        # of one person, within a clip
@@ -433,11 +434,11 @@ def fit_warp(model, data, clips=200):
     pack, landmarks = data["pack"], data["landmarks"][0]
     motion, mean = model.motion, load_landmarks().solid.double().numpy()
     moving, predicted, real = [], [], []
-    chosen = np.intersect1d(data["clips"], landmarks.kept)[:clips]
+    chosen = data["clips"][np.isin(data["clips"], landmarks.kept)][:clips]
     print(f"after the last step: landmarks' motion with the lips, least squares over {len(chosen)} clips")
     for c in tqdm(chosen, "landmarks", leave=False, disable=None):
         frames = range(int(pack.n_frames[c]))
-        points = np.asarray(landmarks.points[pack.frame_start[c]:pack.frame_start[c + 1]], np.float64)  # (T, 68, 2)
+        points = landmarks.clip(c).astype(np.float64)                                  # (T, 68, 2)
         with torch.no_grad():
             images = to_tensor(pack.frames(c, frames)).to(motion.moves.device)
             shape = torch.cat([model.mouth(x) for x in images.split(64)])[:, :model.config.shape_dim]

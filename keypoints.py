@@ -37,7 +37,8 @@ from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, load_checkpoint, load_strictly, open_log, pick_device,
     refusing, restore_optimiser, save_checkpoint, write_log)
 from control import correlation
-from data import USES, Pack, batches, clips_used, find_clips, fingerprints, split, split_options
+from data import (
+    USES, Pack, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options)
 from faces import EYES, K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, smooth
 from media import FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run
 from syncnet import load_sync
@@ -88,7 +89,7 @@ def extract(args):
                     log.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    print(f"{folder}: {len(Landmarks(folder, pack).kept)} of {len(pack)} clips have landmarks ({spec})")
+    print(f"{folder}: {len(Landmarks(pack).kept)} of {len(pack)} clips have landmarks ({spec})")
 
 
 def compare(args):
@@ -203,21 +204,18 @@ class ToySource:
 
 
 class PackSource:
-    """The clips of a pack that have landmarks. words: folder of GRID's .align files, one for each video of the pack"""
+    """The clips of packs that have landmarks. words: folder of GRID's .align files, one for each video of the pack"""
 
-    def __init__(self, folder, words=None):
-        self.pack, self.words = Pack(folder), words
-        self.landmarks = Landmarks(self.pack.folder / "landmarks", self.pack)
-
-    def points(self, c):
-        return np.array(self.landmarks.points[self.pack.frame_start[c] : self.pack.frame_start[c + 1]])
+    def __init__(self, folders, words=None):
+        self.pack, self.words = open_packs(folders), words
+        self.landmarks = Landmarks(self.pack)
 
     def clip(self, c):
-        return self.pack.sound(c), normalise(self.points(c))
+        return self.pack.sound(c), normalise(self.landmarks.clip(c))
 
     def view(self, c):
         frames = self.pack.frames(c, range(self.pack.n_frames[c]))
-        return Path(self.pack.source(c)).name, frames, self.points(c)
+        return Path(self.pack.source(c)).name, frames, self.landmarks.clip(c)
 
     def alignment(self, c) -> list[tuple]:
         """The words of WORDS/video.align: lines "start end word" in 1/25000 s"""
@@ -249,7 +247,7 @@ def open_source(args, checkpoints=None):
     parts = {part: np.intersect1d(clips, source.landmarks.kept) for part, clips in parts.items()}
     for part in ("test",) if checkpoints else ("train", "valid"):
         if not len(parts[part]):
-            raise InputError(f"{args.data}: no clip with landmarks is left to {USES[part]}")
+            raise InputError(f"{source.pack.folder}: no clip with landmarks is left to {USES[part]}")
     return source, parts
 
 
@@ -518,7 +516,8 @@ def train(args):
     print(f"{model.kind} on {device}: {len(parts['train'])} clips to train on, {len(parts['valid'])} to validate, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; MSE of the mean mouth {still:.3g}")
 
-    dataset = KeypointDataset(source, parts["train"], mouth, model.kind, FRAMES[model.kind], args.seed)
+    clips = drawn_clips(getattr(source, "pack", None), parts["train"], args)
+    dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed)
     data, timer = batches(dataset, args.batch, start), StepTimer(device)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=model.kind, disable=None)
     log = open_log(out.with_name(f"log_{out.stem}.jsonl"), args)
@@ -629,7 +628,8 @@ def evaluate(args):
     for name, (model, own) in tqdm(nets.items(), "networks", disable=None, leave=False):
         rows[name] = validate(model, own, source, test, device, profile)
     columns = dict(mse=".2f", moving=".2f", r=".3f", residual=".3f", lag="+.0f", std_ratio=".2f", silence=".1f")
-    print(f"{args.data or 'toy world'}: {len(test)} test clips; mse in (% of the eye distance)^2 a coordinate; moving: "
+    name = source.pack.folder if args.data else "toy world"
+    print(f"{name}: {len(test)} test clips; mse in (% of the eye distance)^2 a coordinate; moving: "
           f"without each clip's mean mouth; silence: opening in %, in clips {100 * profile.mean():.1f} on average\n")
     print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, row in rows.items():
@@ -776,7 +776,7 @@ def sample(args):
 SHARED = {  # by several commands
     "pack": dict(metavar="PACK", help="of prepare.py"),
     "weights": dict(help="of train"),
-    "--data": dict(metavar="PACK", help="of prepare.py, with landmarks (see extract); default: the toy world"),
+    "--data": dict(nargs="+", metavar="PACK", help="of prepare.py, with landmarks (see extract); default: the toy world"),
     "--words": dict(metavar="DIR", help=".align files of --data, the times of its words; the toy world has its own"),
     "--device": dict(default="auto", help="cpu, cuda, mps; auto: the fastest that is there"),
     "--overwrite": dict(action="store_true", help="replace what is there")}

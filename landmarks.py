@@ -281,12 +281,12 @@ def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) 
     if len({pack.size for pack in packs}) > 1:
         raise InputError("packs of several sizes: " + ", ".join(f"{pack.folder} {pack.size}" for pack in packs))
     images, points = [], []
-    for pack, found in [(pack, Landmarks(pack.folder / "landmarks", pack)) for pack in packs]:
+    for pack, found in [(pack, Landmarks(pack)) for pack in packs]:
         clips, shift = np.intersect1d(split(pack)["train"], found.kept), DLIB_LOW * (found.detector == "dlib")
         for c in tqdm(rng.permutation(clips)[:most], desc=pack.folder.name, leave=False, disable=None):
             for k in rng.permutation(pack.n_frames[c])[: -(-most // len(clips))]:
                 images.append((torch.from_numpy(pack.frame(c, k)).float() @ GREY).round().byte())
-                points.append(to_complex(found.points[pack.frame_start[c] + k] / pack.size) - 1j * shift)
+                points.append(to_complex(found.clip(c)[k] / pack.size) - 1j * shift)
     if not images:
         raise InputError("no clip for training has landmarks: " + ", ".join(str(folder) for folder in folders))
     return torch.stack(images)[:, None], np.stack(points)

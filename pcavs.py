@@ -46,7 +46,7 @@ from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_frozen, load_strictly,
     open_log, pick_device, read_weights, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
-from data import Pack, batches, split, split_options
+from data import Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import (
     TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, middle_square, need_detector, similarity, to_complex,
     warp_face)
@@ -725,9 +725,9 @@ def train(args):
     device = pick_device(args.device)
     path = claim_output(Path(args.out) / "pcavs.pt", args)
     saved = load_checkpoint(path, "pcavs-train", map_location=device) if args.resume else None
-    pack = Pack(args.data) if args.data else toy_pack(path.parent, args.size, args.people, 3.0)
+    pack = open_packs(args.data) if args.data else toy_pack(path.parent, args.size, args.people, 3.0)
     if pack.size != args.size:
-        raise InputError(f"{args.data}: images of {pack.size} px, --size is {args.size}")
+        raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
     torch.manual_seed(args.seed)
     nets, opt = build(args, pack, device)
@@ -743,7 +743,8 @@ def train(args):
         fit_pose_teacher(nets["teacher"], pack, parts["train"])
     if args.w_vgg:
         nets["vgg"] = judges.vgg19(device)
-    stream = batches(ClipFrames(pack, FRAMES, args.seed, parts["train"]), args.batch // FRAMES, start, args.workers)
+    clips = ClipFrames(pack, FRAMES, args.seed, drawn_clips(pack, parts["train"], args))
+    stream = batches(clips, args.batch // FRAMES, start, args.workers)
     print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     weight = WEIGHTS | dict(vgg=args.w_vgg)
@@ -818,7 +819,7 @@ def parse(argv=None):
 
     p = learn = commands.add_parser("train", help="train the four networks together", **options)
     p.add_argument("--out", default="out/pcavs32", help="folder of checkpoint, log and images")
-    p.add_argument("--data", help="pack of prepare.py; default: the toy world, drawn into --out")
+    p.add_argument("--data", nargs="+", help="packs of prepare.py; default: the toy world, drawn into --out")
     split_options(p)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the images: the dial")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")

@@ -40,7 +40,7 @@ from audio import AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_strictly, open_log,
     pick_device, refusing, save_checkpoint, write_log)
-from data import Pack, batches, clips_used, find_clips, split, split_options
+from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
 from media import (
@@ -385,7 +385,8 @@ def train(args):
           f"{sum(p.numel() for p in expert.parameters()) / 1e6:.2f} M parameters; chance is a loss of {CHANCE:.3f}")
 
     used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
-    stream = batches(Windows(pack, clips, args.windows, args.seed, args.size), args.batch, start, args.workers)
+    windows = Windows(pack, drawn_clips(pack, clips, args), args.windows, args.seed, args.size)
+    stream = batches(windows, args.batch, start, args.workers)
     log, timer = open_log(out.with_name(f"log_{out.stem}.jsonl"), args), StepTimer(device)
     validate_every = max(1, min(1000, args.steps // 4))
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sync expert", disable=None)
@@ -442,9 +443,9 @@ def load_data(args, folder: Path):
     """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs in the folder, drawn on first use.
     InputError: images smaller than --size; see split."""
     if args.data:
-        pack = Pack(args.data)
+        pack = open_packs(args.data)
         if pack.size < args.size:
-            raise InputError(f"{args.data}: images of {pack.size} px, --size is {args.size}")
+            raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
         parts = split(pack, args)
         return pack, parts["train"], pack, parts["valid"]
     pack = toy_pack(folder, args.size, args.people, 3.0)
@@ -471,26 +472,26 @@ def test(args):
     print(f"offset within one frame: {found['window']:.3f} of single windows, {found['clip']:.3f} of clips")
 
 
-def held_out_clips(data: str | None, expert, path) -> tuple:
+def held_out_clips(data: list | None, expert, path) -> tuple:
     """-> pack, the numbers of its clips that the expert was neither trained nor chosen on, and a description of them.
 
-    data: a pack, or None for toy people and speech that no training uses. InputError: no such clip; the wrong images.
+    data: packs, or None for toy people and speech that no training uses. InputError: no such clip; the wrong images.
     """
     if not data:
         if expert.template != "toy":
             raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
         pack = toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
         return pack, np.arange(len(pack)), "toy people and speech held out for good"
-    pack = Pack(data)
-    clips, what = np.arange(len(pack)), data
+    pack = open_packs(data)
+    clips, what = np.arange(len(pack)), " ".join(data)
     if isinstance(expert, SyncNet):
         if pack.size < expert.size:
-            raise InputError(f"{data}: images of {pack.size} px, the expert is for {expert.size} px or more")
+            raise InputError(f"{pack.folder}: images of {pack.size} px, the expert is for {expert.size} px or more")
         used = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
         clips = np.setdiff1d(clips, used)
         what += ", the clips held out from training and validation" if len(used) else ""
         if not len(clips):
-            raise InputError(f"{data}: all its clips trained {path} or chose it, none is left to test on")
+            raise InputError(f"{pack.folder}: all its clips trained {path} or chose it, none is left to test on")
     return pack, clips, what
 
 
@@ -595,7 +596,8 @@ def parse(argv=None):
                    offset="the audio-video offset of a clip")
     p, t, o = (commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
                for name, text in scripts.items())
-    p.add_argument("--data", help="pack, a tenth of which is held out; default: the toy world, drawn beside --out")
+    p.add_argument("--data", nargs="+", help="packs, a tenth of which is held out; default: the toy world, drawn beside "
+                   "--out")
     split_options(p)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
                    help="edge of the images it looks at; larger ones are shrunk to it")
@@ -612,8 +614,8 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=0, help="processes that load data")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
-    t.add_argument("--data", help="pack; of one that the expert was trained on, the held-out clips; default: toy people "
-                   "and speech held out for good, drawn beside --expert")
+    t.add_argument("--data", nargs="+", help="packs; of those that the expert was trained on, the held-out clips; "
+                   "default: toy people and speech held out for good, drawn beside --expert")
     t.add_argument("--expert", help="checkpoint, wav2lip, or a copy of that (.pth); default: with --data the shipped "
                    f"weights/sync.pt, without {TOY}")
     o.add_argument("clip", help="video with sound")

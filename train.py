@@ -34,7 +34,7 @@ import losses
 from checkpoint import (
     StepTimer, bf16_native, check_finite, claim_output, cosine_warmup, half, load_checkpoint, open_log,
     pick_device, restore_optimiser, save_checkpoint, update_ema, write_log)
-from data import Clips, Frames, Mixed, Pack, batches, split, split_options
+from data import Clips, Frames, Mixed, Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
 from fusion import CONTEXT, middle
 from media import InputError, Parser, run, to_tensor, to_uint8
@@ -75,7 +75,7 @@ def parse(argv=None):
     add("--part", choices=("encoder", "hyper"), help="stage 2: train the encoder (default), or, on its stage2.pt, the "
         "hypernetwork alone")
     add("--out", default="out/toy32", help="directory of checkpoints, logs and images")
-    add("--data", help="pack of clips by prepare.py; default: the toy world, drawn into --out on first use")
+    add("--data", nargs="+", help="packs of clips by prepare.py; default: the toy world, drawn into --out on first use")
     split_options(p)
     add("--photos", help="pack of photos: identities for all stages, where the clips show few people")
     add("--people", type=int, default=400, help="toy world: how many people (one clip each)")
@@ -478,15 +478,15 @@ def load_data(args) -> dict:
     """pack and photos (or None); clips: numbers of the clips to train on; images: frames of these, and photos; landmarks:
     of pack and photos, or None; held_out, held_out_photos: numbers of clips"""
     if args.data:
-        pack = Pack(args.data)
+        pack = open_packs(args.data)
     else:
         from toyfaces import toy_pack  # drawn on first use
         pack = toy_pack(Path(args.out), args.size, args.people, 3.0)
     if pack.size != args.size:
-        raise InputError(f"{args.data}: images of {pack.size} px, --size is {args.size}")
+        raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
-    data = dict(pack=pack, photos=None, clips=parts["train"], held_out=np.union1d(parts["valid"], parts["test"]),
-                images=Frames(pack, args.seed, clips=parts["train"]), landmarks=None)
+    data = dict(pack=pack, photos=None, clips=drawn_clips(pack, parts["train"], args), landmarks=None,
+                held_out=np.union1d(parts["valid"], parts["test"]), images=Frames(pack, args.seed, clips=parts["train"]))
     packs = [pack]
     if args.photos:
         photos = Pack(args.photos)
@@ -498,8 +498,8 @@ def load_data(args) -> dict:
         data["photos"] = Frames(photos, args.seed + 1, clips=parts["train"])
         data["images"] = Mixed(data["images"], data["photos"], PHOTO_SHARE, args.seed)
         packs.append(photos)
-    if all((p.folder / "landmarks" / "clips.jsonl").exists() for p in packs):
-        data["landmarks"] = [Landmarks(p.folder / "landmarks", p) for p in packs]
+    if all((part.folder / "landmarks" / "clips.jsonl").exists() for p in packs for part in p.packs):
+        data["landmarks"] = [Landmarks(p) for p in packs]
     return data
 
 

@@ -14,7 +14,7 @@ import torch
 import audio
 import data
 from audio import log_mel, mel_windows
-from data import Clips, Frames, Mixed, Pack, PackWriter, batches, split
+from data import Clips, Frames, Mixed, Pack, PackWriter, Packs, batches, drawn_clips, open_packs, split
 from media import InputError, to_tensor
 
 SIZE = 24
@@ -225,6 +225,71 @@ def test_an_index_of_a_hundred_thousand_clips_is_mapped_and_not_read(tmp_path):
     tracemalloc.stop()
     assert held < 100_000, f"{held} bytes"  # a byte a clip: NumPy tells tracemalloc of what it allocates
     assert len(pack) == n and pack.n_frames[n - 1] == k and pack.windows(n - 1, [0, 1]).shape == (2, 1, 80, 16)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# several packs
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Packs of 30, 12 and 5 clips of 4, 3 and 1 people; people of all have the names p0, p1, .."""
+    folder = tmp_path_factory.mktemp("three")
+    return [many(folder / str(n), n, people).folder for n, people in ((30, 4), (12, 3), (5, 1))]
+
+
+def test_several_packs_read_as_one(three, pack):
+    whole, parts = open_packs(three), [Pack(folder) for folder in three]
+    assert isinstance(whole, Packs) and len(whole) == 47 and whole.size == 8 and whole.template == "toy"
+    assert whole.identities == ["p0", "p1", "p2", "p3", "p0", "p1", "p2", "p0"]  # equal names, other people
+    assert whole.identity[[0, 1, 30, 31, 42]].tolist() == [0, 1, 4, 5, 7] and whole.frame_start[-1] == 94
+    for c, (part, own) in {0: (0, 0), 29: (0, 29), 30: (1, 0), 41: (1, 11), 42: (2, 0), 46: (2, 4)}.items():
+        one = parts[part]
+        assert (whole.frames(c, [0, 1]) == one.frames(own, [0, 1])).all() and whole.source(c) == one.source(own)
+        assert (whole.windows(c, [0, 1]) == one.windows(own, [0, 1])).all() and whole.n_frames[c] == 2
+    assert torch.equal(whole.fingerprints, torch.cat([part.fingerprints for part in parts]))
+    assert (pickle.loads(pickle.dumps(whole)).frame(46, 1) == parts[2].frame(4, 1)).all()
+    assert type(open_packs(three[:1])) is type(open_packs(three[0])) is Pack
+    for folders, message in (([three[0], pack.folder], f"{SIZE} px.* has 8 px"), ([three[0]] * 2, "named twice")):
+        with pytest.raises(InputError, match=message) as caught:
+            open_packs(folders)
+        assert "\n" not in str(caught.value)
+
+
+def test_shards_of_one_folder_share_its_people(tmp_path):
+    for i in range(2):
+        with PackWriter(tmp_path / str(i), 8, "toy", shard_of="/videos") as writer:
+            for k in range(3):
+                writer.add(drawn(2, 8), noise(2, k), f"p{k + i}", f"{k}.mp4")
+    whole = open_packs([tmp_path / "0", tmp_path / "1"])
+    assert whole.identities == ["p0", "p1", "p2", "p3"] and whole.identity.tolist() == [0, 1, 2, 1, 2, 3]
+
+
+def test_people_are_held_out_over_all_packs(three, tmp_path):
+    folders = [*three, many(tmp_path / "more", 40, 20).folder]  # 28 people: the 10th and the 20th
+    whole = open_packs(folders)
+    parts = split(whole)
+    assert set(whole.identity[parts["valid"]]) == {9} and set(whole.identity[parts["test"]]) == {19}
+    assert split(open_packs(three))["valid"].tolist() == [9, 29]  # eight people: every tenth clip
+
+
+def test_by_person_draws_people_alike_and_every_clip_of_each(three):
+    whole, train = open_packs(three), split(open_packs(three))["train"]
+    assert drawn_clips(whole, train, asked()) is train
+    drawn = drawn_clips(whole, train, asked(by_person=True))
+    people, count = np.unique(whole.identity[drawn], return_counts=True)
+    assert len(people) == 8 and len(set(count)) == 1 and set(drawn) == set(train)
+    assert len(set(whole.identity[drawn[:8]])) == 8  # in turn
+    with pytest.raises(InputError, match="--by-person chooses clips of --data"):
+        drawn_clips(whole, train, argparse.Namespace(data=None, by_person=True))
+
+
+def test_clips_of_any_length_are_drawn_and_short_ones_are_used_whole(tmp_path):
+    whole = open_packs([write_pack(tmp_path / "long", (75, 150)), write_pack(tmp_path / "short", (29, 5))])
+    clips, seen = Clips(whole, 5, seed=3, flip=False), {}
+    for item in (clips[n] for n in range(300)):
+        seen.setdefault(item["clip"], set()).update(item["frames"].tolist())
+    assert seen[2] == set(range(29)) and seen[3] == set(range(5)) and len(seen[0]) > 70
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -121,14 +121,14 @@ def test_the_mesh_of_mediapipe_names_68_different_vertices():
 def test_extract_writes_the_truth_of_a_toy_pack_and_continues_where_it_was_killed(pack):
     folder, opened = pack / "landmarks", Pack(pack)
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
-    found = faces.Landmarks(folder, opened)
+    found = faces.Landmarks(opened)
     assert len(found.kept) == 20 and found.detector == "truth" and len(lines) == 21
     truth = np.load(pack / "truth.npy")[opened.frame_start[3]]
     expected = toyfaces.landmarks(toyfaces.person(703), dict(zip(toyfaces.FACTORS, truth.tolist())), 16)
-    np.testing.assert_array_equal(found.points[opened.frame_start[3]], expected)
+    np.testing.assert_array_equal(found.clip(3)[0], expected)
     (folder / "clips.jsonl").write_bytes(b"".join(lines[:8]) + lines[8][:11])  # killed in the middle of a line
     (folder / "points.bin").write_bytes(whole[: int(opened.frame_start[8]) * 544 + 99])
-    assert list(faces.Landmarks(folder, opened).kept) == list(range(7)), "what was finished can be used"
+    assert list(faces.Landmarks(opened).kept) == list(range(7)), "what was finished can be used"
     kp.main(["extract", str(pack)])
     assert (folder / "points.bin").read_bytes() == whole
     assert (folder / "clips.jsonl").read_bytes() == b"".join(lines)
@@ -147,11 +147,11 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(pack, tmp_path, monkey
 
     monkeypatch.setattr(kp, "landmark_detector", detector)
     kp.main(["extract", str(folder), "--landmarks", "fan"])
-    found = faces.Landmarks(folder / "landmarks", opened)
+    found = faces.Landmarks(opened)
     lines = [json.loads(line) for line in open(folder / "landmarks" / "clips.jsonl")][1:]
     assert list(found.kept) == [c for c in range(20) if c != 5] and lines[5]["reason"] == "a face in 0 of 25 frames"
     assert lines[2]["interpolated"] == 2 and found.detector == "fan"
-    assert np.isnan(found.points[opened.frame_start[5]]).all()
+    assert np.isnan(found.clip(5)).all()
     parts = kp.open_source(kp.parse(["train", "--data", str(folder)]))[1]
     assert 5 not in parts["train"] and 6 in parts["train"]
     with pytest.raises(InputError, match="of another pack or detector; --overwrite"):
@@ -159,12 +159,15 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(pack, tmp_path, monkey
 
 
 def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
+    copy = Pack(shutil.copytree(pack, tmp_path / "pack", ignore=shutil.ignore_patterns("landmarks")))
     with pytest.raises(InputError, match="no landmarks"):
-        faces.Landmarks(tmp_path, Pack(pack))
-    (tmp_path / "clips.jsonl").write_text(json.dumps(dict(format=1, detector="fan", clips=3, frames=9, size=16)) + "\n")
-    (tmp_path / "points.bin").write_bytes(b"")
+        faces.Landmarks(copy)
+    folder, header = copy.folder / "landmarks", dict(format=1, detector="fan", clips=3, frames=9, size=16)
+    folder.mkdir()
+    (folder / "clips.jsonl").write_text(json.dumps(header) + "\n")
+    (folder / "points.bin").write_bytes(b"")
     with pytest.raises(InputError, match="of another pack"):
-        faces.Landmarks(tmp_path, Pack(pack))
+        faces.Landmarks(copy)
 
 
 def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or_side():

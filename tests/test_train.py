@@ -517,11 +517,11 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, 
     assert model.config.shape_dim == 6 and model.motion.opening_limits.isfinite().all()
     gap = motion.lip_opening(model.motion.moves[:1].numpy())                             # for warp.py
     assert gap == pytest.approx(1, abs=0.01) and model.motion.opening.abs().min() > 0
-    landmarks = faces.Landmarks(clips / "landmarks", toys)
+    landmarks = faces.Landmarks(toys)
     read, true = [], []
     for c in range(len(toys)):
         read.append(model.mouth(to_tensor(toys.frames(c, range(toys.n_frames[c]))))[:, 0].detach().numpy())
-        true.append(initialise.mouth_shape(landmarks.points[toys.frame_start[c]:toys.frame_start[c + 1]])[:, 0])
+        true.append(initialise.mouth_shape(landmarks.clip(c))[:, 0])
     assert np.corrcoef(np.concatenate(read), np.concatenate(true))[0, 1] > 0.6
     with pytest.raises(InputError, match="landmarks"):
         shutil.copytree(photos / "landmarks", tmp_path / "clips" / "landmarks")
