@@ -29,6 +29,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+if sys.version_info < (3, 11):               # numpy, scipy and imageio as pinned do not exist for an older one
+    sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
+
 SAMPLE_RATE = 16000                          # Hz (FC-TFG)
 FPS = 25                                     # video frames a second, everywhere
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS       # 640: frame k is wav[640 k : 640 (k + 1)]

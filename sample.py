@@ -353,7 +353,7 @@ class Paste:
 
     def enlarge(self, x):
         """(C, S, S) in units of the network -> (C, h, w) in steps of a byte"""
-        return F.interpolate(127.5 * x[None], self.size, mode="bicubic")[0][:, *self.inside]
+        return F.interpolate(127.5 * x[None], self.size, mode="bicubic")[0][(slice(None), *self.inside)]
 
     def __call__(self, frame):
         """(3, S, S) in [-1, 1] -> uint8 (H, W, 3)"""

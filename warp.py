@@ -600,5 +600,5 @@ class Warp:
             where[part] -= lips.shift(where[part], moved)
         out = self.face.read(where)
         for part, layer, at in layers:
-            out[:, *part] = layer(at)
+            out[(slice(None), *part)] = layer(at)
         return out
