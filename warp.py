@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.interpolate import PchipInterpolator, RBFInterpolator
 from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
 
 # iBUG's 68 points. Inner lips from the left corner to the right one; outer lips between the corners
 UPPER_LINE, LOWER_LINE = np.array([60, 61, 62, 63, 64]), np.array([60, 67, 66, 65, 64])
@@ -38,7 +39,7 @@ RIGID = np.r_[0:3, 14:17, 17:48]  # for the pose: no chin and no lips, for these
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
 
 # all constants below are ours, chosen by looking at frames, unless another source stands there
-LIP_NODE, HEAD_NODE = 0.032, 0.06  # distance of two nodes
+LIP_NODE, HEAD_NODE = 0.045, 0.06  # distance of two nodes
 INVERSION_STEPS = 4  # of the fixed point x = p - moved(x); displacements are smooth, the error halves at least
 OVAL = 1.10, 1.38  # times the jaw's distance from the nose: the lips' field fades between these two
 UNDER_EYES = 0.06, 0.22  # below the lower lids: the field starts, is whole
@@ -76,30 +77,25 @@ class Pose:
 
 def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     """Degrees -> (3, 3): first pitch, then yaw, then roll"""
-    (cy, cp, cr), (sy, sp, sr) = (f(np.radians([yaw, pitch, roll])) for f in (np.cos, np.sin))
-    about_x = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
-    about_y = np.array([[cy, 0, -sy], [0, 1, 0], [sy, 0, cy]])
-    about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
-    return about_z @ about_y @ about_x
+    return Rotation.from_euler("xyz", (-pitch, -yaw, roll), degrees=True).as_matrix()
 
 
-def angles(R: np.ndarray) -> tuple[float, float, float]:
-    """(3, 3) -> yaw, pitch, roll in degrees: the inverse of `rotation`"""
-    yaw = np.arctan2(R[2, 0], np.hypot(R[2, 1], R[2, 2]))
-    return tuple(np.degrees([yaw, np.arctan2(-R[2, 1], R[2, 2]), np.arctan2(R[1, 0], R[0, 0])]).tolist())
+def angles(R: np.ndarray) -> np.ndarray:
+    """(.., 3, 3) -> (.., 3) yaw, pitch, roll in degrees: the inverse of `rotation`"""
+    return Rotation.from_matrix(R).as_euler("xyz", degrees=True)[..., [1, 0, 2]] * (-1, -1, 1)
 
 
-def fit_pose(points: np.ndarray, mean: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """points (68, 2) ~ scale (mean R^T)[:, :2] + shift, weak perspective by least squares over RIGID.
+def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[float, np.ndarray, np.ndarray]:
+    """points (68, 2) ~ scale (mean R^T)[:, :2] + shift, weak perspective by least squares over the points `used`.
 
     mean: (>= 68, 3) in units. Returns scale in pixels a unit, R (3, 3), shift (2,) in pixels: where mean's origin lies.
     """
-    x, p = mean[RIGID] - mean[RIGID].mean(0), points[RIGID] - points[RIGID].mean(0)
+    x, p = mean[used] - mean[used].mean(0), points[used] - points[used].mean(0)
     U, _, V = np.linalg.svd(np.linalg.lstsq(x, p, rcond=None)[0].T, full_matrices=False)
     R = np.stack([*(U @ V), np.cross(*(U @ V))])
     flat = x @ R[:2].T
     scale = (flat * p).sum() / (flat**2).sum()
-    return float(scale), R, points[RIGID].mean(0) - scale * R[:2] @ mean[RIGID].mean(0)
+    return float(scale), R, points[used].mean(0) - scale * R[:2] @ mean[used].mean(0)
 
 
 def enlarge(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,6 +183,12 @@ class Nodes:
         for _ in range(INVERSION_STEPS):
             back = read(moved, self.at - back.permute(0, 2, 3, 1), self.box)
         return back
+
+    def came_from(self, back):
+        """Displacements that arrive at the nodes, (1, 2, gh, gw) -> (h, w, 2): where each pixel of the box came from"""
+        x0, y0, x1, y1 = self.box
+        at = (self.at.permute(2, 0, 1) - back).contiguous()
+        return F.interpolate(at, (y1 - y0, x1 - x0), mode="bilinear", align_corners=True)[0].permute(1, 2, 0).contiguous()
 
 
 def thin_plate(points: np.ndarray, values: np.ndarray, at: np.ndarray, stiffness: float = 1e-4) -> np.ndarray:
@@ -542,13 +544,6 @@ class Head:
         bent = torch.einsum("ij,jyx->iyx", full - flat, xyz)
         return self.nodes.invert(self.scale * (turns * bent + shifts * rigid + brows * lift)[None])
 
-    def where(self, pose: Pose, brows: float):
-        """(h, w, 2): where in the photo each pixel of the head's box came from"""
-        x0, y0, x1, y1 = self.box
-        came_from = (self.nodes.at.permute(2, 0, 1) - self.back(pose, brows)).contiguous()
-        where = F.interpolate(came_from, (y1 - y0, x1 - x0), mode="bilinear", align_corners=True)
-        return where[0].permute(1, 2, 0).contiguous()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole
@@ -573,32 +568,41 @@ class Warp:
         lips, frame = self.lips, self.face.photo.copy()
         shape = np.zeros(lips.fields.shape[1] - 2) if shape is None else shape
         moved = lips.displace(lips.own if opening is None else max(0.0, float(opening)), shape)
+        layers = self.layers(moved, min(float(blink), 1.0))
         if brows or pose not in (None, Pose()):
-            box, where = self.head.box, self.head.where(pose or Pose(), brows)
+            parts = self.turned(moved, layers, self.head.back(pose or Pose(), brows))
         else:
-            boxes = np.array([part.box for part in (lips,) * (moved is not None) + self.eyes * (blink > 0)])
-            if not len(boxes):
-                return frame
-            box = (*boxes[:, :2].min(0), *boxes[:, 2:].max(0))
-            where = self.grid[box[1] : box[3], box[0] : box[2]].clone()
-        colours = self.colours(where, moved, min(float(blink), 1.0)).add_(0.5).clamp_(0, 255).byte().numpy()
-        for channel in range(3):                                       # faster than to move the axis
-            frame[box[1] : box[3], box[0] : box[2], channel] = colours[channel]
+            parts = self.still(moved, layers)
+        for (x0, y0, x1, y1), colours in parts:
+            colours = colours.add_(0.5).clamp_(0, 255).byte().numpy()
+            for channel in range(3):                                   # faster than to move the axis
+                frame[y0:y1, x0:x1, channel] = colours[channel]
         return frame
 
-    def colours(self, where, moved, blink: float):
-        """where (h, w, 2): coordinates before the head turned, overwritten -> (3, h, w), the talking photo there"""
-        lips, photo = self.lips, self.face.read
-        layers = []
+    def layers(self, moved, blink: float) -> list:
+        """What lies over the moved skin: boxes, and functions from coordinates (h, w, 2) there to colours (3, h, w)"""
+        lips, photo, layers = self.lips, self.face.read, []
         if moved:
             layers.append((lips.lips_box, functools.partial(lips.render, moved=moved)))
             photo = lambda at: self.face.read(at - lips.shift(at, moved))  # noqa: E731
         for eye in self.eyes if blink > 0 else ():
             layers.append((eye.box, functools.partial(eye.render, blink=blink, photo=photo)))
+        return layers
+
+    def still(self, moved, layers):
+        """Boxes and colours (3, h, w), one over the other, of a head that keeps its pose"""
+        if moved:
+            yield self.lips.box, self.face.read(self.lips.nodes.came_from(moved[1]))
+        for box, layer in layers:
+            yield box, layer(self.grid[box[1] : box[3], box[0] : box[2]])
+
+    def turned(self, moved, layers, back):
+        """The head's box and its colours. back: of Head. Lips and lids lie on the head as it is before it turns."""
+        lips, where = self.lips, self.head.nodes.came_from(back)       # (h, w, 2)
         layers = [(part, layer, where[part].clone()) for box, layer in layers if (part := part_of(box, where))]
         if moved and (part := part_of(lips.box, where)):
             where[part] -= lips.shift(where[part], moved)
         out = self.face.read(where)
         for part, layer, at in layers:
             out[(slice(None), *part)] = layer(at)
-        return out
+        yield self.head.box, out
