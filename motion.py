@@ -26,9 +26,10 @@ SWAY_SECONDS = 0.55  # sigma of the sway's smoothing
 NOD = 1.2  # degrees that the chin drops where speech starts
 DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
 OPENER = 1.4  # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 of its slope
-DRIVE_GAIN = 1.15, 1.3  # yaw and pitch by the small network's points are smaller than by MediaPipe's, on the same clips
+NODDING = np.r_[27:48]  # nose and eyes: they show a nod better than the jaw's rough ends (r .81 for .75, .99 for .98)
+DRIVE_GAIN = 1.15, 1.15  # yaw and pitch by the small network's points are smaller than by MediaPipe's, on the same clips
 LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # of roll in degrees, shift right and down, scale, brows; see warp.Head.room
-LID_SHUT, LID_OPEN = 0.5, 0.85  # of a driver's usual opening: wholly shut, not yet a blink
+LID_SHUT, LID_OPEN = 0.35, 0.85  # of a driver's usual opening: wholly shut (blinks reach .05 to .3), not yet a blink
 
 
 def there_and_back(k: int, count: int) -> int:
@@ -53,18 +54,13 @@ class Motion:
         return dict(pose=pose, blink=float(self.blinks[k]), brows=float(self.brows[k]))
 
 
-def loudness(wav: np.ndarray, n: int) -> np.ndarray:
-    """wav (samples,) at 16 kHz -> (n,) dB of each frame, against the level of speech (the 95th percentile)"""
+def activity(wav: np.ndarray, n: int) -> np.ndarray:
+    """wav (samples,) at 16 kHz -> (n,) in [0, 1]: whether frame k has speech, with soft edges"""
     frames = np.zeros((n, SAMPLES_PER_FRAME), np.float32)
     frames.ravel()[: len(wav)] = wav[: frames.size]
-    level = 10 * np.log10((frames**2).mean(1) + 1e-10)
-    return level - max(np.percentile(level, 95), -60.0)
-
-
-def activity(wav: np.ndarray, n: int) -> np.ndarray:
-    """wav (samples,) -> (n,) in [0, 1]: whether frame k has speech, with soft edges"""
-    speaks = maximum_filter1d((loudness(wav, n) > -QUIET).astype(float), 2 * PAUSE + 1)
-    return gaussian_filter1d(speaks, 3.0)
+    level = 10 * np.log10((frames**2).mean(1) + 1e-10)                 # dB; that of speech is the 95th percentile
+    speaks = level - max(np.percentile(level, 95), -60.0) > -QUIET
+    return gaussian_filter1d(maximum_filter1d(speaks.astype(float), 2 * PAUSE + 1), 3.0)
 
 
 def mouth(opening, shape, active, own: float, strength: float = 1.0):
@@ -112,13 +108,12 @@ def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.nda
     if not seen.any():
         raise ValueError("no face")
     points, lids, brows = (interpolated(x, seen) for x in (points, lids, brows))
-    fits = [fit_pose(p, mean) for p in points]
-    scale0, R0, _ = fits[0]
-    turns = np.array([angles(R @ R0.T) for _, R, _ in fits])
-    middle = mean[:68].mean(0) * (1, 1, 0)
-    places = np.array([s * R[:2] @ middle + t for s, R, t in fits]) / scale0
+    scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))  # (T,), (T, 3, 3), (T, 2)
+    nods = angles(np.array([fit_pose(p, mean, NODDING)[1] for p in points]))[:, 1]
+    yaws, _, rolls = angles(R @ R[0].T).T
+    places = scale[:, None] * (R[:, :2, :2] @ mean[:68, :2].mean(0)) + shift
     raised = brows.mean(1) - np.median(brows)
-    asked = np.c_[turns, places, [s / scale0 - 1 for s, _, _ in fits], raised]
+    asked = np.c_[yaws, nods, rolls, places / scale[0], scale / scale[0] - 1, raised]
     asked = gaussian_filter1d(asked, DRIVE_SIGMA, axis=0, mode="nearest")
     asked[:, :6] -= asked[0, :6]
     asked[:, :2] *= DRIVE_GAIN
