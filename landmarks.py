@@ -4,8 +4,7 @@ The crop is the square in which the mean shape, shifted, scaled and rotated to f
 template. It follows from the points, so each pass gives a better crop for the next one. Eyes, brows and mouth are read
 once more from crops of their own: in 64 pixels of a face an eye is 4 pixels high.
 
-    python landmarks.py show photo.jpg                  # photo_landmarks.png: the points drawn  (2 s)
-    python landmarks.py train out/photos out/clips      # weights from packs with landmarks    (4 minutes)
+    python landmarks.py out/photos out/clips      # weights/landmarks.pt, from packs with landmarks (4 minutes)
 
 Points are complex numbers x + iy here. A crop is a pair a, b: point u of the unit square lies at pixel a u + b of the
 photo; |a| is the crop's side in pixels, arg a its rotation. Fitting one shape to another is then one division.
@@ -18,14 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
 from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, split
-from faces import K, Landmarks, detect_faces, face_box, need_detector, similarity, to_complex
-from media import InputError, Parser, check_output, load_photo, run
+from faces import K, Landmarks, similarity, to_complex
+from media import InputError, Parser, check_output, run
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -139,9 +137,9 @@ def mirror(points: np.ndarray) -> np.ndarray:
 
 def box_crop(box) -> tuple[float, complex]:
     """x0, y0, x1, y1 in pixels, nearly square -> a, b of the square about its middle"""
-    x0, y0, x1, y1 = map(float, box)
-    side = (x1 - x0 + y1 - y0) / 2
-    return side, complex((x0 + x1 - side) / 2, (y0 + y1 - side) / 2)
+    corner, far = complex(*box[:2]), complex(*box[2:])
+    side = (far - corner).real / 2 + (far - corner).imag / 2
+    return side, (corner + far) / 2 - side * MIDDLE
 
 
 def part_crops(part: Part, a, points: np.ndarray):
@@ -457,9 +455,16 @@ def train_part(net: LandmarkNet, part: Part, images: torch.Tensor, points: np.nd
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# commands
+# the script
 
-def train(args):
+def main(argv=None):
+    p = Parser(description="Weights of the landmark network, from packs of prepare.py with dlib's landmarks beside them.")
+    p.add_argument("packs", type=Path, nargs="+", help="packs of one --size, 128 or more; see keypoints.py extract")
+    p.add_argument("--out", type=Path, default=Path("landmarks.pt"), help="weights to write (default landmarks.pt)")
+    p.add_argument("--steps", type=int, default=1200, help="of each network, 64 crops each (default 1200)")
+    p.add_argument("--seed", type=int, default=0, help="of the draws and the start (default 0)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    args = p.parse_args(argv)
     out, rng = check_output(args.out, args.overwrite, (".pt",)), np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     images, points = read_packs(args.packs, rng)
@@ -471,49 +476,6 @@ def train(args):
         train_part(net, part, images, points, args.steps, rng)
     save_checkpoint(out, dict(kind="landmarks", format=1, config=net.config, net=half(net)))
     print(f"{out}: trained on {len(points)} frames")
-
-
-def show(args):
-    photo, net = load_photo(args.photo), load_landmarks()
-    out = check_output(args.out or f"{Path(args.photo).stem}_landmarks.png", args.overwrite)
-    need_detector()
-    faces = detect_faces(photo)
-    if not faces:
-        raise InputError(f"{args.photo}: no face was found")
-    points = find_landmarks(net, photo, face_box(faces, "face"))
-    draw_landmarks(photo, points).save(out)
-    print(f"{out}: doubt {doubt(net, photo, points):.4f} (up to {DOUBT} is usual)")
-
-
-def draw_landmarks(photo: np.ndarray, points: np.ndarray, side: int = 768) -> Image.Image:
-    """The square of a photo, uint8 (H, W, 3), about its landmarks (68, 2), `side` pixels, with dots on them"""
-    width = 1.5 * np.ptp(points, 0).max()
-    corner = (points.min(0) + points.max(0) - width) / 2
-    box = (*corner, *(corner + width))
-    image = Image.fromarray(photo).transform((side, side), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC)
-    pen, r = ImageDraw.Draw(image), side / 250
-    for x, y in (points - corner) * side / width:
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=(0, 255, 0))
-    return image
-
-
-def main(argv=None):
-    parser = Parser(description="Facial landmarks by a small network.")
-    commands = parser.add_subparsers(required=True)
-    p = commands.add_parser("show", help="a photo's landmarks, drawn")
-    p.set_defaults(command=show)
-    p.add_argument("photo", help="a photo with a face")
-    p.add_argument("--out", help="picture to write (default: PHOTO_landmarks.png)")
-    p.add_argument("--overwrite", action="store_true", help="replace it if it exists")
-    p = commands.add_parser("train", help="weights from packs of prepare.py with landmarks of keypoints.py extract")
-    p.set_defaults(command=train)
-    p.add_argument("packs", type=Path, nargs="+", help="packs of one --size, 128 or more")
-    p.add_argument("--out", type=Path, default=Path("landmarks.pt"), help="weights to write (default landmarks.pt)")
-    p.add_argument("--steps", type=int, default=1200, help="of each network, 64 crops each (default 1200)")
-    p.add_argument("--seed", type=int, default=0, help="of the draws and the start (default 0)")
-    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    args = parser.parse_args(argv)
-    args.command(args)
 
 
 if __name__ == "__main__":

@@ -174,10 +174,10 @@ def test_weights_learn_from_a_pack_with_landmarks_and_move_towards_them(net, tmp
     lower = landmarks.DLIB_LOW * 128
     np.testing.assert_allclose(to_real(found * 128) + (0, lower), np.stack([points] * 10), atol=0.5)
     out = tmp_path / "net.pt"
-    landmarks.main(["train", str(tmp_path / "photos"), "--steps", "30", "--out", str(out)])
+    landmarks.main([str(tmp_path / "photos"), "--steps", "30", "--out", str(out)])
     trained = landmarks.load_landmarks(out)
     assert torch.equal(trained.solid, net.solid)
     again = landmarks.find_landmarks(trained, image, (0, 0, 128, 128))
     assert np.abs(again - points).mean() < 0.05 * interocular(points)
     with pytest.raises(InputError, match="exists"):
-        landmarks.main(["train", str(tmp_path / "photos"), "--out", str(out)])
+        landmarks.main([str(tmp_path / "photos"), "--out", str(out)])
