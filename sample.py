@@ -60,6 +60,7 @@ FEATHER = 0.12  # width of a seam
 COLOUR = 0.1  # sigma of what counts as colour: wider than lips, narrower than a cheek
 CRISP = 0.6  # unsharp mask on the network's frames, radius one of its pixels; more shows rings
 NEW = 0.06, 0.2  # change, of 2 from black to white, that keeps all of the photo's detail; none of it
+NO_DETECTOR = "no face detector's weights are at hand"
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 
@@ -84,6 +85,7 @@ def parse(argv=None):
                       "the photo's own pixels would be moved")
     p.add_argument("--landmarks", metavar="NAME", help="of the photo: mediapipe:FILE, dlib:FILE or fan, each an optional "
                    "package with its weights (default: a small network, weights/landmarks.pt)")
+    p.add_argument("--grid", action="store_true", help="photo, driving clip and result side by side")
     p.add_argument("--still", action="store_true", help="the head of a photo does not sway; lips and lids move")
     p.add_argument("--mouth", type=float, default=1.0, help="strength of the lips' motion, 0 to 2 (default: 1)")
     p.add_argument("--blink", type=float, default=1.0, help="how far a photo's lids shut, 0: not at all (default: 1)")
@@ -92,7 +94,9 @@ def parse(argv=None):
     args = p.parse_args(argv, mouth=(0, 2), blink=(0, 1))
     if args.face is None:
         args.face, args.box = (DRAWING, args.box) if args.toy else (EXAMPLE, args.box or EXAMPLE_BOX)
-    args.speech = args.speech or (DRAWN_SPEECH if args.toy else SPEECH)
+    if args.speech is None:
+        args.speech = DRAWN_SPEECH if args.toy else SPEECH
+        print(f"no speech given: {args.speech}")
     return args
 
 
@@ -117,10 +121,16 @@ def square_box(image: np.ndarray) -> tuple | None:
     return square_around(W / 2, H / 2, min(H, W)) if abs(H - W) <= SQUARE * max(H, W) else None
 
 
+toy_model = functools.cache(functools.partial(load_model, TOY))
+
+
 def is_drawn(photo: np.ndarray) -> bool:
-    """Whether a square picture is a drawn portrait of the toy world: weights/toy.pt can then draw it again."""
-    model = load_model(TOY)
-    x = to_tensor(crop_face(photo, square_box(photo), model.config.size))
+    """Whether a picture is a square drawn portrait of the toy world: weights/toy.pt can then draw it again."""
+    box = square_box(photo)
+    if box is None:
+        return False
+    model = toy_model()
+    x = to_tensor(crop_face(photo, box, model.config.size))
     with torch.inference_mode():
         off = model.still(x) - x
     # the second: an even picture is drawn again as well, but all its contrast is lost (drawn portraits lose up to .31)
@@ -133,33 +143,27 @@ def pick_weights(photo: np.ndarray, args) -> Path:
         return Path(args.weights)
     if args.toy or not FACE.exists():
         return TOY
-    return TOY if square_box(photo) and not (args.box or args.number) and is_drawn(photo) else FACE
-
-
-def given_box(photo: np.ndarray, args) -> tuple:
-    """--box, in pixels of the file, -> the square around it in the photo, which load_photo may have shrunk."""
-    width, height = photo_size(args.face)
-    return parse_box(args.box, width, height, photo.shape[1] / width)
+    return TOY if not (args.box or args.number) and is_drawn(photo) else FACE
 
 
 def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
     """The photo, rotated where the face in it lies, the square of it that the network gets, and why: --box, else the
     face found, else all of a square photo."""
-    if args.box:
-        return photo, given_box(photo, args), "the face is in --box"
+    if args.box:  # in pixels of the file, which load_photo may have shrunk
+        width, height = photo_size(args.face)
+        return photo, parse_box(args.box, width, height, photo.shape[1] / width), "the face is in --box"
     if template == "toy" and square_box(photo) and not args.number:  # detectors find no drawn faces
         return photo, square_box(photo), "square, taken whole as a drawn portrait (else: --box)"
     photo, faces, turned = turn_upright(photo)
     if faces is None and square_box(photo) and not args.number:
         return photo, square_box(photo), "square, taken whole: no face detector's weights are at hand (or --box)"
     if not faces:
-        reason = "no face was found, whichever way it is turned"
-        if faces is None:
-            reason = "no face detector's weights are at hand"
+        reason = NO_DETECTOR if faces is None else "no face was found, whichever way it is turned"
         raise InputError(f"{args.face}: {reason}; {WAY_OUT}")
     box = face_box(faces, template, args.number or 1)
     how = f"turned {turned}, " if turned else ""
-    how += f"face at {','.join(f'{v:.0f}' for v in box)}"
+    scale, ends = max(photo_size(args.face)) / max(photo.shape), 2 * photo.shape[1::-1]  # load_photo may have shrunk it
+    how += "face at " + ",".join(f"{scale * min(max(0, v), end):.0f}" for v, end in zip(box, ends))  # as --box takes it
     if len(faces) > 1 and not args.number:
         how += f", the largest of {len(faces)} (or --face N, or --box)"
     return photo, box, how
@@ -199,29 +203,45 @@ def driving_box(path, n: int, template: str) -> tuple[int, tuple, int]:
         return count, square, height
     boxes = [face_box(faces, template) for faces in found if faces]
     if not boxes:
-        reason = "no face that is upright was found" if found[0] is not None else "no face detector's weights are at hand"
+        reason = NO_DETECTOR if found[0] is None else "no face that is upright was found"
         raise InputError(f"{path}: {reason}; crop the video to a square around the face")
     return count, tuple(np.median(boxes, axis=0)), height
 
 
+def play(path, height: int, count: int, n: int):
+    """n frames, uint8 (height, W, 3), of a video of `count`: a short one is played back and forth"""
+    kept = []
+    for frame in itertools.islice(read_video(path, height), n):
+        if count < n:
+            kept.append(frame)
+        yield frame
+    for k in range(count, n):
+        yield kept[there_and_back(k, count)]
+
+
 def driving_frames(path, n: int, size: int, template: str):
-    """n crops of the face in a driving video, (3, size, size), as a stream; a short video is played back and forth."""
+    """n crops of the face in a driving video, (3, size, size), as a stream"""
     count, box, height = driving_box(path, n, template)
     # decode no larger than twice what the crop keeps: 4K video costs a tenth
     wanted = min(probe(path).height, max(2, round(2 * size * height / (box[3] - box[1]))))
     box = tuple(v * wanted / height for v in box)
+    return (to_tensor(crop_face(frame, box, size)) for frame in play(path, wanted, count, n))
 
-    def stream():
-        kept = []
-        for frame in itertools.islice(read_video(path, wanted), n):
-            crop = crop_face(frame, box, size)
-            if count < n:
-                kept.append(crop)
-            yield to_tensor(crop)
-        for k in range(count, n):
-            yield to_tensor(kept[there_and_back(k, count)])
 
-    return stream()
+def side_by_side(photo, frames, n: int, args):
+    """photo | driving clip, where there is one | result: n frames of one height. A video that is dubbed (photo: None)
+    stands in the photo's place."""
+    first = next(frames)
+    height = len(first)
+    if photo is None:  # starts again where the sound is longer
+        columns = [itertools.chain.from_iterable(read_video(args.face, height) for _ in itertools.count())]
+    else:
+        size = round(height * photo.shape[1] / photo.shape[0]), height
+        columns = [itertools.repeat(np.array(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS)))]
+    if args.driving:
+        count = sum(1 for _ in itertools.islice(read_video(args.driving, 16), n))
+        columns.append(play(args.driving, height, count, n))
+    yield from map(np.hstack, zip(*columns, itertools.chain([first], frames)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -245,7 +265,7 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
 
 
 def talking_photo(model, photo, box, wav, mel, args):
-    """A photo that talks -> shape (H, W, 3), iterator over n_frames(len(wav)) frames, uint8 (H, W, 3).
+    """A photo that talks -> iterator over n_frames(len(wav)) frames, uint8 (H, W, 3).
 
     The network turns the sound into the shape of lips, warp.py moves the photo's pixels. Raises InputError: its landmarks
     are not those of a face that can be moved.
@@ -269,11 +289,11 @@ def talking_photo(model, photo, box, wav, mel, args):
     else:
         motion = idle(T, active, args.seed, head=not args.still)
     motion.blinks *= args.blink
-    return larger.shape, in_order(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
+    return in_order(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
 
 
 def dubbed_video(model, wav, mel, args):
-    """A video whose person says other words -> shape (H, W, 3), iterator over n_frames(len(wav)) frames of that shape"""
+    """A video whose person says other words -> iterator over n_frames(len(wav)) frames of its size"""
     if args.full is not None or args.driving or args.box or args.landmarks or args.network or args.still:
         raise InputError(f"{args.face}: a video is dubbed, which takes no --driving, --box, --landmarks, --full, --crop, "
                          "--network or --still")
@@ -284,7 +304,7 @@ def dubbed_video(model, wav, mel, args):
     print(f"{args.face}: {sum(take.T for take in takes)} of {count} frames have a face that can be tracked"
           + ("; the sound is longer: the video starts again" if T > count else ""))
     opening, shape = mouth(*model.lips(mel), activity(wav, T), 0.0, args.mouth)
-    return next(read_video(args.face)).shape, in_order(frame_jobs(args.face, takes, count, opening, shape))
+    return in_order(frame_jobs(args.face, takes, count, opening, shape))
 
 
 def in_order(jobs, workers: int = 2):
@@ -305,17 +325,16 @@ def in_order(jobs, workers: int = 2):
 
 
 def network_frames(model, photo, box, mel, n: int, full: bool, device, args):
-    """The network's own frames of the crop, or pasted back into the photo (`full`) -> shape, iterator over n frames."""
+    """The network's own frames of the crop, or pasted back into the photo (`full`) -> iterator over n frames"""
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
     driving = driving_frames(args.driving, n, size, model.config.template) if args.driving else None
-    show, shape = to_uint8, (size, size)  # what makes a frame of the video of a frame of the network
+    show, turning = to_uint8, driving is not None  # show: what makes a frame of the video of a frame of the network
     if full:
-        turning, shape = driving is not None, photo.shape[:2]
         show = Paste(photo, box, source.cpu(), *still_of(model, source, device, turning), turning)
     crops = model.animate(source, mel, driving, sway=not (full or args.still))
     finish = without_colour if is_grey(photo) else lambda frame: frame
-    return shape, (finish(show(frame)) for frames in crops for frame in frames.cpu())
+    return (finish(show(frame)) for frames in crops for frame in frames.cpu())
 
 
 def without_colour(frame: np.ndarray) -> np.ndarray:
@@ -329,9 +348,8 @@ class Paste:
         out = photo + mask (frame - still) - mask new (photo - still - colour)
 
     The first term adds the change: where frame and still agree, the photo stays as it is. The second takes the photo's
-    detail away where the change is large (`new`), or teeth would shine through lips that closed over them. `colour` is
-    how the crop differs from the still in the large: skin keeps its own tone. Where new is 1, this is a feathered copy of
-    the colour-matched frame, and so it is everywhere for a head that turns.
+    detail away where the change is large (`new`, 1 for a head that turns), or teeth would shine through shut lips.
+    `colour` is the smoothed difference of crop and still: skin keeps its own tone.
 
     photo: uint8 (H, W, 3); box: x0, y0, x1, y1 of the crop in it, in pixels; source: (3, S, S) the crop itself;
     still: (3, S, S) the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the head moves.
@@ -375,8 +393,7 @@ def soft_box(size: int, box: tuple):
 
 
 def oval(size: int):
-    """(size, size): 1 in the middle of the crop, falling to 0 towards the circle in it: the outline of a head that turns
-    would be cut off at the crop's edge; the photo's stands instead."""
+    """(size, size): 1 in the middle of the crop, falling to 0 towards its circle: a head that turns keeps its outline"""
     t = (torch.arange(size) + 0.5) / size * 2 - 1
     return smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
 
@@ -384,9 +401,8 @@ def oval(size: int):
 def still_of(model, source, device, turning: bool):
     """What stands still in the frames of a photo: (still (3, S, S), mask (S, S) of what may move in it).
 
-    In the mouth it is the generated face that fits the photo best on the way from the one at rest (in silence) to the
-    one that holds the photo as it is (its inversion): a smile is to be closed by the change, a closed mouth to be left
-    alone. Elsewhere it is the face at rest: eyes only blink. A head that turns is replaced as a whole.
+    In the mouth: the best fit to the photo between the face at rest (in silence) and the photo's inversion. A smile is
+    closed by the change, a closed mouth stays. Elsewhere: the face at rest. A head that turns is replaced as a whole.
     """
     S, template = source.shape[-1], TEMPLATES[model.config.template]
     own = model.still(source.to(device)).cpu()
@@ -425,6 +441,8 @@ def main(argv=None):
     if not dubbing:
         photo, box, how = photo_box(photo, args, template)
         print(f"{args.face}: {how}; network: {weights}")
+        if template == "toy" and args.weights and not is_drawn(photo):
+            print(f"{weights}: trained on drawn faces, which {args.face} is not: frames will not look like it")
     torch.set_num_threads(threads)
 
     T = n_frames(len(wav))
@@ -436,18 +454,21 @@ def main(argv=None):
     if full:
         photo, box = limit(photo, box)
     if dubbing:
-        shape, frames = dubbed_video(model, wav, mel, args)
+        frames = dubbed_video(model, wav, mel, args)
     elif full and model.mouth and model.motion.moves.any() and not args.network:
-        shape, frames = talking_photo(model, photo, box, wav, mel, args)
+        frames = talking_photo(model, photo, box, wav, mel, args)
     else:
-        shape, frames = network_frames(model, photo, box, mel, T, full, device, args)
-    with VideoWriter(out, *shape[:2], wav, args.overwrite, args.speech) as video:
-        try:
-            for frame in tqdm(frames, total=T, unit="frame"):
+        frames = network_frames(model, photo, box, mel, T, full, device, args)
+    if args.grid:
+        frames = side_by_side(photo, frames, T, args)
+    try:
+        first = next(frames)
+        with VideoWriter(out, *first.shape[:2], wav, args.overwrite, args.speech) as video:
+            for frame in tqdm(itertools.chain([first], frames), total=T, unit="frame"):
                 video.write(frame)
-        except FloatingPointError as error:
-            raise InputError(f"{weights}: the network fails, {error}") from None
-        assert video.count == T, f"{video.count} frames for {T} of sound"
+            assert video.count == T, f"{video.count} frames for {T} of sound"
+    except FloatingPointError as error:
+        raise InputError(f"{weights}: the network fails, {error}") from None
     print(f"{out}: {T} frames, {T / FPS:.2f} s; {T / (time.perf_counter() - begin):.0f} frames/s end to end")
 
 

@@ -171,6 +171,9 @@ def test_box_face_and_square_pictures(monkeypatch):
     assert found(tall, "face", box="20,40,60,100")[0] == (5, 20, 35, 50)  # made square
     box, how = found(tall, "face")
     assert box == faces.face_box(two, "face", 1) and "largest of 2" in how
+    at = how.removeprefix("face at ").split(", the")[0]
+    again = found(tall, "face", box=at)[0]  # what is printed starts a --box: in pixels of the file, inside it
+    np.testing.assert_allclose(np.mean(np.reshape(again, (2, 2)), 0), np.mean(np.reshape(box, (2, 2)), 0), atol=1)
     assert found(tall, "face", number=2)[0] == faces.face_box(two, "face", 2)
     assert found(square, "face")[0] == faces.face_box(two, "face", 1)
     box, how = found(square, "toy")  # detectors do not know drawings
@@ -182,9 +185,11 @@ def test_box_face_and_square_pictures(monkeypatch):
 
 def test_a_photo_that_lies_is_turned_and_said_so(monkeypatch):
     upright, face = np.ones((60, 90, 3), np.uint8), (10, 10, 40, 40, 0.9)
+    monkeypatch.setattr(sample, "photo_size", lambda path: (90, 60))
     monkeypatch.setattr(sample, "turn_upright", lambda photo: (upright, [face], "by 180 degrees"))
     photo, box, how = sample.photo_box(np.zeros((90, 60, 3), np.uint8), options(), "face")
-    assert photo is upright and box == faces.face_box([face], "face") and how.startswith("turned by 180 degrees, ")
+    assert photo is upright and box == faces.face_box([face], "face")
+    assert how.startswith("turned by 180 degrees, face at ")
 
 
 def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_things_are_not():
@@ -436,6 +441,18 @@ def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeyp
     monkeypatch.setattr(sample, "detect_faces", lambda image, margins: [])
     with pytest.raises(InputError, match="no face"):
         sample.driving_frames("d.mp4", 6, 16, "face")
+
+
+def test_a_grid_shows_the_photo_the_driving_clip_there_and_back_and_the_result(folder, weights):
+    numbered_video("d.mp4", 12)
+    Image.new("RGB", (30, 30), (200, 60, 40)).save("face.png")
+    talk("--driving", "d.mp4", weights=weights)
+    talk("--driving", "d.mp4", "--grid", "--out", "grid.mp4", weights=weights)
+    grid, alone = (np.stack(list(read_video(name))).astype(int) for name in ("grid.mp4", "talk.mp4"))
+    assert grid.shape == (21, 32, 96, 3)
+    assert abs(grid[:, 4:28, 4:28] - (200, 60, 40)).mean() < 5 and abs(grid[:, :, 70:90] - alone[:, :, 6:26]).mean() < 8
+    shown = grid[:, 8:24, 40:56].mean((1, 2, 3)) / 8
+    np.testing.assert_allclose(shown, [*range(12), *range(10, 1, -1)], atol=0.6)
 
 
 def test_a_driving_video_moves_the_face_and_the_length_stays_the_speechs(folder, weights):
