@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from media import InputError, check_file, check_output, make_folder
+from report import PACE, machine, write_report
 
 try:
     import resource
@@ -452,18 +453,17 @@ def revision() -> str | None:
 
 def open_log(path: str | Path, args):
     """A log of JSON lines, continued with --resume; the first line has the revision, versions and options"""
-    log = open(path, "a" if args.resume else "w")
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+    log = open(path, "a" if args.resume else "w", 1)                                  # each line is written at once
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, machine=machine())
     log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args)), default=str) + "\n")
     return log
 
 
 def write_log(log, bar, line: dict, steps: int | None = None):
-    """One line of the log: as JSON, and above the progress bar as `name value` pairs with the pace behind a `|`"""
+    """One line of the log: as JSON, in report.html, and above the progress bar, `name value` pairs | the pace"""
     log.write(json.dumps(line) + "\n")
-    log.flush()
-    pace = ("step", "ms", "images_s", "waiting", "gib")
-    text = f"{line['step']:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in pace)
+    write_report(Path(log.name).parent)
+    text = f"{line['step']:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in PACE)
     if "ms" in line:
         left = f", {(steps - line['step']) * line['ms'] / 60000:.1f} min left" if steps else ""
         text += (f"  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, {100 * line['waiting']:.0f} % waiting, "

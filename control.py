@@ -27,6 +27,7 @@ from data import Pack
 from fusion import load_model
 from judges import same_person_loss
 from media import InputError, check_output, make_folder, to_tensor, to_uint8
+from report import toy_page
 from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
 
 COLUMN = {name: i for i, name in enumerate(FACTORS)}
@@ -305,7 +306,7 @@ def control_report(animators: dict, test: ToyTest) -> dict:
 def toy_report(args, device):
     """`python evaluate.py toy WEIGHTS ..`"""
     if args.json:
-        check_output(args.json, overwrite=True)  # before minutes of work
+        check_output(args.json, True, (".json",))  # before minutes of work
     models, report = {path: load_model(path, device, ("weights", "stage3", "stage2")) for path in args.weights}, {}
     if any(m.config.template != "toy" for m in models.values()):
         raise InputError("toy: a network of real faces has no ground truth to be compared with")
@@ -320,3 +321,4 @@ def toy_report(args, device):
             report |= control_report(animators, test)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
+        toy_page(Path(args.json), report, args.weights)

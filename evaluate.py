@@ -40,6 +40,7 @@ from faces import (
     resized, similarity, to_complex, warp_face)
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
+from report import pairs_page
 from syncnet import HALF, MAX_OFFSET, SPAN, load_sync
 
 CHUNK = 75  # frames read at a time: the face is detected once in each
@@ -649,7 +650,7 @@ def measure_pairs(args, device):
     """`python evaluate.py pair REAL FAKE`"""
     begin = time.perf_counter()
     if args.json:
-        check_output(args.json, overwrite=True)  # before minutes of work
+        check_output(args.json, True, (".json",))  # before minutes of work
     pairs, alone = pairs_of(Path(args.real), Path(args.fake))
     measured, reports, features = [], [], ([], [])
     with contextlib.ExitStack() as stack:
@@ -690,6 +691,7 @@ def measure_pairs(args, device):
                       alone=alone, notes=notes, versions=versions, device=str(device))
         report = json.loads(json.dumps(report), parse_constant=str)  # JSON has no infinity: the string "Infinity"
         Path(args.json).write_text(json.dumps(report, indent=1))
+        pairs_page(Path(args.json), report, {name: files for name, *files in pairs})
 
 
 def legend(args, networks, order, n: int) -> list[str]:
@@ -752,7 +754,7 @@ def parse(argv=None):
     toy.add_argument("--people", type=int, default=32, help="held-out people")
     toy.add_argument("--cache", default="out/evaluate", help="where the probe and its drawn people are kept")
     for command in (pair, toy):
-        command.add_argument("--json", help="write the numbers to this file as well")
+        command.add_argument("--json", help="write the numbers to this .json, and a page beside it (.html)")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return p.parse_args(argv)
 

@@ -57,6 +57,7 @@ from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
     make_folder, probe, read_video, run, to_tensor, to_uint8)
 from motion import there_and_back
+from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, square_box, without_colour
 from stylegan2 import StyledConv, ToRGB
 from toyfaces import toy_pack
@@ -774,7 +775,7 @@ def train(args):
                 kind="pcavs-train", format=1, config=vars(ema.config), args=vars(args), step=step + 1,
                 networks={k: net.state_dict() for k, net in stored.items()}, optimisers=dict(g=opt.state_dict()),
                 rng=dict(torch=torch.get_rng_state())))
-    log.close()
+    write_report(path.parent)  # with the last image
     save_checkpoint(path.with_name("weights.pt"), dict(
         kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=half(ema))))
     print(f"{path.with_name('weights.pt')}: for pcavs.py --weights")
@@ -788,9 +789,8 @@ def save_samples(path, model, pack, clips, device, n=8):
     source, frames, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "frames", "mel"))
     pose, spoken = frames[:, 0].roll(1, 0), frames[:, 0].roll(2, 0)
     fake = model.decode(model.V(source), model.A(mel[:, 0].roll(2, 0)), model.pose(pose), "off")
-    rows = torch.cat([torch.cat(list(row), -1) for row in (source, pose, fake, spoken)], -2)
-    zoom = max(1, 64 // model.config.size)
-    Image.fromarray(to_uint8(rows.clamp(-1, 1)).repeat(zoom, 0).repeat(zoom, 1)).save(path)
+    words = f"photo; held out: {len(clips)} clips", "pose", "result", "frame of the speech: lips as in the result"
+    image_grid([to_uint8(row.clamp(-1, 1)) for row in (source, pose, fake, spoken)], words, 128).save(path)
 
 
 def parse(argv=None):

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import initialise
@@ -38,6 +37,7 @@ from data import Clips, Frames, Mixed, Pack, batches, drawn_clips, open_packs, s
 from faces import TEMPLATES, Landmarks, recrop
 from fusion import CONTEXT, middle
 from media import InputError, Parser, run, to_tensor, to_uint8
+from report import image_grid, write_report
 from stylegan2 import mix_styles
 
 STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
@@ -408,6 +408,7 @@ def main(argv=None):
                 optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
                 augment_p=augment.p, mean_path=mean_path, rng=dict(torch=torch.get_rng_state())))
     log.close()
+    write_report(args.out)                                                             # with the last image
     if args.stage == 3:
         if ema.mouth:
             initialise.fit_warp(ema, data)
@@ -546,31 +547,29 @@ def save_examples(path, ema, data, args, n=8):
     if args.stage == 1:
         z = torch.randn(3 * n, ema.generator.dim, generator=torch.Generator().manual_seed(0)).to(device)
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
-        rows, names = ema.generator(w).unflatten(0, (3, n)), "samples"
+        rows, names = ema.generator(w).unflatten(0, (3, n)), ["samples", "", ""]
     else:
         clips = Clips(data["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=data["held_out"])
         items = [clips[i] for i in range(n)]
+        held_out = f"held out: {len(data['held_out'])} clips"
+        held_out += f", {len(data['held_out_photos'])} photos (from the third column on)" if args.photos else ""
         for i, c in enumerate(data["held_out_photos"][:n - 2] if args.photos else ()):
             items[2 + i]["source"] = to_tensor(data["photos"].pack.frame(c, 0))
         source, driving, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "driving", "mel"))
     if args.stage == 2:
         z = ema.invert(source)
-        rows, names = [source, ema.decode(z)], "source, inversion"
+        rows, names = [source, ema.decode(z)], [f"image; {held_out}", "inversion"]
         if ema.mouth and not ema.hyper:
             rows.append(ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0))))
-            names += ", with the mouth of the column to the left"
+            names.append("inversion with the mouth of the column to the left")
         elif ema.hyper:
             rows.append(ema.decode(z, ema.weight_changes(source, z)))
-            names += ", refined by the hypernetwork"
+            names.append("refined by the hypernetwork")
     elif args.stage == 3:
         driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # another person's head and sound
         rows = source, middle(driving, 1)[:, 0], ema(source, driving, mel, context=CONTEXT)[0][:, 0]
-        names = "source, driving frame of another clip, source with its motion and sound"
-    if not os.path.exists(path):
-        print(f"{path}, its rows: {names}")
-    grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2)                   # (3, rows * H, n * W)
-    image, scale = Image.fromarray(to_uint8(grid.clamp(-1, 1))), max(1, 128 // args.size)
-    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path + ".tmp.png")
+        names = f"source; {held_out}", "driving frame, with its sound: the column to the left", "source, driven"
+    image_grid([to_uint8(row.clamp(-1, 1)) for row in rows], names, max(128, args.size)).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)
 
 

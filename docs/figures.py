@@ -1,17 +1,16 @@
 """The figures of the documentation, as SVG without any package.
 
-    python docs/figures.py architecture                   # docs/architecture.svg
-    python docs/figures.py curves docs/run32              # docs/run32/curves.svg from its log_*.jsonl
+    python -m docs.figures architecture          # docs/architecture.svg
+    python -m docs.figures curves docs/run32     # docs/run32/curves.svg from its log_*.jsonl
 """
 
-import json
-import math
 import sys
 from pathlib import Path
 
+from report import chart, read_log
+
 HERE = Path(__file__).resolve().parent
 COLOURS = dict(data="#fff3d6", net="#dbe9ff", ours="#e2f5df", loss="#fde2e2")
-LINES = ("#1f5fbf", "#c0392b", "#2e8b57", "#8e5bb5", "#d98c00", "#444444", "#17a2a2")
 TIP = ('<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>\n')
 
@@ -70,38 +69,20 @@ def architecture() -> str:
         text(10, 422, "B clips, T frames, L style layers, D latent width", 12, fill="#555"))
 
 
-def chart(x, y, title, series: dict, log_scale, w=470, h=190) -> str:
-    """A line chart of {name: [(step, value), ..]}"""
-    points = [p for values in series.values() for p in values]
-    scale = (lambda v: math.log10(max(v, 1e-4))) if log_scale else (lambda v: v)
-    last, low, high = max(s for s, _ in points), min(scale(v) for _, v in points), max(scale(v) for _, v in points)
-    svg = f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="none" stroke="#bbb"/>\n'
-    svg += text(x, y - 8, title, 13, weight="bold") + text(x + w, y + h + 14, f"step {last}", 10, "end", "#555")
-    for at in (0, 0.5, 1):
-        value = low + at * (high - low)
-        svg += text(x - 6, y + h * (1 - at) + 4, f"{10 ** value if log_scale else value:.2g}", 10, "end", "#555")
-    for k, (name, values) in enumerate(series.items()):
-        colour = LINES[k % len(LINES)]
-        path = " ".join(f"{x + w * s / last:.1f},{y + h * (high - scale(v)) / (high - low):.1f}" for s, v in values)
-        svg += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>\n'
-        svg += text(x + 8 + 62 * k, y + h + 14, name, 11, fill=colour)
-    return svg
-
-
-PLOTS = (("sync expert", "log_sync.jsonl", ("loss", "contrast"), False),
-         ("stage 1: StyleGAN2", "log_stage1.jsonl", ("adv", "d", "r1", "path"), True),
-         ("stage 2: inversion", "log_stage2.jsonl", ("rec", "feat", "id"), True),
-         ("stage 3: end to end", "log_stage3.jsonl", ("rec", "feat", "id", "orth", "sync", "adv"), True))
+PLOTS = (("sync expert", "log_sync.jsonl", ("loss", "contrast")),
+         ("stage 1: StyleGAN2", "log_stage1.jsonl", ("adv", "d", "r1", "path")),
+         ("stage 2: inversion", "log_stage2.jsonl", ("rec", "feat", "id")),
+         ("stage 3: end to end", "log_stage3.jsonl", ("rec", "feat", "id", "orth", "sync", "adv")))
 
 
 def curves(folder: Path) -> str:
     """The loss curves of a run: the sync expert and the three stages"""
     charts = []
-    for k, (title, name, terms, log_scale) in enumerate(PLOTS):
-        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()[1:]]
+    for k, (title, name, terms) in enumerate(PLOTS):
+        x, y, (_, lines) = 10 + 560 * (k % 2), 40 + 270 * (k // 2), read_log(folder / name)
         series = {term: [(line["step"], line[term]) for line in lines if term in line] for term in terms}
-        series = {term: values for term, values in series.items() if values}
-        charts.append(chart(70 + 560 * (k % 2), 40 + 270 * (k // 2), title, series, log_scale))
+        place = f'<svg x="{x}" y="{y}" width="530" height="220" '
+        charts += [text(x + 56, y - 6, title, 13, weight="bold"), chart(series, 530, 220).replace("<svg ", place, 1)]
     return page(1120, 560, *charts)
 
 
