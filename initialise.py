@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import os
+import time
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def stage(args, model, D, data, networks, device) -> dict:
     if args.stage == 1 or args.resume:
         return own_judges(args, D, data, networks, device) if args.resume else {}
     if args.part == "encoder" and model.mouth:
-        train_reader(model, data, device, args.seed)
+        train_reader(model, data, device, args.seed, min(1500, args.steps))
     if args.part == "encoder" and "encoder" not in networks:
         fit_encoder(model, data["images"], device)
     if model.encoder.latent_avg.isnan().any():                                         # a published file without it
@@ -48,7 +49,7 @@ def stage(args, model, D, data, networks, device) -> dict:
     if args.stage == 3:
         fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
         if model.mouth:
-            train_lips(model, data["pack"], data["clips"], args, device)
+            train_lips(model, data, args, device)
     return frozen
 
 
@@ -171,7 +172,7 @@ def own_judges(args, D, data, networks, device) -> dict:
         frozen["judge"] = judges.SmallFaceJudge().to(device)
         frozen["judge"].load_state_dict(networks["judge"])
     elif args.w.get("id") and not args.w["arcface"]:
-        frozen["judge"] = train_judge(data, device, args.seed)
+        frozen["judge"] = train_judge(data, device, args.seed, min(400, args.steps))
     return {name: freeze(network) for name, network in frozen.items()}
 
 
@@ -179,8 +180,8 @@ def own_judges(args, D, data, networks, device) -> dict:
 # stage 2: the encoder, and what reads the lips
 
 def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
-    """Adam on loss_of(step), with a progress bar -> running mean of the loss"""
-    opt, mean = torch.optim.Adam(parameters, lr), 0.0
+    """Adam on loss_of(step), with a progress bar and a line that says how long it takes -> running mean of the loss"""
+    opt, mean, begin = torch.optim.Adam(parameters, lr), 0.0, time.perf_counter()
     for step in tqdm(range(steps), desc=name, leave=False, disable=None):
         loss = loss_of(step)
         opt.param_groups[0]["lr"] = lr * (1 - step / steps) if decay else lr
@@ -188,6 +189,9 @@ def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
         loss.backward()
         opt.step()
         mean += max(0.02, 1 / (step + 1)) * (loss.item() - mean)
+        if step + 1 == min(20, steps):
+            minutes = (time.perf_counter() - begin) * steps / (60 * min(20, steps))
+            tqdm.write(f"before the first step: {steps} steps of the {name}, {minutes:.1f} min")
     return mean
 
 
@@ -265,7 +269,7 @@ def mouth_shape(points: np.ndarray) -> np.ndarray:
     return np.concatenate([opening[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
 
 
-def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, per_clip=30):
+def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_clip=30):
     """The MouthEncoder learns to read the shape of lips from clips and photos with landmarks. Ours.
 
     Its first number is how far the lips are open. The others are principal components of what else moves while one person
@@ -278,7 +282,8 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
         boxes.append(model.mouth.mouth_crop(to_tensor(pack.frames(c, ks)), margin=0.125).to(torch.float16))
         shapes.append(mouth_shape(landmarks.clip(c)[ks] / pack.size))
 
-    for c in rng.permutation(data["clips"][np.isin(data["clips"], of_clips.kept)])[:clips]:
+    chosen = rng.permutation(data["clips"][np.isin(data["clips"], of_clips.kept)])[:clips]
+    for c in tqdm(chosen, "mouths", leave=False, disable=None):
         collect(data["pack"], of_clips, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
     shape, n_clips = np.concatenate(shapes), sum(map(len, shapes))                     # (n, 42)
     deviation = np.concatenate([s - s.mean(0) for s in shapes])                        # of one person, within a clip
@@ -296,7 +301,6 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
     boxes, target = torch.cat(boxes), (numbers(np.concatenate(shapes)) - centre) / std
     target = torch.from_numpy(target).float().clamp(-8, 8).to(device)                  # landmarks have outliers
     weight = 1 / target.cpu().var(0).to(device)
-    print(f"before the first step: {steps} steps of the lip reader on landmarks of {len(boxes)} mouths")
 
     def loss_of(step):
         half = torch.randint(n_clips, (batch // 2,))                                   # half clips, half photos
@@ -310,11 +314,11 @@ def train_reader(model, data, device, seed, steps=1500, batch=128, clips=400, pe
         return ((model.mouth.read(x) - target[i.to(device)]).square() * weight).mean()
 
     model.mouth.reader.requires_grad_(True)
-    unread = regress("lip reader", model.mouth.reader.parameters(), steps, 1e-3, loss_of)
+    unread = regress(f"lip reader, {len(boxes)} mouths", model.mouth.reader.parameters(), steps, 1e-3, loss_of)
     print(f"lip reader: {100 * (1 - unread):.0f} % of the variance of landmarks' shape is read from pixels")
 
 
-def train_judge(data, device, seed, steps=400, batch=48):
+def train_judge(data, device, seed, steps, batch=48):
     """A small face recogniser: frames of one clip show one person, clips of other people show others (where all clips
     show one person, other clips do). About 20 s at 32 px on a CPU.
 
@@ -325,7 +329,6 @@ def train_judge(data, device, seed, steps=400, batch=48):
         label = "clip"
     if len(photos.people if photos else images.clips) < 2:
         raise InputError(f"{images.pack.folder}: one person is too few for the face judge; --w id=0 does without it")
-    print(f"before the first step: {steps} steps of the small face judge")
     torch.manual_seed(seed)
     judge, augment = judges.SmallFaceJudge().to(device), Augment(p=0.5)
     batch = 2 * batch if photos else batch
@@ -342,7 +345,7 @@ def train_judge(data, device, seed, steps=400, batch=48):
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in views)
         return judges.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
 
-    regress("face judge", judge.parameters(), steps, 2e-3, loss_of, decay=False)
+    regress("small face judge", judge.parameters(), steps, 2e-3, loss_of, decay=False)
     return judge
 
 
@@ -387,33 +390,34 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
         motion.pose_up.weight.copy_(up)
 
 
-def train_lips(model, pack, clips, args, device, most=800, batch=12, span=16):
+def train_lips(model, data, args, device, most=800, batch=12, span=16):
     """Sound -> shape of the lips, regressed on the MouthEncoder's readings before any image is made; also the limits of
     the opening. A step costs a tenth of one through the generator, which then only refines it.
 
     LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
     share their sound windows."""
-    steps, K = min(LIP_STEPS, args.steps), model.config.shape_dim
+    pack, steps, K = data["pack"], min(LIP_STEPS, args.steps), model.config.shape_dim
     rng = np.random.default_rng([args.seed, 3])
-    chosen = rng.permutation([c for c in clips if pack.n_frames[c] >= span])[:most]
+    chosen = rng.permutation([c for c in data["clips"] if pack.n_frames[c] >= span])[:most]
     if not len(chosen):
         raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
-    print(f"before the first step: {steps} steps of lips on sound, {len(chosen)} clips")
-    shapes = []
+    n, held_out = len(chosen), [c for c in data["held_out"] if pack.n_frames[c] >= span][:50]
+    chosen, shapes = [*chosen, *held_out], []
     with torch.no_grad():
         for c in tqdm(chosen, "reading lips", leave=False, disable=None):
             shapes.append(model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device))[:, :K])  # (T, K)
-    openings = torch.cat(shapes)[:, 0]
+    openings = torch.cat(shapes[:n])[:, 0]
     shapes = [torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes]   # all from the mean but the opening
-    power = torch.cat(shapes).var(0).clamp_min(1e-3)
+    power = torch.cat(shapes[:n]).var(0).clamp_min(1e-3)
     weight = 1 / power
     weight[0] *= 5                                                                     # ours: the opening shows most
     weight = weight / (weight @ power)                                                 # the mean shape has loss 1
     # the sound windows of a clip are computed once: 0.4 MB a clip of 3 s
     windows = functools.cache(lambda i: pack.windows(chosen[i], np.arange(-CONTEXT, len(shapes[i]) + CONTEXT)))
 
-    def loss_of(step):
-        items = [(i, int(rng.integers(len(shapes[i]) - span + 1))) for i in rng.integers(len(chosen), size=batch)]
+    def loss_of(step, clips=None):
+        clips = rng.integers(n, size=batch) if clips is None else clips
+        items = [(i, int(rng.integers(len(shapes[i]) - span + 1))) for i in clips]
         mel = torch.from_numpy(np.stack([windows(i)[k:k + span + 2 * CONTEXT] for i, k in items])).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             predicted = model.motion.audio_to_mouth(model.encode_sound(mel), CONTEXT)  # (B, span, M)
@@ -421,11 +425,14 @@ def train_lips(model, pack, clips, args, device, most=800, batch=12, span=16):
         return ((predicted[..., :K].float() - target).square() * weight).sum(-1).mean()
 
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
-    missed = regress("lips from sound", trained, steps, 1e-3, loss_of)
+    missed, words = regress(f"regression of lips on sound, {n} clips", trained, steps, 1e-3, loss_of), ""
+    if held_out:
+        with torch.no_grad():
+            words = f", {100 * (1 - loss_of(0, range(n, len(chosen)))):.0f} % in {len(held_out)} held-out clips"
     for q in model.motion.lips[-1].parameters():
         q.data.mul_(LIP_GAIN)
     model.motion.opening_limits.copy_(openings.quantile(torch.tensor([0.02, 0.9], device=device)))
-    print(f"lips from sound: {100 * (1 - missed):.0f} % of the variance of their shape")
+    print(f"lips from sound: {100 * (1 - missed):.0f} % of the variance of their shape" + words)
 
 
 def fit_warp(model, data, clips=200):

@@ -60,6 +60,7 @@ class InputError(Exception):
 def run(main):
     """Runs a script's main(): InputError, or no memory, is one line on stderr and status 2, Ctrl-C 130, SIGTERM 143"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: `with` and `finally` clean up
+    sys.stdout.reconfigure(line_buffering=True)              # lines show at once in a file or a pipe
     try:
         main()
     except (InputError, MemoryError, OSError, RuntimeError) as error:

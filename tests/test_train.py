@@ -3,12 +3,14 @@
 import argparse
 import functools
 import json
+import re
 import shutil
 import types
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import faces
@@ -50,7 +52,7 @@ def stages(pack, tmp_path_factory):
     save_checkpoint(str(out / "sync.pt"), dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(initialise, "train_judge", lambda data, device, seed: quick_judge())
+        patch.setattr(initialise, "train_judge", lambda *_: quick_judge())
         patch.setattr(train, "FINETUNE_GENERATOR", 0)
         patch.setattr(train, "LOG_EVERY", 1)
         go(pack, out, 1)
@@ -62,7 +64,7 @@ def stages(pack, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
-    monkeypatch.setattr(initialise, "train_judge", lambda data, device, seed: quick_judge())
+    monkeypatch.setattr(initialise, "train_judge", lambda *_: quick_judge())
     monkeypatch.setattr(train, "LOG_EVERY", 1)
 
 
@@ -254,7 +256,9 @@ def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
     model = load_model(str(stages / "weights.pt"))
     frames = torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(7, 1, 80, 16))))
     assert frames.shape == (7, 3, 16, 16) and torch.isfinite(frames).all()
-    assert (stages / "stage3.png").stat().st_size > 1000
+    assert Image.open(stages / "stage3.png").size == (8 * 128, 3 * (128 + 18))  # three rows, each below its words
+    page = (stages / "report.html").read_text()
+    assert all(f"<h2>stage{k}</h2>" in page for k in (1, 2, 3)) and page.count("<img") == 4  # the hypernetwork's too
 
 
 def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
@@ -441,7 +445,7 @@ def marked_packs(real_packs, pack, tmp_path_factory):
 @pytest.fixture
 def quick_starts(monkeypatch):
     for name, changes in (("fit_motion_space", dict(clips=8, per_clip=8)), ("fit_encoder", dict(most=200)),
-                          ("train_reader", dict(steps=20, batch=32))):
+                          ("train_reader", dict(batch=32))):
         monkeypatch.setattr(initialise, name, functools.partial(getattr(initialise, name), **changes))
 
 
@@ -498,13 +502,19 @@ def test_a_mouth_code_learns_from_one_or_two_images(N):
     assert {"preserve", "mouth_cycle"} <= set(terms) and all(v.isfinite() for v in terms.values())
 
 
-def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(marked_packs, tmp_path, monkeypatch, quick_starts):
-    monkeypatch.setattr(initialise, "train_reader", functools.partial(initialise.train_reader, steps=200))
+def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
+        marked_packs, tmp_path, monkeypatch, capsys, quick_starts):
+    reader = initialise.train_reader
+    monkeypatch.setattr(initialise, "train_reader", lambda *args: reader(*args[:-1], steps=200))
     clips, photos = marked_packs
     more = ["--photos", str(photos)]
     go(clips, tmp_path, 1, *more)
     go(clips, tmp_path, 2, *more)
     go(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0")
+    shown = capsys.readouterr().out                                          # how long, and how well beyond training
+    assert re.search(r"before the first step: 200 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
+    assert re.search(r"before the first step: 4 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
+    assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ % in [12] held-out clips", shown)
     two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
                   for k in (2, 3))
     assert all({"preserve", "mouth_cycle", "adv", "d"} <= set(line) for line in two)
