@@ -36,6 +36,7 @@ from faces import (
     HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
 from media import (
     InputError, Parser, check_file, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
+from report import image_grid
 from syncnet import SPAN, best_offset, by_shift, embed, load_sync
 
 sync_expert = lru_cache(1)(load_sync)  # loaded once a process
@@ -289,13 +290,11 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
 
 
 def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
-    """The middle frame of up to columns x rows clips, evenly chosen."""
+    """The middle frame of up to columns x rows clips, evenly chosen, each below its name"""
     chosen = np.unique(np.linspace(0, len(pack) - 1, columns * rows).round().astype(int))
-    sheet = Image.new("RGB", (columns * pack.size, -(-len(chosen) // columns) * pack.size))
-    for i, c in enumerate(chosen):
-        frame = Image.fromarray(pack.frame(c, pack.n_frames[c] // 2))
-        sheet.paste(frame, (i % columns * pack.size, i // columns * pack.size))
-    return sheet
+    lines = [chosen[i : i + columns] for i in range(0, len(chosen), columns)]
+    frames = [[pack.frame(c, pack.n_frames[c] // 2) for c in line] for line in lines]
+    return image_grid(frames, [[pack.source(c) for c in line] for line in lines], max(96, pack.size))
 
 
 def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
@@ -317,7 +316,7 @@ def main():
     p.add_argument("videos", type=Path, help="folder of videos or of photos, or an .npz of JPEGs; a folder in it is one "
                    "person, a file another")
     p.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
-    p.add_argument("--size", type=int, default=128, choices=(32, 64, 128, 256), help="edge of the crops (default 128 px)")
+    p.add_argument("--size", type=int, default=128, choices=(16, 32, 64, 128, 256), help="edge of the crops (128)")
     p.add_argument("--template", default="face", choices=("face", "ffhq"), help="the crop: face; or ffhq, with more "
                    "around the face, for published StyleGAN2, pSp and HyperStyle files")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")

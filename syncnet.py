@@ -507,7 +507,7 @@ def offset(args):
     late, confidence, fit, windows = clip_offset(expert, path, device, args.box)
     words = f"{abs(late)} frame{'s' * (abs(late) != 1)} ({abs(late) / FPS:.2f} s) {'late' if late > 0 else 'early'}"
     doubt = "" if fit > 0 else "; a guess, mouth and sound fit at no offset"
-    words = f"{words if late else 'in sync'}; confidence {confidence:.1f} ({windows} windows){doubt}"
+    words = f"{words if late else 'in sync'}; confidence {confidence:.1f} (above 4 is sure; {windows} windows){doubt}"
     print(f"{path}: the sound is {words}")
     if out:
         write_shifted(path, late, out)

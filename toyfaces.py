@@ -7,7 +7,7 @@ and smile have a random stream of their own, independent of the sound. So every 
 the face, and control (change one input: what else moves?) can be measured. The paper has no such world; it is here so
 that training, tests and metrics run anywhere.
 
-    python toyfaces.py --out out               # out/toys.png, out/toys_32.png, out/toy.mp4      (5 s)
+    python toyfaces.py --out out               # out/toys.png and out/toy.mp4                     (5 s)
     python toyfaces.py --pack out/toy32 --size 32 --people 300     # a pack to train on          (1 min)
     python toyfaces.py --example example       # example/face.png and example/speech.wav         (2 s)
 
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from audio import n_frames
 from data import Pack, PackWriter
 from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run, write_wav
+from report import image_grid
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth
@@ -686,27 +687,23 @@ def clip_of(job: tuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # the script
 
-def contact_sheet(size: int, columns: int, rows: int, first_seed: int = TRAIN, zoom: int = 1) -> np.ndarray:
-    """Many people, each at a moment of a clip: uint8 (rows * size * zoom, columns * size * zoom, 3)."""
-    faces = []
-    for seed in range(first_seed, first_seed + rows * columns):
-        _, truth = clip_truth(seed, 3, person(seed))
-        moment = truth[[10, 26, 42, 58][seed % 4]]
-        faces.append(draw(person(seed), dict(zip(FACTORS, moment.tolist())), size))
-    sheet = np.stack(faces).reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, -1, 3)
-    return sheet.repeat(zoom, 0).repeat(zoom, 1)
+def moment(seed: int, size: int) -> np.ndarray:
+    """A person at a moment of a clip, uint8 (size, size, 3)"""
+    truth = clip_truth(seed, 3, person(seed))[1][[10, 26, 42, 58][seed % 4]]
+    return draw(person(seed), dict(zip(FACTORS, truth.tolist())), size)
 
 
 def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
-    """toys.png, toys_32.png (enlarged four times, pixels kept) and toy.mp4."""
-    toys, small, video = (check_output(out / name, overwrite) for name in ("toys.png", "toys_32.png", "toy.mp4"))
-    Image.fromarray(contact_sheet(size, 8, 4, seed)).save(toys)
-    Image.fromarray(contact_sheet(32, 8, 4, seed, zoom=4)).save(small)
+    """toys.png, 32 people, and toy.mp4, a clip of the first."""
+    toys, video = (check_output(out / name, overwrite) for name in ("toys.png", "toy.mp4"))
+    seeds = np.arange(seed, seed + 32).reshape(4, 8).tolist()
+    names = [[f"toy{k}" for k in row] for row in seeds]
+    image_grid([[moment(k, size) for k in row] for row in seeds], names, max(128, size)).save(toys)
     frames, wav, _ = toy_clip(seed, seconds, size)
     with VideoWriter(video, size, size, wav, overwrite) as writer:
         for frame in frames:
             writer.write(frame)
-    print(f"wrote {toys}, {small} and {video} ({len(frames)} frames, person {seed})")
+    print(f"wrote {toys} and {video} ({len(frames)} frames, person {seed})")
 
 
 def example(out: Path, overwrite: bool):
@@ -721,7 +718,7 @@ def example(out: Path, overwrite: bool):
 def main():
     parser = Parser(description="Draws the toy world: faces and speech with ground truth.")
     option = parser.add_argument
-    option("--out", default="out", help="directory for toys.png, toys_32.png and toy.mp4 (default out)")
+    option("--out", default="out", help="directory for toys.png and toy.mp4 (default out)")
     option("--pack", metavar="DIR", help="write a pack to train on instead")
     option("--example", metavar="DIR", help="write the example face.png and speech.wav instead")
     option("--size", type=int, default=64, help="pixels of a side (default 64)")

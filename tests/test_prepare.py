@@ -85,7 +85,7 @@ def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, 
     assert "no face (a face in 0 of" in said["black.mp4"] and "no face for long enough" in said["brief.mp4"]
     assert "has no sound" in said["mute.mp4"] and "is empty" in said["empty.mp4"]
     assert "not a video" in said["notes.txt"] and said["cut.mp4"]
-    assert prepare.contact_sheet(pack, columns=2).size == (64, 64)
+    assert prepare.contact_sheet(pack, columns=2).size == (2 * 96, 2 * (96 + 18))  # with names
 
 
 def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypatch):
