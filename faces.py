@@ -309,16 +309,18 @@ STEADY = 0.35  # of the box: a face that moves farther has no box of its own in 
 CUT, CUT_RATIO = 20, 4  # a cut changes the mean pixel by so many of 255, and so many times as much as its neighbours
 
 
-def scenes(frames: list[np.ndarray]) -> np.ndarray:
-    """Frames of a video -> the number of the scene of each, (n,) from 0 on, by 256 pixels of each frame."""
-    H, W = frames[0].shape[:2]
-    rows, columns = (np.arange(16) * 2 + 1) * H // 32, (np.arange(16) * 2 + 1) * W // 32
-    small = np.stack([frame[rows[:, None], columns] for frame in frames]).astype(np.float32)  # (n, 16, 16, 3)
-    change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3))  # (n - 1,) from each frame to the next
-    cut = np.zeros(len(frames), bool)
-    for k in np.flatnonzero(change > CUT):
-        near = np.delete(change[max(0, k - DETECT_EVERY) : k + DETECT_EVERY + 1], min(k, DETECT_EVERY))
-        cut[k + 1] = not len(near) or change[k] > CUT_RATIO * np.median(near)
+def scenes(frames) -> np.ndarray:
+    """Frames of a video, from any iterable -> the number of the scene of each, (n,) from 0 on, by 256 pixels of each."""
+    change, last = [], None  # mean difference of each frame to the one before
+    for frame in frames:
+        rows, columns = ((np.arange(16) * 2 + 1) * side // 32 for side in frame.shape[:2])
+        small = frame[rows[:, None], columns].astype(np.float32)  # (16, 16, 3)
+        change.append(0.0 if last is None else np.abs(small - last).mean())
+        last = small
+    cut = np.zeros(len(change), bool)
+    for k in np.flatnonzero(np.array(change) > CUT):
+        near = np.delete(change[max(1, k - DETECT_EVERY) : k + DETECT_EVERY + 1], min(k - 1, DETECT_EVERY))
+        cut[k] = not len(near) or change[k] > CUT_RATIO * np.median(near)
     return np.cumsum(cut)
 
 
