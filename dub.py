@@ -2,13 +2,12 @@
 
     landmarks of every frame                 ->  pose of the head, opening of the clip's own mouth      (Take)
     its own mouth, shut, + lip numbers       ->  where the mouth's points shall lie in each frame       (Take.target)
-    frames that open widest                  ->  a bank of what shows between the lips: teeth, tongue   (Bank)
+    frames that open widest                  ->  a bank of what shows between the lips: teeth, tongue   (Dub.add)
     skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame        (Dub)
 
 Fields are thin-plate splines from the wanted points back to the source's points, so nothing has to be inverted. The video
-is read four times (scenes, landmarks, bank, frames) and never kept: memory does not grow with its length. Frames without
-a face that can be tracked pass through unchanged. Ours, without a paper. Units are warp.py's: the outer corners of the
-eyes are 1 apart.
+is read four times (scenes, landmarks, bank, frames) and never kept. Frames without a face that can be tracked pass
+through unchanged. Ours, without a paper. Units are warp.py's: the outer corners of the eyes are 1 apart.
 """
 
 import itertools
@@ -42,6 +41,7 @@ RIM = 1.15, 1.6  # lips are replaced within this ellipse around them, fading up 
 ALIKE, CAST = 25.0, 0.077  # grey levels up to which colours at the rim are matched; sigma of spreading that match inwards
 CANVAS, CELLS = (-0.58, -0.16, 0.58, 0.42), 110  # of the bank: x0, y0, x1, y1 about the mouth's middle; cells a unit
 WIDEST = 0.75  # the bank uses frames that open at least so far, of the widest; their weight is this ratio ** 10
+BORDER = np.array([(x, y) for x in np.linspace(0, 1, 8) for y in np.linspace(0, 1, 8) if {x, y} & {0, 1}])  # of a square
 SHOWN = 0.058  # the least opening, of the widest frames, that shows what is inside
 
 
@@ -100,7 +100,6 @@ class Take:
         self.places = [Place(plane, middle) for plane, middle in zip(planes, middles)]
         self.widest = float(np.sort(self.own)[-4:].mean())
         self.keys = self.shut_frames()
-        self.is_key = set(self.keys.tolist())
 
     def shut_frames(self) -> np.ndarray:
         """Frames whose lips are as good as shut: the least open for three frames to either side, and low for this take.
@@ -176,23 +175,22 @@ def inner_lips(q: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return v[..., 1] - up, np.maximum(up, low) - v[..., 1]
 
 
-class Bank:
-    """What shows between a take's lips, as two canvases: fixed to the skull (upper teeth), and to the jaw."""
+class Dub:
+    """A take with other lips. First `add` each of its frames `bank`, then `finish`, then call it for any frame.
+
+    The bank is what shows between the lips, as two canvases: fixed to the skull (upper teeth), and to the jaw."""
 
     def __init__(self, take: Take):
         self.take, (x0, y0, x1, y1) = take, CANVAS
-        self.size = round((x1 - x0) * CELLS), round((y1 - y0) * CELLS)
-        x, y = (a + (np.arange(n) + 0.5) / CELLS for a, n in zip((x0, y0), self.size))
+        x, y = (a + (np.arange(round(CELLS * (b - a))) + 0.5) / CELLS for a, b in ((x0, x1), (y0, y1)))
         self.cells = np.stack(np.meshgrid(x, y), -1)                   # (h, w, 2)
         self.drop = take.moves[0, 66, 1]                               # of the jaw, a unit of opening
-        self.sums, self.dark, self.skin = np.zeros((2, *self.cells.shape[:2], 4)), [], []
-        self.frames = np.flatnonzero(take.own > max(0.03, WIDEST * take.widest))
+        self.sums, self.dark = np.zeros((2, *self.cells.shape[:2], 4)), []
+        self.bank = np.flatnonzero(take.own > max(0.03, WIDEST * take.widest))
 
     def add(self, t: int, frame: np.ndarray):
-        """Takes in a frame of self.frames"""
         take, place = self.take, self.take.places[t]
         skin, s = skin_colour(frame, take.points[t], place.scale), place.local(take.points[t])
-        self.skin.append(skin)
         for jaw in (0, 1):
             at = self.cells + (0, jaw * self.drop * take.own[t])
             colour = read(frame, place.pixels(at)) / skin
@@ -209,11 +207,10 @@ class Bank:
         base = (near[..., :3] + 0.02 * self.cavity) / (near[..., 3:] + 0.02)
         full = (self.sums[..., :3] + 0.03 * base) / (self.sums[..., 3:] + 0.03)
         self.canvas = torch.from_numpy(full).float().permute(0, 3, 1, 2)
-        self.known = bool(self.dark) and self.take.widest > SHOWN
 
-    def show(self, v, q, d, e, opening: float) -> np.ndarray:
+    def inside(self, v, q, d, e, opening: float) -> np.ndarray:
         """Places v (h, w, 2), `d` below the upper and `e` above the lower lip of points q -> (h, w, 3), skin is 1"""
-        if not self.known:                                             # the clip never showed it: painted teeth
+        if not self.dark or self.take.widest < SHOWN:                  # the clip never showed it: painted teeth
             half = (q[64, 0] - q[60, 0]) / 2
             x = v[..., 0] / half
             tall = 0.16 * half * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
@@ -231,31 +228,23 @@ class Bank:
         light = 0.35 + 0.65 * smoothstep(np.float64(opening / SHOWN))  # a narrow gap is dark, and red
         return colour * shade[..., None] * light ** np.array([1, 1.3, 1.25])
 
+    def __call__(self, t: int, frame: np.ndarray, keys: list, opening: float, shape: np.ndarray) -> np.ndarray:
+        """Frame t of the take, uint8 (H, W, 3) -> the same with lips open by `opening`, in units, of shape (K - 1,)
 
-class Dub:
-    """Frames of a take with another mouth. dub(t, frame, keys, opening, shape) -> uint8 (H, W, 3)"""
-
-    def __init__(self, take: Take, bank: Bank):
-        self.take, self.bank = take, bank
-
-    def __call__(self, t: int, frame: np.ndarray, keys: dict, opening: float, shape: np.ndarray) -> np.ndarray:
-        """keys: {number in the take: frame} of `take.near_keys(t)`; opening in units, shape (K - 1,)"""
+        keys: (number in the take, weight, frame) of the nearest shut frames"""
         take, place = self.take, self.take.places[t]
         s, g = take.source(t), take.target(t, opening, shape)
         top, low = np.array([-REGION[0], s[33, 1] - REGION[1]]), np.array([REGION[0], max(s[8, 1], 0.7) + REGION[2]])
-        corners = np.stack(np.meshgrid(*zip(top, low)), -1).reshape(-1, 2)
+        corners = top + (low - top) * BORDER
         skin_nodes = Nodes(box_in(frame, place.pixels(corners)), SKIN_NODE * place.scale)
         lips = (g[48:60].max(0) + g[48:60].min(0)) / 2, np.ptp(g[48:60], axis=0) / 2 + 0.03  # an ellipse: middle, radii
-        corners = (lips[0] + RIM[1] * lips[1] * np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])).clip(top, low)
-        lip_nodes = Nodes(box_in(frame, place.pixels(corners)), LIP_NODE * place.scale)
+        around = (lips[0] + RIM[1] * lips[1] * (2 * BORDER - 1)).clip(top, low)
+        lip_nodes = Nodes(box_in(frame, place.pixels(around)), LIP_NODE * place.scale)
 
         # fields from the wanted points back to those of this frame and of the keys, for what hangs on either lip
-        near = take.near_keys(t)
-        sources = [s, *(take.source(k) for k, _ in near)]
+        sources = [s, *(take.source(k) for k, _, _ in keys)]
         at = [place.local(nodes.flat()) for nodes in (skin_nodes, lip_nodes)]
-        a = np.linspace(0, 1, 8)
-        border = np.array([(x, y) for x in a for y in a if min(x, y) == 0 or max(x, y) == 1])
-        fixed = np.r_[top + (low - top) * border, s[STILL]]
+        fixed = np.r_[corners, s[STILL]]
         skin, moved = [], []
         for line, lip in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
             used = np.r_[JAW, CORNERS, lip, line[1:4]]
@@ -272,29 +261,24 @@ class Dub:
         (a0, b0, a1, b1), (x0, y0, x1, y1) = lip_nodes.box, skin_nodes.box
         part = slice(b0 - y0, b1 - y0), slice(a0 - x0, a1 - x0)
         moved[1] = moved[0] + beside[1][:, None] * (moved[1] - moved[0])
-        fields = [[at[1] + field[:, i] for field in moved] for i in range(len(near))]
+        fields = at[1][:, None] + np.stack(moved)                      # (2, n, keys, 2)
         out[part] = self.mouth(t, frame, keys, out[part], lip_nodes, fields, g, lips, opening)
-        result = frame.copy()
-        result[y0:y1, x0:x1] = (out + 0.5).clip(0, 255).astype(np.uint8)
+        steps = [step for step, fades in zip((t + 1, take.T - t), take.fades) if fades]
+        w = smoothstep(np.float64(min([FADE + 1, *steps]) / (FADE + 1)))  # beside frames that pass through
+        result, old = frame.copy(), frame[y0:y1, x0:x1]
+        result[y0:y1, x0:x1] = (old + w * (out - old) + 0.5).clip(0, 255).astype(np.uint8)
         return result
-
-    def faded(self, t: int, frame, keys, opening, shape) -> np.ndarray:
-        """As __call__, passing over into the untouched frames beside the take"""
-        out = self(t, frame, keys, opening, shape)
-        steps = [step for step, fades in zip((t + 1, self.take.T - t), self.take.fades) if fades]
-        w = smoothstep(np.float64(min([FADE + 1, *steps]) / (FADE + 1)))
-        return out if w == 1 else (frame + w * (out.astype(np.float32) - frame) + 0.5).astype(np.uint8)
 
     def mouth(self, t, frame, keys, skin, nodes, fields, g, lips, opening) -> np.ndarray:
         """skin (h, w, 3) in the box of `nodes` -> the same with lips, read from the keys along `fields`, and the bank"""
         take, place = self.take, self.take.places[t]
-        light, near = skin_colour(frame, take.points[t], place.scale), take.near_keys(t)
+        light = skin_colour(frame, take.points[t], place.scale)
         upper, lower = 0, 0
-        for (k, weight), (up, down) in zip(near, fields):
+        for i, (k, weight, key) in enumerate(keys):
             there = take.places[k]
-            gain = weight * light / skin_colour(keys[k], take.points[k], there.scale)
-            upper = upper + gain * read(keys[k], spread(nodes, there.pixels(up)))
-            lower = lower + gain * read(keys[k], spread(nodes, there.pixels(down)))
+            gain = weight * light / skin_colour(key, take.points[k], there.scale)
+            upper = upper + gain * read(key, spread(nodes, there.pixels(fields[0, :, i])))
+            lower = lower + gain * read(key, spread(nodes, there.pixels(fields[1, :, i])))
         v = place.local(centres(nodes.box))
         d, e = inner_lips(g, v)
         within = (np.abs(v[..., 0] - (g[64, 0] + g[60, 0]) / 2) < (g[64, 0] - g[60, 0]) / 2)[..., None]
@@ -307,7 +291,7 @@ class Dub:
         weight = 4 * rim * (1 - rim) * np.exp(-((change.mean(-1, keepdims=True) / ALIKE) ** 2))
         sigma = (CAST * place.scale, CAST * place.scale, 0)
         cast = gaussian_filter(change * weight, sigma) / (gaussian_filter(weight, sigma) + 1e-3)
-        patch = light * self.bank.show(v, g, d, e, opening)
+        patch = light * self.inside(v, g, d, e, opening)
         patch = patch + under * (lower + cast - patch)
         patch = patch + above * (upper + cast - patch)
         return skin + rim * (patch - skin)
@@ -320,23 +304,26 @@ class Dub:
 def scene_landmarks(net, frames, number: int) -> np.ndarray:
     """Frames of one scene -> landmarks (n, 68, 2) in pixels of the face that is the number-th largest where so many are
     first detected; NaN in frames without it"""
-    frames, points = iter(frames), []
+    frames, points, missed = iter(frames), [], []
     for k, frame in enumerate(frames):
         faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()
         if faces is None:
             raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
-        if len(faces) >= number:
-            box = face_box(faces, "face", number)
-            points.extend(track_landmarks(net, itertools.chain([frame], frames), box)[0])
-        else:
+        if len(faces) < number:
+            missed = [*missed[1 - DETECT_EVERY :], frame]
             points.append(np.full((68, 2), np.nan))
+        else:
+            box = face_box(faces, "face", number)
+            # backwards to the last detection, then forwards
+            points[k - len(missed) :] = track_landmarks(net, [frame, *missed[::-1]], box)[0][:0:-1]
+            points.extend(track_landmarks(net, itertools.chain([frame], frames), box)[0])
     return np.array(points)
 
 
 def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[int, list[Take]]:
     """Of the first n frames of a video: how many there are, and its takes. Raises InputError: no face can be followed."""
     info, mean = probe(path), net.solid.double().numpy()
-    scene = scenes(list(itertools.islice(read_video(path, 16), n)))
+    scene = scenes(itertools.islice(read_video(path, 16), n))
     small = zip(scene, read_video(path, min(info.height, POINTS_HEIGHT)))
     points = [scene_landmarks(net, (frame for _, frame in group), number)
               for _, group in itertools.groupby(small, key=lambda pair: pair[0])]
@@ -363,15 +350,14 @@ def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
 def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):
     """Functions without arguments that return the frames, uint8 (H, W, 3), of a video of `count` frames with other lips:
     opening (T,), shape (T, K - 1). Each holds what it reads. A video that is shorter is shown again."""
-    banks = [Bank(take) for take in takes]
-    wanted = {take.first + t: (bank, t) for take, bank in zip(takes, banks) for t in bank.frames}
+    dubs = {take.first + t: (dub, t) for take in takes for dub in [Dub(take)] for t in range(take.T)}
     for k, frame in enumerate(itertools.islice(read_video(path), count)):
-        if k in wanted:
-            bank, t = wanted[k]
-            bank.add(t, frame)
-    for bank in banks:
-        bank.finish()
-    dubs = {take.first + t: (Dub(take, bank), t) for take, bank in zip(takes, banks) for t in range(take.T)}
+        if k in dubs:
+            dub, t = dubs[k]
+            if t in dub.bank:
+                dub.add(t, frame)
+            if t == dub.take.T - 1:
+                dub.finish()
     for begin in range(0, len(opening), count):
         ahead, held = enumerate(read_video(path)), {}                  # a second reader, for the shut frames to come
         for k, frame in enumerate(itertools.islice(read_video(path), min(count, len(opening) - begin))):
@@ -379,11 +365,11 @@ def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: 
                 yield lambda frame=frame: frame
                 continue
             dub, t = dubs[k]
-            near = [dub.take.first + key for key, _ in dub.take.near_keys(t)]
-            while near[-1] not in held:
+            first, near = dub.take.first, dub.take.near_keys(t)
+            while first + near[-1][0] not in held:
                 at, later = next(ahead)
-                if at - dub.take.first in dub.take.is_key:
+                if at - first in dub.take.keys:
                     held[at] = later
-            held = {at: later for at, later in held.items() if at >= near[0]}
-            keys = {at - dub.take.first: held[at] for at in near}
-            yield partial(dub.faded, t, frame, keys, float(opening[begin + k]), shape[begin + k])
+            held = {at: later for at, later in held.items() if at >= first + near[0][0]}
+            keys = [(key, weight, held[first + key]) for key, weight in near]
+            yield partial(dub, t, frame, keys, float(opening[begin + k]), shape[begin + k])

@@ -1,5 +1,7 @@
 """A clip gets other lips: they open as asked, the rest of the frame stays, and what cannot be tracked passes through."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,14 @@ def test_frames_of_a_scene_without_a_face_pass_through(clip, net, moves, tmp_pat
         assert np.array_equal(frame, source) == (20 <= k < 40)
 
 
+def test_frames_before_the_first_detection_are_tracked_backwards(clip, net, moves, monkeypatch):
+    answers = itertools.chain([[]], itertools.repeat([(*BOX, 0.9)]))   # nothing in frame 0, a face in frame 5
+    monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: next(answers))
+    takes = dub.find_takes(clip, net, moves, T)[1]
+    assert [(take.first, take.T) for take in takes] == [(0, T)]
+    assert np.corrcoef(takes[0].own, OWN)[0, 1] > 0.97
+
+
 def test_lips_come_from_the_take_itself(clip, net, moves):
     take = dub.find_takes(clip, net, moves, T)[1][0]
     assert all(take.own[k] < 0.04 for k in take.keys) and len(take.keys) >= 3
@@ -111,6 +121,14 @@ def test_without_an_opening_the_wanted_lips_meet_in_every_frame(clip, net, moves
     take = dub.find_takes(clip, net, moves, T)[1][0]
     gaps = [dub.gap(take.target(t, 0.0, np.zeros(len(moves) - 1))) for t in range(T)]
     assert np.abs(gaps).max() < 0.02 < 0.08 < take.own.max()
+
+
+def test_what_lasts_of_the_own_mouth_is_not_its_opening(net, moves):
+    own, mean = 0.05 * (1 - np.cos(2 * np.pi * np.arange(120) / 60)), net.solid.double().numpy()
+    take = dub.Take(0, 100 * (mean[:68, :2] + own[:, None, None] * moves[0]) + 128, mean, moves)
+    np.testing.assert_allclose(take.own - take.own.min(), own, atol=0.01)
+    chin_and_lip = (take.shut + take.slow)[:, [8, 57], 1]
+    assert np.ptp(chin_and_lip, axis=0).max() < 0.01 < 0.03 < 0.1 * moves[0, [8, 57], 1].min()
 
 
 def test_wanted_lips_never_cross(clip, net, moves):
