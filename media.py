@@ -637,11 +637,12 @@ class VideoWriter:
         sound = [] if wav is None else ["-i", str(track), "-c:a", "aac", "-b:a", "192k"]
         # the colours of HDTV, and said so: untagged video is shown differently by different players
         colours = "scale=out_color_matrix=bt709:out_range=tv"
-        border = f"fillborders=right={width % 2}:bottom={height % 2}:mode=smear"  # no black seam
+        border = f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,fillborders=right={width % 2}:bottom={height % 2}:mode=smear,"
+        border = border if width % 2 or height % 2 else ""   # one more row or column without a black seam; takes time
         tags = "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
         command = [ffmpeg_path(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound]
-        command += ["-vf", f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,{border},{colours},format=yuv420p,{tags}"]
+        command += ["-vf", f"{border}{colours},format=yuv420p,{tags}"]
         command += ["-metadata", f"comment={MARK}"]
         # ours: 16 stays crisp at 64 px; veryfast takes half of the default's time
         command += ["-c:v", "libx264", "-crf", "16", "-preset", "veryfast", "-movflags", "+faststart", str(self.draft)]
