@@ -26,8 +26,8 @@ SWAY_SECONDS = 0.55  # sigma of the sway's smoothing
 NOD = 1.2  # degrees that the chin drops where speech starts
 DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
 OPENER = 1.4  # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 of its slope
-NODDING = np.r_[27:48]  # nose and eyes: they show a nod better than the jaw's rough ends (r .81 for .75, .99 for .98)
-DRIVE_GAIN = 1.15, 1.15  # yaw and pitch by the small network's points are smaller than by MediaPipe's, on the same clips
+NODDING = np.r_[27:48]  # nose and eyes: their fit follows a nod further than RIGID's, with more noise; both are averaged
+DRIVE_GAIN = 1.15, 1.2  # yaw and pitch by the small network's points are smaller than by MediaPipe's, on the same clips
 LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # of roll in degrees, shift right and down, scale, brows; see warp.Head.room
 LID_SHUT, LID_OPEN = 0.35, 0.85  # of a driver's usual opening: wholly shut (blinks reach .05 to .3), not yet a blink
 
@@ -110,10 +110,10 @@ def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.nda
     points, lids, brows = (interpolated(x, seen) for x in (points, lids, brows))
     scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))  # (T,), (T, 3, 3), (T, 2)
     nods = angles(np.array([fit_pose(p, mean, NODDING)[1] for p in points]))[:, 1]
-    yaws, _, rolls = angles(R @ R[0].T).T
+    yaws, pitches, rolls = angles(R @ R[0].T).T
     places = scale[:, None] * (R[:, :2, :2] @ mean[:68, :2].mean(0)) + shift
     raised = brows.mean(1) - np.median(brows)
-    asked = np.c_[yaws, nods, rolls, places / scale[0], scale / scale[0] - 1, raised]
+    asked = np.c_[yaws, (pitches + nods) / 2, rolls, places / scale[0], scale / scale[0] - 1, raised]
     asked = gaussian_filter1d(asked, DRIVE_SIGMA, axis=0, mode="nearest")
     asked[:, :6] -= asked[0, :6]
     asked[:, :2] *= DRIVE_GAIN
