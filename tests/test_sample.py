@@ -79,14 +79,10 @@ def test_the_video_has_25_frames_a_second_of_speech(folder, weights, n, frames):
 
 def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights):
     files = ["face.png", "speech.wav", "--weights", str(weights), "--out", "a.mp4"]
-    command = [sys.executable, sample.__file__, *files]
-    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, sample.__file__, *files, "--device", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert shape_of("a.mp4")[0] == 21 and "a.mp4" in last and "21 frames" in last and "0.84 s" in last
-    again = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
-    assert again.returncode == 2 and again.stdout == ""
-    assert again.stderr == f"sample.py: {folder / 'a.mp4'}: exists; give --overwrite to replace it\n"
 
 
 class LoudFrames:
