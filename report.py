@@ -78,7 +78,7 @@ def write_report(folder: str | Path) -> Path:
     """FOLDER/report.html from its logs, the latest first, and the image of each: stage1.png of log_stage1.jsonl. A page
     that cannot be written (a full disk, a browser's lock) does not end a run."""
     page = Path(folder).absolute() / "report.html"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, InputError):
         logs = sorted(page.parent.glob("log_*.jsonl"), key=lambda log: (-log.stat().st_mtime, log.name))
         write_page(page, page.parent.name, [log_section(log, *read_log(log)) for log in logs])
     return page
@@ -240,8 +240,12 @@ def write_page(path: Path, title: str, sections: list[str]):
                f"{again}<title>{text(title)}</title><style>{STYLE}</style><h1>{text(title)}</h1>{''.join(sections)}"
                f"<p><small>written {time.strftime('%Y-%m-%d %H:%M:%S')}</small></html>\n")
     draft = path.with_name(f".{path.name}-{os.getpid()}")
-    draft.write_text(content, encoding="utf-8", errors="backslashreplace")
-    os.replace(draft, path)
+    try:
+        draft.write_text(content, encoding="utf-8", errors="backslashreplace")
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -174,6 +174,10 @@ def test_a_page_is_whole_at_any_moment_and_a_failed_one_ends_no_run(tmp_path, mo
         patch.setattr(report.os, "replace", full)          # the new one is written: the old one is still there
         report.write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == before
+    assert not list(tmp_path.glob(".*"))                   # nor a draft
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(report.InputError, match="folder.html: cannot be written"):
+        report.toy_page(tmp_path / "folder.json", dict(a=dict(open=1.0)), [])
 
 
 def test_an_image_is_encoded_again_only_when_it_has_changed(tmp_path, monkeypatch):
