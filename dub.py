@@ -80,21 +80,21 @@ class Take:
 
     def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray, fades=(False, False)):
         self.first, self.moves, self.T, self.fades = int(first), moves, len(points), fades
-        self.points = points = steady(points.astype(np.float64))
+        self.points = points = steady(points.astype(np.float32))       # as all that is kept of each frame
         scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))
         planes, depths = steady(scale[:, None, None] * R[:, :2, :2]), steady(scale[:, None] * R[:, :2, 2])
         flat = points - shift[:, None] - mean[None, :68, 2, None] * depths[:, None]
-        q = np.einsum("tij,tpj->tpi", np.linalg.inv(planes), flat)     # (T, 68, 2): seen from the front, head at rest
-        self.q, self.own = q.astype(np.float32), np.maximum(0, gap(q))
-        still = q - self.own[:, None, None] * moves[0]
+        self.q = np.einsum("tij,tpj->tpi", np.linalg.inv(planes), flat).astype(np.float32)  # from the front, head at rest
+        self.own = np.maximum(0, gap(self.q))
+        still = self.q - self.own[:, None, None] * moves[0].astype(np.float32)
         weight = np.exp(-(self.own - self.own.min()) / SHUT)
         shut = np.average(still, axis=0, weights=weight)
-        slow = gaussian_filter1d(still - shut, SLOW, axis=0, mode="nearest")
+        slow = gaussian_filter1d(still - shut.astype(np.float32), SLOW, axis=0, mode="nearest")
         inner = np.stack([UPPER_LINE[1:4], LOWER_LINE[1:4]])
         slow[:, inner, 1] = slow[:, inner, 1].mean(1, keepdims=True)   # this does not open lips
         share = moves[0, 62, 1] / (moves[0, 62, 1] - moves[0, 66, 1])  # of a gap that the upper lip closes
         shut[inner, 1] = shut[inner[0], 1] + share * (shut[inner[1], 1] - shut[inner[0], 1])
-        self.shut, self.slow = shut, slow.astype(np.float32)
+        self.shut, self.slow = shut, slow
         origin = shut[CORNERS[2:]].mean(0)
         middles = steady(shift) + planes @ origin + mean[CORNERS[2:], 2].mean() * depths
         self.places = [Place(plane, middle) for plane, middle in zip(planes, middles)]
@@ -311,7 +311,7 @@ def scene_landmarks(net, frames, number: int) -> np.ndarray:
             raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
         if len(faces) < number:
             missed = [*missed[1 - DETECT_EVERY :], frame]
-            points.append(np.full((68, 2), np.nan))
+            points.append(np.full((68, 2), np.nan, np.float32))
         else:
             box = face_box(faces, "face", number)
             # backwards to the last detection, then forwards
@@ -332,7 +332,8 @@ def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[i
     change = np.flatnonzero(np.diff(scene) | np.diff(usable)) + 1
     parts = [part for part in np.split(np.arange(len(points)), change) if usable[part[0]] and len(part) >= SHORTEST]
     if not parts:
-        raise InputError(f"{path}: no face that can be tracked (turned beyond {TURNED[0]:.0f} degrees, hidden, or none)")
+        reason = "none" if number == 1 else f"fewer than {number}"
+        raise InputError(f"{path}: no face that can be tracked (turned beyond {TURNED[0]:.0f} degrees, hidden, or {reason})")
     beside = [[0 <= k < len(scene) and scene[k] == scene[part[0]] for k in (part[0] - 1, part[-1] + 1)] for part in parts]
     return len(points), [Take(part[0], points[part], mean, moves, fades) for part, fades in zip(parts, beside)]
 
