@@ -422,6 +422,24 @@ def warp_face(image: np.ndarray, a: complex, b: complex, size: int) -> np.ndarra
     return np.array(image.transform((size, size), Image.Transform.AFFINE, to_source, Image.Resampling.BILINEAR))
 
 
+ALIGNED = np.array([87 + 59j, 137 + 59j, 112 + 120j]) + 0.5 + 0.5j  # x + iy of eyes and mouth in PC-AVS's 224 px
+SEEN, WHOLE = (16, 0, 208, 192), (0, 0, 224, 224)  # x0 y0 x1 y1 of these: its networks' input; files of `pcavs.py align`
+
+
+def eyes_and_mouth(points: np.ndarray) -> np.ndarray:
+    """Landmarks (.., 68, 2) -> middles of both eyes and of the inner lips, complex (.., 3)"""
+    return np.stack([to_complex(points[..., a:b, :].mean(-2)) for a, b in ((36, 42), (42, 48), (60, 68))], -1)
+
+
+def align_frames(frames, points: np.ndarray, size: int, box: tuple = SEEN):
+    """Frames, uint8 (H, W, 3), and eyes and mouth in them, (T, 3) in units of H -> a stream of uint8 (size, size, 3), the
+    box of PC-AVS's 224 px. Scale and rotation are the mean, the mouth is held in its place; black beyond a frame."""
+    scale = similarity(points.mean(0), ALIGNED)[0]
+    step, corner = (box[2] - box[0]) / size / scale, (complex(*box[:2]) - ALIGNED[2]) / scale
+    for frame, mouth in zip(frames, points[:, 2]):
+        yield warp_face(frame, len(frame) * step, len(frame) * (mouth + corner), size)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # landmark detectors of others
 

@@ -7,15 +7,13 @@ Zhou et al., "Pose-Controllable Talking Face Generation by Implicitly Modularize
     python pcavs.py sample examples/face.png examples/speech.wav --out toy.mp4   # shipped toy weights, 100 frames, 2 s
     python pcavs.py train --bf16                                  # the toy world at 32 px; docs/pcavs.md has the result
     python pcavs.py evaluate clip.mp4 --weights checkpoints/demo  # or pairs.csv of the authors' demo
-    python pcavs.py evaluate --toy                                # the control table of the shipped weights
     python pcavs.py align frames/                                 # frames_cropped/, for --aligned and pairs.csv
 
 What differs from the authors' code:
 - Their frames begin with the third and their sound with the first, so their video leads by 80 ms. Ours is in step.
 - They run V and A_sync once, E and G twice a frame. Ours runs V once a photo, E once a pose frame, A_sync and G once.
 - Noise is drawn once a clip, not anew for every frame. landmarks.py stands in for FAN's landmarks in the alignment.
-- They published no training code. Ours has their contrast, cross-modal, classification and VGG losses and no adversary;
-  what is marked "ours" makes minutes enough.
+- They published no training code. Ours has their losses; adversary and VGG are off by default.
 
 Axes: B clips, K frames of each, N = B K, P pose numbers, S mel steps.
 """
@@ -48,18 +46,18 @@ from checkpoint import (
     open_log, pick_device, read_weights, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
 from data import Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import (
-    TEMPLATES, crop_face, detect_faces, face_box, mask_mouth, middle_square, need_detector, similarity, to_complex,
-    warp_face)
+    ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, mask_mouth,
+    middle_square, need_detector, similarity)
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
-from losses import perceptual_loss, reconstruction_loss
+from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
     make_folder, probe, read_video, run, to_tensor, to_uint8)
 from motion import there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, square_box, without_colour
-from stylegan2 import StyledConv, ToRGB
+from stylegan2 import Discriminator, StyledConv, ToRGB
 from toyfaces import toy_pack
 
 PUBLISHED = {"G": "latest_net_G.pth", "V": "latest_net_V.pth", "E": "latest_net_E.pth", "A": "latest_net_A_sync.pth"}
@@ -383,24 +381,6 @@ def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks' input: the authors' alignment for published weights, a template's square for weights of `train`
 
-ALIGNED = np.array([87 + 59j, 137 + 59j, 112 + 120j]) + 0.5 + 0.5j  # x + iy of eyes and mouth in the authors' 224 px
-SEEN, WHOLE = (16, 0, 208, 192), (0, 0, 224, 224)  # x0 y0 x1 y1 of these: networks' input; files of `align`
-
-
-def eyes_and_mouth(points: np.ndarray) -> np.ndarray:
-    """Landmarks (.., 68, 2) -> middles of both eyes and of the inner lips, complex (.., 3)"""
-    return np.stack([to_complex(points[..., a:b, :].mean(-2)) for a, b in ((36, 42), (42, 48), (60, 68))], -1)
-
-
-def align_frames(frames, points: np.ndarray, size: int, box: tuple = SEEN):
-    """Frames, uint8 (H, W, 3), and eyes and mouth in them, (T, 3) in units of H -> a stream of uint8 (size, size, 3), the
-    box of the authors' 224 px. Scale and rotation are the mean, the mouth is held in its place; black beyond a frame."""
-    scale = similarity(points.mean(0), ALIGNED)[0]
-    step, corner = (box[2] - box[0]) / size / scale, (complex(*box[:2]) - ALIGNED[2]) / scale
-    for frame, mouth in zip(frames, points[:, 2]):
-        yield warp_face(frame, len(frame) * step, len(frame) * (mouth + corner), size)
-
-
 def ready_box(image: np.ndarray) -> tuple:
     """The networks' input in an image that is aligned already, by `align` or by the authors"""
     H, W = image.shape[:2]
@@ -566,9 +546,8 @@ def measure(args):
     model = load_pcavs(args.weights, device)
     fake, real = (make_folder(Path(args.out).absolute() / kind) for kind in ("fake", "real"))
     names = [f"{i:03d}_{speech.stem}.mp4" for i, (_, _, speech, _) in enumerate(jobs, start=1)]
-    for file in {*fake.glob("*.mp4"), *real.glob("*.mp4")}:
-        if file.name not in names:
-            raise InputError(f"{file}: is of another run and would be measured: remove it or give another --out")
+    if others := [file for file in (*fake.glob("*.mp4"), *real.glob("*.mp4")) if file.name not in names]:
+        raise InputError(f"{others[0]}: is of another run and would be measured: remove it or give another --out")
     for job, name in zip(jobs, names):
         write_clips(model, job, fake / name, real / name, args, device)
     print(f"{fake}: {len(jobs)} clips; {sum(job[3] is not None for job in jobs)} have real frames to compare them with")
@@ -601,6 +580,7 @@ LOG_EVERY, SAVE_EVERY = 50, 500                # steps
 WEIGHTS = dict(
     rec=10.0,                                  # ours, for VGG: L1 of the image, of mouth and eyes, of smaller images
     contrast=1.0,                              # speech feature and mouth feature, in both directions; published 100
+    feat=1.0,                                  # ours: features are relative to their size; published 10
     cross=1.0,                                 # L1 of these two; published
     id=1.0,                                    # classification of people by V; published
     pose=1.0)                                  # ours: E's pose code against the linear teacher's
@@ -661,9 +641,8 @@ def small_frames(frames, template: str):
 def fit_pose_teacher(teacher: nn.Linear, pack: Pack, clips, per_clip: int = 16, ridge: float = 0.1):
     """Ours. A linear pose code in closed form: the target of E's pose code, and G's pose input in the first steps.
 
-    Within a clip the person is constant, so a frame minus the clip's mean is motion. A linear map that predicts it from
-    the frame alone, fitted over many people, cannot use directions in which people differ. People never seen, 32 px: yaw
-    r .91, pitch .83, roll .88, after two seconds; E's 12 numbers alone find nothing in the first minutes.
+    A frame minus its clip's mean is motion. A linear map that predicts it from the frame alone, fitted over many people,
+    cannot use directions in which people differ. People never seen, 32 px: yaw r .91, pitch .83, roll .88.
     """
     rng, codes = np.random.default_rng(2), []
     for c in rng.permutation(clips)[:400]:
@@ -707,11 +686,24 @@ def loss_terms(nets, batch, step, args) -> dict:
                  pose=F.mse_loss(pose, teacher_pose))
     if args.w_vgg:
         terms["vgg"] = perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
+    if args.w_adv:                                                              # D's own step drops what reaches it here
+        maps = nets["D"].features(fake)
+        terms["adv"] = generator_loss(nets["D"].score(maps[-1]))
+        terms["feat"] = perceptual_loss(maps, nets["D"].features(real))
+    return terms, real, fake
+
+
+def discriminator_terms(D, real, fake, step: int) -> dict:
+    """The logistic loss, and R1 at every 16th step, as in StyleGAN2"""
+    terms = dict(d=discriminator_loss(D(real), D(fake.detach())))
+    if step % 16 == 0:
+        real = real.clone().requires_grad_()
+        terms["r1"] = 16 / 2 * r1_penalty(real, D(real))
     return terms
 
 
 def build(args, pack, device):
-    """-> the networks that a checkpoint holds, by name, and their optimiser"""
+    """-> the networks that a checkpoint holds, and their optimisers, by name"""
     model = PCAVS(Config.at(args.size, template=pack.template)).to(device)
     nets = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                 teacher=nn.utils.skip_init(nn.Linear, 768, model.config.pose).to(device).requires_grad_(False),
@@ -719,7 +711,12 @@ def build(args, pack, device):
     encoders = [p for net in (model.V, model.E, model.A, nets["people"]) for p in net.parameters()]
     groups = [dict(params=encoders, lr=args.lr, initial_lr=args.lr),
               dict(params=model.G.parameters(), lr=G_RATE * args.lr, initial_lr=G_RATE * args.lr)]
-    return nets, torch.optim.Adam(groups, betas=(0.9, 0.99))                    # ours: L1 leads
+    opts = dict(g=torch.optim.Adam(groups, betas=(0.9, 0.99)))                  # ours: L1 leads
+    if args.w_adv:
+        nets["D"] = Discriminator(args.size, base=2048).to(device)              # 64 channels at 32 px
+        group = dict(params=nets["D"].parameters(), lr=args.lr, initial_lr=args.lr)
+        opts["d"] = torch.optim.Adam([group], betas=(0.0, 0.99))
+    return nets, opts
 
 
 def train(args):
@@ -731,13 +728,14 @@ def train(args):
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
     torch.manual_seed(args.seed)
-    nets, opt = build(args, pack, device)
+    nets, opts = build(args, pack, device)
     model, ema, stored, start = nets["model"], nets["ema"], dict(nets), 0
     if saved:
         with refusing(path, "was trained with other options"):
             for name, net in stored.items():
                 net.load_state_dict(saved["networks"][name])
-            restore_optimiser(opt, saved["optimisers"]["g"])
+            for name, opt in opts.items():
+                restore_optimiser(opt, saved["optimisers"][name])
             torch.set_rng_state(saved["rng"]["torch"].cpu())
             start = saved["step"]
     else:
@@ -748,33 +746,34 @@ def train(args):
     stream = batches(clips, args.batch // FRAMES, start, args.workers)
     print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    weight = WEIGHTS | dict(vgg=args.w_vgg)
+    weight = WEIGHTS | dict(vgg=args.w_vgg, adv=args.w_adv)
     log, timer = open_log(path.with_name("log_pcavs.jsonl"), args), StepTimer(device)
-
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="PC-AVS", disable=None)
     for step in bar:
         batch = timer.next(stream)
-        for group in opt.param_groups:
-            group["lr"] = group["initial_lr"] * cosine_warmup(step, args.steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            terms = loss_terms(nets, batch, step, args)
-        check_finite(terms, step)
-        loss = sum(weight[k] * v for k, v in terms.items())
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
+            terms, real, fake = loss_terms(nets, batch, step, args)
+            terms = {k: weight[k] * v for k, v in terms.items()}
+            d_terms = discriminator_terms(nets["D"], real, fake, step) if "D" in nets else {}
+        for opt, losses in zip(opts.values(), (terms, d_terms)):
+            check_finite(losses, step)
+            for group in opt.param_groups:
+                group["lr"] = group["initial_lr"] * cosine_warmup(step, args.steps)
+            opt.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            opt.step()
         update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
         last = step + 1 == args.steps
         if step % LOG_EVERY == 0 or last:
-            line = dict(step=step) | {k: float(weight[k] * v.detach()) for k, v in terms.items()}
+            line = dict(step=step) | {k: float(v.detach()) for k, v in (terms | d_terms).items()}
             write_log(log, bar, line | timer.pace(args.batch), args.steps)
         if (step + 1) % SAVE_EVERY == 0 or last:
             save_samples(path.with_suffix(".png"), ema, pack, np.union1d(parts["valid"], parts["test"]), device)
             save_checkpoint(path, dict(
                 kind="pcavs-train", format=1, config=vars(ema.config), args=vars(args), step=step + 1,
-                networks={k: net.state_dict() for k, net in stored.items()}, optimisers=dict(g=opt.state_dict()),
-                rng=dict(torch=torch.get_rng_state())))
+                networks={k: net.state_dict() for k, net in stored.items()},
+                optimisers={k: opt.state_dict() for k, opt in opts.items()}, rng=dict(torch=torch.get_rng_state())))
     write_report(path.parent)  # with the last image
     save_checkpoint(path.with_name("weights.pt"), dict(
         kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=half(ema))))
@@ -826,6 +825,7 @@ def parse(argv=None):
     p.add_argument("--steps", type=int, default=2000)
     p.add_argument("--batch", type=int, default=32, help=f"images a step, {FRAMES} of each clip")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate of V, E, A_sync; five times that for G")
+    p.add_argument("--w-adv", type=float, default=0.0, help="weight of the adversary; published 1")
     p.add_argument("--w-vgg", type=float, default=0.0, help="weight of VGG19's features (downloads it); published 10")
     p.add_argument("--resume", action="store_true", help="continue the checkpoint in --out")
     p.add_argument("--workers", type=int, default=0, help="processes that load data")

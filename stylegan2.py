@@ -391,7 +391,9 @@ class Discriminator(nn.Module):
         return maps
 
     def forward(self, x):  # (N, 3, H, W) -> (N, 1)
-        x = self.features(x)[-1]
+        return self.score(self.features(x)[-1])
+
+    def score(self, x):  # the last of the maps -> (N, 1)
         with torch.autocast(x.device.type, enabled=False):                            # its end in fp32, as StyleGAN2-ADA
             return self.final_linear(self.final_conv(minibatch_stddev(x.float())).flatten(1))
 

@@ -818,11 +818,11 @@ def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
 def test_four_steps_are_two_and_two_more_bit_for_bit(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(pcavs, "LOG_EVERY", 1)
     monkeypatch.setattr(pcavs, "TEACHER_SHARE", 0)                              # a share of the steps
-    learn(pack, tmp_path / "a")
+    learn(pack, tmp_path / "a", "--w-adv", "1")
     lr = pcavs.cosine_warmup
     with pytest.MonkeyPatch.context() as patch:                                 # of four steps, although it stops at two
         patch.setattr(pcavs, "cosine_warmup", lambda step, steps: lr(step, 4))
-        learn(pack, tmp_path / "b", steps=2)
+        learn(pack, tmp_path / "b", "--w-adv", "1", steps=2)
     learn(pack, tmp_path / "b", "--resume")
     a, b = (load_checkpoint(tmp_path / k / "pcavs.pt", "pcavs-train") for k in "ab")
     for part in ("model", "ema", "people", "teacher"):
@@ -883,21 +883,21 @@ def test_the_linear_teacher_gives_motion_of_people_it_was_not_fitted_on_and_noth
     torch.testing.assert_close(pcavs.small_frames(lips, "toy"), pcavs.small_frames(frames[:3], "toy"))
 
 
-def step_of(pack, step):
-    """Networks, optimiser, one batch and the options of a run of two thousand steps"""
-    args = pcavs.parse(["train", "--size", "16", "--batch", "6"])
+def step_of(pack, *options):
+    """Networks, optimisers, one batch and the options of a run of two thousand steps"""
+    args = pcavs.parse(["train", "--size", "16", "--batch", "6", *options])
     torch.manual_seed(0)
     pack = Pack(pack)
-    nets, opt = pcavs.build(args, pack, torch.device("cpu"))
+    nets, opts = pcavs.build(args, pack, torch.device("cpu"))
     pcavs.fit_pose_teacher(nets["teacher"], pack, range(5))
-    return nets, opt, next(pcavs.batches(pcavs.ClipFrames(pack, 2, 0, range(5)), 3)), args
+    return nets, opts, next(pcavs.batches(pcavs.ClipFrames(pack, 2, 0, range(5)), 3)), args
 
 
 @pytest.mark.parametrize("step", [0, 2000])  # G's pose input is the teacher's code, and E's
 def test_every_term_counts_and_every_parameter_of_inference_learns(pack, step):
-    nets, _, batch, args = step_of(pack, step)
-    terms = pcavs.loss_terms(nets, batch, step, args)
-    assert set(terms) == set(pcavs.WEIGHTS) and all(float(v.detach()) != 0 for v in terms.values())
+    nets, _, batch, args = step_of(pack)
+    terms, _, _ = pcavs.loss_terms(nets, batch, step, args)
+    assert set(terms) == set(pcavs.WEIGHTS) - {"feat"} and all(float(v.detach()) != 0 for v in terms.values())
     sum(pcavs.WEIGHTS[k] * v for k, v in terms.items()).backward()
     still = [n for n, p in nets["model"].named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert [n for n in still if not n.endswith("noise.weight")] == []            # noise is off at this size
@@ -905,15 +905,33 @@ def test_every_term_counts_and_every_parameter_of_inference_learns(pack, step):
 
 
 def test_one_batch_can_be_over_fitted(pack):
-    nets, opt, batch, args = step_of(pack, 49)
+    nets, opts, batch, args = step_of(pack)
     curve = []
     for _ in range(40):
-        terms = pcavs.loss_terms(nets, batch, 49, args)
-        opt.zero_grad()
+        terms, _, _ = pcavs.loss_terms(nets, batch, 49, args)
+        opts["g"].zero_grad()
         sum(pcavs.WEIGHTS[k] * v for k, v in terms.items()).backward()
-        opt.step()
+        opts["g"].step()
         curve.append(float(terms["rec"].detach()))
     assert np.mean(curve[-5:]) < 0.55 * curve[0]
+
+
+def test_the_adversary_moves_the_generator_and_learns_to_tell_its_frames(pack):
+    nets, opts, batch, args = step_of(pack, "--w-adv", "1")
+    terms, real, fake = pcavs.loss_terms(nets, batch, 0, args)
+    for k in ("adv", "feat"):
+        grad = torch.autograd.grad(terms[k], nets["model"].G.conv1.conv.weight, retain_graph=True)[0]
+        assert grad.abs().sum() > 0
+    curve = []
+    for step in range(30):
+        losses = pcavs.discriminator_terms(nets["D"], real, fake, step)
+        assert ("r1" in losses) == (step % 16 == 0)
+        opts["d"].zero_grad()
+        sum(losses.values()).backward()
+        opts["d"].step()
+        curve.append(float(losses["d"].detach()))
+    assert curve[-1] < 0.5 * curve[0]
+    assert all(p.grad is None for p in nets["model"].parameters())               # D's step does not reach the networks
 
 
 def test_nan_stops_the_training_and_names_the_term(pack, tmp_path, monkeypatch):
