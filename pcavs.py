@@ -404,8 +404,8 @@ def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
 
 def images_in(path: Path) -> list[Path]:
     """The images of a folder, or the file where it is one; of a video none"""
-    files = path.iterdir() if path.is_dir() else [path]
-    return sorted(file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    return sorted(file for file in (path.iterdir() if path.is_dir() else [path])
+                  if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
 
 
 def clip_frames(path: Path, n: int | None, height: int | None = None):
@@ -456,7 +456,9 @@ def clip_crops(path: str | Path, n: int, config: Config, aligned: bool):
 
 
 def align(args):
-    """Writes CLIP_cropped/000000.jpg ..: the aligned frames, 224 px, as the authors' preparation does"""
+    """Writes CLIP_cropped/000000.jpg ..: the aligned frames, 224 px, as the authors' preparation does, and its file of
+    pairs, in which each clip drives itself: a line that read_pairs reads for each video"""
+    pairs, pairs_file = [], args.csv and check_output(args.csv, args.overwrite)
     for path in map(Path, args.clips):
         out = path.with_name(f"{path.stem}_cropped")
         if out.exists() and not args.overwrite:
@@ -466,6 +468,9 @@ def align(args):
         for k, frame in enumerate(tqdm(frames, path.name, unit="frame", disable=None)):
             Image.fromarray(frame).save(out / f"{k:06d}.jpg", quality=95)
         print(f"{out}: {k + 1} aligned images")
+        pairs += [f"{out} 1 {out} {k + 1} {path} {out} {k + 1} None\n"] * (not images_in(path))
+    if pairs_file:
+        pairs_file.write_text("".join(pairs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,9 +506,9 @@ def sample(args):
 
 
 def read_pairs(path: Path) -> list[list]:
-    """The authors' csv -> photo, pose, speech and real frames of each line; pose and real frames may be None.
-    Fields, with blanks between: photo folder, its number, pose folder, its number, sound, folder of the real frames, its
-    number, mel file; numbers and mel file are not used. Names are relative to the working directory, or to the csv."""
+    """The authors' csv -> photo, pose, speech, real frames (pose and real frames may be None) of each line. Its fields:
+    photo folder, number, pose folder, number, sound, folder of real frames, number, mel file. Numbers and mel file are
+    not used. Names are relative to the working directory, or to the csv."""
     jobs = []
     for i, line in enumerate(check_file(path).read_text(errors="replace").splitlines(), start=1):
         fields, job = line.split(), []
@@ -552,19 +557,19 @@ def measure(args):
         write_clips(model, job, fake / name, real / name, args, device)
     print(f"{fake}: {len(jobs)} clips; {sum(job[3] is not None for job in jobs)} have real frames to compare them with")
     if any(job[3] for job in jobs):
-        json_file = ["--json", args.json] if args.json else []
-        evaluate.main(["pair", str(real), str(fake), "--device", args.device, *["--bf16"] * args.bf16, *json_file])
+        more = ["--bf16"] * args.bf16 + (["--json", args.json] if args.json else [])
+        evaluate.main(["pair", str(real), str(fake), "--device", args.device, *more])
 
 
 def toy_table(model, args, device):
-    """The control table and the matrix of changes of control.py"""
+    """control.py's two tables"""
     def animate(face, wav, driving=None):
         n, pose = (n_frames(len(wav)), None) if driving is None else (len(driving), to_tensor(driving))
         return torch.cat(list(model.animate(to_tensor(face).to(device), lws_mel(wav), n, pose, bf16=args.bf16))).float()
 
     if model.config.template != "toy":
         raise InputError("--toy: networks of real faces have no ground truth to be compared with")
-    test = control.toy_test(model.config.size, args.people, "out/evaluate", device)
+    test = control.toy_test(model.config.size, 32, "out/evaluate", device)
     rows = control.control_report({str(args.weights): animate}, test)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
@@ -586,9 +591,7 @@ WEIGHTS = dict(
     pose=1.0)                                  # ours: E's pose code against the linear teacher's
 
 
-@lru_cache(512)                                # 50 MB of three-second clips
-def clip_mel(pack: Pack, c: int) -> np.ndarray:
-    return lws_mel(pack.sound(c))
+clip_mel = lru_cache(512)(lambda pack, c: lws_mel(pack.sound(c)))              # 50 MB of three-second clips
 
 
 class ClipFrames(Dataset):
@@ -654,8 +657,7 @@ def fit_pose_teacher(teacher: nn.Linear, pack: Pack, clips, per_clip: int = 16, 
     codes = [(x - mean) / std for x in codes]
     motion = torch.cat([x - x.mean(0) for x in codes])
     down, _ = reduced_rank_regression(torch.cat(codes), motion, teacher.out_features, ridge)    # (P, 768), unit variance
-    # a world with fewer than P motions leaves numbers that tell people apart: each is weighted by the share of its
-    # variance that lies within clips
+    # fewer than P motions leave numbers that tell people apart: each is weighted by its share of variance within clips
     poses = [x @ down.t() for x in codes]
     share = torch.stack([x.var(0) for x in poses]).mean(0) / torch.cat(poses).var(0)
     teacher.weight.copy_(share[:, None] * down / std)
@@ -687,9 +689,8 @@ def loss_terms(nets, batch, step, args) -> dict:
     if args.w_vgg:
         terms["vgg"] = perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
     if args.w_adv:                                                              # D's own step drops what reaches it here
-        maps = nets["D"].features(fake)
-        terms["adv"] = generator_loss(nets["D"].score(maps[-1]))
-        terms["feat"] = perceptual_loss(maps, nets["D"].features(real))
+        D, maps = nets["D"], nets["D"].features(fake)
+        terms |= dict(adv=generator_loss(D.score(maps[-1])), feat=perceptual_loss(maps, D.features(real)))
     return terms, real, fake
 
 
@@ -743,7 +744,7 @@ def train(args):
     if args.w_vgg:
         nets["vgg"] = judges.vgg19(device)
     clips = ClipFrames(pack, FRAMES, args.seed, drawn_clips(pack, parts["train"], args))
-    stream = batches(clips, args.batch // FRAMES, start, args.workers)
+    stream = batches(clips, args.batch // FRAMES, start)
     print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     weight = WEIGHTS | dict(vgg=args.w_vgg, adv=args.w_adv)
@@ -809,7 +810,6 @@ def parse(argv=None):
     p = test = commands.add_parser("evaluate", help="generate clips and measure them against the real frames", **options)
     p.add_argument("clips", nargs="*", help="videos with sound, to be generated again, or a file of pairs (.csv)")
     p.add_argument("--toy", action="store_true", help="weights of the toy world: control.py's table, no clips")
-    p.add_argument("--people", type=int, default=32, help="toy world: people that nothing was trained on")
     p.add_argument("--out", default="out/pcavs_eval", help="folder for the clips real/ and fake/")
     p.add_argument("--json", help="write evaluate.py's numbers there as well")
     for p in (talk, test):
@@ -828,10 +828,10 @@ def parse(argv=None):
     p.add_argument("--w-adv", type=float, default=0.0, help="weight of the adversary; published 1")
     p.add_argument("--w-vgg", type=float, default=0.0, help="weight of VGG19's features (downloads it); published 10")
     p.add_argument("--resume", action="store_true", help="continue the checkpoint in --out")
-    p.add_argument("--workers", type=int, default=0, help="processes that load data")
 
     p = crop = commands.add_parser("align", help="crop clips as published weights need it: CLIP_cropped/", **options)
     p.add_argument("clips", nargs="+", help="folders of images, each one clip, or videos")
+    p.add_argument("--csv", help="file of pairs to write, for `evaluate`: each video drives itself")
     for p in (talk, test, learn, crop):
         p.add_argument("--overwrite", action="store_true", help="replace what exists")
     for p in (talk, test, learn):

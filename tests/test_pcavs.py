@@ -537,6 +537,16 @@ def test_align_writes_the_crops_of_a_folder_that_aligned_reads(tracked, capsys):
         pcavs.main(["align", str(clip.parent / "frames")])
 
 
+def test_align_writes_a_file_of_pairs_in_which_each_video_drives_itself(tracked, capsys):
+    clip, found = tracked
+    found[:] = [BASE] * 6
+    csv, out = clip.parent / "pairs.csv", clip.parent / "clip_cropped"
+    pcavs.main(["align", str(clip), "--csv", str(csv)])
+    assert pcavs.read_pairs(csv) == [[out, out, clip, out]]
+    with pytest.raises(InputError, match="pairs.csv: exists"):                  # before the images are written again
+        pcavs.main(["align", str(clip), "--csv", str(csv)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
