@@ -506,7 +506,7 @@ def sample(args):
 
 
 def read_pairs(path: Path) -> list[list]:
-    """The authors' csv -> photo, pose, speech, real frames (pose and real frames may be None) of each line. Its fields:
+    """The authors' csv -> photo, pose, speech and real frames of each line; pose and real frames may be None. The fields:
     photo folder, number, pose folder, number, sound, folder of real frames, number, mel file. Numbers and mel file are
     not used. Names are relative to the working directory, or to the csv."""
     jobs = []
