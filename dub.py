@@ -332,8 +332,8 @@ def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[i
     change = np.flatnonzero(np.diff(scene) | np.diff(usable)) + 1
     parts = [part for part in np.split(np.arange(len(points)), change) if usable[part[0]] and len(part) >= SHORTEST]
     if not parts:
-        reason = "none" if number == 1 else f"fewer than {number}"
-        raise InputError(f"{path}: no face that can be tracked (turned beyond {TURNED[0]:.0f} degrees, hidden, or {reason})")
+        few = "none" if number == 1 else f"fewer than {number}"
+        raise InputError(f"{path}: no face that can be tracked (turned beyond {TURNED[0]:.0f} degrees, hidden, or {few})")
     beside = [[0 <= k < len(scene) and scene[k] == scene[part[0]] for k in (part[0] - 1, part[-1] + 1)] for part in parts]
     return len(points), [Take(part[0], points[part], mean, moves, fades) for part, fades in zip(parts, beside)]
 
