@@ -142,8 +142,9 @@ class Face:
         self.pixels = pixels.contiguous(memory_format=torch.channels_last)  # a pixel's colours side by side: faster
 
     def read(self, where):
-        """where (h, w, 2) in pixels, centres at .5 -> (3, h, w) in [0, 255]; mirrored beyond the photo's edges"""
-        return read(self.pixels, where, (0, 0, *self.photo.shape[1::-1]), "reflection")[0]
+        """where (.., h, w, 2) in pixels, centres at .5 -> (.., 3, h, w) in [0, 255]; mirrored beyond the photo's edges"""
+        colours = read(self.pixels, where, (0, 0, *self.photo.shape[1::-1]), "reflection")
+        return colours if where.dim() == 4 else colours[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,12 +152,13 @@ class Face:
 
 
 def read(values, where, box, beyond: str = "border"):
-    """values (n, C, rows, columns) that cover a box, the outermost ones at the centres of its outermost pixels, read
+    """values (n or 1, C, rows, columns) that cover a box, the outermost ones at the centres of its outermost pixels, read
     linearly at where (n or 1, h, w, 2) or (h, w, 2), in pixels -> (n, C, h, w); beyond the box the edge's"""
     x0, y0, x1, y1 = box
     to_grid = 2 / torch.tensor([x1 - x0 - 1.0, y1 - y0 - 1.0]).repeat(where.shape[-2], 1)  # (w, 2): faster than (2,)
     grid = torch.addcmul(-1 - torch.tensor([x0 + 0.5, y0 + 0.5]) * to_grid, where, to_grid)
-    grid = grid.expand(len(values), *grid.shape[-3:])
+    n = max(len(values), len(grid) if grid.dim() == 4 else 1)
+    values, grid = values.expand(n, -1, -1, -1), grid.expand(n, *grid.shape[-3:])
     return F.grid_sample(values, grid, padding_mode=beyond, align_corners=True)
 
 
@@ -320,9 +322,9 @@ def edge_width(grey: np.ndarray) -> float:
 def lip_layers(mouth: Mouth, box):
     """What both layers show near the lips, over a box of the photo, of h x w pixels.
 
-    Returns (1, 2, h, w) where the upper layer hides what is behind, and where its teeth are seen; (1, 2, h, w) where the
-    lower layer is skin and lip, and how bright the inside is elsewhere; painted teeth (1, 3, h, w), None: the photo's
-    own; the colour (3, 1, 1) of the inside at brightness 1.
+    Returns (2, 2, h, w): where the upper layer hides what is behind, and where its teeth are seen; where the lower layer
+    is skin and lip, and how bright the inside is elsewhere. Painted teeth (1, 3, h, w), None: the photo's own. The colour
+    (3, 1, 1) of the inside at brightness 1.
     """
     face, q, (x0, y0, x1, y1) = mouth.face, mouth.q, box
     region = face.photo[y0:y1, x0:x1].astype(np.float64)               # (h, w, 3)
@@ -345,7 +347,8 @@ def lip_layers(mouth: Mouth, box):
     else:
         teeth, seen = paint_teeth(mouth, x, d, front, near, soft)
         teeth = stack(*np.moveaxis(teeth, -1, 0))
-    return stack(cover, seen), stack(ground, (1 - ground) * shade), teeth, torch.from_numpy(red).float().view(3, 1, 1)
+    masks = torch.cat([stack(cover, seen), stack(ground, (1 - ground) * shade)])
+    return masks, teeth, torch.from_numpy(red).float().view(3, 1, 1)
 
 
 def paint_inside(mouth: Mouth, x, e, front, near, lips):
@@ -390,7 +393,7 @@ class Lips:
         self.blend = self.nodes.field(smoothstep((height - top) / (bottom - top)))[0]  # (gh, gw)
         reach = BESIDE * mouth.half
         self.lips_box = mouth.box((mouth.centre - reach, mouth.centre + reach), (top, bottom))
-        self.upper, self.lower, self.teeth, self.red = lip_layers(mouth, self.lips_box)
+        self.masks, self.teeth, self.red = lip_layers(mouth, self.lips_box)
 
     def displace(self, opening: float, shape):
         """opening in units, at least 0; shape: K - 1 numbers -> what `shift` and `render` need; None: nothing moves"""
@@ -409,13 +412,12 @@ class Lips:
     def render(self, where, moved):
         """where (h, w, 2), inside the lips' box -> (3, h, w): the upper layer over its teeth over the lower layer"""
         back, _, light = moved
-        upper, lower = where - read(back, where, self.box).permute(0, 2, 3, 1)
-        above, below = self.face.read(upper), self.face.read(lower)
-        cover, seen = read(self.upper, upper, self.lips_box)[0]
-        ground, shade = read(self.lower, lower, self.lips_box)[0]
+        at = where - read(back, where, self.box).permute(0, 2, 3, 1)   # (2, h, w, 2): upper, lower layer
+        above, below = self.face.read(at)
+        (cover, seen), (ground, shade) = read(self.masks, at, self.lips_box)
         teeth = above
         if self.teeth is not None:
-            teeth, seen = read(self.teeth, upper, self.lips_box)[0], seen * light
+            teeth, seen = read(self.teeth, at[0], self.lips_box)[0], seen * light
         dark = shade * self.red
         out = ground * below + dark
         out = out + seen * ((1 - ground) * teeth - dark)
