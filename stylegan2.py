@@ -4,8 +4,8 @@ Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 202
 Layer names and parameter shapes are those of the public rosinality checkpoints, so that a published `g_ema` loads.
 
 What differs from the public code:
-- No CUDA extension, and no grouped convolution: modulation scales the activations and demodulation scales the result,
-  which is the same product in another order, so one convolution with shared weights serves the whole batch.
+- No CUDA extension. Modulation scales the activations and demodulation scales the result, which is the same product in
+  another order, so one convolution with shared weights serves the whole batch.
 - Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise and bias
   act after the blur, in as few passes over the image as eager PyTorch allows.
 - Generator.forward takes W+ codes; z -> w is `mapping`, style mixing `mix_styles`.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_strictly, read_weights, refusing, save_checkpoint
+from checkpoint import load_strictly, read_weights, refusing
 from media import InputError
 
 
@@ -137,10 +137,20 @@ class ModulatedConv2d(nn.Module):
         if up:
             self.blur = Blur(1, gain=4.0)
 
-    def convolve(self, x, weight):  # (N, I, H, W), (O, I, 3, 3) -> (N, O, H', W')
+    def convolve(self, x, weight):
+        """x (N, B I, H, W), weight (B, O, I, 3, 3), one for each of B groups of channels -> (N, B O, H', W')"""
         if self.up:
-            return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))  # 2H + 1, and 2H after the blur
-        return F.conv2d(x, weight, padding=1)
+            x = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=len(weight))
+            return self.blur(x)                                                 # 2H + 1, and 2H after the blur
+        return F.conv2d(x, weight.flatten(0, 1), padding=1, groups=len(weight))
+
+    def convolve_clips(self, x, weight, grouped: bool):
+        """x (B T, I, H, W), weight (B, O, I, 3, 3), one a clip -> (B T, O, H', W'). One grouped convolution is what a GPU
+        is fast at, a CPU at one after the other."""
+        if not grouped:
+            return torch.cat([self.convolve(x_b, w_b[None]) for x_b, w_b in zip(x.chunk(len(weight)), weight)])
+        x = x.unflatten(0, (len(weight), -1)).transpose(0, 1).flatten(1, 2)     # (T, B I, H, W)
+        return self.convolve(x, weight).unflatten(1, (len(weight), -1)).transpose(0, 1).flatten(0, 1)
 
     def unscaled(self, x, style, delta=None):
         """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, 3, 3) or None -> the result before demodulation
@@ -163,8 +173,8 @@ class ModulatedConv2d(nn.Module):
             demodulation = torch.rsqrt(self.scale ** 2 * variance + 1e-8)
         x, weight = x * (s * self.scale).to(x.dtype)[:, :, None, None], weight.to(x.dtype)
         if delta is None:
-            return self.convolve(x, weight), demodulation
-        return torch.cat([self.convolve(x_b, w_b) for x_b, w_b in zip(x.chunk(len(delta)), weight)]), demodulation
+            return self.convolve(x, weight[None]), demodulation
+        return self.convolve_clips(x, weight, grouped=x.is_cuda), demodulation
 
     def forward(self, x, style, delta=None):  # (N, O, H', W')
         y, demodulation = self.unscaled(x, style, delta)
@@ -195,10 +205,10 @@ class NoiseInjection(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))  # one strength a layer
 
     def forward(self, x, noise="random"):
-        """What to add to x (N, H, W, C); noise is (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
+        """What to add to x (N, H, W, C), or None; noise is (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
         if isinstance(noise, str):
             if noise == "off":
-                return 0.0
+                return None
             noise = torch.randn(x.shape[0], 1, *x.shape[1:3], device=x.device, dtype=x.dtype)
         return self.weight * noise.movedim(1, 3)                                # (1 or N, H, W, 1)
 
@@ -214,8 +224,12 @@ class StyledConv(nn.Module):
         y, demodulation = self.conv.unscaled(x, style, delta)
         y, gain = y.permute(0, 2, 3, 1), self.activate.gain                     # (N, H, W, C), as it lies in memory
         factor = demodulation[:, None, None] * gain                             # (N, 1, 1, C)
-        offset = self.noise(y, noise) * gain + self.activate.bias * gain        # (C,) or (1 or N, H, W, C)
+        offset, noise = self.activate.bias * gain, self.noise(y, noise)         # (C,), (1 or N, H, W, 1)
+        if noise is not None and len(noise) == 1:
+            offset = noise * gain + offset                                      # (1, H, W, C): one map for all
         y = torch.addcmul(offset.to(y.dtype), y, factor.to(y.dtype))            # all of it in one pass
+        if noise is not None and len(noise) > 1:
+            y += (noise * gain).to(y.dtype)                                     # never as a tensor of y's size
         return self.activate(y).permute(0, 3, 1, 2)
 
 
@@ -428,7 +442,7 @@ def channel_shape(widths: list, source) -> dict:
 
 def load_rosinality(path: str | Path, size: int | None = None) -> dict:
     """The networks in a checkpoint of rosinality's stylegan2-pytorch: {"g": Generator, "g_ema": Generator,
-    "d": Discriminator}, those that are in the file, of its sizes; "latent_avg": (D,), the mean w, where it has one.
+    "d": Discriminator}, those that are in the file, of its sizes.
 
     size: the images wanted, in pixels; None: whatever is in the file.
     InputError: missing, damaged, hostile or truncated file; not StyleGAN2; another size.
@@ -445,16 +459,4 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
         if size not in (None, shape["size"]):
             raise InputError(f"{source}: a network for {shape['size']} px, these are {size} px")
         networks[name] = load_strictly(functools.partial(network, **shape), state, source)
-    mean, dims = content.get("latent_avg"), {net.dim for net in networks.values() if isinstance(net, Generator)}
-    if isinstance(mean, torch.Tensor):  # in converted files
-        if not mean.is_floating_point() or dims and mean.shape not in {(dim,) for dim in dims}:
-            raise InputError(f"{path}: latent_avg is {tuple(mean.shape)}, expected one number a dimension of w")
-        networks["latent_avg"] = mean
     return networks
-
-
-def save_rosinality(path: str | Path, **networks):
-    """A file that `load_rosinality` and the public code read: save_rosinality(path, g=.., d=.., g_ema=..)."""
-    assert set(networks) <= {"g", "d", "g_ema"}, f"networks are {sorted(networks)}, expected some of d, g, g_ema"
-    states = {name: network.state_dict() for name, network in networks.items()}
-    save_checkpoint(path, dict(kind="stylegan2", format=1, **states))  # the public code ignores both

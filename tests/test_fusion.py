@@ -12,7 +12,7 @@ from fusion import (
     FCTFG, CanonicalEncoder, Config, IdentityMaps, TemporalFusion, Whiten, changed_layers, idle_pose,
     load_model, mean_w, published)
 from media import InputError
-from stylegan2 import Discriminator, Generator, save_rosinality
+from stylegan2 import Discriminator, Generator
 from vision import GradualStyleEncoder, HyperStyleNet
 
 SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5,
@@ -350,7 +350,7 @@ def files(tmp_path):
     encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "shared", 16)
     decoder = {f"decoder.{k}": v for k, v in G.state_dict().items()}
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
-    save_rosinality(tmp_path / "g.pt", g_ema=G, d=D)
+    torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "g.pt")
     torch.save(dict(state_dict=decoder | state, latent_avg=torch.randn(6, 24)), tmp_path / "psp.pt")
     torch.save(dict(state_dict=decoder | {f"hypernet.{k}": v for k, v in hyper.state_dict().items()}), tmp_path / "h.pt")
     torch.save(dict(state_dict=state), tmp_path / "bare.pt")
@@ -379,9 +379,9 @@ def test_published_files_build_a_network_that_fits_them(tmp_path):
 
 def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
     (g, psp, h, bare), G, *_ = files(tmp_path)
-    save_rosinality(tmp_path / "wide.pt", g=Generator(16, dim=40, n_mlp=2, base=256, cap=32))
-    save_rosinality(tmp_path / "d.pt", d=Discriminator(16, base=256, cap=32))
-    save_rosinality(tmp_path / "thin.pt", g=Generator(16, dim=24, n_mlp=2, base=512, cap=128))
+    torch.save(dict(g=Generator(16, dim=40, n_mlp=2, base=256, cap=32).state_dict()), tmp_path / "wide.pt")
+    torch.save(dict(d=Discriminator(16, base=256, cap=32).state_dict()), tmp_path / "d.pt")
+    torch.save(dict(g=Generator(16, dim=24, n_mlp=2, base=512, cap=128).state_dict()), tmp_path / "thin.pt")
     for arguments, match in (((32, g), "g.pt.*16 px"), ((16, str(tmp_path / "wide.pt"), psp), "psp.pt: the width of"),
                              ((16, str(tmp_path / "d.pt")), "no generator in it"),
                              ((16, str(tmp_path / "thin.pt"), None, h), "h.pt: not the weights"),
