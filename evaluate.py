@@ -25,6 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from media import (  # before torch, see there
+    SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,8 +41,6 @@ from control import markdown, toy_report
 from faces import (
     ARCFACE_POINTS, crop_face, detect_faces, face_box, face_detectors, landmark_detector, middle_square, need_detector,
     resized, similarity, to_complex, warp_face)
-from media import (
-    SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
 from report import pairs_page
 from syncnet import HALF, MAX_OFFSET, SPAN, load_sync
 

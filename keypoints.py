@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from media import (  # before torch, see there
+    FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,7 +43,6 @@ from control import correlation
 from data import (
     USES, Pack, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options)
 from faces import EYES, K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, smooth
-from media import FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run
 from syncnet import load_sync
 
 MOUTH = slice(48, 68)  # of iBUG's 68

@@ -14,6 +14,8 @@ Axes: n samples, T frames, K = 68 points, S pixels of a crop. What is not marked
 from pathlib import Path
 from typing import NamedTuple
 
+from media import InputError, Parser, check_output, run  # before torch, see there
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,6 @@ from tqdm import tqdm
 from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, split
 from faces import K, Landmarks, similarity, to_complex
-from media import InputError, Parser, check_output, run
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma

@@ -24,6 +24,11 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
+# before torch loads: OpenMP's threads wait for each other a moment (1000 turns, 10 us) and then sleep. By default they
+# turn for 3 ms at each of a step's thousands of barriers: beside other busy processes, twice the time or more
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import imageio_ffmpeg
 import numpy as np
 import torch

@@ -28,6 +28,9 @@ from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 
+from media import (  # before torch, see there
+    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
+    make_folder, probe, read_video, run, to_tensor, to_uint8)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,9 +54,6 @@ from faces import (
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
-from media import (
-    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
-    make_folder, probe, read_video, run, to_tensor, to_uint8)
 from motion import there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, square_box, without_colour
@@ -723,7 +723,7 @@ def build(args, pack, device):
 def train(args):
     device = pick_device(args.device)
     path = claim_output(Path(args.out) / "pcavs.pt", args)
-    saved = load_checkpoint(path, "pcavs-train", map_location=device) if args.resume else None
+    saved = load_checkpoint(path, "pcavs-train") if args.resume else None
     pack = open_packs(args.data) if args.data else toy_pack(path.parent, args.size, args.people, 3.0)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
@@ -737,7 +737,7 @@ def train(args):
                 net.load_state_dict(saved["networks"][name])
             for name, opt in opts.items():
                 restore_optimiser(opt, saved["optimisers"][name])
-            torch.set_rng_state(saved["rng"]["torch"].cpu())
+            torch.set_rng_state(saved["rng"]["torch"])
             start = saved["step"]
     else:
         fit_pose_teacher(nets["teacher"], pack, parts["train"])

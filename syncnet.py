@@ -28,6 +28,10 @@ import tempfile
 from itertools import chain, islice
 from pathlib import Path
 
+from media import (  # before torch, see there
+    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe,
+    last_error, load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,9 +47,6 @@ from checkpoint import (
 from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
-from media import (
-    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe,
-    last_error, load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
 from toyfaces import toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
@@ -141,7 +142,7 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
         expert = wav2lip_expert(device, None if str(path) == "wav2lip" else path)
         expert.size, expert.template = 96, "face"  # it enlarges smaller images
         return expert
-    expert = build_expert(load_checkpoint(path, "syncnet", map_location="cpu"), path)
+    expert = build_expert(load_checkpoint(path, "syncnet"), path)
     if size is not None and size < expert.size:
         raise InputError(f"{path}: an expert for images of {expert.size} px or more, these are {size} px")
     return expert.to(device).eval().requires_grad_(False)
@@ -426,7 +427,7 @@ def train(args):
 
 def start_run(args, path: Path, device) -> tuple:
     """-> expert, optimiser, steps done, least held-out loss; with --resume as they were saved in `path`"""
-    saved = load_checkpoint(path, "syncnet", map_location=device) if args.resume else None
+    saved = load_checkpoint(path, "syncnet") if args.resume else None
     torch.manual_seed(args.seed)
     expert = (build_expert(saved, path) if saved else SyncNet(args.size, args.dim, args.width)).to(device)
     if expert.size != args.size:

@@ -1,7 +1,7 @@
 """How fast: every line is a ratio to a plain baseline that is timed in the same run, in turns, and the median is shown.
 
     python tests/bench.py                    # all of it: some ten minutes on two idle CPU cores
-    python tests/bench.py forward1 mel       # some of: forward1 forward8 training r1 mel gpu
+    python tests/bench.py forward1 mel       # some of: forward1 forward8 training r1 mel gpu threads
 
 Baselines are the public forms of StyleGAN2 in PyTorch, written out below and checked to give the same pictures:
 grouped      weights scaled for each picture, the batch as groups of one convolution (the public default)
@@ -14,7 +14,9 @@ noise. Under pytest nothing is timed.
 
 import argparse
 import math
+import os
 import statistics
+import subprocess
 import sys
 import time
 from functools import partial
@@ -301,14 +303,54 @@ def stage1_steps(G, D, batch, device, steps=16):
             descend(opt_g, penalty)
 
 
+WAITING = {"ours": {}, "libgomp's default": dict(GOMP_SPINCOUNT="300000"), "no turn": dict(GOMP_SPINCOUNT="0")}
+
+
+def threads(rounds=15):
+    """A step of generator and discriminator, 32 px, by how OpenMP's threads wait for each other: as media.py sets it, as
+    libgomp's default, and without spinning. Alone, and beside one and two processes that never rest."""
+    steps = {}
+    for name, setting in WAITING.items():
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | setting
+        steps[name] = subprocess.Popen([sys.executable, __file__, "--steps"], env=env, text=True, bufsize=1,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def step(process):
+        process.stdin.write("\n")
+        return float(process.stdout.readline())
+
+    for busy in (0, 1, 2):
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        seconds = {name: [] for name in steps}
+        for turn in range(rounds + 1):
+            for name, process in steps.items():
+                took = step(process)
+                if turn:
+                    seconds[name].append(took)
+        for other in others:
+            other.kill()
+        show(f"32 px, forward + backward beside {busy} busy processes", seconds)
+    for process in steps.values():
+        process.kill()
+
+
+def time_steps():
+    """For `threads`: a step for each line of stdin, its seconds on stdout"""
+    G, D = Generator(32, 128, 4, 1024, 128), Discriminator(32, 1024, 128)
+    w = torch.randn(16, G.L, 128)
+    for _ in sys.stdin:
+        print(timed(lambda: D(G(w, "off")).mean().backward()), flush=True)
+
+
 BENCHES = dict(forward1=partial(forward, 1, rounds=7), forward8=partial(forward, 8, rounds=3), training=training, r1=r1,
-               mel=mel, gpu=gpu)
+               mel=mel, gpu=gpu, threads=threads)
 
 
 def main():
     p = argparse.ArgumentParser(description="Ratios of this code's speed to plain baselines.")
     p.add_argument("names", nargs="*", help=f"what to measure, of {' '.join(BENCHES)} (default: all)")
     p.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
+    p.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--rounds", type=int, help="timed turns (default: as many as each needs to be steady)")
     args = p.parse_args()
     unknown = set(args.names) - set(BENCHES)
@@ -316,6 +358,8 @@ def main():
         p.error(f"{' '.join(sorted(unknown))}: expected some of {' '.join(BENCHES)}")
     torch.set_num_threads(args.threads)
     keep_memory()
+    if args.steps:
+        return time_steps()
     print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}", flush=True)
     for name in args.names or BENCHES:
         BENCHES[name](**(dict(rounds=args.rounds) if args.rounds else {}))

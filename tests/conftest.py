@@ -1,0 +1,3 @@
+"""Before any test imports torch"""
+
+import media  # noqa: F401  how OpenMP's threads wait
