@@ -6,8 +6,10 @@ pinned by SHA256.
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -19,11 +21,13 @@ import time
 import uuid
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -62,8 +66,8 @@ def one_line(text) -> str:
     return " ".join(str(text)[:120].split())
 
 
-def read_weights(path: str | Path, map_location="cpu") -> dict:
-    """The dict in a file of weights, published or our own. Code in it is never run.
+def read_weights(path: str | Path) -> dict:
+    """The dict in a file of weights, published or our own, on the CPU. Code in it is never run.
 
     Raises InputError: damaged, cut short, or more than tensors and plain values; not a dict with names; a tensor in it,
     however deep, is not dense.
@@ -72,7 +76,7 @@ def read_weights(path: str | Path, map_location="cpu") -> dict:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # options: plain values
             warnings.simplefilter("ignore")                                            # torch asks to report odd files
-            content = torch.load(path, map_location, weights_only=True)
+            content = torch.load(path, "cpu", weights_only=True)
     except Exception as error:                                                         # torch has no type of its own
         code = "global" in str(error).lower()                                          # it names a class or function
         reason = "holds more than tensors and plain values" if code else "damaged, cut short, or not a file of weights"
@@ -190,8 +194,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
             os.unlink(draft)
 
 
-def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> dict:
-    """Reads a file of save_checkpoint. kind: the expected one, or a tuple of accepted ones.
+def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
+    """Reads a file of save_checkpoint, to the CPU. kind: the expected one, or a tuple of accepted ones.
 
     Raises InputError: as read_weights; another kind or format. The caller checks what is inside.
     """
@@ -199,7 +203,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple, map_location="cpu") -> 
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
     path = check_file(path)
     try:
-        checkpoint = read_weights(path, map_location)
+        checkpoint = read_weights(path)
     except InputError as error:
         raise InputError(f"{error}; {expected}") from None
     found = checkpoint.get("kind")
@@ -400,6 +404,9 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     if device.type == "cpu":
         keep_memory()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")         # TF32, which its convolutions use by default
+        torch.backends.cudnn.benchmark = True              # the shapes of a run are few
     return device
 
 
@@ -410,15 +417,6 @@ def keep_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no mapping for one tensor
         libc.mallopt(-1, 2 ** 31 - 1)                      # M_TRIM_THRESHOLD: give nothing back
-
-
-def bf16_native(device) -> bool:
-    """Whether bf16 convolutions are faster than fp32 there: GPUs since Ampere, CPUs with AMX or AVX512-BF16"""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    checks = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("amx_tile", "avx512_bf16")]
-    return device.type == "cpu" and any(check is not None and check() for check in checks)
 
 
 def memory_gib(device) -> float:
@@ -472,7 +470,7 @@ def write_log(log, bar, line: dict, steps: int | None = None):
 
 
 class StepTimer:
-    """Times the steps between two log lines, and the share of it spent waiting for data"""
+    """Times the steps between two log lines, and the share of it spent waiting for the loader"""
 
     def __init__(self, device):
         self.device, self.waited, self.steps, self.start = device, 0.0, 0, time.perf_counter()
@@ -480,9 +478,9 @@ class StepTimer:
     def next(self, stream) -> dict:
         """The next batch of a stream, on the device"""
         before = time.perf_counter()
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in next(stream).items()}
+        batch = next(stream)
         self.waited, self.steps = self.waited + time.perf_counter() - before, self.steps + 1
-        return batch
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def pace(self, batch: int) -> dict:
         """For the log, with `batch` images a step; the clock starts anew"""
@@ -498,12 +496,17 @@ def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
     return min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
-def check_finite(terms: dict, step: int):
-    """InputError: a loss term is NaN or infinite; it is named"""
-    bad = [f"'{name}' is {float(value.detach()):g}" for name, value in terms.items() if not torch.isfinite(value)]
+def check_finite(terms: dict, step: int) -> dict:
+    """Scalars -> their means over all processes, as floats: the one time that a step waits for the device.
+    InputError: one of them is NaN or infinite, in any process; it is named"""
+    values = torch.stack([value.detach().float() for value in terms.values()])
+    average([values])
+    values = dict(zip(terms, values.tolist()))
+    bad = [f"'{name}' is {value:g}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise InputError(f"step {step}: the loss term {', '.join(bad)}: stopped; the last checkpoint is whole. "
                          "Lower the learning rate")
+    return values
 
 
 @torch.no_grad()
@@ -514,8 +517,7 @@ def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
     beta = 0.5 ** (batch / min(1000 * kimg, 0.05 * images + batch))
     live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
     torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
-    for e, b in zip(ema.buffers(), model.buffers()):
-        e.copy_(b)
+    torch._foreach_copy_(list(ema.buffers()), list(model.buffers()))
 
 
 def restore_optimiser(opt, state):
@@ -524,3 +526,58 @@ def restore_optimiser(opt, state):
     opt.load_state_dict(state)
     for group, rate in zip(opt.param_groups, rates):
         group["initial_lr"] = rate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes of one run: torchrun --nproc-per-node 8 train.py ..
+
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+together = functools.partial(refusing, "torchrun", "another process of this run has ended")
+
+
+def join_run(name: str) -> torch.device:
+    """pick_device's, but each process of torchrun has a GPU of its own, and the first alone prints"""
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = pick_device(name)
+    if WORLD > 1 and not dist.is_initialized():
+        with together():                                   # 4 h: the others wait while the first draws, fetches and fits
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def meet():
+    """Waits until every process is here"""
+    if WORLD > 1:
+        with together():
+            dist.barrier()
+
+
+def average(tensors: list):
+    """Tensors of one kind become their means over all processes, by one all_reduce of a flat buffer.
+
+    For gradients, between backward() and the optimiser's step. DistributedDataParallel averages in hooks of one backward
+    pass, which do not survive several passes a step, some through graphs made by create_graph (R1, path length)."""
+    if WORLD > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with together():
+            dist.all_reduce(flat)
+        parts = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
+class MeanOverProcesses(torch.autograd.Function):
+    """The same for a tensor in a graph: its gradient becomes the mean as well"""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        average([x])
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanOverProcesses.forward(ctx, gradient)

@@ -493,9 +493,10 @@ class Mixed(Dataset):
         return self.datasets[int(np.random.default_rng([self.seed, n, 2]).random() < self.share)][n]
 
 
-def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0):
-    """Endless iterator of collated batches, from that of step start_step on."""
-    numbers = itertools.count(start_step * batch)
+def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1):
+    """Endless iterator of collated batches, from that of step start_step on. Of `world` processes this one, `rank`, takes
+    every world-th item, as a batch of all would be dealt."""
+    numbers = itertools.count(start_step * batch * world + rank, world)
     if not workers:
         while True:
             yield default_collate([dataset[n] for n in itertools.islice(numbers, batch)])

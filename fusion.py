@@ -14,14 +14,11 @@ Jang et al., "That's What I Said: Fully-Controllable Talking Face Generation", A
 B clips, T consecutive frames, N = B * T, L style layers, D latent width, P width of the pose code, M width of the mouth
 code, K of its numbers are the shape of the lips.
 
-What differs from the paper:
+What differs from the paper (more in docs/differences.md):
 - Two motion encoders, `Config.motion`. "paper": a three-layer MLP over the fused modalities. "direct" (ours, the
-  default): head, eyes and brows of frame t are a linear map of that frame's normalised code down to P numbers and up to
-  W+; only the sound goes through an MLP. A joint MLP either misses the pose or copies the driver's face with it:
-  training pairs come from one clip, so two people never meet. The numbers of both are in the README.
+  default): a linear map of each driving frame's code, and an MLP of the sound alone.
 - IdentityMaps (ours): the code also feeds the generator's coarse features and, for real faces, a coarse RGB image.
-- Mouth code (ours, real faces): M numbers hold the lips, which are masked in the encoder's input. The first K, the shape
-  of the lips, are learned from landmarks and mean the same on every face, so sound predicts them: see DirectMotion.
+- Mouth code (ours, real faces): M numbers hold the lips, which are masked in the encoder's input. See DirectMotion.
 - The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
 """
 
@@ -56,7 +53,7 @@ class Config:
     noise: bool = True          # StyleGAN2's noise maps; off at toy sizes: a young generator imitates edges with them
     encoder: str = "psp"        # "slim": VisualEncoder; "psp": GradualStyleEncoder
     encoder_width: int = 64
-    linear: int = 256           # numbers of the slim encoder's linear path; 0: none
+    linear: int = 256           # numbers of the slim encoder's linear path
     map_code: int = 0           # numbers behind the identity maps; 0: none, as with published generators
     map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
     coarse_rgb: int = 0         # edge of the coarse image, a linear map of the code, see IdentityMaps; 0: none
@@ -134,11 +131,9 @@ class CanonicalEncoder(nn.Module):
 
 
 class TemporalFusion(nn.Module):
-    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input.
+    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach CONTEXT frames.
 
-    Frame t depends on frames t - 2 .. t + 2. The "direct" form has none for the driving frames: a pose needs no
-    neighbours, and the convolution would let the mouth's rhythm in.
-    """
+    The "direct" form has none for driving frames: it would let the mouth's rhythm into the pose."""
 
     def __init__(self, dim: int, visual: bool):
         super().__init__()
@@ -179,7 +174,8 @@ class PaperMotion(nn.Module):
 
 class DirectMotion(nn.Module):
     """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear functions of its whitened code; the lips are an
-    MLP of the sound. `idle` holds pose deviations of training clips: P numbers a frame, without identity.
+    MLP of the sound. (A joint MLP misses the pose or copies the driver's face: training pairs come from one clip.)
+    `idle` holds pose deviations of training clips: P numbers a frame, without identity.
 
     With a mouth code (ours, real faces) sound predicts its first K numbers, the shape of the lips. The first of these,
     the opening, replaces the source's own, within `opening_limits`; the other K - 1 are added to the source's: a wide
@@ -236,11 +232,9 @@ class IdentityMaps(nn.Module):
     """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image
     (N, 3, h, h) to add to its RGB, or None. Ours; PC-AVS's generator starts from an identity map.
 
-    The maps are linear in z_s2d: maps of the source's own code would bypass the motion space with the source's pose and
-    mouth. The coarse image, for real faces, represents anybody from the first step, in the manner of eigenfaces: 1024
-    components of 32x32 pixels alone keep an identity cosine of .89 on unseen photos, this network starts at .70
-    (initialise.fit_coarse_rgb). The generator gets it at each of its resolutions and learns what is missing.
-    """
+    Linear in z_s2d: maps of the source's own code would bypass the motion space. The coarse image, for real faces,
+    represents anybody from the first step, as eigenfaces do (initialise.fit_coarse_rgb); the generator gets it at each of
+    its resolutions and learns what is missing."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -199,7 +199,7 @@ def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
 def fit_encoder(model, images, device, most=3000):
     """Mean w of the generator, and principal components of training images for the encoder's linear path."""
     model.encoder.latent_avg.copy_(mean_w(model.generator))
-    if getattr(model.encoder, "linear_down", None) is not None:
+    if model.config.encoder == "slim":
         coarse = model.config.coarse_rgb
         n = max((8 if coarse else 2) * len(model.encoder.linear_down.weight), most)
         print(f"before the first step: principal components of {n} images" + ", coarse RGB in closed form" * bool(coarse))
@@ -215,10 +215,8 @@ def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
     """images (n, 3, H, W), lips `masked` -> linear path -> W+ -> the coarse RGB of `seen`, in closed form. The mouth code
     is fitted to the lips that the rest of the face does not predict. Ours.
 
-    Principal components and mouth numbers go into W+ in orthonormal directions, so short (`scale`) that the generator
-    hardly responds; longer for the shape of lips, to which it must. `maps.down` reads them back, and coarse RGB is a
-    ridge regression on them, less what the generator draws by itself.
-    """
+    Both go into W+ in orthonormal directions, so short (`scale`) that the generator hardly responds; longer for the shape
+    of lips, to which it must. `maps.down` reads them back; coarse RGB is a ridge regression on them."""
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
     for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at zero
         torch.nn.init.zeros_(layer.weight)
@@ -356,11 +354,9 @@ def train_judge(data, device, seed, steps, batch=48):
 def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02):
     """A closed-form start of canonical encoder and pose path. Ours.
 
-    Over the frames t of one clip the person is constant, so z_t minus the clip's mean is motion. A linear map that
-    predicts it from the code of frame t alone, fitted over many people, cannot use directions in which people differ: it
-    is free of identity by construction. From the whole image's code it gives what the canonical encoder must remove, from
-    the mouth-masked image's code the pose path. Where the clips show few people, photos add others, as faces that keep
-    still. Reduced-rank ridge regression, seconds on a CPU."""
+    In a clip the person is constant, so a code minus the clip's mean is motion. A linear map that predicts it from one
+    frame's code, over many people, can use no direction in which people differ. From the whole image's code it gives what
+    the canonical encoder removes, from the mouth-masked one's the pose. Photos are faces that keep still."""
     rng = np.random.default_rng(2)
     chosen = rng.permutation(chosen)[:clips]
     print(f"before the first step: motion space in closed form from {len(chosen)} clips" + ", and photos" * bool(photos))

@@ -18,6 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from checkpoint import MeanOverProcesses
 from faces import box_slices, mask_mouth
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,12 +67,10 @@ def sync_loss(expert, frames, mel):
 
     frames (B, 5, 3, H, W) in [-1, 1], with gradient; mel (B, 1, 80, 16), the window of each middle frame.
 
-    (-log sigmoid of the logit - log softmax among the sounds of the batch) / scale. The first term is absolute and
-    vanishes where the expert is convinced, so the mouth need not exaggerate; the gradient of a bare 1 - cos never does.
-    The second (StyleTalker's contrast, which the paper cites) asks that this sound fits better than the others of the
-    batch: a mouth that half fits every sound fails it. scale (ours): an expert's logits grow all its training. At 45 the
-    gradient at a still mouth was 2800 times that of an L1 loss, divided by it 60 times, and bounded for every expert.
-    """
+    (-log sigmoid of the logit - log softmax among the sounds of the batch) / scale. The first term vanishes where the
+    expert is convinced, so the mouth need not exaggerate. The second (StyleTalker's contrast, which the paper cites) asks
+    that this sound fits better than the others of the batch. scale (ours): an expert's logits grow all its training; at
+    45 the gradient at a still mouth was 2800 times that of an L1 loss, divided by it 60 times."""
     assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
     with torch.no_grad():
         sound = expert.sound(mel.float())
@@ -132,7 +131,8 @@ def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01
     y = noise / math.sqrt(fake.shape[2] * fake.shape[3])
     grad, = torch.autograd.grad((fake * y).sum(), w_plus, create_graph=True)
     lengths = grad.square().sum(2).mean(1).sqrt()                       # (N,): root mean square over the L layers
-    mean_path = mean_path + decay * (lengths.mean() - mean_path)        # with its gradient, as in StyleGAN2
+    mean = MeanOverProcesses.apply(lengths.mean())
+    mean_path = mean_path + decay * (mean - mean_path)                  # with its gradient, as in StyleGAN2
     return (lengths - mean_path).square().mean(), mean_path.detach()
 
 
@@ -147,10 +147,9 @@ class Augment:
     def __init__(self, p: float = 0.0, target: float = 0.6, kimg: float = 500.0):
         self.p, self.target, self.kimg = p, target, kimg
 
-    def update(self, real_score):
-        """Move p by N / 500k images towards the target; p in [0, 1]. real_score (N, 1)."""
-        direction = math.copysign(1.0, real_score.sign().mean().item() - self.target)
-        self.p = min(1.0, max(0.0, self.p + direction * len(real_score) / (self.kimg * 1000)))
+    def update(self, sign: float, images: int):
+        """Move p by images / 500k towards the target; p in [0, 1]. sign: the mean sign of D's scores of real images"""
+        self.p = min(1.0, max(0.0, self.p + math.copysign(images / (self.kimg * 1000), sign - self.target)))
 
     def __call__(self, x):
         """x (N, 3, H, W) -> augmented, differentiable by x"""
@@ -172,7 +171,7 @@ class Augment:
         columns = (torch.arange(W, device=x.device)[None] + shift[:, None]).clamp(0, W - 1)
         x = x.gather(3, columns[:, None, None].expand(N, 3, H, W))
         hole = drawn()                                                                           # cutout: half the edge
-        cy, cx = (torch.rand(2, N, 1, 1, device=x.device) * torch.tensor([H, W], device=x.device)[:, None, None, None])
-        rows = (torch.arange(H, device=x.device)[None, :, None] - cy).abs() < H / 4
-        cols = (torch.arange(W, device=x.device)[None, None, :] - cx).abs() < W / 4
+        cy, cx = torch.rand(2, N, 1, 1, device=x.device)
+        rows = (torch.arange(H, device=x.device)[None, :, None] - H * cy).abs() < H / 4
+        cols = (torch.arange(W, device=x.device)[None, None, :] - W * cx).abs() < W / 4
         return x * (1 - hole * (rows & cols)[:, None].to(x.dtype))

@@ -18,11 +18,14 @@ and many clips of one frame, which teach people and poses faster. Without the sy
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
 import os
 from pathlib import Path
+
+from media import InputError, Parser, run, to_tensor, to_uint8  # before torch, see there
 
 import numpy as np
 import torch
@@ -31,17 +34,17 @@ from tqdm import tqdm
 import initialise
 import losses
 from checkpoint import (
-    StepTimer, bf16_native, check_finite, claim_output, cosine_warmup, half, load_checkpoint, open_log,
-    pick_device, restore_optimiser, save_checkpoint, update_ema, write_log)
+    RANK, WORLD, StepTimer, average, check_finite, claim_output, cosine_warmup, half, join_run,
+    load_checkpoint, meet, open_log, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
 from data import Clips, Frames, Mixed, Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
 from fusion import CONTEXT, middle
-from media import InputError, Parser, run, to_tensor, to_uint8
 from report import image_grid, write_report
 from stylegan2 import mix_styles
 
 STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
-LOG_EVERY = 50
+LOG_EVERY, SAVE_EVERY = 50, 500  # steps
+TOY_PEOPLE = 400         # of the toy world, one clip each, as syncnet.py's
 FINETUNE_GENERATOR = 64  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
 WINDOW = 5               # decoded frames of a sync window: the expert's 0.2 s
 JUDGES = ("vgg19", "vgg16", "lpips_heads", "arcface")  # files that --path names
@@ -72,13 +75,11 @@ def parse(argv=None):
     p = Parser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
-    add("--part", choices=("encoder", "hyper"), help="stage 2: train the encoder (default), or, on its stage2.pt, the "
-        "hypernetwork alone")
+    add("--part", choices=("encoder", "hyper"), help="stage 2: the encoder (default) or, on stage2.pt, the hypernetwork")
     add("--out", default="out/toy32", help="directory of checkpoints, logs and images")
     add("--data", nargs="+", help="packs of clips by prepare.py; default: the toy world, drawn into --out on first use")
     split_options(p)
     add("--photos", help="pack of photos: identities for all stages, where the clips show few people")
-    add("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     add("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the images: the dial")
     add("--motion", default="direct", choices=("direct", "paper"), help="the motion encoder, see fusion.py")
     add("--init", help="checkpoint of the stage before; default: the one in --out")
@@ -93,17 +94,18 @@ def parse(argv=None):
     add("--w", type=named(WEIGHTS, float), metavar="NAME=VALUE", help="weights of loss terms, defaults in train.py: "
         + ", ".join(WEIGHTS), **many)
     add("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
-    add("--batch", type=int, default=16, help="images a step")
+    add("--batch", type=int, default=16, help="images at once")
+    add("--accumulate", type=int, default=1, help="batches a step and process, one after the other")
     add("--lr", type=float, default=1e-3, help="learning rate of ordinary layers (stages 2, 3)")
     add("--lr-gan", type=float, default=4e-3, help="of layers with equalised learning rate")
     add("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     add("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
+    add("--compile", action="store_true", help="torch.compile of generator, encoder and discriminator")
     add("--resume", action="store_true", help="continue the stage's checkpoint in --out, with its options")
     add("--overwrite", action="store_true", help="start anew although a checkpoint exists")
     add("--device", default="auto")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=0, help="processes that load data")
-    add("--save-every", type=int, default=500, help="steps between checkpoints, each with an image")
+    add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="processes that load data")
     args = p.parse_args(argv)
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
     if args.part and args.stage != 2:
@@ -113,6 +115,7 @@ def parse(argv=None):
     args.path, args.w = dict(args.path or ()), loss_weights(args, dict(args.w or ()))
     args.given = {k: v if k != "path" else args.path for k, v in given.items() if v is not None}
     args.given |= {f"w {k}": v for k, v in given["w"] or ()}
+    args.world = WORLD
     return args
 
 
@@ -120,11 +123,10 @@ def named(names, kind):
     """An argparse type: NAME=VALUE -> (NAME, kind(VALUE))"""
     def convert(text):
         name, _, value = text.partition("=")
-        try:
-            assert name in names
-            return name, kind(value)
-        except (AssertionError, ValueError):
-            raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE for one of {', '.join(names)}") from None
+        with contextlib.suppress(ValueError):
+            if name in names:
+                return name, kind(value)
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE for one of {', '.join(names)}")
     return convert
 
 
@@ -144,13 +146,13 @@ def loss_weights(args, given: dict) -> dict:
 
 
 # what --resume may change, with loss weights: how long, how fast, where files lie, where and how it runs
-CHANGEABLE = {"steps", "lr", "lr_gan", "data", "photos", "expert", "path", "device", "workers", "save_every"}
+CHANGEABLE = {"steps", "lr", "lr_gan", "data", "photos", "expert", "path", "device", "workers", "accumulate", "compile"}
 
 
 def resume_options(args, saved: dict, path):
     """Options of a run that goes on: those in its checkpoint (`saved`), but what is CHANGEABLE and given anew. A line
     says what has changed. InputError: another option is given with another value."""
-    this_call = {"stage", "part", "out", "resume", "overwrite", "w"}
+    this_call = {"stage", "part", "out", "resume", "overwrite", "w", "world"}
     flat = saved | {f"w {k}": v for k, v in saved["w"].items()}
     new = {k: v for k, v in args.given.items() if k in flat and k not in this_call and v != flat[k]}
     fixed = {k for k in new if k not in CHANGEABLE and not k.startswith("w ")}
@@ -159,7 +161,14 @@ def resume_options(args, saved: dict, path):
         raise InputError(f"{path}: --resume cannot change {', '.join(words)}; --overwrite starts anew")
     print(f"{path}: goes on with its own options" + "".join(f", {word}" for word in words))
     options = {k: new.get(k, v) for k, v in saved.items() if k not in this_call}
-    return argparse.Namespace(**vars(args) | options | dict(w={k: new.get(f"w {k}", v) for k, v in saved["w"].items()}))
+    options = vars(args) | options | dict(w={k: new.get(f"w {k}", v) for k, v in saved["w"].items()})
+    if "steps" not in args.given:                                                      # as many images as before
+        options["steps"] = round(options["steps"] * images_a_step(saved) / images_a_step(options))
+    return argparse.Namespace(**options)
+
+
+def images_a_step(options: dict) -> int:
+    return options["batch"] * options["accumulate"] * options["world"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,8 +187,8 @@ def forward_stage1(model, batch):
 def forward_stage2(model, batch):
     """image -> code -> image. With a mouth code, half of the faces once more with the mouth of another: fake_swapped.
 
-    target_mouth, ours: the neighbour's opening, and the rest of the shape disturbed. A quarter of the true codes lose
-    their appearance part, so that the generator responds to the shape."""
+    target_mouth, ours: the neighbour's opening, the rest of the shape disturbed. A quarter of the true codes lose their
+    appearance part, so that the generator responds to the shape."""
     real = batch["image"]                                                              # (N, 3, H, W)
     if not model.mouth:
         return dict(real=real, fake=model.decode(model.invert(real)))
@@ -226,9 +235,8 @@ def forward_stage3(model, batch):
 
 
 def forward_photos(model, batch, out):
-    """Stage 3 on photos: each is its own driving video, once with its own mouth, once with a clip's sound.
-
-    Without a mouth code the first is the photo's inversion, as no sound is known that fits its own mouth."""
+    """Stage 3 on photos: each is its own driving video, once with its own mouth (without a mouth code its inversion, as
+    no sound is known that fits), once with a clip's sound."""
     photo = batch["photo"]                                                             # (N, 3, H, W)
     clip = torch.arange(len(photo), device=photo.device) % len(batch["mel"])
     if not model.mouth:
@@ -255,10 +263,6 @@ def all_fakes(out):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one function a stage: images and codes -> loss terms (but the adversarial one)
-
-def losses_stage1(model, frozen, out, w):
-    return {}
-
 
 def losses_stage2(model, frozen, out, w):
     """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code"""
@@ -302,7 +306,7 @@ def losses_stage3(model, frozen, out, w):
     return terms
 
 
-STAGES = dict(stage1=(forward_stage1, losses_stage1), stage2=(forward_stage2, losses_stage2),
+STAGES = dict(stage1=(forward_stage1, lambda *_: {}), stage2=(forward_stage2, losses_stage2),
               stage2_hyper=(forward_hyper, losses_stage2), stage3=(forward_stage3, losses_stage3))
 
 
@@ -313,10 +317,15 @@ def main(argv=None):
     args = parse(argv)
     name = f"stage{args.stage}" + "_hyper" * (args.part == "hyper")
     path = os.path.join(args.out, f"{name}.pt")
+    device = join_run(args.device)
+    if RANK:                                                                           # of several processes the first
+        meet()                                                                         # fetches, draws and fits,
+        args.resume = True                                                             # others load what it saved
     ckpt = load_checkpoint(path, f"stage{args.stage}") if args.resume else None        # to the CPU
-    args = resume_options(args, ckpt["args"], path) if ckpt else args
+    with refusing(path, "not a run of this version"):
+        args = resume_options(args, ckpt["args"], path) if ckpt else args
     del args.given
-    w, device = args.w, pick_device(args.device)
+    w, images = args.w, images_a_step(vars(args))
     claim_output(path, args)
     frozen = initialise.load_judges(args, device)                                      # before anything slow
     data = load_data(args)
@@ -326,87 +335,117 @@ def main(argv=None):
     frozen |= initialise.stage(args, model, D, data, known, device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt_g, opt_d = optimizers(model, D, args)
-    augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), torch.zeros((), device=device), 0
+    augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), 0.0, 0
     if ckpt:
         ema.load_state_dict(ckpt["ema"]["model"])
         restore_optimiser(opt_g, ckpt["optimisers"]["g"])
         restore_optimiser(opt_d, ckpt["optimisers"]["d"])
-        augment.p, mean_path, step0 = ckpt["augment_p"], ckpt["mean_path"].to(device), ckpt["step"]
+        augment.p, mean_path, step0 = ckpt["augment_p"], ckpt["mean_path"], ckpt["images"] // images
         torch.set_rng_state(ckpt["rng"]["torch"])
+        if device.type == "cuda" and ckpt["rng"].get("cuda") is not None:
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"])
+        if RANK:                                                                       # other draws than the first's
+            torch.manual_seed(args.seed + ckpt["images"] + RANK)
+    del ckpt, known                                                                    # their tensors
 
+    def save(step):
+        networks = dict(model=model, D=D) | {k: frozen[k] for k in ("feature_net", "judge") if k in frozen}
+        save_checkpoint(path, dict(                                                    # all that the next step depends on
+            kind=f"stage{args.stage}", format=1, config=vars(ema.config), args=vars(args),
+            step=step, images=step * images, networks={k: v.state_dict() for k, v in networks.items()},
+            ema=dict(model=ema.state_dict()), optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
+            augment_p=augment.p, mean_path=mean_path,
+            rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None)))
+
+    if WORLD > 1 and not RANK:
+        save(step0)
+        meet()
+    header(args, model, data, device)
     forward, losses_of = STAGES[name]
     refinements = model.config.refine if args.part == "hyper" else 1
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    header(args, model, data, device)
-    log, stream = open_log(os.path.join(args.out, f"log_{name}.jsonl"), args), load_batches(args, data, frozen, step0)
-    timer, shown = StepTimer(device), {}                                               # the last value of each term
-    bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=None)
+    eager = contextlib.nullcontext
+    if args.compile:                                                                   # but for gradients of gradients
+        eager = functools.partial(torch.compiler.set_stance, "force_eager")
+        for network in filter(None, (model.generator, model.encoder, D)):
+            network.compile()
+
+    # four losses of a micro-batch: each yields the loss and, for the log, its terms
+
+    def discriminator_losses(part):                                                    # logistic
+        D.requires_grad_(True)
+        with bf16():
+            with torch.set_grad_enabled(args.accumulate == 1):                         # no graphs of several
+                part["out"] = out = forward(model, part)
+            real, fake = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
+        loss = losses.discriminator_loss(real, fake)
+        yield loss, dict(d=loss, real=real.mean(), fake=fake.mean(), sign=real.sign().mean())
+
+    def generator_losses(part):                                                        # and of everything before it
+        D.requires_grad_(False)
+        out = part.pop("out", None)
+        for turn in range(refinements):                                                # 1, but of the hypernetwork
+            with bf16():
+                if turn:
+                    out = forward(model, part, out["deltas"])
+                elif out is None or args.accumulate > 1:
+                    out = forward(model, part)
+                terms = losses_of(model, frozen, out, w)
+                if adversarial:
+                    terms["adv"] = losses.generator_loss(D(augment(all_fakes(out))))
+            terms = {k: w[k] * v for k, v in terms.items()}
+            part["real"] = out["real"]
+            yield sum(terms.values()), terms
+
+    def r1(part):                                                                      # in fp32, every 16th step of D
+        D.requires_grad_(True)
+        real = augment(part["real"]).detach().requires_grad_(True)
+        with eager():
+            penalty = w["r1"] / 2 * losses.r1_penalty(real, D(real))
+            yield 16 * penalty, dict(r1=penalty)
+
+    def path_length(part):                                                             # on half a batch, every 4th step
+        with eager():
+            small = forward(model, dict(image=part["real"][:max(1, args.batch // 2)]))
+            penalty, mean = losses.path_length_penalty(small["fake"], small["w_plus"], mean_path)
+            yield 4 * w["path"] * penalty, dict(path=w["path"] * penalty, mean_path=mean)
+
+    log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
+    stream, timer, shown = load_batches(args, data, frozen, step0), StepTimer(device), {}  # shown: the last of each term
+    bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=True if RANK else None)
     for step in bar:
         last = step + 1 == args.steps
         batch = timer.next(stream)                                                     # images (N, 3, H, W), see data.py
+        micro = [{k: v[i::args.accumulate] for k, v in batch.items()} for i in range(args.accumulate)]
         rate = 1.0 if args.stage == 1 else cosine_warmup(step, args.steps, 100)        # slow: keep what is learned
         for group in opt_g.param_groups + opt_d.param_groups:
             group["lr"] = group["initial_lr"] * rate
 
-        with bf16():
-            out = forward(model, batch)
-        out["fake"] = out["fake"].float()
-
-        # discriminator: logistic loss. Not on windows: five frames of one clip are nearly one sample
-        adversarial, diagnostics = w["adv"] and (args.stage < 3 or out["frames"].shape[1] == 1), {}
-        if adversarial:
-            D.requires_grad_(True)
-            with bf16():
-                real_score, fake_score = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
-            diagnostics = dict(d=losses.discriminator_loss(real_score, fake_score))
-            descend(opt_d, diagnostics, step)
-            D.requires_grad_(False)
-            diagnostics |= dict(real=real_score.mean(), fake=fake_score.mean())
-            if args.augment >= 0:
-                augment.update(real_score.detach())
-
-        # generator and everything before it; of the hypernetwork a backward pass at each refinement
-        opt_g.zero_grad(set_to_none=True)
-        for turn in range(refinements):
-            with bf16():
-                out = forward(model, batch, out["deltas"]) if turn else out
-                terms = losses_of(model, frozen, out, w)
-                if adversarial:
-                    terms["adv"] = losses.generator_loss(D(augment(all_fakes(out))))
-            check_finite(terms, step)
-            sum(w[k] * v for k, v in terms.items()).backward()
-        opt_g.step()
-
-        # lazy regularisation, when the graph of this step is gone. R1 of D: every 16th of its steps, in fp32
+        # no adversary on windows: five frames of one clip are nearly one sample
+        adversarial = w["adv"] and (args.stage < 3 or batch["mel"].shape[1] == 1 + 2 * CONTEXT)
+        of_d = descend(opt_d, micro, discriminator_losses) if adversarial else {}
+        terms = descend(opt_g, micro, generator_losses) | of_d
+        # lazy regularisation, when the graph of this step is gone
         if adversarial and step // (2 if w.get("sync") else 1) % 16 == 0:
-            D.requires_grad_(True)
-            real = augment(out["real"]).detach().requires_grad_(True)
-            diagnostics["r1"] = w["r1"] / 2 * losses.r1_penalty(real, D(real))
-            descend(opt_d, dict(r1=16 * diagnostics["r1"]), step)
-            D.requires_grad_(False)
-        # path length: every 4th step of stage 1, on half a batch
+            terms |= descend(opt_d, micro, r1)
         if w.get("path") and step % 4 == 0:
-            small = forward(model, dict(image=out["real"][:max(1, args.batch // 2)]))
-            penalty, mean_path = losses.path_length_penalty(small["fake"], small["w_plus"], mean_path)
-            diagnostics["path"] = w["path"] * penalty
-            descend(opt_g, dict(path=4 * diagnostics["path"]), step)
+            terms |= descend(opt_g, micro, path_length)
+        terms = check_finite(terms, step)                                              # floats, means over all processes
+        mean_path, sign = terms.pop("mean_path", mean_path), terms.pop("sign", None)
+        if adversarial and args.augment >= 0:
+            augment.update(sign, images)
+        update_ema(ema, model, (step + 1) * images, images)
 
-        update_ema(ema, model, (step + 1) * args.batch, args.batch)
-
-        shown |= {k: w[k] * v.detach() for k, v in terms.items()} | {k: v.detach() for k, v in diagnostics.items()}
-        if step % LOG_EVERY == 0 or last:
-            line = dict(step=step) | {k: float(v) for k, v in shown.items()} | dict(p=augment.p)
-            write_log(log, bar, line | timer.pace(args.batch), args.steps)
-        if (step + 1) % args.save_every == 0 or last:
+        shown |= terms
+        if not RANK and (step % LOG_EVERY == 0 or last):
+            write_log(log, bar, dict(step=step) | shown | dict(p=augment.p) | timer.pace(images), args.steps)
+        if not RANK and ((step + 1) % SAVE_EVERY == 0 or last):
             save_examples(os.path.join(args.out, f"{name}.png"), ema, data, args)
-            if args.stage == 3:
+            if args.stage == 3 and last:
                 initialise.collect_idle(ema, data["pack"], data["clips"], device)
-            networks = dict(model=model, D=D) | {k: frozen[k] for k in ("feature_net", "judge") if k in frozen}
-            save_checkpoint(path, dict(                                                # all that the next step depends on
-                kind=f"stage{args.stage}", format=1, config=vars(ema.config), args=vars(args), step=step + 1,
-                networks={k: v.state_dict() for k, v in networks.items()}, ema=dict(model=ema.state_dict()),
-                optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
-                augment_p=augment.p, mean_path=mean_path, rng=dict(torch=torch.get_rng_state())))
+            save(step + 1)
+    if RANK:
+        return
     log.close()
     write_report(args.out)                                                             # with the last image
     if args.stage == 3:
@@ -418,12 +457,18 @@ def main(argv=None):
         print(f"{weights}: for sample.py --weights")
 
 
-def descend(opt, terms: dict, step: int):
-    """A step of an optimiser down the sum of loss terms"""
-    check_finite(terms, step)
+def descend(opt, micro, losses_of) -> dict:
+    """A step of an optimiser down a mean loss over micro-batches and processes -> the terms, means over micro-batches"""
+    found = []
     opt.zero_grad(set_to_none=True)
-    sum(terms.values()).backward()
+    for part in micro:
+        for loss, terms in losses_of(part):
+            (loss / len(micro)).backward()
+            last = {k: v.detach() for k, v in terms.items()}
+        found.append(last)
+    average([q.grad for group in opt.param_groups for q in group["params"] if q.grad is not None])
     opt.step()
+    return {k: sum(terms[k] for terms in found) / len(micro) for k in found[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,7 +527,7 @@ def load_data(args) -> dict:
         pack = open_packs(args.data)
     else:
         from toyfaces import toy_pack  # drawn on first use
-        pack = toy_pack(Path(args.out), args.size, args.people, 3.0)
+        pack = toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
@@ -505,21 +550,22 @@ def load_data(args) -> dict:
 
 
 def load_batches(args, data, frozen, start: int):
-    """Batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync loss, else and on
-    odd steps many clips of one frame, half of them photos where there are some"""
+    """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
+    loss, else and on odd steps many clips of one frame, half of them photos where there are some"""
+    def load(dataset, batch, first):
+        for items in batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD):
+            yield {k: v for k, v in items.items() if k not in ("identity", "clip", "frames")}  # not read here
+
     if args.stage < 3:
-        yield from batches(data["images"], args.batch, start, args.workers)
+        yield from load(data["images"], args.batch, start)
     extra = 0 if args.motion == "direct" else CONTEXT                                  # driving frames not decoded
     mfcc = extra if getattr(frozen.get("sync"), "uses_mfcc", False) else None
-
-    def clips(T, batch, first):
-        options = dict(context=CONTEXT - extra, clips=data["clips"], mfcc=mfcc)
-        return batches(Clips(data["pack"], T + 2 * extra, args.seed + T, **options), batch, first, args.workers)
-
-    turns, batch = 2 if args.w["sync"] else 1, max(1, args.batch // (2 if args.photos else 1))
-    windows = clips(WINDOW, max(1, args.batch // WINDOW), (start + 1) // 2)
-    singles = clips(1, batch, start // turns)
-    photos = batches(data["photos"], batch, start // turns, args.workers) if args.photos else None
+    windows, singles = (Clips(data["pack"], T + 2 * extra, args.seed + T, context=CONTEXT - extra, clips=data["clips"],
+                              mfcc=mfcc) for T in (WINDOW, 1))
+    turns = 2 if args.w["sync"] else 1
+    windows = load(windows, args.batch // WINDOW, (start + 1) // 2)
+    singles = load(singles, args.batch // (2 if args.photos else 1), start // turns)
+    photos = load(data["photos"], args.batch // 2, start // turns) if args.photos else None
     for step in itertools.count(start):
         if (step + 1) % turns:
             yield next(windows)
@@ -533,11 +579,9 @@ def load_batches(args, data, frozen, start: int):
 def header(args, model, data, device):
     sizes = {name: sum(q.numel() for q in part.parameters()) / 1e6 for name, part in model.named_children()}
     trained = sum(q.numel() for q in model.parameters() if q.requires_grad) / 1e6
-    print(f"stage {args.stage} on {device}: {len(data['pack'])} clips, {sum(sizes.values()):.2f} M parameters ("
+    print(f"stage {args.stage} on {WORLD} x {device}: {len(data['pack'])} clips, {sum(sizes.values()):.2f} M parameters ("
           + ", ".join(f"{k} {v:.2f}" for k, v in sizes.items()) + f"), {trained:.2f} M trained; loss weights "
           + " ".join(f"{k}={v:g}" for k, v in args.w.items()))
-    if args.bf16 != bf16_native(device):
-        print("--bf16 is emulated on this chip: slower than fp32" if args.bf16 else "this chip has bf16: try --bf16")
 
 
 @torch.no_grad()

@@ -37,10 +37,8 @@ class VisualEncoder(nn.Module):
     """Image -> W+ code, after pSp: styles 0-2 from the coarse map of a feature pyramid, 3-6 from the middle one, the rest
     from the fine one.
 
-    Differs: a slim residual trunk and one head a level. Ours: a linear path beside the trunk (the image at 32x32 ->
-    `linear` numbers -> W+), which fits an unseen face after little training, where a young trunk does not. It starts
-    from the principal components of the training images (`start_linear`).
-    """
+    Differs: a slim residual trunk and one head a level. Ours: a linear path beside it (the image at 32x32 -> `linear`
+    numbers -> W+), from the principal components of training images: it fits an unseen face after little training."""
 
     def __init__(self, size: int, dim: int, L: int, width: int = 48, linear: int = 192):
         super().__init__()
@@ -56,8 +54,8 @@ class VisualEncoder(nn.Module):
             nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(ch[-1], 32, 3, padding=1), nn.LeakyReLU(0.2),
                           nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * 16, n * dim))
             for n in self.groups if n)
-        self.linear_down = nn.Linear(3 * min(32, size) ** 2, linear, bias=False) if linear else None
-        self.linear_up = nn.Linear(linear, L * dim, bias=False) if linear else None
+        self.linear_down = nn.Linear(3 * min(32, size) ** 2, linear, bias=False)
+        self.linear_up = nn.Linear(linear, L * dim, bias=False)
         self.register_buffer("latent_avg", torch.zeros(L, dim))
 
     def forward(self, x):
@@ -71,8 +69,7 @@ class VisualEncoder(nn.Module):
         for lateral, finer in zip(self.lateral, maps[-2::-1]):
             pyramid.append(lateral(finer) + F.interpolate(pyramid[-1], scale_factor=2, mode="nearest"))
         z = torch.cat([head(level).unflatten(1, (-1, self.dim)) for head, level in zip(self.heads, pyramid)], 1)
-        if self.linear_down is not None:
-            z = z + self.linear_up(self.linear_down(small_picture(x))).unflatten(1, (self.L, self.dim))
+        z = z + self.linear_up(self.linear_down(small_picture(x))).unflatten(1, (self.L, self.dim))
         return self.latent_avg + z                                           # (N, L, D)
 
     @torch.no_grad()
@@ -89,10 +86,8 @@ class VisualEncoder(nn.Module):
 class MouthEncoder(nn.Module):
     """The mouth of an image -> M numbers, what `mask_mouth` removes from the VisualEncoder's input. Ours.
 
-    The first K are the shape of the lips, by the `reader`, a small network trained on landmarks
-    (initialise.train_reader). They mean the same on every face: how far it is open, how wide, a smile. The other M - K,
-    linear in the pixels, hold the appearance: colour, teeth, a beard.
-    """
+    The first K are the shape of the lips, by the `reader`, trained on landmarks (initialise.train_reader): the opening,
+    the width, a smile, the same on every face. The other M - K, linear in the pixels: colour, teeth, a beard."""
 
     def __init__(self, template: str, M: int, K: int, width: int = 32):
         super().__init__()

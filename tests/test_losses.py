@@ -152,17 +152,11 @@ def test_augmentation_treats_each_picture_apart():
 
 
 def test_the_controller_moves_p_by_n_of_500k_towards_the_target_and_stays_in_0_1():
-    augment = losses.Augment(p=0.5)
-    augment.update(torch.ones(32, 1))  # all real pictures known: sign 1 > 0.6
-    assert augment.p == pytest.approx(0.5 + 32 / 500_000)
-    augment.update(torch.tensor([[1.0], [1], [-1]]))  # 1/3 < 0.6
-    assert augment.p == pytest.approx(0.5 + 29 / 500_000)
-    augment.p = 1.0
-    augment.update(torch.ones(32, 1))
-    assert augment.p == 1
-    augment.p = 0.0
-    augment.update(-torch.ones(32, 1))
-    assert augment.p == 0
+    for p, sign, images, expected in ((0.5, 1.0, 32, 0.5 + 32 / 500_000), (0.5, 1 / 3, 3, 0.5 - 3 / 500_000),
+                                      (1.0, 1.0, 32, 1.0), (0.0, -1.0, 32, 0.0)):
+        augment = losses.Augment(p)
+        augment.update(sign, images)  # 0.6 is wanted
+        assert augment.p == pytest.approx(expected)
 
 
 def test_a_swapped_mouth_may_change_its_box_and_nothing_else():

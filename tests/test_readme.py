@@ -36,6 +36,8 @@ def fenced(text):
 
 def script_of(command):
     """-> (name of the script or None, its arguments) of a command"""
+    if command[0] == "torchrun":
+        command = ["python", *command[next(k for k, word in enumerate(command) if word.endswith(".py")):]]
     for k, word in enumerate(command[:-1]):
         if re.fullmatch(r"(.*/)?python3?", word) and command[k + 1].endswith(".py"):
             arguments = command[k + 2 :]

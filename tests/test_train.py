@@ -28,7 +28,7 @@ from data import Pack, PackWriter
 from faces import TEMPLATES, box_slices, mask_mouth
 from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, changed_layers, load_model
 from media import InputError, run, to_tensor
-from stylegan2 import Discriminator, Generator, save_rosinality
+from stylegan2 import Discriminator, Generator, StyledConv
 from syncnet import SyncNet
 from toyfaces import make_pack
 from vision import GradualStyleEncoder, HyperStyleNet
@@ -55,6 +55,7 @@ def stages(pack, tmp_path_factory):
         patch.setattr(initialise, "train_judge", lambda *_: quick_judge())
         patch.setattr(train, "FINETUNE_GENERATOR", 0)
         patch.setattr(train, "LOG_EVERY", 1)
+        patch.setattr(train, "SAVE_EVERY", 2)
         go(pack, out, 1)
         go(pack, out, 2)
         go(pack, out, 2, "--part", "hyper")
@@ -66,6 +67,7 @@ def stages(pack, tmp_path_factory):
 def one_short_judge(monkeypatch):
     monkeypatch.setattr(initialise, "train_judge", lambda *_: quick_judge())
     monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
 
 def quick_judge():
@@ -76,7 +78,7 @@ def quick_judge():
 def options(pack, out, stage, *more, steps=4):
     return ["--stage", str(stage), "--data", str(pack), "--out", str(out),
             "--size", "16", "--batch", "6", "--steps", str(steps), "--device", "cpu",
-            "--save-every", "2", *more]
+            *more]
 
 
 def go(pack, out, stage, *more, **k):
@@ -146,6 +148,42 @@ def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack
     assert saved["optimisers"]["d"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 16 / 17)
 
 
+def test_a_run_goes_on_with_other_numbers_of_images_a_step_to_the_same_number_in_all(pack, stages, tmp_path):
+    shutil.copy(stages / "stage1.pt", tmp_path / "stage1.pt")                # 4 steps of 6
+    train.main(["--stage", "1", "--out", str(tmp_path), "--resume", "--steps", "6", "--accumulate", "2"])
+    saved = load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")
+    assert (saved["step"], saved["images"]) == (6, 72)                       # 2 steps done, as many images
+    lines = [json.loads(line) for line in (tmp_path / "log_stage1.jsonl").read_text().splitlines()[1:]]
+    assert [line["step"] for line in lines] == [2, 3, 4, 5]
+    args = train.parse(["--stage", "1", "--resume", "--accumulate", "3"])
+    assert train.resume_options(args, saved["args"], "here").steps == 4      # 72 / 18
+
+
+def test_compiled_networks_train_as_eager_ones(pack, tmp_path, monkeypatch):
+    """Traced, without the C++ that the next test compiles"""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        go(pack, tmp_path / name, 1, "--batch", "4", *more, steps=1)         # with R1 and path length
+    eager, compiled = (json.loads((tmp_path / name / "log_stage1.jsonl").read_text().splitlines()[-1])
+                       for name in ("eager", "compiled"))
+    for term in ("d", "real", "fake", "adv", "r1", "path"):
+        assert compiled[term] == pytest.approx(eager[term], rel=1e-4, abs=1e-6), term
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_layer_and_its_gradient_are_the_eager_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    layer, x, style = StyledConv(6, 5, 7, up=True), torch.randn(3, 6, 4, 4), torch.randn(3, 7)
+    results = []
+    for _ in range(2):
+        y = layer(x, style, "off")
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.conv.parameters()))))
+        layer.compile()
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
 def test_a_resumed_run_keeps_its_judge_until_a_weight_changes(pack, stages, tmp_path, monkeypatch, quick_starts):
     monkeypatch.setattr(judges, "arcface", lambda device, path, template: freeze(quick_judge()))
     go(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w", "arcface=0.1", steps=1)
@@ -189,7 +227,7 @@ def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "batches", waiting)
     monkeypatch.setitem(train.STAGES, "stage1", (working, terms))
     monkeypatch.setattr(train, "LOG_EVERY", 3)
-    go(pack, tmp_path, 1, "--w", "path=0", "--save-every", "99", steps=5)
+    go(pack, tmp_path, 1, "--w", "path=0", steps=5)
     lines = [json.loads(line) for line in (tmp_path / "log_stage1.jsonl").read_text().splitlines()[1:]]
     assert [(x["step"], x["ms"], x["images_s"], x["waiting"]) for x in lines] == [(k, 4000, 1.5, 0.25) for k in (0, 3, 4)]
 
@@ -202,7 +240,7 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
     G, D = Generator(16, dim=24, n_mlp=2, base=1024, cap=128), Discriminator(16, base=1024, cap=128)
     encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "separable", 16)
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
-    save_rosinality(tmp_path / "g.pt", g_ema=G, d=D)
+    torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "g.pt")
     torch.save(dict(state_dict=state), tmp_path / "psp.pt")
     torch.save(dict(state_dict={f"hypernet.{k}": v for k, v in hyper.state_dict().items()}), tmp_path / "h.pt")
     given = [word for kind, name in (("generator", "g"), ("encoder", "psp"), ("hyper", "h"))
@@ -454,7 +492,7 @@ def quick_starts(monkeypatch):
 def test_all_three_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
         motion, world, pack, stages, marked_packs, tmp_path, quick_starts):
     clips, photos = (pack, None) if world == "toys" else marked_packs
-    more = ["--motion", motion, "--expert", str(stages / "sync.pt"), "--save-every", "99"]
+    more = ["--motion", motion, "--expert", str(stages / "sync.pt")]
     for stage in (1, 2, 3):
         go(clips, tmp_path, stage, *more, *(["--photos", str(photos), "--batch", "1"] if photos else []), steps=2)
     log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
@@ -569,7 +607,8 @@ def test_every_other_clip_gets_the_true_shape_of_its_lips_and_keeps_the_appearan
 def test_a_published_generator_takes_real_faces_without_the_coarse_image(marked_packs, tmp_path, quick_starts):
     clips, photos = marked_packs
     torch.manual_seed(0)
-    save_rosinality(tmp_path / "g.pt", g_ema=Generator(16, 32, 2, 512, 32), d=Discriminator(16, 512, 32))
+    G, D = Generator(16, 32, 2, 512, 32), Discriminator(16, 512, 32)
+    torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "g.pt")
     go(clips, tmp_path, 2, "--generator", str(tmp_path / "g.pt"), "--photos", str(photos), "--w", "adv=0", steps=2)
     assert load_checkpoint(str(tmp_path / "stage2.pt"), "stage2")["config"]["coarse_rgb"] == 0
 
