@@ -189,7 +189,7 @@ def table(rows: dict, full: float | None = None) -> str:
     lines = ["<tr><th>" + "".join(f"<th>{text(c)}" for c in columns)]
     for name, row in rows.items():
         cells = [f"{row[c]:.3f}<div class=bar style='width:{min(100, 100 * abs(row[c]) / most[c]):.0f}%'></div>"
-                 if finite(row.get(c)) else text(row.get(c, "")) for c in columns]
+                 if finite(row.get(c)) else text(row.get(c) or "") for c in columns]
         lines.append(f"<tr><th>{text(name)}" + "".join(f"<td>{cell}" for cell in cells))
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
@@ -263,7 +263,10 @@ def pairs_page(path: Path, report: dict, files: dict):
             rank[name] += k
     order = sorted(rank, key=rank.get)
     notes = report["notes"] + [f"{name}: {column['what']}" for name, column in report["columns"].items()]
-    sections = [table(report["rows"]), "<h2>Each pair, the best first</h2>", table({k: pairs[k]["fake"] for k in order})]
+    tables = [{row: {f"{k} {dict(higher='↑', lower='↓')[column['better']]}": values.get(k)
+                     for k, column in report["columns"].items()} for row, values in rows.items()}
+              for rows in (report["rows"], {name: pairs[name]["fake"] for name in order})]
+    sections = [table(tables[0]), "<h2>Each pair, the best first</h2>", table(tables[1])]
     for which, name in (("best", order[0]), ("worst", order[-1]))[:len(order)]:
         rows = [some_frames(file, pairs[name]["frames"]) for file in files[name]]
         sections += [f"<h2>The {which}: {text(name)}</h2>", embed(image_grid(rows, [*map(str, files[name])], 170))]
