@@ -162,6 +162,14 @@ def correlation(a, b) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if min(np.ptp(a), np.ptp(b)) > 1e-9 else 0.0
 
 
+def partial_correlation(a, b, profile) -> float:
+    """Partial correlation of two curves (T,), without the mean profile of all clips: where every clip is silence, words,
+    silence, the profile alone correlates with every clip."""
+    n = min(len(a), len(profile))
+    ab, ap, bp = (correlation(x[:n], y[:n]) for x, y in ((a, b), (a, profile), (b, profile)))
+    return (ab - ap * bp) / max(np.sqrt(max(0, (1 - ap**2) * (1 - bp**2))), 1e-9)
+
+
 def retrieval(queries, gallery) -> float:
     """Share of the queries (n, E) whose nearest neighbour in the gallery (n, E), by cosine, is in the same row."""
     return float(((queries @ gallery.t()).argmax(1) == torch.arange(len(queries))).float().mean())

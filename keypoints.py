@@ -7,24 +7,23 @@ components of the mouth, as Suwajanakorn et al., "Synthesizing Obama" (SIGGRAPH 
     python keypoints.py train                    # out/toy_kp.pt: the toy world from nothing    (1.5 min, two cores)
     python keypoints.py evaluate out/toy_kp.pt   # the table, on people and speech not trained on    (15 s)
     python keypoints.py sample speech.wav        # keypoints.mp4, keypoints.npy by weights/keypoints.pt    (3 s)
-    python keypoints.py extract PACK --landmarks mediapipe:face_landmarker.task    # of one's own clips (12 ms a frame)
 
-`normalise` removes position, size and in-plane rotation of the head. The mouth's 20 points, centred, become D = 8
-principal components: the codes that the networks predict. Lengths are in distances between the outer corners of the
-eyes, MSE in (per cent of that)^2, a coordinate. Axes: B clips, T frames, J steps of 10 ms, D codes, W width.
+`normalise` removes position, size and in-plane rotation of the head. The mouth's 20 points, centred, become D principal
+components: the codes that the networks predict; with --face, E more hold what these leave of all 68 points.
+Lengths are in distances between the outer corners of the eyes, MSE in (per cent of that)^2, a coordinate.
+Axes: B clips, T frames, J steps of 10 ms, D (+ E) codes, W width, P moments of a word.
 """
 
 import argparse
-import json
 import math
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 from media import (  # before torch, see there
-    FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, run)
+    FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, load_photo, run)
 
 import numpy as np
 import torch
@@ -34,15 +33,17 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import sample as photos
 import toyfaces
 from audio import N_MELS, AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, load_checkpoint, load_strictly, open_log, pick_device,
     refusing, restore_optimiser, save_checkpoint, write_log)
-from control import correlation
-from data import (
-    USES, Pack, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options)
-from faces import EYES, K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, smooth
+from control import correlation, partial_correlation
+from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
+from faces import EYES, K, Landmarks, to_complex
+from landmarks import extract
+from motion import lip_opening
 from syncnet import load_sync
 
 MOUTH = slice(48, 68)  # of iBUG's 68
@@ -51,78 +52,15 @@ TOY_PARTS = dict(train=range(toyfaces.TRAIN, toyfaces.TRAIN + 200), valid=range(
                  test=range(toyfaces.TEST, toyfaces.TEST + 40))  # seeds of the toy people
 
 
-# ------------------------------------------------------------------------------------------------ landmarks of a pack
-
-def toy_points(who, truth: np.ndarray, size: int) -> np.ndarray:
-    """True landmarks of a drawn clip: factors (T, 10) -> float32 (T, 68, 2) in pixels"""
-    return np.stack([toyfaces.landmarks(who, dict(zip(toyfaces.FACTORS, row)), size) for row in truth.tolist()])
-
-
-def clip_landmarks(pack: Pack, c: int, detect) -> tuple[np.ndarray, int]:
-    """Landmarks (T, 68, 2) of a clip and how many frames were interpolated. detect None: a toy pack's true ones."""
-    if detect is None:
-        who = toyfaces.person(int(pack.identities[pack.identity[c]].removeprefix("toy")))
-        truth = np.load(pack.folder / "truth.npy", "r", allow_pickle=False)
-        return toy_points(who, truth[pack.frame_start[c] : pack.frame_start[c + 1]], pack.size), 0
-    points, missing = interpolate_gaps([detect(pack.frame(c, k)) for k in range(pack.n_frames[c])])
-    return smooth(points), missing
-
-
-def extract(args):
-    """Landmarks of every clip of a pack, written beside it. A killed run continues after its last finished clip."""
-    pack = Pack(args.pack)
-    folder = pack.folder / "landmarks"
-    spec = args.landmarks or ("truth" if (pack.folder / "truth.npy").is_file() else "fan")
-    with nullcontext() if spec == "truth" else landmark_detector(spec, pack.template) as detect:
-        try:
-            folder.mkdir(exist_ok=True)
-            lines = open_landmarks(folder, landmarks_header(pack, spec.partition(":")[0]), args.overwrite)
-            (folder / "clips.jsonl").write_bytes(b"".join(lines))  # without a torn last line
-            done = len(lines) - 1
-            with open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out:
-                out.truncate(int(pack.frame_start[done]) * K * 2 * 4)
-                for c in tqdm(range(done, len(pack)), "clips", initial=done, total=len(pack), disable=None):
-                    line = dict(source=pack.source(c))
-                    try:
-                        points, line["interpolated"] = clip_landmarks(pack, c, detect)
-                    except InputError as error:  # too few frames with a face
-                        points, line["reason"] = np.full((pack.n_frames[c], K, 2), np.nan), str(error)
-                    out.write(points.astype("<f4").tobytes())
-                    log.write(json.dumps(line).encode() + b"\n")
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    print(f"{folder}: {len(Landmarks(pack).kept)} of {len(pack)} clips have landmarks ({spec})")
-
-
-def compare(args):
-    """Seconds a frame of landmark detectors on the same frames, with one thread, and the distance of their points."""
-    pack, found = Pack(args.pack), []
-    torch.set_num_threads(1)
-    frames = [pack.frame(c, pack.n_frames[c] // 2) for c in np.linspace(0, len(pack) - 1, 50).round().astype(int)]
-    print(f"{len(frames)} crops of {pack.size} px from {args.pack}, one thread, loading not counted\n")
-    print("| detector | seconds a frame | found | distance to the first, % of the eye distance |\n|---|---:|---:|---:|")
-    for spec in args.landmarks:
-        with landmark_detector(spec, pack.template) as detect:
-            detect(frames[0])  # the first image pays for the set-up
-            start = time.perf_counter()
-            found.append([detect(frame) for frame in tqdm(frames, spec, disable=None, leave=False)])
-            seconds = (time.perf_counter() - start) / len(frames)
-        pairs = [(a, b) for a, b in zip(found[0], found[-1]) if a is not None and b is not None]
-        apart = [np.hypot(*(a - b).T).mean() / np.hypot(*(a[EYES[1]] - a[EYES[0]])) for a, b in pairs]
-        hits = sum(points is not None for points in found[-1])
-        print(f"| {spec} | {seconds:.4f} | {hits} of {len(frames)} | {100 * np.mean(apart) if apart else math.nan:.1f} |")
-
-
 # ------------------------------------------------------------------------------------------------ the shape of a mouth
 
 def normalise(points: np.ndarray) -> np.ndarray:
     """Landmarks of a clip in pixels (T, 68, 2) -> the same with the outer corners of the eyes level, the origin in their
     middle. Unit: the clip's median of their distance, since a detector's jitter and turns of the head change it."""
-    left, right = points[:, EYES[0]], points[:, EYES[1]]  # (T, 2)
-    x, y = (right - left).T
-    length = np.hypot(x, y)
-    rotation = np.stack((np.stack((x, -y), 1), np.stack((y, x), 1)), 1) / length[:, None, None]  # (T, 2, 2), row vectors
-    return ((points - (left + right)[:, None] / 2) @ rotation / np.median(length)).astype(np.float32)
+    z = to_complex(points)  # (T, 68)
+    left, right = z[:, EYES[0], None], z[:, EYES[1], None]
+    z = (z - (left + right) / 2) * abs(right - left) / (right - left) / np.median(abs(right - left))
+    return np.stack((z.real, z.imag), -1).astype(np.float32)
 
 
 @dataclass
@@ -131,21 +69,25 @@ class Mouth:
 
     mean: np.ndarray  # (40,)
     basis: np.ndarray  # (D, 40), orthonormal
-    scale: np.ndarray  # (D,), the codes' deviation
-    rest: np.ndarray  # (D,), a closed mouth: the mean of the tenth of frames with the smallest opening
-    face: np.ndarray  # (1 + D, 136), the face as a linear function of the codes, by least squares: the jaw moves along
+    scale: np.ndarray  # (D + E,), the codes' deviation
+    rest: np.ndarray  # (D + E,), a closed mouth: the mean of the tenth of frames with the smallest opening
+    face: np.ndarray  # (1 + D + E, 136), the face as a linear function of the codes: of the mouth's by least squares, so
+    # the jaw moves along, of the others by the principal components of what these leave
 
     @classmethod
-    def fit(cls, source, clips, codes: int):
-        """To the mouths in up to 400 clips"""
+    def fit(cls, source, clips, codes: int, more: int = 0):
+        """To the mouths in up to 400 clips; more: codes for the rest of the face"""
         some = tqdm(clips[:: -(-len(clips) // 400)], "mouths", disable=None)
         faces = np.concatenate([source.clip(c)[1] for c in some])  # (n, 68, 2)
-        shapes = cls.shapes(faces).astype(np.float64)
-        mean, (_, basis) = shapes.mean(0), np.linalg.eigh(np.cov(shapes.T))
-        basis = basis[:, ::-1][:, :codes].T  # the largest first
-        z, opening = (shapes - mean) @ basis.T, cls.opening(shapes)
+        shapes, flat = cls.shapes(faces).astype(np.float64), faces.reshape(len(faces), -1).astype(np.float64)
+        mean, basis = shapes.mean(0), principal_components(shapes, codes)
+        z, opening = (shapes - mean) @ basis.T, cls.opening(faces)
+        known = np.c_[np.ones(len(z)), z]
+        face = np.linalg.lstsq(known, flat, rcond=None)[0]
+        left = flat - known @ face
+        face = np.r_[face, principal_components(left, more)]
+        z = np.c_[z, left @ face[1 + codes :].T]
         rest = z[opening <= np.quantile(opening, 0.1)].mean(0)
-        face = np.linalg.lstsq(np.c_[np.ones(len(z)), z], faces.reshape(len(faces), -1), rcond=None)[0]
         return cls(*(np.float32(v) for v in (mean, basis, z.std(0) + 1e-6, rest, face)))
 
     @staticmethod
@@ -154,18 +96,24 @@ class Mouth:
         return (mouths - mouths.mean(1, keepdims=True)).reshape(len(faces), -1)
 
     @staticmethod
-    def opening(shapes):  # mouths (T, 40) -> distance of the inner lips' middles (T,)
-        upper, lower = (shapes.reshape(len(shapes), 20, 2)[:, p - MOUTH.start] for p in (62, 66))
-        return np.hypot(*(lower - upper).T)
+    def opening(faces):  # normalised landmarks (T, 68, 2) -> distance of the inner lips' middles (T,)
+        return np.hypot(*(faces[:, 66] - faces[:, 62]).T)
 
-    def encode(self, faces):  # normalised landmarks (T, 68, 2) -> codes (T, D)
-        return ((self.shapes(faces) - self.mean) @ self.basis.T).astype(np.float32)
+    def encode(self, faces):  # normalised landmarks (T, 68, 2) -> codes (T, D + E)
+        D, z = len(self.basis), (self.shapes(faces) - self.mean) @ self.basis.T
+        left = faces.reshape(len(faces), -1) - self.face[0] - z @ self.face[1 : 1 + D]
+        return np.c_[z, left @ self.face[1 + D :].T].astype(np.float32)
 
-    def decode(self, codes):  # (T, D) -> mouths (T, 40)
-        return self.mean + codes @ self.basis
-
-    def to_face(self, codes):  # (T, D) -> normalised landmarks (T, 68, 2)
+    def decode(self, codes):  # (T, D + E) -> normalised landmarks (T, 68, 2)
         return (self.face[0] + codes @ self.face[1:]).reshape(-1, K, 2).astype(np.float32)
+
+    def moves(self) -> np.ndarray:
+        """(1 + D + E, 68, 2) for warp.Warp: how landmarks move for each unit that the lips open, by least squares over
+        the codes, and for each unit of a code what that leaves"""
+        face, power = self.face[1:].reshape(-1, K, 2), self.scale**2
+        opens = lip_opening(face)  # (D + E,)
+        first = np.tensordot(power * opens, face, 1) / (power * opens**2).sum()
+        return np.stack([first, *(face - opens[:, None, None] * first)]).astype(np.float64)
 
     def state(self) -> dict:
         return {name: torch.from_numpy(value) for name, value in vars(self).items()}
@@ -175,9 +123,19 @@ class Mouth:
         return cls(**{name: state[name].float().numpy() for name in cls.__dataclass_fields__})
 
 
+def principal_components(rows: np.ndarray, n: int) -> np.ndarray:
+    """(m, k) -> (n, k), orthonormal, the largest first"""
+    return np.linalg.eigh(np.cov(rows.T))[1][:, ::-1][:, :n].T
+
+
 # ------------------------------------------------------------------------------- clips to train and test on, by number
 # clip: sound (n,), normalised landmarks (T, 68, 2). view: name, frames (T, H, W, 3), landmarks in pixels.
 # alignment: [(start, end in seconds, word or phone), ..]
+
+def toy_points(who, truth: np.ndarray, size: int) -> np.ndarray:
+    """True landmarks of a drawn clip: factors (T, 10) -> float32 (T, 68, 2) in pixels"""
+    return np.stack([toyfaces.landmarks(who, dict(zip(toyfaces.FACTORS, row)), size) for row in truth.tolist()])
+
 
 class ToySource:
     """Toy people; a clip's number is its seed."""
@@ -235,8 +193,7 @@ def open_source(args, checkpoints=None):
     """The clips of the pack --data or of the toy world, and dict(train, valid, test): their numbers, to train with.
 
     checkpoints {path: content}, to evaluate: test has the clips that trained or chose none of them, train and valid
-    those that all of them used so. InputError: no clip is left to train, validate or test with.
-    """
+    those that all of them used so. InputError: no clip is left to train, validate or test with."""
     if not args.data:
         split((), args)  # refuses lists of clips
         return ToySource(), TOY_PARTS
@@ -258,6 +215,7 @@ def open_source(args, checkpoints=None):
 RATE = dict(lstm=4, transformer=1)  # codes a frame; the lstm's are at the audio rate, one each 10 ms (WAV2KP)
 WINDOW = 40  # MFCC steps (WAV2KP)
 SILENCE = np.r_[math.log(np.finfo(float).eps), np.zeros(12)]  # MFCC of digital silence
+UNKNOWN = -100  # label of a frame without a known word: cross-entropy leaves it out
 
 
 def audio_features(kind: str, wav: np.ndarray) -> np.ndarray:
@@ -282,21 +240,25 @@ def interpolate(values: np.ndarray, positions) -> np.ndarray:
 
 class KeypointDataset(Dataset):
     """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D). Item n is a function of (seed, n).
+    words {name: number}: also labels (T or 4 T,), the word or phone at each moment, or UNKNOWN.
 
     Augmentation (ours): loudness, SpecAugment on the mel, and SILENT of the items are a quiet room and a mouth at rest,
     from digital silence to -50 dB of noise, since clips have no silence of other microphones."""
 
     SILENT = 0.05
 
-    def __init__(self, source, clips, mouth: Mouth, kind: str, T: int, seed: int):
+    def __init__(self, source, clips, mouth: Mouth, kind: str, T: int, seed: int, words: dict | None = None):
         self.source, self.clips, self.mouth, self.kind, self.T, self.seed = source, clips, mouth, kind, T, seed
-        self.clip = lru_cache(4000)(self.features_and_codes)
+        self.words, self.clip = words or {}, lru_cache(4000)(self.features_and_codes)
 
     def features_and_codes(self, c):
-        """Of a whole clip; codes (T or 4 T, D), interpolated between the middles of frames"""
+        """Of a whole clip; codes (T or 4 T, D), interpolated between the middles of frames; labels (T or 4 T,)"""
         (wav, faces), rate = self.source.clip(c), RATE[self.kind]
         at = (np.arange(rate * len(faces)) + 0.5) / rate - 0.5
-        return audio_features(self.kind, wav), interpolate(self.mouth.encode(faces), at).astype(np.float32)
+        labels = np.full(len(at), UNKNOWN)
+        for start, end, name in self.source.alignment(c) if self.words else ():
+            labels[(at + 0.5 >= start * FPS) & (at + 0.5 < end * FPS)] = self.words.get(name, UNKNOWN)
+        return audio_features(self.kind, wav), interpolate(self.mouth.encode(faces), at).astype(np.float32), labels
 
     def __getitem__(self, n: int) -> dict:
         rng, rate = np.random.default_rng([self.seed, n]), RATE[self.kind]
@@ -305,8 +267,9 @@ class KeypointDataset(Dataset):
             noise = rng.standard_normal(self.T * SAMPLES_PER_FRAME) * 10 ** (rng.uniform(-100, -50) / 20)
             features = audio_features(self.kind, noise.astype(np.float32) * (rng.random() < 0.7))
             codes = np.tile(self.mouth.rest, (self.T * rate, 1))
+            labels = np.full(len(codes), self.words.get("sil", UNKNOWN))
         else:
-            features, codes = self.clip(int(rng.choice(self.clips)))
+            features, codes, labels = self.clip(int(rng.choice(self.clips)))
         first = int(rng.integers(max(1, len(codes) // rate - self.T + 1)))
         louder = 0 if silent else np.float32(rng.uniform(-8, 8))  # dB
         if self.kind == "lstm":
@@ -315,37 +278,96 @@ class KeypointDataset(Dataset):
             features = np.clip(features + np.float32(0.08) * louder * (features > -4), -4, 4)  # the mel's 8 for 100 dB
             features = spec_augment(features, rng, steps=8)
         at = np.arange(first * rate, (first + self.T) * rate)
-        codes = codes[np.minimum(at, len(codes) - 1)]  # a clip shorter than T stands still at its end
-        return dict(sound=audio_windows(self.kind, features, first, first + self.T), codes=codes)
+        at = np.minimum(at, len(codes) - 1)  # a clip shorter than T stands still at its end
+        item = dict(sound=audio_windows(self.kind, features, first, first + self.T), codes=codes[at])
+        return item | (dict(labels=labels[at]) if self.words else {})
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
-# encode(sound) -> (B, T, W), decode -> codes (B, T, D); of an LSTM J = 4 T in place of T
 
-class Wav2KP(nn.Module):
+TARGETS = "components", "displacements", "heatmaps"
+STEP = 0.4  # deviation of a code's displacement, over the code's own: GRID has .2 to .5
+MAP = 8  # a heat map's rows and columns (ours)
+AXIS = torch.arange(MAP) - (MAP - 1) / 2  # middles of its cells
+MAP_REACH = 4  # deviations of its point from a map's middle to the middles of its outermost cells (ours)
+
+
+class Network(nn.Module):
+    """What both networks share: encode(sound) -> (B, T, W), decode -> codes (B, T, D); of an LSTM J = 4 T in place of T.
+
+    target: what the last layer outputs. components: the codes. displacements: their change from the frame before, from a
+    mouth at rest on. heatmaps: for each of the mouth's 20 points a map, whose centre of mass is the point.
+    words: the number of words or phones that a second head tells apart, in training only."""
+
+    reach = 0  # frames to each side that a code depends on, beyond its own window
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config, codes, width = config, config["codes"], config["width"]
+        self.target = config["target"]
+        self.register_buffer("scale", torch.ones(codes))  # the codes' deviation, so that outputs are of order 1
+        self.out = nn.Linear(width, 20 * MAP**2 if self.target == "heatmaps" else codes)
+        if self.target != "components":
+            self.register_buffer("rest", torch.zeros(codes))
+            self.register_buffer("basis", torch.zeros(codes, 40))
+            self.register_buffer("spacing", torch.ones(20, 2))  # of the cells of a map, in eye distances
+        if config["words"]:
+            self.words = nn.Linear(width, config["words"])
+
+    def decode(self, h):
+        if self.target == "displacements":
+            return self.rest + STEP * (self.out(h) * self.scale).cumsum(1)
+        if self.target == "heatmaps":
+            maps = self.maps(h).exp()  # (B, T, 20, rows, columns)
+            centres = torch.stack((maps.sum(-2) @ AXIS.to(h), maps.sum(-1) @ AXIS.to(h)), -1)  # (B, T, 20, 2), cells
+            return (centres * self.spacing).flatten(2) @ self.basis.T
+        return self.out(h) * self.scale
+
+    def maps(self, h):  # -> logarithm of the 20 maps, each of which sums to 1
+        return self.out(h).unflatten(-1, (20, -1)).log_softmax(-1).unflatten(-1, (MAP, MAP))
+
+    def forward(self, sound):
+        return self.decode(self.encode(sound))
+
+    def losses(self, batch: dict) -> dict:
+        """Terms of a batch: those of keypoint_loss; maps: cross-entropy of heat maps with bells around the true points,
+        one cell wide; words: cross-entropy of the second head."""
+        h, true, rate = self.encode(batch["sound"]), batch["codes"], RATE[self.kind]
+        codes, terms = self.decode(h), {}
+        if self.target == "displacements":  # windows do not begin at rest
+            codes = codes + (true - codes)[:, :1]
+        if self.target == "heatmaps":
+            points = (true @ self.basis).unflatten(-1, (20, 2)) / self.spacing  # cells
+            x, y = (-0.5 * (points[..., None] - AXIS.to(h)) ** 2).softmax(-1).unbind(-2)  # (B, T, 20, 8) each
+            terms["maps"] = -(y[..., None] * x[..., None, :] * self.maps(h)).sum((-1, -2)).mean()
+        if self.config["words"]:
+            terms["words"] = F.cross_entropy(self.words(h).flatten(0, 1), batch["labels"].flatten(), ignore_index=UNKNOWN)
+        return keypoint_loss(codes, true, rate) | terms
+
+
+def keypoint_loss(codes, true, rate: int = 1) -> dict:
+    """Terms in (per cent of the eye distance)^2 a coordinate, (B, T, D) each. The basis is orthonormal, so squares of
+    codes are squares of coordinates. position: mean square. velocity: of the differences of neighbours, a frame."""
+    velocity, true_velocity, unit = rate * codes.diff(dim=1), rate * true.diff(dim=1), 1e4 / 40
+    return dict(position=unit * (codes - true).square().sum(-1).mean(),
+                velocity=unit * (velocity - true_velocity).square().sum(-1).mean())
+
+
+class Wav2KP(Network):
     """WAV2KP: an LSTM reads each window of 40 MFCC steps by itself; a linear layer maps its last state to codes."""
 
-    kind, reach = "lstm", 0  # reach: frames to each side that a code depends on, beyond its own window
+    kind = "lstm"
 
-    def __init__(self, codes: int, width: int = 128, layers: int = 1):
-        super().__init__()
-        self.config = dict(codes=codes, width=width, layers=layers)
+    def __init__(self, codes: int, width: int = 128, layers: int = 1, target: str = TARGETS[0], words: int = 0):
+        super().__init__(dict(codes=codes, width=width, layers=layers, target=target, words=words))
         self.register_buffer("mean", torch.zeros(13))  # of the MFCC of training clips
         self.register_buffer("deviation", torch.ones(13))
-        self.register_buffer("scale", torch.ones(codes))  # the codes' deviation, so that outputs are of order 1
         self.lstm = nn.LSTM(13, width, layers, batch_first=True)
-        self.out = nn.Linear(width, codes)
 
     def encode(self, sound):  # (B, J, 40, 13)
         assert sound.shape[2:] == (WINDOW, 13), f"sound is {tuple(sound.shape)}, expected (B, J, 40, 13)"
         x = ((sound - self.mean) / self.deviation).clamp(-5, 5)  # digital silence is 15 deviations off
         return self.lstm(x.flatten(0, 1))[0][:, -1].unflatten(0, sound.shape[:2])  # (B, J, W)
-
-    def decode(self, h):
-        return self.out(h) * self.scale
-
-    def forward(self, sound):
-        return self.decode(self.encode(sound))
 
 
 class AudioFront(nn.Module):
@@ -390,7 +412,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Humans(nn.Module):
+class Humans(Network):
     """Humans: an audio encoder and a Transformer, whose blocks attend to `look` frames on each side.
 
     autoregressive: a GRU takes the last frame's codes beside the Transformer's output. In training it is unrolled on its
@@ -399,33 +421,28 @@ class Humans(nn.Module):
     kind = "transformer"
 
     def __init__(self, codes: int, width: int = 128, layers: int = 3, heads: int = 4, look: int = 8,
-                 autoregressive: bool = False, tower: dict | None = None, dropout: float = 0.1):
-        super().__init__()
-        self.config = dict(codes=codes, width=width, layers=layers, heads=heads, look=look,
-                           autoregressive=autoregressive, tower=tower, dropout=dropout)
-        self.reach = layers * look  # frames to each side that frame t depends on
-        self.register_buffer("scale", torch.ones(codes))
+                 autoregressive: bool = False, tower: dict | None = None, dropout: float = 0.1,
+                 target: str = TARGETS[0], words: int = 0):
+        super().__init__(dict(codes=codes, width=width, layers=layers, heads=heads, look=look, target=target, words=words,
+                              autoregressive=autoregressive, tower=tower, dropout=dropout))
+        self.reach = layers * look
         self.front = AudioFront(width, tower)
         self.blocks = nn.Sequential(*(Block(width, heads, look, dropout) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.cell = nn.GRUCell(width + codes, width) if autoregressive else None
-        self.out = nn.Linear(width, codes)
 
     def encode(self, sound):  # (B, T, 1, 80, 16)
         return self.norm(self.blocks(self.front(sound.flatten(0, 1)).unflatten(0, sound.shape[:2])))  # (B, T, W)
 
     def decode(self, h):  # (B, T, W)
         if self.cell is None:
-            return self.out(h) * self.scale
+            return super().decode(h)
         state, last, codes = torch.zeros_like(h[:, 0]), torch.zeros_like(self.out(h[:, 0])), []
         for t in range(h.shape[1]):
             state = self.cell(torch.cat((h[:, t], last), 1), state)
             last = self.out(h[:, t] + state)
             codes.append(last)
         return torch.stack(codes, 1) * self.scale  # (B, T, D)
-
-    def forward(self, sound):
-        return self.decode(self.encode(sound))
 
 
 @torch.no_grad()
@@ -456,33 +473,29 @@ def load_keypoints(path, device, which: str | None = None):
 # --------------------------------------------------------------------------------------------------------------- train
 
 FRAMES = dict(transformer=50, lstm=5)  # of an item (ours)
+WEIGHTS = dict(position=1, velocity=1, maps=1, words=0.3)  # of the terms (ours)
 FREE = "steps out resume overwrite device".split()  # options that --resume may change
 
 
-def keypoint_loss(codes, true, rate: int = 1) -> dict:
-    """Terms in (per cent of the eye distance)^2 a coordinate, (B, T, D) each. The basis is orthonormal, so squares of
-    codes are squares of coordinates. position: mean square. velocity: of the differences of neighbours, a frame."""
-    unit = 1e4 / 40  # coordinates of a mouth
-    velocity, true_velocity = rate * codes.diff(dim=1), rate * true.diff(dim=1)
-    return dict(position=unit * (codes - true).square().sum(-1).mean(),
-                velocity=unit * (velocity - true_velocity).square().sum(-1).mean())
-
-
-def new_model(args, source, clips):
+def new_model(args, source, clips, words: int):
     """(network, mouth) with their statistics from training clips, and with the sound tower of --expert"""
-    mouth = Mouth.fit(source, clips, args.codes)
+    mouth = Mouth.fit(source, clips, args.codes, 8 if args.face else 0)  # ours: as many as of the mouth
+    codes, options = len(mouth.scale), dict(target=args.target, words=words)
     if args.model == "lstm":
-        model, some = Wav2KP(args.codes, args.width), clips[:: max(1, len(clips) // 100)]
+        model, some = Wav2KP(codes, args.width, **options), clips[:: max(1, len(clips) // 100)]
         features = np.concatenate([audio_features("lstm", source.clip(c)[0]) for c in some])  # (S, 13)
         model.mean.copy_(torch.from_numpy(features.mean(0)))
         model.deviation.copy_(torch.from_numpy(features.std(0) + 1e-3))
     else:
         tower = load_sync(args.expert, "cpu").sound_tower if args.expert else None
         config = dict(dim=tower.out.out_features, width=tower.body[0].conv.out_channels / 32) if tower else None
-        model = Humans(args.codes, args.width, autoregressive=args.autoregressive, tower=config)
+        model = Humans(codes, args.width, autoregressive=args.autoregressive, tower=config, **options)
         if tower:
             model.front.tower.load_state_dict(tower.state_dict())
-    model.scale.copy_(torch.from_numpy(mouth.scale))
+    spread = np.sqrt(np.square(mouth.scale[:, None] * mouth.basis).sum(0)).reshape(20, 2)  # of each coordinate
+    known = vars(mouth) | dict(spacing=2 * MAP_REACH / (MAP - 1) * spread)
+    for name in {"scale", "rest", "basis", "spacing"} & dict(model.named_buffers()).keys():
+        getattr(model, name).copy_(torch.from_numpy(known[name]))
     return model, mouth
 
 
@@ -505,7 +518,9 @@ def train(args):
         vars(args).update({name: value for name, value in saved["args"].items() if name not in FREE})
     torch.manual_seed(args.seed)
     source, parts = open_source(args)
-    model, mouth = load_keypoints(last, device, "last") if saved else new_model(args, source, parts["train"])
+    names = {name for c in parts["train"] for *_, name in source.alignment(c)} if args.phones else ()
+    words = {name: number for number, name in enumerate(sorted(names))}
+    model, mouth = load_keypoints(last, device, "last") if saved else new_model(args, source, parts["train"], len(words))
     opt = optimiser(model.to(device), args)
     if saved:
         restore_optimiser(opt, saved["optimisers"]["adamw"])
@@ -519,7 +534,7 @@ def train(args):
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; MSE of the mean mouth {still:.3g}")
 
     clips = drawn_clips(getattr(source, "pack", None), parts["train"], args)
-    dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed)
+    dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed, words)
     data, timer = batches(dataset, args.batch, start), StepTimer(device)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=model.kind, disable=None)
     log = open_log(out.with_name(f"log_{out.stem}.jsonl"), args)
@@ -527,12 +542,10 @@ def train(args):
         batch = timer.next(data)  # sound (B, T, 1, 80, 16), an LSTM's (B, 4 T, 40, 13); codes (B, T or 4 T, D)
         for group in opt.param_groups:
             group["lr"] = group["initial_lr"] * cosine_warmup(step, args.steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            codes = model.train()(batch["sound"])
-        terms = keypoint_loss(codes.float(), batch["codes"], RATE[model.kind])
+        terms = model.train().losses(batch)
         check_finite(terms, step)
         opt.zero_grad(set_to_none=True)
-        (terms["position"] + terms["velocity"]).backward()
+        sum(WEIGHTS[name] * value for name, value in terms.items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)  # ours: no step of a healthy run reaches it
         opt.step()
 
@@ -542,8 +555,8 @@ def train(args):
             found = validate(model.eval(), mouth, source, parts["valid"], device)
             state = {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
             top = sorted([*top, dict(mse=found["mse"], step=done, state=state)], key=lambda t: t["mse"])[:10]  # Humans
-            terms = {name: value.item() for name, value in terms.items()}
-            write_log(log, bar, dict(step=done, **terms, **found, best=top[0]["mse"], **pace), args.steps)
+            found |= {name: value.item() for name, value in terms.items()} | dict(best=top[0]["mse"])
+            write_log(log, bar, dict(step=done, **found, **pace), args.steps)
             timer = StepTimer(device)  # validation does not count
         if save:
             average = {name: torch.stack([t["state"][name] for t in top]).mean(0) for name in state}
@@ -555,59 +568,45 @@ def train(args):
             save_checkpoint(last, checkpoint | dict(
                 networks=dict(last=state), args=vars(args), top=top, optimisers=dict(adamw=opt.state_dict()),
                 rng=dict(torch=torch.get_rng_state())))
-    log.close()
     print(f"{out}: python keypoints.py evaluate {args.out}")
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
-def lagged(predicted, true, lag: int) -> float:
-    """r of two curves (T,), the predicted one taken `lag` frames later; positive: it is late"""
-    n = len(true) - abs(lag)
-    return correlation(predicted[max(0, lag) :][:n], true[max(0, -lag) :][:n]) if n > 2 else 0.0
-
-
-def partial(a, b, profile) -> float:
-    """Partial correlation of two curves (T,), without the mean profile of all clips: where every clip is silence, words,
-    silence, the profile alone correlates with every clip."""
-    n = min(len(a), len(profile))
-    ab, ap, bp = (correlation(x[:n], y[:n]) for x, y in ((a, b), (a, profile), (b, profile)))
-    return (ab - ap * bp) / max(math.sqrt(max(0, (1 - ap**2) * (1 - bp**2))), 1e-9)
-
-
 def score(pairs: list, profile=None) -> dict:
-    """Predicted and true mouths of clips [(predicted, true (T, 40)), ..] -> means over clips.
+    """Predicted and true faces of clips [(predicted, true (T, 68, 2)), ..] -> means over clips.
 
-    mse; moving: the same without each clip's mean mouth; r of the opening; residual: its partial r; lag: in frames, that
-    with the highest mean r; std_ratio: deviation of the opening, predicted over true."""
+    mse of the mouth; relative: over the mean square of its centred coordinates, Humans' unit as far as it is known; r of
+    the opening; residual: its partial r; jaw, brows: r of their height."""
+    mouths = [(Mouth.shapes(a), Mouth.shapes(b)) for a, b in pairs]
     curves = [(Mouth.opening(a), Mouth.opening(b)) for a, b in pairs]
-    r = {lag: np.mean([lagged(a, b, lag) for a, b in curves]) for lag in range(-8, 9)}
-    std, true_std = (np.mean([curve.std() for curve in side]) for side in zip(*curves))
-    out = dict(mse=np.mean([1e4 * np.square(a - b).mean() for a, b in pairs]),
-               moving=np.mean([1e4 * np.square((a - a.mean(0)) - (b - b.mean(0))).mean() for a, b in pairs]),
-               r=r[0], lag=max(r, key=lambda lag: (r[lag], -abs(lag))), std_ratio=std / max(true_std, 1e-9))
+    out = dict(mse=np.mean([1e4 * np.square(a - b).mean() for a, b in mouths]),
+               relative=np.mean([np.square(a - b).mean() / np.square(b).mean() for a, b in mouths]),
+               r=np.mean([correlation(a, b) for a, b in curves]),
+               jaw=np.mean([correlation(a[:, 8, 1], b[:, 8, 1]) for a, b in pairs]),
+               brows=np.mean([correlation(a[:, 17:27, 1].mean(1), b[:, 17:27, 1].mean(1)) for a, b in pairs]))
     if profile is not None:
-        out["residual"] = np.mean([partial(a, b, profile) for a, b in curves])
+        out["residual"] = np.mean([partial_correlation(a, b, profile) for a, b in curves])
     return {name: float(value) for name, value in out.items()}
 
 
 def validate(model, mouth: Mouth, source, clips, device, profile=None) -> dict:
     """score of a network on clips, and how far two seconds of silence open the mouth, in % of the eye distance"""
     sounds = [np.zeros(2 * FPS * SAMPLES_PER_FRAME, np.float32), *(source.clip(c)[0] for c in clips)]
-    silence, *mouths = (mouth.decode(predict(model, wav, device)) for wav in sounds)
-    pairs = [(made, mouth.shapes(source.clip(c)[1])) for made, c in zip(mouths, clips)]
-    return score(pairs, profile) | dict(silence=100 * float(mouth.opening(silence).max()))
+    silence, *faces = (mouth.decode(predict(model, wav, device)) for wav in sounds)
+    out = score([(made, source.clip(c)[1]) for made, c in zip(faces, clips)], profile)
+    return out | dict(silence=100 * float(mouth.opening(silence).max()))
 
 
 def baselines(mouth: Mouth, table: dict, source, clips, profile=None) -> dict:
     """Rows of the table that need no network: what the codes can do, a still mouth, the mean motion of each viseme"""
     faces = [source.clip(c)[1] for c in clips]
-    made = {f"PCA, {len(mouth.scale)} codes": [mouth.decode(mouth.encode(f)) for f in faces],
-            "mean mouth": [np.tile(mouth.mean, (len(f), 1)) for f in faces]}
+    made = {f"PCA, {len(mouth.scale)} codes": [mouth.encode(f) for f in faces],
+            "mean mouth": [np.zeros((len(f), len(mouth.scale))) for f in faces]}
     if table:
         made["visemes, true timing"] = [
-            mouth.decode(viseme_codes(table, source.alignment(c), len(f), mouth.rest)) for c, f in zip(clips, faces)]
-    return {name: score(list(zip(mouths, map(mouth.shapes, faces))), profile) for name, mouths in made.items()}
+            viseme_codes(table, source.alignment(c), len(f), mouth.rest) for c, f in zip(clips, faces)]
+    return {name: score(list(zip(map(mouth.decode, codes), faces)), profile) for name, codes in made.items()}
 
 
 def evaluate(args):
@@ -617,22 +616,22 @@ def evaluate(args):
     for path, saved in checkpoints.items():
         for which in [name for name in ("best", "average") if name in saved.get("networks", {})] or ["best"]:
             model, mouth = load_keypoints(path, device, which)
-            kind = [model.kind, *(name for name in ("autoregressive", "tower") if model.config.get(name))]
-            nets[f"{Path(path).stem} ({', '.join(kind)}), {which}"] = model, mouth
+            kind = [model.target, *(k for k in ("autoregressive", "tower", "words") if model.config.get(k))]
+            nets[f"{Path(path).stem} ({', '.join([model.kind, *kind])}), {which}"] = model, mouth
     source, parts = open_source(args, checkpoints)
     train, test = parts["train"], parts["test"]
     clips = tqdm(train if len(train) else test, "clips", disable=None)
-    curves = [mouth.opening(mouth.shapes(source.clip(c)[1])) for c in clips]
+    curves = [Mouth.opening(source.clip(c)[1]) for c in clips]
     stop = sorted(map(len, curves), reverse=True)[len(curves) // 5]  # a fifth of the clips lasts so long
     profile = np.array([np.mean([curve[k] for curve in curves if len(curve) > k]) for k in range(stop)])  # mean opening
     table = fit_visemes(source, train, mouth) if len(train) and (args.words or not args.data) else {}
     rows = baselines(mouth, table, source, test, profile)
     for name, (model, own) in tqdm(nets.items(), "networks", disable=None, leave=False):
         rows[name] = validate(model, own, source, test, device, profile)
-    columns = dict(mse=".2f", moving=".2f", r=".3f", residual=".3f", lag="+.0f", std_ratio=".2f", silence=".1f")
+    columns = dict(mse=".2f", relative=".4f", r=".3f", residual=".3f", jaw=".3f", brows=".3f", silence=".1f")
     name = source.pack.folder if args.data else "toy world"
-    print(f"{name}: {len(test)} test clips; mse in (% of the eye distance)^2 a coordinate; moving: "
-          f"without each clip's mean mouth; silence: opening in %, in clips {100 * profile.mean():.1f} on average\n")
+    print(f"{name}: {len(test)} test clips; mse in (% of the eye distance)^2 a coordinate; relative: "
+          f"over the mouth's mean square; silence: opening in %, in clips {100 * profile.mean():.1f} on average\n")
     print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, row in rows.items():
         print(f"| {name} | {' | '.join(format(row[key], form) if key in row else '' for key, form in columns.items())} |")
@@ -641,19 +640,19 @@ def evaluate(args):
 # ------------------------------------------------------------------------------------------------------------- visemes
 # the mean lip motion of each word or phone: a baseline from transcripts with times instead of sound
 
-PHASES = 8  # moments of a viseme at which its mean motion is kept (ours)
+PHASES = 8  # moments of a viseme at which its motion is kept (ours)
 
 
 def fit_visemes(source, clips, mouth: Mouth) -> dict:
-    """{word or phone: (its mean length in seconds, its mean motion (P, D))}"""
+    """{word or phone: its motions (n, P, D)}, whatever its length"""
     seen, phase = {}, (np.arange(PHASES) + 0.5) / PHASES
     for c in clips:
         codes = mouth.encode(source.clip(c)[1])
         for start, end, name in source.alignment(c):
             if end > start:
                 motion = interpolate(codes, (start + phase * (end - start)) * FPS - 0.5)
-                seen.setdefault(name, []).append((end - start, motion))
-    return {name: tuple(np.mean(values, 0) for values in zip(*found)) for name, found in sorted(seen.items())}
+                seen.setdefault(name, []).append(motion)
+    return {name: np.stack(motions) for name, motions in sorted(seen.items())}
 
 
 def viseme_codes(table: dict, alignment: list[tuple], T: int, rest: np.ndarray) -> np.ndarray:
@@ -662,22 +661,32 @@ def viseme_codes(table: dict, alignment: list[tuple], T: int, rest: np.ndarray) 
     for start, end, name in alignment:
         inside = (at >= start) & (at < end)
         if name in table and inside.any():
-            codes[inside] = interpolate(table[name][1], (at[inside] - start) / (end - start) * PHASES - 0.5)
+            codes[inside] = interpolate(table[name].mean(0), (at[inside] - start) / (end - start) * PHASES - 0.5)
     return codes
 
 
-def text_to_codes(text: str, table: dict, rest: np.ndarray) -> np.ndarray:
-    """Words or phones, each of its mean length, between pauses where the table has "sil" -> (T, D); joins are softened by
-    a mean over three frames. InputError: a name that the table does not have"""
-    words = text.split()
-    for word in words or [text]:
-        if word not in table:
-            raise InputError(f"--text: '{word}' is unknown; the table has {' '.join(table)}")
-    words = ["sil", *words, "sil"] if "sil" in table else words
-    ends = np.cumsum([table[word][0] for word in words])
-    codes = viseme_codes(table, list(zip([0.0, *ends], ends, words)), max(1, round(ends[-1] * FPS)), rest)
-    padded = np.pad(codes, ((1, 1), (0, 0)), mode="edge")
-    return (0.25 * padded[:-2] + 0.5 * codes + 0.25 * padded[2:]).astype(np.float32)
+def visemes(args):
+    """A picture: for each word or phone the lips of up to 40 samples, thin, and their mean, at four of its moments"""
+    out = check_output(args.out, args.overwrite, (".png",))
+    source, parts = open_source(args)
+    mouth = Mouth.fit(source, parts["train"], codes=8)
+    table = fit_visemes(source, parts["train"], mouth)
+    side, columns = 64 * FINE, 4
+    image = Image.new("RGB", (columns * 5 * side, -(-len(table) // columns) * side), DARK)
+    pen = ImageDraw.Draw(image, "RGBA")
+    for n, (name, motions) in enumerate(table.items()):
+        x, y = n % columns * 5 * side, n // columns * side
+        pen.text((x + side / 8, y + side / 3), f"{name}\n{len(motions)}", LIGHT, font_size=12 * FINE)
+        for k in range(4):
+            motion = motions[:, (2 * k + 1) * PHASES // 8]
+            lips = mouth.shapes(mouth.decode(np.r_[motion[:40], motion.mean(0)[None]])).reshape(-1, 20, 2)
+            lips = lips * 1.3 * side + (x + (k + 1.5) * side, y + side / 2)
+            for i, points in enumerate(lips):
+                style = (RED, FINE) if i == len(lips) - 1 else ((*LIGHT, 40), 1)
+                for line in LINES[-2:]:
+                    pen.line([tuple(points[p - MOUTH.start]) for p in line], *style)
+    image.reduce(FINE).save(out)
+    print(f"{out}: {len(table)} words or phones of {len(parts['train'])} clips")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -700,74 +709,57 @@ def draw_face(points: np.ndarray, size: int, frame=None) -> np.ndarray:
     return np.asarray(image.reduce(FINE))
 
 
-def draw_panel(wav, curves: list, alignment: list, title: str, width: int) -> np.ndarray:
-    """Mel, curves [(values (T,), colour), ..] and words over time, (212, width, 3)"""
-    t = (log_mel(wav)[::-1, :, None] + 4) / 8  # (80, S, 1) in [0, 1]; from dark blue over red to yellow
-    mel = np.concatenate((np.clip(1.8 * t, 0, 1), np.clip(2 * t - 0.9, 0, 1), 0.25 + 0.4 * t * (1 - t)), 2)
-    image = Image.new("RGB", (width * FINE, 212 * FINE), DARK)
-    image.paste(Image.fromarray((255 * mel).astype(np.uint8)).resize((width * FINE, 88 * FINE)))
-    pen, T, top = ImageDraw.Draw(image), len(curves[0][0]), 1.1 * max(values.max() for values, _ in curves) + 1e-6
-    for values, colour in curves:
-        x = (np.arange(T) + 0.5) / T * width * FINE
-        pen.line(list(zip(x, (180 - 88 * values / top) * FINE)), colour, 2 * FINE, "curve")
-    for start, end, name in alignment:
-        a, b = (time * FPS / T * width * FINE for time in (start, end))
-        pen.line((a, 88 * FINE, a, 194 * FINE), (70, 76, 92), FINE)
-        pen.text(((a + b) / 2, 181 * FINE), name, LIGHT, anchor="ma", font_size=10 * FINE)
-    pen.text((6 * FINE, 197 * FINE), title, LIGHT, font_size=10 * FINE)
-    return np.asarray(image.reduce(FINE))
-
-
 def show(args):
-    """A test clip: frames with landmarks, true and predicted keypoints, mel, the mouth's opening; a .png or a video."""
-    out, device = check_output(args.out, args.overwrite, (".png", ".mp4")), pick_device(args.device)
+    """A picture of a test clip: frames with landmarks, true and predicted keypoints, mel, the mouth's opening"""
+    out, device = check_output(args.out, args.overwrite, (".png",)), pick_device(args.device)
     model, mouth = load_keypoints(args.weights, device)
     source, parts = open_source(args, {args.weights: load_checkpoint(args.weights, "keypoints")})
     if args.clip >= len(parts["test"]):
         raise InputError(f"--clip {args.clip}: the test part has clips 0 to {len(parts['test']) - 1}")
     c = parts["test"][args.clip]
     (wav, true), (name, frames, points) = source.clip(c), source.view(c)
-    made = mouth.to_face(predict(model, wav, device))[: len(true)]
-    openings = [mouth.opening(mouth.shapes(faces[: len(made)])) for faces in (true, made)]
+    made = mouth.decode(predict(model, wav, device))[: len(true)]
+    T, width, unit = len(made), 1008, FINE
+    columns = [np.vstack((draw_face(points[k], 112, frames[k]), draw_face(true[k], 112), draw_face(made[k], 112)))
+               for k in (int((i + 0.5) / 9 * T) for i in range(9))]  # each above its moment of the panel below
+    t = (log_mel(wav)[::-1, :, None] + 4) / 8  # (80, S, 1) in [0, 1]; from dark blue over red to yellow
+    mel = np.concatenate((np.clip(1.8 * t, 0, 1), np.clip(2 * t - 0.9, 0, 1), 0.25 + 0.4 * t * (1 - t)), 2)
+    panel = Image.new("RGB", (width * unit, 212 * unit), DARK)
+    panel.paste(Image.fromarray((255 * mel).astype(np.uint8)).resize((width * unit, 88 * unit)))
+    pen, openings = ImageDraw.Draw(panel), [mouth.opening(faces[:T]) for faces in (true, made)]
+    for opening, colour in zip(openings, (GREEN, ORANGE)):
+        y = 180 - 80 * opening / (np.max(openings) + 1e-6)
+        pen.line(list(zip((np.arange(T) + 0.5) / T * width * unit, y * unit)), colour, 2 * unit, "curve")
+    for start, end, word in source.alignment(c) if args.words or not args.data else []:
+        a, b = (time * FPS / T * width * unit for time in (start, end))
+        pen.line((a, 88 * unit, a, 194 * unit), (70, 76, 92), unit)
+        pen.text(((a + b) / 2, 181 * unit), word, LIGHT, anchor="ma", font_size=10 * unit)
     title = f"{name}: opening of the mouth, true (green) and from the sound (orange), r {correlation(*openings):.2f}"
-    alignment, film = source.alignment(c) if args.words or not args.data else [], out.suffix.lower() == ".mp4"
-    panel = draw_panel(wav, list(zip(openings, (GREEN, ORANGE))), alignment, title, 672 if film else 1008)
-
-    def images(k, size):
-        return draw_face(points[k], size, frames[k]), draw_face(true[k], size), draw_face(made[k], size)
-
-    if film:
-        with VideoWriter(out, 224 + len(panel), 672, wav, args.overwrite) as video:
-            for k in tqdm(range(len(made)), "frames", disable=None):
-                frame = np.vstack([np.hstack(images(k, 224)), panel])
-                frame[224:404, int((k + 0.5) / len(made) * 672)] = 255  # a cursor
-                video.write(frame)
-    else:  # nine columns, each above its moment of the panel
-        columns = [np.vstack(images(int((i + 0.5) / 9 * len(made)), 112)) for i in range(9)]
-        Image.fromarray(np.vstack([np.hstack(columns), panel])).save(out)
+    pen.text((6 * unit, 197 * unit), title, LIGHT, font_size=10 * unit)
+    Image.fromarray(np.vstack([np.hstack(columns), np.asarray(panel.reduce(unit))])).save(out)
     print(f"{out}: {title}")
 
 
 def sample(args):
-    """Speech, or --text, -> a video of drawn keypoints, and beside it a .npy: float32 (T, 68, 2), normalised."""
+    """Speech -> a video of keypoints, drawn or moving a photo, and beside it a .npy: float32 (T, 68, 2), normalised."""
     out = check_output(args.out, args.overwrite, (".mp4", ".mov", ".mkv"))
     numbers = check_output(out.with_suffix(".npy"), args.overwrite)
-    if bool(args.speech) == bool(args.text):
-        raise InputError("give a sound file or --text")
-    if args.text and args.data and not args.words:
-        raise InputError("--text of --data needs --words, the folder of its .align files")
-    if args.text:
-        (source, parts), wav = open_source(args), None
-        mouth = Mouth.fit(source, parts["train"], codes=8)
-        codes = text_to_codes(args.text, fit_visemes(source, parts["train"], mouth), mouth.rest)
-    else:
-        device, wav = pick_device(args.device), load_audio(args.speech)
-        model, mouth = load_keypoints(args.weights, device)
-        codes = predict(model, wav, device)
-    faces = mouth.to_face(codes)  # (T, 68, 2)
-    with VideoWriter(out, args.size, args.size, wav, args.overwrite, args.speech) as video:
-        for face in tqdm(faces, "frames", disable=None):
-            video.write(draw_face(face, args.size))
+    device, wav = pick_device(args.device), load_audio(args.speech)
+    model, mouth = load_keypoints(args.weights, device)
+    codes = predict(model, wav, device)
+    faces = mouth.decode(codes)  # (T, 68, 2)
+    frames = (draw_face(face, args.size) for face in faces)
+    if args.photo:  # sample.py moves its pixels as by its network's lips; no network paints
+        options = photos.parse([args.photo, args.speech, "--still"])
+        photo, box = photos.limit(*photos.photo_box(load_photo(args.photo), options, "face")[:2])
+        moved = codes - mouth.rest  # (T, D + E)
+        lips = moved @ lip_opening(mouth.face[1:].reshape(-1, K, 2)), moved
+        animator = SimpleNamespace(lips=lambda mel: lips, motion=SimpleNamespace(moves=torch.from_numpy(mouth.moves())))
+        frames = photos.talking_photo(animator, photo, box, wav, None, options)
+    first = next(frames)
+    with VideoWriter(out, *first.shape[:2], wav, args.overwrite, args.speech) as video:
+        for frame in tqdm(chain([first], frames), "frames", len(faces), disable=None):
+            video.write(frame)
     with refusing(numbers, "cannot be written"):
         np.save(numbers, faces)
     print(f"{out}, {numbers}: {len(faces)} frames, {len(faces) / FPS:.2f} s")
@@ -776,30 +768,11 @@ def sample(args):
 # -------------------------------------------------------------------------------------------------------------- options
 
 SHARED = {  # by several commands
-    "pack": dict(metavar="PACK", help="of prepare.py"),
     "weights": dict(help="of train"),
     "--data": dict(nargs="+", metavar="PACK", help="of prepare.py, with landmarks (see extract); default: the toy world"),
     "--words": dict(metavar="DIR", help=".align files of --data, the times of its words; the toy world has its own"),
     "--device": dict(default="auto", help="cpu, cuda, mps; auto: the fastest that is there"),
     "--overwrite": dict(action="store_true", help="replace what is there")}
-
-
-def train_options(p):
-    split_options(p)
-    p.add_argument("--out", default="out/toy_kp.pt", help="weights; beside it a log, and OUT_last.pt for --resume")
-    p.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans' or WAV2KP's")
-    p.add_argument("--autoregressive", action="store_true", help="transformer: one frame after the other")
-    p.add_argument("--expert", metavar="SYNC.pt", help="transformer: its audio encoder is this sync expert's sound tower")
-    p.add_argument("--finetune", action="store_true", help="train the sound tower of --expert at a tenth of the rate")
-    p.add_argument("--codes", type=int, default=8, help="principal components of the mouth (Humans: 8)")
-    p.add_argument("--width", type=int, default=128, help="channels, a multiple of 4, the number of heads")
-    p.add_argument("--batch", type=int, default=16, help="windows a step")
-    p.add_argument("--steps", type=int, default=600, help="steps in all; the rate falls towards the last")
-    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    p.add_argument("--bf16", action="store_true", help="bfloat16, where the processor has it")
-    p.add_argument("--resume", action="store_true", help="continue --out by its own options")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--save-every", type=int, default=60, help="steps between checkpoints; validations: a fourth of it")
 
 
 def parse(argv=None):
@@ -812,36 +785,63 @@ def parse(argv=None):
             p.add_argument(option, **SHARED[option])
         return p
 
-    p = command("extract", "landmarks of a pack, beside it", "pack", "--overwrite")
-    p.add_argument("--landmarks", help="mediapipe:FILE, dlib:FILE or fan; default: fan, of a toy pack its true ones")
-    p = command("compare", "seconds a frame of landmark detectors", "pack")
-    p.add_argument("--landmarks", nargs="+", default=["fan"], help="each mediapipe:FILE, dlib:FILE or fan")
-    train_options(command("train", "train a network", "--data", "--device", "--overwrite"))
+    p = command("extract", "landmarks of a pack, beside it", "--overwrite")
+    p.add_argument("pack", metavar="PACK", help="of prepare.py")
+    p.add_argument("--landmarks", default="fan", help="mediapipe:FILE, dlib:FILE or fan")
+    p.add_argument("--list", metavar="FILE", help="of clips or people, a name a line; default: all")
+    p.add_argument("--workers", type=int, default=1, help="processes, each with a detector of its own")
+    p = command("train", "train a network", "--data", "--words", "--device", "--overwrite")
+    split_options(p)
+    p.add_argument("--out", default="out/toy_kp.pt", help="weights; beside it a log, and OUT_last.pt for --resume")
+    p.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans' or WAV2KP's")
+    p.add_argument("--target", default=TARGETS[0], choices=TARGETS, help="what the network outputs for the lips")
+    p.add_argument("--face", action="store_true", help="predict all 68 points: 8 codes for what the mouth's leave")
+    p.add_argument("--phones", action="store_true", help="a second head learns the word, in the toy world the phone, of "
+                   "each frame (--data needs --words)")
+    p.add_argument("--autoregressive", action="store_true", help="transformer: one frame after the other")
+    p.add_argument("--expert", metavar="SYNC.pt", help="transformer: its audio encoder is this sync expert's sound tower")
+    p.add_argument("--finetune", action="store_true", help="train the sound tower of --expert at a tenth of the rate")
+    p.add_argument("--codes", type=int, default=8, help="principal components of the mouth (Humans: 8)")
+    p.add_argument("--width", type=int, default=128, help="channels, a multiple of 4, the number of heads")
+    p.add_argument("--batch", type=int, default=16, help="windows a step")
+    p.add_argument("--steps", type=int, default=600, help="steps in all; the rate falls towards the last")
+    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    p.add_argument("--resume", action="store_true", help="continue --out by its own options")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--save-every", type=int, default=60, help="steps between checkpoints; validations: a fourth of it")
     p = command("evaluate", "the table, on held-out clips", "--data", "--words", "--device")
     p.add_argument("weights", nargs="+", help="of train; a row for each one's best and averaged weights")
-    p = command("sample", "speech -> a video of keypoints, and a .npy", "--data", "--words", "--device", "--overwrite")
-    p.add_argument("speech", nargs="?", help="any sound file, or a video with sound")
+    p = command("sample", "speech -> a video of keypoints, and a .npy", "--device", "--overwrite")
+    p.add_argument("speech", help="any sound file, or a video with sound")
+    p.add_argument("--photo", help="its pixels are moved by the keypoints, where these would be drawn")
     p.add_argument("--weights", default=str(Path(__file__).parent / "weights" / "keypoints.pt"), help="of train")
-    p.add_argument("--text", help="instead of speech: words of --words, or consonants and vowels of the toy world")
     p.add_argument("--out", default="keypoints.mp4", help="video; the numbers go beside it, as .npy")
-    p.add_argument("--size", type=int, default=256, help="of the video in pixels")
+    p.add_argument("--size", type=int, default=256, help="of the drawing in pixels")
+    p = command("visemes", "a picture: the lip motions of each word", "--data", "--words", "--overwrite")
+    p.add_argument("--out", default="visemes.png")
     p = command("show", "a test clip and its keypoints", "weights", "--data", "--words", "--device", "--overwrite")
     p.add_argument("--clip", type=int, default=0, help="number among the test clips")
-    p.add_argument("--out", default="show.png", help=".png or .mp4")
-    limits = dict(codes=(1, 40), width=(4, 4096), clip=(0, 10**9), size=(32, 2048))
+    p.add_argument("--out", default="show.png")
+    limits = dict(codes=(1, 40), width=(4, 4096), clip=(0, 10**9), size=(32, 2048), workers=(1, 256))
     args = parser.parse_args(argv, **limits)
-    if args.command == "train" and args.model == "lstm" and (args.expert or args.autoregressive):
+    if args.command in ("train", "visemes") and args.data and not args.words and getattr(args, "phones", True):
+        raise InputError("the words of --data need --words, the folder of its .align files")
+    if args.command != "train":
+        return args
+    if args.model == "lstm" and (args.expert or args.autoregressive):
         raise InputError("--expert and --autoregressive are the transformer's")
-    if args.command == "train" and args.finetune and not args.expert:
+    if args.target != TARGETS[0] and (args.autoregressive or args.face):
+        raise InputError(f"--target {args.target}: --autoregressive and --face take components")
+    if args.finetune and not args.expert:
         raise InputError("--finetune needs an --expert")
-    if args.command == "train" and args.width % 4:
+    if args.width % 4:
         raise InputError(f"--width {args.width}: must be a multiple of 4, the number of heads")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    jobs = dict(extract=extract, compare=compare, train=train, evaluate=evaluate, sample=sample, show=show)
+    jobs = dict(extract=extract, train=train, evaluate=evaluate, sample=sample, visemes=visemes, show=show)
     jobs[args.command](args)
 
 

@@ -11,6 +11,12 @@ photo; |a| is the crop's side in pixels, arg a its rotation. Fitting one shape t
 Axes: n samples, T frames, K = 68 points, S pixels of a crop. What is not marked with a source is ours.
 """
 
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
-from data import Pack, split
-from faces import K, Landmarks, similarity, to_complex
+from data import Pack, named_clips, split
+from faces import (
+    K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -453,6 +460,55 @@ def train_part(net: LandmarkNet, part: Part, images: torch.Tensor, points: np.nd
         return x, (y - shift[:, None]) / turn[:, None]
 
     fit(network, draw, torch.tensor(part.weight).float(), steps, 5e-3, "eyes" if part is EYE else "mouth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# landmarks of a pack by another detector: keypoints.py extract
+
+CHUNK = 10  # clips for which a process opens its detector once (ours)
+
+
+def detect_clips(clips, pack: Pack, spec: str, wanted) -> tuple[list[dict], float]:
+    """For each clip dict(points (T, 68, 2), interpolated: how many frames), or NaN and the reason for leaving it out; and
+    the seconds that they took"""
+    found = []
+    with landmark_detector(spec, pack.template) as detect:
+        start = time.perf_counter()
+        for c in clips:
+            try:
+                if c not in wanted:
+                    raise InputError("not in --list")
+                points, missing = interpolate_gaps([detect(pack.frame(c, k)) for k in range(pack.n_frames[c])])
+                found.append(dict(points=smooth(points), interpolated=missing))
+            except InputError as error:  # or too few frames with a face
+                found.append(dict(points=np.full((pack.n_frames[c], K, 2), np.nan), reason=str(error)))
+        return found, time.perf_counter() - start
+
+
+def extract(args):
+    """Landmarks of the clips of a pack, written beside it. A killed run continues after its last finished clip."""
+    pack, frames, seconds = Pack(args.pack), 0, 0.0
+    folder, wanted = pack.folder / "landmarks", set(named_clips(pack, args.list) if args.list else range(len(pack)))
+    try:
+        folder.mkdir(exist_ok=True)
+        lines = open_landmarks(folder, landmarks_header(pack, args.landmarks.partition(":")[0]), args.overwrite)
+        (folder / "clips.jsonl").write_bytes(b"".join(lines))  # without a torn last line
+        done = len(lines) - 1
+        os.truncate(folder / "points.bin", int(pack.frame_start[done]) * K * 2 * 4)
+        chunks = [range(first, min(first + CHUNK, len(pack))) for first in range(done, len(pack), CHUNK)]
+        job = partial(detect_clips, pack=pack, spec=args.landmarks, wanted=wanted)
+        with (ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
+              open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out):
+            results = (pool.map if args.workers > 1 else map)(job, chunks)
+            for clips, (found, took) in zip(tqdm(chunks, f"{CHUNK} clips", disable=None), results):
+                frames, seconds = frames + sum(pack.n_frames[c] for c in clips if c in wanted), seconds + took
+                for c, line in zip(clips, found):
+                    out.write(line.pop("points").astype("<f4").tobytes())
+                    log.write(json.dumps(dict(source=pack.source(c)) | line).encode() + b"\n")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    print(f"{folder}: {len(Landmarks(pack).kept)} of {len(pack)} clips have landmarks ({args.landmarks}), "
+          f"{seconds / max(frames, 1):.4f} s a frame")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
