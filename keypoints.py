@@ -492,8 +492,8 @@ def new_model(args, source, clips, words: int):
         model = Humans(codes, args.width, autoregressive=args.autoregressive, tower=config, **options)
         if tower:
             model.front.tower.load_state_dict(tower.state_dict())
-    spread = np.sqrt(np.square(mouth.scale[:, None] * mouth.basis).sum(0)).reshape(20, 2)  # of each coordinate
-    known = vars(mouth) | dict(spacing=2 * MAP_REACH / (MAP - 1) * spread)
+    deviations = mouth.scale[: len(mouth.basis), None] * mouth.basis  # (D, 40)
+    known = vars(mouth) | dict(spacing=2 * MAP_REACH / (MAP - 1) * np.hypot.reduce(deviations).reshape(20, 2))
     for name in {"scale", "rest", "basis", "spacing"} & dict(model.named_buffers()).keys():
         getattr(model, name).copy_(torch.from_numpy(known[name]))
     return model, mouth
