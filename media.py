@@ -24,8 +24,8 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
-# before torch loads: OpenMP's threads wait for each other a moment (1000 turns, 10 us) and then sleep. By default they
-# turn for 3 ms at each of a step's thousands of barriers: beside other busy processes, twice the time or more
+# before torch loads: OpenMP's threads wait for each other for 1000 turns of a loop, tens of microseconds, then sleep. By
+# default it is 300,000 turns at each of a step's thousands of barriers: twice the time or more beside a busy process
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
