@@ -21,6 +21,7 @@ import judges  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from checkpoint import RANK, WORLD, load_checkpoint, save_checkpoint  # noqa: E402
+from data import batches  # noqa: E402
 from fusion import FCTFG, Config  # noqa: E402
 from media import run  # noqa: E402
 from stylegan2 import Discriminator  # noqa: E402
@@ -47,6 +48,8 @@ def process(folder: Path, case: str):
 
     def drawn(forward):
         def wrapped(model, batch):
+            if now["call"] == now["step"] == 0:
+                (folder / case / f"seed{RANK}").write_text(str(torch.initial_seed()))
             torch.manual_seed(now["step"])
             now.update(call=now["call"] + 1, first=RANK + WORLD * (now["call"] % micro))
             with pytest.MonkeyPatch.context() as patch:
@@ -148,6 +151,15 @@ def test_two_processes_follow_one_with_their_batches_together(name, runs):
 @pytest.mark.parametrize("name", CASES["micro"])
 def test_two_accumulated_batches_follow_one_of_twice_the_size(name, runs):
     assert_alike(runs, "micro", name)
+
+
+def test_processes_draw_from_seeds_of_their_own(runs):
+    assert (runs / "double" / "seed0").read_text() == "0" != (runs / "double" / "seed1").read_text()
+
+
+def test_items_are_dealt_to_processes_each_once():
+    dealt = [next(batches(range(99), 3, 2, 0, rank, 2)).tolist() for rank in (0, 1)]  # the step before ended with 11
+    assert dealt == [[12, 14, 16], [13, 15, 17]]
 
 
 def test_a_nan_in_one_process_ends_both_with_a_line(folder):
