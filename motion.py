@@ -56,9 +56,8 @@ class Motion:
 
 def activity(wav: np.ndarray, n: int) -> np.ndarray:
     """wav (samples,) at 16 kHz -> (n,) in [0, 1]: whether frame k has speech, with soft edges"""
-    frames = np.zeros((n, SAMPLES_PER_FRAME), np.float32)
-    frames.ravel()[: len(wav)] = wav[: frames.size]
-    level = 10 * np.log10((frames**2).mean(1) + 1e-10)                 # dB; that of speech is the 95th percentile
+    power = [np.square(wav[k * SAMPLES_PER_FRAME : (k + 1) * SAMPLES_PER_FRAME]).sum() for k in range(n)]
+    level = 10 * np.log10(np.array(power) / SAMPLES_PER_FRAME + 1e-10)  # dB; that of speech is the 95th percentile
     speaks = level - max(np.percentile(level, 95), -60.0) > -QUIET
     return gaussian_filter1d(maximum_filter1d(speaks.astype(float), 2 * PAUSE + 1), 3.0)
 
