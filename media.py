@@ -530,6 +530,7 @@ class VideoInfo:
     width: int           # as shown: after rotation
     height: int
     fps: float           # on average; 0 where the file does not say
+    seconds: float       # the same
     aspect: float        # width / height as shown: pixels need not be square
     interlaced: bool
     hdr: str             # "arib-std-b67" (HLG), "smpte2084" (PQ) or ""
@@ -554,9 +555,11 @@ def probe(path: str | Path) -> VideoInfo:
     if turn and round(float(turn[1])) % 180 == 90:
         width, height, aspect = height, width, 1 / aspect
     fps = re.search(r", ([\d.]+) fps", video[0])
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
+    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else 0.0
     interlaced = bool(re.search(r"(top|bottom) (coded )?first", video[0]))
     hdr = re.search(r"arib-std-b67|smpte2084", video[0])
-    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, aspect, interlaced, hdr[0] if hdr else "")
+    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, seconds, aspect, interlaced, hdr[0] if hdr else "")
 
 
 def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:

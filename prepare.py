@@ -4,14 +4,19 @@
                                                      # out/pack/manifest.jsonl: what became of every file
                                                      # out/pack/sheet.png: a frame of each clip, to look at
     python prepare.py photos/ out/photos --size 128  # a folder of photos, or an .npz of JPEGs; 30 a second a core
+    python prepare.py videos/ out/packs --shard 0/8  # every 8th file: a pack, out/packs/0-of-8, on one of 8 machines
+    python prepare.py videos/ --census               # sizes, frame rates and lengths; nothing is written
 
 Each file is a job. Several processes do the jobs, one writes the results in the order of the files.
 """
 
+import bisect
 import io
 import json
+import math
 import multiprocessing.connection
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -23,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from media import (  # before torch, see there
@@ -135,7 +141,7 @@ def open_archive(path: Path) -> tuple:
 
 @dataclass(frozen=True)
 class Job:
-    """One file to prepare, or photos first .. first + PHOTOS - 1 of an archive. name: for the manifest."""
+    """One file to prepare, or some photos of an archive. name: for the manifest."""
 
     path: Path
     name: str
@@ -146,7 +152,7 @@ class Job:
     expert: Path | None = None
     isolate: bool = False
     lag: int = 0
-    first: int = 0
+    photos: range = range(0)  # their numbers in the archive
 
     def inputs(self):
         """-> name, identity, source and generator of segments, of each video or photo."""
@@ -159,26 +165,31 @@ class Job:
             yield self.name, identity, str(self.path), prepare_photo(self.path, "", self.size, self.template)
         else:
             jpeg, offset, names = open_archive(self.path)
-            for i in range(self.first, min(self.first + PHOTOS, len(names))):
+            for i in self.photos:
                 content, source = io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes()), f"{self.path}#{names[i]}"
                 found = prepare_photo(content, source, self.size, self.template)
                 yield f"{self.name}#{names[i]}", Path(names[i]).stem, source, found
 
 
-def list_jobs(folder: Path, out: Path, spools: Path, done: list[str], **options) -> list[Job]:
-    """The jobs in the order of the files' names, without the files in `done`. options: Job's fields.
+def list_files(folder: Path, out: Path | None = None) -> list[Path]:
+    """The files below a folder by name, without those in `out`"""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
+
+
+def list_jobs(folder: Path, out: Path, spools: Path, done: list[str], shard: tuple[int, int], **options) -> list[Job]:
+    """The jobs of shard i of n in the order of the files' names, without the files in `done`. options: Job's fields.
 
     A folder in which more than half of the files are named as pictures holds photos; an .npz is an archive of them.
     """
+    i, n = shard
     if folder.is_file():
-        count = len(open_archive(folder)[2])
-        return [Job(folder, folder.name, "archive", spool=spools / str(first), first=first, **options)
-                for first in range(len(done), count, PHOTOS)]
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and out.absolute() not in p.absolute().parents)
+        mine = range(i, len(open_archive(folder)[2]), n)[len(done):]
+        return [Job(folder, folder.name, "archive", spool=spools / str(k), photos=mine[k : k + PHOTOS], **options)
+                for k in range(0, len(mine), PHOTOS)]
+    paths, done = list_files(folder, out), set(done)
     photos = 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
-    names, done = [str(p.relative_to(folder)) for p in paths], set(done)
-    return [Job(path, name, "photo" if photos else "video", spool=spools / str(i), **options)
-            for i, (path, name) in enumerate(zip(paths, names)) if name not in done]
+    return [Job(path, name, "photo" if photos else "video", spool=spools / str(k), **options)
+            for k, path in enumerate(paths[i::n]) if (name := str(path.relative_to(folder))) not in done]
 
 
 def do_job(job: Job) -> list[dict]:
@@ -259,14 +270,16 @@ def write_job(job: Job, lines: list[dict], pack: PackWriter, log, person: str | 
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
-            expert: Path | None = None, isolate: bool = False, template: str = "face", lag: int = 0) -> list[dict]:
+            expert: Path | None = None, isolate: bool = False, template: str = "face", lag: int = 0,
+            shard: tuple[int, int] = (0, 1)) -> list[dict]:
     """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`. Returns the lines of
     out/manifest.jsonl, one a file. The pack does not depend on the number of workers. A killed run continues after the
     last file in the manifest.
 
     person: the identity of all files; None: each folder in `folder` is one. expert: file of a sync expert that corrects
     offsets and drops clips that fit at no offset. isolate: keep only the speech of the sound. template: see
-    faces.TEMPLATES. lag: by how many frames the sound of all files is late.
+    faces.TEMPLATES. lag: by how many frames the sound of all files is late. shard: (i, n), file i and every n-th after
+    it, into a pack whose people are those of the other shards (data.Packs).
     Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     need_detector()
@@ -274,14 +287,15 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
     lines = whole_lines(manifest) if manifest.exists() else []
     outcomes = [json.loads(line) for line in lines]
     packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
-    with PackWriter(out, size, template, keep=packed) as pack, open(manifest, "ab") as log:
+    shard_of = folder.absolute() if shard[1] > 1 else None
+    with PackWriter(out, size, template, packed, shard_of) as pack, open(manifest, "ab") as log:
         log.truncate(sum(map(len, lines)))
         for left in out.glob(".spool-*"):  # a killed run's; PackWriter holds the lock of this folder
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
             done = [outcome["path"] for outcome in outcomes]
             options = dict(size=size, template=template, expert=expert, isolate=isolate, lag=lag)
-            jobs = list_jobs(folder, out, Path(spools), done, **options)
+            jobs = list_jobs(folder, out.parent if shard_of else out, Path(spools), done, shard, **options)
             for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
                 write_job(job, found, pack, log, person)
                 outcomes += found
@@ -312,11 +326,52 @@ def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
     print(f"{seconds:.0f} s, {frames / seconds:.0f} frames a second; look at {out}/sheet.png")
 
 
+LENGTHS = (0, 1, 2, 3, 5, 10, 20, 60, 600, math.inf)  # seconds: rows of the census
+
+
+def census(paths: list[Path], workers: int):
+    """Prints a table: how many videos, which share of the files and how many seconds have which size, frame rate and
+    length. Only the files' heads are read."""
+    def look(path):
+        try:
+            info = probe(path)
+        except InputError:
+            return {"not a video": ""}, 0.0
+        longer = bisect.bisect(LENGTHS, info.seconds)
+        return dict(size=f"{info.width}x{info.height}", rate=f"{info.fps:g} frames/s",
+                    length=f"{LENGTHS[longer - 1]} to {LENGTHS[longer]} s"), info.seconds
+
+    rows = {}  # size, rate or length -> value -> seconds of each video
+    with ThreadPool(workers) as pool:
+        for values, seconds in tqdm(pool.imap(look, paths), "files", len(paths), disable=None):
+            for what, value in values.items():
+                rows.setdefault(what, {}).setdefault(value, []).append(seconds)
+    print("| | | files | share | seconds |\n|---|---|---:|---:|---:|")
+    for what, values in rows.items():
+        for value, seconds in sorted(values.items(), key=lambda row: -len(row[1])):
+            print(f"| {what} | {value} | {len(seconds)} | {len(seconds) / len(paths):.1%} | {sum(seconds):.0f} |")
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """--shard i/n, else what torchrun, a Slurm array or srun has set, else all files -> (i, n)"""
+    for i, n in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+                 ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if not text and os.environ.get(n, "1") != "1":
+            text = f"{os.environ.get(i)}/{os.environ[n]}"
+    match = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--shard {text}: expected I/N, I from 0 to N - 1")
+    return int(match[1]), int(match[2])
+
+
 def main():
     p = Parser(description="A folder of videos or photos -> a pack to train on.")
     p.add_argument("videos", type=Path, help="folder of videos or of photos, or an .npz of JPEGs; a folder in it is one "
                    "person, a file another")
-    p.add_argument("out", type=Path, help="folder of the pack; a killed run's is continued")
+    p.add_argument("out", type=Path, nargs="?", help="folder of the pack; a killed run's is continued")
+    p.add_argument("--census", action="store_true", help="only print the sizes, frame rates and lengths of the videos")
+    p.add_argument("--shard", metavar="I/N", help="only every N-th file, from file I (0 .. N-1) on, into the pack "
+                   "out/I-of-N; set for each process by torchrun, a Slurm array or srun")
     p.add_argument("--size", type=int, default=128, choices=(16, 32, 64, 128, 256), help="edge of the crops (128)")
     p.add_argument("--template", default="face", choices=("face", "ffhq"), help="the crop: face; or ffhq, with more "
                    "around the face, for published StyleGAN2, pSp and HyperStyle files")
@@ -330,12 +385,19 @@ def main():
     args = p.parse_args(workers=(1, 256), lag=(-25, 25))
     if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
         raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
+    if args.census:
+        return census(list_files(args.videos), max(1, args.workers))
+    if not args.out:
+        p.error("name the folder of the pack")
+    shard = i, n = parse_shard(args.shard)
+    if n > 1:
+        args.out /= f"{i:0{len(str(n - 1))}}-of-{n}"
     if args.check_sync:
         sync_expert(args.check_sync, "cpu")  # an error now, not in every worker
     start, person = time.time(), args.videos.absolute().name if args.one_person else None
     try:
         outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync, args.isolate_voice,
-                           args.template, args.lag)
+                           args.template, args.lag, shard)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
     except OSError as error:  # of the output; an input that cannot be read is a line of the manifest

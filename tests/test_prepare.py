@@ -5,8 +5,9 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import faces
 import media
 import prepare
-from data import Clips, Frames, Pack
+from data import Clips, Frames, Pack, open_packs
 from faces import TEMPLATES
 from media import InputError, VideoWriter
 from tests.test_data import brightness, drawn, noise
@@ -96,6 +97,42 @@ def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypa
     assert Pack(tmp_path / "three").identities == ["anna"]
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_shards_are_packs_of_every_nth_file_that_read_as_the_whole(videos, tmp_path, monkeypatch):
+    shutil.copy(videos / "bob.mkv", videos / "anna/second.mkv")
+    prepare.prepare(videos, tmp_path / "whole", 32)
+    for i in range(2):
+        command = f"prepare.py {videos} {videos / 'out'} --size 32 --workers 1 --shard {i}/2"
+        monkeypatch.setattr(sys, "argv", command.split())
+        prepare.main()
+    whole, shards = Pack(tmp_path / "whole"), open_packs([videos / f"out/{i}-of-2" for i in range(2)])
+    found = {(shards.identities[shards.identity[c]], shards.source(c), shards.n_frames[c]) for c in range(len(shards))}
+    assert len(shards) == 3 and sorted(shards.identities) == whole.identities == ["anna", "bob"]
+    assert found == {(whole.identities[whole.identity[c]], whole.source(c), whole.n_frames[c]) for c in range(3)}
+    assert sum(len(manifest(pack.folder)) for pack in shards.packs) == 9  # the packs in the folder are no files of it
+
+
+def test_the_shard_is_an_option_or_that_of_the_launcher(monkeypatch):
+    assert prepare.parse_shard(None) == (0, 1) and prepare.parse_shard("3/8") == (3, 8)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process
+    for i, n in (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+                 ("RANK", "WORLD_SIZE")):
+        monkeypatch.setenv(i, str(len(i)))
+        monkeypatch.setenv(n, "40")
+        assert prepare.parse_shard(None) == (len(i), 40) and prepare.parse_shard("0/2") == (0, 2)
+    for wrong in ("8/8", "1", "-1/3", "a/b"):
+        with pytest.raises(InputError, match=f"--shard {wrong}: expected I/N"):
+            prepare.parse_shard(wrong)
+
+
+def test_the_census_counts_sizes_frame_rates_and_lengths(videos, capsys):
+    (videos / "cut.mp4").unlink()
+    prepare.census(prepare.list_files(videos), 2)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert ["| size", "64x64", "5", "71.4%", "4 |"] in lines and ["| rate", "25 frames/s", "5", "71.4%", "4 |"] in lines
+    assert [line[1:3] for line in lines if "length" in line[0]] == [["0 to 1 s", "4"], ["1 to 2 s", "1"]]
+    assert ["| not a video", "", "2", "28.6%", "0 |"] in lines
 
 
 def test_a_bug_in_one_file_is_a_line_of_the_manifest_and_the_others_are_packed(videos, tmp_path, monkeypatch):
@@ -195,34 +232,36 @@ def test_an_archive_of_jpegs_is_a_folder_of_photos(photos, tmp_path):
         prepare.prepare(tmp_path / "b.npz", tmp_path / "out2", 40)
 
 
-KILLED = """
-import os, sys, signal
-from pathlib import Path
-import faces, prepare
-sys.path.insert(0, sys.argv[1])
-from tests.test_prepare import bright_faces
-faces.find_faces, prepare.need_detector = bright_faces, lambda: None
-real, lives = prepare.PackWriter.add_encoded, [int(sys.argv[4])]
-def mortal(*args, **options):
-    real(*args, **options)
-    lives[0] -= 1
-    if not lives[0]:
-        os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack, the manifest does not say so yet
-prepare.PackWriter.add_encoded = mortal
-prepare.SEGMENT = 12
-prepare.prepare(Path(sys.argv[2]), Path(sys.argv[3]), 32)
-"""
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are Unix's")
 
 
+def killed_after(lives: int, videos, out):
+    """prepare in a process of its own, killed when so many clips are written"""
+    pid, real, written = os.fork(), prepare.PackWriter.add_encoded, []
+    if pid:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        return
+
+    def mortal(*args, **options):
+        written.append(real(*args, **options))
+        if len(written) == lives:
+            os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack, the manifest does not say so yet
+
+    prepare.PackWriter.add_encoded = mortal
+    try:
+        prepare.prepare(videos, out, 32)
+    finally:
+        os._exit(1)
+
+
+@needs_fork
 def test_a_run_killed_twice_and_continued_writes_the_same_pack(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SEGMENT", 12)
     prepare.prepare(videos, tmp_path / "whole", 32)
     assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
     out = tmp_path / "out"
     for lives in (2, 5):  # within the first file; behind it, within the second
-        command = [sys.executable, "-c", KILLED, ROOT, videos, out, str(lives)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == -9, done.stderr
+        killed_after(lives, videos, out)
         with open(out / "manifest.jsonl", "a") as log:
             log.write('{"path": "torn li')
     prepare.prepare(videos, out, 32)
@@ -231,25 +270,32 @@ def test_a_run_killed_twice_and_continued_writes_the_same_pack(videos, tmp_path,
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-ORPHANS = r"""
-import os, sys, time
-import prepare
+PIPE = []  # its two ends
+
+
 def slow(job):
-    os.write(1, b"working\n")  # in one piece: two processes share the pipe
+    os.write(PIPE[1], b"working")
     time.sleep(600)
-prepare.do_job = slow
-if __name__ == "__main__":
-    prepare.multiprocessing.get_context = lambda method, get=prepare.multiprocessing.get_context: get("fork")
-    list(prepare.in_order([1, 2], 2))
-"""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are Unix's")
-def test_workers_die_with_a_killed_parent():
-    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert [parent.stdout.readline() for _ in range(2)] == 2 * ["working\n"]
-    parent.kill()
-    assert parent.stdout.read() == ""  # the pipe's end: nobody holds it any more
+@needs_fork
+def test_workers_die_with_a_killed_parent(monkeypatch):
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(prepare.multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(prepare, "do_job", slow)
+    PIPE[:] = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            list(prepare.in_order([1, 2], 2))
+        finally:
+            os._exit(1)
+    os.close(PIPE[1])
+    with os.fdopen(PIPE[0], "rb") as pipe:
+        assert pipe.read(14) == 2 * b"working"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert pipe.read() == b""  # the pipe's end: nobody holds it any more
 
 
 class SyncExpert:
@@ -279,17 +325,11 @@ def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(videos, tmp_
     assert np.abs(moved - expected).max() < 1e-4
 
 
-def script(*args):
-    env = os.environ | dict(TORCH_HOME="/nonexistent", OMP_NUM_THREADS="1")
-    return subprocess.run(
-        [sys.executable, ROOT / "prepare.py", *map(str, args)], capture_output=True, text=True, env=env
-    )
-
-
-def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path):
-    done = script(tmp_path / "none", tmp_path / "out")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"prepare.py: {tmp_path}/none: no such directory")
+def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "none"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        media.run(prepare.main)
+    assert capsys.readouterr().err == f"prepare.py: {tmp_path}/none: no such directory, nor an .npz of photos\n"
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
