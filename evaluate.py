@@ -15,6 +15,7 @@ Axes: n images or frames, K windows of five frames, E embedding, S offsets, H W.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -41,8 +42,10 @@ from control import markdown, toy_report
 from faces import (
     ARCFACE_POINTS, crop_face, detect_faces, face_box, face_detectors, landmark_detector, middle_square, need_detector,
     resized, similarity, to_complex, warp_face)
+from landmarks import load_landmarks, read_eyes, track_landmarks
 from report import pairs_page
 from syncnet import HALF, MAX_OFFSET, SPAN, load_sync
+from warp import angles, fit_pose
 
 CHUNK = 75  # frames read at a time: the face is detected once in each
 EVERY = 5  # LPIPS, CSIM and FID take every fifth frame: neighbours are nearly equal, and the networks are slow
@@ -72,6 +75,12 @@ METRICS = {
     "mouth LMD": Metric("px", "lower", 0, 2, "the same of the mouth's 20, both mouths centred; Chen et al. 2018"),
     "pose": Metric("deg", "lower", 0, 2, "mean difference of yaw, pitch and roll; see head_pose"),
     "blink": Metric("", "lower", 0, 3, "difference of the eyes' aspect ratio (open .3, shut .1); Soukupova & Cech 2016"),
+    "lip dynamics": Metric("px", "as real", None, 2, "deviation over time of distances within the mouth; THEval, 2025"),
+    "silent lips": Metric("", "as real", None, 4, "deviation of the lips' gap in pauses, in eye distances; THEval"),
+    "lip-sync": Metric("", "as real", None, 3, "difference of the lips' gap and loudness in speech, each 0 to 1; THEval"),
+    "brow dynamics": Metric("px", "as real", None, 2, "as lip dynamics, of the brows; THEval"),
+    "head motion": Metric("deg", "as real", None, 2, "deviation over time of yaw, pitch and roll; after THEval"),
+    "motion": Metric("", "higher", 1, 3, "mean over these five of 1 - |fake - real| / real, clip by clip; THEval"),
     "CSIM": Metric("", "higher", 1, 3, "cosine of ArcFace's identity embeddings, every fifth frame"),
     "FID": Metric("", "lower", 0, 2, "Frechet distance of Inception's features, every fifth frame; Heusel et al. 2017"),
     "LSE-D": Metric("", "lower", None, 3, "distance of lips and sound at the best offset, SyncNet v2; Wav2Lip, 2020",
@@ -85,7 +94,9 @@ METRICS = {
                      "0.43 of its training speaker, 0.27 of six others (GRID)"),
     "Sync offset": Metric("frames", "lower", None, 2, "size of that offset"),
 }  # fmt: skip
-LANDMARKS, LSE, SYNC = ("LMD", "mouth LMD", "pose", "blink"), ("LSE-D", "LSE-C", "LSE offset"), tuple(METRICS)[-3:]
+MOTION = ("lip dynamics", "silent lips", "lip-sync", "brow dynamics", "head motion")
+LANDMARKS = ("LMD", "mouth LMD", "pose", "blink", *MOTION, "motion")
+LSE, SYNC = ("LSE-D", "LSE-C", "LSE offset"), tuple(METRICS)[-3:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,13 +235,9 @@ def frechet_distance(a, b) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # landmark metrics: iBUG's 68 points (n, 68, 2) in pixels, x to the right, y down
 
-MOUTH, LEFT_EYE, RIGHT_EYE = slice(48, 68), slice(36, 42), slice(42, 48)  # left and right of the image
-# Points that do not move with the expression: before the ears, nose, corners of the eyes; and where they are on an
-# average face, in cm, x to the image's right, y up, z towards the viewer (MediaPipe's canonical face, Apache-2.0)
-RIGID = [0, 16, 27, 28, 29, 30, 31, 33, 35, 36, 39, 42, 45]
-AVERAGE = np.array([(-7.74, 2.36, -2.01), (7.74, 2.36, -2.01), (0, 3.27, 5.24), (0, 1.73, 6.32), (0, 0.37, 7.24),
-                    (0, -0.46, 7.59), (-1.04, -1.46, 5.66), (0, -2.09, 6.06), (1.04, -1.46, 5.66), (-4.45, 2.66, 3.17),
-                    (-1.86, 2.59, 3.76), (1.86, 2.59, 3.76), (4.45, 2.66, 3.17)])
+MOUTH, BROWS = slice(48, 68), slice(17, 27)
+LEFT_EYE, RIGHT_EYE = slice(36, 42), slice(42, 48)  # left and right of the image
+UPPER_LIP, LOWER_LIP = [61, 62, 63], [67, 66, 65]  # inner line
 # eyes, tip of the nose and corners of the mouth in a crop of faces.TEMPLATES["face"], as fractions, where there are no
 # landmarks: eyes and height of the mouth as there, the rest by the proportions of ARCFACE_POINTS
 CROP_POINTS = np.array([(0.302, 0.298), (0.698, 0.298), (0.5, 0.51), (0.336, 0.723), (0.664, 0.723)])
@@ -249,30 +256,10 @@ def mouth_distance(a, b) -> np.ndarray:
 
 
 def head_pose(points) -> np.ndarray:
-    """Landmarks (n, 68, 2) -> yaw, pitch, roll (n, 3) in degrees: towards the image's right, chin up, clockwise.
-
-    Without perspective, the image of a face turned by R is a linear map of its points: the first two rows of R times a
-    scale. The map is fitted to RIGID by least squares, and the nearest pair of orthogonal rows taken. A face unlike
-    AVERAGE has a constant error, which cancels in the difference of two clips of one person.
-    """
-    shape = AVERAGE - AVERAGE.mean(0)
-    seen = points[:, RIGID] * [1, -1]
-    seen = seen - seen.mean(1, keepdims=True)
-    u, _, v = np.linalg.svd((np.linalg.pinv(shape) @ seen).swapaxes(1, 2), full_matrices=False)
-    right, up = np.moveaxis(u @ v, 1, 0)  # (n, 3) each: rows of R
-    toward = np.cross(right, up)
-    yaw = np.arctan2(right[:, 2], toward[:, 2])
-    pitch = np.arctan2(up[:, 2], np.hypot(right[:, 2], toward[:, 2]))
-    return np.degrees(np.stack([yaw, pitch, -np.arctan2(up[:, 0], right[:, 0])], 1))
-
-
-def eye_opening(points) -> np.ndarray:
-    """Eye aspect ratio (n, 68, 2) -> (n,), a mean of both eyes; about .3 open, below .15 shut. Soukupova & Cech 2016."""
-    ratios = []
-    for eye in (points[:, LEFT_EYE], points[:, RIGHT_EYE]):
-        lids = np.linalg.norm(eye[:, [1, 2]] - eye[:, [5, 4]], axis=-1).sum(-1)
-        ratios.append(lids / (2 * np.linalg.norm(eye[:, 0] - eye[:, 3], axis=-1)))
-    return np.mean(ratios, 0)
+    """Landmarks (n, 68, 2) -> yaw, pitch, roll (n, 3) in degrees: towards the image's right, chin up, clockwise; see
+    warp.fit_pose. A face unlike the mean shape has a constant error, which cancels between two clips of one person."""
+    mean = load_landmarks().solid.double().numpy()
+    return np.array([angles(fit_pose(p, mean)[1]) for p in points])
 
 
 def five_points(points):
@@ -284,6 +271,76 @@ def align_face(image, five) -> np.ndarray:
     """uint8 (H, W, 3) and five points in it (5, 2) -> uint8 (112, 112, 3), by the similarity transform that brings them
     nearest to ARCFACE_POINTS."""
     return warp_face(image, *similarity(to_complex(ARCFACE_POINTS), to_complex(np.asarray(five, float))), 112)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# motion and silence, after THEval (CVPR 2026, arXiv 2511.04520), which has MediaPipe's 40 points of the lips and 8 gaps
+# between them for our 20 and 3
+
+GATE = 30  # dB below a clip's loudest twentieth: silence where there is no voice detector (ours)
+PAUSE = 8  # frames: a shorter silence is speech (THEval: .3 s)
+
+
+@functools.cache
+def voice_detector():
+    """Silero's network, where its package is installed, else None"""
+    try:
+        import silero_vad
+    except ImportError:
+        return None
+    return functools.partial(silero_vad.get_speech_timestamps, model=silero_vad.load_silero_vad())
+
+
+def loudness(wav, T: int) -> np.ndarray:
+    """Sound (n,) -> (T,) root mean square of 50 ms about the middle of each frame"""
+    wav = np.pad(wav, (80, max(80, T * SAMPLES_PER_FRAME + 80 - len(wav))))
+    windows = np.lib.stride_tricks.sliding_window_view(wav, 800)[::SAMPLES_PER_FRAME][:T]
+    return np.sqrt(np.square(windows, dtype=float).mean(1))
+
+
+def speech_frames(wav, T: int) -> np.ndarray:
+    """Sound (n,) -> (T,) whether a frame lies in speech: by Silero's detector or, without it, louder than GATE"""
+    speech = np.zeros(T, bool)
+    if detector := voice_detector():
+        for part in detector(torch.from_numpy(wav)):
+            speech[part["start"] // SAMPLES_PER_FRAME : -(-part["end"] // SAMPLES_PER_FRAME)] = True
+    else:
+        level = loudness(wav, T)
+        speech = level > np.percentile(level, 95) * 10 ** (-GATE / 20)
+    for begin, end in np.flatnonzero(np.diff(speech, prepend=True, append=True)).reshape(-1, 2):
+        speech[begin:end] |= end - begin < PAUSE
+    return speech
+
+
+def dynamics(points) -> float:
+    """Points (T, k, 2) -> mean over all pairs of points of the deviation over time of their distance"""
+    i, j = np.triu_indices(points.shape[1], 1)
+    return float(np.linalg.norm(points[:, i] - points[:, j], axis=-1).std(0).mean())
+
+
+def motion_metrics(points, wav, height: int) -> dict:
+    """Landmarks of a clip (T, 68, 2), NaN where there are none, its sound or None, the height of its frames -> {metric:
+    value}. Those of silence and of speech need as many such frames as a pause has."""
+    there = np.isfinite(points).all((1, 2))
+    p = points[there]
+    values = {"lip dynamics": dynamics(p[:, MOUTH]) * 256 / height, "brow dynamics": dynamics(p[:, BROWS]) * 256 / height,
+              "head motion": float(head_pose(p).std(0).mean())}
+    if wav is not None:
+        speech, level = speech_frames(wav, len(points))[there], loudness(wav, len(points))[there]
+        gap = np.linalg.norm(p[:, LOWER_LIP] - p[:, UPPER_LIP], axis=-1).mean(1)
+        gap /= np.linalg.norm(p[:, 45] - p[:, 36], axis=-1)
+        if (~speech).sum() >= PAUSE:
+            values["silent lips"] = float(np.median(np.abs(gap[~speech] - gap[~speech].mean())))
+        if speech.sum() >= PAUSE:
+            scaled = [(x[speech] - x[speech].min()) / max(np.ptp(x[speech]), 1e-9) for x in (gap, level)]
+            values["lip-sync"] = float(np.abs(scaled[0] - scaled[1]).mean())
+    return values
+
+
+def closeness(real: dict, fake: dict) -> dict:
+    """Values of MOTION -> 1 - |fake - real| / real of each, and "motion", their mean"""
+    found = {k: 1 - abs(fake[k] - real[k]) / max(real[k], 1e-9) for k in MOTION if k in fake and real.get(k) is not None}
+    return found | (dict(motion=float(np.mean(list(found.values())))) if found else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,17 +449,22 @@ def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
         return found
 
     def landmarks(device, *_):
+        """Frames (n, H, W, 3), n boxes or None -> points (68, 2) or None of each"""
+        if not args.landmarks:
+            need_detector()
+            net = load_landmarks()
+            return lambda frames, boxes: track_landmarks(net, frames, boxes[0])[0]
         mediapipe = args.landmarks.startswith("mediapipe:")                   # it can search in all of the frame
         whole = mediapipe and not face_detectors()
         found = stack.enter_context(landmark_detector(args.landmarks, None if whole else "face", device))
         if not mediapipe:
             need_detector()
-        return found
+        return lambda frames, boxes: map(found, frames, boxes)
 
     fan = args.landmarks == "fan"
     found = SimpleNamespace(device=device, skip=missing.copy())
     found.sync = network(SYNC, expert, named=args.expert, detector=False)
-    found.landmarks = network(LANDMARKS, landmarks, *["fan"] * fan, named=not fan, detector=False)
+    found.landmarks = network(LANDMARKS, landmarks, *["fan"] * fan, named=args.landmarks and not fan, detector=False)
     found.lpips = network(("LPIPS",), published.lpips, "vgg16", "lpips_heads", detector=False)
     found.arcface = network(("CSIM",), published.arcface, "arcface")
     found.syncnet = network(LSE, published.syncnet_v2, "syncnet_v2")
@@ -468,8 +530,7 @@ class ClipMetrics:
             windows.add(frames, detections)
         if nets.landmarks:
             boxes = [face_box([d], "face") if nets.detect else None for d in detections]
-            points = (nets.landmarks(frame, box) for frame, box in zip(frames, boxes))
-            self.points += [np.full((68, 2), np.nan) if p is None else p for p in points]
+            self.points += [np.full((68, 2), np.nan) if p is None else p for p in nets.landmarks(frames, boxes)]
         if nets.arcface and sampled:
             faces = np.stack([self.aligned(frames, detections, k) for k in sampled])
             self.embeddings.append(nets.arcface.embed(to_tensor(faces).to(nets.device)).cpu())
@@ -490,13 +551,15 @@ class ClipMetrics:
 
     @torch.inference_mode()
     def lip_sync(self, path) -> tuple[dict, dict]:
-        """path: the file, for its sound -> {metric: value} of the clip, {metric: why there is none}"""
-        values, why = {}, {}
+        """path: the file, for its sound -> {metric: value} of the clip alone, {metric: why there is none}"""
+        values, why, wav = {}, {}, None
         try:
             wav = load_audio(path, level=False)  # as published
         except InputError as error:
-            return {}, dict.fromkeys(self.windows, str(error).removeprefix(f"{Path(path).absolute()}: "))
-        for name, windows in self.windows.items():
+            why = dict.fromkeys(self.windows, str(error).removeprefix(f"{Path(path).absolute()}: "))
+        if self.points and not self.faceless() and 2 * np.isfinite(self.points).all((1, 2)).sum() >= self.count:
+            values = motion_metrics(np.stack(self.points), wav, self.shape[0])
+        for name, windows in self.windows.items() if wav is not None else ():
             if self.faceless() and not (name == "Sync" and self.networks.sync.template == "toy"):
                 why[name] = self.faceless()
                 continue
@@ -560,6 +623,7 @@ def measure(real, fake, networks) -> dict:
     (own, not_own), (fakes, not_fakes) = (clip.lip_sync(path) for clip, path in zip(clips, (real, fake)))
     notes += [f"{name}: {reason}" for name, reason in (why | no_faces | not_fakes).items()]
     notes += [f"{name} of the real clip: {reason}" for name, reason in not_own.items()]
+    fakes |= {name: v for name, v in closeness(own, fakes).items() if name == "motion"}
     values = {name: v for name, v in (values | faces | fakes).items() if name not in why}
     return dict(real=own, fake=values, frames=int(counts.min()), notes=notes, features=[c.features for c in clips])
 
@@ -588,7 +652,7 @@ def face_metrics(real: ClipMetrics, fake: ClipMetrics) -> tuple[dict, dict]:
         else:
             a, b, unit = a[both], b[both], real.shape[0] / 256
             found = {"LMD": landmark_distance(a, b) / unit, "mouth LMD": mouth_distance(a, b) / unit,
-                     "pose": np.abs(head_pose(a) - head_pose(b)), "blink": np.abs(eye_opening(a) - eye_opening(b))}
+                     "pose": np.abs(head_pose(a) - head_pose(b)), "blink": np.abs(read_eyes(a)[0] - read_eyes(b)[0])}
             values |= {name: float(v.mean()) for name, v in found.items()}
     if real.embeddings:
         if faceless:
@@ -644,7 +708,7 @@ def mean_rows(pairs: list[dict]) -> tuple[dict, dict]:
 def heading(name: str) -> str:
     """LMD -> "LMD, px ↓" """
     unit = METRICS[name].unit
-    return f"{name}{', ' if unit else ''}{unit} {dict(higher='↑', lower='↓')[METRICS[name].better]}"
+    return f"{name}{', ' if unit else ''}{unit} {dict(higher='↑', lower='↓').get(METRICS[name].better, '')}".rstrip()
 
 
 def measure_pairs(args, device):
@@ -672,14 +736,16 @@ def measure_pairs(args, device):
     if not measured:
         raise InputError(f"none of {len(pairs)} pairs could be measured; the first: {reports[0]['error']}")
     real, fake = mean_rows(measured)
+    near = closeness(real, fake)  # THEval's: of means over the clips
     n_features = sum(map(len, features[0]))
     if n_features > 1:
         real["FID"], fake["FID"] = METRICS["FID"].itself, frechet_distance(*map(torch.cat, features))
     rows = {"real, against itself": real, os.path.basename(os.path.abspath(args.fake)): fake}
+    rows |= {"closeness of these means": near} if near else {}
     order = [name for name in METRICS if name in fake and name not in missing]
     seconds, frames = time.perf_counter() - begin, sum(pair["frames"] for pair in measured)
-    cells = {row: {heading(k): f"{values[k]:.{METRICS[k].digits}f}" if values.get(k) is not None else "–" for k in order}
-             for row, values in rows.items()}
+    cells = {row: {heading(k): f"{values[k]:.{3 if values is near else METRICS[k].digits}f}" if values.get(k) is not None
+                   else "–" for k in order} for row, values in rows.items()}
     print(markdown(cells))
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
     notes = legend(args, networks, order, n_features) + problems(missing, reports, alone)
@@ -708,7 +774,9 @@ def legend(args, networks, order, n: int) -> list[str]:
         if args.trained_with and networks.sync and same_file(args.trained_with, args.expert or EXPERT):
             lines[-1] += ": THE ONE THAT SCORES, which flatters them"
     if networks.landmarks:
-        lines.append(f"landmarks by {networks.landmarks.name}")
+        lines.append(f"landmarks by {args.landmarks or 'weights/landmarks.pt'}")
+        voice = "Silero's detector" if voice_detector() else f"loudness, {GATE} dB below a clip's loudest (no silero-vad)"
+        lines.append(f"speech and silence by {voice}; closeness: 1 - |fake - real| / real")
     if "FID" in order and n < 2048:
         lines.append(f"FID is from {n} frames a side: with fewer than the 2048 features it comes out too high")
     return lines
@@ -742,7 +810,7 @@ def parse(argv=None):
     pair = commands.add_parser("pair", help="generated clips against real ones", **options)
     pair.add_argument("real", help="a real clip, or a folder of them")
     pair.add_argument("fake", help="a generated clip, or a folder whose clips have the same names")
-    pair.add_argument("--landmarks", default="fan", help="detector: mediapipe:FILE, dlib:FILE, or fan")
+    pair.add_argument("--landmarks", help="mediapipe:FILE, dlib:FILE or fan (default: our network, weights/landmarks.pt)")
     pair.add_argument("--expert", help="sync expert of syncnet.py, or wav2lip (default: weights/sync.pt)")
     pair.add_argument("--trained-with", help="the sync expert that the generated clips were trained with, for the record")
     pair.add_argument("--fetch", action="store_true", help="download the networks that are missing (about 1 GB in all)")

@@ -257,13 +257,15 @@ def pairs_page(path: Path, report: dict, files: dict):
     pairs = {pair["name"]: pair for pair in report["pairs"] if "fake" in pair}
     rank = dict.fromkeys(pairs, 0)
     for metric, column in report["columns"].items():
+        if column["better"] == "as real":  # counts in "motion"
+            continue
         sign = -1 if column["better"] == "higher" else 1
         values = {k: sign * abs(float(pair["fake"][metric])) for k, pair in pairs.items() if metric in pair["fake"]}
         for k, name in enumerate(sorted(pairs, key=lambda name: values.get(name, math.inf))):
             rank[name] += k
     order = sorted(rank, key=rank.get)
     notes = report["notes"] + [f"{name}: {column['what']}" for name, column in report["columns"].items()]
-    tables = [{row: {f"{k} {dict(higher='↑', lower='↓')[column['better']]}": values.get(k)
+    tables = [{row: {f"{k} {dict(higher='↑', lower='↓').get(column['better'], '')}": values.get(k)
                      for k, column in report["columns"].items()} for row, values in rows.items()}
               for rows in (report["rows"], {name: pairs[name]["fake"] for name in order})]
     sections = [table(tables[0]), "<h2>Each pair, the best first</h2>", table(tables[1])]

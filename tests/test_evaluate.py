@@ -17,7 +17,7 @@ import evaluate
 import judges
 from audio import mfcc
 from evaluate import (
-    METRICS, ClipMetrics, align_face, eye_opening, five_points, frechet_distance, head_pose, l1, landmark_distance,
+    METRICS, ClipMetrics, align_face, five_points, frechet_distance, head_pose, l1, landmark_distance,
     lip_sync_error, measure, mouth_distance, psnr, ssim_and_ms_ssim)
 from media import InputError, VideoWriter, read_video, run
 
@@ -127,30 +127,20 @@ def test_landmark_distance_of_a_shift_is_its_length_and_the_mouths_is_zero():
     np.testing.assert_allclose(mouth_distance(a, wide), 0.5 * spread)
 
 
-def test_the_pose_of_a_turned_average_face_is_its_turn():
-    turns = np.array([(0, 0, 0), (25, 0, 0), (0, -18, 0), (0, 0, 33), (-30, 12, -8)], float)  # yaw, pitch, roll
-    points = np.full((len(turns), 68, 2), 500.0)  # points that move with the expression must not count
-    for k, (yaw, pitch, roll) in enumerate(turns):
-        turn = Rotation.from_euler("zxy", [-roll, -pitch, yaw], degrees=True)  # first about y, then x, then z
-        seen = turn.apply(evaluate.AVERAGE)[:, :2] * 4.3 + [3, -8]
-        points[k, evaluate.RIGID] = seen * [1, -1] + 90
-    # rows of a rotation: the face's direction is the third column
-    expected = []
-    for yaw, pitch, roll in turns:
-        R = Rotation.from_euler("zxy", [-roll, -pitch, yaw], degrees=True).as_matrix()
-        f = R[:, 2]
-        angles = np.arctan2(f[0], f[2]), np.arctan2(f[1], np.hypot(f[0], f[2])), -np.arctan2(R[1, 0], R[0, 0])
-        expected.append(np.degrees(angles))
-    np.testing.assert_allclose(head_pose(points), expected, atol=1e-6)
-    np.testing.assert_allclose(head_pose(points)[:4], turns[:4], atol=1e-6)  # one angle at a time: that angle
+def face_of(solid, turns):
+    """The mean face, turned by yaw, pitch, roll (n, 3): to the right, chin up, clockwise -> landmarks (n, 68, 2)"""
+    R = Rotation.from_euler("xyz", np.asarray(turns, float)[:, [1, 0, 2]] * [-1, -1, 1], degrees=True).as_matrix()
+    return (solid[None, :68] @ R.swapaxes(1, 2))[..., :2] * 43 + [90, 70]
 
 
-def test_an_eye_twice_as_open_has_twice_the_ratio():
-    points = np.zeros((3, 68, 2))
-    for k, height in enumerate((0, 3, 6)):
-        for begin in (36, 42):
-            points[k, begin : begin + 6] = [(0, 0), (7, height), (13, height), (20, 0), (13, -height), (7, -height)]
-    np.testing.assert_allclose(eye_opening(points), [0, 0.3, 0.6])
+def test_the_pose_of_a_turned_mean_face_is_its_turn():
+    turns = np.array([(0, 0, 0), (25, 0, 0), (0, -18, 0), (0, 0, 33), (-30, 12, -8)], float)
+    solid = evaluate.load_landmarks().solid.double().numpy()
+    points = face_of(solid, turns)
+    np.testing.assert_allclose(head_pose(points), turns, atol=1e-6)
+    points[:, 48:] += 7  # a mouth does not turn the head
+    np.testing.assert_allclose(head_pose(points), turns, atol=1e-6)
+    assert points[1, 30, 0] > 90 and points[2, 30, 1] > points[0, 30, 1]  # the nose moves right, and down
 
 
 @pytest.mark.parametrize("scale", [0.8, 4.6])
@@ -166,6 +156,72 @@ def test_an_aligned_face_has_its_points_where_arcface_wants_them(scale):
     points = np.zeros((68, 2))
     points[36:42], points[42:48], points[[30, 48, 54]] = five[0], five[1], five[2:]
     np.testing.assert_allclose(five_points(points), five)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# motion and silence
+
+
+def test_dynamics_are_the_deviation_of_each_pair_of_points():
+    points = np.random.default_rng(4).normal(0, 9, (7, 5, 2))
+    pairs = [(i, j) for i in range(5) for j in range(i)]
+    expected = np.mean([np.std([np.hypot(*(frame[i] - frame[j])) for frame in points]) for i, j in pairs])
+    assert evaluate.dynamics(points) == pytest.approx(expected)
+    assert evaluate.dynamics(points[:1] + np.arange(7)[:, None, None]) == pytest.approx(0, abs=1e-9)  # moved as a whole
+
+
+@pytest.fixture
+def spoken(monkeypatch):
+    """60 frames of sound, speech in frames 20 .. 59 but for a pause of 4, and its loudness by hand"""
+    monkeypatch.setattr(evaluate, "voice_detector", lambda: None)
+    level = np.zeros(60)
+    level[20:] = 0.1 + 0.3 * np.random.default_rng(5).random(40)
+    level[30:34] = 0
+    tone = np.sin(np.arange(60 * 640) * 2 * np.pi * 1000 / 16000)
+    return (tone * np.repeat(level, 640)).astype(np.float32), level
+
+
+def test_speech_is_what_is_loud_and_a_short_pause_in_it(spoken):
+    wav, level = spoken
+    speech = evaluate.speech_frames(wav, 60)
+    assert not speech[:19].any() and speech[20:].all()
+    assert not evaluate.speech_frames(wav, 75)[61:].any()  # pictures that are longer than the sound
+    near = evaluate.loudness(wav, 60)
+    k = 40  # 50 ms: the frame, and 5 ms of each neighbour
+    squares = [level[k - 1] ** 2 * 0.1, level[k] ** 2 * 0.8, level[k + 1] ** 2 * 0.1]
+    assert near[k] == pytest.approx(np.sqrt(sum(squares) / 2), rel=0.01)
+
+
+def test_lips_that_follow_the_loudness_are_in_sync_and_lips_that_rest_in_silence_are_stable(spoken):
+    (wav, _), rng = spoken, np.random.default_rng(6)
+    solid = evaluate.load_landmarks().solid.double().numpy()
+    loud = evaluate.loudness(wav, 60)
+
+    def measured(gap, height=256, brows=0.0, yaw=0.0):
+        points = face_of(solid, np.outer(yaw * np.sin(np.arange(60)), (1, 0, 0)))
+        points[:, [67, 66, 65, 58, 57, 56], 1] += 20 * gap[:, None]
+        points[:, 17:22, 1] -= brows
+        return evaluate.motion_metrics(points * height / 256, wav, height)
+
+    follows, still = measured(loud), measured(np.full(60, 0.1))
+    assert follows["lip-sync"] == pytest.approx(0, abs=0.02) and follows["silent lips"] == pytest.approx(0, abs=1e-6)
+    assert still["lip dynamics"] == pytest.approx(0, abs=1e-9) and still["lip-sync"] > 0.2
+    assert measured(2 * loud)["lip dynamics"] > 1.8 * follows["lip dynamics"] > 0
+    assert measured(loud, height=512) == pytest.approx(follows)
+    restless = loud + 0.3 * rng.random(60)
+    assert measured(restless)["silent lips"] > 0.01
+    turning = measured(loud, yaw=3)
+    assert turning["head motion"] == pytest.approx(np.std(3 * np.sin(np.arange(60))) / 3, rel=1e-3)
+    assert follows["head motion"] == pytest.approx(0, abs=1e-6) and follows["brow dynamics"] == pytest.approx(0, abs=1e-9)
+    assert measured(loud, brows=8 * rng.random((60, 5)))["brow dynamics"] > 0.3
+    assert evaluate.motion_metrics(face_of(solid, np.zeros((9, 3))), None, 256).keys() == {
+        "lip dynamics", "brow dynamics", "head motion"}  # without sound
+
+
+def test_closeness_is_one_less_the_relative_difference():
+    found = evaluate.closeness({"lip dynamics": 2.0, "lip-sync": 0.4, "LMD": 1}, {"lip dynamics": 2.5, "lip-sync": 0.4})
+    assert found == {"lip dynamics": pytest.approx(0.75), "lip-sync": 1, "motion": pytest.approx(0.875)}
+    assert evaluate.closeness({}, {"lip-sync": 1}) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -339,11 +395,10 @@ def loud(windows):
 
 
 def all_networks(**others):
-    def landmarks(image, box):  # they depend on the colours
+    def landmarks(frames, boxes):  # they depend on the colours
         base = np.random.default_rng(0).uniform(20, 70, (68, 2))
-        return base * (1 + image.mean() / 255)
+        return [base * (1 + image.mean() / 255) for image in frames]
 
-    landmarks.name = "colours"
     networks = dict(
         sync=SimpleNamespace(template="toy", size=16, face=bright, sound=loud, parameters=lambda: iter([torch.zeros(1)])),
         landmarks=landmarks, lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)), inception=lambda x: x.mean((2, 3)),
@@ -420,7 +475,7 @@ def test_a_face_box_is_interpolated_between_detections_and_a_clip_without_a_face
     assert clip.faceless() == "a face in 2 of 6 frames looked at"
     monkeypatch.setattr(evaluate, "load_audio", lambda path, level: np.zeros(3200, np.float32))
     expert = SimpleNamespace(template="face", size=16, face=bright, sound=loud)
-    clip = ClipMetrics(all_networks(sync=expert, detect=True, landmarks=lambda image, box: None))
+    clip = ClipMetrics(all_networks(sync=expert, detect=True, landmarks=lambda frames, boxes: [None] * 5))
     clip.add(frames, [0])
     assert "a face in 0 of 2" in clip.lip_sync("a.mp4")[1]["Sync"]
     assert evaluate.face_metrics(clip, clip)[1].keys() == {"landmarks", "CSIM"}
@@ -453,7 +508,8 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_others(talks, tmp
         assert f"{name}.mp4: " in line and reason in line
     assert f"without a partner: {real / 'alone.mp4'}" in out and "left out: FID: no weights" in out
     assert "4 pairs, 243 frames" in out
-    itself, row = printed(out)
+    itself, row, near = printed(out)
+    assert near[""] == "closeness of these means" and near["SSIM"] == "–" and float(near["lip dynamics"]) <= 1
     assert row[""] == "fake" and float(row["SSIM"]) > 0.8 and "FID" not in row and float(itself["Sync-D"]) >= 0
     report = json.loads((tmp_path / "n.json").read_text())
     assert report["rows"]["fake"]["SSIM"] == pytest.approx(float(row["SSIM"]), abs=6e-4)
@@ -465,7 +521,7 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_others(talks, tmp
 
 
 def test_usual_values_are_those_of_our_expert_alone():
-    args = SimpleNamespace(expert=None, trained_with=None)
+    args = SimpleNamespace(expert=None, trained_with=None, landmarks=None)
     assert "Sync-C of real clips is usually 0.43" in "\n".join(evaluate.legend(args, all_networks(), METRICS, 0))
     args.expert = "wav2lip"
     assert "Sync-C of" not in "\n".join(evaluate.legend(args, all_networks(), METRICS, 0))
@@ -483,7 +539,7 @@ def test_an_expert_that_trained_and_scores_is_named(tmp_path):
 def test_networks_without_weights_are_left_out_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(evaluate, "EXPERT", tmp_path / "sync.pt")
-    args = evaluate.parse(["pair", "a.mp4", "b.mp4", "--skip", "SSIM, L1"])
+    args = evaluate.parse(["pair", "a.mp4", "b.mp4", "--skip", "SSIM, L1", "--landmarks", "fan"])
     found, missing = evaluate.load_networks(args, CPU, None)
     assert not any((found.sync, found.landmarks, found.lpips, found.arcface, found.syncnet, found.inception))
     assert missing.keys() == METRICS.keys() - {"MS-SSIM", "PSNR"}
