@@ -9,7 +9,6 @@ that training, tests and metrics run anywhere.
 
     python toyfaces.py --out out               # out/toys.png and out/toy.mp4                     (5 s)
     python toyfaces.py --pack out/toy32 --size 32 --people 300     # a pack to train on          (1 min)
-    python toyfaces.py --example example       # example/face.png and example/speech.wav         (2 s)
 
 Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half a head is 1 high; x right, y down,
 z towards the viewer, origin in the middle of the head.
@@ -24,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from media import (  # before torch, see there
-    FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run, write_wav)
+    FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run)
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,7 +37,7 @@ FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile",
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees; ours: farther, features leave the silhouette
 TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split; no two splits overlap
-EXAMPLE = TEST + 500_002  # the person of the shipped example
+EXAMPLE = TEST + 500_002  # the person of examples/face.png, at rest, and of examples/speech.wav
 WORLD = 1  # version: goes up when the drawing or the sound changes, so that older packs are not taken for new ones
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -708,21 +707,11 @@ def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
     print(f"wrote {toys} and {video} ({len(frames)} frames, person {seed})")
 
 
-def example(out: Path, overwrite: bool):
-    """The shipped example: a held-out person, frontal with closed lips, and 4 s of speech."""
-    who = person(EXAMPLE)
-    face, sound = (check_output(out / name, overwrite) for name in ("face.png", "speech.wav"))
-    Image.fromarray(draw(who, REST, 256)).save(face)
-    write_wav(sound, clip_truth(EXAMPLE, 4, who)[0])
-    print(f"wrote {face} and {sound}")
-
-
 def main():
     parser = Parser(description="Draws the toy world: faces and speech with ground truth.")
     option = parser.add_argument
     option("--out", default="out", help="directory for toys.png and toy.mp4 (default out)")
     option("--pack", metavar="DIR", help="write a pack to train on instead")
-    option("--example", metavar="DIR", help="write the example face.png and speech.wav instead")
     option("--size", type=int, default=64, help="pixels of a side (default 64)")
     option("--people", type=int, default=300, help="clips in the pack, one a person (default 300)")
     option("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
@@ -734,8 +723,6 @@ def main():
     if args.pack:
         make_pack(args.pack, args.size, args.people, args.seconds, args.seed, args.workers)
         print(f"{args.pack}: {args.people} clips of {args.seconds:g} s")
-    elif args.example:
-        example(make_folder(args.example), args.overwrite)
     else:
         show(make_folder(args.out), args.size, args.seconds, args.seed, args.overwrite)
 
