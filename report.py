@@ -143,7 +143,7 @@ def machine() -> str:
     names, linux = [platform.processor()], Path("/proc/cpuinfo")
     if linux.exists():
         names = re.findall("model name.*: (.*)", linux.read_text()) + names
-    return f"{names[0] or 'CPU'}, {torch.get_num_threads()} threads"
+    return f"{names[0] or 'CPU'}, threads: {torch.get_num_threads()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
