@@ -56,7 +56,7 @@ from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
 from motion import there_and_back
 from report import image_grid, write_report
-from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, square_box, without_colour
+from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour
 from stylegan2 import Discriminator, StyledConv, ToRGB
 from toyfaces import toy_pack
 
@@ -392,7 +392,7 @@ def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
     published = config.template not in TEMPLATES
     if args.aligned and published:
         return crop_face(photo, ready_box(photo), config.size)
-    if config.template == "toy" and not (square_box(photo) and is_drawn(photo)):
+    if config.template == "toy" and not is_drawn(photo):
         print(f"{args.weights}: these weights draw the toy world only; {args.face} is another kind of picture")
     photo, box, how = photo_box(photo, args, "face" if published else config.template)
     print(f"{args.face}: {how}")
