@@ -733,8 +733,8 @@ def train(args):
     model, ema, stored, start = nets["model"], nets["ema"], dict(nets), 0
     if saved:
         with refusing(path, "was trained with other options"):
-            for name, net in stored.items():
-                net.load_state_dict(saved["networks"][name])
+            for name, state in saved["networks"].items():
+                stored[name].load_state_dict(state)
             for name, opt in opts.items():
                 restore_optimiser(opt, saved["optimisers"][name])
             torch.set_rng_state(saved["rng"]["torch"])

@@ -833,9 +833,11 @@ def test_four_steps_are_two_and_two_more_bit_for_bit(pack, tmp_path, monkeypatch
     with pytest.MonkeyPatch.context() as patch:                                 # of four steps, although it stops at two
         patch.setattr(pcavs, "cosine_warmup", lambda step, steps: lr(step, 4))
         learn(pack, tmp_path / "b", "--w-adv", "1", steps=2)
-    learn(pack, tmp_path / "b", "--resume")
+    with pytest.raises(InputError, match="was trained with other options .no 'D' in it"):
+        learn(pack, tmp_path / "b", "--resume")
+    learn(pack, tmp_path / "b", "--resume", "--w-adv", "1")
     a, b = (load_checkpoint(tmp_path / k / "pcavs.pt", "pcavs-train") for k in "ab")
-    for part in ("model", "ema", "people", "teacher"):
+    for part in ("model", "ema", "people", "teacher", "D"):
         for key, value in a["networks"][part].items():
             assert torch.equal(value, b["networks"][part][key]), (part, key)
     lines = [json.loads(line) for line in open(tmp_path / "a" / "log_pcavs.jsonl")]
