@@ -44,7 +44,7 @@ from faces import (
     resized, similarity, to_complex, warp_face)
 from landmarks import load_landmarks, read_eyes, track_landmarks
 from report import pairs_page
-from syncnet import HALF, MAX_OFFSET, SPAN, load_sync
+from syncnet import HALF, MAX_OFFSET, SPAN, embed_frames, load_sync
 from warp import angles, fit_pose
 
 CHUNK = 75  # frames read at a time: the face is detected once in each
@@ -484,8 +484,8 @@ class ClipMetrics:
         self.networks, self.count, self.detection, self.looks, self.found = networks, 0, None, 0, 0
         self.points, self.embeddings, self.features, self.windows = [], [], [], {}
         if expert := networks.sync:
-            def sync_embed(crops):  # (n, 3, H, H) -> (n - 4, 5, 3, H, H) -> (n - 4, E)
-                return expert.face(crops.to(networks.device).unfold(0, SPAN, 1).movedim(-1, 1))
+            def sync_embed(crops):  # (n, 3, H, H) -> (n - 4, E)
+                return embed_frames(expert, expert.read(crops.to(networks.device)))
 
             def sync_crop(detection):  # drawn clips are crops already
                 return self.middle if expert.template == "toy" else face_box([detection], "face")

@@ -488,7 +488,8 @@ def new_model(args, source, clips, words: int):
         model.deviation.copy_(torch.from_numpy(features.std(0) + 1e-3))
     else:
         tower = load_sync(args.expert, "cpu").sound_tower if args.expert else None
-        config = dict(dim=tower.out.out_features, width=tower.body[0].conv.out_channels / 32) if tower else None
+        with refusing(args.expert, "its sound tower is another; experts of drawn faces have this one"):
+            config = dict(dim=tower.out.out_features, width=tower.body[0].conv.out_channels / 32) if tower else None
         model = Humans(codes, args.width, autoregressive=args.autoregressive, tower=config, **options)
         if tower:
             model.front.tower.load_state_dict(tower.state_dict())

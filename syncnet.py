@@ -1,23 +1,24 @@
 """The sync expert: do these lips and this sound belong together? Trained here, then frozen for train.py's stage 3.
 
 Papers: SyncNet (Chung & Zisserman 2016), two towers and a distance of their embeddings; the expert of Wav2Lip (arXiv
-2008.10010), the lower half of five frames and 0.2 s of mel; SigLIP (arXiv 2303.15343), the pairwise sigmoid over a batch.
+2008.10010), five frames and 0.2 s of mel; SigLIP (arXiv 2303.15343), the pairwise sigmoid over a batch.
 
     python syncnet.py train                   # out/toy32/sync.pt, on the toy world    (3 min of one core: .96 unseen)
     python syncnet.py test                    # accuracy by shift, on people and speech that no training saw
     python syncnet.py offset clip.mp4         # by how many frames the sound is late (weights/sync.pt); --fix out.mp4
 
-Differences from Wav2Lip, beside 3x3 kernels throughout and images of any size:
-- The cosine gets a learned scale and bias. Theirs, after a ReLU, is itself the probability; at toy scale its loss stays
-  at ln 2.
-- All pairs of a batch count: several windows of each clip (hard negatives), and foreign sound from the other clips.
+Differences from Wav2Lip, beside 3x3 kernels throughout:
+- Of real faces the expert gets the shape of the lips by landmarks.py's networks, 50 numbers a frame, not pixels: from few
+  people it carries over to others (docs/sync.md). Drawn faces, which have no landmarks, are seen as pixels.
+- The cosine gets a learned scale and bias. Theirs, after a ReLU, is itself the probability (--cosine).
+- All pairs of a batch count: several windows of each clip (hard negatives) and, of drawn faces, sound from the other
+  clips. A real voice is told from another without the lips: with foreign sound, known voices had larger logits.
 - A softmax over the batch is added to the sigmoid, which alone stayed at ln 2 for 400 steps of the toy run: a bias that
   rejects every pair is nearly a minimum. The softmax does not depend on the bias; with it 50 steps sufficed.
-- The face tower gets the mean of the five frames and the deviations from it, enlarged: identity is most of an image's
-  variance, motion little. Accuracy after 200 steps rose from .80 to .85.
+- The five frames' deviations from their mean are enlarged: most of the variance is identity, not motion.
 - GroupNorm, not BatchNorm, whose statistics would tell the towers which windows of a batch share a clip.
 
-Axes: B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts, C H W.
+Axes: n images, B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts, C H W.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import math
 import re
 import subprocess
 import tempfile
+from collections import OrderedDict
 from itertools import chain, islice
 from pathlib import Path
 
@@ -40,13 +42,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from audio import AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
+from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_strictly, open_log,
     pick_device, refusing, save_checkpoint, write_log)
 from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
+from landmarks import FACE_SIZE, GREY, LIPS, MIRROR, MOUTH, LandmarkNet, load_landmarks
 from toyfaces import toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
@@ -55,6 +58,12 @@ NEAR = 4  # frames; ours: sounds nearer than this are too alike to be a negative
 FAR = SPAN  # frames: from this shift on two windows share no frame
 MAX_OFFSET = 15  # frames: offsets are searched in -15 .. 15, as SyncNet does
 TOY_VALID = 40  # toy people who choose the checkpoint, and as many others for the test
+LIP_POINTS = np.r_[48:68, 6:11]  # of the 68: lips and chin
+LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]
+LIP_SCALE = 0.07  # ours: deviation of their coordinates, in distances of the eyes
+SURE = 0.65  # ours: the mean logit of another sentence of GRID's grammar is less at all offsets, in nine of ten cases
+GAIN = 3.0  # of a window's deviations from its mean (ours): brings their variance near the mean's
+PIECES = dict(offset_1s=1, offset_3s=3)  # seconds of the pieces whose offset is tested
 LOG_EVERY = 50  # steps
 SHIPPED = Path(__file__).parent / "weights" / "sync.pt"  # a real speaker's, see its card
 TOY = "out/toy32/sync.pt"  # where `train` without options writes
@@ -64,72 +73,128 @@ CHANCE = math.log(2)  # the sigmoid loss at zero logits
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks
 
-class FaceTower(nn.Module):
-    """Lower half of five frames, as channels -> (B, dim). Wav2Lip's layout: to a square, then halvings."""
+def read_lips(net: LandmarkNet, images):
+    """Crops of real faces (n, 3, 64, 64) in [-1, 1] -> lip_shape (n, 50), by landmarks.py's networks of each image and
+    its mirror image. Differentiable in the pixels around the mouth alone: no eye or head must move for the lips."""
+    grey = (((images.float() + 1) * 127.5).movedim(1, -1) @ GREY.to(images.device))[:, None]  # (n, 1, 64, 64)
+    with torch.no_grad():
+        face = both_sides(net, grey, MIRROR)  # (n, 68) in units of the crop
+        # the square that fits the landmarks, as in landmarks.py: point u of it is point a u + b of the crop
+        mean = torch.view_as_complex(net.mean)
+        centred = mean - mean.mean()
+        a = MOUTH.side * (face * centred.conj()).sum(1) / centred.abs().square().sum()  # (n,)
+        b = face[:, 48:].mean(1) - MOUTH.place * a
+        shift = a * (1 + 1j) + 2 * b - (1 + 1j)  # of affine_grid, where -1 .. 1 is the crop
+        theta = torch.view_as_real(torch.stack([a, 1j * a, shift], 1)).mT  # (n, 2, 3)
+        grid = F.affine_grid(theta, (len(a), 1, MOUTH.size, MOUTH.size), align_corners=False)
+    crops = F.grid_sample(grey, grid, padding_mode="border", align_corners=False)
+    lips = a[:, None] * both_sides(net.mouth, crops, MIRROR[LIPS] - 48) + b[:, None]  # (n, 20)
+    return lip_shape(torch.cat([face[:, :48], lips], 1))
 
-    GAIN = 3.0  # of the deviations (ours): brings their variance near the mean's
 
-    def __init__(self, size: int, dim: int, width: float):
-        super().__init__()
-        c = [max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512)]
-        rows = size // 2
-        layers = [ConvBlock(3 * SPAN, c[0]), ConvBlock(c[0], c[1], stride=(1, 2)), ConvBlock(c[1], c[1], residual=True)]
-        level = 1  # (B, c1, rows, rows) so far
-        while rows > 4:  # 96 px: 48, 24, 12, 6, 3; 32 px: 16, 8, 4
-            a, b = c[min(level, 4)], c[min(level + 1, 4)]
-            layers += [ConvBlock(a, b, stride=2), ConvBlock(b, b, residual=True)]
-            rows, level = -(-rows // 2), level + 1
-        self.body = nn.Sequential(*layers)
-        self.out = nn.Linear(c[min(level, 4)] * rows**2, dim)
+def both_sides(net, crops, mirror):
+    """Points (n, k) of crops, complex: the mean of those of each crop and of its mirror image"""
+    points, mirrored = torch.view_as_complex(net(torch.cat([crops, crops.flip(-1)]))).chunk(2)
+    return (points + 1 - mirrored[:, mirror].conj()) / 2
 
-    def forward(self, x):  # (B, 5, 3, H/2, W)
-        mean = x.mean(1, keepdim=True)
-        deviation = self.GAIN * (x - mean)
-        # the mean replaces the middle frame's deviation, which follows from the other four
-        x = torch.cat([deviation[:, :HALF], mean, deviation[:, HALF + 1 :]], 1)
-        return self.out(self.body(x.flatten(1, 2)).flatten(1))
+
+def lip_shape(points):
+    """Landmarks, complex (.., 68) -> (.., 50): those of lips and chin, x and y, from the middle between the eyes, in
+    distances of the eyes and upright"""
+    left, right = points[..., 36:42].mean(-1, keepdim=True), points[..., 42:48].mean(-1, keepdim=True)
+    return torch.view_as_real((points[..., LIP_POINTS] - (left + right) / 2) / (right - left)).flatten(-2)
+
+
+def time_tower(c_in: int, steps: int, strides: tuple, dim: int, channels: int = 96) -> nn.Sequential:
+    """(B, c_in, S) -> (B, dim): a convolution over time for each stride"""
+    layers = []
+    for stride in strides:
+        layers += [nn.Conv1d(c_in, channels, 3, stride, 1), nn.GroupNorm(8, channels), nn.GELU(), nn.Dropout(0.2)]
+        c_in, steps = channels, -(-steps // stride)
+    layers += [nn.Flatten(), nn.Linear(channels * steps, 2 * channels), nn.GELU()]
+    return nn.Sequential(OrderedDict(body=nn.Sequential(*layers), out=nn.Linear(2 * channels, dim)))
+
+
+def pixel_tower(size: int, dim: int, width: float) -> nn.Sequential:
+    """Lower half of five images (B, 15, size / 2, size) -> (B, dim). Wav2Lip's layout: to a square, then halvings"""
+    c = [max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512)]
+    layers = [ConvBlock(3 * SPAN, c[0]), ConvBlock(c[0], c[1], stride=(1, 2)), ConvBlock(c[1], c[1], residual=True)]
+    rows, level = size // 2, 1  # (B, c1, rows, rows) so far
+    while rows > 4:  # 96 px: 48, 24, 12, 6, 3; 32 px: 16, 8, 4
+        a, b = c[min(level, 4)], c[min(level + 1, 4)]
+        layers += [ConvBlock(a, b, stride=2), ConvBlock(b, b, residual=True)]
+        rows, level = -(-rows // 2), level + 1
+    out = nn.Linear(c[min(level, 4)] * rows**2, dim)
+    return nn.Sequential(OrderedDict(body=nn.Sequential(*layers, nn.Flatten()), out=out))
 
 
 class SyncNet(nn.Module):
     """Two towers; logit = scale * cosine + bias, positive for "in sync".
 
-    size: edge of the whole crops, a multiple of 16; larger ones are shrunk to it, and their lower half is taken here: it
-    has lips and chin, not the eyes. dim: E. width: channels of the towers, 1 is Wav2Lip's.
+    size: edge of the crops, a multiple of 16; larger ones are shrunk to it. dim: E. width: channels of the towers of
+    pixels, 1 is Wav2Lip's. lips: by the shape of real lips, with small towers; size 64. cosine: as in Wav2Lip, the cosine
+    of embeddings after a ReLU is the probability.
     """
 
-    def __init__(self, size: int = 96, dim: int = 512, width: float = 1.0):
+    def __init__(self, size: int = 96, dim: int = 512, width: float = 1.0, lips: bool = False, cosine: bool = False):
         super().__init__()
         assert size % 16 == 0 and size > 0, f"size is {size}, expected a multiple of 16"
-        self.config = dict(size=size, dim=dim, width=width)
-        self.size = size
-        self.face_tower = FaceTower(size, dim, width)
-        self.sound_tower = AudioEncoder(dim, width)
+        self.config = dict(size=size, dim=dim, width=width, lips=lips, cosine=cosine)
+        self.size, self.lips, self.cosine = size, lips, cosine
+        if lips:
+            self.landmarks = LandmarkNet().requires_grad_(False)
+            self.face_tower = time_tower(4 * len(LIP_POINTS), SPAN, (1, 1), dim)
+            self.sound_tower = time_tower(N_MELS, WINDOW, (1, 2, 2), dim)
+        else:
+            self.face_tower, self.sound_tower = pixel_tower(size, dim, width), AudioEncoder(dim, width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(5.0)))  # ours; SigLIP's 10 starts at a larger loss
         self.bias = nn.Parameter(torch.tensor(0.0))  # SigLIP's -10 is for one positive in 32,000; ours are balanced
 
+    def read(self, images):
+        """Whole crops (n, 3, H, H) in [-1, 1], H >= size -> (n, ..), what the face tower sees of them"""
+        H = images.shape[-1]
+        assert images.shape[1:] == (3, H, H) and H >= self.size, (
+            f"images are {tuple(images.shape)}, expected (n, 3, H, H) with H >= {self.size}")
+        images = shrink(images, self.size)
+        return read_lips(self.landmarks, images) if self.lips else images
+
+    def embed(self, x):
+        """Five frames of what `read` gives, (B, 5, ..) -> (B, E) of unit length"""
+        if self.lips:
+            x = (x - lip_shape(torch.view_as_complex(self.landmarks.mean))) / LIP_SCALE
+        else:
+            x = x[..., self.size // 2 :, :]  # (B, 5, 3, size/2, size): lips and chin, not the eyes
+        mean = x.mean(1, keepdim=True)
+        deviation = GAIN * (x - mean)
+        if self.lips:
+            x = torch.cat([x, deviation], 2).mT  # (B, 100, 5)
+        else:  # the mean replaces the middle frame's deviation, which follows from the other four
+            x = torch.cat([deviation[:, :HALF], mean, deviation[:, HALF + 1 :]], 1).flatten(1, 2)
+        return self.unit(self.face_tower(x))
+
     def face(self, frames):
-        """Whole crops (B, 5, 3, H, H) in [-1, 1], H >= size -> (B, E) of unit length"""
-        H = frames.shape[-1]
-        assert frames.shape[1:] == (SPAN, 3, H, H) and H >= self.size, (
-            f"frames are {tuple(frames.shape)}, expected (B, {SPAN}, 3, H, H) with H >= {self.size}")
-        x = shrink(frames, self.size)[..., self.size // 2 :, :]  # (B, 5, 3, size/2, size)
-        return F.normalize(self.face_tower(x).float(), dim=1)
+        """Whole crops (B, 5, 3, H, H) in [-1, 1] -> (B, E) of unit length"""
+        assert frames.shape[1] == SPAN, f"frames are {tuple(frames.shape)}, expected (B, {SPAN}, 3, H, H)"
+        return self.embed(self.read(frames.flatten(0, 1)).unflatten(0, (-1, SPAN)))
 
     def sound(self, mel):
         """Mel windows (B, 1, 80, 16) of the middle frames -> (B, E) of unit length"""
-        return F.normalize(self.sound_tower(mel).float(), dim=1)
+        return self.unit(self.sound_tower(mel[:, 0] / 4 if self.lips else mel))
+
+    def unit(self, x):
+        return F.normalize(x.float().relu() if self.cosine else x.float(), dim=1)
 
     def logits(self, face, sound):
         """(B, E), (B2, E) of unit length -> (B, B2): log odds that they belong together"""
-        return self.log_scale.exp() * face @ sound.t() + self.bias
+        cosine = face @ sound.t()
+        return torch.logit(cosine, eps=1e-4) if self.cosine else self.log_scale.exp() * cosine + self.bias
 
 
 def shrink(images, size: int):
-    """(.., 3, H, H), H >= size -> (.., 3, size, size)"""
+    """(n, C, H, H), H >= size -> (n, C, size, size)"""
     if images.shape[-1] == size:
         return images
-    x = F.interpolate(images.flatten(0, -4), (size, size), mode="bilinear", antialias=True)
-    return x.view(*images.shape[:-2], size, size)
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
@@ -141,6 +206,7 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
     if str(path) == "wav2lip" or Path(path).suffix == ".pth":
         expert = wav2lip_expert(device, None if str(path) == "wav2lip" else path)
         expert.size, expert.template = 96, "face"  # it enlarges smaller images
+        expert.read, expert.embed = nn.Identity(), expert.face
         return expert
     expert = build_expert(load_checkpoint(path, "syncnet"), path)
     if size is not None and size < expert.size:
@@ -160,23 +226,21 @@ def build_expert(checkpoint: dict, path) -> SyncNet:
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
 
-def expert_loss(logits, clip, k) -> dict:
+def expert_loss(logits, clip, k, apart: int = NEAR, others: bool = True) -> dict:
     """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the loss.
 
     Pairwise sigmoid, each -log sigmoid(+-logit), absent where the batch has no such pair: in_sync (the diagonal); shifted
-    (same clip, NEAR frames or more apart); other (another clip). contrast: -log softmax of the true sound among the
-    sounds and of the true face among the faces (CLIP), pairs nearer than NEAR left out.
+    (same clip, `apart` frames or more apart); other (another clip; not without `others`). contrast: -log softmax of the
+    true sound among the sounds and of the true face among the faces (CLIP), of these pairs.
     """
     N = len(clip)
     assert logits.shape == (N, N), f"logits are {tuple(logits.shape)}, expected {(N, N)}"
-    same = clip[:, None] == clip[None]
-    far = (k[:, None] - k[None]).abs() >= NEAR
+    same, own = clip[:, None] == clip[None], torch.arange(N, device=logits.device)
+    wrong = dict(shifted=same & ((k[:, None] - k[None]).abs() >= apart), other=~same & others)
     terms = dict(in_sync=F.softplus(-logits.diagonal()).mean())
-    for name, pairs in (("shifted", same & far), ("other", ~same)):
-        if pairs.any():
-            terms[name] = F.softplus(logits[pairs]).mean()
-    near = same & ~far & ~torch.eye(N, dtype=torch.bool, device=logits.device)
-    logits, own = logits.masked_fill(near, -1e4), torch.arange(N, device=logits.device)
+    terms |= {name: F.softplus(logits[pairs]).mean() for name, pairs in wrong.items() if pairs.any()}
+    pairs = wrong["shifted"] | wrong["other"] | (own[:, None] == own)
+    logits = logits.masked_fill(~pairs, -1e4)
     terms["contrast"] = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
     return terms
 
@@ -192,52 +256,57 @@ def sigmoid_part(terms: dict):
 # the data
 
 class Windows(Dataset):
-    """Several five-frame windows of one clip, NEAR frames or more apart where it is long enough.
+    """Several five-frame windows of one clip, of five frames or more.
 
-    clips: numbers of the pack's clips to draw from. size: edge of the images, the pack's or less. augment: vary images
-    and voices. Item n depends on (seed, n) alone: see data.batches.
+    clips: numbers of the pack's clips to draw from. expert: its `read` turns images into what its face tower gets. That
+    and the mel are kept in memory. augment: vary faces and voices. Item n depends on (seed, n) alone: see data.batches.
     """
 
-    CACHE = 2**31  # bytes; ours: the shrunk images of a pack up to this size stay in memory
-
-    def __init__(self, pack: Pack, clips, windows: int, seed: int, size: int | None = None, augment: bool = True):
-        self.pack, self.clips, self.windows, self.seed = pack, np.asarray(clips), windows, seed
-        self.size, self.augment = size or pack.size, augment
-        self.fits = int(pack.frame_start[-1]) * self.size**2 * 3 <= self.CACHE
-        self.cache = {}  # clip -> images, mel: decoding and shrinking cost as much as a training step
+    def __init__(self, pack: Pack, clips, expert, windows: int = 0, seed: int = 0, augment: bool = True):
+        self.pack, self.clips, self.expert = pack, np.asarray(clips), expert
+        self.windows, self.seed, self.augment, self.cache = windows, seed, augment, {}
 
     def __getitem__(self, n: int) -> dict:
-        """-> frames (windows, 5, 3, H, W), mel (windows, 1, 80, 16), clip (windows,), k (windows,): middle frames"""
+        """-> frames (windows, 5, ..), mel (windows, 1, 80, 16), clip (windows,), k (windows,): middle frames"""
         rng = np.random.default_rng([self.seed, n])
-        c = int(rng.choice(self.clips))
-        length = int(self.pack.n_frames[c])
-        k = HALF + spaced(rng, max(1, length - SPAN + 1), self.windows)  # (windows,)
-        shown = np.minimum(k[:, None] + np.arange(-HALF, HALF + 1), length - 1)  # a short clip repeats its last frame
-        frames, mel = self.read(c, k, shown)
+        c, other = (int(v) for v in rng.choice(self.clips, 2))
+        x, mel = self.read(c)
+        K = len(x) - SPAN + 1
+        k = HALF + np.sort(rng.choice(K, self.windows, replace=K < self.windows))  # (windows,)
+        x, mel = x[torch.from_numpy(k[:, None] + np.arange(-HALF, HALF + 1))], mel_windows(mel, k)
         if self.augment:
-            frames, mel = vary(frames, rng), change_voice(mel, rng)
-        return dict(frames=frames, mel=torch.from_numpy(mel), clip=torch.full((len(k),), c), k=torch.from_numpy(k))
+            x = vary_lips(x, self.read(other)[0], rng) if self.expert.lips else vary(x, rng)
+            mel = change_voice(mel, rng)
+        return dict(frames=x, mel=torch.from_numpy(mel), clip=torch.full((len(k),), c), k=torch.from_numpy(k))
 
-    def read(self, c: int, k, shown):
-        """Clip c -> its frames `shown` (windows, 5) as (windows, 5, 3, size, size), the mel windows of frames k."""
-        if not self.fits:
-            images = to_tensor(self.pack.frames(c, shown.ravel()))
-            return shrink(images, self.size).unflatten(0, shown.shape), self.pack.windows(c, k)
+    @torch.no_grad()
+    def read(self, c: int):
+        """Clip c -> what the expert's `read` gives of its frames (T, ..), mel (80, S)"""
         if c not in self.cache:
             images = to_tensor(self.pack.frames(c, range(self.pack.n_frames[c])))
-            images = ((shrink(images, self.size) + 1) * 127.5).round().byte()  # (T, 3, size, size)
-            self.cache[c] = images, log_mel(self.pack.sound(c))
-        images, mel = self.cache[c]
-        return images[torch.from_numpy(shown)].float() / 127.5 - 1, mel_windows(mel, k)
+            device = next(self.expert.parameters()).device
+            self.cache[c] = self.expert.read(images.to(device)).cpu(), log_mel(self.pack.sound(c))
+        return self.cache[c]
+
+
+def vary_lips(x, other, rng):
+    """Augments windows of one clip (K, 5, 50), all alike but for the noise: the mean shape goes part of the way to that
+    of another clip (T, 50); more or less motion; mirrored, turned, stretched, moved. The widths are ours."""
+    mean = x.mean((0, 1))
+    to_other = rng.uniform(0, 0.8) * (rng.random() < 0.7) * (other.mean(0) - mean)
+    x = (mean + to_other + np.exp(rng.normal(0, 0.15)) * (x - mean)).unflatten(-1, (-1, 2))  # (K, 5, 25, 2)
+    if rng.random() < 0.5:
+        x = x[:, :, LIP_MIRROR] * torch.tensor([-1.0, 1.0])
+    angle, middle = rng.normal(0, 0.06), x.mean((0, 1, 2))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * np.exp(rng.normal(0, 0.12, 2))
+    x = (x - middle) @ torch.from_numpy(turn).float() + middle + torch.from_numpy(rng.normal(0, 0.04, 2)).float()
+    return (x + torch.from_numpy(rng.normal(0, 0.006 * rng.random(), x.shape)).float()).flatten(2)
 
 
 def vary(frames, rng):
-    """Augments windows of one clip (K, 5, 3, H, W); the five frames of a window always alike.
-
-    All are mirrored or none. Each window is turned by up to 4 degrees, zoomed and moved by up to 5 %, lit otherwise (gain
-    30 %, tint 10 %, brightness .15 of the range), and every third is blurred to half its size, as young generators do.
-    The widths are ours.
-    """
+    """Augments windows of one clip (K, 5, 3, H, H), the five frames of each alike: all mirrored or none; turned by up to
+    4 degrees, zoomed and moved by up to 5 %, lit otherwise (gain 30 %, tint 10 %, brightness .15 of the range), every
+    third blurred to half its size, as young generators do. Widths are ours."""
     K, H = len(frames), frames.shape[-1]
     turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
@@ -254,14 +323,6 @@ def vary(frames, rng):
     return x.view_as(frames) * torch.from_numpy(light).float() + torch.from_numpy(brightness).float()
 
 
-def spaced(rng, length: int, count: int):
-    """`count` of 0 .. length-1, NEAR or more apart, all such choices equally likely; any where they do not fit."""
-    slack = length - (count - 1) * (NEAR - 1)
-    if slack < count:
-        return np.sort(rng.integers(length, size=count))
-    return np.sort(rng.choice(slack, count, replace=False)) + (NEAR - 1) * np.arange(count)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # logits of clips, by shift of the sound
 
@@ -269,20 +330,28 @@ def spaced(rng, length: int, count: int):
 def embed(expert, images, mel, device, batch: int = 128):
     """All windows of a clip: iterable of uint8 (H, H, 3), mel (80, S) -> face (K, E), sound (K, E); K = frames - 4.
 
-    Window i has frames i .. i+4. Images are streamed: at most batch + 4 are in memory.
+    Window i has frames i .. i+4. Images are streamed: at most batch are in memory.
     """
-    images, held, faces = iter(images), [], []
-    while new := list(islice(images, batch if held else batch + SPAN - 1)):
-        held = held[1 - SPAN :] + new  # windows overlap by four frames
-        assert len(held) >= SPAN, "a clip of fewer than five frames has no window"
-        frames = to_tensor(np.stack(held)).to(device)  # (b + 4, 3, H, H)
-        if frames.shape[-1] > expert.size:
-            frames = shrink(frames, expert.size)  # here, and not five times each
-        faces.append(expert.face(frames.unfold(0, SPAN, 1).movedim(-1, 1)))  # (b, 5, 3, H, W)
+    images, kept, faces = iter(images), [], []
+    while new := list(islice(images, batch)):
+        x = torch.cat([*kept, expert.read(to_tensor(np.stack(new)).to(device))])
+        faces += [embed_frames(expert, x)] if len(x) >= SPAN else []
+        kept = [x[1 - SPAN :]]  # windows overlap by four frames
+    assert faces, "a clip of fewer than five frames has no window"
     face = torch.cat(faces)
-    sound = [expert.sound(torch.from_numpy(mel_windows(mel, HALF + np.arange(a, min(a + batch, len(face))))).to(device))
-             for a in range(0, len(face), batch)]
-    return face, torch.cat(sound)
+    return face, embed_sound(expert, mel, len(face))
+
+
+def embed_frames(expert, x):
+    """What expert.read gives of n images -> embeddings (n - 4, E) of every five in a row"""
+    return expert.embed(x.unfold(0, SPAN, 1).movedim(-1, 1))
+
+
+def embed_sound(expert, mel, K: int, batch: int = 128):
+    """mel (80, S) -> embeddings (K, E) of a clip's windows"""
+    device = next(expert.parameters()).device
+    return torch.cat([expert.sound(torch.from_numpy(mel_windows(mel, HALF + np.arange(a, min(a + batch, K)))).to(device))
+                      for a in range(0, K, batch)])
 
 
 @torch.no_grad()
@@ -291,83 +360,86 @@ def by_shift(expert, face, sound, reach: int = MAX_OFFSET):
 
     Column reach + d has face k with sound k + d, NaN beyond the clip; S = 2 reach + 1.
     """
-    K, block = len(face), 256
-    rows = []
-    for a in range(0, K, block):
-        lo, hi = max(0, a - reach), min(K, a + block + reach)
-        logits = expert.logits(face[a : a + block], sound[lo:hi])  # (b, hi - lo)
-        at = torch.arange(a, min(a + block, K), device=face.device)[:, None]
-        at = at + torch.arange(-reach, reach + 1, device=face.device)  # (b, S)
-        picked = logits.gather(1, (at - lo).clamp(0, hi - lo - 1))
+    K, rows, shifts = len(face), [], torch.arange(-reach, reach + 1)
+    for a in range(0, K, 256):  # a block of windows at once
+        lo = max(0, a - reach)
+        logits = expert.logits(face[a : a + 256], sound[lo : min(K, a + 256 + reach)]).cpu()
+        at = torch.arange(a, min(a + 256, K))[:, None] + shifts  # (b, S)
+        picked = logits.gather(1, (at - lo).clamp(0, logits.shape[1] - 1))
         rows.append(picked.masked_fill((at < 0) | (at >= K), math.nan))
-    return torch.cat(rows).cpu().numpy()
+    return torch.cat(rows).numpy()
 
 
 def best_offset(table):
     """(K, S) of by_shift -> frames by which the sound is late; confidence; fit.
 
-    Fit is the mean logit at the best offset: above 0, the clip is in sync there. Confidence is fit minus the median over
-    the offsets: SyncNet's definition, with logits for distances. Offsets that fewer than half of the windows have are
-    left out.
+    Confidence is the mean logit at the best offset less the median over the offsets: SyncNet's definition, with logits
+    for distances. Fit is that mean less SURE, or more for clips shorter than 3 s: above 0 mouth and sound belong
+    together. Offsets that fewer than half of the windows have are left out.
     """
     counts = np.isfinite(table).sum(0)
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
     best = int(np.nanargmax(means))
-    return best - table.shape[1] // 2, float(means[best] - np.nanmedian(means)), float(means[best])
+    fit = means[best] - SURE * (3 * FPS / len(table)) ** 0.5
+    return best - table.shape[1] // 2, float(means[best] - np.nanmedian(means)), float(fit)
 
 
-def validate(expert, pack: Pack, clips, device) -> dict:
-    """Measures an expert on clips of a pack; those of fewer than five frames are skipped.
-
-    Returns by_shift, lists over the shifts 0 .. MAX_OFFSET, and the means of all but the first from FAR on:
-        positive_rate      share of windows of 0.2 s with a logit above 0: right at shift 0 only
-        accuracy           half of the positives at shift 0, half of the negatives at this shift
-        speech             accuracy where the own or the shifted sound is speech: all pauses sound alike
-        second             accuracy of the mean logit of each second
-        pairwise_accuracy  share of windows whose own sound has a higher logit than the shifted one: no threshold
-    loss (in sync and shifted by FAR or more, half and half); windows, clips (how many); window, clip (share whose offset
-    is found within one frame, from one window and from the whole clip).
-    """
-    tables, seconds, speech = [], [], []
+@torch.no_grad()
+def measure(expert, windows: Windows, clips) -> list[dict]:
+    """-> for each clip: clip, its number; table (K, S) of by_shift; fit of best_offset; other_fit, with the sound of the
+    clip before; offset_1s, offset_3s, offset_clip: offsets found of pieces of that length, less the true ones."""
+    found, device, other = [], next(expert.parameters()).device, None
     for c in clips:
-        T = int(pack.n_frames[c])
-        if T >= SPAN:
-            mel = log_mel(pack.sound(c))
-            table = by_shift(expert, *embed(expert, (pack.frame(c, k) for k in range(T)), mel, device))
-            tables.append(table)
-            seconds.append(sliding_window_view(table, min(FPS - SPAN + 1, len(table)), 0).mean(-1))
-            speech.append(np.where(speech_pairs(mel, len(table)), table, math.nan))
-    if not tables:
-        raise InputError(f"{pack.folder}: no clip has {SPAN} frames")
-    table, seconds, speech = map(np.concatenate, (tables, seconds, speech))  # (windows, S)
-    rates = shift_rates(table) | dict(speech=shift_rates(speech)["accuracy"], second=shift_rates(seconds)["accuracy"])
+        x, mel = windows.read(c)
+        face = embed_frames(expert, x.to(device))
+        sound = embed_sound(expert, mel, len(face))
+        table = by_shift(expert, face, sound)
+        offset, _, fit = best_offset(table)
+        result = dict(clip=c, table=table, fit=fit, offset_clip=[offset], other_fit=math.nan)
+        if other is not None:
+            result["other_fit"] = best_offset(by_shift(expert, face[: len(other)], other[: len(face)]))[2]
+        for name, seconds in PIECES.items():  # sound as it is, or moved by five frames
+            K = seconds * FPS - SPAN + 1
+            at = np.arange(0, len(face) - K + 1, FAR)
+            at = [(a, b) for a in at for b in (a - FAR, a, a + FAR) if 0 <= b <= len(face) - K]
+            result[name] = [best_offset(by_shift(expert, face[a : a + K], sound[b : b + K]))[0] - (a - b) for a, b in at]
+        found.append(result)
+        other = sound
+    return found
+
+
+def summary(found: list[dict]) -> dict:
+    """What `measure` found -> by_shift, lists over the shifts 0 .. MAX_OFFSET, and the means from 5 frames on:
+    positive_rate, share of windows of 0.2 s with a logit above 0, right at shift 0 only; accuracy, half of the
+    positives at shift 0 and half of the negatives at this shift; second, accuracy of the mean logit of each second.
+    loss, in sync and shifted by FAR or more, half and half. offset_window, _1s, _3s, _clip: share found within one frame.
+    accepted, refused: clips with their own and with another sound."""
+    table = np.concatenate([f["table"] for f in found])  # (windows, S)
+    second = [sliding_window_view(f["table"], min(FPS - SPAN + 1, len(f["table"])), 0).mean(-1) for f in found]
+    rates = (*shift_rates(table), shift_rates(np.concatenate(second))[1])
+    rates = dict(zip(("positive_rate", "accuracy", "second"), rates))
     own, wrong = table[:, MAX_OFFSET], np.delete(table, range(MAX_OFFSET - FAR + 1, MAX_OFFSET + FAR), 1)
     wrong = wrong[np.isfinite(wrong)]
-    loss = (np.logaddexp(0, -own).mean() + (np.logaddexp(0, wrong).mean() if len(wrong) else CHANCE)) / 2
-    return {name: float(np.mean(rate[FAR:])) for name, rate in rates.items() if name != "positive_rate"} | dict(
-        by_shift={name: rate.tolist() for name, rate in rates.items()}, windows=len(table), clips=len(tables),
-        loss=float(loss), window=float((abs(np.nanargmax(table, 1) - MAX_OFFSET) <= 1).mean()),
-        clip=float(np.mean([abs(best_offset(t)[0]) <= 1 for t in tables])))
+    late = {name: np.array([v for f in found for v in f[name]]) for name in (*PIECES, "offset_clip")}
+    shares = {name: abs(v) <= 1 for name, v in late.items()}
+    shares["offset_window"] = abs(np.nanargmax(table, 1) - MAX_OFFSET) <= 1
+    shares["accepted"] = np.array([f["fit"] > 0 for f in found])
+    shares["refused"] = np.array([f["other_fit"] <= 0 for f in found if np.isfinite(f["other_fit"])])
+    return dict(by_shift={name: rate.tolist() for name, rate in rates.items()}, windows=len(table),
+                loss=float(np.logaddexp(0, -own).mean() + (np.logaddexp(0, wrong).mean() if len(wrong) else CHANCE)) / 2,
+                **{name: float(np.nanmean(rates[name][FAR:])) for name in ("accuracy", "second")},
+                **{name: float(right.mean()) if len(right) else math.nan for name, right in shares.items()})
 
 
-def shift_rates(table) -> dict:
-    """(K, S) of by_shift -> positive_rate, accuracy, pairwise_accuracy, each (S // 2 + 1,) over the size of the shift;
-    NaN where no window has such a shift"""
+def shift_rates(table) -> tuple:
+    """(K, S) of by_shift -> positive_rate, accuracy (S // 2 + 1,) by size of the shift; NaN where no window has it"""
     middle = table.shape[1] // 2
     logits = np.concatenate([table[:, middle::-1], table[:, middle:]])  # (2 K, S // 2 + 1)
     with np.errstate(invalid="ignore"):
-        positive, above = ((x.sum(0) / np.isfinite(logits).sum(0)) for x in (logits > 0, logits[:, :1] > logits))
+        positive = (logits > 0).sum(0) / np.isfinite(logits).sum(0)
     accuracy = (positive[0] + 1 - positive) / 2
-    accuracy[0], above[0] = positive[0], 0.5  # at shift 0 there is no negative
-    return dict(positive_rate=positive, accuracy=accuracy, pairwise_accuracy=above)
-
-
-def speech_pairs(mel, K: int):
-    """(K, S): whether a clip's window k, or the one d frames away, is speech: louder than the middle, in dB, of its
-    quietest and its loudest window."""
-    level = mel_windows(mel, HALF + np.arange(K)).mean((1, 2, 3))
-    speech = level > (level.min() + level.max()) / 2
-    return speech[:, None] | sliding_window_view(np.pad(speech, MAX_OFFSET), 2 * MAX_OFFSET + 1)
+    accuracy[0] = positive[0]  # no negative
+    return positive, accuracy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,8 +458,8 @@ def train(args):
           f"{sum(p.numel() for p in expert.parameters()) / 1e6:.2f} M parameters; chance is a loss of {CHANCE:.3f}")
 
     used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
-    windows = Windows(pack, drawn_clips(pack, clips, args), args.windows, args.seed, args.size)
-    stream = batches(windows, args.batch, start, args.workers)
+    stream = batches(Windows(pack, drawn_clips(pack, clips, args), expert, args.windows, args.seed), args.batch, start)
+    val_windows, average = Windows(val, val_clips, expert), math.nan
     log, timer = open_log(out.with_name(f"log_{out.stem}.jsonl"), args), StepTimer(device)
     validate_every = max(1, min(1000, args.steps // 4))
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sync expert", disable=None)
@@ -396,21 +468,23 @@ def train(args):
         for group, factor in zip(opt.param_groups, (1, 10)):  # ours: the scale has to go from 5 to 40
             group["lr"] = factor * args.lr * cosine_warmup(step, args.steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            face, sound = expert.face(batch["frames"]), expert.sound(batch["mel"])  # (N, E)
-        terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"])
+            face, sound = expert.embed(batch["frames"]), expert.sound(batch["mel"])  # (N, E)
+        apart, others = round(args.negatives * FPS), not expert.lips
+        terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"], apart, others)
         check_finite(terms, step)
         sigmoid = sigmoid_part(terms)
         opt.zero_grad(set_to_none=True)
-        (sigmoid + 0.5 * terms["contrast"]).backward()  # ours: .5
+        (sigmoid + (0 if args.cosine else 0.5 * terms["contrast"])).backward()  # ours: .5
         opt.step()
+        average = sigmoid.detach() if step == start else average.lerp(sigmoid.detach(), 1 / LOG_EVERY)
 
         end = step + 1 == args.steps
         if (step + 1) % LOG_EVERY == 0 or end:
-            line = dict(step=step + 1, loss=sigmoid.item(), **{name: value.item() for name, value in terms.items()},
-                        scale=expert.log_scale.exp().item(), bias=expert.bias.item())
+            line = terms | dict(average=average, scale=expert.log_scale.exp(), bias=expert.bias)
+            line = dict(step=step + 1, loss=sigmoid.item()) | {name: value.item() for name, value in line.items()}
             write_log(log, bar, line | timer.pace(len(face)), args.steps)
         if (step + 1) % validate_every == 0 or end:
-            found = validate(expert.eval(), val, val_clips, device)
+            found = summary(measure(expert.eval(), val_windows, val_clips))
             expert.train()
             write_log(log, bar, dict(step=step + 1) | {f"val_{k}": v for k, v in found.items() if type(v) is float})
             checkpoint = dict(kind="syncnet", format=1, config=dict(net=expert.config, template=pack.template),
@@ -419,7 +493,7 @@ def train(args):
                 best = found["loss"]
                 save_checkpoint(out, checkpoint | dict(networks=dict(expert=half(expert))))
             save_checkpoint(last, checkpoint | dict(
-                args=vars(args), best=best, networks=dict(expert=expert.state_dict()),
+                args=vars(args), best=best, rng=torch.get_rng_state(), networks=dict(expert=expert.state_dict()),
                 optimisers=dict(adam=opt.state_dict())))
             timer = StepTimer(device)  # validation is not a step
     print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --expert {args.out}")
@@ -429,14 +503,21 @@ def start_run(args, path: Path, device) -> tuple:
     """-> expert, optimiser, steps done, least held-out loss; with --resume as they were saved in `path`"""
     saved = load_checkpoint(path, "syncnet") if args.resume else None
     torch.manual_seed(args.seed)
-    expert = (build_expert(saved, path) if saved else SyncNet(args.size, args.dim, args.width)).to(device)
+    lips = bool(args.data) and open_packs(args.data).template != "toy"
+    args.size = FACE_SIZE if lips else args.size
+    expert = build_expert(saved, path) if saved else SyncNet(args.size, args.dim, args.width, lips, args.cosine)
     if expert.size != args.size:
         raise InputError(f"{path}: an expert for images of {expert.size} px, --size is {args.size}")
-    weights = [p for name, p in expert.named_parameters() if name not in ("log_scale", "bias")]
-    opt = torch.optim.Adam([dict(params=weights), dict(params=[expert.log_scale, expert.bias])], betas=(0.9, 0.99))
+    if lips and not saved:
+        expert.landmarks = load_landmarks()
+    expert = expert.to(device).train()
+    weights = [p for tower in (expert.face_tower, expert.sound_tower) for p in tower.parameters()]
+    groups = [dict(params=weights), dict(params=[expert.log_scale, expert.bias], weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
     if not saved:
         return expert, opt, 0, math.inf
     opt.load_state_dict(saved["optimisers"]["adam"])
+    torch.set_rng_state(saved["rng"].cpu())  # of dropout
     return expert, opt, saved["step"], saved["best"]
 
 
@@ -447,10 +528,9 @@ def load_data(args, folder: Path):
         pack = open_packs(args.data)
         if pack.size < args.size:
             raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
-        parts = split(pack, args)
-        return pack, parts["train"], pack, parts["valid"]
-    pack = toy_pack(folder, args.size, args.people, 3.0)
-    val = toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
+        train, valid, _ = (clips[pack.n_frames[clips] >= SPAN] for clips in split(pack, args).values())
+        return pack, train, pack, valid
+    pack, val = toy_pack(folder, args.size, args.people, 3.0), toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
     return pack, split(pack, args)["train"], val, np.arange(len(val))
 
 
@@ -458,19 +538,29 @@ def load_data(args, folder: Path):
 # test
 
 def test(args):
-    """Prints the results of `validate` on held-out clips as a table."""
+    """Prints `summary` of held-out clips by shift and by person, and how far off the offsets found are."""
     device = pick_device(args.device)
     path = args.expert or (SHIPPED if args.data else TOY)
     expert = load_sync(path, device)
     pack, clips, what = held_out_clips(args.data, expert, path)
-    found = validate(expert, pack, tqdm(clips, "clips", disable=None), device)
-    print(f"{what}: {found['clips']} clips, {found['windows']} windows; loss {found['loss']:.3f} (chance {CHANCE:.3f})\n")
-    columns = ("positive_rate", "accuracy", "speech", "second", "pairwise_accuracy")
-    print("| shift, frames | called in sync | accuracy | of speech | of seconds | own above shifted |\n|" + "---:|" * 6)
-    for d in range(MAX_OFFSET + 1):
-        print(f"| {d} | " + " | ".join(f"{found['by_shift'][name][d]:.3f}" for name in columns) + " |")
-    print(f"| {FAR}-{MAX_OFFSET} | | " + " | ".join(f"{found[name]:.3f}" for name in columns[1:]) + " |\n")
-    print(f"offset within one frame: {found['window']:.3f} of single windows, {found['clip']:.3f} of clips")
+    clips = measure(expert, Windows(pack, [], expert), tqdm(clips, "clips", disable=None))
+    found = summary(clips)
+    print(f"{what}: {len(clips)} clips, {found['windows']} windows; loss {found['loss']:.3f} (chance {CHANCE:.3f})\n\n"
+          f"| shift, frames | called in sync | accuracy | of seconds |\n|" + "---:|" * 4)
+    for d, row in enumerate(zip(*found["by_shift"].values())):
+        print(f"| {d} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+    print(f"| {FAR}-{MAX_OFFSET} | | {found['accuracy']:.3f} | {found['second']:.3f} |\n")
+    columns = dict(second="in sync or not, of 1 s", offset_window="offset within one frame: of 0.2 s", offset_1s="of 1 s",
+                   offset_3s="of 3 s", offset_clip="of clips", accepted="own sound accepted", refused="another refused")
+    print(f"| person | clips | {' | '.join(columns.values())} |\n|---|" + "---:|" * (len(columns) + 1))
+    person = [pack.identities[pack.identity[clip["clip"]]] for clip in clips]
+    for name in [*sorted(set(person)), "all"]:
+        own = [clip for clip, p in zip(clips, person) if name in (p, "all")]
+        found = summary(own)
+        print(f"| {name} | {len(own)} | " + " | ".join(f"{found[column]:.2f}" for column in columns) + " |")
+    for name, seconds in PIECES.items():
+        late, count = np.unique([v for clip in clips for v in clip[name]], return_counts=True)
+        print(f"\nframes off, {seconds} s: " + ", ".join(f"{v:+.0f} {n} times" for v, n in zip(late, count)))
 
 
 def held_out_clips(data: list | None, expert, path) -> tuple:
@@ -507,8 +597,8 @@ def offset(args):
     out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES) if args.fix else None
     late, confidence, fit, windows = clip_offset(expert, path, device, args.box)
     words = f"{abs(late)} frame{'s' * (abs(late) != 1)} ({abs(late) / FPS:.2f} s) {'late' if late > 0 else 'early'}"
-    doubt = "" if fit > 0 else "; a guess, mouth and sound fit at no offset"
-    words = f"{words if late else 'in sync'}; confidence {confidence:.1f} (above 4 is sure; {windows} windows){doubt}"
+    sure = "sure" if fit > 0 else "a guess"
+    words = f"{words if late else 'in sync'}; confidence {confidence:.1f}, {sure} ({windows} windows)"
     print(f"{path}: the sound is {words}")
     if out:
         write_shifted(path, late, out)
@@ -527,13 +617,10 @@ def clip_offset(expert, path: Path, device, box: str | None = None):
 
 
 def face_crops(path: Path, expert, box: str | None = None):
-    """A video -> crops uint8 (size, size, 3) of the face in it, as a stream.
-
-    The face is in `box` ("x0,y0,x1,y1" in pixels); for an expert of drawn faces in the largest square in the middle;
-    else where the detector finds it, every six seconds (where it finds none later on, the last box stays). A square
-    video without a detected face, or filled by it, is a crop already.
-    Raises InputError: no such box; no detector; no face in the first six seconds, or one that moves too far.
-    """
+    """A video -> crops uint8 (size, size, 3) of the face in it, as a stream: in `box` ("x0,y0,x1,y1" in pixels); drawn
+    faces in the largest square in the middle; else where the detector finds it, every six seconds (where it finds none
+    later on, the last box stays). A square video without a detected face, or filled by it, is a crop already.
+    Raises InputError: no such box; no detector; no face in the first six seconds, or one that moves too far."""
     source = probe(path)
     height = min(source.height, HIGHEST)
     frames = read_video(path, height)
@@ -560,13 +647,9 @@ def detect_box(path: Path, frames: list, last: tuple | None) -> tuple:
 
 
 def write_shifted(path: Path, late: int, out: Path):
-    """The video with its sound moved `late` frames towards the beginning.
-
-    Pictures that are H.264 are copied where possible, others encoded as H.264; so are those of an MP4 that goes into a
-    .mkv, which would show what an edit list hides. The sound keeps its rate, channels and length: silence fills what is
-    missing.
-    Raises InputError: ffmpeg fails.
-    """
+    """The video with its sound moved `late` frames towards the beginning; silence fills what is missing, the rest of the
+    sound stays as it is. H.264 is copied where possible, all else encoded as H.264; so is an MP4 that goes into a .mkv,
+    which would show what an edit list hides. Raises InputError: ffmpeg fails."""
     text = describe(path)
     # scale: where the size changes in the middle; players want even sizes
     ways = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
@@ -601,7 +684,7 @@ def parse(argv=None):
                    "--out")
     split_options(p)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
-                   help="edge of the images it looks at; larger ones are shrunk to it")
+                   help="edge of the drawn faces that it looks at, larger ones are shrunk to it; real faces: 64")
     p.add_argument("--out", default=TOY, help="checkpoint")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--dim", type=int, default=128, help="length of an embedding (Wav2Lip: 512)")
@@ -613,7 +696,9 @@ def parse(argv=None):
     p.add_argument("--resume", action="store_true", help="continue --out; give the same options")
     p.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, default=0, help="processes that load data")
+    p.add_argument("--cosine", action="store_true", help="Wav2Lip's loss: the cosine after a ReLU is the probability")
+    p.add_argument("--negatives", type=float, default=NEAR / FPS,
+                   help="seconds from which on sound of the same clip counts as wrong")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
     t.add_argument("--data", nargs="+", help="packs; of those that the expert was trained on, the held-out clips; "
                    "default: toy people and speech held out for good, drawn beside --expert")

@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import faces
 import judges
+import landmarks
 import media
 import syncnet
 import toyfaces
@@ -21,6 +24,7 @@ from audio import log_mel, mel_windows
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
 from judges import Wav2LipExpert
+from landmarks import load_landmarks
 from losses import sync_loss
 from media import InputError, VideoWriter, load_audio, read_video, to_tensor
 from syncnet import SyncNet, Windows, best_offset, by_shift, embed, expert_loss, load_sync, sigmoid_part
@@ -62,6 +66,21 @@ def world(tmp_path_factory):
 def small(**kw):
     torch.manual_seed(1)
     return SyncNet(**(dict(size=32, dim=20, width=0.1) | kw))
+
+
+@pytest.fixture(scope="module")
+def lips():
+    """An expert of the lips' shape, its towers untrained"""
+    net = small(size=64, lips=True)
+    net.landmarks = load_landmarks()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def portrait():
+    """A face (1, 3, 64, 64), cropped as template "face" asks"""
+    photo = Image.open(Path(syncnet.__file__).parent / "examples/astronaut.jpg").convert("RGB")
+    return to_tensor(np.array(photo.crop((130, 122, 398, 390)).resize((64, 64))))[None]
 
 
 def random_batch(B=3, size=32, seed=0):
@@ -118,6 +137,13 @@ def test_windows_of_one_clip_nearer_than_four_frames_are_left_out_and_no_others(
     assert {(i, j) for i, j in np.argwhere(~changes.numpy()).tolist()} == dropped
 
 
+def test_without_others_the_sound_of_other_clips_counts_nowhere():
+    logits = torch.randn(6, 6, dtype=torch.float64)
+    terms = expert_loss(logits, CLIP, K, others=False)
+    changed = expert_loss(logits + 3 * (CLIP[:, None] != CLIP), CLIP, K, others=False)
+    assert set(terms) == {"in_sync", "shifted", "contrast"} and all(torch.equal(terms[k], changed[k]) for k in terms)
+
+
 def test_a_batch_of_one_clip_has_no_foreign_sound_and_a_batch_of_single_windows_no_shifted_one():
     one = expert_loss(torch.zeros(3, 3), torch.zeros(3), torch.tensor([0, 10, 20]))
     singles = expert_loss(torch.zeros(3, 3), torch.arange(3), torch.tensor([5, 5, 5]))
@@ -131,15 +157,19 @@ def test_a_batch_of_one_clip_has_no_foreign_sound_and_a_batch_of_single_windows_
 # the networks
 
 
-@pytest.mark.parametrize("size, shown", [(16, 16), (48, 48), (96, 96), (48, 128), (32, 72)])
-def test_every_parameter_gets_a_gradient_at_every_size(size, shown):
-    net = small(size=size)
+@pytest.mark.parametrize("size, shown, seen", [
+    (16, 16, {}), (48, 48, {}), (96, 96, {}), (48, 128, {}), (32, 72, dict(cosine=True)), (64, 80, dict(lips=True))])
+def test_every_parameter_gets_a_gradient_at_every_size(size, shown, seen):
+    net = small(size=size, **seen)
+    if net.lips:
+        net.landmarks = load_landmarks()
     frames, mel = random_batch(B=4, size=shown)
     clip, k = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 9, 5, 5])
     terms = expert_loss(net.logits(net.face(frames), net.sound(mel)), clip, k)
     (sigmoid_part(terms) + terms["contrast"]).backward()
-    without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not without
+    without = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert without == {name for name, p in net.named_parameters() if not p.requires_grad} | (
+        {"log_scale", "bias"} if net.cosine else set())
 
 
 def test_embeddings_have_unit_length_and_logits_are_scale_times_cosine_plus_bias():
@@ -183,9 +213,9 @@ def test_frames_and_sound_of_another_shape_are_refused_with_their_shape():
     net = small()
     with pytest.raises(AssertionError, match=r"\(2, 4, 3, 32, 32\)"):
         net.face(torch.zeros(2, 4, 3, 32, 32))
-    with pytest.raises(AssertionError, match=r"\(2, 5, 3, 16, 16\)"):
+    with pytest.raises(AssertionError, match=r"\(10, 3, 16, 16\)"):
         net.face(torch.zeros(2, 5, 3, 16, 16))
-    with pytest.raises(AssertionError, match=r"\(2, 5, 3, 48, 40\)"):
+    with pytest.raises(AssertionError, match=r"\(10, 3, 48, 40\)"):
         net.face(torch.zeros(2, 5, 3, 48, 40))
     with pytest.raises(AssertionError, match=r"\(2, 1, 80, 15\)"):
         net.sound(torch.zeros(2, 1, 80, 15))
@@ -202,6 +232,69 @@ def test_one_batch_can_be_overfitted():
         loss.backward()
         opt.step()
     assert sigmoid_part(terms) < 0.2  # from .69
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the shape of the lips
+
+
+def test_the_shape_of_lips_does_not_depend_on_where_the_face_is_how_large_or_how_turned():
+    z = torch.randn(3, 68, dtype=torch.complex64)
+    shape = syncnet.lip_shape(z)
+    moved = syncnet.lip_shape(z * (2.5 * np.exp(0.3j)) + (7 - 4j))
+    assert shape.shape == (3, 50) and torch.allclose(shape, moved, atol=1e-4)
+    x, y = shape.unflatten(1, (25, 2))[0, 3]  # landmark 51 from the middle between the eyes, in distances of the eyes
+    left, right = z[0, 36:42].mean(), z[0, 42:48].mean()
+    assert complex(x, y) == pytest.approx(complex((z[0, 51] - (left + right) / 2) / (right - left)), rel=1e-4)
+
+
+def test_lips_are_read_where_landmarks_py_finds_them(lips, portrait):
+    image = ((portrait[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    points = landmarks.find_landmarks(lips.landmarks, image, (0, 0, 64, 64))
+    expected = syncnet.lip_shape(torch.from_numpy(faces.to_complex(points)))
+    with torch.no_grad():
+        assert (lips.read(portrait)[0] - expected).abs().max() < 0.05  # its crop is turned, moved
+
+
+def test_lips_of_a_mirror_image_are_the_mirrored_lips(lips, portrait):
+    with torch.no_grad():
+        one, other = (lips.read(x)[0].unflatten(0, (25, 2)) for x in (portrait, portrait.flip(-1)))
+    assert torch.allclose(other, one[syncnet.LIP_MIRROR] * torch.tensor([-1.0, 1.0]), atol=1e-3)
+
+
+def test_the_sync_loss_of_lips_pulls_at_the_mouth_of_every_frame_and_at_nothing_else(lips, portrait):
+    frames = portrait.expand(2, 5, 3, 64, 64).clone() + 0.1 * torch.randn(2, 5, 3, 64, 64)
+    frames.requires_grad_(True)
+    sync_loss(lips, frames, random_batch(2)[1]).backward()
+    pull = frames.grad.abs().sum(2)  # (B, 5, H, W)
+    assert (pull.amax((2, 3)) > 0).all() and pull[:, :, :24].max() == 0  # eyes
+    rows = pull.sum((0, 1, 3))
+    assert rows[34:62].sum() > 0.8 * rows.sum()
+
+
+def test_pixels_follow_the_gradient_of_an_opening_mouth(lips, portrait):
+    x = portrait.clone().requires_grad_(True)
+
+    def opening(x):  # middle of the lower inner lip less that of the upper one
+        shape = lips.read(x)[0].unflatten(0, (25, 2))
+        return shape[18, 1] - shape[14, 1]
+
+    before = opening(x)
+    before.backward()
+    with torch.no_grad():
+        assert opening(x + 2 * x.grad / x.grad.norm()) > before + 0.01
+
+
+def test_lips_are_varied_alike_in_all_windows_and_mirrored_in_half_of_the_items(lips):
+    x = lips.landmarks.mean.new_zeros(7, 5, 50) + syncnet.lip_shape(torch.view_as_complex(lips.landmarks.mean))
+    x[..., 0] -= 1  # the left corner of the mouth far out; the right one is number 6
+    mirrored = []
+    for seed in range(40):
+        seen = syncnet.vary_lips(x, x[0], np.random.default_rng(seed))
+        assert (seen - seen[0, 0]).abs().max() < 0.06  # noise alone
+        mirrored.append(seen[0, 0, 12].item() > 0.8)
+        assert mirrored[-1] != (seen[0, 0, 0].item() < -0.8)
+    assert 10 < sum(mirrored) < 30
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,7 +355,7 @@ def test_the_sync_loss_reaches_every_frame_and_leaves_the_expert_alone(world):
 
 def test_images_that_descend_the_sync_loss_get_positive_logits(world):
     expert = load_sync(world[1], "cpu")
-    item = Windows(Pack(world[0]), range(24), 3, seed=4)[0]
+    item = Windows(Pack(world[0]), range(24), expert, 3, seed=4)[0]
     frames = item["frames"][:, 2:3].expand(-1, 5, -1, -1, -1).clone().requires_grad_(True)  # a still mouth
     opt = torch.optim.Adam([frames], 0.02)
 
@@ -284,21 +377,21 @@ def test_images_that_descend_the_sync_loss_get_positive_logits(world):
 def test_an_item_has_the_frames_and_mel_windows_of_its_clip_and_frame_numbers(world):
     pack = Pack(world[0])
     for n in range(5):
-        item = Windows(pack, [4, 5], 3, seed=2, augment=False)[n]
+        item = Windows(pack, [4, 5], small(size=16), 3, seed=2, augment=False)[n]
         c, ks = int(item["clip"][0]), item["k"].tolist()
         assert c in (4, 5) and item["frames"].shape == (3, 5, 3, 16, 16) and item["mel"].shape == (3, 1, 80, 16)
         for i, k in enumerate(ks):
             assert torch.equal(item["frames"][i], to_tensor(pack.frames(c, range(k - 2, k + 3))))
         assert np.array_equal(item["mel"].numpy(), mel_windows(log_mel(pack.sound(c)), ks))
-        assert min(np.diff(ks)) >= 4 and min(ks) >= 2 and max(ks) < 58
+        assert min(np.diff(ks)) >= 1 and min(ks) >= 2 and max(ks) < 58
 
 
 def test_an_item_depends_on_its_seed_and_number_alone(world):
-    pack = Pack(world[0])
-    a, b = Windows(pack, range(24), 3, seed=2), Windows(pack, range(24), 3, seed=2)
+    pack, net = Pack(world[0]), small(size=16)
+    a, b = Windows(pack, range(24), net, 3, seed=2), Windows(pack, range(24), net, 3, seed=2)
     [b[n] for n in (9, 1, 4)]  # another history
     assert all(torch.equal(a[7][name], b[7][name]) for name in ("frames", "mel", "clip", "k"))
-    assert not torch.equal(a[7]["frames"], Windows(pack, range(24), 3, seed=3)[7]["frames"])
+    assert not torch.equal(a[7]["frames"], Windows(pack, range(24), net, 3, seed=3)[7]["frames"])
     assert not torch.equal(a[7]["frames"], a[8]["frames"])
 
 
@@ -327,8 +420,8 @@ def test_images_larger_than_the_experts_are_shrunk_alike_in_training_and_in_vali
     pack, net = Pack(world[0]), small(size=16)
     pack.size, big = 32, lambda c, k: np.kron(Pack(world[0]).frame(c, k), np.ones((2, 2, 1), np.uint8))
     pack.frame = big
-    item = Windows(pack, [4], 3, seed=2, size=16, augment=False)[0]
-    plain = Windows(Pack(world[0]), [4], 3, seed=2, augment=False)[0]
+    item = Windows(pack, [4], net, 3, seed=2, augment=False)[0]
+    plain = Windows(Pack(world[0]), [4], net, 3, seed=2, augment=False)[0]
     assert item["frames"].shape == (3, 5, 3, 16, 16)
     assert (item["frames"] - plain["frames"]).abs().mean() < 0.06  # the filter softens edges
     face, _ = embed(net, (big(4, k) for k in range(60)), log_mel(pack.sound(4)), "cpu")
@@ -338,33 +431,13 @@ def test_images_larger_than_the_experts_are_shrunk_alike_in_training_and_in_vali
     assert alike.min() > 0.98 and alike.min() > unlike.max(), (alike, unlike)
 
 
-def test_an_item_is_the_same_without_the_cache(world, monkeypatch):
-    kept = Windows(Pack(world[0]), range(24), 3, seed=2)
-    monkeypatch.setattr(Windows, "CACHE", 0)
-    read = Windows(Pack(world[0]), range(24), 3, seed=2)
-    assert kept.fits and not read.fits
-    for n in range(3):
-        a, b = kept[n], read[n]
-        assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in ("frames", "mel", "clip", "k"))
-
-
-def test_windows_keep_their_distance_and_every_place_is_drawn():
-    rng = np.random.default_rng(0)
-    draws = np.array([syncnet.spaced(rng, 17, 4) for _ in range(600)])
-    assert np.diff(draws).min() == 4 and set(draws.ravel()) == set(range(17))
-    tight = np.array([syncnet.spaced(rng, 5, 2) for _ in range(50)])
-    assert set(map(tuple, tight)) == {(0, 4)}
-    crowded = np.array([syncnet.spaced(rng, 3, 4) for _ in range(50)])  # no room: any windows
-    assert crowded.shape == (50, 4) and set(crowded.ravel()) == {0, 1, 2}
-
-
-def test_a_clip_shorter_than_a_window_repeats_its_last_frame(tmp_path):
-    frames, wav = bar_clip(0, T=3)
+def test_clips_without_a_window_are_not_trained_on(tmp_path):
     with PackWriter(tmp_path / "pack", 16, "toy") as pack:
-        pack.add(frames, wav, "a", "a")
-    pack = Pack(tmp_path / "pack")
-    item = Windows(pack, [0], 2, seed=0, augment=False)[0]
-    assert torch.equal(item["frames"][0], to_tensor(pack.frames(0, [0, 1, 2, 2, 2])))
+        for seed, T in enumerate((3, 9, 9, 9)):
+            pack.add(*bar_clip(seed, T=T), f"p{seed}", "")
+    args = syncnet.parse(["train", "--data", str(tmp_path / "pack"), "--size", "16"])
+    _, clips, _, val_clips = syncnet.load_data(args, tmp_path)
+    assert {*clips, *val_clips} <= {1, 2, 3} and len(clips)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -391,7 +464,8 @@ def test_the_offset_is_the_shift_of_a_constructed_clip(late):
     own = F.normalize(torch.randn(75, 20, generator=g), dim=1)
     face, sound = own[20:55], own[20 - late : 55 - late]  # sound k + late belongs to picture k
     found, confidence, fit = best_offset(by_shift(small(), face, sound))
-    assert found == late and fit == pytest.approx(5, abs=1e-4) and 3 < confidence < 7  # scale 5, cosine 1 and about 0
+    assert found == late and 3 < confidence < 7  # scale 5, cosine 1 and about 0
+    assert fit == pytest.approx(5 - syncnet.SURE * (75 / 31) ** 0.5, abs=0.2)  # of a clip shorter than 3 s
 
 
 def test_an_offset_that_few_windows_have_is_not_chosen():
@@ -434,7 +508,7 @@ def test_an_offset_at_which_nothing_fits_is_called_a_guess(world, tmp_path, caps
         monkeypatch.setattr(syncnet, "best_offset", lambda table, fit=fit: (-2, 1.25, fit))
         syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--expert", str(world[1]), "--device", "cpu"])
         out = capsys.readouterr().out
-        assert "2 frames (0.08 s) early; confidence 1.2 (above 4 is sure; 8 windows)" in out
+        assert f"2 frames (0.08 s) early; confidence 1.2, {'a guess' if said else 'sure'} (8 windows)" in out
         assert ("a guess" in out) == said
 
 
@@ -585,35 +659,46 @@ def test_rates_by_shift_are_those_of_a_naive_count():
     rng = np.random.default_rng(2)
     table = rng.normal(size=(40, 9))
     table[:3, 0] = table[-2:, 8] = math.nan
-    rates = syncnet.shift_rates(table)
+    positive, accuracy = syncnet.shift_rates(table)
     for d in range(1, 5):
         wrong = [v for row in table for v in (row[4 - d], row[4 + d]) if math.isfinite(v)]
         yes, no = np.mean([v > 0 for v in table[:, 4]]), np.mean([v > 0 for v in wrong])
-        above = [row[4] > v for row in table for v in (row[4 - d], row[4 + d]) if math.isfinite(v)]
-        expected = dict(positive_rate=no, accuracy=(yes + 1 - no) / 2, pairwise_accuracy=np.mean(above))
-        assert {name: rate[d] for name, rate in rates.items()} == pytest.approx(expected)
-    assert rates["positive_rate"][0] == rates["accuracy"][0] == np.mean(table[:, 4] > 0)
+        assert positive[d] == pytest.approx(no) and accuracy[d] == pytest.approx((yes + 1 - no) / 2)
+    assert positive[0] == accuracy[0] == np.mean(table[:, 4] > 0)
     table[:, 8], table[:, 0] = math.nan, math.nan
-    assert np.isnan(syncnet.shift_rates(table)["accuracy"][4])
+    assert np.isnan(syncnet.shift_rates(table)[1][4])
 
 
-def test_a_second_is_the_mean_of_its_windows_and_pairs_of_pauses_are_left_out_of_speech(monkeypatch, tmp_path):
-    frames = bar_clip(0, T=60)[0]
-    wav = np.concatenate([np.zeros(640 * 20, np.float32), bar_clip(0, T=20)[1], np.zeros(640 * 20, np.float32)])
-    with PackWriter(tmp_path / "pack", 16, "toy") as pack:
-        pack.add(frames, wav, "a", "a")
-    table = np.random.default_rng(0).normal(size=(56, 31))
-    monkeypatch.setattr(syncnet, "by_shift", lambda *_: table)
-    rates = syncnet.validate(small(size=16), Pack(tmp_path / "pack"), [0], "cpu")["by_shift"]
-    means = np.stack([table[i : i + 21].mean(0) for i in range(36)])
-    expected = (np.mean(means[:, 15] > 0) + 1 - np.mean(means[:, [12, 18]] > 0)) / 2
-    assert rates["second"][3] == pytest.approx(expected)
-    there = syncnet.speech_pairs(log_mel(wav), 56)
-    speech = there[:, 15]
-    assert not speech[:14].any() and not speech[-14:].any() and speech[20:36].mean() > 0.6
-    for k in range(56):
-        for d in range(-15, 16):
-            assert there[k, 15 + d] == (speech[k] or (0 <= k + d < 56 and speech[k + d])), (k, d)
+class Matching:
+    """An expert whose faces and sounds are given, unit vectors of which equal ones fit"""
+
+    def __init__(self, own):
+        self.own = own
+        self.parameters = lambda: iter([own])
+
+    def read(self, images):
+        raise AssertionError("not needed")
+
+    def logits(self, face, sound):
+        return 5 * face @ sound.t() - 2
+
+
+def test_a_summary_counts_seconds_pieces_clips_and_sentences_that_fit(monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    clips = [F.normalize(torch.randn(T, 40, generator=g), dim=1) for T in (71, 56, 26)]
+    expert, windows = Matching(clips[0]), SimpleNamespace(read=lambda c: (clips[c], c))
+    monkeypatch.setattr(syncnet, "embed_frames", lambda expert, x: x)
+    monkeypatch.setattr(syncnet, "embed_sound", lambda expert, mel, K: clips[mel])
+    found = syncnet.measure(expert, windows, range(3))
+    assert [f["clip"] for f in found] == [0, 1, 2] and [len(f["offset_3s"]) for f in found] == [1, 0, 0]
+    assert [len(f["offset_1s"]) for f in found] == [31, 22, 4]  # places of 21 windows, sound moved where there is some
+    result = syncnet.summary(found)
+    assert result["windows"] == 153 and result["offset_3s"] == result["offset_1s"] == result["offset_clip"] == 1
+    assert result["accepted"] == result["refused"] == result["second"] == 1 and result["offset_window"] > 0.95
+    means = np.stack([found[2]["table"][i : i + 21].mean(0) for i in range(6)])
+    expected = (np.mean(means[:, 15] > 0) + 1 - np.nanmean(np.where(np.isnan(means), np.nan, means > 0)[:, [12, 18]])) / 2
+    assert syncnet.summary(found[2:])["by_shift"]["second"][3] == pytest.approx(expected)
+    assert math.isnan(syncnet.summary(found[:1])["refused"])  # nothing to compare with
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -625,8 +710,10 @@ def test_a_trained_expert_separates_in_sync_from_shifted_on_held_out_people(worl
     syncnet.main([*command, "--device", "cpu"])
     out = capsys.readouterr().out
     assert "held out from training" in out and "1 clips, 56 windows" in out  # of 24, 9 validates, 19 tests
-    accuracy, speech, second, pairwise = (float(v) for v in out.split("| 5-15 | |")[1].split("|")[:4])
-    assert min(accuracy, speech, second) > 0.75 and pairwise > 0.85 and "1.000 of clips" in out
+    accuracy, second = (float(v) for v in out.split("| 5-15 | |")[1].split("|")[:2])
+    assert min(accuracy, second) > 0.75
+    row = [float(v) for v in out.split("| p19 | 1 |")[1].splitlines()[0].split("|")[:-1] if v.strip() != "nan"]
+    assert row[2] > 0.8 and row[-2:] == [1, 1] and "frames off, 1 s: " in out  # pieces of 1 s; of clips; accepted
 
 
 def test_training_clips_are_found_in_a_larger_pack_and_test_clips_are_not_trained_on(world, tmp_path, monkeypatch):
@@ -634,7 +721,7 @@ def test_training_clips_are_found_in_a_larger_pack_and_test_clips_are_not_traine
         for seed in (99, *range(24)):
             pack.add(*bar_clip(seed), identity=f"p{seed}", source=f"bar {seed}")
     tested = []
-    monkeypatch.setattr(syncnet, "validate", lambda expert, pack, clips, device: tested.extend(clips) or 1 / 0)
+    monkeypatch.setattr(syncnet, "measure", lambda expert, windows, clips: tested.extend(clips) or 1 / 0)
     command = ["test", "--data", str(tmp_path / "more"), "--device", "cpu", "--expert"]
     with pytest.raises(ZeroDivisionError):
         syncnet.main([*command, str(world[1])])
@@ -651,7 +738,7 @@ def test_the_log_has_the_options_the_losses_and_the_validations(world):
     assert {"revision", "torch", "python", "args"} <= set(lines[0]) and lines[0]["args"]["steps"] == 90
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [50, 90]
-    assert {"in_sync", "shifted", "other", "contrast", "scale", "bias", "ms", "images_s", "waiting"} <= set(steps[0])
+    assert {"average", "in_sync", "shifted", "other", "contrast", "scale", "bias", "ms", "waiting"} <= set(steps[0])
     assert [line["step"] for line in lines if "val_loss" in line] == [22, 44, 66, 88, 90]
     assert steps[-1]["loss"] < LN2 and lines[-1]["val_accuracy"] > 0.75
 
@@ -692,6 +779,49 @@ def test_four_steps_are_two_a_kill_and_two_more_bit_for_bit(world, tmp_path, mon
     assert not same(a["networks"]["expert"], first)
     heads = [json.loads(line) for line in open(tmp_path / "b" / "log_sync.jsonl") if "revision" in line]
     assert len(heads) == 2  # the log goes on
+
+
+def test_the_cosine_of_relu_embeddings_is_the_probability_and_its_loss_wav2lips():
+    net, (frames, mel) = small(cosine=True), random_batch(4)
+    with torch.no_grad():
+        face, sound = net.face(frames), net.sound(mel)
+        logits = net.logits(face, sound)
+    assert (face >= 0).all() and (sound >= 0).all()
+    assert torch.allclose(logits.sigmoid(), (face @ sound.t()).clamp(1e-4, 1 - 1e-4), atol=1e-5)
+    clip, k = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 60, 2, 30])
+    terms = expert_loss(logits, clip, k, apart=50)
+    p = F.cosine_similarity(face[:, None], sound[None], dim=2).clamp(1e-4, 1 - 1e-4)
+    assert terms["in_sync"].item() == pytest.approx(F.binary_cross_entropy(p.diagonal(), torch.ones(4)).item(), rel=1e-3)
+    far = -(1 - p[[0, 1], [1, 0]]).log().mean()  # 58 frames apart; 28 are near
+    assert terms["shifted"].item() == pytest.approx(far.item(), rel=1e-3)
+
+
+def test_an_expert_of_real_faces_gets_lips_and_continues_bit_for_bit(tmp_path, portrait, monkeypatch):
+    face = ((portrait[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    with PackWriter(tmp_path / "pack", 64, "face") as pack:
+        for seed in range(4):
+            shown = np.stack([np.roll(face, t % 3, 0) for t in range(24)])
+            pack.add(shown, bar_clip(seed, T=24)[1], f"p{seed}", "")
+    steps = "--batch 2 --windows 9 --dim 8 --device cpu --negatives 0.2 --steps".split()
+    for name in "ab":
+        monkeypatch.setattr(syncnet, "cosine_warmup", lambda *_: 1)  # the same at any number of steps
+        command = ["train", "--data", str(tmp_path / "pack"), "--out", str(tmp_path / name / "sync.pt"), *steps]
+        for more in [["4"]] if name == "a" else [["2"], ["4", "--resume"]]:
+            syncnet.main([*command, *more])
+    a, b = (load_checkpoint(tmp_path / name / "sync_last.pt", "syncnet") for name in "ab")
+    assert same(a["networks"], b["networks"]) and a["config"]["net"]["lips"] and a["config"]["net"]["size"] == 64
+    expert = load_sync(tmp_path / "a" / "sync.pt", "cpu", size=64)
+    assert expert.template == "face" and expert.lips
+    assert same(expert.landmarks.mouth.state_dict(), load_landmarks().mouth.state_dict())  # not trained
+
+
+def test_the_shipped_expert_is_small_and_gives_real_faces_a_gradient(portrait):
+    assert syncnet.SHIPPED.stat().st_size < 20e6
+    expert = load_sync(syncnet.SHIPPED, "cpu", size=64)
+    assert expert.lips and expert.template == "face"
+    frames = portrait.expand(2, 5, 3, 64, 64).clone().requires_grad_(True)
+    sync_loss(expert, frames, random_batch(2)[1]).backward()
+    assert (frames.grad.abs().amax((2, 3, 4)) > 0).all()
 
 
 def test_a_nan_stops_the_run_names_the_term_and_keeps_the_last_checkpoint(world, tmp_path, monkeypatch):
@@ -739,7 +869,7 @@ def refused(capsys, monkeypatch, *args):
     def slow(*_, **__):
         raise AssertionError("something slow began")
 
-    for module, name in ((toyfaces, "make_pack"), (syncnet, "batches"), (syncnet, "validate")):
+    for module, name in ((toyfaces, "make_pack"), (syncnet, "batches"), (syncnet, "measure")):
         monkeypatch.setattr(module, name, slow)
     with pytest.raises(SystemExit) as caught:
         media.run(lambda: syncnet.main([str(a) for a in args]))
