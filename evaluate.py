@@ -89,9 +89,9 @@ METRICS = {
                     "6.9 to 7.8 (Wav2Lip's table: LRW, LRS2, LRS3)"),
     "LSE offset": Metric("frames", "lower", None, 2, "size of that offset, which LSE itself does not punish"),
     "Sync-D": Metric("", "lower", None, 3, "as LSE-D, by our expert, whose embeddings have unit length",
-                     "0.83 of its training speaker, 1.03 of six others (GRID)"),
+                     "1.15 to 1.19 (GRID, seven speakers)"),
     "Sync-C": Metric("", "higher", None, 3, "as LSE-C, by our expert",
-                     "0.43 of its training speaker, 0.27 of six others (GRID)"),
+                     "0.15 to 0.21 (GRID, seven speakers)"),
     "Sync offset": Metric("frames", "lower", None, 2, "size of that offset"),
 }  # fmt: skip
 MOTION = ("lip dynamics", "silent lips", "lip-sync", "brow dynamics", "head motion")
