@@ -248,7 +248,8 @@ def expert_loss(logits, clip, k, apart: int = NEAR, others: bool = True) -> dict
 def sigmoid_part(terms: dict):
     """Half for the positive pairs, half for the negative ones: ln 2 at zero logits."""
     wrong = [terms[name] for name in ("shifted", "other") if name in terms]
-    assert wrong, "a batch needs windows far enough apart, or two clips"
+    if not wrong:
+        raise InputError("no pair of a batch is wrong: give more --windows, or more than one clip")
     return (terms["in_sync"] + sum(wrong) / len(wrong)) / 2
 
 

@@ -777,7 +777,7 @@ def test_every_representation_and_head_trains_and_is_evaluated(options, tmp_path
 
 def test_a_network_on_an_experts_tower_is_not_tested_on_clips_of_the_expert(tmp_path):
     folder = noisy(tmp_path / "pack", range(40))
-    brief = "--size 16 --steps 1 --batch 2 --windows 2 --dim 8 --width 0.25 --device cpu".split()
+    brief = "--size 16 --steps 1 --batch 2 --windows 6 --dim 8 --width 0.25 --device cpu".split()
     (tmp_path / "list").write_text("p19\n")
     lists = ["--train", str(tmp_path / "list"), "--valid", str(tmp_path / "list2")]
     (tmp_path / "list2").write_text("p29\n")

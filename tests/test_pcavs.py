@@ -842,7 +842,7 @@ def test_four_steps_are_two_and_two_more_bit_for_bit(pack, tmp_path, monkeypatch
             assert torch.equal(value, b["networks"][part][key]), (part, key)
     lines = [json.loads(line) for line in open(tmp_path / "a" / "log_pcavs.jsonl")]
     assert "args" in lines[0] and [line["step"] for line in lines[1:]] == [0, 1, 2, 3]
-    assert Image.open(tmp_path / "a" / "pcavs.png").size == (8 * 64, 4 * 64)
+    assert Image.open(tmp_path / "a" / "pcavs.png").size == (8 * 128, 4 * (128 + 18))       # a line of words a row
     model = pcavs.load_pcavs(tmp_path / "a" / "weights.pt")
     assert model.config == Config.at(16, template="toy")
     with pytest.raises(InputError, match="--resume continues it"):
