@@ -149,7 +149,7 @@ def test_a_batch_of_one_clip_has_no_foreign_sound_and_a_batch_of_single_windows_
     singles = expert_loss(torch.zeros(3, 3), torch.arange(3), torch.tensor([5, 5, 5]))
     assert "other" not in one and "shifted" not in singles
     assert sigmoid_part(one).item() == pytest.approx(LN2) == sigmoid_part(singles).item()
-    with pytest.raises(AssertionError, match="far enough apart"):
+    with pytest.raises(InputError, match="give more --windows"):
         sigmoid_part(expert_loss(torch.zeros(2, 2), torch.zeros(2), torch.tensor([0, 1])))
 
 
