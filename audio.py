@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from scipy.fft import dct
+from scipy.signal import fftconvolve
 from scipy.sparse import csr_array
 from torch import nn
 
@@ -95,10 +96,12 @@ def mel_length(n_samples: int) -> int:
     return 1 + n_samples // HOP
 
 
-def log_mel(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, S) in [-4, 4]; S = 1 + n // 200, silence -4."""
+def log_mel(wav: np.ndarray, voice_norm: bool = False) -> np.ndarray:
+    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, S) in [-4, 4]; S = 1 + n // 200, silence -4. voice_norm: with
+    normalise_voice"""
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
-    return mel_steps(wav, 0, mel_length(len(wav)))
+    mel = mel_steps(wav, 0, mel_length(len(wav)))
+    return normalise_voice(mel, wav) if voice_norm else mel
 
 
 def window_starts(frames) -> np.ndarray:
@@ -125,13 +128,24 @@ def gather_windows(mel: np.ndarray, first: int, starts: np.ndarray) -> np.ndarra
     return np.where(inside, windows, np.float32(SILENCE)).transpose(1, 0, 2)[:, None]  # (T, 1, M, 16)
 
 
-def sound_windows(wav: np.ndarray, frames) -> np.ndarray:
-    """mel_windows(log_mel(wav), frames), to the bit, computing only the stretch from first to last frame."""
+def sound_windows(wav: np.ndarray, frames, voice_norm: bool = False) -> np.ndarray:
+    """mel_windows(log_mel(wav, voice_norm), frames), to the bit; without voice_norm, which depends on the whole sound,
+    computing only the stretch from first to last frame."""
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    if voice_norm:
+        return mel_windows(log_mel(wav, True), frames)
     starts = window_starts(frames)
     first = int(np.clip(starts.min(), 0, mel_length(len(wav)) - 1))
     stop = int(np.clip(starts.max() + WINDOW, first + 1, mel_length(len(wav))))
     return gather_windows(mel_steps(wav, first, stop), first, starts)
+
+
+def read_bands(mel: np.ndarray, hz: np.ndarray) -> np.ndarray:
+    """mel (.., M, S) with another frequency axis: band i is read, linearly, at hz[i] of the sound; hz (M,)"""
+    wanted = np.interp(hz, band_corners(N_MELS)[1:-1], np.arange(N_MELS))  # (M,)
+    below = np.minimum(wanted.astype(int), N_MELS - 2)
+    part = (wanted - below)[:, None]
+    return (1 - part) * mel[..., below, :] + part * mel[..., below + 1, :]
 
 
 def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, steps: int = 3) -> np.ndarray:
@@ -156,16 +170,96 @@ def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     level moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, and a hiss covers what is quieter than it
     in every third call (widths ours). Bands that the stretch takes from beyond 7.6 kHz repeat the last one.
     """
-    centres = band_corners(N_MELS)[1:-1]
-    wanted = np.interp(centres * np.exp(rng.uniform(-0.15, 0.15)), centres, np.arange(N_MELS))  # band to read, (M,)
-    below = np.minimum(wanted.astype(int), N_MELS - 2)
-    part = (wanted - below)[:, None]
-    voice = (1 - part) * mel[..., below, :] + part * mel[..., below + 1, :]
+    voice = read_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
     voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB; silence stays
     if rng.random() < 1 / 3:
         voice = np.maximum(voice, rng.uniform(-4, -1.5) + rng.normal(0, 0.25, voice.shape))
     return np.clip(voice, SILENCE, -SILENCE).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the mel of any voice, brought to one level and one length of the vocal tract
+
+# in units of the mel, which are 12.5 dB
+LOUD = 1.0                               # steps down to here below the loudest twentieth give the level of speech
+LEAST = -1.2                             # the lowest level of speech: silence stays silent
+BELOW, ABOVE = 2.6, 2.4                  # so far below and above the level of speech the result is -4 and 4
+MEAN_PITCH, LOWEST, HIGHEST = 108.0, 70, 400  # Hz: of GRID's speaker 1, the first voice; range of the search
+KNEE = 4800.0                            # Hz: the axis is scaled up to here, then a line leads to the last band
+
+
+def pitch(wav: np.ndarray) -> float | None:
+    """Median fundamental frequency in Hz of a voice (n,): peaks of the autocorrelation of its loud 64 ms frames, at most
+    2,000 of them; None where nothing is periodic."""
+    if len(wav) < 1024:
+        return None
+    frames = np.lib.stride_tricks.sliding_window_view(wav, 1024)[::320]
+    frames = frames[:: -(-len(frames) // 2000)]
+    level = frames.std(1)
+    frames = frames[level > max(0.3 * np.quantile(level, 0.95), 1e-4)]
+    power = np.abs(np.fft.rfft(frames - frames.mean(1, keepdims=True), 2048)) ** 2
+    r = np.fft.irfft(power)[:, : SAMPLE_RATE // LOWEST]
+    r /= r[:, :1] * (1 - np.arange(r.shape[1]) / 1024)                   # the overlap shrinks with the lag
+    first = SAMPLE_RATE // HIGHEST
+    before, here, after = r[:, first - 1 : -2], r[:, first:-1], r[:, first + 1 :]
+    high = np.maximum(0.5, 0.85 * here.max(1, keepdims=True))
+    peak = (here >= before) & (here >= after) & (here > high)            # the first of them: two periods are as high
+    lag = first + peak.argmax(1)[peak.any(1)]
+    return float(SAMPLE_RATE / np.median(lag)) if len(lag) else None
+
+
+def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
+    """log_mel (M, S) of a sound (n,) -> the same without the level and the vocal tract of the voice; silence is -4.
+
+    Ours: a network trained on few voices then follows others as well. The mean of loud speech gets one level (quieter
+    steps depend on the noise). A vocal tract is shorter where the voice is higher, so frequencies are divided by
+    (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in vocal tract length normalisation (Lee & Rose 1996).
+    """
+    level = mel.mean(0)                                                  # (S,)
+    mean = max(float(mel[:, level >= np.quantile(level, 0.95) - LOUD].mean()), LEAST)
+    alpha = np.clip((MEAN_PITCH / (pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)
+    knee = KNEE * min(1, 1 / alpha)                                      # Hz of the sound
+    hz = np.interp(band_corners(N_MELS)[1:-1], (0, alpha * knee, MEL_HIGH), (0, knee, MEL_HIGH))
+    return np.interp(read_bands(mel, hz) - mean, (-BELOW, ABOVE), (SILENCE, -SILENCE)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what else a microphone records, to train with; all numbers ours
+
+def coloured_noise(n: int, rng: np.random.Generator) -> np.ndarray:
+    """(n,) of deviation 1, falling by 0 to 6 dB an octave, as fans, wind and breath do"""
+    spectrum = np.fft.rfft(rng.standard_normal(n)) * np.arange(1, n // 2 + 2) ** rng.uniform(-1, 0)
+    noise = np.fft.irfft(spectrum, n)
+    return noise / noise.std()
+
+
+def add_room(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A voice (n,) -> with an echo, which falls by 60 dB in .1 to .7 s, and a noise 5 to 35 dB below it"""
+    t = np.arange(int(SAMPLE_RATE * rng.uniform(0.1, 0.7)))
+    echo = rng.standard_normal(len(t)) * 10 ** (-3 * t / len(t))
+    echo *= rng.uniform(0, 1) / np.linalg.norm(echo)
+    echo[0] = 1                                                          # the voice itself
+    wav = fftconvolve(wav, echo)[: len(wav)]
+    noise = coloured_noise(len(wav), rng) * wav.std() * 10 ** (-rng.uniform(5, 35) / 20)
+    return np.clip(wav + noise, -1, 1).astype(np.float32)
+
+
+def not_speech(n: int, rng: np.random.Generator) -> np.ndarray:
+    """(n,) of a quiet room, noise, breath (noise that swells), or chords that fade, at any level: lips are shut"""
+    t, wav = np.arange(n) / SAMPLE_RATE, coloured_noise(n, rng)
+    kind = rng.integers(4)
+    if kind == 0:
+        return (wav * rng.integers(2) * 10 ** (-rng.uniform(50, 100) / 20)).astype(np.float32)
+    if kind == 1:
+        wav *= np.maximum(0.05, np.sin(2 * np.pi * (rng.uniform(0.3, 1.5) * t + rng.random()))) ** rng.uniform(1, 3)
+    if kind == 2:
+        notes = rng.uniform(80, 350) * 2 ** (rng.integers(0, 24, rng.integers(1, 5)) / 12)
+        hz = (notes[:, None] * np.arange(1, 7)).ravel()                  # six partials each
+        loud = np.tile(np.arange(1, 7) ** -rng.uniform(0.5, 2), len(notes))
+        wav = 0.01 * wav + loud @ np.sin(2 * np.pi * (hz[:, None] * t + rng.random((len(hz), 1))))
+        wav *= np.exp(-rng.uniform(0, 3) * ((t + rng.random()) % rng.uniform(0.4, 2)))
+    return (wav / abs(wav).max() * 10 ** (-rng.uniform(0, 50) / 20)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,6 +383,18 @@ def lws_windows(mel: np.ndarray, frames) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the encoder
+
+
+class WindowEncoder(nn.Sequential):
+    """Mel windows (N, 1, M, 16) in [-4, 4] -> (N, dim): two convolutions over time, all bands at once. Ours: a twelfth of
+    the multiplications of AudioEncoder, for what few clips can teach."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.Conv1d(N_MELS, dim, 5, 2, 2), nn.GELU(), nn.Conv1d(dim, dim, 3, 2, 1), nn.GELU(),
+                         nn.Flatten(), nn.Linear(4 * dim, dim))  # 16, 8, 4 steps
+
+    def forward(self, mel):
+        return super().forward(mel[:, 0] / 4)
 
 
 class ConvBlock(nn.Module):

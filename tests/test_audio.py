@@ -307,3 +307,75 @@ def test_the_number_of_mel_bands_is_one_constant(monkeypatch, bands):
     assert audio.change_voice(mel, np.random.default_rng(0)).shape == mel.shape
     code = AudioEncoder(dim=12, width=0.25)(torch.from_numpy(sound_windows(wav, range(12))))
     assert code.shape == (12, 12)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# any voice
+
+
+def voice(hz, formant, seconds=2.0):
+    """Syllables of a pulse train through one resonance, over a faint noise: a voice of pitch hz"""
+    n = round(seconds * RATE)
+    pulses = np.zeros(n)
+    pulses[np.round(np.arange(0, n, RATE / hz)).astype(int).clip(max=n - 1)] = 1
+    b, a = scipy.signal.iirpeak(formant, 5, fs=RATE)
+    syllables = np.abs(np.sin(2 * np.pi * 2 * np.arange(n) / RATE)) + 0.05
+    return (0.5 * scipy.signal.lfilter(b, a, pulses) * syllables + 1e-3 * noise(n)).astype(np.float32)
+
+
+@pytest.mark.parametrize("hz", [87, 150, 211, 320])
+def test_the_pitch_of_a_pulse_train_is_found(hz):
+    assert audio.pitch(voice(hz, 900)) == pytest.approx(hz, rel=0.02)
+
+
+@pytest.mark.parametrize("wav", [np.zeros(9000, np.float32), noise(9000), noise(500), np.cumsum(noise(9000)) / 100])
+def test_noise_and_silence_have_no_pitch(wav):
+    assert audio.pitch(wav) is None
+
+
+def test_the_mel_of_a_voice_does_not_depend_on_its_level():
+    wav = voice(120, 900) + noise(2 * RATE) * np.float32(np.abs(np.sin(np.arange(2 * RATE) / 1600)) + 0.05)
+    for gain in (0.6, 2.0):
+        np.testing.assert_allclose(log_mel(gain * wav, True), log_mel(wav, True), atol=1e-4)
+    assert abs(log_mel(0.6 * wav) - log_mel(wav)).max() > 0.3
+
+
+@pytest.mark.parametrize("hz", [80, 160, 250])  # whole samples a period
+def test_a_formant_of_a_shorter_vocal_tract_lands_in_the_same_band(hz):
+    voices = [voice(p, 3000 * (p / 108) ** (1 / 3)) for p in (RATE / 148, hz)]
+    mels = [[log_mel(wav, norm).mean(1) for wav in voices] for norm in (True, False)]
+    bands, plain = ([np.convolve(mel + 4, np.hanning(9), "same").argmax() for mel in pair] for pair in mels)
+    assert abs(bands[1] - bands[0]) <= 1 < abs(plain[1] - plain[0])
+
+
+def test_silence_of_any_voice_is_exactly_minus_four_and_a_faint_noise_stays_low():
+    assert (log_mel(np.zeros(5000, np.float32), True) == -4).all()
+    assert log_mel(1e-4 * noise(RATE), True).max() < -1
+    wav = np.concatenate([voice(150, 900), np.zeros(RATE, np.float32)])
+    assert (log_mel(wav, True)[:, -70:] == -4).all()
+
+
+def test_windows_of_any_voice_are_those_of_the_whole_sound():
+    wav = np.concatenate([np.zeros(8000, np.float32), voice(200, 1200)])
+    want = mel_windows(log_mel(wav, True), range(40))
+    np.testing.assert_array_equal(sound_windows(wav, range(20, 24), True), want[20:24])
+    assert not np.array_equal(sound_windows(wav, range(20, 24), True), sound_windows(wav, range(20, 24)))
+
+
+def test_a_room_adds_a_tail_and_noise_and_keeps_the_voice_first():
+    click = np.zeros(RATE, np.float32)
+    click[4000] = 0.9
+    for seed in range(4):
+        wet = audio.add_room(click, np.random.default_rng(seed))
+        assert abs(wet).argmax() == 4000 and wet.shape == click.shape and wet.dtype == np.float32
+        assert abs(wet[4001:6000]).mean() > abs(wet[12000:]).mean() * 1.05
+    levels = [audio.add_room(voice(120, 900), np.random.default_rng(k)) - voice(120, 900) for k in range(9)]
+    assert min(x.std() for x in levels) > 0
+
+
+def test_what_is_not_speech_comes_in_four_kinds_at_many_levels():
+    sounds = [audio.not_speech(8000, np.random.default_rng(k)) for k in range(40)]
+    assert all(x.shape == (8000,) and x.dtype == np.float32 and np.abs(x).max() <= 1 for x in sounds)
+    peaks = np.array([abs(x).max() for x in sounds])
+    assert (peaks == 0).any() and (peaks > 0.1).any() and ((peaks > 1e-3) & (peaks < 0.05)).any()
+    assert any(audio.pitch(x) for x in sounds) and not all(audio.pitch(x) for x in sounds)
