@@ -227,9 +227,9 @@ class Pack:
         """The sound of clip c, float32 (n,) in [-1, 1] at 16 kHz; frame k begins at sample 640 k"""
         return self.samples[self.sound_start[c] : self.sound_start[c + 1]].astype(np.float32) / 32768
 
-    def windows(self, c: int, ks) -> np.ndarray:
+    def windows(self, c: int, ks, voice_norm: bool = False) -> np.ndarray:
         """Mel windows of frames ks of clip c, float32 (len(ks), 1, 80, 16); ks may lie outside the clip."""
-        return sound_windows(self.sound(c), np.asarray(ks))
+        return sound_windows(self.sound(c), np.asarray(ks), voice_norm)
 
     @cached_property
     def fingerprints(self) -> torch.Tensor:
@@ -425,12 +425,15 @@ class Clips(Dataset):
 
     clips: numbers of the clips to draw from, default all; photos (clips of one frame) are left out. A clip shorter than
     T repeats its last frame. flip: half of the items are mirrored, each as a whole. context: mel windows beyond the
-    frames on each side, for a temporal convolution. mfcc: add mfcc (13, 20), SyncNet v2's sound of the five frames from
+    frames on each side, for a temporal convolution. voice_norm: of mel, see audio.py; sync_mel (1, 80, 16), a sync
+    expert's window of the middle frame, is without. mfcc: add mfcc (13, 20), SyncNet v2's sound of the five frames from
     number `mfcc` of the window on.
     """
 
-    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None, mfcc=None):
+    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None, mfcc=None,
+                 voice_norm: bool = False):
         self.pack, self.T, self.seed, self.flip, self.context, self.mfcc = pack, T, seed, flip, context, mfcc
+        self.voice_norm = voice_norm
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         self.clips = clips[pack.n_frames[clips] > 1]
         if not len(self.clips):
@@ -450,9 +453,11 @@ class Clips(Dataset):
         if self.flip and rng.random() < 0.5:
             images = images[:, :, ::-1]
         images = to_tensor(np.ascontiguousarray(images))
-        mel = self.pack.windows(c, np.arange(first - self.context, first + self.T + self.context))
+        mel = self.pack.windows(c, np.arange(first - self.context, first + self.T + self.context), self.voice_norm)
         item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel),
                     identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(driving))
+        if self.voice_norm:
+            item["sync_mel"] = torch.from_numpy(self.pack.windows(c, [first + (self.T - 1) // 2])[0])
         if self.mfcc is not None:  # four steps a frame, from a frame earlier on: pre-emphasis looks back
             wav = cut_sound(self.pack.sound(c), first + self.mfcc - 1, first + self.mfcc + 6)
             item["mfcc"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from audio import AudioEncoder
+from audio import AudioEncoder, WindowEncoder
 from checkpoint import load_checkpoint, load_strictly, refusing
 from faces import mask_mouth
 from media import InputError
@@ -57,7 +57,8 @@ class Config:
     map_code: int = 0           # numbers behind the identity maps; 0: none, as with published generators
     map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
     coarse_rgb: int = 0         # edge of the coarse image, a linear map of the code, see IdentityMaps; 0: none
-    audio_width: float = 1.0    # of Wav2Lip's channel counts
+    audio_width: float = 1.0    # of Wav2Lip's channel counts; 0: WindowEncoder
+    voice_norm: bool = False    # sound by audio.normalise_voice: with real faces; files without this field have none
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
     mouth_dim: int = 0          # M; 0: no mouth code, as in the paper
@@ -78,8 +79,9 @@ class Config:
         slim = dict(encoder="slim", hyper="slim", refine=2)
         small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
-        if changes.get("template", "toy") != "toy" and size < 256:  # ours: real faces are harder than drawn ones
-            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=(),
+        real = changes.get("template", "toy") != "toy"
+        if real and size < 256:  # ours: real faces are harder than drawn ones
+            face = dict(small, dim=256, cap=256, audio_width=0, linear=1000, map_code=1024, map_channels=(),
                         coarse_rgb=min(32, size))
             if changes.get("motion") != "paper":
                 face |= dict(mouth_dim=24, shape_dim=6)
@@ -90,7 +92,7 @@ class Config:
             dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: medium}
         dial[256] = dict()
         assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
-        return cls(**(dict(size=size) | dial[size] | changes))
+        return cls(**(dict(size=size, voice_norm=real) | dial[size] | changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ class FCTFG(nn.Module):
         elif c.hyper != "none":
             self.hyper = HyperStyleNet(changed_layers(self.generator), c.hyper, c.hyper_width)
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
-        self.audio = AudioEncoder(c.dim, c.audio_width)
+        self.audio = AudioEncoder(c.dim, c.audio_width) if c.audio_width else WindowEncoder(c.dim)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
         assert not c.mouth_dim or c.motion == "direct", "a mouth code needs the direct motion encoder"
         self.mouth = MouthEncoder(c.template, c.mouth_dim, c.shape_dim) if c.mouth_dim else None

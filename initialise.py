@@ -16,20 +16,22 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import judges
+from audio import add_room, log_mel, mel_windows, not_speech
 from checkpoint import fetch, freeze, load_checkpoint
 from data import Clips, batches, open_packs
 from faces import mask_mouth
 from fusion import CONTEXT, FCTFG, Config, mean_w, published
 from landmarks import load_landmarks
 from losses import Augment
-from media import InputError, to_tensor
-from motion import fit_moves, fit_opening, held_still, lip_opening
+from media import SAMPLES_PER_FRAME, InputError, to_tensor
+from motion import OPENER, fit_moves, fit_opening, held_still, lip_opening
 from stylegan2 import Discriminator
 from syncnet import load_sync
 from vision import small_picture
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
 LIP_STEPS = 2000   # of train_lips, at most: its loss hardly falls after these
+NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
 LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
 
 
@@ -47,7 +49,8 @@ def stage(args, model, D, data, networks, device) -> dict:
         model.encoder.latent_avg.copy_(mean_w(model.generator))
     frozen = own_judges(args, D, data, networks, device)
     if args.stage == 3:
-        fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
+        if "motion" not in networks:                                                   # --init is not a whole network
+            fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
         if model.mouth:
             train_lips(model, data, args, device)
     return frozen
@@ -77,7 +80,8 @@ def build_networks(args, data, ckpt, device):
     if not ckpt:
         learned = ("generator.",) if args.part == "encoder" else (
             "generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
-        state = {k: v for k, v in previous["ema"]["model"].items() if k.startswith(learned)} if previous else {}
+        state = previous["ema"]["model"] if previous else {}
+        state = {k: v for k, v in state.items() if "motion" in known or k.startswith(learned)}
         state = {k: v for k, v in state.items() if k.partition(".")[0] not in files}
         state |= {f"{name}.{k}": v for name, network in files.items() for k, v in network.state_dict().items()}
         state = {k: v for k, v in state.items() if k in set(model.state_dict())}
@@ -96,7 +100,10 @@ def load_previous(args, files) -> dict | None:
     path = args.init or os.path.join(args.out, "stage2.pt" if encoder else "stage1.pt")
     hyper = os.path.join(args.out, "stage2_hyper.pt")
     path = hyper if args.stage == 3 and not args.init and os.path.exists(hyper) else path
-    previous = load_checkpoint(path, "stage2" if encoder else "stage1")
+    kinds = "weights" if args.part == "lips" else ("stage2", "weights") if encoder else "stage1"
+    previous = load_checkpoint(path, kinds)
+    if previous["kind"] == "weights":                                                  # of stage 3, without D and judges
+        previous["ema"], previous["networks"] = previous["networks"], dict(motion=None)
     if previous["config"]["size"] != args.size:
         raise InputError(f"{path}: a network of {previous['config']['size']} px, --size is {args.size}")
     print(f"starts from {path}")
@@ -113,6 +120,8 @@ def make_config(args, pack, previous, overrides) -> Config:
         config.coarse_rgb = 0
     if "hyper" not in overrides and (args.stage == 2 or not previous):
         config.hyper = dial.hyper if args.part == "hyper" else "none"
+    if args.part == "lips" and not config.voice_norm:                                  # weights of the first kind
+        config.voice_norm, config.audio_width = dial.voice_norm, dial.audio_width
     if args.stage == 2:                                                                # stage 3 inherits these
         config.mouth_dim, config.shape_dim = dial.mouth_dim, dial.shape_dim
     elif args.stage == 3 and not previous:                                             # stage 2 would have learned it
@@ -386,40 +395,61 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
         motion.pose_up.weight.copy_(up)
 
 
-def train_lips(model, data, args, device, most=800, batch=12, span=16):
-    """Sound -> shape of the lips, regressed on the MouthEncoder's readings before any image is made; also the limits of
-    the opening. A step costs a tenth of one through the generator, which then only refines it.
+def train_lips(model, data, args, device, most=2000, batch=12, span=16):
+    """Sound -> shape of the lips, before any image is made; also the limits of the opening. A step costs a tenth of one
+    through the generator, which then only refines it. The shape is that linear function of the landmarks which is
+    nearest to the MouthEncoder's readings: single people are read badly (the opening's r with the landmarks is .4 to .9).
 
     LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
-    share their sound windows."""
+    share their sound windows. Half of the voices are in a noisy room; NO_SPEECH of the items have no voice."""
     pack, steps, K = data["pack"], min(LIP_STEPS, args.steps), model.config.shape_dim
     rng = np.random.default_rng([args.seed, 3])
-    chosen = rng.permutation([c for c in data["clips"] if pack.n_frames[c] >= span])[:most]
-    if not len(chosen):
+    landmarks, held_out = data["landmarks"][0], [c for c in data["held_out"] if pack.n_frames[c] >= span]
+    long = data["clips"][pack.n_frames[data["clips"]] >= span]                         # with --by-person clips come twice
+    long, held_out = long[np.isin(long, landmarks.kept)], np.intersect1d(held_out, landmarks.kept)[:50].tolist()
+    if not len(long):
         raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
-    n, held_out = len(chosen), [c for c in data["held_out"] if pack.n_frames[c] >= span][:50]
-    chosen, shapes = [*chosen, *held_out], []
+    chosen = rng.permutation(np.unique(long))[:most]
+    n, number = len(chosen), {c: i for i, c in enumerate(chosen)}
+    drawn, chosen, shapes = [number[c] for c in long if c in number], [*chosen, *held_out], []
     with torch.no_grad():
         for c in tqdm(chosen, "reading lips", leave=False, disable=None):
             shapes.append(model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device))[:, :K])  # (T, K)
-    openings = torch.cat(shapes[:n])[:, 0]
-    shapes = [torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes]   # all from the mean but the opening
-    power = torch.cat(shapes[:n]).var(0).clamp_min(1e-3)
+    points = [torch.from_numpy(mouth_shape(landmarks.clip(c) / pack.size)).float().to(device) for c in chosen]
+    x, y = (torch.cat([v - v.mean(0) for v in clips]).cpu().double() for clips in (points, shapes))
+    std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
+    linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
+    shapes = [p @ linear for p in points]                                              # (T, K)
+    shapes = alike([torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes], pack.identity[chosen])
+    train = torch.cat(shapes[:n])
+    openings, power = train[:, 0], train.var(0).clamp_min(1e-3)
+    shut = train[openings <= openings.quantile(0.05)].mean(0)
     weight = 1 / power
     weight[0] *= 5                                                                     # ours: the opening shows most
     weight = weight / (weight @ power)                                                 # the mean shape has loss 1
-    # the sound windows of a clip are computed once: 0.4 MB a clip of 3 s
-    windows = functools.cache(lambda i: pack.windows(chosen[i], np.arange(-CONTEXT, len(shapes[i]) + CONTEXT)))
+
+    @functools.cache
+    def mel(i, noisy):
+        """Of a clip; for i < 0 of what is not speech"""
+        draw = np.random.default_rng([args.seed, 5, abs(i)])
+        wav = not_speech(5 * span * SAMPLES_PER_FRAME, draw) if i < 0 else pack.sound(chosen[i])
+        return log_mel(add_room(wav, draw) if noisy else wav, model.config.voice_norm)
 
     def loss_of(step, clips=None):
-        clips = rng.integers(n, size=batch) if clips is None else clips
-        items = [(i, int(rng.integers(len(shapes[i]) - span + 1))) for i in clips]
-        mel = torch.from_numpy(np.stack([windows(i)[k:k + span + 2 * CONTEXT] for i, k in items])).to(device)
+        items, targets = [], []
+        for i in rng.choice(drawn, batch) if clips is None else clips:
+            i = -rng.integers(1, 200) if clips is None and rng.random() < NO_SPEECH else i
+            target = shapes[i] if i >= 0 else shut.expand(5 * span, -1)                # (T, K)
+            k = int(rng.integers(len(target) - span + 1))
+            noisy = clips is None and i >= 0 and rng.random() < 0.5
+            items.append(mel_windows(mel(i, noisy), np.arange(k - CONTEXT, k + span + CONTEXT)))
+            targets.append(target[k:k + span])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            predicted = model.motion.audio_to_mouth(model.encode_sound(mel), CONTEXT)  # (B, span, M)
-        target = torch.stack([shapes[i][k:k + span] for i, k in items])
-        return ((predicted[..., :K].float() - target).square() * weight).sum(-1).mean()
+            z_a = model.encode_sound(torch.from_numpy(np.stack(items)).to(device))
+            predicted = model.motion.audio_to_mouth(z_a, CONTEXT)[..., :K]             # (B, span, K)
+        return ((predicted.float() - torch.stack(targets)).square() * weight).sum(-1).mean()
 
+    model.motion.opening_limits.copy_(torch.tensor([-torch.inf, torch.inf]))           # an earlier network's
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
     missed, words = regress(f"regression of lips on sound, {n} clips", trained, steps, 1e-3, loss_of), ""
     if held_out:
@@ -431,13 +461,24 @@ def train_lips(model, data, args, device, most=800, batch=12, span=16):
     print(f"lips from sound: {100 * (1 - missed):.0f} % of the variance of their shape" + words)
 
 
+def alike(shapes: list, people) -> list:
+    """Shapes of clips (T, K) and their people's numbers -> the same with one rest (5th percentile) and deviation of the
+    opening for everybody: sound does not tell how far a person opens the mouth; a regression would guess it by voice."""
+    of = {p: torch.cat([s for s, q in zip(shapes, people) if q == p])[:, 0] for p in np.unique(people)}
+    rest = {p: o.quantile(0.05) for p, o in of.items()}
+    mean, std = torch.stack(list(rest.values())).mean(), torch.stack([o.std() for o in of.values()]).mean()
+    gain = {p: (std / o.std()).clamp(0.5, 2) for p, o in of.items()}
+    return [torch.cat([mean + gain[p] * (s[:, :1] - rest[p]), gain[p] * s[:, 1:]], 1) for s, p in zip(shapes, people)]
+
+
 def fit_warp(model, data, clips=200):
     """For warp.py: how the landmarks of a face move with the shape of the lips, and the opening that its first number
     stands for. Least squares over training clips, a minute on a CPU. Ours."""
     pack, landmarks = data["pack"], data["landmarks"][0]
     motion, mean = model.motion, load_landmarks().solid.double().numpy()
     moving, predicted, real = [], [], []
-    chosen = data["clips"][np.isin(data["clips"], landmarks.kept)][:clips]
+    chosen = np.unique(data["clips"][np.isin(data["clips"], landmarks.kept)])
+    chosen = np.sort(np.random.default_rng(4).permutation(chosen)[:clips])             # of all people
     print(f"after the last step: landmarks' motion with the lips, least squares over {len(chosen)} clips")
     for c in tqdm(chosen, "landmarks", leave=False, disable=None):
         frames = range(int(pack.n_frames[c]))
@@ -446,9 +487,16 @@ def fit_warp(model, data, clips=200):
             images = to_tensor(pack.frames(c, frames)).to(motion.moves.device)
             shape = torch.cat([model.mouth(x) for x in images.split(64)])[:, :model.config.shape_dim]
         moving.append((points, shape[:, 1:].cpu().numpy()))
-        predicted.append(model.lip_shape(torch.from_numpy(pack.windows(c, frames)).to(shape.device))[:, 0].cpu().numpy())
-        real.append(lip_opening(held_still(points, mean)))
-    motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))
+        mel = torch.from_numpy(pack.windows(c, frames, model.config.voice_norm)).to(shape.device)
+        predicted.append(model.lip_shape(mel)[:, 0].cpu().numpy())
+        real.append(lip_opening(held_still(points, mean)) / (OPENER if landmarks.detector == "mediapipe" else 1))
+    if not motion.moves.any():                                                         # --init may have them
+        motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))
+    for p in np.unique(pack.identity[chosen]):                                         # shut lips of everybody are 0
+        own = [i for i, c in enumerate(chosen) if pack.identity[c] == p]
+        shut = np.quantile(np.concatenate([real[i] for i in own]), 0.05)
+        for i in own:
+            real[i] = real[i] - shut
     motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), np.concatenate(real))))
 
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from media import (  # before torch, see there
-    FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_finite, check_output,
+    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_finite, check_output,
     is_grey, load_audio, load_photo, photo_size, probe, read_video, run, to_tensor, to_uint8)
 
 import numpy as np
@@ -34,7 +34,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from audio import n_frames, sound_windows
+from audio import N_MELS, SILENCE, WINDOW, log_mel, mel_windows, n_frames
 from checkpoint import pick_device
 from faces import (
     TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, parse_box, square_around, turn_upright)
@@ -409,8 +409,8 @@ def still_of(model, source, device, turning: bool):
     own = model.still(source.to(device)).cpu()
     if turning:
         return own, oval(S)
-    silence = sound_windows(np.zeros(5 * SAMPLES_PER_FRAME, np.float32), range(5))
-    rest = next(model.animate(source.to(device), torch.from_numpy(silence).to(device), sway=False))[2].cpu()
+    silence = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=device)
+    rest = next(model.animate(source.to(device), silence, sway=False))[2].cpu()
     mouth = soft_box(S, template.lips if model.mouth else template.mouth)  # a mouth code decides the lips' box only
     way = own - rest
     share = float((mouth * way * (source - rest)).sum() / (mouth * way * way).sum().clamp_min(1e-6))  # least squares
@@ -447,8 +447,9 @@ def main(argv=None):
     torch.set_num_threads(threads)
 
     T = n_frames(len(wav))
+    sound = log_mel(wav, model.config.voice_norm)  # (80, S)
     pieces = np.array_split(np.arange(T), -(-T // PIECE))
-    mel = (torch.from_numpy(sound_windows(wav, k)).to(device) for k in pieces)  # (k, 1, 80, 16), T in all
+    mel = (torch.from_numpy(mel_windows(sound, k)).to(device) for k in pieces)  # (k, 1, 80, 16), T in all
 
     torch.manual_seed(args.seed)
     full = not dubbing and (max(photo.shape[:2]) > size if args.full is None else args.full)

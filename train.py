@@ -75,7 +75,8 @@ def parse(argv=None):
     p = Parser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
-    add("--part", choices=("encoder", "hyper"), help="stage 2: the encoder (default) or, on stage2.pt, the hypernetwork")
+    add("--part", choices=("encoder", "hyper", "lips"), help="stage 2: the encoder (default) or, on stage2.pt, the "
+        "hypernetwork; stage 3: of weights --init the lips from sound alone, from --data of any size")
     add("--out", default="out/toy32", help="directory of checkpoints, logs and images")
     add("--data", nargs="+", help="packs of clips by prepare.py; default: the toy world, drawn into --out on first use")
     split_options(p)
@@ -108,10 +109,11 @@ def parse(argv=None):
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="processes that load data")
     args = p.parse_args(argv)
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
-    if args.part and args.stage != 2:
-        p.error("--part is of --stage 2")
+    if args.part and args.stage != (3 if args.part == "lips" else 2):
+        p.error("--part encoder and hyper are of --stage 2, lips is of --stage 3")
     args.part = args.part or ("encoder" if args.stage == 2 else None)
-    args.steps = STEPS[args.stage] if args.steps is None else args.steps
+    default = initialise.LIP_STEPS if args.part == "lips" else STEPS[args.stage]
+    args.steps = default if args.steps is None else args.steps
     args.path, args.w = dict(args.path or ()), loss_weights(args, dict(args.w or ()))
     args.given = {k: v if k != "path" else args.path for k, v in given.items() if v is not None}
     args.given |= {f"w {k}": v for k, v in given["w"] or ()}
@@ -133,6 +135,8 @@ def named(names, kind):
 def loss_weights(args, given: dict) -> dict:
     """The stage's column of WEIGHTS, with what --size, --photos and --w change"""
     weight = {name: column[args.stage - 1] for name, column in WEIGHTS.items() if column[args.stage - 1] is not None}
+    if args.part == "lips":
+        return dict.fromkeys(weight, 0.0)
     for name, value in given.items():
         if not 0 <= value < float("inf") or value == 0 and name == "adv" and args.stage == 1:
             raise InputError(f"--w {name}={value:g}: expected a number from 0 on, and some adversarial loss in stage 1")
@@ -229,8 +233,9 @@ def forward_stage3(model, batch):
             true_mouth[..., model.config.shape_dim:] = 0                               # appearance
             true_mouth[1::2] = torch.nan                                               # from sound
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], CONTEXT, true_mouth)
+    sound = batch.get("mfcc", batch.get("sync_mel"))                                   # of the window's middle frame
     out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
-               mel=batch["mfcc"] if "mfcc" in batch else middle(batch["mel"], 1)[:, 0])  # of the window's middle frame
+               mel=middle(batch["mel"], 1)[:, 0] if sound is None else sound)
     return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
@@ -333,6 +338,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model, D, known = initialise.build_networks(args, data, ckpt, device)
     frozen |= initialise.stage(args, model, D, data, known, device)
+    if args.part == "lips":
+        return export(model.eval().requires_grad_(False), data, args)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt_g, opt_d = optimizers(model, D, args)
     augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), 0.0, 0
@@ -411,7 +418,8 @@ def main(argv=None):
             yield 4 * w["path"] * penalty, dict(path=w["path"] * penalty, mean_path=mean)
 
     log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
-    stream, timer, shown = load_batches(args, data, frozen, step0), StepTimer(device), {}  # shown: the last of each term
+    stream = load_batches(args, data, frozen, model.config, step0)
+    timer, shown = StepTimer(device), {}                                               # the last value of each term
     bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=True if RANK else None)
     for step in bar:
         last = step + 1 == args.steps
@@ -449,12 +457,16 @@ def main(argv=None):
     log.close()
     write_report(args.out)                                                             # with the last image
     if args.stage == 3:
-        if ema.mouth:
-            initialise.fit_warp(ema, data)
-        weights = os.path.join(args.out, "weights.pt")
-        save_checkpoint(weights, dict(kind="weights", format=1, config=vars(ema.config), args=vars(args),
-                                      networks=dict(model=half(ema))))
-        print(f"{weights}: for sample.py --weights")
+        export(ema, data, args)
+
+
+def export(model, data, args):
+    if model.mouth:
+        initialise.fit_warp(model, data)
+    weights = os.path.join(args.out, "weights.pt")
+    save_checkpoint(weights, dict(kind="weights", format=1, config=vars(model.config), args=vars(args),
+                                  networks=dict(model=half(model))))
+    print(f"{weights}: for sample.py --weights")
 
 
 def descend(opt, micro, losses_of) -> dict:
@@ -528,7 +540,7 @@ def load_data(args) -> dict:
     else:
         from toyfaces import toy_pack  # drawn on first use
         pack = toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
-    if pack.size != args.size:
+    if pack.size != args.size and args.part != "lips":
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
     data = dict(pack=pack, photos=None, clips=drawn_clips(pack, parts["train"], args), landmarks=None,
@@ -549,7 +561,7 @@ def load_data(args) -> dict:
     return data
 
 
-def load_batches(args, data, frozen, start: int):
+def load_batches(args, data, frozen, config, start: int):
     """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
     loss, else and on odd steps many clips of one frame, half of them photos where there are some"""
     def load(dataset, batch, first):
@@ -561,7 +573,7 @@ def load_batches(args, data, frozen, start: int):
     extra = 0 if args.motion == "direct" else CONTEXT                                  # driving frames not decoded
     mfcc = extra if getattr(frozen.get("sync"), "uses_mfcc", False) else None
     windows, singles = (Clips(data["pack"], T + 2 * extra, args.seed + T, context=CONTEXT - extra, clips=data["clips"],
-                              mfcc=mfcc) for T in (WINDOW, 1))
+                              mfcc=mfcc, voice_norm=config.voice_norm) for T in (WINDOW, 1))
     turns = 2 if args.w["sync"] else 1
     windows = load(windows, args.batch // WINDOW, (start + 1) // 2)
     singles = load(singles, args.batch // (2 if args.photos else 1), start // turns)
@@ -593,7 +605,8 @@ def save_examples(path, ema, data, args, n=8):
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
         rows, names = ema.generator(w).unflatten(0, (3, n)), ["samples", "", ""]
     else:
-        clips = Clips(data["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=data["held_out"])
+        clips = Clips(data["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=data["held_out"],
+                      voice_norm=ema.config.voice_norm)
         items = [clips[i] for i in range(n)]
         held_out = f"held out: {len(data['held_out'])} clips"
         held_out += f", {len(data['held_out_photos'])} photos (from the third column on)" if args.photos else ""

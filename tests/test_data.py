@@ -394,12 +394,12 @@ def test_the_source_is_never_one_of_the_driving_frames_but_any_other(pack):
 
 
 def test_sound_and_frames_of_an_item_are_of_the_same_moments(pack):
-    data_set = Clips(pack, 4, seed=2, context=2)
+    data_set, norm = (Clips(pack, 4, seed=2, context=2, voice_norm=n) for n in (False, True))
     for n in range(20):
-        item = data_set[n]
-        first = int(item["frames"][0])
-        heard = mel_windows(log_mel(pack.sound(item["clip"])), np.arange(first - 2, first + 6))
-        assert (item["mel"].numpy() == heard).all() and item["mel"].shape == (8, 1, 80, 16)
+        item, first = data_set[n], int(data_set[n]["frames"][0])
+        for one, mel in ((item, log_mel(pack.sound(item["clip"]))), (norm[n], log_mel(pack.sound(item["clip"]), True))):
+            assert (one["mel"].numpy() == mel_windows(mel, np.arange(first - 2, first + 6))).all()
+        assert item["mel"].shape == (8, 1, 80, 16) and torch.equal(norm[n]["sync_mel"], item["mel"][3])
 
 
 def test_a_clip_shorter_than_the_window_repeats_its_last_frame(pack):

@@ -571,11 +571,29 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
         read.append(model.mouth(to_tensor(toys.frames(c, range(toys.n_frames[c]))))[:, 0].detach().numpy())
         true.append(initialise.mouth_shape(landmarks.clip(c))[:, 0])
     assert np.corrcoef(np.concatenate(read), np.concatenate(true))[0, 1] > 0.6
+    go(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
+    mine = load_model(str(tmp_path / "mine/weights.pt"))
+    changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
+    assert {"audio.0", "audio.5", "motion.fusion.audio", "motion.lips.0"} <= changed     # nothing that draws
+    assert all(k.startswith(("audio", "motion.fusion", "motion.lips")) or k == "motion" for k in changed)
     with pytest.raises(InputError, match="landmarks"):
         shutil.copytree(photos / "landmarks", tmp_path / "clips" / "landmarks")
         shutil.copytree(clips, tmp_path / "clips", dirs_exist_ok=True,
                         ignore=lambda folder, names: names if "landmarks" in folder else ["landmarks"])
         go(tmp_path / "clips", tmp_path / "other", 1, *more)
+
+
+def test_everybodys_lips_get_one_rest_and_spread_of_the_opening_and_keep_their_course():
+    torch.manual_seed(0)
+    people = np.array([4, 9, 4])
+    shapes = [torch.randn(50, 3), 1.5 * torch.randn(60, 3) + 3, torch.randn(70, 3) + 0.5]
+    made = initialise.alike(shapes, people)
+    one, other = torch.cat([made[0], made[2]])[:, 0], made[1][:, 0]
+    assert one.quantile(0.05).item() == pytest.approx(other.quantile(0.05).item(), abs=1e-5)
+    assert one.std().item() == pytest.approx(other.std().item(), rel=1e-4)
+    for a, b in zip(shapes, made):
+        assert all(np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9999 for k in range(3))
+    torch.testing.assert_close(initialise.alike(shapes, [7, 7, 7]), shapes)               # one person stays as he is
 
 
 @pytest.mark.parametrize("coarse_rgb", [0, 16])
