@@ -594,12 +594,13 @@ def landmarks_header(pack, detector: str) -> dict:
 
 
 class Landmarks:
-    """Landmarks of a pack, or of several read as one, each in landmarks/ beside its pack. kept: the clips that have some.
+    """Landmarks of a pack, or of several read as one, each in landmarks/ beside its pack. kept: the clips that have
+    some; detectors: of each pack.
     Of an unfinished run those that it finished, with a line on stderr. Raises InputError: missing, of another pack, not
     one clip."""
 
     def __init__(self, pack):
-        self.pack, self.points, kept, before = pack, [], [], 0
+        self.pack, self.points, self.detectors, kept, before = pack, [], [], [], 0
         for part in pack.packs:
             folder = part.folder / "landmarks"
             try:
@@ -612,7 +613,7 @@ class Landmarks:
                 raise InputError(f"{folder}: landmarks of another pack than {part.folder}")
             if len(lines) < len(part) + 1:
                 print(f"{folder}: unfinished, {len(lines) - 1} of {len(part)} clips so far", file=sys.stderr)
-            self.detector = lines[0]["detector"]
+            self.detectors.append(lines[0]["detector"])
             kept += [before + i for i, line in enumerate(lines[1:]) if "reason" not in line]
             before += len(part)
         self.kept = np.array(kept, int)

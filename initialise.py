@@ -489,7 +489,9 @@ def fit_warp(model, data, clips=200):
         moving.append((points, shape[:, 1:].cpu().numpy()))
         mel = torch.from_numpy(pack.windows(c, frames, model.config.voice_norm)).to(shape.device)
         predicted.append(model.lip_shape(mel)[:, 0].cpu().numpy())
-        real.append(lip_opening(held_still(points, mean)) / (OPENER if landmarks.detector == "mediapipe" else 1))
+        real.append(lip_opening(held_still(points, mean)))
+        if landmarks.detectors[pack.find(c)[0]] == "mediapipe":                        # fit_opening expects dlib's
+            real[-1] /= OPENER
     if not motion.moves.any():                                                         # --init may have them
         motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))
     for p in np.unique(pack.identity[chosen]):                                         # shut lips of everybody are 0

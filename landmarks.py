@@ -288,7 +288,7 @@ def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) 
         raise InputError("packs of several sizes: " + ", ".join(f"{pack.folder} {pack.size}" for pack in packs))
     images, points = [], []
     for pack, found in [(pack, Landmarks(pack)) for pack in packs]:
-        clips, shift = np.intersect1d(split(pack)["train"], found.kept), DLIB_LOW * (found.detector == "dlib")
+        clips, shift = np.intersect1d(split(pack)["train"], found.kept), DLIB_LOW * (found.detectors[0] == "dlib")
         for c in tqdm(rng.permutation(clips)[:most], desc=pack.folder.name, leave=False, disable=None):
             for k in rng.permutation(pack.n_frames[c])[: -(-most // len(clips))]:
                 images.append((torch.from_numpy(pack.frame(c, k)).float() @ GREY).round().byte())

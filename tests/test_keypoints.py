@@ -162,7 +162,7 @@ def test_extract_finds_landmarks_of_every_frame_and_continues_where_it_was_kille
     folder, opened = bare / "landmarks", Pack(bare)
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
     found = faces.Landmarks(opened)
-    assert len(found.kept) == 20 and found.detector == "fan" and len(lines) == 21
+    assert len(found.kept) == 20 and found.detectors == ["fan"] and len(lines) == 21
     expected = toyfaces.landmarks(toyfaces.person(1), {}, 16) + (opened.frame(3, 7).mean() / 255, 0)
     np.testing.assert_allclose(found.clip(3)[7], expected, atol=1e-5)
     (folder / "clips.jsonl").write_bytes(b"".join(lines[:8]) + lines[8][:11])  # killed in the middle of a line
@@ -208,7 +208,7 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(bare, monkeypatch):
     found = faces.Landmarks(opened)
     lines = [json.loads(line) for line in open(folder / "landmarks" / "clips.jsonl")][1:]
     assert list(found.kept) == [c for c in range(20) if c != 5] and lines[5]["reason"] == "a face in 0 of 25 frames"
-    assert lines[2]["interpolated"] == 2 and found.detector == "fan"
+    assert lines[2]["interpolated"] == 2 and found.detectors == ["fan"]
     assert np.isnan(found.clip(5)).all()
     parts = kp.open_source(kp.parse(["train", "--data", str(folder)]))[1]
     assert 5 not in parts["train"] and 6 in parts["train"]

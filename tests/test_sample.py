@@ -88,7 +88,7 @@ def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights
 class LoudFrames:
     """Stands in for the network: a frame is bright when its own mel window is loudest in the middle."""
 
-    config = SimpleNamespace(size=16, template="toy")
+    config = SimpleNamespace(size=16, template="toy", voice_norm=False)
 
     def animate(self, source, mel, driving=None, sway=True, batch=7):
         mel = torch.cat(list(mel))
