@@ -38,7 +38,8 @@ from vision import (
     GradualStyleEncoder, HyperNetwork, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet,
     parts_of)
 
-CONTEXT = 2  # sound windows on each side of the decoded frames: the reach of the temporal convolution
+REACH = 6  # frames on each side that a convolution of SpeechContext sees; ours
+SPEECH_DIM = 128  # numbers of its sound; ours
 
 
 @dataclasses.dataclass
@@ -57,7 +58,7 @@ class Config:
     map_code: int = 0           # numbers behind the identity maps; 0: none, as with published generators
     map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
     coarse_rgb: int = 0         # edge of the coarse image, a linear map of the code, see IdentityMaps; 0: none
-    audio_width: float = 1.0    # of Wav2Lip's channel counts; 0: WindowEncoder
+    audio_width: float = 1.0    # of Wav2Lip's channel counts; 0: WindowEncoder and SpeechContext
     voice_norm: bool = False    # sound by audio.normalise_voice: with real faces; files without this field have none
     motion: str = "direct"      # or "paper"
     pose_dim: int = 32          # P
@@ -73,6 +74,16 @@ class Config:
     def L(self) -> int:
         return n_styles(self.size)
 
+    @property
+    def context(self) -> int:
+        """Sound windows on each side of the decoded frames: the reach of the temporal convolutions"""
+        return 2 if self.audio_width else 2 * REACH
+
+    @property
+    def driving_context(self) -> int:
+        """Driving frames on each side of the decoded ones"""
+        return 0 if self.motion == "direct" else self.context
+
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
@@ -81,10 +92,10 @@ class Config:
                      map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
         real = changes.get("template", "toy") != "toy"
         if real and size < 256:  # ours: real faces are harder than drawn ones
-            face = dict(small, dim=256, cap=256, audio_width=0, linear=1000, map_code=1024, map_channels=(),
+            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=(),
                         coarse_rgb=min(32, size))
             if changes.get("motion") != "paper":
-                face |= dict(mouth_dim=24, shape_dim=6)
+                face |= dict(mouth_dim=24, shape_dim=6, audio_width=0)
             dial = {16: dict(face, base=1024, linear=200, map_code=224), 32: dict(face, base=2048),
                     64: dict(face, base=4096), 128: dict(face, base=8192)}
         else:
@@ -133,23 +144,39 @@ class CanonicalEncoder(nn.Module):
 
 
 class TemporalFusion(nn.Module):
-    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach CONTEXT frames.
+    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach two frames.
 
     The "direct" form has none for driving frames: it would let the mouth's rhythm into the pose."""
 
     def __init__(self, dim: int, visual: bool):
         super().__init__()
-        self.audio = nn.Conv1d(dim, dim, 2 * CONTEXT + 1, padding=CONTEXT)
-        self.visual = nn.Conv1d(dim, dim, 2 * CONTEXT + 1, padding=CONTEXT) if visual else None
+        self.audio = nn.Conv1d(dim, dim, 5, padding=2)
+        self.visual = nn.Conv1d(dim, dim, 5, padding=2) if visual else None
 
-    def forward(self, z_a, z_v):
-        """z_a (B, T, D), z_v (B, T, L, D) -> the same shapes"""
+    def forward(self, z_a, z_v=None):
+        """z_a (B, T, D) and, where `visual`, z_v (B, T, L, D) -> the same shapes"""
         z_a = z_a + self.audio(z_a.transpose(1, 2)).transpose(1, 2)              # time is the last axis inside
-        if self.visual is not None:
-            B, _, L, _ = z_v.shape
-            x = z_v.permute(0, 2, 3, 1).flatten(0, 1)                             # (B * L, D, T)
-            z_v = z_v + self.visual(x).unflatten(0, (B, L)).permute(0, 3, 1, 2)
-        return z_a, z_v
+        if self.visual is None:
+            return z_a
+        B, _, L, _ = z_v.shape
+        x = z_v.permute(0, 2, 3, 1).flatten(0, 1)                                 # (B * L, D, T)
+        return z_a, z_v + self.visual(x).unflatten(0, (B, L)).permute(0, 3, 1, 2)
+
+
+class SpeechContext(nn.Module):
+    """Ours, in place of TemporalFusion where sound has voices of many people: two residual blocks that see half a second
+    to each side. z_a (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.convs = nn.ModuleList(nn.Conv1d(dim, dim, 2 * REACH + 1, padding=REACH) for _ in range(2))
+        self.mix = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+
+    def forward(self, z_a):
+        for norm, conv, mix in zip(self.norms, self.convs, self.mix):
+            z_a = z_a + mix(F.gelu(conv(norm(z_a).transpose(1, 2)).transpose(1, 2)))
+        return self.norms[2](z_a)
 
 
 class PaperMotion(nn.Module):
@@ -189,9 +216,10 @@ class DirectMotion(nn.Module):
         L, D, P, M, K = config.L, config.dim, config.pose_dim, config.mouth_dim, config.shape_dim
         self.shape, self.M = (L, D), M
         self.whiten = Whiten(L, D)
-        self.fusion = TemporalFusion(D, visual=False)
+        A = D if config.audio_width else SPEECH_DIM                               # width of z_a
+        self.fusion = TemporalFusion(A, visual=False) if config.audio_width else SpeechContext(A)
         self.pose_down, self.pose_up = nn.Linear(L * D, P), nn.Linear(P, L * D, bias=False)
-        self.lips = nn.Sequential(nn.Linear(D, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
+        self.lips = nn.Sequential(nn.Linear(A, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
                                   nn.Linear(hidden, K or L * D))
         self.mouth_up = nn.Linear(M, L * D, bias=False) if M else nn.Identity()   # mouth code -> W+
         nn.init.normal_(self.lips[4].weight, std=0.01)
@@ -208,7 +236,7 @@ class DirectMotion(nn.Module):
 
     def audio_to_mouth(self, z_a, context=0):
         """z_a (B, T + 2 context, D) -> mouth code (B, T, M), or (B, T, L * D), the lips in W+, without a mouth code"""
-        z_a, _ = self.fusion(z_a, None)
+        z_a = self.fusion(z_a)
         mouth = self.lips(z_a[:, context:z_a.shape[1] - context])
         if self.M:
             mouth = torch.cat([mouth[..., :1].clamp(*self.opening_limits), mouth[..., 1:]], -1)
@@ -293,7 +321,7 @@ class FCTFG(nn.Module):
         elif c.hyper != "none":
             self.hyper = HyperStyleNet(changed_layers(self.generator), c.hyper, c.hyper_width)
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
-        self.audio = AudioEncoder(c.dim, c.audio_width) if c.audio_width else WindowEncoder(c.dim)
+        self.audio = AudioEncoder(c.dim, c.audio_width) if c.audio_width else WindowEncoder(SPEECH_DIM)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
         assert not c.mouth_dim or c.motion == "direct", "a mouth code needs the direct motion encoder"
         self.mouth = MouthEncoder(c.template, c.mouth_dim, c.shape_dim) if c.mouth_dim else None
@@ -430,7 +458,7 @@ class FCTFG(nn.Module):
         frames, codes, first = iter(() if driving is None else driving), z_own[:, :0], 0  # codes of frames first, ..
         for start in range(0, n, batch):
             stop = min(start + batch, n)
-            lo, hi = max(0, start - CONTEXT), min(n, stop + CONTEXT)
+            lo, hi = max(0, start - self.config.context), min(n, stop + self.config.context)
             if driving is None:
                 z_v = z_own.expand(1, hi - lo, -1, -1)
             else:

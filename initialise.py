@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import judges
-from audio import add_room, log_mel, mel_windows, not_speech
+from audio import add_room, log_mel, mel_windows, not_speech, spec_augment
 from checkpoint import fetch, freeze, load_checkpoint
 from data import Clips, batches, open_packs
 from faces import mask_mouth
-from fusion import CONTEXT, FCTFG, Config, mean_w, published
+from fusion import FCTFG, Config, mean_w, published
 from landmarks import load_landmarks
 from losses import Augment
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
@@ -30,8 +30,9 @@ from syncnet import load_sync
 from vision import small_picture
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
-LIP_STEPS = 2000   # of train_lips, at most: its loss hardly falls after these
+LIP_STEPS = 3000   # of train_lips, at most: others are followed no better after these
 NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
+NOISY = 0.3        # share of the voices in a noisy room
 LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
 
 
@@ -401,9 +402,9 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     nearest to the MouthEncoder's readings: single people are read badly (the opening's r with the landmarks is .4 to .9).
 
     LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
-    share their sound windows. Half of the voices are in a noisy room; NO_SPEECH of the items have no voice."""
+    share their sound windows."""
     pack, steps, K = data["pack"], min(LIP_STEPS, args.steps), model.config.shape_dim
-    rng = np.random.default_rng([args.seed, 3])
+    rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
     landmarks, held_out = data["landmarks"][0], [c for c in data["held_out"] if pack.n_frames[c] >= span]
     long = data["clips"][pack.n_frames[data["clips"]] >= span]                         # with --by-person clips come twice
     long, held_out = long[np.isin(long, landmarks.kept)], np.intersect1d(held_out, landmarks.kept)[:50].tolist()
@@ -441,12 +442,13 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
             i = -rng.integers(1, 200) if clips is None and rng.random() < NO_SPEECH else i
             target = shapes[i] if i >= 0 else shut.expand(5 * span, -1)                # (T, K)
             k = int(rng.integers(len(target) - span + 1))
-            noisy = clips is None and i >= 0 and rng.random() < 0.5
-            items.append(mel_windows(mel(i, noisy), np.arange(k - CONTEXT, k + span + CONTEXT)))
+            sound = mel(i, clips is None and i >= 0 and rng.random() < NOISY)
+            sound = spec_augment(sound, rng) if clips is None else sound
+            items.append(mel_windows(sound, np.arange(k - reach, k + span + reach)))
             targets.append(target[k:k + span])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a = model.encode_sound(torch.from_numpy(np.stack(items)).to(device))
-            predicted = model.motion.audio_to_mouth(z_a, CONTEXT)[..., :K]             # (B, span, K)
+            predicted = model.motion.audio_to_mouth(z_a, reach)[..., :K]             # (B, span, K)
         return ((predicted.float() - torch.stack(targets)).square() * weight).sum(-1).mean()
 
     model.motion.opening_limits.copy_(torch.tensor([-torch.inf, torch.inf]))           # an earlier network's

@@ -38,7 +38,7 @@ from checkpoint import (
     load_checkpoint, meet, open_log, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
 from data import Clips, Frames, Mixed, Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
-from fusion import CONTEXT, middle
+from fusion import middle
 from report import image_grid, write_report
 from stylegan2 import mix_styles
 
@@ -223,7 +223,7 @@ def forward_stage3(model, batch):
 
     With a mouth code every other clip gets its true mouth (teacher forcing): sound alone is ambiguous, regression
     averages, and the generator would learn to draw half of each movement."""
-    T = batch["mel"].shape[1] - 2 * CONTEXT
+    T = batch["mel"].shape[1] - 2 * model.config.context
     real, mouth, true_mouth = middle(batch["driving"], T), None, None                  # (B, T, 3, H, W)
     if model.mouth:
         with torch.no_grad():
@@ -232,7 +232,7 @@ def forward_stage3(model, batch):
             true_mouth = mouth - (of_source - model.motion.speech_part(of_source))[:, None]  # is added to the source's
             true_mouth[..., model.config.shape_dim:] = 0                               # appearance
             true_mouth[1::2] = torch.nan                                               # from sound
-    frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], CONTEXT, true_mouth)
+    frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
     sound = batch.get("mfcc", batch.get("sync_mel"))                                   # of the window's middle frame
     out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
                mel=middle(batch["mel"], 1)[:, 0] if sound is None else sound)
@@ -246,7 +246,7 @@ def forward_photos(model, batch, out):
     clip = torch.arange(len(photo), device=photo.device) % len(batch["mel"])
     if not model.mouth:
         mel = batch["mel"][clip]
-        swapped = model(photo, photo[:, None].expand(-1, mel.shape[1], -1, -1, -1), mel, CONTEXT)[0][:, 0]
+        swapped = model(photo, photo[:, None].expand(-1, mel.shape[1], -1, -1, -1), mel, model.config.context)[0][:, 0]
         z_s = model.invert(photo)
         fake = model.decode(z_s, model.weight_changes(photo, z_s))
         return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped)
@@ -255,7 +255,7 @@ def forward_photos(model, batch, out):
     mouth = model.mouth(photo)                                                         # (N, M)
     own = motion.speech_part(mouth)
     with torch.no_grad():
-        spoken = motion.audio_to_mouth(model.encode_sound(batch["mel"]), CONTEXT)[clip, 0]  # (N, M)
+        spoken = motion.audio_to_mouth(model.encode_sound(batch["mel"]), model.config.context)[clip, 0]  # (N, M)
     fake, swapped = model.decode(torch.cat([z_s2c + motion.join(pose, m) for m in (own, spoken)])).chunk(2)
     return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped,
                 target_mouth=spoken + (mouth - own).detach())
@@ -430,7 +430,7 @@ def main(argv=None):
             group["lr"] = group["initial_lr"] * rate
 
         # no adversary on windows: five frames of one clip are nearly one sample
-        adversarial = w["adv"] and (args.stage < 3 or batch["mel"].shape[1] == 1 + 2 * CONTEXT)
+        adversarial = w["adv"] and (args.stage < 3 or batch["mel"].shape[1] == 1 + 2 * model.config.context)
         of_d = descend(opt_d, micro, discriminator_losses) if adversarial else {}
         terms = descend(opt_g, micro, generator_losses) | of_d
         # lazy regularisation, when the graph of this step is gone
@@ -570,10 +570,9 @@ def load_batches(args, data, frozen, config, start: int):
 
     if args.stage < 3:
         yield from load(data["images"], args.batch, start)
-    extra = 0 if args.motion == "direct" else CONTEXT                                  # driving frames not decoded
-    mfcc = extra if getattr(frozen.get("sync"), "uses_mfcc", False) else None
-    windows, singles = (Clips(data["pack"], T + 2 * extra, args.seed + T, context=CONTEXT - extra, clips=data["clips"],
-                              mfcc=mfcc, voice_norm=config.voice_norm) for T in (WINDOW, 1))
+    mfcc = config.driving_context if getattr(frozen.get("sync"), "uses_mfcc", False) else None
+    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"], mfcc=mfcc)
+                        for T in (WINDOW, 1))
     turns = 2 if args.w["sync"] else 1
     windows = load(windows, args.batch // WINDOW, (start + 1) // 2)
     singles = load(singles, args.batch // (2 if args.photos else 1), start // turns)
@@ -583,6 +582,12 @@ def load_batches(args, data, frozen, config, start: int):
             yield next(windows)
         else:
             yield next(singles) | (dict(photo=next(photos)["image"]) if photos else {})
+
+
+def stage3_clips(pack, T, config, seed, **options):
+    """Windows of which stage 3 decodes T frames"""
+    extra = config.driving_context
+    return Clips(pack, T + 2 * extra, seed, context=config.context - extra, voice_norm=config.voice_norm, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -605,8 +610,7 @@ def save_examples(path, ema, data, args, n=8):
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
         rows, names = ema.generator(w).unflatten(0, (3, n)), ["samples", "", ""]
     else:
-        clips = Clips(data["pack"], 1 + 2 * CONTEXT, seed=12345, flip=False, clips=data["held_out"],
-                      voice_norm=ema.config.voice_norm)
+        clips = stage3_clips(data["pack"], 1, ema.config, 12345, flip=False, clips=data["held_out"])
         items = [clips[i] for i in range(n)]
         held_out = f"held out: {len(data['held_out'])} clips"
         held_out += f", {len(data['held_out_photos'])} photos (from the third column on)" if args.photos else ""
@@ -624,7 +628,7 @@ def save_examples(path, ema, data, args, n=8):
             names.append("refined by the hypernetwork")
     elif args.stage == 3:
         driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # another person's head and sound
-        rows = source, middle(driving, 1)[:, 0], ema(source, driving, mel, context=CONTEXT)[0][:, 0]
+        rows = source, middle(driving, 1)[:, 0], ema(source, driving, mel, ema.config.context)[0][:, 0]
         names = f"source; {held_out}", "driving frame, with its sound: the column to the left", "source, driven"
     image_grid([to_uint8(row.clamp(-1, 1)) for row in rows], names, max(128, args.size)).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)

@@ -14,7 +14,6 @@ from PIL import Image
 
 import checkpoint
 import faces
-import fusion
 import initialise
 import judges
 import keypoints
@@ -320,7 +319,7 @@ def gradient_of_one_step(args, pack, stages):
     model, D, frozen = built(args)
     frozen["sync"] = initialise.load_sync(str(stages / "sync.pt"), "cpu")
     train.optimizers(model, D, args)
-    data = train.Clips(Pack(pack), train.WINDOW, 0, context=fusion.CONTEXT)
+    data = train.Clips(Pack(pack), train.WINDOW, 0, context=model.config.context)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     for p in model.motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
@@ -334,11 +333,11 @@ def test_one_batch_can_be_overfitted(pack, stages):
     args = train.parse(options(pack, stages, 3, "--lr", "3e-4", "--lr-gan", "1e-3"))
     model, D, _ = built(args)
     opt, _ = train.optimizers(model, D, args)
-    data = train.Clips(Pack(pack), 1, 0, context=fusion.CONTEXT)
+    data = train.Clips(Pack(pack), 1, 0, context=model.config.context)
     batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     errors = []
     for _ in range(80):
-        frames = model(batch["source"], batch["driving"], batch["mel"], context=fusion.CONTEXT)[0]
+        frames = model(batch["source"], batch["driving"], batch["mel"], context=model.config.context)[0]
         loss = (frames - batch["driving"]).abs().mean()
         opt.zero_grad()
         loss.backward()
@@ -574,7 +573,7 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
     go(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
     mine = load_model(str(tmp_path / "mine/weights.pt"))
     changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
-    assert {"audio.0", "audio.5", "motion.fusion.audio", "motion.lips.0"} <= changed     # nothing that draws
+    assert {"audio.0", "audio.5", "motion.fusion.convs.0", "motion.lips.0"} <= changed     # nothing that draws
     assert all(k.startswith(("audio", "motion.fusion", "motion.lips")) or k == "motion" for k in changed)
     with pytest.raises(InputError, match="landmarks"):
         shutil.copytree(photos / "landmarks", tmp_path / "clips" / "landmarks")
