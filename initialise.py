@@ -85,7 +85,10 @@ def build_networks(args, data, ckpt, device):
         state = {k: v for k, v in state.items() if "motion" in known or k.startswith(learned)}
         state = {k: v for k, v in state.items() if k.partition(".")[0] not in files}
         state |= {f"{name}.{k}": v for name, network in files.items() for k, v in network.state_dict().items()}
-        state = {k: v for k, v in state.items() if k in set(model.state_dict())}
+        own = model.state_dict()
+        state = {k: v for k, v in state.items() if k in own}
+        if args.part == "lips":                                                        # those of an older form start anew
+            state = {k: v for k, v in state.items() if v.shape == own[k].shape}
         known |= dict.fromkeys(files) | ({"D": files["D"].state_dict()} if "D" in files else {})
     model.load_state_dict(state, strict=bool(ckpt))
     if "D" in known:
