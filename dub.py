@@ -11,21 +11,21 @@ through unchanged. Ours, without a paper. Units are warp.py's: the outer corners
 """
 
 import itertools
-from dataclasses import dataclass
+from collections import deque
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter1d
 from scipy.signal import savgol_filter
 
 from faces import DETECT_EVERY, detect_faces, face_box, scenes
 from landmarks import track_landmarks
 from media import InputError, probe, read_video
+from motion import lip_opening
 from warp import (
-    CORNERS, JAW, LOWER_LINE, LOWER_LIP, MISFIT, RIGID, STILL, UPPER_LINE, UPPER_LIP, Nodes, angles, box_in, centres,
-    curve, fit_pose, smoothstep, thin_plate)
+    CORNERS, LOWER_LINE, LOWER_LIP, MISFIT, STILL, UPPER_LINE, UPPER_LIP, Nodes, Place, angles, box_in, centres, fit_pose,
+    inner_lips, lip_surfaces, misfit, read, smoothstep)
 
 # all constants are ours, chosen by looking at frames; lengths in units
 POINTS_HEIGHT = 480  # pixels of the copy on which landmarks are found
@@ -45,61 +45,45 @@ BORDER = np.array([(x, y) for x in np.linspace(0, 1, 8) for y in np.linspace(0, 
 SHOWN = 0.058  # the least opening, of the widest frames, that shows what is inside
 
 
-@dataclass
-class Place:
-    """Where the face is in one frame: pixels = plane @ local + middle, about the mouth's middle."""
-
-    plane: np.ndarray  # (2, 2)
-    middle: np.ndarray  # (2,)
-
-    @property
-    def scale(self) -> float:
-        return float(np.sqrt(abs(np.linalg.det(self.plane))))
-
-    def local(self, pixels):
-        return (pixels - self.middle) @ np.linalg.inv(self.plane).T
-
-    def pixels(self, local):
-        return local @ self.plane.T + self.middle
-
 
 def steady(x: np.ndarray) -> np.ndarray:
     return savgol_filter(x, min(SMOOTH, (len(x) - 1) // 2 * 2 + 1), 2, axis=0, mode="nearest")
-
-
-def gap(q: np.ndarray) -> np.ndarray:
-    """Points (.., 68, 2) seen from the front -> mean gap of the inner lips (..)"""
-    return (q[..., LOWER_LINE[1:4], 1] - q[..., UPPER_LINE[1:4], 1]).mean(-1)
 
 
 class Take:
     """Consecutive frames of one face: its place in each, its own mouth, and its mouth as it would be shut.
 
     first: number of its first frame; points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2) of
-    fusion.DirectMotion; fades: whether frames that pass through lie before it, and after it, in the same scene."""
+    fusion.DirectMotion; fades: whether frames that pass through lie before it, and after it, in the same scene.
+    It keeps three arrays (T, 68, 2) in float32, 100 MB an hour."""
 
     def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray, fades=(False, False)):
         self.first, self.moves, self.T, self.fades = int(first), moves, len(points), fades
-        self.points = points = steady(points.astype(np.float32))       # as all that is kept of each frame
+        self.points = points = steady(points.astype(np.float32, copy=False))
         scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))
-        planes, depths = steady(scale[:, None, None] * R[:, :2, :2]), steady(scale[:, None] * R[:, :2, 2])
-        flat = points - shift[:, None] - mean[None, :68, 2, None] * depths[:, None]
-        self.q = np.einsum("tij,tpj->tpi", np.linalg.inv(planes), flat).astype(np.float32)  # from the front, head at rest
-        self.own = np.maximum(0, gap(self.q))
-        still = self.q - self.own[:, None, None] * moves[0].astype(np.float32)
+        self.planes, depths = steady(scale[:, None, None] * R[:, :2, :2]), steady(scale[:, None] * R[:, :2, 2])
+        self.q = np.empty_like(points)                                 # from the front, head at rest, in units
+        for t, plane in enumerate(self.planes):
+            self.q[t] = Place(plane, shift[t]).local(points[t] - np.outer(mean[:68, 2], depths[t]))
+        self.own = np.maximum(0, lip_opening(self.q))
+        slow = self.own[:, None, None] * -moves[0].astype(np.float32)
+        slow += self.q                                                 # without its opening
         weight = np.exp(-(self.own - self.own.min()) / SHUT)
-        shut = np.average(still, axis=0, weights=weight)
-        slow = gaussian_filter1d(still - shut.astype(np.float32), SLOW, axis=0, mode="nearest")
+        shut = np.einsum("t,tpi->pi", weight / weight.sum(), slow, dtype=np.float64)
+        slow -= shut.astype(np.float32)
+        gaussian_filter1d(slow, SLOW, axis=0, mode="nearest", output=slow)
         inner = np.stack([UPPER_LINE[1:4], LOWER_LINE[1:4]])
         slow[:, inner, 1] = slow[:, inner, 1].mean(1, keepdims=True)   # this does not open lips
         share = moves[0, 62, 1] / (moves[0, 62, 1] - moves[0, 66, 1])  # of a gap that the upper lip closes
         shut[inner, 1] = shut[inner[0], 1] + share * (shut[inner[1], 1] - shut[inner[0], 1])
         self.shut, self.slow = shut, slow
         origin = shut[CORNERS[2:]].mean(0)
-        middles = steady(shift) + planes @ origin + mean[CORNERS[2:], 2].mean() * depths
-        self.places = [Place(plane, middle) for plane, middle in zip(planes, middles)]
+        self.middles = steady(shift) + self.planes @ origin + mean[CORNERS[2:], 2].mean() * depths
         self.widest = float(np.sort(self.own)[-4:].mean())
         self.keys = self.shut_frames()
+
+    def place(self, t: int) -> Place:
+        return Place(self.planes[t], self.middles[t])
 
     def shut_frames(self) -> np.ndarray:
         """Frames whose lips are as good as shut: the least open for three frames to either side, and low for this take.
@@ -125,7 +109,7 @@ class Take:
 
     def source(self, t: int) -> np.ndarray:
         """The frame's own points (68, 2), local; the seam of lips that are not quite shut lies inside the lips"""
-        s = self.places[t].local(self.points[t])
+        s = self.place(t).local(self.points[t])
         inset = INSET * smoothstep(self.own[t] / 0.04)
         for inner, outer in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
             way = s[outer[1:4]] - s[inner[1:4]]
@@ -139,27 +123,18 @@ class Take:
         short = np.minimum(full[LOWER_LINE[1:4], 1] - full[UPPER_LINE[1:4], 1] - 0.15 * opening, 0)
         full[UPPER_LINE[1:4], 1] += short / 2                          # lips do not cross
         full[LOWER_LINE[1:4], 1] -= short / 2
-        return self.places[t].local(self.points[t]) + full - self.q[t]
+        return self.place(t).local(self.points[t]) + full - self.q[t]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pixels
 
-
-def read(frame: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) at where (h, w, 2), pixels with centres at .5 -> (h, w, 3) in [0, 255], bicubic"""
-    H, W = frame.shape[:2]
-    x0, y0, x1, y1 = box_in(frame, np.concatenate([where.min((0, 1)) - 4, where.max((0, 1)) + 4]).reshape(2, 2))
-    part = torch.tensor(frame[y0:y1, x0:x1]).permute(2, 0, 1)[None].float()
-    grid = torch.from_numpy((where - (x0, y0)) * (2 / (x1 - x0), 2 / (y1 - y0)) - 1).float()[None]
-    return F.grid_sample(part, grid, "bicubic", "border", align_corners=False)[0].permute(1, 2, 0).numpy()
-
-
-def spread(nodes: Nodes, values: np.ndarray) -> np.ndarray:
-    """Values (n, 2) at nodes -> (h, w, 2) at the pixels of the nodes' box"""
-    x0, y0, x1, y1 = nodes.box
-    fine = F.interpolate(nodes.field(values)[None], (y1 - y0, x1 - x0), mode="bilinear", align_corners=True)
-    return fine[0].permute(1, 2, 0).double().numpy()
+def read_frame(frame: np.ndarray, where: torch.Tensor) -> np.ndarray:
+    """uint8 (H, W, 3) at where (n, h, w, 2), pixels -> (n, h, w, 3) in [0, 255], bicubic"""
+    ends = torch.stack([where.amin((0, 1, 2)) - 4, where.amax((0, 1, 2)) + 4])
+    box = x0, y0, x1, y1 = box_in(frame, ends.numpy())
+    part = torch.from_numpy(frame[y0:y1, x0:x1].astype(np.float32)).permute(2, 0, 1)[None]
+    return read(part, where, box, mode="bicubic").permute(0, 2, 3, 1).numpy()
 
 
 def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
@@ -169,14 +144,8 @@ def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarr
     return np.mean([frame[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in boxes], 0)
 
 
-def inner_lips(q: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points q (68, 2) and places v (h, w, 2), local -> distance below the upper, above the lower inner lip (h, w)"""
-    up, low = (curve(q[line], v[..., 0]) for line in (UPPER_LINE, LOWER_LINE))
-    return v[..., 1] - up, np.maximum(up, low) - v[..., 1]
-
-
 class Dub:
-    """A take with other lips. First `add` each of its frames `bank`, then `finish`, then call it for any frame.
+    """A take with other lips. First `add` each of its frames, then `finish`, then call it for any frame.
 
     The bank is what shows between the lips, as two canvases: fixed to the skull (upper teeth), and to the jaw."""
 
@@ -186,24 +155,25 @@ class Dub:
         self.cells = np.stack(np.meshgrid(x, y), -1)                   # (h, w, 2)
         self.drop = take.moves[0, 66, 1]                               # of the jaw, a unit of opening
         self.sums, self.dark = np.zeros((2, *self.cells.shape[:2], 4)), []
-        self.bank = np.flatnonzero(take.own > max(0.03, WIDEST * take.widest))
 
     def add(self, t: int, frame: np.ndarray):
-        take, place = self.take, self.take.places[t]
-        skin, s = skin_colour(frame, take.points[t], place.scale), place.local(take.points[t])
-        for jaw in (0, 1):
-            at = self.cells + (0, jaw * self.drop * take.own[t])
-            colour = read(frame, place.pixels(at)) / skin
-            inside = np.minimum(*inner_lips(s, at))
-            weight = smoothstep((inside - 0.013) / 0.019)[..., None] * (take.own[t] / take.widest) ** 10
-            self.sums[jaw] += np.concatenate([weight * colour, weight], -1)
-            if not jaw and (inside > 0.015).any():
-                self.dark.append(np.percentile(colour[inside > 0.015], 15, axis=0))
+        """A frame for the bank, if it opens far enough"""
+        take, place = self.take, self.take.place(t)
+        if take.own[t] <= max(0.03, WIDEST * take.widest):
+            return
+        s, at = place.local(take.points[t]), np.stack([self.cells, self.cells + (0, self.drop * take.own[t])])
+        skin = skin_colour(frame, take.points[t], place.scale)
+        colours = read_frame(frame, torch.from_numpy(place.pixels(at)).float()) / skin
+        inside = np.stack([np.minimum(*inner_lips(s, v)) for v in at])  # (2, h, w)
+        weight = smoothstep((inside - 0.013) / 0.019)[..., None] * (take.own[t] / take.widest) ** 10
+        self.sums += np.concatenate([weight * colours, weight], -1)
+        if (inside[0] > 0.015).any():
+            self.dark.append(np.percentile(colours[0][inside[0] > 0.015], 15, axis=0))
 
     def finish(self):
         """Fills cells that no frame showed by their neighbours, then by the colour of the cavity"""
         self.cavity = np.minimum(np.median(self.dark, 0), 0.45) if self.dark else np.array([0.27, 0.18, 0.18])
-        near = np.stack([gaussian_filter(s, (5, 5, 0)) for s in self.sums])
+        near = gaussian_filter(self.sums, (0, 5, 5, 0))
         base = (near[..., :3] + 0.02 * self.cavity) / (near[..., 3:] + 0.02)
         full = (self.sums[..., :3] + 0.03 * base) / (self.sums[..., 3:] + 0.03)
         self.canvas = torch.from_numpy(full).float().permute(0, 3, 1, 2)
@@ -218,10 +188,8 @@ class Dub:
             seen = smoothstep((tall - d) / (0.3 * tall + 0.008) + 0.5)
             seen = seen * (0.25 + 0.75 * smoothstep(np.float64(opening / 0.1)))
             return self.cavity + (seen * (0.25 + 0.65 * front))[..., None] * (0.95 - self.cavity)
-        x0, y0, x1, y1 = CANVAS
-        at = np.stack([v, v - (0, self.drop * opening)])
-        grid = torch.from_numpy((at - (x0, y0)) * (2 / (x1 - x0), 2 / (y1 - y0)) - 1).float()
-        both = F.grid_sample(self.canvas, grid, padding_mode="border", align_corners=False)
+        at = CELLS * (np.stack([v, v - (0, self.drop * opening)]) - CANVAS[:2])
+        both = read(self.canvas, torch.from_numpy(at).float(), (0, 0, *self.cells.shape[1::-1]))
         skull, jaw = both.permute(0, 2, 3, 1).numpy()
         colour = jaw + smoothstep((e - d) / np.maximum(d + e, 0.02) + 0.5)[..., None] * (skull - jaw)
         shade = 0.72 + 0.28 * smoothstep(np.minimum(d, 0.6 * e + 0.02) / 0.038)  # darker under the lip
@@ -232,53 +200,45 @@ class Dub:
         """Frame t of the take, uint8 (H, W, 3) -> the same with lips open by `opening`, in units, of shape (K - 1,)
 
         keys: (number in the take, weight, frame) of the nearest shut frames"""
-        take, place = self.take, self.take.places[t]
+        take, place = self.take, self.take.place(t)
         s, g = take.source(t), take.target(t, opening, shape)
         top, low = np.array([-REGION[0], s[33, 1] - REGION[1]]), np.array([REGION[0], max(s[8, 1], 0.7) + REGION[2]])
-        corners = top + (low - top) * BORDER
-        skin_nodes = Nodes(box_in(frame, place.pixels(corners)), SKIN_NODE * place.scale)
+        border = top + (low - top) * BORDER                            # nothing beyond it changes
         lips = (g[48:60].max(0) + g[48:60].min(0)) / 2, np.ptp(g[48:60], axis=0) / 2 + 0.03  # an ellipse: middle, radii
         around = (lips[0] + RIM[1] * lips[1] * (2 * BORDER - 1)).clip(top, low)
-        lip_nodes = Nodes(box_in(frame, place.pixels(around)), LIP_NODE * place.scale)
+        skin_nodes, lip_nodes = (Nodes(box_in(frame, place.pixels(p)), spacing * place.scale)
+                                 for p, spacing in ((border, SKIN_NODE), (around, LIP_NODE)))
+        at, mouth_at = (place.local(nodes.flat()) for nodes in (skin_nodes, lip_nodes))  # (n, 2), (m, 2)
 
         # fields from the wanted points back to those of this frame and of the keys, for what hangs on either lip
-        sources = [s, *(take.source(k) for k, _, _ in keys)]
-        at = [place.local(nodes.flat()) for nodes in (skin_nodes, lip_nodes)]
-        fixed = np.r_[corners, s[STILL]]
-        skin, moved = [], []
-        for line, lip in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
-            used = np.r_[JAW, CORNERS, lip, line[1:4]]
-            values = np.stack([np.r_[source[used] - g[used], 0 * fixed] for source in sources], 1)
-            field = thin_plate(np.r_[g[used], fixed], values, np.concatenate(at))  # (n, 1 + keys, 2)
-            skin.append(field[: len(at[0]), 0])
-            moved.append(field[len(at[0]) :, 1:])
-        half, centre = (g[64, 0] - g[60, 0]) / 2, (g[64, 0] + g[60, 0]) / 2
-        beside = [smoothstep((1.12 - np.abs(p[:, :1] - centre) / half) / 0.12) for p in at]
-        below = smoothstep((at[0][:, 1:] - g[[60, 62, 64, 66], 1].mean()) / 0.1 + 0.5)
-        edge = smoothstep(np.minimum(at[0] - top, low - at[0]).min(1, keepdims=True) / 0.15)
-        field = edge * (skin[0] + beside[0] * below * (skin[1] - skin[0]))
-        out = read(frame, spread(skin_nodes, place.pixels(at[0] + field)))
+        moves = np.stack([source - g for source in (s, *(take.source(k) for k, _, _ in keys))], 1)  # (68, 1 + keys, 2)
+        fields = lip_surfaces(g, moves, np.r_[border, s[STILL]], np.r_[at, mouth_at])
+        upper, lower = (field[: len(at), 0] for field in fields)
+        sources = np.stack([field[len(at) :, 1:] for field in fields]) + mouth_at[:, None]
+        below = smoothstep((at[:, 1:] - g[[60, 62, 64, 66], 1].mean()) / 0.1 + 0.5)
+        edge = smoothstep(np.minimum(at - top, low - at).min(1, keepdims=True) / 0.15)
+        where = place.pixels(at + edge * (upper + below * (lower - upper)))
+        out = read_frame(frame, skin_nodes.spread(skin_nodes.field(where)[None]))[0]
         (a0, b0, a1, b1), (x0, y0, x1, y1) = lip_nodes.box, skin_nodes.box
         part = slice(b0 - y0, b1 - y0), slice(a0 - x0, a1 - x0)
-        moved[1] = moved[0] + beside[1][:, None] * (moved[1] - moved[0])
-        fields = at[1][:, None] + np.stack(moved)                      # (2, n, keys, 2)
-        out[part] = self.mouth(t, frame, keys, out[part], lip_nodes, fields, g, lips, opening)
+        out[part] = self.mouth(t, frame, keys, out[part], lip_nodes, sources, g, lips, opening)
         steps = [step for step, fades in zip((t + 1, take.T - t), take.fades) if fades]
         w = smoothstep(np.float64(min([FADE + 1, *steps]) / (FADE + 1)))  # beside frames that pass through
         result, old = frame.copy(), frame[y0:y1, x0:x1]
         result[y0:y1, x0:x1] = (old + w * (out - old) + 0.5).clip(0, 255).astype(np.uint8)
         return result
 
-    def mouth(self, t, frame, keys, skin, nodes, fields, g, lips, opening) -> np.ndarray:
-        """skin (h, w, 3) in the box of `nodes` -> the same with lips, read from the keys along `fields`, and the bank"""
-        take, place = self.take, self.take.places[t]
-        light = skin_colour(frame, take.points[t], place.scale)
-        upper, lower = 0, 0
+    def mouth(self, t, frame, keys, skin, nodes, sources, g, lips, opening) -> np.ndarray:
+        """skin (h, w, 3) in the box of `nodes` -> the same with lips from the keys, read at sources (2, m, keys, 2),
+        local, of what hangs on the upper lip, on the lower one, and the bank between them"""
+        take, place = self.take, self.take.place(t)
+        light, layers = skin_colour(frame, take.points[t], place.scale), 0
         for i, (k, weight, key) in enumerate(keys):
-            there = take.places[k]
+            there = take.place(k)
             gain = weight * light / skin_colour(key, take.points[k], there.scale)
-            upper = upper + gain * read(key, spread(nodes, there.pixels(fields[0, :, i])))
-            lower = lower + gain * read(key, spread(nodes, there.pixels(fields[1, :, i])))
+            where = torch.stack([nodes.field(at) for at in there.pixels(sources[:, :, i])])
+            layers = layers + gain * read_frame(key, nodes.spread(where))
+        upper, lower = layers
         v = place.local(centres(nodes.box))
         d, e = inner_lips(g, v)
         within = (np.abs(v[..., 0] - (g[64, 0] + g[60, 0]) / 2) < (g[64, 0] - g[60, 0]) / 2)[..., None]
@@ -300,24 +260,20 @@ class Dub:
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole clip
 
-
 def scene_landmarks(net, frames, number: int) -> np.ndarray:
     """Frames of one scene -> landmarks (n, 68, 2) in pixels of the face that is the number-th largest where so many are
     first detected; NaN in frames without it"""
-    frames, points, missed = iter(frames), [], []
+    frames, missed = iter(frames), deque(maxlen=DETECT_EVERY)
     for k, frame in enumerate(frames):
         faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()
-        if faces is None:
-            raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
-        if len(faces) < number:
-            missed = [*missed[1 - DETECT_EVERY :], frame]
-            points.append(np.full((68, 2), np.nan, np.float32))
-        else:
+        if len(faces) >= number:
             box = face_box(faces, "face", number)
             # backwards to the last detection, then forwards
-            points[k - len(missed) :] = track_landmarks(net, [frame, *missed[::-1]], box)[0][:0:-1]
-            points.extend(track_landmarks(net, itertools.chain([frame], frames), box)[0])
-    return np.array(points)
+            before = track_landmarks(net, [frame, *reversed(missed)], box)[:0:-1]
+            after = track_landmarks(net, itertools.chain([frame], frames), box)
+            return np.concatenate([np.full((k - len(missed), 68, 2), np.nan, np.float32), before, after])
+        missed.append(frame)
+    return np.full((k + 1, 68, 2), np.nan, np.float32)
 
 
 def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[int, list[Take]]:
@@ -325,17 +281,17 @@ def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[i
     info, mean = probe(path), net.solid.double().numpy()
     scene = scenes(itertools.islice(read_video(path, 16), n))
     small = zip(scene, read_video(path, min(info.height, POINTS_HEIGHT)))
-    points = [scene_landmarks(net, (frame for _, frame in group), number)
-              for _, group in itertools.groupby(small, key=lambda pair: pair[0])]
-    points = np.concatenate(points) * max(1.0, info.height / POINTS_HEIGHT)
+    points = np.concatenate([scene_landmarks(net, (frame for _, frame in group), number)
+                             for _, group in itertools.groupby(small, key=lambda pair: pair[0])])
+    points *= max(1.0, info.height / POINTS_HEIGHT)
     usable = np.array([is_usable(p, mean) for p in points])
-    change = np.flatnonzero(np.diff(scene) | np.diff(usable)) + 1
-    parts = [part for part in np.split(np.arange(len(points)), change) if usable[part[0]] and len(part) >= SHORTEST]
+    ends = [0, *np.flatnonzero(np.diff(scene) | np.diff(usable)) + 1, len(points)]
+    parts = [(a, b) for a, b in itertools.pairwise(ends) if usable[a] and b - a >= SHORTEST]
     if not parts:
         few = "none" if number == 1 else f"fewer than {number}"
         raise InputError(f"{path}: no face that can be tracked (turned beyond {TURNED[0]:.0f} degrees, hidden, or {few})")
-    beside = [[0 <= k < len(scene) and scene[k] == scene[part[0]] for k in (part[0] - 1, part[-1] + 1)] for part in parts]
-    return len(points), [Take(part[0], points[part], mean, moves, fades) for part, fades in zip(parts, beside)]
+    fades = [[0 <= k < len(scene) and scene[k] == scene[a] for k in (a - 1, b)] for a, b in parts]
+    return len(points), [Take(a, points[a:b], mean, moves, fade) for (a, b), fade in zip(parts, fades)]
 
 
 def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
@@ -343,29 +299,28 @@ def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
     if not np.isfinite(points).all():
         return False
     scale, R, shift = fit_pose(points, mean)
-    miss = (points - shift) / scale - (mean[:68] @ R.T)[:, :2]
     yaw, pitch, _ = angles(R)
-    return abs(yaw) < TURNED[0] and abs(pitch) < TURNED[1] and np.hypot(*miss[RIGID].T).mean() < MISFIT
+    return abs(yaw) < TURNED[0] and abs(pitch) < TURNED[1] and misfit(points, mean, scale, R, shift) < MISFIT
 
 
 def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):
     """Functions without arguments that return the frames, uint8 (H, W, 3), of a video of `count` frames with other lips:
     opening (T,), shape (T, K - 1). Each holds what it reads. A video that is shorter is shown again."""
-    dubs = {take.first + t: (dub, t) for take in takes for dub in [Dub(take)] for t in range(take.T)}
+    dubs = [Dub(take) for take in takes]
+    of_frame = {dub.take.first + t: (dub, t) for dub in dubs for t in range(dub.take.T)}
     for k, frame in enumerate(itertools.islice(read_video(path), count)):
-        if k in dubs:
-            dub, t = dubs[k]
-            if t in dub.bank:
-                dub.add(t, frame)
-            if t == dub.take.T - 1:
-                dub.finish()
+        if k in of_frame:
+            dub, t = of_frame[k]
+            dub.add(t, frame)
+    for dub in dubs:
+        dub.finish()
     for begin in range(0, len(opening), count):
         ahead, held = enumerate(read_video(path)), {}                  # a second reader, for the shut frames to come
         for k, frame in enumerate(itertools.islice(read_video(path), min(count, len(opening) - begin))):
-            if k not in dubs:
+            if k not in of_frame:
                 yield lambda frame=frame: frame
                 continue
-            dub, t = dubs[k]
+            dub, t = of_frame[k]
             first, near = dub.take.first, dub.take.near_keys(t)
             while first + near[-1][0] not in held:
                 at, later = next(ahead)

@@ -453,7 +453,7 @@ def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
         if not args.landmarks:
             need_detector()
             net = load_landmarks()
-            return lambda frames, boxes: track_landmarks(net, frames, boxes[0])[0]
+            return lambda frames, boxes: track_landmarks(net, frames, boxes[0])
         mediapipe = args.landmarks.startswith("mediapipe:")                   # it can search in all of the frame
         whole = mediapipe and not face_detectors()
         found = stack.enter_context(landmark_detector(args.landmarks, None if whole else "face", device))

@@ -134,9 +134,8 @@ def resized(x, size: int):
 
 def window(x: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
     """(.., H, W) -> (.., side, side), from column `left` and row `top` on; the border is repeated beyond x"""
-    rows, cols = (torch.arange(first, first + side, device=x.device).clamp(0, edge - 1)
-                  for first, edge in ((top, x.shape[-2]), (left, x.shape[-1])))
-    return x.index_select(-2, rows).index_select(-1, cols)
+    rows, columns = ((first + torch.arange(side)).clamp(0, edge - 1) for first, edge in zip((top, left), x.shape[-2:]))
+    return x[..., rows[:, None], columns]
 
 
 def recrop(frames: torch.Tensor, template: str, wanted: str) -> torch.Tensor:
@@ -186,9 +185,11 @@ def face_detectors() -> list:
     return [FaceDetector(path_to_detector=path, back_model=path == far, **options) for path in (near, far)]
 
 
-def need_detector():
+def need_detector() -> list:
+    """face_detectors. Raises InputError: there are none"""
     if not face_detectors():
         raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
+    return face_detectors()
 
 
 def square_view(image: np.ndarray, x: int, y: int, side: int, size: int) -> np.ndarray:
@@ -251,16 +252,14 @@ def largest_first(faces) -> list[tuple]:
     return sorted((tuple(map(float, face)) for face in faces), key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))
 
 
-def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple] | None:
-    """uint8 (H, W, 3) -> its faces, the largest first; None where no detector's weights are at hand.
+def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple]:
+    """uint8 (H, W, 3) -> its faces, the largest first. Raises InputError: no detector's weights are at hand.
 
     A single detection is not reliable: a dog can score .82 and a woman .55. So both models search the image inside
     wider and wider margins. A face is what a third of the searches find with a mean score of MIN_SCORE, and `redetect`
     finds upright with that score (a cup seen from above has .7 from afar and .5 from near). Its box is the mean.
     """
-    detectors, groups = face_detectors(), []  # one list of detections a face
-    if not detectors:
-        return None
+    detectors, groups = need_detector(), []  # one list of detections a face
     for detector, margin in itertools.product(detectors, margins):
         for face in detect(detector, [image], [whole_square(image, margin)])[0]:
             group = next((g for g in groups if overlap(g[0], face) > SAME_FACE), None)
@@ -271,13 +270,11 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
     return largest_first(face for face, seen in zip(faces, near) if upright(seen) and seen[4] >= MIN_SCORE)
 
 
-def find_faces(frames: list) -> list[list[tuple]] | None:
+def find_faces(frames: list) -> list[list[tuple]]:
     """Frames of one video, uint8 (H, W, 3) -> for each what detect_faces gives, by one or two detections in place of
     eight: `face_tracks` tolerates a wrong one. The model for far faces searches frames where the first finds nothing."""
-    if not face_detectors():
-        return None
     found = [[] for _ in frames]
-    for detector in face_detectors():
+    for detector in need_detector():
         blank = [i for i, faces in enumerate(found) if not faces]
         images = [frames[i] for i in blank]
         for i, faces in zip(blank, detect(detector, images, [whole_square(image, MARGIN) for image in images])):
@@ -286,13 +283,12 @@ def find_faces(frames: list) -> list[list[tuple]] | None:
     return [largest_first(filter(upright, itertools.islice(near, len(faces)))) for faces in found]
 
 
-def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple] | None, str]:
+def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
     """A photo, uint8 (H, W, 3), that may lie on its side or stand on its head -> the same turned so that a face in it is
     upright, what detect_faces finds there, and how it was turned in words; unchanged where no way shows a face."""
     for k, how in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
         turned = np.ascontiguousarray(np.rot90(image, k))
-        faces = detect_faces(turned)
-        if faces is None or faces:
+        if faces := detect_faces(turned):
             return turned, faces, how
     return image, [], ""
 

@@ -209,42 +209,24 @@ def last_error(log: str) -> str:
 
 
 def length_is_open(path: Path) -> bool:
-    """Whether the header of a WAV, RF64 or CAF file leaves the length open, as programs do that write to a pipe.
-
-    They leave 0 or a number as large as the field holds. From 1.9e9 on (ours) no size is believed that the file lacks.
-    """
-    with open(path, "rb") as file:
-        head = file.read(65536)
-    if head[:4] == b"RF64":
-        return not any(head[28:36])                          # the data's size in the chunk ds64
+    """Whether the header of a WAV file leaves its length open, as programs do that write to a pipe: 0, or a number as
+    large as the field holds. From 1.9e9 on (ours) no size is believed that the file lacks."""
+    head = path.open("rb").read(65536)
     at = head.find(b"data", 12)
-    size = head[at + 4 : at + 12] if head[:4] == b"caff" else head[at + 7 : at + 3 : -1]  # CAF is big-endian
-    return head[:4] in (b"RIFF", b"caff") and at > 0 and not 0 < int.from_bytes(size, "big") < 1.9e9
+    return head[:4] == b"RIFF" and at > 0 and not 0 < int.from_bytes(head[at + 4 : at + 8], "little") < 1.9e9
 
 
-def last_packet(path: Path, *streams: str) -> float:
-    """Seconds from the file's beginning to the end of the last packet of these streams, without decoding"""
-    maps = chain(*(("-map", stream) for stream in streams))
-    command = decoder(path, *maps, "-c", "copy", "-f", "framecrc", "pipe:1")
-    table = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
-    unit = {stream: int(a) / int(b) for stream, a, b in re.findall(r"^#tb (\d+): (\d+)/(\d+)", table, re.M)}
-    packets = re.findall(r"^(\d+),[^,]*, *(-?\d+), *(\d+),", table, re.M)  # stream, dts, pts, duration
-    return max(((int(begin) + int(length)) * unit[stream] for stream, begin, length in packets), default=0.0)
-
-
-def check_whole(path: Path, log: str, status: int, stream: str, seconds: float):
-    """InputError if ffmpeg's log, its status and the `seconds` that it decoded of a stream say a file is damaged or cut.
+def check_whole(path: Path, log: str, status: int, seconds: float):
+    """InputError if ffmpeg's log, its status and the `seconds` that it decoded say that a file is damaged or cut.
 
     A decoding error alone is not a reason: many files have one at their beginning and play well. Nor is a stream shorter
-    than its file, nor a length that ffmpeg only estimates: the stream's own packets must go on, or those of no stream
-    reach the length that the header states.
+    than its file, nor a length that ffmpeg only estimates.
     """
     kind = "".join(re.findall(r"^\[info\] Input #0, ([^,]*)", log, re.M))
     length = re.search(r"^(?:\[info\] )?  Duration: (\d+):(\d+):([\d.]+)", log, re.M)
     length = 0.9 * (int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])) if length else 0.0
     stated = kind not in ("mpegts", "mpeg", "h264", "hevc") and "Estimating duration" not in log
     short = stated and "[error]" in log and seconds < length
-    short = short and (last_packet(path, "0:a?", "0:V?") < length or 0.9 * last_packet(path, stream) > seconds)
     # raw samples end before the size that the header states; other containers mark a lost packet so
     lacking = kind in ("wav", "w64", "caf", "mxf") and "corrupt input packet" in log and not length_is_open(path)
     if status or short or lacking or "partial file" in log:
@@ -262,13 +244,15 @@ LOUDNESS = -15.0         # dBFS of speech, ours: the mean of GRID's clips, on wh
 def load_audio(path: str | Path, level: bool = True) -> np.ndarray:
     """Any sound file, or the sound track of a video -> float32 (n,) in [-1, 1], 16 kHz, mono, of one loudness.
 
-    Time 0 is the file's beginning, see fill_gaps, so that frame k of read_video and samples 640 k .. 640 (k + 1) belong
-    together. Of several tracks the one marked default is read. level=False leaves the loudness as it is in the file.
+    Time 0 is the file's beginning, so that frame k of read_video and samples 640 k .. 640 (k + 1) belong together. Of
+    several tracks the one marked default is read. level=False leaves the loudness as it is in the file.
     Raises InputError: missing, directory, empty, not media, cut short, no sound, 0 s, NaN or inf samples.
     """
-    samples, packets, _ = decode_sound(path, SAMPLE_RATE)
-    wav = np.concatenate(list(fill_gaps(mix(path, samples), packets, SAMPLE_RATE)))
-    return set_level(wav) if level else np.clip(wav, -1, 1)
+    n, *_, blocks = decode_sound(path, SAMPLE_RATE, mixed=True)
+    wav = np.empty(n, np.float32)
+    for k, block in enumerate(blocks):
+        wav[k * MIX_BLOCK :][: len(block)] = block[:, 0]
+    return set_level(wav) if level else wav.clip(-1, 1, out=wav)
 
 
 def write_original_sound(path: str | Path, out: str | Path, n: int, late: float = 0.0):
@@ -278,16 +262,15 @@ def write_original_sound(path: str | Path, out: str | Path, n: int, late: float 
     fills what is missing at the end. Sounds whose channels change, or that have more than 8, are mixed.
     Raises InputError: as load_audio.
     """
-    samples, packets, rate = decode_sound(path)
-    samples = samples if samples.shape[1] <= 8 else mix(path, samples)[:, None]
+    _, channels, rate, blocks = decode_sound(path)
     skip, left = round(late * rate), round(n * rate / SAMPLE_RATE)
-    silence = np.zeros((left + abs(skip), samples.shape[1]), np.float32)  # memory only where it is written
+    silence = np.zeros((left + abs(skip), channels), np.float32)  # memory only where it is written
     with wave.open(str(out), "wb") as file:
-        file.setparams((samples.shape[1], 2, rate, 0, "NONE", ""))
-        for piece in chain([silence[: max(0, -skip)]], fill_gaps(samples, packets, rate), [silence]):
-            piece, skip = piece[max(0, skip) :][:left], max(0, skip - len(piece))
-            left -= len(piece)
-            file.writeframes(to_int16(piece).tobytes())
+        file.setparams((channels, 2, rate, 0, "NONE", ""))
+        for block in chain([silence[: max(0, -skip)]], blocks, [silence]):
+            block, skip = block[max(0, skip) :][:left], max(0, skip - len(block))
+            left -= len(block)
+            file.writeframes(to_int16(block).tobytes())
 
 
 def sound_track(path: Path) -> tuple[int, int, int]:
@@ -307,9 +290,10 @@ def sound_track(path: Path) -> tuple[int, int, int]:
     return int(stream), channels, int(rate)
 
 
-def decode_sound(path: str | Path, rate: int | None = None, channels: int | None = None):
-    """The sound track of a file, at `rate` Hz or its own: float32 (n, C), on disk; when its packets begin, a list of
-    (sample, how many); Hz. Where the number of channels changes in the middle of the file, they are mixed to one.
+def decode_sound(path: str | Path, rate: int | None = None, mixed: bool = False, channels: int | None = None):
+    """The sound track of a file from the file's time 0 on, at `rate` Hz or its own: how many samples, channels, Hz, and
+    its blocks, float32 (MIX_BLOCK or less, channels). Where the file has no sound, in front or in gaps, there is silence.
+    Mixed to one channel if asked, where there are more than 8, or where their number changes.
 
     Raises InputError: as load_audio, but for samples that are not finite.
     """
@@ -318,74 +302,66 @@ def decode_sound(path: str | Path, rate: int | None = None, channels: int | None
     channels, rate = channels or stated, rate or own_rate
     # pan, which mixes nothing here, keeps the number of channels, whatever the file does; it takes layouts up to 8
     route = f",pan={channels}c|" + "|".join(f"c{i}=c{i}" for i in range(channels)) if channels <= 8 else ""
-    args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{route}", "-c:a", "pcm_f32le"]
-    args += ["-f", "tee", "[f=f32le]pipe\\:1|[f=framecrc]times", *READ_ALL]  # framecrc: a table of packets
-    with open(path, "rb") as file:                           # an RF64 file with an open length is empty to ffmpeg
-        is_open = file.read(4) == b"RF64" and length_is_open(path)
-    with tempfile.TemporaryDirectory(prefix="talk-") as folder, tempfile.TemporaryFile() as raw:
-        command = decoder(path, *args, before=("-ignore_length", "1") if is_open else ())
-        done = subprocess.run(command, stdout=raw, stderr=subprocess.PIPE, cwd=folder)
-        log, size = done.stderr.decode(errors="replace"), raw.seek(0, 2) // 4
-        if "audio parameters changed" in log and channels < 8:
-            samples, packets, rate = decode_sound(path, rate, channels=8)
-            return mix(path, samples)[:, None], packets, rate
-        if done.returncode and not size:
-            raise InputError(f"{path}: is not a sound file or video that can be read ({last_error(log)})")
-        table = (Path(folder) / "times").read_text()
-        packets = [(int(a), int(n)) for a, n in re.findall(r"^0,[^,]*, *(-?\d+), *(\d+),", table, re.M)]
-        check_whole(path, log, done.returncode, f"0:{stream}", sum(packets[-1]) / rate if packets else 0)
-        if not size:
-            raise InputError(f"{path}: the sound is 0 s long")
-        return np.memmap(raw, "<f4", "r").reshape(-1, channels), packets, rate
+    args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{route},atrim=start=0", "-c:a", "pcm_f32le"]
+    args += ["-f", "nut", "pipe:1", *READ_ALL]
+    first = decoder(path, *args)
+    # gaps are filled by a second ffmpeg: where rate or channels change, the first builds its filters anew, which then
+    # count from 0 again
+    then = [ffmpeg_path(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
+    then += ["-af", f"aresample=async=1:min_hard_comp={MAX_JITTER}:first_pts=0", "-f", "f32le", "pipe:1"]
+    raw = tempfile.TemporaryFile()
+    with tempfile.TemporaryFile() as log, subprocess.Popen(first, stdout=subprocess.PIPE, stderr=log) as process:
+        subprocess.run(then, stdin=process.stdout, stdout=raw, stderr=subprocess.DEVNULL)
+        process.stdout.close()
+        status = process.wait()
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    if "audio parameters changed" in text and channels < 8:
+        return decode_sound(path, rate, True, channels=8)
+    n = raw.seek(0, 2) // (4 * channels)
+    if status and not n:
+        raise InputError(f"{path}: is not a sound file or video that can be read ({last_error(text)})")
+    check_whole(path, text, status, n / rate)
+    if not n:
+        raise InputError(f"{path}: the sound is 0 s long")
+    raw.seek(0)
+    blocks = (np.fromfile(raw, "<f4", MIX_BLOCK * channels).reshape(-1, channels) for _ in range(0, n, MIX_BLOCK))
+    mixed = mixed or channels > 8
+    return n, 1 if mixed else channels, rate, mix(path, blocks) if mixed else blocks
 
 
-def fill_gaps(samples: np.ndarray, packets: list, rate: int):
-    """Samples (n, ..) -> the same in pieces, in order, the first at time 0 of the file.
-
-    Silence stands where the file has no sound: in front of a track that starts late, and in gaps of any length. What
-    lies before 0, or comes twice, is left out. ffmpeg's own filters cannot do this: ffmpeg builds them anew, with their
-    clock at 0, where rate or channels change in the middle.
-    """
-    end = read = 0                                           # samples that came out so far, samples that were read
-    for begin, n in packets:
-        late = begin - end
-        if abs(late) <= MAX_JITTER * rate and read:
-            late = 0
-        if late > 0:
-            yield np.zeros((late, *samples.shape[1:]), np.float32)
-        yield samples[read + max(0, -late) : read + n]
-        end += max(late, 0) + max(0, n - max(0, -late))
-        read += n
-
-
-def mix(path: Path, samples: np.ndarray) -> np.ndarray:
-    """Channels (n, C) -> (n,): their mean, weighted by power; a channel in opposite phase is turned first.
+def mix(path: Path, blocks):
+    """Blocks of MIX_BLOCK samples, the last one of less, (n, C) -> (n, 1): their mean, weighted by power; a channel in
+    opposite phase is turned first.
 
     So a voice has one loudness in whichever channels it is (ours). The weights are those of half-second blocks, and
     linear in between; digital silence keeps those before it. InputError: NaN or inf samples.
     """
-    n, C = samples.shape
-    weights = [np.full(C, 1 / C)]
-    for a in range(0, n, MIX_BLOCK):
-        x = samples[a : a + MIX_BLOCK]
-        if not np.isfinite(x).all():
-            raise InputError(f"{path}: the sound holds NaN or infinite samples")
-        x = x - x.mean(0)                                    # without an offset
-        power = (x * x).mean(0, dtype=np.float64)
-        likeness = x.T @ x[:, power.argmax()] / len(x)       # (C,), the loudest channel's is its power
-        sign = np.where(likeness < -0.5 * np.sqrt(power * power.max()), -1, 1)
-        weights.append(sign * power / power.sum() if power.any() else weights[-1])
-    weights = np.array(weights[1:], np.float32)              # (blocks, C)
-    centres = (np.arange(len(weights)) + 0.5) * MIX_BLOCK
-    wav = np.empty(n, np.float32)
-    for a in range(0, n, MIX_BLOCK):
-        at = np.arange(a, min(a + MIX_BLOCK, n))
-        wav[at] = sum(samples[at, c] * np.interp(at, centres, weights[:, c]).astype(np.float32) for c in range(C))
-    return wav
+    waiting = weight = before = None
+    for block in chain(blocks, [None]):
+        after = weight if block is None else channel_weights(path, block, weight)
+        if waiting is not None:
+            u = np.arange(len(waiting), dtype=np.float32)[:, None] / MIX_BLOCK - 0.5  # 0 in the block's middle
+            slopes = np.where(u < 0, weight - before, after - weight)
+            yield (waiting * (weight + u * slopes)).sum(1, keepdims=True)
+        waiting, before, weight = block, after if weight is None else weight, after
+
+
+def channel_weights(path: Path, x: np.ndarray, last: np.ndarray | None) -> np.ndarray:
+    """A block (n, C) and the weights (C,) of the one before it -> its weights (C,)"""
+    if not np.isfinite(x).all():
+        raise InputError(f"{path}: the sound holds NaN or infinite samples")
+    x = x - x.mean(0)                                        # without an offset
+    power = (x * x).mean(0, dtype=np.float64)
+    if not power.any():
+        return np.full(x.shape[1], 1 / x.shape[1], np.float32) if last is None else last
+    likeness = x.T @ x[:, power.argmax()] / len(x)           # (C,), the loudest channel's is its power
+    sign = np.where(likeness < -0.5 * np.sqrt(power * power.max()), -1, 1)
+    return (sign * power / power.sum()).astype(np.float32)
 
 
 def set_level(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) -> float32 (n,) in [-1, 1] whose speech has LOUDNESS, wherever the microphone was.
+    """Samples (n,) -> themselves, changed in place: float32 in [-1, 1], speech of LOUDNESS wherever the microphone was.
 
     Measured is the mean power of 50 ms blocks, gated as in ITU-R BS.1770: without blocks 10 dB below the mean (here twice
     instead of an absolute gate, so that it does not depend on the level). Sound that nowhere exceeds -70 dBFS is silence,
@@ -398,8 +374,9 @@ def set_level(wav: np.ndarray) -> np.ndarray:
         for _ in range(2):
             power = power[power >= power.mean() / 10]
         offset = np.mean([block.mean() for block in blocks if block.any()])  # the gain would bring it out of range
-        wav = (wav - (wav != 0) * offset) * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
-    return np.clip(wav, -1, 1)
+        np.subtract(wav, offset, out=wav, where=wav != 0)
+        wav *= np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
+    return wav.clip(-1, 1, out=wav)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,9 +384,6 @@ def set_level(wav: np.ndarray) -> np.ndarray:
 
 LARGEST = 4096           # ours: longest side of a photo in pixels, thrice that of a video: more only costs memory
 GREY = 4                 # ours: levels of 255 by which the channels of a photo without colour may differ, from rounding
-# Adobe RGB (1998) in EXIF, where cameras leave out the profile: an InteroperabilityIndex of R03, in either byte order
-ADOBE_RGB = rb"(\0\x01\0\x02\0\0\0\x04|\x01\0\x02\0\x04\0\0\0)R03\0"
-ADOBE_TO_SRGB = np.array([[1.39836, -0.39836, 0], [0, 1, 0], [0, -0.04293, 1.04293]], np.float32)  # of light
 
 
 def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
@@ -422,7 +396,6 @@ def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
     """
     with open_image(path, name) as image:
         profile = image.info.get("icc_profile")
-        is_adobe = not profile and re.search(ADOBE_RGB, image.info.get("exif", b""))
         if image.mode in ("P", "1"):                         # their numbers cannot be averaged
             mode = "L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB"
             image = ImageOps.exif_transpose(image).convert(mode)
@@ -431,7 +404,7 @@ def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
         if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip at 255
             image = Image.fromarray(scale_to_uint8(np.asarray(image)))
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        image = adobe_to_srgb(image.convert("RGB")) if is_adobe else to_srgb(image, profile)
+        image = to_srgb(image, profile)
         return np.array(image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha))
 
 
@@ -486,13 +459,6 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             seen = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
             rgb = seen.convert("L").convert("RGB") if is_grey(np.asarray(rgb)) else seen
     return rgb
-
-
-def adobe_to_srgb(image: Image.Image) -> Image.Image:
-    """A picture in Adobe RGB (1998), whose gamma is 563 / 256 and whose white, red and blue are sRGB's"""
-    light = ((np.asarray(image, np.float32) / 255) ** (563 / 256) @ ADOBE_TO_SRGB.T).clip(0, 1)
-    srgb = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return Image.fromarray((srgb * 255).round().astype(np.uint8))
 
 
 def is_grey(image: np.ndarray) -> bool:
@@ -614,7 +580,7 @@ def decode_frames(path: Path, info: VideoInfo, H: int, W: int) -> Iterator[np.nd
             process.stdout.close()
         log.seek(0)
         text = log.read().decode(errors="replace")
-    check_whole(path, text, status or not count, "0:V:0", count / FPS)
+    check_whole(path, text, status or not count, count / FPS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

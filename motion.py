@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 
 from landmarks import MIRROR
 from media import FPS, SAMPLES_PER_FRAME
-from warp import RIGID, Pose, angles, fit_pose, smoothstep
+from warp import LOWER_LINE, RIGID, UPPER_LINE, Pose, angles, fit_pose, smoothstep
 
 # constants are ours
 QUIET = 30.0  # dB below the level of speech: silence; breath lies lower, and GRID's noise floor at 40
@@ -142,8 +142,8 @@ def held_still(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
 
 def lip_opening(q: np.ndarray) -> np.ndarray:
-    """Landmarks (T, 68, 2), upright -> (T,): the mean gap between the inner lips"""
-    return (q[:, [67, 66, 65], 1] - q[:, [61, 62, 63], 1]).mean(1)
+    """Landmarks (.., 68, 2), upright -> (..): the mean gap between the inner lips"""
+    return (q[..., LOWER_LINE[1:4], 1] - q[..., UPPER_LINE[1:4], 1]).mean(-1)
 
 
 def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:

@@ -425,7 +425,7 @@ def track_clip(path: Path, n: int | None) -> np.ndarray:
             break
     else:
         raise InputError(f"{path}: no face that is upright was found; crop the clip and give --aligned")
-    tracked, _, _ = track_landmarks(load_landmarks(), itertools.chain([frame], frames), face_box(faces, "face"))
+    tracked = track_landmarks(load_landmarks(), itertools.chain([frame], frames), face_box(faces, "face"))
     points = eyes_and_mouth(np.pad(tracked, ((before, 0), (0, 0), (0, 0)), constant_values=np.nan)) / len(frame)
     found = np.flatnonzero(~np.isnan(points[:, 2]))
     if 2 * len(found) < len(points):

@@ -40,7 +40,7 @@ from faces import (
     TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, parse_box, square_around, turn_upright)
 from dub import find_takes, frame_jobs
 from fusion import load_model
-from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, track_landmarks
+from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, read_eyes, track_landmarks
 from motion import activity, follow, idle, mouth, there_and_back
 from warp import Face, Warp, enlarge, smoothstep
 
@@ -61,7 +61,6 @@ FEATHER = 0.12  # width of a seam
 COLOUR = 0.1  # sigma of what counts as colour: wider than lips, narrower than a cheek
 CRISP = 0.6  # unsharp mask on the network's frames, radius one of its pixels; more shows rings
 NEW = 0.06, 0.2  # change, of 2 from black to white, that keeps all of the photo's detail; none of it
-NO_DETECTOR = "no face detector's weights are at hand"
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
 
 
@@ -155,12 +154,12 @@ def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple
         return photo, parse_box(args.box, width, height, photo.shape[1] / width), "the face is in --box"
     if template == "toy" and square_box(photo) and not args.number:  # detectors find no drawn faces
         return photo, square_box(photo), "square, taken whole as a drawn portrait (else: --box)"
-    photo, faces, turned = turn_upright(photo)
-    if faces is None and square_box(photo) and not args.number:
-        return photo, square_box(photo), "square, taken whole: no face detector's weights are at hand (or --box)"
+    try:
+        photo, faces, turned = turn_upright(photo)
+    except InputError as error:
+        raise InputError(f"{args.face}: {error}; {WAY_OUT}") from None
     if not faces:
-        reason = NO_DETECTOR if faces is None else "no face was found, whichever way it is turned"
-        raise InputError(f"{args.face}: {reason}; {WAY_OUT}")
+        raise InputError(f"{args.face}: no face was found, whichever way it is turned; {WAY_OUT}")
     box = face_box(faces, template, args.number or 1)
     how = f"turned {turned}, " if turned else ""
     scale, ends = max(photo_size(args.face)) / max(photo.shape), 2 * photo.shape[1::-1]  # load_photo may have shrunk it
@@ -200,12 +199,9 @@ def driving_box(path, n: int, template: str) -> tuple[int, tuple, int]:
     if template == "toy" and square:
         return count, square, height
     found = [detect_faces(frame, margins=(1.2, 1.5)) for frame in looks]
-    if found[0] is None and square:
-        return count, square, height
     boxes = [face_box(faces, template) for faces in found if faces]
     if not boxes:
-        reason = NO_DETECTOR if found[0] is None else "no face that is upright was found"
-        raise InputError(f"{path}: {reason}; crop the video to a square around the face")
+        raise InputError(f"{path}: no face that is upright was found")
     return count, tuple(np.median(boxes, axis=0)), height
 
 
@@ -284,7 +280,8 @@ def talking_photo(model, photo, box, wav, mel, args):
         _, box, height = driving_box(args.driving, T, "face")
         frames = itertools.islice(read_video(args.driving, height), T)
         try:
-            motion = follow(*track_landmarks(net, frames, box), mean, warp.room)
+            points = track_landmarks(net, frames, box)
+            motion = follow(points, *read_eyes(points), mean, warp.room)
         except ValueError as error:
             raise InputError(f"{args.driving}: {error} that can be followed") from None
     else:

@@ -98,6 +98,12 @@ def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[float, n
     return float(scale), R, points[used].mean(0) - scale * R[:2] @ mean[used].mean(0)
 
 
+def misfit(points: np.ndarray, mean: np.ndarray, scale: float, R: np.ndarray, shift: np.ndarray) -> float:
+    """Mean distance in units of the rigid landmarks from the mean shape in the pose that fits it to them"""
+    miss = (points - shift) / scale - (mean[:68] @ R.T)[:, :2]
+    return float(np.hypot(*miss[RIGID].T).mean())
+
+
 def enlarge(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A photo whose face has few pixels, and its points, get more pixels; others stay as they are."""
     k = LEAST_UNIT / fit_pose(points, mean)[0]
@@ -131,8 +137,7 @@ class Face:
         if abs(yaw) > 50 or abs(pitch) > 45:
             raise ValueError(f"the head is turned too far (yaw {yaw:.0f}, pitch {pitch:.0f} degrees)")
         self.plane = self.scale * self.R[:2, :2]  # the face's plane in the picture: foreshortened, in pixels a unit
-        miss = (points - self.shift) / self.scale - (mean[:68] @ self.R.T)[:, :2]
-        if np.hypot(*miss[RIGID].T).mean() > MISFIT:
+        if misfit(points, mean, self.scale, self.R, self.shift) > MISFIT:
             raise ValueError("landmarks are not those of a face")
         # Interpolated once, bicubically, then read linearly: nearly as sharp as bicubic reading in half the time, and as
         # exact at the photo's own pixels. (1, 3, n (H - 1) + 1, n (W - 1) + 1) in [0, 255]
@@ -151,15 +156,35 @@ class Face:
 # fields
 
 
-def read(values, where, box, beyond: str = "border"):
+@dataclass
+class Place:
+    """Where a face lies in a picture: pixels = plane @ local + middle. Local: units, in the face's plane as seen from the
+    front, about the middle between the inner corners of the lips."""
+
+    plane: np.ndarray  # (2, 2)
+    middle: np.ndarray  # (2,)
+
+    @property
+    def scale(self) -> float:
+        """Pixels a unit"""
+        return float(np.sqrt(abs(np.linalg.det(self.plane))))
+
+    def local(self, pixels):
+        return (pixels - self.middle) @ np.linalg.inv(self.plane).T
+
+    def pixels(self, local):
+        return local @ self.plane.T + self.middle
+
+
+def read(values, where, box, beyond: str = "border", mode: str = "bilinear"):
     """values (n or 1, C, rows, columns) that cover a box, the outermost ones at the centres of its outermost pixels, read
-    linearly at where (n or 1, h, w, 2) or (h, w, 2), in pixels -> (n, C, h, w); beyond the box the edge's"""
+    at where (n or 1, h, w, 2) or (h, w, 2), in pixels -> (n, C, h, w); beyond the box the edge's"""
     x0, y0, x1, y1 = box
     to_grid = 2 / torch.tensor([x1 - x0 - 1.0, y1 - y0 - 1.0]).repeat(where.shape[-2], 1)  # (w, 2): faster than (2,)
     grid = torch.addcmul(-1 - torch.tensor([x0 + 0.5, y0 + 0.5]) * to_grid, where, to_grid)
     n = max(len(values), len(grid) if grid.dim() == 4 else 1)
     values, grid = values.expand(n, -1, -1, -1), grid.expand(n, *grid.shape[-3:])
-    return F.grid_sample(values, grid, padding_mode=beyond, align_corners=True)
+    return F.grid_sample(values, grid, mode, beyond, align_corners=True)
 
 
 class Nodes:
@@ -186,11 +211,15 @@ class Nodes:
             back = read(moved, self.at - back.permute(0, 2, 3, 1), self.box)
         return back
 
+    def spread(self, field):
+        """(n, C, gh, gw) -> (n, h, w, C) at the pixels of the box"""
+        x0, y0, x1, y1 = self.box
+        fine = F.interpolate(field, (y1 - y0, x1 - x0), mode="bilinear", align_corners=True)
+        return fine.permute(0, 2, 3, 1).contiguous()
+
     def came_from(self, back):
         """Displacements that arrive at the nodes, (1, 2, gh, gw) -> (h, w, 2): where each pixel of the box came from"""
-        x0, y0, x1, y1 = self.box
-        at = (self.at.permute(2, 0, 1) - back).contiguous()
-        return F.interpolate(at, (y1 - y0, x1 - x0), mode="bilinear", align_corners=True)[0].permute(1, 2, 0).contiguous()
+        return self.spread((self.at.permute(2, 0, 1) - back).contiguous())[0]
 
 
 def thin_plate(points: np.ndarray, values: np.ndarray, at: np.ndarray, stiffness: float = 1e-4) -> np.ndarray:
@@ -239,29 +268,45 @@ def stack(*maps) -> torch.Tensor:
 # lips: landmarks -> displacements of points -> smooth fields -> two layers -> what shows between them
 
 
-class Mouth:
-    """The lips of a photo in the plane of the face, seen from the front, about the middle between their corners.
+def inner_lips(q: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks q (68, 2) and places (h, w, 2), local -> distance below the upper, above the lower inner lip (h, w)"""
+    upper, lower = (curve(q[line], at[..., 0]) for line in (UPPER_LINE, LOWER_LINE))
+    return at[..., 1] - upper, np.maximum(upper, lower) - at[..., 1]
 
-    q: the landmarks (68, 2); half: half the width of the lips; centre: x of their middle; gaps: (5,) between the inner
-    lips, 0 at the corners; own: their mean, the opening in the photo; jaw: (17, 2), its outline about the nose's tip.
+
+def lip_surfaces(q: np.ndarray, moves: np.ndarray, fixed: np.ndarray, at: np.ndarray) -> list[np.ndarray]:
+    """Displacements (68, n, 2) of landmarks q (68, 2), none at points `fixed` (m, 2) -> two smooth fields (k, n, 2) at
+    places (k, 2), all local: of what hangs on the upper lip, on the lower one. Beside the mouth they are one."""
+    fields = []
+    for line, lip in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
+        used = np.r_[JAW, CORNERS, lip, line[1:4]]
+        values = np.concatenate([moves[used], np.zeros((len(fixed), *moves.shape[1:]))])
+        fields.append(thin_plate(np.r_[q[used], fixed], values, at))
+    half, centre = (q[64, 0] - q[60, 0]) / 2, (q[64, 0] + q[60, 0]) / 2
+    beside = smoothstep((np.abs(at[:, 0] - centre) / half - BESIDE + 0.12) / 0.12)[:, None, None]
+    fields[1] += beside * (fields[0] - fields[1])
+    return fields
+
+
+class Mouth(Place):
+    """The lips of a photo.
+
+    q: the landmarks (68, 2), local; half: half the width of the lips; centre: x of their middle; gaps: (5,) between the
+    inner lips, 0 at the corners; own: their mean, the photo's opening; jaw: (17, 2), its outline about the nose's tip.
     """
 
     def __init__(self, face: Face):
-        self.face, self.middle = face, face.points[CORNERS[2:]].mean(0)
-        q = self.q = self.local(face.points)
+        super().__init__(face.plane, face.points[CORNERS[2:]].mean(0))
+        self.face, q = face, self.local(face.points)
+        self.q = q
         self.half, self.centre = (q[64, 0] - q[60, 0]) / 2, (q[64, 0] + q[60, 0]) / 2
         self.gaps = q[LOWER_LINE, 1] - q[UPPER_LINE, 1]
         self.own = max(0.0, self.gaps[1:4].mean())
         self.jaw = q[:17] - q[30]
 
-    def local(self, pixels):
-        """Pixels (.., 2) -> units (.., 2)"""
-        return (pixels - self.middle) @ np.linalg.inv(self.face.plane).T
-
     def box(self, x, y):
         """The box of whole pixels around four corners: x, y are pairs, in units"""
-        corners = np.array([(a, b) for a in x for b in y])
-        return box_in(self.face.photo, corners @ self.face.plane.T + self.middle)
+        return box_in(self.face.photo, self.pixels(np.array([(a, b) for a in x for b in y])))
 
     def closing(self, opens: np.ndarray) -> np.ndarray:
         """How the points move for each unit that an open mouth closes, downwards as `opens`: (68, 2). Each of the three
@@ -299,17 +344,9 @@ def lip_fields(mouth: Mouth, moves: np.ndarray) -> tuple[Nodes, torch.Tensor]:
     ring = q[30] + OVAL[1] * mouth.jaw
     box = mouth.box((ring[:, 0].min(), ring[:, 0].max()), (q[[40, 41, 46, 47], 1].min(), ring[:, 1].max()))
     nodes = Nodes(box, LIP_NODE * mouth.face.scale)
-    at, fixed = mouth.local(nodes.flat()), np.r_[q[STILL], ring]       # (n, 2)
-
-    def surface(line, lip):
-        used = np.r_[JAW, CORNERS, lip, line[1:4]]
-        values = np.r_[moves[:, used].transpose(1, 0, 2), np.zeros((len(fixed), len(moves), 2))]
-        return thin_plate(np.r_[q[used], fixed], values, at)           # (n, 1 + K, 2)
-
-    upper, lower = surface(UPPER_LINE, UPPER_LIP), surface(LOWER_LINE, LOWER_LIP)
-    beside = smoothstep((np.abs(at[:, 0] - mouth.centre) / mouth.half - BESIDE + 0.12) / 0.12)[:, None, None]
-    lower = lower + beside * (upper - lower)
-    return nodes, nodes.field(np.stack([upper, lower], 1) * mouth.fade(at)[:, None, None, None] @ plane.T)
+    at = mouth.local(nodes.flat())                                     # (n, 2)
+    fields = lip_surfaces(q, moves.transpose(1, 0, 2), np.r_[q[STILL], ring], at)  # (n, 1 + K, 2) each
+    return nodes, nodes.field(np.stack(fields, 1) * mouth.fade(at)[:, None, None, None] @ plane.T)
 
 
 def edge_width(grey: np.ndarray) -> float:
@@ -330,9 +367,7 @@ def lip_layers(mouth: Mouth, box):
     region = face.photo[y0:y1, x0:x1].astype(np.float64)               # (h, w, 3)
     v = mouth.local(centres(box))                                      # (h, w, 2)
     x, y = (v[..., 0] - mouth.centre) / mouth.half, v[..., 1]          # x: -1 .. 1 between the corners
-    up, low = (curve(q[k], v[..., 0]) for k in (UPPER_LINE, LOWER_LINE))
-    low = np.maximum(low, up)
-    d, e = y - up, low - y                                             # below the upper lip's edge, above the lower one's
+    d, e = inner_lips(q, v)                                            # below the upper lip's edge, above the lower one's
     edge = max(1.5 / face.sharpest, BLUR * edge_width(region @ GREY))  # pixels
     soft = max(FEATHER, edge / face.scale)
     cover = smoothstep(0.5 - d / soft)                                 # the upper lip and all above it: 1

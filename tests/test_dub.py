@@ -57,7 +57,7 @@ def dubbed(path, net, moves, opening):
 
 
 def openings(net, frames):
-    points = track_landmarks(net, frames, BOX)[0]
+    points = track_landmarks(net, frames, BOX)
     return lip_opening(points) / np.linalg.norm(points[0, 45] - points[0, 36])
 
 
@@ -119,7 +119,7 @@ def test_lips_come_from_the_take_itself(clip, net, moves):
 
 def test_without_an_opening_the_wanted_lips_meet_in_every_frame(clip, net, moves):
     take = dub.find_takes(clip, net, moves, T)[1][0]
-    gaps = [dub.gap(take.target(t, 0.0, np.zeros(len(moves) - 1))) for t in range(T)]
+    gaps = [lip_opening(take.target(t, 0.0, np.zeros(len(moves) - 1))) for t in range(T)]
     assert np.abs(gaps).max() < 0.02 < 0.08 < take.own.max()
 
 
@@ -142,9 +142,6 @@ def test_wanted_lips_never_cross(clip, net, moves):
 def test_no_face_that_can_be_tracked_is_one_line(clip, net, moves, monkeypatch):
     monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: [])
     with pytest.raises(InputError, match="no face that can be tracked"):
-        dub.find_takes(clip, net, moves, T)
-    monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: None)
-    with pytest.raises(InputError, match="detector's weights"):
         dub.find_takes(clip, net, moves, T)
 
 

@@ -134,7 +134,9 @@ def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "get", offline)
     forget_detectors()
     try:
-        assert faces.detect_faces(picture()) is None and faces.find_faces([picture()]) is None
+        for search in (faces.detect_faces, lambda image: faces.find_faces([image])):
+            with pytest.raises(InputError, match="detector's weights"):
+                search(picture())
     finally:
         forget_detectors()
     assert asked and all(url.startswith("https://") for url in asked)
@@ -180,10 +182,9 @@ def test_a_photo_is_turned_until_a_face_in_it_is_upright(monkeypatch, turns, wor
     monkeypatch.setattr(faces, "detect_faces", detect)
     turned, found, how = faces.turn_upright(image)
     assert np.array_equal(turned, picture()) and len(found) == 1 and words in how and bool(how) == bool(turns)
-    for nothing in ([], None):
-        monkeypatch.setattr(faces, "detect_faces", lambda turned, nothing=nothing: nothing)
-        turned, found, how = faces.turn_upright(image)
-        assert np.array_equal(turned, image) and found == nothing and how == ""
+    monkeypatch.setattr(faces, "detect_faces", lambda turned: [])
+    turned, found, how = faces.turn_upright(image)
+    assert np.array_equal(turned, image) and found == [] and how == ""
 
 
 def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):

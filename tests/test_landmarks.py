@@ -103,7 +103,7 @@ def test_a_part_is_put_back_where_its_crop_was_and_the_mouth_is_the_mean_of_both
         network.mean[:] = 0.5
     net.mouth.mean[0, 0] = 0.4  # the corner on the left; in the mirror image, that on the right
     with torch.inference_mode():
-        seen = landmarks.read_parts(net, photo, a, 0j, points)
+        seen = landmarks.read_parts(net, [landmarks.grey_part(photo, a, 0j)], [a], [points])[0]
     middle = points[48:].mean()
     assert np.allclose(seen[50:54], middle) and np.allclose(seen[55:], middle)
     assert np.allclose(seen[[48, 54]] - middle, 0.45 * a * np.array([-0.05, 0.05]), atol=1e-4)
@@ -138,11 +138,12 @@ def test_points_follow_a_photo_that_is_mirrored_turned_or_enlarged(net):
 def test_a_face_that_vanishes_is_lost_and_found_again(net):
     image, noise = photo(), np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     frames = (frame for frame in [image, image, noise, image])
-    points, eyes, brows = landmarks.track_landmarks(net, frames, (0, 0, 128, 128))
+    points = landmarks.track_landmarks(net, frames, (0, 0, 128, 128))
+    eyes, brows = landmarks.read_eyes(points)
     assert points.shape == (4, 68, 2) and eyes.shape == brows.shape == (4, 2)
     assert np.isnan(points).all((1, 2)).tolist() == [False, False, True, False] == np.isnan(eyes).all(1).tolist()
     assert np.abs(points[3] - points[0]).max() < 0.1 * interocular(points[0])
-    assert landmarks.track_landmarks(net, [], (0, 0, 9, 9))[0].shape == (0, 68, 2)
+    assert landmarks.track_landmarks(net, [], (0, 0, 9, 9)).shape == (0, 68, 2)
 
 
 def test_landmarks_of_noise_are_doubted_and_those_of_a_face_are_not(net):

