@@ -10,8 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.fft import dct
-from scipy.signal import fftconvolve
+from scipy.fft import dct, irfft, next_fast_len, rfft
 from scipy.sparse import csr_array
 from torch import nn
 
@@ -240,7 +239,8 @@ def add_room(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     echo = rng.standard_normal(len(t)) * 10 ** (-3 * t / len(t))
     echo *= rng.uniform(0, 1) / np.linalg.norm(echo)
     echo[0] = 1                                                          # the voice itself
-    wav = fftconvolve(wav, echo)[: len(wav)]
+    n = next_fast_len(len(wav) + len(echo))                              # scipy.signal takes a second to import
+    wav = irfft(rfft(wav, n) * rfft(echo, n))[: len(wav)]
     noise = coloured_noise(len(wav), rng) * wav.std() * 10 ** (-rng.uniform(5, 35) / 20)
     return np.clip(wav + noise, -1, 1).astype(np.float32)
 

@@ -5,9 +5,9 @@
     frames that open widest                  ->  a bank of what shows between the lips: teeth, tongue   (Dub.add)
     skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame        (Dub)
 
-Fields are thin-plate splines from the wanted points back to the source's points, so nothing has to be inverted. The video
-is read four times (scenes, landmarks, bank, frames) and never kept. Frames without a face that can be tracked pass
-through unchanged. Ours, without a paper. Units are warp.py's: the outer corners of the eyes are 1 apart.
+Fields lead from the wanted points back to the source's, so nothing is inverted. The video is read four times (scenes,
+landmarks, bank, frames) and never kept. Frames without a face that can be tracked pass through unchanged. Ours, without a
+paper. Units are warp.py's: the outer corners of the eyes are 1 apart.
 """
 
 import itertools
@@ -17,9 +17,8 @@ from functools import partial
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter1d
-from scipy.signal import savgol_filter
 
-from faces import DETECT_EVERY, detect_faces, face_box, scenes
+from faces import DETECT_EVERY, detect_faces, face_box, scenes, smooth
 from landmarks import track_landmarks
 from media import InputError, probe, read_video
 from motion import lip_opening
@@ -31,7 +30,6 @@ from warp import (
 POINTS_HEIGHT = 480  # pixels of the copy on which landmarks are found
 TURNED = 35.0, 30.0  # degrees of yaw and pitch beyond which frames pass through
 SHORTEST, FADE = 15, 5  # frames: shorter takes pass through; a take fades in and out beside frames that pass through
-SMOOTH = 5  # frames of the parabola through landmarks and poses
 SLOW = 10  # frames, sigma: what stays of the own mouth for so long is a smile, not speech
 SHUT = 0.023  # opening of lips that count as shut
 REGION = 1.15, 0.12, 0.46  # beside the mouth's middle, above the nose's base (33), below the chin
@@ -45,23 +43,18 @@ BORDER = np.array([(x, y) for x in np.linspace(0, 1, 8) for y in np.linspace(0, 
 SHOWN = 0.058  # the least opening, of the widest frames, that shows what is inside
 
 
-
-def steady(x: np.ndarray) -> np.ndarray:
-    return savgol_filter(x, min(SMOOTH, (len(x) - 1) // 2 * 2 + 1), 2, axis=0, mode="nearest")
-
-
 class Take:
     """Consecutive frames of one face: its place in each, its own mouth, and its mouth as it would be shut.
 
     first: number of its first frame; points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2) of
     fusion.DirectMotion; fades: whether frames that pass through lie before it, and after it, in the same scene.
-    It keeps three arrays (T, 68, 2) in float32, 100 MB an hour."""
+    It keeps three arrays (T, 68, 2), float32: 150 MB an hour."""
 
     def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray, fades=(False, False)):
         self.first, self.moves, self.T, self.fades = int(first), moves, len(points), fades
-        self.points = points = steady(points.astype(np.float32, copy=False))
+        self.points = points = smooth(points.astype(np.float32, copy=False))
         scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))
-        self.planes, depths = steady(scale[:, None, None] * R[:, :2, :2]), steady(scale[:, None] * R[:, :2, 2])
+        self.planes, depths = smooth(scale[:, None, None] * R[:, :2, :2]), smooth(scale[:, None] * R[:, :2, 2])
         self.q = np.empty_like(points)                                 # from the front, head at rest, in units
         for t, plane in enumerate(self.planes):
             self.q[t] = Place(plane, shift[t]).local(points[t] - np.outer(mean[:68, 2], depths[t]))
@@ -78,7 +71,7 @@ class Take:
         shut[inner, 1] = shut[inner[0], 1] + share * (shut[inner[1], 1] - shut[inner[0], 1])
         self.shut, self.slow = shut, slow
         origin = shut[CORNERS[2:]].mean(0)
-        self.middles = steady(shift) + self.planes @ origin + mean[CORNERS[2:], 2].mean() * depths
+        self.middles = smooth(shift) + self.planes @ origin + mean[CORNERS[2:], 2].mean() * depths
         self.widest = float(np.sort(self.own)[-4:].mean())
         self.keys = self.shut_frames()
 
@@ -229,8 +222,8 @@ class Dub:
         return result
 
     def mouth(self, t, frame, keys, skin, nodes, sources, g, lips, opening) -> np.ndarray:
-        """skin (h, w, 3) in the box of `nodes` -> the same with lips from the keys, read at sources (2, m, keys, 2),
-        local, of what hangs on the upper lip, on the lower one, and the bank between them"""
+        """skin (h, w, 3) in the box of `nodes` -> the same with the keys' lips, read at sources (2, m, keys, 2), local,
+        and the bank between them"""
         take, place = self.take, self.take.place(t)
         light, layers = skin_colour(frame, take.points[t], place.scale), 0
         for i, (k, weight, key) in enumerate(keys):

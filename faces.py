@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.signal import savgol_filter
+from scipy.ndimage import correlate1d  # scipy.signal takes a second to import
 
 from checkpoint import PUBLISHED, fetch, refusing
 from media import InputError, check_file
@@ -59,7 +59,7 @@ ARCFACE_POINTS = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.
 
 
 def square_around(x: float, y: float, side: float) -> tuple:
-    """The square box x0, y0, x1, y1 about a point"""
+    """The box x0, y0, x1, y1 of a square"""
     return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
 
 
@@ -85,9 +85,8 @@ def square_within(template: str, wanted: str) -> tuple[float, float, float]:
 
 
 def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
-    """Faces of detect_faces -> the square crop (x0, y0, x1, y1) of face `number`, 1 being the largest: the square that
-    brings its points nearest to the template's, three times as exact as one from the detector's box; that without points.
-    """
+    """Faces of detect_faces -> the square crop (x0, y0, x1, y1) of face `number`, 1 the largest, in which its points lie
+    nearest to the template's, three times as exact as by the detector's box; without points by that."""
     if not 1 <= number <= len(faces):
         raise InputError(f"--face {number}: the number of faces found is {len(faces)}")
     x0, y0, x1, y1 = faces[number - 1][:4]
@@ -337,16 +336,16 @@ def face_tracks(found: list[list[tuple]], scene: np.ndarray) -> list[dict]:
 
 
 def steady_parts(track: dict, begin: int, end: int, template: str) -> list[tuple]:
-    """A track in frames begin .. end-1 -> [(begin, end, box)]: itself with the median of its boxes, or, where that does
-    not hold the face, its halves' parts."""
+    """A track in frames begin .. end-1 -> [(begin, end, box, "")]: itself with the median of its boxes, or, where that
+    does not hold the face, its halves' parts."""
     boxes = np.array([face_box([face], template) for face in track.values()])  # (n, 4)
     box = np.median(boxes, 0)
     if np.percentile(np.abs(boxes - box).max(1), 90) <= STEADY * (box[2] - box[0]):
-        return [(begin, end, tuple(map(float, box)))]
+        return [(begin, end, tuple(map(float, box)), "")]
     at = sorted(track)
     half = len(at) // 2
-    parts = (at[:half], begin, at[half] * DETECT_EVERY), (at[half:], at[half] * DETECT_EVERY, end)
-    return [clip for part, a, b in parts for clip in steady_parts({i: track[i] for i in part}, a, b, template)]
+    middle, (first, second) = at[half] * DETECT_EVERY, ({i: track[i] for i in part} for part in (at[:half], at[half:]))
+    return steady_parts(first, begin, middle, template) + steady_parts(second, middle, end, template)
 
 
 def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
@@ -357,7 +356,7 @@ def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
     scene, found = scenes(frames), find_faces(frames[::DETECT_EVERY])
     tracks = face_tracks(found, scene[::DETECT_EVERY])
     tracks.sort(key=lambda track: -sum((f[2] - f[0]) * (f[3] - f[1]) for f in track.values()))
-    clips, taken = [], []
+    clips, taken = [], np.zeros(len(frames), bool)
     for track in tracks:
         begin, end = min(track) * DETECT_EVERY, max(track) * DETECT_EVERY + 1
         same = np.flatnonzero(scene == scene[begin])  # frames
@@ -365,17 +364,14 @@ def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
             begin = int(same[0])
         if same[-1] < end - 1 + DETECT_EVERY:
             end = int(same[-1]) + 1
-        if all(end <= a or b <= begin for a, b in taken):
-            taken.append((begin, end))
-            parts = steady_parts(track, begin, end, template)
-            clips += [clip for clip in parts if clip[1] - clip[0] >= SHORTEST]
-    n, gaps, at = sum(map(bool, found)), [], 0
-    for begin, end, _ in [*sorted(clips), (len(frames), len(frames), None)]:
-        if at < begin:
-            reason = "no face for long enough, or one that moves too far" if n else "no face"
-            gaps.append((at, begin, None, f"{reason} (a face in {n} of {len(found)} frames looked at)"))
-        at = end
-    return sorted([(*clip, "") for clip in clips] + gaps)
+        if not taken[begin:end].any():
+            taken[begin:end] = True
+            clips += [clip for clip in steady_parts(track, begin, end, template) if clip[1] - clip[0] >= SHORTEST]
+    n = sum(map(bool, found))
+    reason = "no face for long enough, or one that moves too far" if n else "no face"
+    reason += f" (a face in {n} of {len(found)} frames looked at)"
+    ends = [0, *(k for clip in sorted(clips) for k in clip[:2]), len(frames)]
+    return sorted(clips + [(a, b, None, reason) for a, b in zip(ends[::2], ends[1::2]) if a < b])
 
 
 def segment_box(frames: list[np.ndarray]) -> tuple:
@@ -580,9 +576,10 @@ def interpolate_gaps(found: list) -> tuple[np.ndarray, int]:
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
-    """(T, 68, 2): a parabola through five frames (Savitzky-Golay). It removes a detector's jitter and keeps a short
+    """(T, ..): a parabola through five frames (Savitzky & Golay 1964). It removes a detector's jitter and keeps a short
     closure of the lips, which a running mean of the same length would halve."""
-    return savgol_filter(points, 5, 2, axis=0, mode="nearest").astype(np.float32) if len(points) >= 5 else points
+    weights = np.array([-3, 12, 17, 12, -3]) / 35
+    return correlate1d(points, weights, axis=0, mode="nearest") if len(points) >= 5 else points
 
 
 def landmarks_header(pack, detector: str) -> dict:

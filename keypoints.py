@@ -758,7 +758,7 @@ def sample(args):
         animator = SimpleNamespace(lips=lambda mel: lips, motion=SimpleNamespace(moves=torch.from_numpy(mouth.moves())))
         frames = photos.talking_photo(animator, photo, box, wav, None, options)
     first = next(frames)
-    with VideoWriter(out, *first.shape[:2], wav, args.overwrite, args.speech) as video:
+    with VideoWriter(out, *first.shape[:2], (args.speech, len(wav)), args.overwrite) as video:
         for frame in tqdm(chain([first], frames), "frames", len(faces), disable=None):
             video.write(frame)
     with refusing(numbers, "cannot be written"):

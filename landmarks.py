@@ -15,13 +15,12 @@ import itertools
 import json
 import multiprocessing
 import os
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from media import InputError, Parser, check_output, run  # before torch, see there
+from media import InputError, Parser, check_output, refused, run  # before torch, see there
 
 import numpy as np
 import torch
@@ -60,6 +59,7 @@ EYE = Part(np.stack([LEFT, RIGHT]), [1] * 5 + [3] * 6, 5, 0.5 + 0.62j, 0.38, 32)
 MOUTH = Part(np.stack([LIPS, MIRROR[LIPS]]), [1] * 12 + [3] * 8, 0, MIDDLE, 0.45, 48)
 STEADY = 0.02  # a crop that moves by more of its side between two frames is read again
 LOST = 0.04  # sides of the crop: points of crop and mirror image are further apart where there is no face
+DRAWN = 64  # crops of a training batch
 BATCH = 8  # frames whose eyes and mouths are read at once: a third of the time of one by one
 JUMP, SWELL = 0.35, 1.4  # sides by which a face moves at most between two frames, factor by which it grows
 DOUBT = 0.02  # see `doubt`: 99 of 100 UTKFace photos lie below; of 28 images without a face all but a dog above
@@ -402,16 +402,17 @@ def seal_lips(images: torch.Tensor, points: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def fit(network: nn.Module, draw, weight: torch.Tensor, steps: int, peak: float, name: str):
+def train(network: nn.Module, draw, weight, steps: int, peak: float, name: str):
     """Trains on `steps` batches of draw(): crops, complex points in units of the crops. Loss: mean distance of the
     points, not squared (landmarks err), times `weight`"""
     network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    weight = torch.tensor(weight / np.mean(weight), dtype=torch.float32)
     opt = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, peak, total_steps=steps)
     for _ in tqdm(range(steps), desc=name, disable=None):
         x, y = draw()
         error = network(degrade(x).contiguous(memory_format=torch.channels_last)) - torch.from_numpy(to_real(y))
-        loss = ((error.square().sum(-1) + 1e-6).sqrt() * weight / weight.mean()).mean()
+        loss = ((error.square().sum(-1) + 1e-6).sqrt() * weight).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -419,38 +420,33 @@ def fit(network: nn.Module, draw, weight: torch.Tensor, steps: int, peak: float,
     network.to(memory_format=torch.contiguous_format)
 
 
-def train_face(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, steps: int, rng, batch=64):
-    """The face's network from grey frames, uint8 (n, 1, S, S), and their points (n, K) in units of the frame. Crops are
-    as far off as a detector's box (every second), or as the pass before."""
-    S, wide = images.shape[-1], np.arange(batch) % 2 == 0
-    mean = mean_shape(points)
+def face_crops(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, rng):
+    """Sets the shapes of a network from grey frames, uint8 (n, 1, S, S), and their points (n, K) in units of the frame ->
+    draw() for `train`. Crops are as far off as a detector's box (every second), or as the pass before."""
+    S, wide, mean = images.shape[-1], np.arange(DRAWN) % 2 == 0, mean_shape(points)
     right_a, right_b = similarity(mean, points)
 
     def choose():
         """Places of a batch, its crops in units of the frame, points in units of the crops"""
-        i = rng.integers(len(points), size=batch)
-        a, b = random_crops(batch, *np.where(wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
+        i = rng.integers(len(points), size=DRAWN)
+        a, b = random_crops(DRAWN, *np.where(wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
         a, b = right_a[i] * a, right_a[i] * b + right_b[i]
         return i, a, b, (points[i] - b[:, None]) / a[:, None]
 
     def draw():
         i, a, b, y = choose()
-        x = sample_crops(images[i].float(), S * a, S * b, FACE_SIZE)
-        middle = batch // 2
-        return torch.cat([x[:middle], x[middle:].flip(-1)]), np.concatenate([y[:middle], mirror(y[middle:])])
+        x, half = sample_crops(images[i].float(), S * a, S * b, FACE_SIZE), DRAWN // 2
+        return torch.cat([x[:half], x[half:].flip(-1)]), np.concatenate([y[:half], mirror(y[half:])])
 
-    shapes = np.concatenate([y for _ in range(4000 // batch) for y in (choose()[3], mirror(choose()[3]))]) - mean
+    shapes = np.concatenate([y for _ in range(4000 // DRAWN) for y in (choose()[3], mirror(choose()[3]))]) - mean
     _, s, v = torch.linalg.svd(torch.from_numpy(to_real(shapes)).flatten(1), full_matrices=False)
     net.mean.copy_(torch.from_numpy(to_real(mean)))
     net.basis.copy_((v * s[:, None] / len(shapes) ** 0.5)[: len(net.basis)])  # weights of deviation 1
-    weight = torch.ones(K)
-    weight[36:48], weight[48:60], weight[60:] = 3, 4, 8  # what is moved later, most of all the line between the lips
-    fit(net, draw, weight, steps, 3e-3, "landmarks")
+    return draw
 
 
-def train_part(net: LandmarkNet, part: Part, images: torch.Tensor, points: np.ndarray, steps: int, rng, batch=64):
-    """As train_face, for a part's network. Of eyes only open ones, two thirds of a batch shut more or less"""
-    network = net.eye if part is EYE else net.mouth
+def eye_or_mouth_crops(net: LandmarkNet, network: PartNet, part: Part, images: torch.Tensor, points: np.ndarray, rng):
+    """As face_crops, for a part's network. Of eyes only open ones, two thirds of a batch shut more or less"""
     if part is EYE:
         is_open = (read_eyes(to_real(points))[0] > 0.2).all(1)
         images, points = images[torch.from_numpy(is_open)], points[is_open]
@@ -460,16 +456,16 @@ def train_part(net: LandmarkNet, part: Part, images: torch.Tensor, points: np.nd
     network.mean.copy_(torch.from_numpy(to_real(shapes.mean((0, 1)))))
 
     def draw():
-        i, side = rng.integers(len(points), size=batch), rng.integers(2, size=batch)
-        turn, shift = random_crops(batch, 0.08, 0.08, 0.03, rng)
+        i, side = rng.integers(len(points), size=DRAWN), rng.integers(2, size=DRAWN)
+        turn, shift = random_crops(DRAWN, 0.08, 0.08, 0.03, rng)
         v, y = turn[:, None, None] * unit_square(part.size) + shift[:, None, None], shapes[i, side]
         if part is EYE:
-            v, y = shut_eyes(v, y, (1.5 * rng.random(batch)).clip(0, 1) * (rng.random(batch) > 0.33), rng)
+            v, y = shut_eyes(v, y, (1.5 * rng.random(DRAWN)).clip(0, 1) * (rng.random(DRAWN) > 0.33), rng)
         v = np.where(side[:, None, None] == 1, 1 - v.conj(), v)
         x = sample(images[i].float(), S * (a[i, None, None] * v + b[i, side][:, None, None]))
         return x, (y - shift[:, None]) / turn[:, None]
 
-    fit(network, draw, torch.tensor(part.weight).float(), steps, 5e-3, "eyes" if part is EYE else "mouth")
+    return draw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,12 +474,10 @@ def train_part(net: LandmarkNet, part: Part, images: torch.Tensor, points: np.nd
 CHUNK = 10  # clips for which a process opens its detector once (ours)
 
 
-def detect_clips(clips, pack: Pack, spec: str, wanted) -> tuple[list[dict], float]:
-    """For each clip dict(points (T, 68, 2), interpolated: how many frames), or NaN and the reason for leaving it out; and
-    the seconds that they took"""
+def detect_clips(clips, pack: Pack, spec: str, wanted) -> list[dict]:
+    """For each clip dict(points (T, 68, 2), interpolated: how many frames), or NaN and the reason for leaving it out"""
     found = []
     with landmark_detector(spec, pack.template) as detect:
-        start = time.perf_counter()
         for c in clips:
             try:
                 if c not in wanted:
@@ -492,14 +486,14 @@ def detect_clips(clips, pack: Pack, spec: str, wanted) -> tuple[list[dict], floa
                 found.append(dict(points=smooth(points), interpolated=missing))
             except InputError as error:  # or too few frames with a face
                 found.append(dict(points=np.full((pack.n_frames[c], K, 2), np.nan), reason=str(error)))
-        return found, time.perf_counter() - start
+    return found
 
 
 def extract(args):
     """Landmarks of the clips of a pack, written beside it. A killed run continues after its last finished clip."""
-    pack, frames, seconds = Pack(args.pack), 0, 0.0
+    pack = Pack(args.pack)
     folder, wanted = pack.folder / "landmarks", set(named_clips(pack, args.list) if args.list else range(len(pack)))
-    try:
+    with refused(folder, "written"):
         folder.mkdir(exist_ok=True)
         lines = open_landmarks(folder, landmarks_header(pack, args.landmarks.partition(":")[0]), args.overwrite)
         (folder / "clips.jsonl").write_bytes(b"".join(lines))  # without a torn last line
@@ -510,15 +504,11 @@ def extract(args):
         with (ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
               open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out):
             results = (pool.map if args.workers > 1 else map)(job, chunks)
-            for clips, (found, took) in zip(tqdm(chunks, f"{CHUNK} clips", disable=None), results):
-                frames, seconds = frames + sum(pack.n_frames[c] for c in clips if c in wanted), seconds + took
+            for clips, found in zip(tqdm(chunks, f"{CHUNK} clips", disable=None), results):
                 for c, line in zip(clips, found):
                     out.write(line.pop("points").astype("<f4").tobytes())
                     log.write(json.dumps(dict(source=pack.source(c)) | line).encode() + b"\n")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    print(f"{folder}: {len(Landmarks(pack).kept)} of {len(pack)} clips have landmarks ({args.landmarks}), "
-          f"{seconds / max(frames, 1):.4f} s a frame")
+    print(f"{folder}: {len(Landmarks(pack).kept)} of {len(pack)} clips have landmarks ({args.landmarks})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,9 +528,10 @@ def main(argv=None):
     net = LandmarkNet()
     net.solid.copy_(load_landmarks().solid)
     points = seal_lips(images, points)
-    train_face(net, images, points, args.steps, rng)
-    for part in (EYE, MOUTH):
-        train_part(net, part, images, points, args.steps, rng)
+    weight = np.repeat([1.0, 3, 4, 8], [36, 12, 12, 8])  # most where points move later: eyes, lips, the line between them
+    train(net, face_crops(net, images, points, rng), weight, args.steps, 3e-3, "landmarks")
+    for name, network, part in (("eyes", net.eye, EYE), ("mouth", net.mouth, MOUTH)):
+        train(network, eye_or_mouth_crops(net, network, part, images, points, rng), part.weight, args.steps, 5e-3, name)
     save_checkpoint(out, dict(kind="landmarks", format=1, config=net.config, net=half(net)))
     print(f"{out}: trained on {len(points)} frames")
 

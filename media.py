@@ -111,55 +111,54 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+@contextlib.contextmanager
+def refused(path: Path, what: str):
+    """What the system refuses in this block is an InputError: the path cannot be `what`"""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be {what} ({error.strerror or error})") from None
+
+
 def check_file(path: str | Path) -> Path:
     """The absolute path of a file that exists, is not empty and may be read; InputError otherwise.
 
     Absolute, because '-i.wav' is an option to ffmpeg and 'http:x.wav' an address; '/here/-i.wav' is neither.
     """
     path = Path(path).absolute()
-    try:
-        if path.is_dir():
-            raise InputError(f"{path}: is a directory, expected a file")
+    with refused(path, "read"):
         if not path.is_file():
-            raise InputError(f"{path}: no such file")
+            raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
         with open(path, "rb") as file:
             if not file.read(1):
                 raise InputError(f"{path}: the file is empty")
-    except (OSError, ValueError) as error:                   # no permission, name too long, NUL in the name
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return path
 
 
 def make_folder(path: str | Path) -> Path:
     """Absolute path of a folder, made with its parents. InputError: it cannot be made"""
     path = Path(path).absolute()
-    try:
+    with refused(path, "made a directory"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a directory ({error.strerror})") from None
     return path
 
 
 def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
-    """The absolute path of a file that may be written; call it before anything slow.
-
-    Raises InputError: exists without overwrite, is a directory, its directory is missing or cannot be written, its name
-    does not end in one of `suffixes`.
-    """
+    """The absolute path of a file that may be written; call it before anything slow. InputError: its name does not end in
+    one of `suffixes`, it exists without `overwrite`, is a directory, its directory is missing or cannot be written."""
     path = Path(path).absolute()
-    try:
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise InputError(f"{path}: the name of the output must end in {' or '.join(suffixes)}")
-        if path.is_dir():
-            raise InputError(f"{path}: is a directory, expected the name of a file to write")
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent}: no such directory to write to")
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: exists; give --overwrite to replace it")
+    with refused(path, "written"):
+        reasons = {
+            f"the name must end in {' or '.join(suffixes)}": suffixes and path.suffix.lower() not in suffixes,
+            "is a directory, expected the name of a file to write": path.is_dir(),
+            f"no such directory to write to: {path.parent}": not path.parent.is_dir(),
+            "exists; give --overwrite to replace it": path.exists() and not overwrite,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise InputError(f"{path}: {reason}")
         with tempfile.TemporaryFile(dir=path.parent):        # permission bits do not tell of read-only disks
             pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     return path
 
 
@@ -173,21 +172,16 @@ READ_ALL = ["-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
 
 @lru_cache
 def ffmpeg_path() -> str:
-    """Absolute path of an ffmpeg: the one of imageio-ffmpeg, else the one on PATH"""
+    """The ffmpeg of imageio-ffmpeg, else the one on PATH"""
     try:
-        found = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
+        return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
-        found = shutil.which("ffmpeg")
-    if not found:
-        raise InputError("ffmpeg is missing: pip install imageio-ffmpeg, or install ffmpeg")
-    return str(Path(found).absolute())
+        raise InputError("ffmpeg is missing: pip install imageio-ffmpeg, or install ffmpeg") from None
 
 
 def decoder(path: str | Path, *output: str, before: tuple = ()) -> list[str]:
-    """Argument list of an ffmpeg that reads `path`, a local media file and nothing else, to `output`.
-
-    before: options of the input.
-    """
+    """Argument list of an ffmpeg that reads `path`, a local media file and nothing else, with the options `before`, to
+    `output`"""
     quiet = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
     return [ffmpeg_path(), *quiet, *local, *before, "-i", f"file:{check_file(path)}", *output]
@@ -208,25 +202,43 @@ def last_error(log: str) -> str:
     return errors[-1].strip() if errors else "unknown format"
 
 
+def stated_length(log: str) -> float:
+    """Seconds that a file's header states, by ffmpeg's description of it; 0 where it states none"""
+    length = re.search(r"^(?:\[info\] )?  Duration: (\d+):(\d+):([\d.]+)", log, re.M)
+    return 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else 0.0
+
+
 def length_is_open(path: Path) -> bool:
-    """Whether the header of a WAV file leaves its length open, as programs do that write to a pipe: 0, or a number as
-    large as the field holds. From 1.9e9 on (ours) no size is believed that the file lacks."""
-    head = path.open("rb").read(65536)
+    """Whether the header of a WAV, RF64 or CAF file leaves its length open, as programs do that write to a pipe: 0, or a
+    number as large as the field holds. From 1.9e9 on (ours) no size is believed that the file lacks."""
+    with open(path, "rb") as file:
+        head = file.read(65536)
     at = head.find(b"data", 12)
-    return head[:4] == b"RIFF" and at > 0 and not 0 < int.from_bytes(head[at + 4 : at + 8], "little") < 1.9e9
+    sizes = {b"RIFF": head[at + 7 : at + 3 : -1], b"caff": head[at + 4 : at + 12], b"RF64": head[35:27:-1]}
+    return at > 0 and head[:4] in sizes and not 0 < int.from_bytes(sizes[head[:4]], "big") < 1.9e9
 
 
-def check_whole(path: Path, log: str, status: int, seconds: float):
-    """InputError if ffmpeg's log, its status and the `seconds` that it decoded say that a file is damaged or cut.
+def last_packet(path: Path, *streams: str) -> float:
+    """Seconds from the file's beginning to the end of the last packet of these streams, without decoding"""
+    maps = chain(*(("-map", stream) for stream in streams))
+    command = decoder(path, *maps, "-c", "copy", "-f", "framecrc", "pipe:1")
+    table = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
+    unit = {stream: int(a) / int(b) for stream, a, b in re.findall(r"^#tb (\d+): (\d+)/(\d+)", table, re.M)}
+    packets = re.findall(r"^(\d+),[^,]*, *(-?\d+), *(\d+),", table, re.M)  # stream, dts, pts, duration
+    return max(((int(begin) + int(length)) * unit[stream] for stream, begin, length in packets), default=0.0)
+
+
+def check_whole(path: Path, log: str, status: int, stream: str, seconds: float):
+    """InputError if ffmpeg's log, its status and the `seconds` that it decoded of a stream say a file is damaged or cut.
 
     A decoding error alone is not a reason: many files have one at their beginning and play well. Nor is a stream shorter
-    than its file, nor a length that ffmpeg only estimates.
+    than its file, nor a length that ffmpeg only estimates: the stream's own packets must go on, or those of no stream
+    reach the length that the header states.
     """
-    kind = "".join(re.findall(r"^\[info\] Input #0, ([^,]*)", log, re.M))
-    length = re.search(r"^(?:\[info\] )?  Duration: (\d+):(\d+):([\d.]+)", log, re.M)
-    length = 0.9 * (int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])) if length else 0.0
+    kind, length = "".join(re.findall(r"^\[info\] Input #0, ([^,]*)", log, re.M)), 0.9 * stated_length(log)
     stated = kind not in ("mpegts", "mpeg", "h264", "hevc") and "Estimating duration" not in log
     short = stated and "[error]" in log and seconds < length
+    short = short and (last_packet(path, "0:a?", "0:V?") < length or 0.9 * last_packet(path, stream) > seconds)
     # raw samples end before the size that the header states; other containers mark a lost packet so
     lacking = kind in ("wav", "w64", "caf", "mxf") and "corrupt input packet" in log and not length_is_open(path)
     if status or short or lacking or "partial file" in log:
@@ -304,7 +316,9 @@ def decode_sound(path: str | Path, rate: int | None = None, mixed: bool = False,
     route = f",pan={channels}c|" + "|".join(f"c{i}=c{i}" for i in range(channels)) if channels <= 8 else ""
     args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{route},atrim=start=0", "-c:a", "pcm_f32le"]
     args += ["-f", "nut", "pipe:1", *READ_ALL]
-    first = decoder(path, *args)
+    with open(path, "rb") as file:                           # an RF64 file with an open length is empty to ffmpeg
+        is_open = file.read(4) == b"RF64" and length_is_open(path)
+    first = decoder(path, *args, before=("-ignore_length", "1") if is_open else ())
     # gaps are filled by a second ffmpeg: where rate or channels change, the first builds its filters anew, which then
     # count from 0 again
     then = [ffmpeg_path(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
@@ -321,7 +335,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mixed: bool = False,
     n = raw.seek(0, 2) // (4 * channels)
     if status and not n:
         raise InputError(f"{path}: is not a sound file or video that can be read ({last_error(text)})")
-    check_whole(path, text, status, n / rate)
+    check_whole(path, text, status, f"0:{stream}", n / rate)
     if not n:
         raise InputError(f"{path}: the sound is 0 s long")
     raw.seek(0)
@@ -503,16 +517,14 @@ class VideoInfo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """A video's properties from ffmpeg's description of it (there may be no ffprobe).
-
-    Raises InputError: missing, directory, empty, not a video.
-    """
+    """A video's properties from ffmpeg's description of it (there may be no ffprobe). Raises InputError: missing,
+    directory, empty, not a video."""
     path = check_file(path)
     text = describe(path)
     video = re.search(STREAM + r"Video: (?!.*\(attached pic\)).*, (?P<w>\d+)x(?P<h>\d+).*", text, re.M)
     if not video:
-        is_sound = re.search(STREAM + "Audio: ", text, re.M)
-        raise InputError(f"{path}: " + ("has no picture" if is_sound else f"is not a video ({last_error(text)})"))
+        has_sound = re.search(STREAM + "Audio: ", text, re.M)
+        raise InputError(f"{path}: {'has no picture' if has_sound else f'is not a video ({last_error(text)})'}")
     width, height = int(video["w"]), int(video["h"])
     pixel = re.search(r"SAR (\d+):(\d+)", video[0])
     aspect = width / height * (int(pixel[1]) / int(pixel[2]) if pixel else 1)
@@ -521,11 +533,9 @@ def probe(path: str | Path) -> VideoInfo:
     if turn and round(float(turn[1])) % 180 == 90:
         width, height, aspect = height, width, 1 / aspect
     fps = re.search(r", ([\d.]+) fps", video[0])
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
-    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else 0.0
     interlaced = bool(re.search(r"(top|bottom) (coded )?first", video[0]))
-    hdr = re.search(r"arib-std-b67|smpte2084", video[0])
-    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, seconds, aspect, interlaced, hdr[0] if hdr else "")
+    hdr = "".join(re.findall(r"arib-std-b67|smpte2084", video[0])[:1])
+    return VideoInfo(width, height, float(fps[1]) if fps else 0.0, stated_length(text), aspect, interlaced, hdr)
 
 
 def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
@@ -580,7 +590,7 @@ def decode_frames(path: Path, info: VideoInfo, H: int, W: int) -> Iterator[np.nd
             process.stdout.close()
         log.seek(0)
         text = log.read().decode(errors="replace")
-    check_whole(path, text, status or not count, count / FPS)
+    check_whole(path, text, status or not count, "0:V:0", count / FPS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,23 +602,23 @@ class VideoWriter:
     with VideoWriter("talk.mp4", 64, 64, wav) as video:
         video.write(frame)                                   # uint8 (H, W, 3)
 
-    wav: float (n,) in [-1, 1] at 16 kHz, or None; its sample 0 is at the beginning of frame 0, and the sound keeps its
-    length. sound: the file that wav was loaded from, whose own rate, channels and loudness the video gets then.
+    sound: float (n,) in [-1, 1] at 16 kHz, whose sample 0 is at the beginning of frame 0; or a file and how many samples
+    load_audio gives of it: the video gets its own rate, channels and loudness. It keeps its length.
     Odd sizes get one more row or column (players want even ones). The file appears whole, or, after an error, not at
     all: ffmpeg works in a private temporary directory. Raises InputError: as check_output; disk full.
     """
 
-    def __init__(self, path, height: int, width: int, wav: np.ndarray | None = None, overwrite: bool = False, sound=None):
+    def __init__(self, path, height: int, width: int, sound: np.ndarray | tuple | None = None, overwrite: bool = False):
         self.path, self.overwrite = check_output(path, overwrite, VIDEO_SUFFIXES), overwrite
         self.shape, self.count = (height, width, 3), 0
         self.folder, self.log = tempfile.TemporaryDirectory(prefix="talk-"), tempfile.TemporaryFile()
         track = Path(self.folder.name) / "sound.wav"
         self.draft = track.with_name(f"video{self.path.suffix.lower()}")
-        if sound is not None:
-            write_original_sound(sound, track, len(wav))
-        elif wav is not None:
-            write_wav(track, wav)
-        sound = [] if wav is None else ["-i", str(track), "-c:a", "aac", "-b:a", "192k"]
+        if isinstance(sound, tuple):
+            write_original_sound(sound[0], track, sound[1])
+        elif sound is not None:
+            write_wav(track, sound)
+        sound = [] if sound is None else ["-i", str(track), "-c:a", "aac", "-b:a", "192k"]
         # the colours of HDTV, and said so: untagged video is shown differently by different players
         colours = "scale=out_color_matrix=bt709:out_range=tv"
         border = f"pad=w=ceil(iw/2)*2:h=ceil(ih/2)*2,fillborders=right={width % 2}:bottom={height % 2}:mode=smear,"
@@ -682,9 +692,8 @@ def move_into_place(draft: Path, path: Path):
     """Moves a finished file, maybe to another disk: at any moment the old file or the whole new one is there"""
     copy = path.with_name(f".talk-{os.getpid()}{path.suffix}")
     try:
-        shutil.copyfile(draft, copy)
-        os.replace(copy, path)
-    except OSError as error:
-        raise InputError(f"{path}: could not be written ({error.strerror})") from None
+        with refused(path, "written"):
+            shutil.copyfile(draft, copy)
+            os.replace(copy, path)
     finally:
         copy.unlink(missing_ok=True)

@@ -498,7 +498,7 @@ def sample(args):
     pose = clip_crops(args.pose, n, model.config, args.aligned) if args.pose else [crop]
     pose = list(pose) if args.grid else pose
     frames = tqdm(render(model, crop, wav, pose, args, device), total=n, unit="frame")
-    with VideoWriter(out, size, 3 * size if args.grid else size, wav, args.overwrite, args.speech) as video:
+    with VideoWriter(out, size, 3 * size if args.grid else size, (args.speech, len(wav)), args.overwrite) as video:
         for k, frame in enumerate(frames):
             frame = without_colour(frame) if grey else frame
             video.write(np.hstack([crop, pose[there_and_back(k, len(pose))], frame]) if args.grid else frame)
@@ -533,7 +533,7 @@ def write_clips(model, job, fake_file, real_file, args, device):
     if real:
         clips[real_file] = clip_crops(real, n, config, args.aligned)
     for file, frames in clips.items():
-        with VideoWriter(file, config.size, config.size, wav, args.overwrite, speech) as video:
+        with VideoWriter(file, config.size, config.size, (speech, len(wav)), args.overwrite) as video:
             for frame in tqdm(frames, file.name, n, unit="frame", leave=False, disable=None):
                 video.write(frame)
 

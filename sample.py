@@ -5,14 +5,10 @@ alone, and the photo's own pixels are moved (warp.py), at the photo's resolution
 instead, and --network pastes them into the photo (class Paste), as is done with drawn faces.
 
     python sample.py                                         # examples/astronaut.jpg says examples/speech.flac
-    python sample.py face.jpg speech.wav --out talk.mp4      # the whole photo talks, blinks, sways a little
     python sample.py face.jpg speech.wav --driving clip.mp4  # head pose, blinks and brows from clip.mp4
-    python sample.py face.jpg speech.wav --crop              # the network's own frames alone
     python sample.py clip.mp4 speech.wav                     # dubbing: the person in a video says other words (dub.py)
-    python sample.py --toy                                   # the drawn face
 
-Each prints where the face was found, then the file, its length and the speed. Whatever is wrong with the files is
-reported before the network starts.
+Whatever is wrong with the files is reported before the network starts.
 """
 
 import contextlib
@@ -52,13 +48,11 @@ TOY, FACE = HERE / "weights/toy.pt", HERE / "weights/face.pt"
 # all constants below are ours
 DRAWN = 0.12  # mean difference, of 2 from black to white: drawn portraits have up to .10, a disc .14, photos .25
 SQUARE = 0.05  # sides that differ by less than this make a square portrait
-LOOKS = 8  # frames of a driving video on which the face is searched
-LOOK_HEIGHT = 360  # their height in pixels
+LOOKS, LOOK_HEIGHT = 8, 360  # frames of a driving video on which the face is searched, their height in pixels
 LONGEST = 1280  # longest side of the video in pixels; a player's window, and 25 frames/s on a CPU
 PIECE = 32  # frames whose sound is encoded at a time: larger pieces leave the CPU's cache
 # for Paste, in units of the crop
-FEATHER = 0.12  # width of a seam
-COLOUR = 0.1  # sigma of what counts as colour: wider than lips, narrower than a cheek
+FEATHER, COLOUR = 0.12, 0.1  # width of a seam; sigma of what counts as colour: wider than lips, narrower than a cheek
 CRISP = 0.6  # unsharp mask on the network's frames, radius one of its pixels; more shows rings
 NEW = 0.06, 0.2  # change, of 2 from black to white, that keeps all of the photo's detail; none of it
 WAY_OUT = "say where the face is with --box x0,y0,x1,y1 (pixels)"
@@ -71,20 +65,16 @@ def parse(argv=None):
     p.add_argument("--toy", action="store_true", help="the drawn example in place of the photo")
     p.add_argument("--driving", help="video that gives pose, eyes, expression (default: the photo's, idling)")
     p.add_argument("--weights", help="network (default: weights/face.pt, for drawn portraits weights/toy.pt)")
-    p.add_argument("--refine", type=int, help="refinements of the weights for this photo, where a hypernetwork "
-                   "was trained; 0: none (default: as trained)")
+    p.add_argument("--refine", type=int, help="refinements by a hypernetwork; 0: none (default: as trained)")
     p.add_argument("--out", default="talk.mp4", help="the video to write (default: talk.mp4)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     p.add_argument("--box", metavar="x0,y0,x1,y1", help="where the face is in the photo, in pixels")
     p.add_argument("--face", type=int, dest="number", metavar="N", help="the N-th largest face (default: 1)")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--full", action="store_true", default=None,
-                      help="the whole photo, the face pasted back (default: if it has more pixels than the crop)")
-    what.add_argument("--crop", action="store_false", dest="full", help="only the crop, as the network makes it")
-    what.add_argument("--network", action="store_true", help="the network's own frames, pasted into the photo, where "
-                      "the photo's own pixels would be moved")
-    p.add_argument("--landmarks", metavar="NAME", help="of the photo: mediapipe:FILE, dlib:FILE or fan, each an optional "
-                   "package with its weights (default: a small network, weights/landmarks.pt)")
+    what.add_argument("--crop", action="store_true", help="the network's own frames: only the crop")
+    what.add_argument("--network", action="store_true", help="the network's own frames, pasted into the photo")
+    p.add_argument("--landmarks", metavar="NAME", help="of the photo: mediapipe:FILE, dlib:FILE or fan (default: a small "
+                   "network, weights/landmarks.pt)")
     p.add_argument("--grid", action="store_true", help="photo, driving clip and result side by side")
     p.add_argument("--still", action="store_true", help="the head of a photo does not sway; lips and lids move")
     p.add_argument("--mouth", type=float, default=1.0, help="strength of the lips' motion, 0 to 2 (default: 1)")
@@ -94,9 +84,7 @@ def parse(argv=None):
     args = p.parse_args(argv, mouth=(0, 2), blink=(0, 1))
     if args.face is None:
         args.face, args.box = (DRAWING, args.box) if args.toy else (EXAMPLE, args.box or EXAMPLE_BOX)
-    if args.speech is None:
-        args.speech = DRAWN_SPEECH if args.toy else SPEECH
-        print(f"no speech given: {args.speech}")
+    args.speech = args.speech or (DRAWN_SPEECH if args.toy else SPEECH)
     return args
 
 
@@ -137,18 +125,16 @@ def is_drawn(photo: np.ndarray) -> bool:
     return bool(off.abs().mean() < DRAWN and off.square().mean() < 0.4 * x.var((1, 2)).mean())
 
 
-def pick_weights(photo: np.ndarray, args) -> Path:
-    """--weights, else weights/toy.pt for drawn portraits, else weights/face.pt."""
-    if args.weights:
-        return Path(args.weights)
-    if args.toy or not FACE.exists():
-        return TOY
-    return TOY if not (args.box or args.number) and is_drawn(photo) else FACE
+def pick_weights(photo: np.ndarray | None, args) -> Path:
+    """--weights, else weights/toy.pt for drawn portraits, else weights/face.pt. photo: None for a video"""
+    if args.weights or photo is None:
+        return Path(args.weights or FACE)
+    return TOY if args.toy or not (args.box or args.number) and is_drawn(photo) else FACE
 
 
 def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
-    """The photo, rotated where the face in it lies, the square of it that the network gets, and why: --box, else the
-    face found, else all of a square photo."""
+    """The photo, turned where the face in it lies, the square of it that the network gets, and why: --box, else all of a
+    square drawn portrait, else the face found."""
     if args.box:  # in pixels of the file, which load_photo may have shrunk
         width, height = photo_size(args.face)
         return photo, parse_box(args.box, width, height, photo.shape[1] / width), "the face is in --box"
@@ -156,14 +142,13 @@ def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple
         return photo, square_box(photo), "square, taken whole as a drawn portrait (else: --box)"
     try:
         photo, faces, turned = turn_upright(photo)
+        if not faces:
+            raise InputError("no face was found, whichever way it is turned")
     except InputError as error:
         raise InputError(f"{args.face}: {error}; {WAY_OUT}") from None
-    if not faces:
-        raise InputError(f"{args.face}: no face was found, whichever way it is turned; {WAY_OUT}")
-    box = face_box(faces, template, args.number or 1)
-    how = f"turned {turned}, " if turned else ""
-    scale, ends = max(photo_size(args.face)) / max(photo.shape), 2 * photo.shape[1::-1]  # load_photo may have shrunk it
-    how += "face at " + ",".join(f"{scale * min(max(0, v), end):.0f}" for v, end in zip(box, ends))  # as --box takes it
+    box, scale = face_box(faces, template, args.number or 1), max(photo_size(args.face)) / max(photo.shape)
+    place = [scale * min(max(0, v), end) for v, end in zip(box, 2 * photo.shape[1::-1])]  # as --box takes it
+    how = (f"turned {turned}, " if turned else "") + "face at " + ",".join(f"{v:.0f}" for v in place)
     if len(faces) > 1 and not args.number:
         how += f", the largest of {len(faces)} (or --face N, or --box)"
     return photo, box, how
@@ -185,21 +170,18 @@ def limit(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
 
 
 def driving_box(path, n: int, template: str) -> tuple[int, tuple, int]:
-    """Reads the first n frames of a driving video, small, to find the face in it.
+    """Reads the first n frames of a driving video, small, to find the face in it, or damage, before the network starts.
 
     Returns how many there are, one box for all, and the height of the video in whose pixels the box is.
-    Reading them all here finds a damaged file before the network starts.
     """
     height = min(probe(path).height, LOOK_HEIGHT)
     looks, count = [], 0
     for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
         if (count - 1) % max(1, n // LOOKS) == 0:
             looks.append(frame)
-    square = square_box(looks[0])
-    if template == "toy" and square:
-        return count, square, height
-    found = [detect_faces(frame, margins=(1.2, 1.5)) for frame in looks]
-    boxes = [face_box(faces, template) for faces in found if faces]
+    if template == "toy" and square_box(looks[0]):
+        return count, square_box(looks[0]), height
+    boxes = [face_box(faces, template) for frame in looks if (faces := detect_faces(frame, margins=(1.2, 1.5)))]
     if not boxes:
         raise InputError(f"{path}: no face that is upright was found")
     return count, tuple(np.median(boxes, axis=0)), height
@@ -261,26 +243,24 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
     return points
 
 
-def talking_photo(model, photo, box, wav, mel, args):
-    """A photo that talks -> iterator over n_frames(len(wav)) frames, uint8 (H, W, 3).
+def talking_photo(model, photo, box, mel, active, args):
+    """A photo that talks -> iterator over T frames, uint8 (H, W, 3). mel: pieces (n, 1, 80, 16); active: (T,)
 
     The network turns the sound into the shape of lips, warp.py moves the photo's pixels. Raises InputError: its landmarks
     are not those of a face that can be moved.
     """
-    net, T = load_landmarks(), n_frames(len(wav))
+    net, T = load_landmarks(), len(active)
     mean = net.solid.double().numpy()
     try:
         larger, points = enlarge(photo, photo_landmarks(net, photo, box, args), mean)
         warp = Warp(Face(larger, points, mean, len(photo) / len(larger)), model.motion.moves.double().cpu().numpy())
     except ValueError as error:
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
-    active = activity(wav, T)
     opening, shape = mouth(*model.lips(mel), active, warp.own, args.mouth)
     if args.driving:
         _, box, height = driving_box(args.driving, T, "face")
-        frames = itertools.islice(read_video(args.driving, height), T)
+        points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), box)
         try:
-            points = track_landmarks(net, frames, box)
             motion = follow(points, *read_eyes(points), mean, warp.room)
         except ValueError as error:
             raise InputError(f"{args.driving}: {error} that can be followed") from None
@@ -290,19 +270,24 @@ def talking_photo(model, photo, box, wav, mel, args):
     return in_order(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
 
 
-def dubbed_video(model, wav, mel, args):
-    """A video whose person says other words -> iterator over n_frames(len(wav)) frames of its size"""
-    if args.full is not None or args.driving or args.box or args.landmarks or args.network or args.still:
-        raise InputError(f"{args.face}: a video is dubbed, which takes no --driving, --box, --landmarks, --full, --crop, "
+def dubbed_video(model, mel, active, args):
+    """A video whose person says other words -> iterator over T frames of its size. mel, active: as of talking_photo"""
+    if args.crop or args.driving or args.box or args.landmarks or args.network or args.still:
+        raise InputError(f"{args.face}: a video is dubbed, which takes no --driving, --box, --landmarks, --crop, "
                          "--network or --still")
-    if not (model.mouth and model.motion.moves.any()):
+    if not moves_pixels(model):
         raise InputError(f"{args.weights}: dubbing needs a network of real faces, as weights/face.pt")
-    moves, T = model.motion.moves.double().cpu().numpy(), n_frames(len(wav))
+    opening, shape = mouth(*model.lips(mel), active, 0.0, args.mouth)
+    moves, T = model.motion.moves.double().cpu().numpy(), len(active)
     count, takes = find_takes(args.face, load_landmarks(), moves, T, args.number or 1)
     print(f"{args.face}: {sum(take.T for take in takes)} of {count} frames have a face that can be tracked"
           + ("; the sound is longer: the video starts again" if T > count else ""))
-    opening, shape = mouth(*model.lips(mel), activity(wav, T), 0.0, args.mouth)
     return in_order(frame_jobs(args.face, takes, count, opening, shape))
+
+
+def moves_pixels(model) -> bool:
+    """Whether a network knows how lips move landmarks: those of real faces do"""
+    return bool(model.mouth and model.motion.moves.any())
 
 
 def in_order(jobs, workers: int = 2):
@@ -322,15 +307,15 @@ def in_order(jobs, workers: int = 2):
 # the network's own frames, alone or pasted into the photo
 
 
-def network_frames(model, photo, box, mel, n: int, full: bool, device, args):
-    """The network's own frames of the crop, or pasted back into the photo (`full`) -> iterator over n frames"""
+def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
+    """The network's own frames of the crop, or pasted back into the photo (`whole`) -> iterator over n frames"""
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
     driving = driving_frames(args.driving, n, size, model.config.template) if args.driving else None
     show, turning = to_uint8, driving is not None  # show: what makes a frame of the video of a frame of the network
-    if full:
+    if whole:
         show = Paste(photo, box, source.cpu(), *still_of(model, source, device, turning), turning)
-    crops = model.animate(source, mel, driving, sway=not (full or args.still))
+    crops = model.animate(source, mel, driving, sway=not (whole or args.still))
     finish = without_colour if is_grey(photo) else lambda frame: frame
     return (finish(show(frame)) for frames in crops for frame in frames.cpu())
 
@@ -345,9 +330,9 @@ class Paste:
 
         out = photo + mask (frame - still) - mask new (photo - still - colour)
 
-    The first term adds the change: where frame and still agree, the photo stays as it is. The second takes the photo's
-    detail away where the change is large (`new`, 1 for a head that turns), or teeth would shine through shut lips.
-    `colour` is the smoothed difference of crop and still: skin keeps its own tone.
+    The first term adds the change. The second takes the photo's detail away where the change is large (`new`, 1 for a
+    head that turns), or teeth would shine through shut lips. `colour`, the smoothed difference of crop and still, keeps
+    the tone of the skin.
 
     photo: uint8 (H, W, 3); box: x0, y0, x1, y1 of the crop in it, in pixels; source: (3, S, S) the crop itself;
     still: (3, S, S) the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the head moves.
@@ -414,61 +399,61 @@ def still_of(model, source, device, turning: bool):
     return rest + min(max(share, 0), 1) * mouth * way, torch.maximum(mouth, soft_box(S, template.eyes))
 
 
-# ------------------------------------------------------------------------------------------------------------
-
-
 def main(argv=None):
     args = parse(argv)
     begin = time.perf_counter()
 
     # everything that can be wrong, the quick things first
     out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
-    dubbing = is_video(args.face)
-    photo = None if dubbing else load_photo(args.face)  # (H, W, 3) uint8
+    photo = None if is_video(args.face) else load_photo(args.face)  # (H, W, 3) uint8
     wav = load_audio(args.speech)  # (n,) at 16 kHz
     if args.driving:
         probe(args.driving)
-    device = pick_device(args.device)
-    threads = torch.get_num_threads()
+    device, threads = pick_device(args.device), torch.get_num_threads()
     torch.set_num_threads(1)  # the detector's layers are so small that threads would only wait for each other
-    weights = (args.weights or FACE) if dubbing else pick_weights(photo, args)
+    weights = pick_weights(photo, args)
     model = load_model(weights, device)
     if args.refine is not None:
         model.config.refine = args.refine
-    size, template = model.config.size, model.config.template
-    if not dubbing:
-        photo, box, how = photo_box(photo, args, template)
+    if photo is not None:
+        photo, box, how = photo_box(photo, args, model.config.template)
         print(f"{args.face}: {how}; network: {weights}")
-        if template == "toy" and args.weights and not is_drawn(photo):
+        if model.config.template == "toy" and args.weights and not is_drawn(photo):
             print(f"{weights}: trained on drawn faces, which {args.face} is not: frames will not look like it")
     torch.set_num_threads(threads)
 
-    T = n_frames(len(wav))
-    sound = log_mel(wav, model.config.voice_norm)  # (80, S)
-    pieces = np.array_split(np.arange(T), -(-T // PIECE))
-    mel = (torch.from_numpy(mel_windows(sound, k)).to(device) for k in pieces)  # (k, 1, 80, 16), T in all
-
+    sound, T = (args.speech, len(wav)), n_frames(len(wav))
+    mel, active = mel_pieces(wav, model, device), activity(wav, T)
+    del wav  # 4 MB a minute
     torch.manual_seed(args.seed)
-    full = not dubbing and (max(photo.shape[:2]) > size if args.full is None else args.full)
-    if full:
+    whole = photo is not None and not args.crop and max(photo.shape[:2]) > model.config.size
+    if whole:
         photo, box = limit(photo, box)
-    if dubbing:
-        frames = dubbed_video(model, wav, mel, args)
-    elif full and model.mouth and model.motion.moves.any() and not args.network:
-        frames = talking_photo(model, photo, box, wav, mel, args)
+    if photo is None:
+        frames = dubbed_video(model, mel, active, args)
+    elif whole and moves_pixels(model) and not args.network:
+        frames = talking_photo(model, photo, box, mel, active, args)
     else:
-        frames = network_frames(model, photo, box, mel, T, full, device, args)
+        frames = network_frames(model, photo, box, mel, T, whole, device, args)
     if args.grid:
         frames = side_by_side(photo, frames, T, args)
     try:
         first = next(frames)
-        with VideoWriter(out, *first.shape[:2], wav, args.overwrite, args.speech) as video:
+        with VideoWriter(out, *first.shape[:2], sound, args.overwrite) as video:
             for frame in tqdm(itertools.chain([first], frames), total=T, unit="frame"):
                 video.write(frame)
             assert video.count == T, f"{video.count} frames for {T} of sound"
     except FloatingPointError as error:
         raise InputError(f"{weights}: the network fails, {error}") from None
     print(f"{out}: {T} frames, {T / FPS:.2f} s; {T / (time.perf_counter() - begin):.0f} frames/s end to end")
+
+
+def mel_pieces(wav, model, device):
+    """A sound (n,) -> its mel windows (k, 1, 80, 16) in pieces, one window a frame"""
+    mel = log_mel(wav, model.config.voice_norm)  # (80, S)
+    frames = np.arange(n_frames(len(wav)))
+    pieces = np.array_split(frames, -(-len(frames) // PIECE))
+    return (torch.from_numpy(mel_windows(mel, k)).to(device) for k in pieces)
 
 
 if __name__ == "__main__":

@@ -523,7 +523,7 @@ def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
     sound = 0.3 * np.sin(2 * np.pi * 300 * np.arange(rate)[:, None] / rate) * np.ones(channels)
     scipy.io.wavfile.write(tmp_path / "a.wav", rate, sound.astype(np.float32))
     frames = drawn_frames(20, 32, 32)  # shorter than the sound
-    write(tmp_path / "a.mp4", frames, load_audio(tmp_path / "a.wav")[: 640 * 20], sound=tmp_path / "a.wav")
+    write(tmp_path / "a.mp4", frames, (tmp_path / "a.wav", 640 * 20))
     _, found, hz = media.sound_track(tmp_path / "a.mp4")
     assert (found, hz) == (channels, rate)
     wav = load_audio(tmp_path / "a.mp4", level=False)
@@ -864,7 +864,9 @@ def test_a_streamed_wav_is_read_whole_and_a_cut_one_refused(tmp_path):
     with pytest.raises(InputError, match="cut short"):
         load_audio(tmp_path / "cut.wav")
     ffmpeg("-i", tmp_path / "a.wav", "-rf64", "always", tmp_path / "rf64.wav")
-    assert len(load_audio(tmp_path / "rf64.wav")) == RATE
+    content = (tmp_path / "rf64.wav").read_bytes()
+    (tmp_path / "open.wav").write_bytes(content[:20] + bytes(24) + content[44:])  # the chunk ds64
+    assert len(load_audio(tmp_path / "rf64.wav")) == len(load_audio(tmp_path / "open.wav")) == RATE
 
 
 def test_a_variable_mp3_is_read_whole_with_junk_in_it(tmp_path):
@@ -884,6 +886,14 @@ def test_a_sound_of_which_the_second_half_cannot_be_decoded_is_refused(tmp_path)
     ffmpeg("-f", "concat", "-i", tmp_path / "list", "-c", "copy", tmp_path / "joined.mkv")
     with pytest.raises(InputError, match="only 2.* s of it can be read"):
         load_audio(tmp_path / "joined.mkv")
+
+
+def test_a_sound_shorter_than_its_video_may_have_an_error(tmp_path):
+    soundfile.write(tmp_path / "a.wav", click_at(0.5, 1.0), 48000)
+    picture = ("-f", "lavfi", "-i", "color=s=32x32:r=25:d=4")
+    spoil = ("-bsf:a", "noise=amount='if(eq(n,3),-1,0)':dropamount=0")
+    ffmpeg(*picture, "-i", tmp_path / "a.wav", "-c:a", "flac", "-frame_size", "480", *spoil, tmp_path / "a.mkv")
+    assert abs(click_time(tmp_path / "a.mkv") - 0.5) < 0.01
 
 
 def test_the_track_marked_default_is_read(tmp_path):

@@ -200,11 +200,12 @@ def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_thin
 def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeypatch):
     written, write = [], sample.VideoWriter.write
     monkeypatch.setattr(sample.VideoWriter, "write", lambda self, frame: written.append(frame) or write(self, frame))
+    Image.open("face.png").resize((40, 40)).save("face.png")  # larger than the network's picture
     Image.open("face.png").convert("L").save("grey.png")
-    for how in ("--crop", "--full"):
+    for how in (["--crop"], []):
         for face, colour in (("grey.png", False), ("face.png", True)):
             written.clear()
-            talk(how, "--overwrite", weights=weights, face=face)
+            talk(*how, "--overwrite", weights=weights, face=face)
             assert (np.ptp(written, -1).max() > 0) == colour and len(written) == 21, (how, face)
 
 
@@ -224,17 +225,14 @@ def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch
         sample.photo_box(tall, options(number=2), "face")
 
 
-def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(tmp_path, monkeypatch):
+def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(monkeypatch):
     tall, square, drawn = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8), np.ones((60, 61, 3), np.uint8)
     monkeypatch.setattr(sample, "is_drawn", lambda photo: photo is drawn)
-    monkeypatch.setattr(sample, "FACE", tmp_path / "face.pt")
 
     def picked(photo, **kw):
         return sample.pick_weights(photo, options(**dict(weights=None) | kw))
 
-    assert picked(tall) == sample.TOY  # the only one there
-    sample.FACE.touch()
-    assert picked(tall) == picked(square) == sample.FACE
+    assert picked(tall) == picked(square) == picked(None) == sample.FACE
     assert picked(drawn) == sample.TOY
     assert picked(drawn, box="1,1,9,9") == picked(drawn, number=1) == sample.FACE
     assert picked(square, toy=True) == sample.TOY
@@ -366,8 +364,8 @@ def test_the_video_shows_the_whole_photo_and_only_the_face_moves(folder, weights
     assert abs(frames[:, :16] - photo[:16]).mean() < 12 and abs(frames[:, :, 100:] - photo[:, 100:]).mean() < 12
     talk("--box=40,20,90,70", "--crop", "--overwrite", weights=weights, face="photo.png")
     assert shape_of("talk.mp4") == (21, 32, 32, 3)
-    talk("--full", "--overwrite", weights=weights)  # smaller than the network's picture
-    assert shape_of("talk.mp4") == (21, 30, 30, 3)
+    talk("--overwrite", weights=weights)  # smaller than the network's picture
+    assert shape_of("talk.mp4") == (21, 32, 32, 3)
 
 
 @pytest.mark.parametrize("crop", [False, True])
