@@ -188,7 +188,7 @@ def decoder(path: str | Path, *output: str, before: tuple = ()) -> list[str]:
 
 
 def describe(path: str | Path) -> str:
-    """ffmpeg's description of a file before it decodes anything: container, length and streams"""
+    """ffmpeg's description of a file: container, length and streams"""
     return subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
 
 
@@ -268,12 +268,9 @@ def load_audio(path: str | Path, level: bool = True) -> np.ndarray:
 
 
 def write_original_sound(path: str | Path, out: str | Path, n: int, late: float = 0.0):
-    """The sound that load_audio reads, with the file's own rate, channels and loudness -> a 16-bit WAV file.
-
-    n: its length in samples at 16 kHz; late: seconds to cut off in front (negative: of silence to put there). Silence
-    fills what is missing at the end. Sounds whose channels change, or that have more than 8, are mixed.
-    Raises InputError: as load_audio.
-    """
+    """The sound that load_audio reads, with the file's own rate, channels (see decode_sound) and loudness -> a 16-bit WAV
+    file. n: its length in samples at 16 kHz; late: seconds to cut off in front (negative: of silence to put there).
+    Silence fills what is missing at the end. Raises InputError: as load_audio."""
     _, channels, rate, blocks = decode_sound(path)
     skip, left = round(late * rate), round(n * rate / SAMPLE_RATE)
     silence = np.zeros((left + abs(skip), channels), np.float32)  # memory only where it is written
@@ -286,10 +283,8 @@ def write_original_sound(path: str | Path, out: str | Path, n: int, late: float 
 
 
 def sound_track(path: Path) -> tuple[int, int, int]:
-    """The sound that a player would choose: the first track marked default, else the first.
-
-    Returns its stream, channels and Hz. Raises InputError: not media; no sound.
-    """
+    """Stream, channels and Hz of the sound that a player would choose: the first track marked default, else the first.
+    Raises InputError: not media; no sound."""
     text = describe(path)
     tracks = re.findall(STREAM + r"Audio: .*?, (\d+) Hz, ([^,\n]+)(.*)", text, re.M)
     if "Input #0" not in text:
@@ -401,11 +396,9 @@ GREY = 4                 # ours: levels of 255 by which the channels of a photo 
 
 
 def load_photo(path: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
-    """A picture file -> uint8 (H, W, 3) RGB in sRGB, turned upright by its EXIF entry, transparent parts white.
+    """A picture file, or its content (BytesIO) with a name for messages -> uint8 (H, W, 3) RGB in sRGB, by the profile in
+    the file, turned upright by its EXIF entry, transparent parts white, at most LARGEST. Of an animation the first frame.
 
-    path may be the file's content (BytesIO), with a name for messages. Grey, 16-bit, float, palette and CMYK pictures
-    are converted, and colours by the profile in the file; of an animation the first frame is taken. Shrunk to LARGEST
-    while it is read; photo_size has the size before that.
     Raises InputError: missing, directory, empty, not a picture, truncated, larger than Pillow's pixel limit.
     """
     with open_image(path, name) as image:
@@ -546,10 +539,9 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
     deinterlaced, HDR becomes sRGB. Where the size changes in the middle, pictures are brought to the first, with bars.
     `height`: resized to it. Raises InputError: not a video; damaged or cut short (once the cut is reached).
     """
-    path = check_file(path)
     info = probe(path)                                       # refuses other files before the first frame
     H = height or info.height
-    return decode_frames(path, info, H, max(1, round(H * info.aspect)))
+    return decode_frames(check_file(path), info, H, max(1, round(H * info.aspect)))
 
 
 def frame_filters(info: VideoInfo, H: int, W: int) -> str:
@@ -597,10 +589,8 @@ def decode_frames(path: Path, info: VideoInfo, H: int, W: int) -> Iterator[np.nd
 # video out
 
 class VideoWriter:
-    """Writes frames and sound as H.264 + AAC at 25 fps; frames go to ffmpeg as they come.
-
-    with VideoWriter("talk.mp4", 64, 64, wav) as video:
-        video.write(frame)                                   # uint8 (H, W, 3)
+    """Writes frames and sound as H.264 + AAC at 25 fps: with VideoWriter("talk.mp4", 64, 64, wav) as video:
+    video.write(frame). Frames go to ffmpeg as they come.
 
     sound: float (n,) in [-1, 1] at 16 kHz, whose sample 0 is at the beginning of frame 0; or a file and how many samples
     load_audio gives of it: the video gets its own rate, channels and loudness. It keeps its length.
