@@ -288,6 +288,45 @@ def follow_face(net: LandmarkNet, frames, box):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the shape of the lips, differentiable: what the sync expert gets of a face
+
+LIP_POINTS = np.r_[48:68, 6:11]  # lips and chin
+LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]
+
+
+def read_lips(net: LandmarkNet, images):
+    """Crops of real faces (n, 3, 64, 64) in [-1, 1] -> lip_shape (n, 50), by the networks of each image and its
+    mirror image. Differentiable in the pixels around the mouth alone: no eye or head must move for the lips."""
+    grey = (((images.float() + 1) * 127.5).movedim(1, -1) @ GREY.to(images.device))[:, None]  # (n, 1, 64, 64)
+    with torch.no_grad():
+        face = both_sides(net, grey, MIRROR)  # (n, 68) in units of the crop
+        # the square that fits the landmarks, as in part_crops: point u of it is point a u + b of the crop
+        mean = torch.view_as_complex(net.mean)
+        centred = mean - mean.mean()
+        a = MOUTH.side * (face * centred.conj()).sum(1) / centred.abs().square().sum()  # (n,)
+        b = face[:, 48:].mean(1) - MOUTH.place * a
+        shift = a * (1 + 1j) + 2 * b - (1 + 1j)  # of affine_grid, where -1 .. 1 is the crop
+        theta = torch.view_as_real(torch.stack([a, 1j * a, shift], 1)).mT  # (n, 2, 3)
+        grid = F.affine_grid(theta, (len(a), 1, MOUTH.size, MOUTH.size), align_corners=False)
+    crops = F.grid_sample(grey, grid, padding_mode="border", align_corners=False)
+    lips = a[:, None] * both_sides(net.mouth, crops, MIRROR[LIPS] - 48) + b[:, None]  # (n, 20)
+    return lip_shape(torch.cat([face[:, :48], lips], 1))
+
+
+def both_sides(net, crops, mirror):
+    """Points (n, k) of crops, complex: the mean of those of each crop and of its mirror image"""
+    points, mirrored = torch.view_as_complex(net(torch.cat([crops, crops.flip(-1)]))).chunk(2)
+    return (points + 1 - mirrored[:, mirror].conj()) / 2
+
+
+def lip_shape(points):
+    """Landmarks, complex (.., 68) -> (.., 50): those of lips and chin, x and y, from the middle between the eyes, in
+    distances of the eyes and upright"""
+    left, right = points[..., 36:42].mean(-1, keepdim=True), points[..., 42:48].mean(-1, keepdim=True)
+    return torch.view_as_real((points[..., LIP_POINTS] - (left + right) / 2) / (right - left)).flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # training data
 
 def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) -> tuple[torch.Tensor, np.ndarray]:

@@ -49,7 +49,7 @@ from checkpoint import (
 from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
-from landmarks import FACE_SIZE, GREY, LIPS, MIRROR, MOUTH, LandmarkNet, load_landmarks
+from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
 from toyfaces import toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
@@ -58,8 +58,6 @@ NEAR = 4  # frames; ours: sounds nearer than this are too alike to be a negative
 FAR = SPAN  # frames: from this shift on two windows share no frame
 MAX_OFFSET = 15  # frames: offsets are searched in -15 .. 15, as SyncNet does
 TOY_VALID = 40  # toy people who choose the checkpoint, and as many others for the test
-LIP_POINTS = np.r_[48:68, 6:11]  # of the 68: lips and chin
-LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]
 LIP_SCALE = 0.07  # ours: deviation of their coordinates, in distances of the eyes
 SURE = 0.65  # ours: the mean logit of another sentence of GRID's grammar is less at all offsets, in nine of ten cases
 GAIN = 3.0  # of a window's deviations from its mean (ours): brings their variance near the mean's
@@ -72,38 +70,6 @@ CHANCE = math.log(2)  # the sigmoid loss at zero logits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks
-
-def read_lips(net: LandmarkNet, images):
-    """Crops of real faces (n, 3, 64, 64) in [-1, 1] -> lip_shape (n, 50), by landmarks.py's networks of each image and
-    its mirror image. Differentiable in the pixels around the mouth alone: no eye or head must move for the lips."""
-    grey = (((images.float() + 1) * 127.5).movedim(1, -1) @ GREY.to(images.device))[:, None]  # (n, 1, 64, 64)
-    with torch.no_grad():
-        face = both_sides(net, grey, MIRROR)  # (n, 68) in units of the crop
-        # the square that fits the landmarks, as in landmarks.py: point u of it is point a u + b of the crop
-        mean = torch.view_as_complex(net.mean)
-        centred = mean - mean.mean()
-        a = MOUTH.side * (face * centred.conj()).sum(1) / centred.abs().square().sum()  # (n,)
-        b = face[:, 48:].mean(1) - MOUTH.place * a
-        shift = a * (1 + 1j) + 2 * b - (1 + 1j)  # of affine_grid, where -1 .. 1 is the crop
-        theta = torch.view_as_real(torch.stack([a, 1j * a, shift], 1)).mT  # (n, 2, 3)
-        grid = F.affine_grid(theta, (len(a), 1, MOUTH.size, MOUTH.size), align_corners=False)
-    crops = F.grid_sample(grey, grid, padding_mode="border", align_corners=False)
-    lips = a[:, None] * both_sides(net.mouth, crops, MIRROR[LIPS] - 48) + b[:, None]  # (n, 20)
-    return lip_shape(torch.cat([face[:, :48], lips], 1))
-
-
-def both_sides(net, crops, mirror):
-    """Points (n, k) of crops, complex: the mean of those of each crop and of its mirror image"""
-    points, mirrored = torch.view_as_complex(net(torch.cat([crops, crops.flip(-1)]))).chunk(2)
-    return (points + 1 - mirrored[:, mirror].conj()) / 2
-
-
-def lip_shape(points):
-    """Landmarks, complex (.., 68) -> (.., 50): those of lips and chin, x and y, from the middle between the eyes, in
-    distances of the eyes and upright"""
-    left, right = points[..., 36:42].mean(-1, keepdim=True), points[..., 42:48].mean(-1, keepdim=True)
-    return torch.view_as_real((points[..., LIP_POINTS] - (left + right) / 2) / (right - left)).flatten(-2)
-
 
 def time_tower(c_in: int, steps: int, strides: tuple, dim: int, channels: int = 96) -> nn.Sequential:
     """(B, c_in, S) -> (B, dim): a convolution over time for each stride"""

@@ -240,8 +240,8 @@ def test_one_batch_can_be_overfitted():
 
 def test_the_shape_of_lips_does_not_depend_on_where_the_face_is_how_large_or_how_turned():
     z = torch.randn(3, 68, dtype=torch.complex64)
-    shape = syncnet.lip_shape(z)
-    moved = syncnet.lip_shape(z * (2.5 * np.exp(0.3j)) + (7 - 4j))
+    shape = landmarks.lip_shape(z)
+    moved = landmarks.lip_shape(z * (2.5 * np.exp(0.3j)) + (7 - 4j))
     assert shape.shape == (3, 50) and torch.allclose(shape, moved, atol=1e-4)
     x, y = shape.unflatten(1, (25, 2))[0, 3]  # landmark 51 from the middle between the eyes, in distances of the eyes
     left, right = z[0, 36:42].mean(), z[0, 42:48].mean()
@@ -251,7 +251,7 @@ def test_the_shape_of_lips_does_not_depend_on_where_the_face_is_how_large_or_how
 def test_lips_are_read_where_landmarks_py_finds_them(lips, portrait):
     image = ((portrait[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     points = landmarks.find_landmarks(lips.landmarks, image, (0, 0, 64, 64))
-    expected = syncnet.lip_shape(torch.from_numpy(faces.to_complex(points)))
+    expected = landmarks.lip_shape(torch.from_numpy(faces.to_complex(points)))
     with torch.no_grad():
         assert (lips.read(portrait)[0] - expected).abs().max() < 0.05  # its crop is turned, moved
 
@@ -259,7 +259,7 @@ def test_lips_are_read_where_landmarks_py_finds_them(lips, portrait):
 def test_lips_of_a_mirror_image_are_the_mirrored_lips(lips, portrait):
     with torch.no_grad():
         one, other = (lips.read(x)[0].unflatten(0, (25, 2)) for x in (portrait, portrait.flip(-1)))
-    assert torch.allclose(other, one[syncnet.LIP_MIRROR] * torch.tensor([-1.0, 1.0]), atol=1e-3)
+    assert torch.allclose(other, one[landmarks.LIP_MIRROR] * torch.tensor([-1.0, 1.0]), atol=1e-3)
 
 
 def test_the_sync_loss_of_lips_pulls_at_the_mouth_of_every_frame_and_at_nothing_else(lips, portrait):
@@ -286,7 +286,7 @@ def test_pixels_follow_the_gradient_of_an_opening_mouth(lips, portrait):
 
 
 def test_lips_are_varied_alike_in_all_windows_and_mirrored_in_half_of_the_items(lips):
-    x = lips.landmarks.mean.new_zeros(7, 5, 50) + syncnet.lip_shape(torch.view_as_complex(lips.landmarks.mean))
+    x = lips.landmarks.mean.new_zeros(7, 5, 50) + landmarks.lip_shape(torch.view_as_complex(lips.landmarks.mean))
     x[..., 0] -= 1  # the left corner of the mouth far out; the right one is number 6
     mirrored = []
     for seed in range(40):
