@@ -1,11 +1,9 @@
-"""The toy world: drawn faces and synthesised speech with ground truth, made on the spot, no download.
+"""The toy world: drawn faces and synthesised speech with ground truth, made on the spot. Ours: training, tests and
+metrics run anywhere, and control (change one input: what else moves?) can be measured.
 
-A person is a set of flat colours and shapes, drawn on a head that turns in 2.5-D; the voice is a small formant
-synthesiser (source and filter, as in Klatt, JASA 1980). The lips follow the sound by one rule: the mouth opens with the
-first formant and widens with the second, m b p shut the lips, silence shuts the mouth. Head pose, gaze, blinks, brows
-and smile have a random stream of their own, independent of the sound. So every clip has the ground truth of each part of
-the face, and control (change one input: what else moves?) can be measured. The paper has no such world; it is here so
-that training, tests and metrics run anywhere.
+A person is a set of flat colours and shapes on a head that turns in 2.5-D; the voice is a small formant synthesiser
+(source and filter, as in Klatt, JASA 1980). The mouth opens with the first formant and widens with the second; m b p
+and silence shut it. Head pose, gaze, blinks, brows and smile have a random stream of their own.
 
     python toyfaces.py --out out               # out/toys.png and out/toy.mp4                     (5 s)
     python toyfaces.py --pack out/toy32 --size 32 --people 300     # a pack to train on          (1 min)
@@ -19,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +39,7 @@ TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split; no tw
 EXAMPLE = TEST + 500_002  # the person of examples/face.png, at rest, and of examples/speech.wav
 WORLD = 1  # version: goes up when the drawing or the sound changes, so that older packs are not taken for new ones
 
-# ---------------------------------------------------------------------------------------------------------------------
-# people
+# --------------------------------------------------------------------------------------------------------------- people
 
 def palette(colours: str) -> np.ndarray:
     """Hexadecimal RGB colours -> float (n, 3) in 0..255"""
@@ -79,13 +77,11 @@ def person(seed: int) -> SimpleNamespace:
         blush=rng.uniform(0.2, 0.7), collar=pick(("round", "shirt")),
         glasses=rng.choice(("none", "round", "square"), p=(0.70, 0.18, 0.12)).item(),
         beard=rng.choice(("none", "full", "moustache"), p=(0.45, 0.35, 0.20) if bearded else (1, 0, 0)).item(),
-        earrings=bool(rng.random() < (0.1 if high < 0.45 else 0.45)),
-        f0=95 * 2.4**high,  # of the voice, Hz
+        earrings=bool(rng.random() < (0.1 if high < 0.45 else 0.45)), f0=95 * 2.4**high,  # of the voice, Hz
         tract=0.93 + 0.17 * high + rng.uniform(-0.02, 0.02))  # factor of the vocal tract's length on the formants
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# drawing
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 ANGLE = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
@@ -98,16 +94,21 @@ def blend(a, b, t: float):
     return a * (1 - t) + b * t
 
 
+def rounded(c, power: float):
+    """Cosines or sines of a circle -> those of a superellipse, which is squarer the smaller the power"""
+    return np.sign(c) * np.abs(c) ** power
+
+
 class Head:
-    """The geometry of the turned head, and a pen on a canvas of S x S pixels."""
+    """The geometry of the turned head, and a pen on a canvas of S x S pixels"""
 
     def __init__(self, who, state: dict, size: int, supersample: int):
-        self.who, self.state, self.S = who, state, size * supersample
+        self.who, self.state, S = who, state, size * supersample
         # 0 from 64 px on, 1 at 32 px and below: small portraits get a larger head and larger eyes and mouth
         small = float(np.clip(np.log2(64 / size), 0, 1))
         self.feature = 1 + 0.25 * small
-        self.unit = self.S * 0.305 * (1 + 0.15 * small)
-        self.middle = np.array((0.5, 0.497 - 0.018 * small)) * self.S
+        self.unit = S * 0.305 * (1 + 0.15 * small)
+        self.middle = np.array((0.5, 0.497 - 0.018 * small)) * S
         yaw, pitch, roll = np.deg2rad([state["yaw"], state["pitch"], state["roll"]])
         (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
         self.centre = self.middle + (0.15 * sy * self.unit, 0)  # the neck swings a little with a turn
@@ -117,36 +118,42 @@ class Head:
         self.rotation = tilt @ nod @ turn
         # a flat outline would shrink when it turns; the silhouette of an ellipsoid does not
         self.swell = np.hypot(cy, sy * DEPTH / who.width) / cy, np.hypot(cp, sp * DEPTH / 1.04) / cp
-        self.image = Image.new("RGB", (self.S, self.S), rgb(who.backdrop))
+        self.image = Image.new("RGB", (S, S), rgb(who.backdrop))
         self.pen = ImageDraw.Draw(self.image)
 
-    # --- from head units to pixels: each takes x, y (n,) and gives (n, 2)
+    # from head units to pixels: each takes x, y (n,) and gives (n, 2)
+
     def plane(self, x, y, z=0.0):
-        """A flat shape at depth z that turns with the head."""
+        """A flat shape at depth z that turns with the head"""
         points = np.stack(np.broadcast_arrays(x, y, z), 1) - PIVOT
         points = points @ self.rotation.T + PIVOT
         scale = self.unit * (1 + 0.10 * points[:, 2:])  # what is near is a little larger
         return self.centre + points[:, :2] * scale
 
     def outline(self, x, y, z=0.0):
-        """A silhouette at depth z: like plane, but keeps its width when the head turns."""
+        """A silhouette at depth z: like plane, but keeps its width when the head turns"""
         return self.plane(np.asarray(x) * self.swell[0], np.asarray(y) * self.swell[1], z)
 
     def surface(self, x, y, lift=0.0):
-        """On the front of the head."""
+        """On the front of the head"""
         z = DEPTH * np.sqrt(np.clip(1 - 0.92 * (x / self.who.width) ** 2 - 0.8 * y**2, 0.0, 1))
         return self.plane(x, y, z + lift)
 
     def body(self, x, y):
-        """On the shoulders, which do not turn."""
+        """On the shoulders, which do not turn"""
         return self.middle + np.stack(np.broadcast_arrays(x, y), 1) * self.unit
 
-    # --- the pen
+    # the pen
+
     def fill(self, points, colour):
         self.pen.polygon(points.ravel().tolist(), fill=rgb(colour))
 
+    def oval(self, place, at: tuple, radii: tuple, colour):
+        """An ellipse about `at`, (x, y, z) of plane, outline or surface"""
+        self.fill(place(at[0] + COS * radii[0], at[1] + SIN * radii[1], *at[2:]), colour)
+
     def stroke(self, points, width, colour):
-        """A line with round ends, as one polygon; width in head units, a number or one for each point."""
+        """A line with round ends, as one polygon; width in head units, a number or one for each point"""
         w = np.broadcast_to(np.asarray(width) * self.unit / 2, len(points))[:, None]
         along = np.gradient(points, axis=0)
         along /= np.maximum(np.hypot(along[:, :1], along[:, 1:]), 1e-6)
@@ -156,19 +163,12 @@ class Head:
         head = points[0] - w[0] * (across[0] * np.cos(a) + along[0] * np.sin(a))
         self.fill(np.concatenate((points + w * across, tail, (points - w * across)[::-1], head)), colour)
 
-    def ring(self, outer, inner, colour):
-        """The area between two closed curves of the same length."""
-        outer, inner = (np.concatenate((curve, curve[:1])) for curve in (outer, inner))
-        self.fill(np.concatenate((outer, inner[::-1])), colour)
-
     def face_edge(self, a, grow=0.0):
         """The face's outline at angles a (0 right ear, pi/2 chin); the chin sinks when the mouth opens."""
-        c, s = np.cos(a), np.sin(a)
-        below = np.clip(s, 0, 1)
+        below = np.clip(np.sin(a), 0, 1)
         taper = 1 - (1 - self.who.chin) * below**2
-        x = np.sign(c) * np.abs(c) ** 0.86 * (self.who.width + grow) * taper
-        y = s * (1.04 + grow) + 0.07 * self.state["open"] * below**4
-        return x, y
+        x = rounded(np.cos(a), 0.86) * (self.who.width + grow) * taper
+        return x, np.sin(a) * (1.04 + grow) + 0.07 * self.state["open"] * below**4
 
 
 def rgb(colour) -> tuple:
@@ -176,34 +176,26 @@ def rgb(colour) -> tuple:
 
 
 def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
-    """One portrait, uint8 (size, size, 3) RGB.
-
-    state: any of FACTORS, the rest as in REST: yaw > 0 turns to the right of the picture, pitch > 0 nods
-    down, roll > 0 tilts clockwise, all in degrees; blink, open, wide 0..1; gaze, brow, smile -1..1.
-    """
+    """One portrait, uint8 (size, size, 3) RGB. state: any of FACTORS, the rest as in REST: yaw > 0 turns to the right
+    of the picture, pitch > 0 nods down, roll > 0 tilts clockwise, degrees; blink, open, wide 0..1; others -1..1"""
     unknown = set(state) - set(FACTORS)
     assert not unknown and size >= 8, f"draw: unknown factors {sorted(unknown)} or size {size} below 8"
     head = Head(who, {**REST, **state}, size, supersample)
     head.fill(head.body(COS * 1.44, SIN * 1.44 - 0.1), blend(who.backdrop, WHITE, 0.5))
-    for part in (draw_back_hair, draw_shoulders, draw_ears, draw_face, draw_beard, draw_eyes, draw_nose, draw_moustache,
-                 draw_mouth, draw_front_hair, draw_brows, draw_glasses):  # from the back to the front
+    for part in (draw_back_hair, draw_body, draw_face, draw_eyes, draw_nose, draw_mouth, draw_front_hair, draw_brows,
+                 draw_glasses):  # from the back to the front
         part(head, who, head.state)
     return np.asarray(head.image.reduce(supersample))
 
 
 def landmarks(who, state: dict, size: int) -> np.ndarray:
-    """The 68 points of iBUG's annotation in draw(who, state, size), float32 (68, 2): x, y in pixels.
-
-    Jaw 0-16, brows 17-26, nose 27-35, eyes 36-47, outer lips 48-59, inner lips 60-67; from left to right in the
-    picture, lips clockwise. Eyes and lips lie on the curves that are drawn; the nose's ridge, which is not drawn
-    on its whole length, lies above its stroke.
-    """
+    """The 68 points of iBUG's annotation in draw(who, state, size), float32 (68, 2): x, y in pixels. Eyes and lips lie
+    on the curves that are drawn; the nose's ridge, which is not drawn on its whole length, lies above its stroke."""
     state = {**REST, **state}
     head = Head(who, state, size, 1)
     jaw = head.outline(*head.face_edge(np.pi - np.arange(17) * np.pi / 16))
-    t = np.linspace(1, -1, 5)  # from temple to nose
-    x, y = brow_curve(head, who, state, t)
-    brows = np.concatenate((head.surface(-x, y), head.surface(x[::-1], y[::-1])))
+    x, y = brow_curve(head, who, state, np.linspace(1, -1, 5))  # from temple to nose
+    brows = head.surface(-x, y), head.surface(x[::-1], y[::-1])
     ridge = head.surface(np.zeros(4), np.linspace(-0.02, 0.25, 4), 0.09)
     base = head.surface(np.linspace(-0.10, 0.10, 5) * who.nose, 0.275 + 0.055 * (1 - U[::6] ** 2), 0.10)
     a = np.pi * (1 + np.array((0, 1, 2, 3, 4, 5)) / 3)  # left corner, over the top, right corner, below
@@ -211,83 +203,62 @@ def landmarks(who, state: dict, size: int) -> np.ndarray:
     x, y = np.cos(a) * half_w, y0 + np.sin(a) * half_h * (1 - state["blink"])
     eyes = [head.surface(side * who.eye_apart + x, y) for side in (-1, 1)]
     half, _, up, down, top, bottom = mouth_curves(head, who, state)
-    over, under, inner = np.arange(0, 25, 4), np.arange(20, 0, -4), np.array((0, 6, 12, 18, 24))
-    x = U[np.concatenate((over, under, inner, inner[3:0:-1]))] * half
-    y = np.concatenate((top[over], bottom[under], up[inner], down[inner[3:0:-1]]))
-    points = (jaw, brows, ridge, base, *eyes, head.surface(x, y, 0.02))
-    return np.concatenate(points).astype(np.float32)
+    over, under, inner, back = np.r_[0:25:4], np.r_[20:0:-4], np.r_[0:25:6], np.r_[18:0:-6]
+    x = U[np.concatenate((over, under, inner, back))] * half
+    y = np.concatenate((top[over], bottom[under], up[inner], down[back]))
+    return np.concatenate((jaw, *brows, ridge, base, *eyes, head.surface(x, y, 0.02))).astype(np.float32)
 
 
 def draw_back_hair(head, who, state):
-    """Hair behind the head."""
-    w, shade = who.width, who.hair * 0.82
-    if who.style in ("long", "bob"):
-        drop = 1.55 if who.style == "long" else 0.95
-        a = np.clip(SIN, 0, 1)
-        x = np.sign(COS) * np.abs(COS) ** 0.6 * (w + 0.17 + 0.05 * a)
+    w, shade, drop = who.width, who.hair * 0.82, {"long": 1.55, "bob": 0.95}.get(who.style)
+    if drop:
+        x = rounded(COS, 0.6) * (w + 0.17 + 0.05 * np.clip(SIN, 0, 1))
         head.fill(head.outline(x, np.where(SIN > 0, SIN * drop, SIN * 1.12), -0.3), shade)
-    elif who.style == "curls":
+    if who.style == "curls":
         for a in np.linspace(-0.35, np.pi + 0.35, 11):
-            x, y = np.cos(a) * (w + 0.22) + COS * 0.29, -0.34 - np.sin(a) * 0.82 + SIN * 0.29
-            head.fill(head.plane(x, y, -0.2), shade)
-    elif who.style == "bun":
-        head.fill(head.plane(COS * 0.34, SIN * 0.30 - 1.22, -0.2), shade)
-    elif who.style == "tails":
+            head.oval(head.plane, (np.cos(a) * (w + 0.22), -0.34 - np.sin(a) * 0.82, -0.2), (0.29, 0.29), shade)
+    if who.style == "bun":
+        head.oval(head.plane, (0, -1.22, -0.2), (0.34, 0.30), shade)
+    if who.style == "tails":
         for side in (-1, 1):
-            head.fill(head.plane(side * (w + 0.30) + COS * 0.30, -0.52 + SIN * 0.34, -0.25), who.hair)
-            head.fill(head.plane(side * (w + 0.05) + COS * 0.10, -0.60 + SIN * 0.13, -0.2), who.clothes)
+            head.oval(head.plane, (side * (w + 0.30), -0.52, -0.25), (0.30, 0.34), who.hair)
+            head.oval(head.plane, (side * (w + 0.05), -0.60, -0.2), (0.10, 0.13), who.clothes)
 
 
-def draw_shoulders(head, who, state):
-    """Clothes, neck and collar; the neck leans with the head."""
-    head.fill(head.body(np.sign(COS) * np.abs(COS) ** 0.7 * 1.42, 2.12 + SIN * 0.86), who.clothes)
-    top = head.plane(np.array((-0.34, 0.34)), 0.7, -0.1)
-    base = head.body(np.cos(ANGLE[:21]) * 0.40, 1.32 + np.sin(ANGLE[:21]) * 0.20)
-    head.fill(np.concatenate((top, base)), blend(who.skin, who.skin * (0.78, 0.70, 0.70), 0.9))
-    if who.collar == "shirt":
-        for side in (-1, 1):
+def draw_body(head, who, state):
+    """Clothes, neck, collar and ears; the neck leans with the head."""
+    head.fill(head.body(rounded(COS, 0.7) * 1.42, 2.12 + SIN * 0.86), who.clothes)
+    base = head.body(COS[:21] * 0.40, 1.32 + SIN[:21] * 0.20)
+    neck = np.concatenate((head.plane(np.array((-0.34, 0.34)), 0.7, -0.1), base))
+    head.fill(neck, blend(who.skin, who.skin * (0.78, 0.70, 0.70), 0.9))
+    if who.collar == "round":
+        head.stroke(base, 0.10, who.clothes * 0.85)
+    for side in (-1, 1):
+        if who.collar == "shirt":
             x, y = np.array((0.36, 0.46, 0.30, 0.02)) * side, np.array((1.22, 1.36, 1.74, 1.52))
             head.fill(head.body(x, y), blend(who.clothes, WHITE, 0.55))
-    else:
-        head.stroke(base, 0.10, who.clothes * 0.85)
-
-
-def draw_ears(head, who, state):
-    for side in (-1, 1):
         x = side * (who.width + 0.02)
-        head.fill(head.outline(x + COS * 0.15, 0.08 + SIN * 0.21, -0.10), who.skin * 0.90)
+        head.oval(head.outline, (x, 0.08, -0.10), (0.15, 0.21), who.skin * 0.90)
         x = x + side * 0.03
-        head.fill(head.outline(x + COS * 0.07, 0.08 + SIN * 0.11, -0.10), who.skin * (0.80, 0.70, 0.70))
-        if who.earrings:  # hangs from the lobe
-            head.fill(head.outline(x + COS * 0.085, 0.33 + SIN * 0.085, -0.10), (250, 208, 84))
+        head.oval(head.outline, (x, 0.08, -0.10), (0.07, 0.11), who.skin * (0.80, 0.70, 0.70))
+        if who.earrings:  # they hang from the lobes
+            head.oval(head.outline, (x, 0.33, -0.10), (0.085, 0.085), (250, 208, 84))
 
 
 def draw_face(head, who, state):
     head.fill(head.outline(*head.face_edge(ANGLE)), who.skin)
     rosy = blend(who.skin, np.array((238.0, 92, 96)), 0.42 * who.blush)
     for side in (-1, 1):
-        head.fill(head.surface(side * 0.46 + COS * 0.16, 0.32 + SIN * 0.105), rosy)
+        head.oval(head.surface, (side * 0.46, 0.32), (0.16, 0.105), rosy)
     if who.style == "bald":
         shine = head.surface(np.linspace(-0.42, -0.05, 9), -0.76 - 0.06 * np.cos(U[::3]))
         head.stroke(shine, 0.07, blend(who.skin, WHITE, 0.35))
-
-
-def draw_beard(head, who, state):
-    if who.beard != "full":
-        return
-    a = np.linspace(-0.12, np.pi + 0.12, 28)
-    outer = head.outline(*head.face_edge(a, 0.03))
-    dip = np.sin(a[::-1])
-    y = 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2
-    inner = head.surface(np.cos(a[::-1]) * 0.54, y)
-    head.fill(np.concatenate((outer, inner)), who.hair * 0.88)
-
-
-def draw_moustache(head, who, state):
-    if who.beard == "none":
-        return
-    y = 0.435 - 0.03 * (head.feature - 1) + 0.10 * U**2 - 0.05 * np.abs(U)
-    head.stroke(head.surface(U * 0.30, y, 0.04), 0.035 + 0.085 * (1 - U**2), who.hair * 0.80)
+    if who.beard == "full":
+        a = np.linspace(-0.12, np.pi + 0.12, 28)
+        dip = np.sin(a[::-1])
+        y = 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2
+        inner = head.surface(np.cos(a[::-1]) * 0.54, y)
+        head.fill(np.concatenate((head.outline(*head.face_edge(a, 0.03)), inner)), who.hair * 0.88)
 
 
 def eye_shape(head, who):
@@ -297,22 +268,20 @@ def eye_shape(head, who):
 
 
 def draw_eyes(head, who, state):
-    size = who.eye_size * head.feature
-    half_w, half_h, y0 = eye_shape(head, who)
-    slit = half_h * (1 - state["blink"])
+    size, (half_w, half_h, y0) = who.eye_size * head.feature, eye_shape(head, who)
+    slit, iris = half_h * (1 - state["blink"]), (0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"])
+    shut = slit <= 0.2 * half_h
+    # shut, the lashes make a smiling arc
+    lash = (1 - U**2) * 0.05 * size if shut else -np.sqrt(np.clip(1 - (U * 0.98) ** 2, 0, 1)) * slit
     for side in (-1, 1):
         x0 = side * who.eye_apart
-        if slit > 0.2 * half_h:
-            head.fill(head.surface(x0 + COS * half_w, y0 + SIN * slit), WHITE)
-            gaze_x, gaze_y = 0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"]
+        if not shut:
+            head.oval(head.surface, (x0, y0), (half_w, slit), WHITE)
             parts = (0.112, 0, 0, who.iris), (0.064, 0, 0, INK * 0.6), (0.036, -0.04, -0.045, WHITE)
             for radius, dx, dy, colour in parts:
-                x, y = COS * radius * size + gaze_x + dx * size, SIN * radius * size + gaze_y + dy * size
+                x, y = COS * radius * size + iris[0] + dx * size, SIN * radius * size + iris[1] + dy * size
                 outside = np.maximum(np.hypot(x / half_w, y / slit), 1)  # covered by the lids: moved to their edge
                 head.fill(head.surface(x0 + x / outside, y0 + y / outside), colour)
-            lash = -np.sqrt(np.clip(1 - (U * 0.98) ** 2, 0, 1)) * slit
-        else:
-            lash = (1 - U**2) * 0.05 * size  # shut: the lashes make a smiling arc
         head.stroke(head.surface(x0 + U[::2] * half_w * 1.05, y0 + lash[::2]), 0.055 * size, INK)
 
 
@@ -323,59 +292,59 @@ def brow_curve(head, who, state, t):
 
 
 def draw_brows(head, who, state):
-    """Darker than the skin and near the hair's colour, so that they show on every person."""
+    # darker than the skin and near the hair's colour, so that they show on every person
     colour = blend(who.hair * 0.75, who.skin * (0.36, 0.32, 0.32), 0.55)
-    t = U[::2]
-    x, y = brow_curve(head, who, state, t)
+    x, y = brow_curve(head, who, state, U[::2])
     for side in (-1, 1):
-        head.stroke(head.surface(side * x, y), who.brow * (1 - 0.45 * (t + 1) / 2), colour)
+        head.stroke(head.surface(side * x, y), who.brow * (1 - 0.45 * (U[::2] + 1) / 2), colour)
 
 
 def draw_nose(head, who, state):
+    """And the moustache below it"""
     shade, n = who.skin * (0.84, 0.76, 0.74), who.nose
     base = head.surface(np.linspace(-0.10, 0.10, 9) * n, 0.275 + 0.055 * (1 - U[::3] ** 2), 0.10)
     head.stroke(base, 0.06, shade)
     x = np.full(5, -0.035) - 0.035 * n * np.linspace(0, 1, 5) ** 2
     head.stroke(head.surface(x, np.linspace(0.04, 0.25, 5), 0.09), 0.035, shade)
+    if who.beard != "none":
+        y = 0.435 - 0.03 * (head.feature - 1) + 0.10 * U**2 - 0.05 * np.abs(U)
+        head.stroke(head.surface(U * 0.30, y, 0.04), 0.035 + 0.085 * (1 - U**2), who.hair * 0.80)
 
 
 def mouth_curves(head, who, state):
-    """Half the mouth's width, and heights at U, all in head units: where the lips meet, inner edge of the upper
-    and the lower lip, outer edge of both; (half, middle, up, down, top, bottom)."""
+    """Half the mouth's width, and heights at U in head units: where the lips meet, inner edge of the upper and the lower
+    lip, outer edge of both"""
     gap, wide, f = state["open"], state["wide"], head.feature
     half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
     y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
     arc = np.sqrt(np.clip(1 - U**2, 0, 1))
     smile = (0.13 * state["smile"] + 0.02) * min(1.0, half / 0.3)  # lifts the corners, less of a round mouth
-    middle = y0 + 0.02 * gap - smile * (U**2 - 0.35)  # where the lips meet
+    middle = y0 + 0.02 * gap - smile * (U**2 - 0.35)
     up, down = middle - 0.085 * tall * gap * arc, middle + 0.285 * tall * gap * arc**0.8
     thick = who.lips * (1.15 - 0.3 * wide) * f
     bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
-    top, bottom = up - 0.052 * thick * bow, down + 0.072 * thick * arc**0.7
-    return half, middle, up, down, top, bottom
+    return half, middle, up, down, up - 0.052 * thick * bow, down + 0.072 * thick * arc**0.7
 
 
 def draw_mouth(head, who, state):
-    """Lips, the line where they meet, and when they part the dark inside, tongue and upper teeth."""
+    """Lips, the line where they meet, and when they part the dark inside, tongue and upper teeth"""
     gap, f = state["open"], head.feature
     half, middle, up, down, top, bottom = mouth_curves(head, who, state)
     red = blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
 
-    def between(a, b, colour, part=slice(None)):  # the area from curve a down to curve b
-        x = U[part] * half
-        head.fill(head.surface(np.append(x, x[::-1]), np.append(a[part], b[part][::-1]), 0.02), colour)
+    def between(a, b, colour, skip=0):  # the area from curve a down to curve b
+        part = slice(skip, len(U) - skip)
+        x = np.append(U[part], U[part][::-1]) * half
+        head.fill(head.surface(x, np.append(a[part], b[part][::-1]), 0.02), colour)
 
     between(top, bottom, red)
     head.stroke(head.surface(U * half * 1.06, middle, 0.02), 0.048 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75))
-    if gap < 0.04:  # a polygon without area would still be drawn a pixel wide
-        return
-    room = down - up
-    between(up, down, np.array((92.0, 22, 34)))
+    if gap >= 0.04:  # a polygon without area would still be drawn a pixel wide
+        between(up, down, (92, 22, 34))
     if gap > 0.1:
-        tongue = np.sqrt(np.clip(1 - (U / 0.72) ** 2, 0, 1))
-        between(down - 0.42 * room * tongue, down - 0.04 * room, np.array((232.0, 108, 116)), slice(4, -4))
-        teeth = np.minimum(0.40 * room, 0.085 * f) * (1 - 0.15 * U**2)
-        between(up, up + teeth, np.array((252.0, 250, 246)), slice(2, -2))
+        room, tongue = down - up, np.sqrt(np.clip(1 - (U / 0.72) ** 2, 0, 1))
+        between(down - 0.42 * room * tongue, down - 0.04 * room, (232, 108, 116), 4)
+        between(up, up + np.minimum(0.40 * room, 0.085 * f) * (1 - 0.15 * U**2), (252, 250, 246), 2)  # teeth
 
 
 def hairline(who):
@@ -397,51 +366,48 @@ def draw_front_hair(head, who, state):
     """Cap, fringe and side locks: from the silhouette to a hairline on the face, so no gap when it turns."""
     if who.style == "bald":
         return
-    w, line = who.width, hairline(who)
-    burn = {"bob": 0.0, "long": 0.0, "curls": -0.10}.get(who.style, 0.02)  # its height before the ears
-    fall = np.clip((np.abs(U) - 0.80) / 0.20, 0, 1) ** 1.5
-    line = blend(line, burn, fall)
+    w, drop = who.width, {"long": 1.25, "bob": 0.78}.get(who.style)
+    burn = {"bob": 0.0, "long": 0.0, "curls": -0.10}.get(who.style, 0.02)  # the hairline's height before the ears
+    line = blend(hairline(who), burn, np.clip((np.abs(U) - 0.80) / 0.20, 0, 1) ** 1.5)
     edge = w * np.sqrt(1 - (line / 1.06) ** 2) * 0.99  # half the head's width at that height
     a = np.linspace(0.02, -np.pi - 0.02, 33)  # from the right ear over the top to the left ear
     rise = 0.15 * np.exp(-(((np.cos(a) * who.side + 0.30) / 0.60) ** 2)) if who.style == "quiff" else 0.0
     grow = 0.13 if who.style == "curls" else 0.075
-    x, y = np.cos(a) * (w + grow), np.sin(a) * (1.04 + grow + rise)
-    head.fill(np.concatenate((head.outline(x, y), head.surface(U * edge, line, 0.02))), who.hair)
+    cap = head.outline(np.cos(a) * (w + grow), np.sin(a) * (1.04 + grow + rise))
+    head.fill(np.concatenate((cap, head.surface(U * edge, line, 0.02))), who.hair)
     if who.style == "curls":  # a row of round curls over the forehead
         for t in np.linspace(-0.75, 0.75, 6):
-            head.fill(head.surface(t * w + COS * 0.17, -0.70 + 0.22 * t * t + SIN * 0.15, 0.02), who.hair)
-    if who.style in ("long", "bob"):
-        drop = 1.25 if who.style == "long" else 0.78
-        s = np.linspace(0, 1, 14)
-        for side in (-1, 1):
-            outer = head.outline(side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s)
-            x = side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3)
-            inner = head.surface(x, -0.45 + (drop + 0.40) * s)
-            head.fill(np.concatenate((outer, inner[::-1])), who.hair)
-    shine = blend(who.hair, WHITE, 0.28)
+            head.oval(head.surface, (t * w, -0.70 + 0.22 * t * t, 0.02), (0.17, 0.15), who.hair)
+    s = np.linspace(0, 1, 14)
+    for side in (-1, 1) if drop else ():
+        outer = head.outline(side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s)
+        x = side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3)
+        inner = head.surface(x, -0.45 + (drop + 0.40) * s)
+        head.fill(np.concatenate((outer, inner[::-1])), who.hair)
     t = np.linspace(-0.5, 0.05, 9) * who.side * -1
-    head.stroke(head.surface(t * w, -0.87 + 0.16 * t**2), 0.075 * (1 - 0.8 * U[::3] ** 2), shine)
+    shine = head.surface(t * w, -0.87 + 0.16 * t**2)
+    head.stroke(shine, 0.075 * (1 - 0.8 * U[::3] ** 2), blend(who.hair, WHITE, 0.28))
 
 
 def draw_glasses(head, who, state):
     if who.glasses == "none":
         return
-    power = 1.0 if who.glasses == "round" else 0.55  # a superellipse: square with round corners
-    cx, sx = np.sign(COS) * np.abs(COS) ** power, np.sign(SIN) * np.abs(SIN) ** power
+    power, r_x, r_y = dict(round=(1.0, 0.262, 0.25), square=(0.55, 0.25, 0.21))[who.glasses]
     grow, rim = 1 + 0.7 * (head.feature - 1), 0.05 * head.feature
-    r_x, r_y = (0.262 if power == 1 else 0.25) * grow, (0.25 if power == 1 else 0.21) * grow
+    r_x, r_y, closed = r_x * grow, r_y * grow, np.r_[0:40, 0]
+    cx, cy = rounded(COS, power)[closed], rounded(SIN, power)[closed]
     for side in (-1, 1):
         x0, y0 = side * who.eye_apart, -0.06 - 0.16 * (head.feature - 1)
-        edges = (head.surface(x0 + cx * (r_x + d), y0 + sx * (r_y + d), 0.05) for d in (rim / 2, -rim / 2))
-        head.ring(*edges, who.frames)
+        outer, inner = (head.surface(x0 + cx * (r_x + d), y0 + cy * (r_y + d), 0.05) for d in (rim / 2, -rim / 2))
+        head.fill(np.concatenate((outer, inner[::-1])), who.frames)
         x = side * np.linspace(who.eye_apart + r_x, who.width, 4)
         head.stroke(head.surface(x, np.full(4, -0.09), 0.03), rim, who.frames)
-    x = np.linspace(-1, 1, 5) * max(who.eye_apart - r_x, 0.03)
-    head.stroke(head.surface(x, -0.09 - 0.03 * (1 - np.linspace(-1, 1, 5) ** 2), 0.08), rim, who.frames)
+    t = np.linspace(-1, 1, 5)
+    bridge = head.surface(t * max(who.eye_apart - r_x, 0.03), -0.09 - 0.03 * (1 - t**2), 0.08)
+    head.stroke(bridge, rim, who.frames)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# speech
+# --------------------------------------------------------------------------------------------------------------- speech
 
 STEP = 0.005  # seconds: the synthesiser's controls run at 200 Hz
 # first three formants of an adult, Hz (near Peterson and Barney, JASA 1952)
@@ -449,7 +415,8 @@ VOWELS = dict(a=(760, 1250, 2600), e=(500, 1900, 2600), i=(290, 2300, 3000), o=(
 VOWEL_ODDS = (0.30, 0.18, 0.18, 0.18, 0.16)
 CONSONANTS = ("m", "b", "p", "s", "t", "l", "n", "k", "")  # "" a vowel alone
 CONSONANT_ODDS = (0.14, 0.12, 0.12, 0.10, 0.10, 0.12, 0.10, 0.08, 0.12)
-CLOSURES = "mbp"  # the lips meet
+CLOSURES = ("m", "b", "p")  # the lips meet
+VOICED = {"m": 0.35, "n": 0.35, "l": 0.5, "b": 0.12, "": 1.0}  # strength of the glottis during a consonant
 PAUSE = 0.14  # chance of a pause before a syllable
 
 
@@ -479,16 +446,13 @@ def smooth(x, steps: int):
 def controls(spoken: list[tuple], K: int) -> dict:
     """Syllables -> controls of the synthesiser: formants (K, 3) in Hz and, each (K,) in 0..1, voice (glottis), hiss,
     nasal, closed (lips), speaking (within a syllable); stress (K,) around 1."""
-    formants = np.full((K, 3), (500.0, 1500.0, 2500.0))  # the neutral tube
+    formants, stress = np.full((K, 3), (500.0, 1500.0, 2500.0)), np.ones(K)  # of the neutral tube
     voice, hiss, nasal, closed, speaking = np.zeros((5, K))
-    stress = np.ones(K)
     for start, onset, length, consonant, vowel, accent in spoken:
         a, b, c = (min(K, round(t / STEP)) for t in (start, start + onset, start + onset + length))
         formants[a:c], speaking[a:c] = VOWELS[vowel], 1
-        voice[a:b] = {"m": 0.35, "n": 0.35, "l": 0.5, "b": 0.12, "": 1.0}.get(consonant, 0.0)
-        voice[b:c], stress[b:c] = 1, accent
-        nasal[a:b] = consonant in ("m", "n")
-        closed[a:b] = consonant != "" and consonant in CLOSURES
+        voice[a:b], voice[b:c], stress[b:c] = VOICED.get(consonant, 0.0), 1, accent
+        nasal[a:b], closed[a:b] = consonant in ("m", "n"), consonant in CLOSURES
         if consonant == "s":
             hiss[a:b] = 0.5
         elif consonant in ("p", "t", "k"):
@@ -496,9 +460,9 @@ def controls(spoken: list[tuple], K: int) -> dict:
         if consonant and consonant not in CLOSURES:  # the tongue is up: low F1, F2 on its way to the locus
             formants[a:b, 0] = 300
             formants[a:b, 1] = 0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400)
-    widths = dict(formants=15, speaking=15, stress=31, voice=7, hiss=5, nasal=7, closed=9)  # jaw 75 ms, lips 45 ms
-    curves = dict(formants=formants, speaking=speaking, stress=stress, voice=voice, hiss=hiss, nasal=nasal, closed=closed)
-    return {name: smooth(curve, widths[name]) for name, curve in curves.items()}
+    # widths of the smoothing in steps of 5 ms: jaw 75 ms, lips 45 ms
+    return dict(formants=smooth(formants, 15), speaking=smooth(speaking, 15), stress=smooth(stress, 31),
+                voice=smooth(voice, 7), hiss=smooth(hiss, 5), nasal=smooth(nasal, 7), closed=smooth(closed, 9))
 
 
 def lips(c: dict):
@@ -555,17 +519,11 @@ def speech(rng, seconds: float, who):
     assert seconds >= 0.04, f"speech of {seconds} s is shorter than a frame"
     n = round(seconds * SAMPLE_RATE)
     c = controls(syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
-    return (voice(rng, c, who, n), *at_frames(lips(c), n_frames(n)))
+    middles = (np.arange(n_frames(n)) + 0.5) / FPS
+    return voice(rng, c, who, n), *(np.interp(middles, np.arange(len(x)) * STEP, x) for x in lips(c))
 
 
-def at_frames(curves, T: int):
-    """Curves at 200 Hz, read at the middle of each video frame."""
-    middle = (np.arange(T) + 0.5) / FPS
-    return [np.interp(middle, np.arange(len(x)) * STEP, x) for x in curves]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# motion
+# --------------------------------------------------------------------------------------------------------------- motion
 
 def sway(rng, T: int, seconds: float, reach: float):
     """A smooth curve that changes direction every so many seconds: each clip uses much of the range, its mean stays
@@ -611,8 +569,7 @@ def motion(rng, T: int) -> dict:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# clips and packs
+# ------------------------------------------------------------------------------------------------------ clips and packs
 
 def clip_truth(seed: int, seconds: float, who):
     """A clip before it is drawn: wav (n,), truth float32 (T, 10). Sound and motion have separate streams."""
@@ -631,18 +588,17 @@ def toy_clip(seed: int, seconds: float = 3, size: int = 64, person_seed: int | N
 
 
 def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
-    """The pack of a split ("train", "tune" or "test") in `folder`, drawn on first use."""
-    first = dict(train=TRAIN, tune=TUNE, test=TEST)[part]
+    """The pack of a split ("train", "tune" or "test") in `folder`, drawn on first use"""
     path = folder / ("toys" if part == "train" else f"toys_{part}")
-    make_pack(path, size, people, seconds, first, os.cpu_count())
+    make_pack(path, size, people, seconds, dict(train=TRAIN, tune=TUNE, test=TEST)[part], os.cpu_count())
     return Pack(path)
 
 
 def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None):
     """A pack of one clip of each person, and in it truth.npy, float32 (all frames, 10).
 
-    Clip i is toy_clip(first_seed + i), its identity "toy<seed>". Drawing uses all cores (workers: number of processes, 0
-    none but this). The folder appears whole or not at all; one made with the same arguments is left as it is.
+    Clip i is toy_clip(first_seed + i), its identity "toy<seed>". workers: number of processes, 0 none but this; default
+    all cores. The folder appears whole or not at all; one made with the same arguments is left as it is.
     Raises InputError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder).absolute()
@@ -655,11 +611,11 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
     make_folder(folder.parent)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as draft:
-            draft, truths = Path(draft) / "pack", []
+            draft, truths, seeds = Path(draft) / "pack", [], range(first_seed, first_seed + people)
             with PackWriter(draft, size, "toy") as pack:
-                jobs = [(first_seed + i, seconds, size) for i in range(people)]
-                for job, (frames, wav, truth) in tqdm(each_clip(jobs, workers), "toy clips", people, disable=None):
-                    pack.add(frames, wav, f"toy{job[0]}", f"toyfaces seed {job[0]}")
+                clips = each_clip(partial(toy_clip, seconds=seconds, size=size), seeds, workers)
+                for seed, (frames, wav, truth) in zip(seeds, tqdm(clips, "toy clips", people, disable=None)):
+                    pack.add(frames, wav, f"toy{seed}", f"toyfaces seed {seed}")
                     truths.append(truth)
             np.save(draft / "truth.npy", np.concatenate(truths))
             (draft / "toy.json").write_text(json.dumps(recipe))
@@ -668,38 +624,29 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
-def each_clip(jobs: list[tuple], workers: int | None):
-    """(job, clip) in order; in blocks, so that finished clips do not pile up before a slower writer."""
-    workers = min(len(jobs), os.cpu_count() or 1) if workers is None else workers
+def each_clip(make, seeds, workers: int | None):
+    """make(seed) of each seed, in order"""
+    workers = min(len(seeds), os.cpu_count() or 1) if workers is None else workers
     if workers < 2:
-        yield from ((job, toy_clip(*job)) for job in jobs)
+        yield from map(make, seeds)
         return
     spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
     with spawn.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # the parent handles Ctrl-C
-        for start in range(0, len(jobs), 16 * workers):
-            block = jobs[start : start + 16 * workers]
-            yield from zip(block, pool.imap(clip_of, block, chunksize=2))
+        yield from pool.imap(make, seeds, chunksize=2)
 
 
-def clip_of(job: tuple):
-    return toy_clip(*job)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the script
-
-def moment(seed: int, size: int) -> np.ndarray:
-    """A person at a moment of a clip, uint8 (size, size, 3)"""
-    truth = clip_truth(seed, 3, person(seed))[1][[10, 26, 42, 58][seed % 4]]
-    return draw(person(seed), dict(zip(FACTORS, truth.tolist())), size)
+# ----------------------------------------------------------------------------------------------------------- the script
 
 
 def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
-    """toys.png, 32 people, and toy.mp4, a clip of the first."""
+    """toys.png, 32 people at a moment of their clips, and toy.mp4, a clip of the first"""
     toys, video = (check_output(out / name, overwrite) for name in ("toys.png", "toy.mp4"))
-    seeds = np.arange(seed, seed + 32).reshape(4, 8).tolist()
+    seeds, people = np.arange(seed, seed + 32).reshape(4, 8).tolist(), {}
+    for k in sum(seeds, []):
+        truth = clip_truth(k, 3, person(k))[1][[10, 26, 42, 58][k % 4]]
+        people[k] = draw(person(k), dict(zip(FACTORS, truth.tolist())), size)
     names = [[f"toy{k}" for k in row] for row in seeds]
-    image_grid([[moment(k, size) for k in row] for row in seeds], names, max(128, size)).save(toys)
+    image_grid([[people[k] for k in row] for row in seeds], names, max(128, size)).save(toys)
     frames, wav, _ = toy_clip(seed, seconds, size)
     with VideoWriter(video, size, size, wav, overwrite) as writer:
         for frame in frames:
@@ -708,20 +655,18 @@ def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
 
 
 def main():
-    parser = Parser(description="Draws the toy world: faces and speech with ground truth.")
-    option = parser.add_argument
-    option("--out", default="out", help="directory for toys.png and toy.mp4 (default out)")
-    option("--pack", metavar="DIR", help="write a pack to train on instead")
-    option("--size", type=int, default=64, help="pixels of a side (default 64)")
-    option("--people", type=int, default=300, help="clips in the pack, one a person (default 300)")
-    option("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
-    option("--seed", type=int, default=TRAIN,
-           help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})")
-    option("--workers", type=int, help="processes that draw (default: all cores)")
-    option("--overwrite", action="store_true", help="replace pictures and video that are there")
-    args = parser.parse_args(size=(16, 1024))
+    p = Parser(description="Draws the toy world: faces and speech with ground truth.")
+    p.add_argument("--out", default="out", help="directory for toys.png and toy.mp4 (default out)")
+    p.add_argument("--pack", metavar="DIR", help="write a pack to train on instead")
+    p.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
+    p.add_argument("--people", type=int, default=300, help="clips in the pack, one a person (default 300)")
+    p.add_argument("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
+    p.add_argument("--seed", type=int, default=TRAIN,
+                   help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})")
+    p.add_argument("--overwrite", action="store_true", help="replace pictures and video that are there")
+    args = p.parse_args(size=(16, 1024))
     if args.pack:
-        make_pack(args.pack, args.size, args.people, args.seconds, args.seed, args.workers)
+        make_pack(args.pack, args.size, args.people, args.seconds, args.seed)
         print(f"{args.pack}: {args.people} clips of {args.seconds:g} s")
     else:
         show(make_folder(args.out), args.size, args.seconds, args.seed, args.overwrite)

@@ -160,7 +160,13 @@ def test_sound_and_truth_last_as_long_as_asked(seconds):
 # --- motion
 
 
-def test_pose_gaze_and_blinks_do_not_correlate_with_the_lips():
+@pytest.fixture
+def mute(monkeypatch):
+    """Clips without a synthesised voice, which their truth does not need"""
+    monkeypatch.setattr(toy, "voice", lambda rng, c, who, n: np.zeros(n, np.float32))
+
+
+def test_pose_gaze_and_blinks_do_not_correlate_with_the_lips(mute):
     truths = np.stack([toy.clip_truth(seed, 3, toy.person(seed))[1] for seed in range(90)])  # (90, 75, 10)
     within = (truths - truths.mean(1, keepdims=True)).reshape(-1, 10)
     r = np.corrcoef(within.T)[:OPEN, OPEN:]
@@ -176,7 +182,7 @@ def test_sound_motion_and_looks_never_share_a_random_stream(monkeypatch):
     assert len(asked) == 3 == len(set(asked))
 
 
-def test_heads_move_through_much_of_their_range_and_clip_means_vary_little():
+def test_heads_move_through_much_of_their_range_and_clip_means_vary_little(mute):
     truths = np.stack([toy.clip_truth(seed, 3, toy.person(seed))[1] for seed in range(60)])
     for i, limit in enumerate((toy.MAX_YAW, toy.MAX_PITCH, toy.MAX_ROLL)):
         angle = truths[:, :, i]
@@ -198,14 +204,14 @@ def test_a_blink_comes_every_one_and_a_half_to_four_seconds():
 @pytest.mark.parametrize("size", (32, 64))
 def test_opening_and_widening_change_only_the_mouth_box(size):
     pixel = 1.01 / size
-    for seed in range(12):
+    for seed in range(7):
         for state in (dict(open=1), dict(open=1, wide=0), dict(open=1, wide=1), dict(wide=1), dict(wide=0)):
             mask = changed(toy.person(seed), {}, dict(open=0, wide=0.5), state, size)
             assert inside(mask, TEMPLATES["toy"].mouth, pixel), f"person {seed}, {state}: {extent(mask)}"
 
 
 def test_blinks_and_gaze_change_only_the_eyes():
-    for seed in range(12):
+    for seed in range(7):
         for state in (dict(blink=1), dict(gaze_x=1), dict(gaze_y=-1), dict(blink=0.5)):
             mask = changed(toy.person(seed), {}, dict(blink=0, gaze_x=0), state)
             assert mask.sum() > 8, f"person {seed}: {state} changes nothing"
@@ -215,7 +221,7 @@ def test_blinks_and_gaze_change_only_the_eyes():
 @pytest.mark.parametrize("size", (32, 64))
 def test_mouth_and_eyes_stay_near_their_boxes_at_the_extremes_of_pose(size):
     template = TEMPLATES["toy"]  # near: two pixels of 32
-    for seed in range(8):
+    for seed in range(5):
         who = toy.person(seed)
         for pose in POSES:
             lips = changed(who, pose, dict(open=0, wide=0.5), dict(open=1, wide=1), size)
