@@ -491,6 +491,36 @@ class StepTimer:
         return pace
 
 
+def run_options(p, out: str, steps: int, batch: int, lr: float, of: str = "clips"):
+    """Options of every script that trains; of: what a batch holds"""
+    p.add_argument("--out", default=out, help="what is written")
+    p.add_argument("--steps", type=int, default=steps, help="steps in all; the learning rate falls towards the last")
+    p.add_argument("--batch", type=int, default=batch, help=f"{of} a step")
+    p.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
+    p.add_argument("--seed", type=int, default=0, help="of whatever is random")
+    p.add_argument("--resume", action="store_true", help="continue what --out holds")
+    p.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+
+
+def progress(name: str, start: int, steps: int):
+    """A progress bar over the numbers of the steps that are left"""
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=None)
+
+
+def millions(network: nn.Module) -> str:
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
+
+
+def descend(opt, loss, rate: float):
+    """A step of an optimiser, at `rate` times its groups' initial_lr"""
+    for group in opt.param_groups:
+        group["lr"] = group["initial_lr"] * rate
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+
+
 def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
     """Factor of the learning rate: `warmup` steps up (Adam's moments begin at 0), then a cosine down to a twentieth"""
     return min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))

@@ -194,6 +194,16 @@ def table(rows: dict, full: float | None = None) -> str:
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
+def markdown(rows: dict) -> str:
+    """{row: {column: number, text or None}} -> a table in Markdown"""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [f"{row[c]:.2f}" if isinstance(row.get(c), (int, float)) else row.get(c) or "" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def image_grid(rows: list, words: list, edge: int) -> Image.Image:
     """Rows of images, uint8 (H, W, 3), drawn `edge` pixels wide, pixels square, each row below its words: a list of one
     text for each image, or a text"""

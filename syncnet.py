@@ -8,13 +8,13 @@ Papers: SyncNet (Chung & Zisserman 2016), two towers and a distance of their emb
     python syncnet.py offset clip.mp4         # by how many frames the sound is late (weights/sync.pt); --fix out.mp4
 
 Differences from Wav2Lip, beside 3x3 kernels throughout:
-- Of real faces the expert gets the shape of the lips by landmarks.py's networks, 50 numbers a frame, not pixels: from few
-  people it carries over to others (docs/sync.md). Drawn faces, which have no landmarks, are seen as pixels.
+- Of real faces the expert gets the shape of the lips by landmarks.py's networks, 50 numbers a frame, not pixels: from
+  few people it carries over to others (docs/sync.md). Drawn faces have no landmarks and are seen as pixels.
 - The cosine gets a learned scale and bias. Theirs, after a ReLU, is itself the probability (--cosine).
 - All pairs of a batch count: several windows of each clip (hard negatives) and, of drawn faces, sound from the other
-  clips. A real voice is told from another without the lips: with foreign sound, known voices had larger logits.
-- A softmax over the batch is added to the sigmoid, which alone stayed at ln 2 for 400 steps of the toy run: a bias that
-  rejects every pair is nearly a minimum. The softmax does not depend on the bias; with it 50 steps sufficed.
+  clips. With foreign sound an expert of real voices learns the voice, not the lips.
+- A softmax over the batch is added to the sigmoid, which alone stays at ln 2 for long: a bias that rejects every pair
+  is nearly a minimum. The softmax does not depend on the bias.
 - The five frames' deviations from their mean are enlarged: most of the variance is identity, not motion.
 - GroupNorm, not BatchNorm, whose statistics would tell the towers which windows of a batch share a clip.
 
@@ -31,8 +31,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from media import (  # before torch, see there
-    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe,
-    last_error, load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
+    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe, last_error,
+    load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
 
 import numpy as np
 import torch
@@ -44,12 +44,13 @@ from tqdm import tqdm
 
 from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
-    StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_strictly, open_log,
-    pick_device, refusing, save_checkpoint, write_log)
+    StepTimer, check_finite, claim_output, cosine_warmup, millions, descend, half, load_checkpoint,
+    load_strictly, open_log, pick_device, progress, refusing, restore_optimiser, run_options, save_checkpoint, write_log)
 from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
+from report import image_grid, markdown
 from toyfaces import toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
@@ -68,8 +69,7 @@ TOY = "out/toy32/sync.pt"  # where `train` without options writes
 CHANCE = math.log(2)  # the sigmoid loss at zero logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the networks
+# --------------------------------------------------------------------------------------------------------- the networks
 
 def time_tower(c_in: int, steps: int, strides: tuple, dim: int, channels: int = 96) -> nn.Sequential:
     """(B, c_in, S) -> (B, dim): a convolution over time for each stride"""
@@ -95,12 +95,9 @@ def pixel_tower(size: int, dim: int, width: float) -> nn.Sequential:
 
 
 class SyncNet(nn.Module):
-    """Two towers; logit = scale * cosine + bias, positive for "in sync".
-
-    size: edge of the crops, a multiple of 16; larger ones are shrunk to it. dim: E. width: channels of the towers of
-    pixels, 1 is Wav2Lip's. lips: by the shape of real lips, with small towers; size 64. cosine: as in Wav2Lip, the cosine
-    of embeddings after a ReLU is the probability.
-    """
+    """Two towers; logit = scale * cosine + bias, positive for "in sync". size: edge of the crops, a multiple of 16;
+    larger ones are shrunk to it. dim: E. width: channels of the towers of pixels, 1 is Wav2Lip's. lips: by the shape of
+    real lips, size 64. cosine: as in Wav2Lip, the cosine of embeddings after a ReLU is the probability."""
 
     def __init__(self, size: int = 96, dim: int = 512, width: float = 1.0, lips: bool = False, cosine: bool = False):
         super().__init__()
@@ -121,7 +118,8 @@ class SyncNet(nn.Module):
         H = images.shape[-1]
         assert images.shape[1:] == (3, H, H) and H >= self.size, (
             f"images are {tuple(images.shape)}, expected (n, 3, H, H) with H >= {self.size}")
-        images = shrink(images, self.size)
+        if H > self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         return read_lips(self.landmarks, images) if self.lips else images
 
     def embed(self, x):
@@ -156,19 +154,9 @@ class SyncNet(nn.Module):
         return torch.logit(cosine, eps=1e-4) if self.cosine else self.log_scale.exp() * cosine + self.bias
 
 
-def shrink(images, size: int):
-    """(n, C, H, H), H >= size -> (n, C, size, size)"""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
 def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
-    """A trained expert, frozen, in eval mode. size: the images that it will get.
-
-    path "wav2lip" is Wav2Lip's published expert, downloaded on first use; a file *.pth is a local copy of that.
-    Raises InputError: as load_checkpoint; made for larger images; damaged; Wav2Lip's file cannot be downloaded.
-    """
+    """A trained expert, frozen, for images of this size. path "wav2lip" is Wav2Lip's published expert, downloaded on
+    first use; *.pth is a copy of that. InputError: as load_checkpoint; made for larger images; cannot be downloaded."""
     if str(path) == "wav2lip" or Path(path).suffix == ".pth":
         expert = wav2lip_expert(device, None if str(path) == "wav2lip" else path)
         expert.size, expert.template = 96, "face"  # it enlarges smaller images
@@ -189,24 +177,21 @@ def build_expert(checkpoint: dict, path) -> SyncNet:
     return expert
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loss
+# ------------------------------------------------------------------------------------------------------------- the loss
 
 def expert_loss(logits, clip, k, apart: int = NEAR, others: bool = True) -> dict:
     """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the loss.
 
-    Pairwise sigmoid, each -log sigmoid(+-logit), absent where the batch has no such pair: in_sync (the diagonal); shifted
-    (same clip, `apart` frames or more apart); other (another clip; not without `others`). contrast: -log softmax of the
-    true sound among the sounds and of the true face among the faces (CLIP), of these pairs.
-    """
+    Pairwise sigmoid, absent where the batch has no such pair: in_sync (the diagonal); shifted (same clip, `apart` frames
+    or more apart); other (another clip; not without `others`). contrast: -log softmax of the true sound among the sounds
+    and of the true face among the faces (CLIP), of these pairs."""
     N = len(clip)
     assert logits.shape == (N, N), f"logits are {tuple(logits.shape)}, expected {(N, N)}"
     same, own = clip[:, None] == clip[None], torch.arange(N, device=logits.device)
     wrong = dict(shifted=same & ((k[:, None] - k[None]).abs() >= apart), other=~same & others)
     terms = dict(in_sync=F.softplus(-logits.diagonal()).mean())
     terms |= {name: F.softplus(logits[pairs]).mean() for name, pairs in wrong.items() if pairs.any()}
-    pairs = wrong["shifted"] | wrong["other"] | (own[:, None] == own)
-    logits = logits.masked_fill(~pairs, -1e4)
+    logits = logits.masked_fill(~(wrong["shifted"] | wrong["other"] | (own[:, None] == own)), -1e4)
     terms["contrast"] = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
     return terms
 
@@ -219,15 +204,11 @@ def sigmoid_part(terms: dict):
     return (terms["in_sync"] + sum(wrong) / len(wrong)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the data
+# ------------------------------------------------------------------------------------------------------------- the data
 
 class Windows(Dataset):
-    """Several five-frame windows of one clip, of five frames or more.
-
-    clips: numbers of the pack's clips to draw from. expert: its `read` turns images into what its face tower gets. That
-    and the mel are kept in memory. augment: vary faces and voices. Item n depends on (seed, n) alone: see data.batches.
-    """
+    """Several five-frame windows of one of the clips, which have five frames or more. Item n depends on (seed, n) alone.
+    What the expert's `read` gives of the images and the mel are kept in memory. augment: vary faces and voices."""
 
     def __init__(self, pack: Pack, clips, expert, windows: int = 0, seed: int = 0, augment: bool = True):
         self.pack, self.clips, self.expert = pack, np.asarray(clips), expert
@@ -290,15 +271,12 @@ def vary(frames, rng):
     return x.view_as(frames) * torch.from_numpy(light).float() + torch.from_numpy(brightness).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# logits of clips, by shift of the sound
+# ------------------------------------------------------------------------------- logits of clips, by shift of the sound
 
 @torch.no_grad()
 def embed(expert, images, mel, device, batch: int = 128):
-    """All windows of a clip: iterable of uint8 (H, H, 3), mel (80, S) -> face (K, E), sound (K, E); K = frames - 4.
-
-    Window i has frames i .. i+4. Images are streamed: at most batch are in memory.
-    """
+    """All windows of a clip: iterable of uint8 (H, H, 3), mel (80, S) -> face (K, E), sound (K, E); window i of the
+    K = frames - 4 has frames i .. i+4. Images are streamed: at most batch are in memory."""
     images, kept, faces = iter(images), [], []
     while new := list(islice(images, batch)):
         x = torch.cat([*kept, expert.read(to_tensor(np.stack(new)).to(device))])
@@ -306,7 +284,7 @@ def embed(expert, images, mel, device, batch: int = 128):
         kept = [x[1 - SPAN :]]  # windows overlap by four frames
     assert faces, "a clip of fewer than five frames has no window"
     face = torch.cat(faces)
-    return face, embed_sound(expert, mel, len(face))
+    return face, embed_sound(expert, mel_windows(mel, HALF + np.arange(len(face))))
 
 
 def embed_frames(expert, x):
@@ -314,19 +292,16 @@ def embed_frames(expert, x):
     return expert.embed(x.unfold(0, SPAN, 1).movedim(-1, 1))
 
 
-def embed_sound(expert, mel, K: int, batch: int = 128):
-    """mel (80, S) -> embeddings (K, E) of a clip's windows"""
+def embed_sound(expert, windows: np.ndarray):
+    """Windows of sound (K, ..) -> embeddings (K, E)"""
     device = next(expert.parameters()).device
-    return torch.cat([expert.sound(torch.from_numpy(mel_windows(mel, HALF + np.arange(a, min(a + batch, K)))).to(device))
-                      for a in range(0, K, batch)])
+    return torch.cat([expert.sound(part.to(device)) for part in torch.from_numpy(windows).split(128)]).float()
 
 
 @torch.no_grad()
 def by_shift(expert, face, sound, reach: int = MAX_OFFSET):
     """Each window with its own sound and the sounds up to `reach` frames away: face, sound (K, E) -> (K, S) logits.
-
-    Column reach + d has face k with sound k + d, NaN beyond the clip; S = 2 reach + 1.
-    """
+    Column reach + d has face k with sound k + d, NaN beyond the clip; S = 2 reach + 1."""
     K, rows, shifts = len(face), [], torch.arange(-reach, reach + 1)
     for a in range(0, K, 256):  # a block of windows at once
         lo = max(0, a - reach)
@@ -338,12 +313,9 @@ def by_shift(expert, face, sound, reach: int = MAX_OFFSET):
 
 
 def best_offset(table):
-    """(K, S) of by_shift -> frames by which the sound is late; confidence; fit.
-
-    Confidence is the mean logit at the best offset less the median over the offsets: SyncNet's definition, with logits
-    for distances. Fit is that mean less SURE, or more for clips shorter than 3 s: above 0 mouth and sound belong
-    together. Offsets that fewer than half of the windows have are left out.
-    """
+    """(K, S) of by_shift -> frames by which the sound is late; confidence, the mean logit there less the median over the
+    offsets (SyncNet's, with logits for distances); fit, that mean less SURE, or more for clips shorter than 3 s: above 0
+    mouth and sound belong together. Offsets that fewer than half of the windows have are left out."""
     counts = np.isfinite(table).sum(0)
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
     best = int(np.nanargmax(means))
@@ -353,64 +325,52 @@ def best_offset(table):
 
 @torch.no_grad()
 def measure(expert, windows: Windows, clips) -> list[dict]:
-    """-> for each clip: clip, its number; table (K, S) of by_shift; fit of best_offset; other_fit, with the sound of the
-    clip before; offset_1s, offset_3s, offset_clip: offsets found of pieces of that length, less the true ones."""
-    found, device, other = [], next(expert.parameters()).device, None
+    """-> for each clip: clip, its number; table (K, S) of by_shift; offset_1s, offset_3s, offset_clip: offsets found of
+    pieces of that length, less the true ones."""
+    found, device = [], next(expert.parameters()).device
     for c in clips:
         x, mel = windows.read(c)
         face = embed_frames(expert, x.to(device))
-        sound = embed_sound(expert, mel, len(face))
+        sound = embed_sound(expert, mel_windows(mel, HALF + np.arange(len(face))))
         table = by_shift(expert, face, sound)
-        offset, _, fit = best_offset(table)
-        result = dict(clip=c, table=table, fit=fit, offset_clip=[offset], other_fit=math.nan)
-        if other is not None:
-            result["other_fit"] = best_offset(by_shift(expert, face[: len(other)], other[: len(face)]))[2]
+        result = dict(clip=c, table=table, offset_clip=[best_offset(table)[0]])
         for name, seconds in PIECES.items():  # sound as it is, or moved by five frames
             K = seconds * FPS - SPAN + 1
             at = np.arange(0, len(face) - K + 1, FAR)
             at = [(a, b) for a in at for b in (a - FAR, a, a + FAR) if 0 <= b <= len(face) - K]
             result[name] = [best_offset(by_shift(expert, face[a : a + K], sound[b : b + K]))[0] - (a - b) for a, b in at]
         found.append(result)
-        other = sound
     return found
 
 
 def summary(found: list[dict]) -> dict:
-    """What `measure` found -> by_shift, lists over the shifts 0 .. MAX_OFFSET, and the means from 5 frames on:
-    positive_rate, share of windows of 0.2 s with a logit above 0, right at shift 0 only; accuracy, half of the
-    positives at shift 0 and half of the negatives at this shift; second, accuracy of the mean logit of each second.
-    loss, in sync and shifted by FAR or more, half and half. offset_window, _1s, _3s, _clip: share found within one frame.
-    accepted, refused: clips with their own and with another sound."""
+    """What `measure` found -> by_shift, lists over the shifts 0 .. MAX_OFFSET: accuracy of windows with a logit above 0,
+    half of the positives at shift 0 and half of the negatives at this shift; second, that of the mean logit of each
+    second. accuracy, second: their means from 5 frames on. loss: in sync and shifted by FAR or more, half and half.
+    offset_window, _1s, _3s, _clip: share found within one frame."""
     table = np.concatenate([f["table"] for f in found])  # (windows, S)
     second = [sliding_window_view(f["table"], min(FPS - SPAN + 1, len(f["table"])), 0).mean(-1) for f in found]
-    rates = (*shift_rates(table), shift_rates(np.concatenate(second))[1])
-    rates = dict(zip(("positive_rate", "accuracy", "second"), rates))
+    rates = dict(accuracy=accuracy_by_shift(table), second=accuracy_by_shift(np.concatenate(second)))
     own, wrong = table[:, MAX_OFFSET], np.delete(table, range(MAX_OFFSET - FAR + 1, MAX_OFFSET + FAR), 1)
-    wrong = wrong[np.isfinite(wrong)]
+    wrong = np.logaddexp(0, wrong[np.isfinite(wrong)])
     late = {name: np.array([v for f in found for v in f[name]]) for name in (*PIECES, "offset_clip")}
-    shares = {name: abs(v) <= 1 for name, v in late.items()}
-    shares["offset_window"] = abs(np.nanargmax(table, 1) - MAX_OFFSET) <= 1
-    shares["accepted"] = np.array([f["fit"] > 0 for f in found])
-    shares["refused"] = np.array([f["other_fit"] <= 0 for f in found if np.isfinite(f["other_fit"])])
+    late["offset_window"] = np.nanargmax(table, 1) - MAX_OFFSET
     return dict(by_shift={name: rate.tolist() for name, rate in rates.items()}, windows=len(table),
-                loss=float(np.logaddexp(0, -own).mean() + (np.logaddexp(0, wrong).mean() if len(wrong) else CHANCE)) / 2,
-                **{name: float(np.nanmean(rates[name][FAR:])) for name in ("accuracy", "second")},
-                **{name: float(right.mean()) if len(right) else math.nan for name, right in shares.items()})
+                loss=float(np.logaddexp(0, -own).mean() + (wrong.mean() if len(wrong) else CHANCE)) / 2,
+                **{name: float(np.nanmean(rate[FAR:])) for name, rate in rates.items()},
+                **{name: float((abs(v) <= 1).mean()) if len(v) else math.nan for name, v in late.items()})
 
 
-def shift_rates(table) -> tuple:
-    """(K, S) of by_shift -> positive_rate, accuracy (S // 2 + 1,) by size of the shift; NaN where no window has it"""
+def accuracy_by_shift(table):
+    """(K, S) of by_shift -> (S // 2 + 1,) by size of the shift; NaN where no window has it"""
     middle = table.shape[1] // 2
     logits = np.concatenate([table[:, middle::-1], table[:, middle:]])  # (2 K, S // 2 + 1)
     with np.errstate(invalid="ignore"):
         positive = (logits > 0).sum(0) / np.isfinite(logits).sum(0)
-    accuracy = (positive[0] + 1 - positive) / 2
-    accuracy[0] = positive[0]  # no negative
-    return positive, accuracy
+    return np.r_[positive[0], (positive[0] + 1 - positive[1:]) / 2]  # at shift 0 no pair is negative
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train
+# ---------------------------------------------------------------------------------------------------------------- train
 
 def train(args):
     """Writes --out, the weights with the least loss on held-out clips, and OUT_last.pt for --resume, which continues
@@ -422,40 +382,35 @@ def train(args):
         return print(f"{last}: has {start} steps already; --steps is {args.steps}")
     pack, clips, val, val_clips = load_data(args, out.parent)
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
-          f"{sum(p.numel() for p in expert.parameters()) / 1e6:.2f} M parameters; chance is a loss of {CHANCE:.3f}")
+          f"{millions(expert)}; chance is a loss of {CHANCE:.3f}")
 
     used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
     stream = batches(Windows(pack, drawn_clips(pack, clips, args), expert, args.windows, args.seed), args.batch, start)
     val_windows, average = Windows(val, val_clips, expert), math.nan
     log, timer = open_log(out.with_name(f"log_{out.stem}.jsonl"), args), StepTimer(device)
-    validate_every = max(1, min(1000, args.steps // 4))
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sync expert", disable=None)
-    for step in bar:
+    apart, validate_every = round(args.negatives * FPS), max(1, min(1000, args.steps // 4))
+    for step in (bar := progress("sync expert", start, args.steps)):
         batch = {name: x.flatten(0, 1) for name, x in timer.next(stream).items()}  # (N, ..)
-        for group, factor in zip(opt.param_groups, (1, 10)):  # ours: the scale has to go from 5 to 40
-            group["lr"] = factor * args.lr * cosine_warmup(step, args.steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             face, sound = expert.embed(batch["frames"]), expert.sound(batch["mel"])  # (N, E)
-        apart, others = round(args.negatives * FPS), not expert.lips
-        terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"], apart, others)
+        terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"], apart, others=not expert.lips)
         check_finite(terms, step)
         sigmoid = sigmoid_part(terms)
-        opt.zero_grad(set_to_none=True)
-        (sigmoid + (0 if args.cosine else 0.5 * terms["contrast"])).backward()  # ours: .5
-        opt.step()
+        loss = sigmoid + (0 if args.cosine else 0.5 * terms["contrast"])  # ours: .5
+        descend(opt, loss, cosine_warmup(step, args.steps))
         average = sigmoid.detach() if step == start else average.lerp(sigmoid.detach(), 1 / LOG_EVERY)
 
-        end = step + 1 == args.steps
-        if (step + 1) % LOG_EVERY == 0 or end:
-            line = terms | dict(average=average, scale=expert.log_scale.exp(), bias=expert.bias)
-            line = dict(step=step + 1, loss=sigmoid.item()) | {name: value.item() for name, value in line.items()}
-            write_log(log, bar, line | timer.pace(len(face)), args.steps)
-        if (step + 1) % validate_every == 0 or end:
+        done, end = step + 1, step + 1 == args.steps
+        if done % LOG_EVERY == 0 or end:
+            line = dict(loss=sigmoid) | terms | dict(average=average, scale=expert.log_scale.exp(), bias=expert.bias)
+            line = {name: value.item() for name, value in line.items()}
+            write_log(log, bar, dict(step=done) | line | timer.pace(len(face)), args.steps)
+        if done % validate_every == 0 or end:
             found = summary(measure(expert.eval(), val_windows, val_clips))
             expert.train()
-            write_log(log, bar, dict(step=step + 1) | {f"val_{k}": v for k, v in found.items() if type(v) is float})
+            write_log(log, bar, dict(step=done) | {f"val_{k}": v for k, v in found.items() if type(v) is float})
             checkpoint = dict(kind="syncnet", format=1, config=dict(net=expert.config, template=pack.template),
-                              step=step + 1, clips=used, val=found)
+                              step=done, clips=used, val=found)
             if found["loss"] < best:
                 best = found["loss"]
                 save_checkpoint(out, checkpoint | dict(networks=dict(expert=half(expert))))
@@ -467,7 +422,7 @@ def train(args):
 
 
 def start_run(args, path: Path, device) -> tuple:
-    """-> expert, optimiser, steps done, least held-out loss; with --resume as they were saved in `path`"""
+    """-> expert, optimiser, steps done, least held-out loss; with --resume as in `path`"""
     saved = load_checkpoint(path, "syncnet") if args.resume else None
     torch.manual_seed(args.seed)
     lips = bool(args.data) and open_packs(args.data).template != "toy"
@@ -478,102 +433,106 @@ def start_run(args, path: Path, device) -> tuple:
     if lips and not saved:
         expert.landmarks = load_landmarks()
     expert = expert.to(device).train()
-    weights = [p for tower in (expert.face_tower, expert.sound_tower) for p in tower.parameters()]
-    groups = [dict(params=weights), dict(params=[expert.log_scale, expert.bias], weight_decay=0.0)]
+    towers = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()]
+    scale = dict(params=[expert.log_scale, expert.bias], weight_decay=0.0, initial_lr=10 * args.lr)
+    groups = [dict(params=towers, initial_lr=args.lr), scale]  # ours: 10, the scale has to go from 5 to 40
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
     if not saved:
         return expert, opt, 0, math.inf
-    opt.load_state_dict(saved["optimisers"]["adam"])
+    restore_optimiser(opt, saved["optimisers"]["adam"])
     torch.set_rng_state(saved["rng"].cpu())  # of dropout
     return expert, opt, saved["step"], saved["best"]
 
 
 def load_data(args, folder: Path):
-    """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs in the folder, drawn on first use.
-    InputError: images smaller than --size; see split."""
+    """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs in the folder, drawn on first
+    use. InputError: images smaller than --size; see split."""
     if args.data:
         pack = open_packs(args.data)
-        if pack.size < args.size:
-            raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
+        check_size(pack, args.size, "--size is")
         train, valid, _ = (clips[pack.n_frames[clips] >= SPAN] for clips in split(pack, args).values())
         return pack, train, pack, valid
     pack, val = toy_pack(folder, args.size, args.people, 3.0), toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
     return pack, split(pack, args)["train"], val, np.arange(len(val))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# test
+def check_size(pack, size: int, what: str):
+    if pack.size < size:
+        raise InputError(f"{pack.folder}: images of {pack.size} px, {what} {size}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- test
 
 def test(args):
-    """Prints `summary` of held-out clips by shift and by person, and how far off the offsets found are."""
-    device = pick_device(args.device)
+    """Prints `summary` of held-out clips by shift and by person; --out is a picture of how far off the offsets are."""
+    out, device = args.out and check_output(args.out, True, (".png",)), pick_device(args.device)
     path = args.expert or (SHIPPED if args.data else TOY)
     expert = load_sync(path, device)
     pack, clips, what = held_out_clips(args.data, expert, path)
     clips = measure(expert, Windows(pack, [], expert), tqdm(clips, "clips", disable=None))
-    found = summary(clips)
+    found, columns = summary(clips), dict(accuracy="accuracy, windows of 0.2 s", second="of seconds")
+    by_shift = {f"shifted by {d} frames": {text: f"{found['by_shift'][name][d]:.3f}" for name, text in columns.items()}
+                for d in range(MAX_OFFSET + 1)}
+    by_shift[f"{FAR} to {MAX_OFFSET}"] = {text: f"{found[name]:.3f}" for name, text in columns.items()}
     print(f"{what}: {len(clips)} clips, {found['windows']} windows; loss {found['loss']:.3f} (chance {CHANCE:.3f})\n\n"
-          f"| shift, frames | called in sync | accuracy | of seconds |\n|" + "---:|" * 4)
-    for d, row in enumerate(zip(*found["by_shift"].values())):
-        print(f"| {d} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
-    print(f"| {FAR}-{MAX_OFFSET} | | {found['accuracy']:.3f} | {found['second']:.3f} |\n")
-    columns = dict(second="in sync or not, of 1 s", offset_window="offset within one frame: of 0.2 s", offset_1s="of 1 s",
-                   offset_3s="of 3 s", offset_clip="of clips", accepted="own sound accepted", refused="another refused")
-    print(f"| person | clips | {' | '.join(columns.values())} |\n|---|" + "---:|" * (len(columns) + 1))
-    person = [pack.identities[pack.identity[clip["clip"]]] for clip in clips]
+          f"{markdown(by_shift)}\n")
+    columns = dict(second="in sync or not, of 1 s", offset_window="offset within one frame: of 0.2 s",
+                   offset_1s="of 1 s", offset_3s="of 3 s", offset_clip="of clips")
+    person, rows = [pack.identities[pack.identity[clip["clip"]]] for clip in clips], {}
     for name in [*sorted(set(person)), "all"]:
         own = [clip for clip, p in zip(clips, person) if name in (p, "all")]
-        found = summary(own)
-        print(f"| {name} | {len(own)} | " + " | ".join(f"{found[column]:.2f}" for column in columns) + " |")
-    for name, seconds in PIECES.items():
-        late, count = np.unique([v for clip in clips for v in clip[name]], return_counts=True)
-        print(f"\nframes off, {seconds} s: " + ", ".join(f"{v:+.0f} {n} times" for v, n in zip(late, count)))
+        rows[name] = dict(clips=str(len(own))) | {text: summary(own)[key] for key, text in columns.items()}
+    print(markdown(rows))
+    if out:
+        late = {f"{seconds} s": [v for clip in clips for v in clip[name]] for name, seconds in PIECES.items()}
+        words = [f"offsets of {name}, frames off: -15 to 15, of {len(values)}" for name, values in late.items()]
+        image_grid([[histogram(values) for values in late.values()]], [words], 310).save(out)
+
+
+def histogram(late: list) -> np.ndarray:
+    """Frames off -> bars for -15 .. 15 and beyond, uint8 (100, 310, 3)"""
+    count = np.bincount(np.clip(np.int64(late), -MAX_OFFSET, MAX_OFFSET) + MAX_OFFSET, minlength=2 * MAX_OFFSET + 1)
+    bars = np.arange(100)[::-1, None] < 100 * count / max(1, count.max())  # (100, 31)
+    return np.where(bars[..., None], (110, 214, 140), (36, 40, 52)).astype(np.uint8).repeat(10, 1)
 
 
 def held_out_clips(data: list | None, expert, path) -> tuple:
     """-> pack, the numbers of its clips that the expert was neither trained nor chosen on, and a description of them.
-
-    data: packs, or None for toy people and speech that no training uses. InputError: no such clip; the wrong images.
-    """
+    data: packs, or None for toy people and speech that no training uses. InputError: no such clip; the wrong images."""
     if not data:
         if expert.template != "toy":
             raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
         pack = toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
         return pack, np.arange(len(pack)), "toy people and speech held out for good"
-    pack = open_packs(data)
-    clips, what = np.arange(len(pack)), " ".join(data)
-    if isinstance(expert, SyncNet):
-        if pack.size < expert.size:
-            raise InputError(f"{pack.folder}: images of {pack.size} px, the expert is for {expert.size} px or more")
-        used = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
-        clips = np.setdiff1d(clips, used)
-        what += ", the clips held out from training and validation" if len(used) else ""
-        if not len(clips):
-            raise InputError(f"{pack.folder}: all its clips trained {path} or chose it, none is left to test on")
-    return pack, clips, what
+    pack, what = open_packs(data), " ".join(data)
+    if not isinstance(expert, SyncNet):
+        return pack, np.arange(len(pack)), what
+    check_size(pack, expert.size, "the expert's are at least")
+    used = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
+    clips = np.setdiff1d(np.arange(len(pack)), used)
+    if not len(clips):
+        raise InputError(f"{pack.folder}: all its clips trained {path} or chose it, none is left to test on")
+    return pack, clips, what + ", the clips held out from training and validation" * bool(len(used))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# offset
+# --------------------------------------------------------------------------------------------------------------- offset
 
 def offset(args):
     """Prints by how many frames a clip's sound is late, and with what confidence; --fix writes it in sync."""
     device = pick_device(args.device)
-    expert = load_sync(args.expert, device)
-    path = check_file(args.clip)
+    expert, path = load_sync(args.expert, device), check_file(args.clip)
     out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES) if args.fix else None
     late, confidence, fit, windows = clip_offset(expert, path, device, args.box)
     words = f"{abs(late)} frame{'s' * (abs(late) != 1)} ({abs(late) / FPS:.2f} s) {'late' if late > 0 else 'early'}"
-    sure = "sure" if fit > 0 else "a guess"
-    words = f"{words if late else 'in sync'}; confidence {confidence:.1f}, {sure} ({windows} windows)"
-    print(f"{path}: the sound is {words}")
+    print(f"{path}: the sound is {words if late else 'in sync'}; confidence {confidence:.1f}, "
+          f"{'sure' if fit > 0 else 'a guess'} ({windows} windows)")
     if out:
         write_shifted(path, late, out)
         print(f"{out}: the same pictures, the sound moved by {-late / FPS:+.2f} s")
 
 
 def clip_offset(expert, path: Path, device, box: str | None = None):
-    """-> frames by which the sound is late, confidence, fit (see best_offset), windows. Memory grows by 1 kB a frame."""
+    """-> frames by which the sound is late, confidence, fit (see best_offset), windows. Memory grows by 8 kB a frame."""
     mel = log_mel(load_audio(path))
     crops = face_crops(path, expert, box)
     first = list(islice(crops, SPAN + 1))
@@ -595,8 +554,7 @@ def face_crops(path: Path, expert, box: str | None = None):
     while part := list(islice(frames, SEGMENT)):
         if not box:
             where = middle_square(part[0]) if expert.template == "toy" else detect_box(path, part, where)
-        for frame in part:
-            yield crop_face(frame, where, expert.size)
+        yield from (crop_face(frame, where, expert.size) for frame in part)
 
 
 def detect_box(path: Path, frames: list, last: tuple | None) -> tuple:
@@ -614,9 +572,8 @@ def detect_box(path: Path, frames: list, last: tuple | None) -> tuple:
 
 
 def write_shifted(path: Path, late: int, out: Path):
-    """The video with its sound moved `late` frames towards the beginning; silence fills what is missing, the rest of the
-    sound stays as it is. H.264 is copied where possible, all else encoded as H.264; so is an MP4 that goes into a .mkv,
-    which would show what an edit list hides. Raises InputError: ffmpeg fails."""
+    """The video with its sound moved `late` frames towards the beginning, silence in what is missing. H.264 is copied
+    where possible, else encoded; so is an MP4 that goes into a .mkv, which would show what an edit list hides."""
     text = describe(path)
     # scale: where the size changes in the middle; players want even sizes
     ways = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
@@ -627,17 +584,12 @@ def write_shifted(path: Path, late: int, out: Path):
         sound, draft = Path(folder) / "sound.wav", Path(folder) / f"video{out.suffix.lower()}"
         write_original_sound(path, sound, len(load_audio(path)), late / FPS)
         for pictures in ways:
-            options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k"]
-            options += ["-movflags", "+faststart", "-y", str(draft), *READ_ALL]
+            options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k",
+                       "-movflags", "+faststart", "-y", str(draft), *READ_ALL]
             done = subprocess.run(decoder(path, *options, before=("-reinit_filter", "0")), capture_output=True)
             if not done.returncode:
-                break
-        else:
-            raise InputError(f"{out}: could not be written ({last_error(done.stderr.decode(errors='replace'))})")
-        move_into_place(draft, out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+                return move_into_place(draft, out)
+        raise InputError(f"{out}: could not be written ({last_error(done.stderr.decode(errors='replace'))})")
 
 
 def parse(argv=None):
@@ -647,28 +599,22 @@ def parse(argv=None):
                    offset="the audio-video offset of a clip")
     p, t, o = (commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
                for name, text in scripts.items())
-    p.add_argument("--data", nargs="+", help="packs, a tenth of which is held out; default: the toy world, drawn beside "
-                   "--out")
+    p.add_argument("--data", nargs="+", help="packs; default: the toy world, drawn beside --out")
     split_options(p)
+    run_options(p, out=TOY, steps=1000, batch=16, lr=2e-3)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
                    help="edge of the drawn faces that it looks at, larger ones are shrunk to it; real faces: 64")
-    p.add_argument("--out", default=TOY, help="checkpoint")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     p.add_argument("--dim", type=int, default=128, help="length of an embedding (Wav2Lip: 512)")
     p.add_argument("--width", type=float, help="channels, 1 is Wav2Lip's; default: .25 up to 32 px, else .5")
-    p.add_argument("--steps", type=int, default=1000, help="steps in all; validates and saves four times and more")
-    p.add_argument("--batch", type=int, default=16, help="clips a step")
-    p.add_argument("--windows", type=int, default=4, help="windows a clip")
-    p.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam")
-    p.add_argument("--resume", action="store_true", help="continue --out; give the same options")
-    p.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--windows", type=int, default=4, help="windows of each of the clips in a batch")
     p.add_argument("--cosine", action="store_true", help="Wav2Lip's loss: the cosine after a ReLU is the probability")
     p.add_argument("--negatives", type=float, default=NEAR / FPS,
                    help="seconds from which on sound of the same clip counts as wrong")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
     t.add_argument("--data", nargs="+", help="packs; of those that the expert was trained on, the held-out clips; "
                    "default: toy people and speech held out for good, drawn beside --expert")
+    t.add_argument("--out", metavar="PNG", help="a picture of how far off the offsets are")
     t.add_argument("--expert", help="checkpoint, wav2lip, or a copy of that (.pth); default: with --data the shipped "
                    f"weights/sync.pt, without {TOY}")
     o.add_argument("clip", help="video with sound")
@@ -676,7 +622,7 @@ def parse(argv=None):
     o.add_argument("--box", help="box around the face, x0,y0,x1,y1 in pixels")
     o.add_argument("--fix", metavar="OUT", help="write the clip with its sound in sync (mp4, mov or mkv)")
     o.add_argument("--overwrite", action="store_true", help="replace what --fix names")
-    for command in (p, t, o):
+    for command in (t, o):
         command.add_argument("--device", default="auto")
     args = parser.parse_args(argv, dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
     if args.command == "train" and args.width is None:
