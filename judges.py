@@ -256,6 +256,66 @@ class Wav2LipExpert(nn.Module):
         return torch.logit(face @ sound.t(), eps=1e-4)  # ours: at most +-9.2, finite where a cosine is 0 or 1
 
 
+class Inception:
+    """FID's network (Szegedy et al. 2015, as Heusel et al. 2017 use it): images (N, 3, H, W) in [-1, 1] -> (N, 2048).
+
+    TensorFlow's weights of 2015-12-05 under torchvision's names, as pytorch-fid ports them: average pools do not count
+    their padding, and the last block pools by maximum. Images are brought to 299 px bilinearly, without prefilter.
+    """
+
+    def __init__(self, device, path: str | Path | None = None):
+        """path: your copy of pytorch-fid's file; None fetches it. Raises InputError."""
+        path = fetch("inception", path)
+        with refusing(path, "not the weights of Inception"):
+            self.weights = {name: value.float().to(device) for name, value in read_weights(path).items()}
+            self(torch.zeros(1, 3, 299, 299, device=device))
+
+    def conv(self, x, name, stride=1, padding=0):
+        """Convolution, BatchNorm, ReLU"""
+        w = self.weights
+        x = F.conv2d(x, w[f"{name}.conv.weight"], None, stride, padding)
+        statistics = (w[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, *statistics, eps=0.001))
+
+    def chain(self, x, name, *layers):
+        """Convolutions name_1, name_2, ..; layers: the padding of each, or "half" for stride 2 without padding"""
+        for k, padding in enumerate(layers, 1):
+            x = self.conv(x, f"{name}_{k}", *((2, 0) if padding == "half" else (1, padding)))
+        return x
+
+    def fork(self, x, name):
+        return [self.conv(x, f"{name}a", 1, (0, 1)), self.conv(x, f"{name}b", 1, (1, 0))]
+
+    @torch.inference_mode()
+    def __call__(self, x):
+        conv, chain, row, column = self.conv, self.chain, (0, 3), (3, 0)
+        check_images(x, 1)
+        x = conv(resized(x, 299), "Conv2d_1a_3x3", 2)                                     # (N, 32, 149, 149)
+        x = conv(conv(x, "Conv2d_2a_3x3"), "Conv2d_2b_3x3", 1, 1)                         # (N, 64, 147, 147)
+        x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")           # (N, 192, 71, 71)
+        x = F.max_pool2d(x, 3, 2)
+        for b in ("Mixed_5b.branch", "Mixed_5c.branch", "Mixed_5d.branch"):               # (N, 288, 35, 35)
+            x = torch.cat([conv(x, f"{b}1x1"), chain(x, f"{b}5x5", 0, 2), chain(x, f"{b}3x3dbl", 0, 1, 1),
+                           conv(average(x), f"{b}_pool")], 1)
+        b = "Mixed_6a.branch"                                                             # (N, 768, 17, 17)
+        x = torch.cat([conv(x, f"{b}3x3", 2), chain(x, f"{b}3x3dbl", 0, 1, "half"), F.max_pool2d(x, 3, 2)], 1)
+        for b in ("Mixed_6b.branch", "Mixed_6c.branch", "Mixed_6d.branch", "Mixed_6e.branch"):
+            x = torch.cat([conv(x, f"{b}1x1"), chain(x, f"{b}7x7", 0, row, column),
+                           chain(x, f"{b}7x7dbl", 0, column, row, column, row), conv(average(x), f"{b}_pool")], 1)
+        b = "Mixed_7a.branch"                                                             # (N, 1280, 8, 8)
+        x = torch.cat([chain(x, f"{b}3x3", 0, "half"), chain(x, f"{b}7x7x3", 0, row, column, "half"),
+                       F.max_pool2d(x, 3, 2)], 1)
+        for b, pool in (("Mixed_7b.branch", average), ("Mixed_7c.branch", lambda x: F.max_pool2d(x, 3, 1, 1))):
+            x = torch.cat([conv(x, f"{b}1x1"), *self.fork(conv(x, f"{b}3x3_1"), f"{b}3x3_2"),
+                           *self.fork(chain(x, f"{b}3x3dbl", 0, 1), f"{b}3x3dbl_3"), conv(pool(x), f"{b}_pool")], 1)
+        return x.mean((2, 3))                                                             # (N, 2048)
+
+
+def average(x):
+    """Means of 3x3 pixels, of those that are inside"""
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # their weights
 
