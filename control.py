@@ -2,8 +2,7 @@
 
 The face of person A gets the speech of B and the head and eyes of C, three people whom no network was trained on. A
 probe, a small network trained on drawn frames of other people, reads every factor from the frames. Its readings of real
-frames are the table's first row: a generated frame cannot be read better than a real one. The network under test never
-gets the ground truth. Ours: the paper has no such world.
+frames are the table's first row: a generated frame cannot be read better than a real one. Ours.
 
     python evaluate.py toy weights/toy.pt          # both tables, about 3 minutes on 2 cores
 
@@ -21,13 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from audio import log_mel, mel_windows, n_frames
+from audio import log_mel, lws_mel, mel_windows, n_frames
 from checkpoint import load_checkpoint, load_frozen, save_checkpoint
 from data import Pack
 from fusion import load_model
 from judges import same_person_loss
-from media import InputError, check_output, make_folder, to_tensor, to_uint8
-from report import toy_page
+from media import InputError, check_output, make_folder, to_tensor
+from pcavs import PCAVS, load_pcavs
+from report import markdown, toy_page
 from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
 
 COLUMN = {name: i for i, name in enumerate(FACTORS)}
@@ -35,22 +35,22 @@ GROUPS = dict(pose=("yaw", "pitch", "roll"), eyes=("blink", "gaze_x", "gaze_y"),
 MOVED = dict(lips=("open", "wide"), pose=GROUPS["pose"], eyes=GROUPS["eyes"])  # columns of the matrix, and identity
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the probe
+# ------------------------------------------------------------------------------------------------------------ the probe
 
 PROBE_PEOPLE = 4_000_000  # first person of the probe's training set: apart from TRAIN, TUNE and TEST
 
 
 class Probe(nn.Module):
-    """Images (N, 3, H, W) -> factors (N, 10) in units of their standard deviation, identity embeddings (N, 64)."""
+    """Images (N, 3, H, W) -> factors (N, 10) in units of their standard deviation, identity embeddings (N, 64)"""
 
     def __init__(self, size: int, width: int = 24):
         super().__init__()
-        self.body = nn.Sequential()
-        for i, (a, b) in enumerate([(3, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width)]):
+        self.body, c_in = nn.Sequential(), 3
+        for i, c in enumerate((width, 2 * width, 4 * width, 4 * width)):
             stride = 2 if i or size > 32 else 1
-            self.body.append(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.ReLU(),
-                                           nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.ReLU()))
+            self.body.append(nn.Sequential(nn.Conv2d(c_in, c, 3, stride, 1), nn.GroupNorm(8, c), nn.ReLU(),
+                                           nn.Conv2d(c, c, 3, 1, 1), nn.GroupNorm(8, c), nn.ReLU()))
+            c_in = c
         self.factors = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(),
                                      nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
         self.embedding = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 64))
@@ -73,13 +73,9 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     """The probe kept in the folder, or a new one, trained on drawn frames and kept there. About a minute."""
     path = folder / f"probe{size}_world{WORLD}.pt"
     if path.exists():
-        try:
-            state = load_checkpoint(path, "probe")["networks"]["probe"]
-            return load_frozen(lambda: Probe(size), state, path, device).to(memory_format=torch.channels_last)
-        except (InputError, KeyError):  # cut short, or of another version
-            print(f"{path}: the kept probe cannot be read, another is trained")
-    probe = Probe(size).to(device, memory_format=torch.channels_last)
-    toys = folder / f"probe_toys{size}"
+        state = load_checkpoint(path, "probe")["networks"]["probe"]
+        return load_frozen(lambda: Probe(size), state, path, device).to(memory_format=torch.channels_last)
+    probe, toys = Probe(size).to(device, memory_format=torch.channels_last), folder / f"probe_toys{size}"
     make_pack(toys, size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
     pack, truth = Pack(toys), torch.from_numpy(np.load(toys / "truth.npy"))
     images = torch.cat([to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack))])
@@ -96,8 +92,7 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
         x, target = images[rows].to(device), truth[rows].to(device)
         # augmentation: generated frames are softer than real ones, a little noisy and off in colour
         noise = 0.04 * torch.randn(1, device=device) * torch.randn_like(x)
-        tint = 0.05 * torch.randn(len(x), 3, 1, 1, device=device)
-        x = x + noise + tint
+        x = x + noise + 0.05 * torch.randn(len(x), 3, 1, 1, device=device)
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         x = torch.lerp(x, blurred, 0.7 * torch.rand(len(x), 1, 1, 1, device=device))
         factors, embeddings = probe(x)
@@ -111,11 +106,10 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     return probe.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is tested, and on whom
+# ------------------------------------------------------------------------------------------ what is tested, and on whom
 
 class ToyTest(NamedTuple):
-    """A probe, and clips of n held-out people, all of T frames, with their ground truth (n, T, 10)."""
+    """A probe, and clips of n held-out people, all of T frames, with their ground truth (n, T, 10)"""
 
     probe: Probe
     pack: Pack
@@ -129,32 +123,41 @@ class ToyTest(NamedTuple):
 
 
 def toy_test(size: int, people: int, cache: str | Path, device) -> ToyTest:
-    """Probe and held-out clips at this size, made in the folder `cache` on first use.
-    Raises InputError: too few people, or the folder cannot be made."""
+    """Probe and held-out clips at this size, made in the folder `cache` on first use. Raises InputError: too few people,
+    or the folder cannot be made."""
     if people < 6:
         raise InputError(f"--people {people}: at least 6, because a trial takes 3 and is compared with another's")
     folder = make_folder(cache)
-    probe = train_probe(size, folder, device)
-    toys = folder / f"test_toys{size}_{people}"
+    probe, toys = train_probe(size, folder, device), folder / f"test_toys{size}_{people}"
     make_pack(toys, size, people, 3.0, TEST, os.cpu_count())
     pack = Pack(toys)
     return ToyTest(probe, pack, np.load(toys / "truth.npy").reshape(len(pack), -1, 10), device)
 
 
 def animator(model, device):
-    """A network of fusion.py -> the function that the tables measure; any other model can be wrapped so:
-    face uint8 (H, W, 3), wav (samples,) at 16 kHz, driving uint8 (T, H, W, 3) or None -> clip (T, 3, H, W) in [-1, 1]."""
+    """A network of fusion.py or pcavs.py -> the function that the tables measure: face uint8 (H, W, 3), wav (samples,)
+    at 16 kHz, driving uint8 (T, H, W, 3) -> clip (T, 3, H, W) in [-1, 1]. Any other model can be wrapped so."""
 
-    def animate(face, wav, driving=None):
-        mel = torch.from_numpy(mel_windows(log_mel(wav), range(n_frames(len(wav))))).to(device)
-        driving = to_tensor(driving).to(device) if driving is not None else None
-        return torch.cat(list(model.animate(to_tensor(face).to(device), mel, driving)))
+    def animate(face, wav, driving):
+        n, face, driving = n_frames(len(wav)), to_tensor(face).to(device), to_tensor(driving).to(device)
+        if isinstance(model, PCAVS):
+            return torch.cat(list(model.animate(face, lws_mel(wav), n, driving)))
+        mel = torch.from_numpy(mel_windows(log_mel(wav), range(n))).to(device)
+        return torch.cat(list(model.animate(face, mel, driving)))
 
     return animate
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the control table
+def load_network(path, device):
+    """Weights of the toy world. Raises InputError: of another kind, or of real faces."""
+    pcavs = load_checkpoint(path, ("weights", "stage3", "pcavs"))["kind"] == "pcavs"
+    model = (load_pcavs if pcavs else load_model)(path, device)
+    if model.config.template != "toy":
+        raise InputError(f"{path}: a network of real faces has no ground truth to be compared with")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- the control table
 
 def correlation(a, b) -> float:
     """Pearson's r of two curves of the same shape, over all axes; 0 where one of them is constant."""
@@ -186,17 +189,16 @@ def table_row(read, speech, driving, wrong, identity: float) -> dict:
     def r(name, truth):
         return correlation(read[..., COLUMN[name]], truth[..., COLUMN[name]])
 
-    row = {name: r(name, speech) for name in ("open", "wide")}
+    row = dict(open=r("open", speech), wide=r("wide", speech))
     row |= {"wrong sound": r("open", wrong), "driving mouth": r("open", driving)}
     row |= {name: r(name, driving) for name in ("yaw", "pitch", "roll", "blink")}
     row |= {"gaze": (r("gaze_x", driving) + r("gaze_y", driving)) / 2, "identity": identity}
-    row["open range"] = float(read[..., COLUMN["open"]].std() / speech[..., COLUMN["open"]].std())
-    return row
+    return row | {"open range": float(read[..., COLUMN["open"]].std() / speech[..., COLUMN["open"]].std())}
 
 
 def control_table(animate, test: ToyTest) -> dict:
-    """The row of a network, given as `animator` returns it: in trial a, person a has the face, a + 1 the sound, and a + 2
-    the driving frames, so every clip plays each part once."""
+    """The row of a network, given as `animator` returns it: in trial a, person a has the face, a + 1 the sound, and a +
+    2 the driving frames, so every clip plays each part once."""
     n, pack, truth = len(test.pack), test.pack, test.truth
     read, embeddings, gallery = [], [], []
     for a in tqdm(range(n), desc="trials", leave=False, disable=None):
@@ -219,24 +221,14 @@ def probe_row(test: ToyTest) -> dict:
     return row | {"driving mouth": 0.0}  # nothing is driven
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the matrix of changes
+# ------------------------------------------------------------------------------------------------ the matrix of changes
 
-def driving_frames(test: ToyTest, c: int, T: int, group: str | None = None, other: int | None = None) -> np.ndarray:
+def driving_frames(test: ToyTest, c: int, T: int, group: str = "", other: int = 0) -> np.ndarray:
     """Clip c drawn again, with one group of factors of clip `other` -> uint8 (T, H, W, 3)"""
-    states = test.truth[c, :T].copy()
-    for name in GROUPS[group] if group else ():
+    states, who = test.truth[c, :T].copy(), person(TEST + c)
+    for name in GROUPS.get(group, ()):
         states[:, COLUMN[name]] = test.truth[other, :T, COLUMN[name]]
-    who = person(TEST + c)
     return np.stack([draw(who, dict(zip(FACTORS, map(float, state))), test.pack.size) for state in states])
-
-
-def unrelated_difference(test: ToyTest, names, T: int) -> float:
-    """R.m.s. difference of two unrelated real clips, each factor in units of its standard deviation"""
-    truth, n = test.truth, len(test.truth)
-    squares = [np.mean(np.square(truth[c, :T, i] - truth[(c + 5) % n, :T, i]) / truth[..., i].var())
-               for c in range(n) for i in map(COLUMN.get, names)]
-    return np.sqrt(np.mean(squares))
 
 
 def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
@@ -244,13 +236,20 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
 
     Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors
     of the driving clip. A cell is the r.m.s. difference of the readings, over that of two unrelated real clips. Perfect
-    is 1 for what the input should move, else 0.
-    """
+    is 1 for what the input should move, else 0."""
     n, pack, truth = len(test.pack), test.pack, test.truth
-    scale = {name: unrelated_difference(test, names, T) for name, names in MOVED.items()}
+    deviation = truth.reshape(-1, truth.shape[-1]).std(0)
+
+    def difference(a, b):
+        """r.m.s. of each column of MOVED, in units of the factors' deviation"""
+        squares = np.square((a - b) / deviation)
+        return {name: np.sqrt(squares[:, [COLUMN[k] for k in names]].mean()) for name, names in MOVED.items()}
+
+    unrelated = [difference(truth[c, :T], truth[(c + 5) % n, :T]) for c in range(n)]
+    scale = {name: np.sqrt(np.mean([row[name] ** 2 for row in unrelated])) for name in MOVED}
     real = torch.stack([mean_embedding(test.probe.readings(test.clip(c, range(0, 50, 10)))[1]) for c in range(n)])
     apart = float(1 - (real * real.roll(-5, 0)).sum(1).mean())  # cosine distance of two people
-    rows = {name: {column: [] for column in (*MOVED, "identity")} for name in ("face", "sound", *GROUPS)}
+    rows = {name: [] for name in ("face", "sound", *GROUPS)}
     for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
         a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
         face, sound, driving = pack.frame(a, 0), pack.sound(b)[: 640 * T], driving_frames(test, c, T)
@@ -260,73 +259,29 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
         before, e_before = test.probe.readings(animate(face, sound, driving))
         for name, inputs in variants.items():
             after, e_after = test.probe.readings(animate(*inputs))
-            for column, names in MOVED.items():
-                at = [COLUMN[k] for k in names]
-                moved = (after - before)[:, at].cpu().numpy() / truth[..., at].reshape(-1, len(at)).std(0)
-                rows[name][column].append(np.sqrt(np.square(moved).mean()) / scale[column])
+            moved = difference(after.cpu().numpy(), before.cpu().numpy())
             cosine = float(mean_embedding(e_before) @ mean_embedding(e_after))
-            rows[name]["identity"].append((1 - cosine) / apart)
-    return {name: {column: float(np.mean(v)) for column, v in row.items()} for name, row in rows.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the report
-
-@torch.no_grad()
-def inversion_table(model, test: ToyTest, frames: int = 4) -> dict:
-    """Held-out people as the generator makes them from their codes, with its own weights and with those that the
-    hypernetwork changes for each of them in 1, 2, .. refinements: L1 in grey levels (of 255), and the cosine of the
-    probe's embeddings."""
-    rows = {}
-    for c in range(len(test.pack)):
-        real = test.clip(c, np.linspace(0, test.pack.n_frames[c] - 1, frames).astype(int))
-        z, deltas = model.invert(real), None
-        for n in range(1 + (model.config.refine if model.hyper else 0)):
-            deltas = model.refine(real, z, deltas) if n else None
-            fake = model.decode(z, deltas).clamp(-1, 1)
-            levels = np.abs(to_uint8(fake).astype(np.float64) - to_uint8(real)).mean()
-            same = (test.probe(fake)[1] * test.probe(real)[1]).sum(1).mean()
-            rows.setdefault(f"{n} refinements" if n else "the generator's own weights", []).append((levels, float(same)))
-    return {name: dict(zip(("L1", "identity"), np.mean(values, 0))) for name, values in rows.items()}
-
-
-def markdown(rows: dict) -> str:
-    """{row name: {column: number, or text}} -> a table"""
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [row[c] if isinstance(row[c], str) else f"{row[c]:.2f}" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def control_report(animators: dict, test: ToyTest) -> dict:
-    """Prints the control table of {name: network as `animator` returns it} and the matrix of each -> {name: numbers}"""
-    rows = {f"real frames, {test.pack.size} px (the probe's ceiling)": probe_row(test)}
-    rows |= {name: control_table(animate, test) for name, animate in animators.items()}
-    print(markdown(rows))
-    for name, animate in animators.items():
-        matrix = rows[f"{name} matrix"] = change_matrix(animate, test)
-        print(f"\n{name}: change one input (row), see what moves (column)\n{markdown(matrix)}\n")
-    return rows
+            row = {column: value / scale[column] for column, value in moved.items()}
+            rows[name].append(row | dict(identity=(1 - cosine) / apart))
+    return {name: {column: float(np.mean([row[column] for row in found])) for column in found[0]}
+            for name, found in rows.items()}
 
 
 def toy_report(args, device):
-    """`python evaluate.py toy WEIGHTS ..`"""
+    """`python evaluate.py toy WEIGHTS ..`: the control table, and the matrix of each network"""
     if args.json:
         check_output(args.json, True, (".json",))  # before minutes of work
-    models, report = {path: load_model(path, device, ("weights", "stage3", "stage2")) for path in args.weights}, {}
-    if any(m.config.template != "toy" for m in models.values()):
-        raise InputError("toy: a network of real faces has no ground truth to be compared with")
-    for size in sorted({m.config.size for m in models.values()}):
+    models, report = {path: load_network(path, device) for path in args.weights}, {}
+    for size in sorted({model.config.size for model in models.values()}):
         test = toy_test(size, args.people, args.cache, device)
-        same_size = {path: m for path, m in models.items() if m.config.size == size}
-        for path, m in same_size.items():
-            table = report[f"{path} inversion"] = inversion_table(m, test)
-            print(f"{path}: images of held-out people from their codes alone\n{markdown(table)}\n")
-        animators = {path: animator(m, device) for path, m in same_size.items() if m.kind != "stage2"}
-        if animators:
-            report |= control_report(animators, test)
+        animators = {path: animator(m, device) for path, m in models.items() if m.config.size == size}
+        rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(test)}
+        rows |= {path: control_table(animate, test) for path, animate in animators.items()}
+        print(markdown(rows))
+        report |= rows
+        for path, animate in animators.items():
+            matrix = report[f"{path} matrix"] = change_matrix(animate, test)
+            print(f"\n{path}: change one input (row), see what moves (column)\n{markdown(matrix)}\n")
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
         toy_page(Path(args.json), report, args.weights)

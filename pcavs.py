@@ -6,8 +6,8 @@ Zhou et al., "Pose-Controllable Talking Face Generation by Implicitly Modularize
     python pcavs.py sample face.jpg speech.wav --pose pose.mp4 --weights checkpoints/demo   # talk.mp4, published weights
     python pcavs.py sample examples/face.png examples/speech.wav --out toy.mp4   # shipped toy weights, 100 frames, 2 s
     python pcavs.py train --bf16                                  # the toy world at 32 px; docs/pcavs.md has the result
-    python pcavs.py evaluate clip.mp4 --weights checkpoints/demo  # or pairs.csv of the authors' demo
-    python pcavs.py align frames/                                 # frames_cropped/, for --aligned and pairs.csv
+    python pcavs.py pairs clip.mp4 --weights checkpoints/demo     # real/ and fake/ for evaluate.py; or the demo's .csv
+    python pcavs.py align frames/                                 # frames_cropped/, for --aligned and pairs
 
 What differs from the authors' code:
 - Their frames begin with the third and their sound with the first, so their video leads by 80 ms. Ours is in step.
@@ -22,7 +22,6 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import json
 import time
 from collections import OrderedDict
 from functools import lru_cache
@@ -40,13 +39,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import control
-import evaluate
 import judges
 from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
-    StepTimer, check_finite, claim_output, cosine_warmup, half, load_checkpoint, load_frozen, load_strictly,
-    open_log, pick_device, read_weights, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
+    StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_frozen, load_strictly,
+    millions, open_log, pick_device, progress, read_weights, refusing, restore_optimiser, run_options, save_checkpoint,
+    update_ema, write_log)
 from data import Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import (
     ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, mask_mouth,
@@ -113,8 +111,7 @@ class Config:
         return cls(**(dict(size=size) | dial[size] | overrides))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the four networks. V, identity: ResNeXt50 32x4d (Xie et al. 2017), its last map brought to G's width
+# ----------------- the four networks. V, identity: ResNeXt50 32x4d (Xie et al. 2017), its last map brought to G's width
 
 def shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
     """Beside a residual block: 1x1 convolution and BatchNorm where channels or size change, else the identity"""
@@ -287,8 +284,8 @@ class FaceGenerator(nn.Module):
         return [torch.randn(1, 1, s, s, generator=generator) for s in sizes]
 
     def forward(self, style, identity_map, noise="random"):
-        """style (N, D), identity_map (N, C, start, start), noise: a list of maps, "random" or "off" -> (N, 3, size, size)
-        in (-1, 1)"""
+        """style (N, D), identity_map (N, C, start, start), noise: a list of maps, "random" or "off" -> (N, 3, size,
+        size) in (-1, 1)"""
         assert style.shape[1] == self.dim, f"style is {tuple(style.shape)}, expected (N, {self.dim})"
         noise = [noise] * (len(self.convs) + 1) if isinstance(noise, str) else noise
         x = self.conv1(identity_map, style, noise[0])
@@ -324,12 +321,9 @@ class PCAVS(nn.Module):
 
     @torch.inference_mode()
     def animate(self, photo, mel, n: int, pose=None, noise="off", bf16=False, batch: int = 0):
-        """Frames 0 .. n-1 of a talking face, as a stream of (b, 3, H, W) in (-1, 1).
-
-        photo (3, H, W) in [-1, 1]; mel (S, 80) of `lws_mel`; noise of G, "off" or a list of maps
-        pose: iterable of pose frames (3, H, W), by default the photo. The codes of fewer than n go there and back.
-        batch: frames at once; 0: as many as fit into a cache (4 at 224 px), 16 on a GPU
-        """
+        """Frames 0 .. n-1 of a talking face, as a stream of (b, 3, H, W) in (-1, 1). photo (3, H, W) in [-1, 1]; mel
+        (S, 80) of `lws_mel`; pose: iterable of frames (3, H, W), by default the photo; fewer than n go there and back.
+        batch: frames at once; 0: as many as fit into a cache (4 at 224 px), 16 on a GPU"""
         c, autocast = self.config, torch.autocast(photo.device.type, torch.bfloat16, enabled=bf16)
         batch = batch or (16 if photo.is_cuda else max(4, min(64, (448 // c.size) ** 2)))
         frames = itertools.islice([photo] if pose is None else pose, n)
@@ -346,8 +340,7 @@ class PCAVS(nn.Module):
             yield fake
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weights
+# -------------------------------------------------------------------------------------------------------------- weights
 
 UNUSED = {"G": ("style.", "input.", "noises."), "V": ("fc.", "model.fc."),
           "E": ("classifier.", "mouth_fc.", "headpose_fc."), "A": ("fc.",)}  # heads of training, G's mapping and constant
@@ -369,7 +362,8 @@ def load_published(folder: Path, config: Config | None = None, device="cpu") -> 
 
 
 def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
-    """Networks for inference: a folder of the four published files, or a weights.pt of `train`. InputError: see there."""
+    """Networks for inference: a folder of the four published files, or a weights.pt of `train`. InputError: see
+    there."""
     if Path(path).is_dir():
         return load_published(Path(path), device=device)
     checkpoint = load_checkpoint(path, "pcavs")
@@ -378,8 +372,7 @@ def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
     return model.to(device).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the networks' input: the authors' alignment for published weights, a template's square for weights of `train`
+# -------- the networks' input: the authors' alignment for published weights, a template's square for weights of `train`
 
 def ready_box(image: np.ndarray) -> tuple:
     """The networks' input in an image that is aligned already, by `align` or by the authors"""
@@ -416,8 +409,8 @@ def clip_frames(path: Path, n: int | None, height: int | None = None):
 
 
 def track_clip(path: Path, n: int | None) -> np.ndarray:
-    """Eyes and mouth in the first n frames of a clip, complex (T, 3), in units of a frame's height. Raises InputError: no
-    face detector; no face, or one in less than half of the frames."""
+    """Eyes and mouth in the first n frames of a clip, complex (T, 3), in units of a frame's height. Raises InputError:
+    no face detector; no face, or one in less than half of the frames."""
     need_detector()
     frames = clip_frames(path, n, LOOK_HEIGHT)
     for before, frame in enumerate(frames):  # noqa: B007
@@ -442,8 +435,8 @@ def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
 
 
 def clip_crops(path: str | Path, n: int, config: Config, aligned: bool):
-    """The first n frames of a video, or of a folder of images as the authors store aligned clips, as the networks' input:
-    a stream of uint8 (size, size, 3). InputError, no face: before the stream begins."""
+    """The first n frames of a video, or of a folder of images as the authors store aligned clips, as the networks'
+    input: a stream of uint8 (size, size, 3). InputError, no face: before the stream begins."""
     path, size, published = Path(path), config.size, config.template not in TEMPLATES
     if images_in(path) or aligned and published:
         box = ready_box if published else middle_square
@@ -473,8 +466,7 @@ def align(args):
         pairs_file.write_text("".join(pairs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a photo, speech, a pose clip -> a talking face; and measuring it
+# ----------------------------------------------------- a photo, speech, a pose clip -> a talking face; and measuring it
 
 def render(model, crop, wav, pose, args, device):
     """crop uint8 (size, size, 3), wav (n,), pose: iterable of such crops -> a stream of frames, uint8 (size, size, 3)"""
@@ -506,9 +498,9 @@ def sample(args):
 
 
 def read_pairs(path: Path) -> list[list]:
-    """The authors' csv -> photo, pose, speech and real frames of each line; pose and real frames may be None. The fields:
-    photo folder, number, pose folder, number, sound, folder of real frames, number, mel file. Numbers and mel file are
-    not used. Names are relative to the working directory, or to the csv."""
+    """The authors' csv -> photo, pose or None, speech, real frames or None of each line. Its fields: photo folder,
+    number, pose folder, number, sound, folder of real frames, number, mel file; relative to the working directory or the
+    csv."""
     jobs = []
     for i, line in enumerate(check_file(path).read_text(errors="replace").splitlines(), start=1):
         fields, job = line.split(), []
@@ -538,12 +530,9 @@ def write_clips(model, job, fake_file, real_file, args, device):
                 video.write(frame)
 
 
-def measure(args):
-    if bool(args.clips) == args.toy:
-        raise InputError("give clips, a file of pairs (.csv), or --toy")
+def pairs(args):
+    """Each clip generated again from its first frame, sound and head pose, or each line of a file of pairs"""
     device = pick_device(args.device)
-    if args.toy:
-        return toy_table(load_pcavs(args.weights, device), args, device)
     if args.clips[0].endswith(".csv"):
         jobs, args.aligned = read_pairs(Path(args.clips[0])), True              # the authors' pairs are aligned
     else:
@@ -555,28 +544,11 @@ def measure(args):
         raise InputError(f"{others[0]}: is of another run and would be measured: remove it or give another --out")
     for job, name in zip(jobs, names):
         write_clips(model, job, fake / name, real / name, args, device)
-    print(f"{fake}: {len(jobs)} clips; {sum(job[3] is not None for job in jobs)} have real frames to compare them with")
-    if any(job[3] for job in jobs):
-        more = ["--bf16"] * args.bf16 + (["--json", args.json] if args.json else [])
-        evaluate.main(["pair", str(real), str(fake), "--device", args.device, *more])
+    print(f"{fake}: {len(jobs)} clips, {sum(job[3] is not None for job in jobs)} with real frames. Measure them with\n"
+          f"    python evaluate.py pair {real} {fake}")
 
 
-def toy_table(model, args, device):
-    """control.py's two tables"""
-    def animate(face, wav, driving=None):
-        n, pose = (n_frames(len(wav)), None) if driving is None else (len(driving), to_tensor(driving))
-        return torch.cat(list(model.animate(to_tensor(face).to(device), lws_mel(wav), n, pose, bf16=args.bf16))).float()
-
-    if model.config.template != "toy":
-        raise InputError("--toy: networks of real faces have no ground truth to be compared with")
-    test = control.toy_test(model.config.size, 32, "out/evaluate", device)
-    rows = control.control_report({str(args.weights): animate}, test)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ------------------------------------------------------------------------------------------------------------- training
 
 FRAMES = 4                                     # K; ours
 TEACHER_SHARE = 0.3                            # ours: of the steps; G's pose input is the linear teacher's code, then E's
@@ -642,11 +614,9 @@ def small_frames(frames, template: str):
 
 @torch.no_grad()
 def fit_pose_teacher(teacher: nn.Linear, pack: Pack, clips, per_clip: int = 16, ridge: float = 0.1):
-    """Ours. A linear pose code in closed form: the target of E's pose code, and G's pose input in the first steps.
-
-    A frame minus its clip's mean is motion. A linear map that predicts it from the frame alone, fitted over many people,
-    cannot use directions in which people differ. People never seen, 32 px: yaw r .91, pitch .83, roll .88.
-    """
+    """Ours. A linear pose code in closed form: the target of E's pose code, and G's pose input in the first steps. A
+    frame minus its clip's mean is motion. A linear map that predicts it from the frame alone, fitted over many people,
+    cannot use directions in which people differ. People never seen, 32 px: yaw r .91, pitch .83, roll .88."""
     rng, codes = np.random.default_rng(2), []
     for c in rng.permutation(clips)[:400]:
         length = int(pack.n_frames[c])
@@ -710,13 +680,12 @@ def build(args, pack, device):
                 teacher=nn.utils.skip_init(nn.Linear, 768, model.config.pose).to(device).requires_grad_(False),
                 people=nn.Linear(32 * model.config.v_base, len(pack.identities)).to(device))
     encoders = [p for net in (model.V, model.E, model.A, nets["people"]) for p in net.parameters()]
-    groups = [dict(params=encoders, lr=args.lr, initial_lr=args.lr),
-              dict(params=model.G.parameters(), lr=G_RATE * args.lr, initial_lr=G_RATE * args.lr)]
-    opts = dict(g=torch.optim.Adam(groups, betas=(0.9, 0.99)))                  # ours: L1 leads
+    groups = [dict(params=encoders, initial_lr=args.lr), dict(params=model.G.parameters(), initial_lr=G_RATE * args.lr)]
+    opts = dict(g=torch.optim.Adam(groups, args.lr, betas=(0.9, 0.99)))         # ours: L1 leads
     if args.w_adv:
         nets["D"] = Discriminator(args.size, base=2048).to(device)              # 64 channels at 32 px
-        group = dict(params=nets["D"].parameters(), lr=args.lr, initial_lr=args.lr)
-        opts["d"] = torch.optim.Adam([group], betas=(0.0, 0.99))
+        group = dict(params=nets["D"].parameters(), initial_lr=args.lr)
+        opts["d"] = torch.optim.Adam([group], args.lr, betas=(0.0, 0.99))
     return nets, opts
 
 
@@ -746,11 +715,10 @@ def train(args):
     clips = ClipFrames(pack, FRAMES, args.seed, drawn_clips(pack, parts["train"], args))
     stream = batches(clips, args.batch // FRAMES, start)
     print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+          f"{millions(model)}")
     weight = WEIGHTS | dict(vgg=args.w_vgg, adv=args.w_adv)
     log, timer = open_log(path.with_name("log_pcavs.jsonl"), args), StepTimer(device)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="PC-AVS", disable=None)
-    for step in bar:
+    for step in (bar := progress("PC-AVS", start, args.steps)):
         batch = timer.next(stream)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             terms, real, fake = loss_terms(nets, batch, step, args)
@@ -758,11 +726,7 @@ def train(args):
             d_terms = discriminator_terms(nets["D"], real, fake, step) if "D" in nets else {}
         for opt, losses in zip(opts.values(), (terms, d_terms)):
             check_finite(losses, step)
-            for group in opt.param_groups:
-                group["lr"] = group["initial_lr"] * cosine_warmup(step, args.steps)
-            opt.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()
-            opt.step()
+            descend(opt, sum(losses.values()), cosine_warmup(step, args.steps))
         update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
         last = step + 1 == args.steps
@@ -796,9 +760,11 @@ def save_samples(path, model, pack, clips, device, n=8):
 def parse(argv=None):
     parser = Parser(description="PC-AVS: identity from a photo, lips from speech, head pose from a second video")
     commands = parser.add_subparsers(dest="command", required=True)
-    options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    p = talk = commands.add_parser("sample", help="a photo, speech, a pose video -> a talking face", **options)
+    texts = dict(sample="a photo, speech, a pose video -> a talking face", train="train the four networks together",
+                 pairs="clips generated again, beside the real ones, for evaluate.py pair",
+                 align="crop clips as published weights need it: CLIP_cropped/")
+    p, learn, test, crop = (commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                            for name, text in texts.items())
     p.add_argument("face", help="photo")
     p.add_argument("speech", help="sound, or video with it")
     p.add_argument("--pose", help="video, or folder of aligned images, for the head pose; default: the photo's own")
@@ -806,44 +772,32 @@ def parse(argv=None):
     p.add_argument("--grid", action="store_true", help="photo, pose and result side by side (the pose clip is in memory)")
     p.add_argument("--box", metavar="x0,y0,x1,y1", help="where the face is in the photo, in pixels")
     p.add_argument("--face", type=int, dest="number", metavar="N", help="the N-th largest face")
-
-    p = test = commands.add_parser("evaluate", help="generate clips and measure them against the real frames", **options)
-    p.add_argument("clips", nargs="*", help="videos with sound, to be generated again, or a file of pairs (.csv)")
-    p.add_argument("--toy", action="store_true", help="weights of the toy world: control.py's table, no clips")
-    p.add_argument("--out", default="out/pcavs_eval", help="folder for the clips real/ and fake/")
-    p.add_argument("--json", help="write evaluate.py's numbers there as well")
-    for p in (talk, test):
-        p.add_argument("--weights", default=TOY_WEIGHTS, help="folder of the published files, or a weights.pt of train")
-        p.add_argument("--aligned", action="store_true", help="published weights: the images are aligned already")
-
-    p = learn = commands.add_parser("train", help="train the four networks together", **options)
-    p.add_argument("--out", default="out/pcavs32", help="folder of checkpoint, log and images")
-    p.add_argument("--data", nargs="+", help="packs of prepare.py; default: the toy world, drawn into --out")
-    split_options(p)
-    p.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the images: the dial")
-    p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
-    p.add_argument("--steps", type=int, default=2000)
-    p.add_argument("--batch", type=int, default=32, help=f"images a step, {FRAMES} of each clip")
-    p.add_argument("--lr", type=float, default=2e-3, help="learning rate of V, E, A_sync; five times that for G")
-    p.add_argument("--w-adv", type=float, default=0.0, help="weight of the adversary; published 1")
-    p.add_argument("--w-vgg", type=float, default=0.0, help="weight of VGG19's features (downloads it); published 10")
-    p.add_argument("--resume", action="store_true", help="continue the checkpoint in --out")
-
-    p = crop = commands.add_parser("align", help="crop clips as published weights need it: CLIP_cropped/", **options)
-    p.add_argument("clips", nargs="+", help="folders of images, each one clip, or videos")
-    p.add_argument("--csv", help="file of pairs to write, for `evaluate`: each video drives itself")
-    for p in (talk, test, learn, crop):
-        p.add_argument("--overwrite", action="store_true", help="replace what exists")
-    for p in (talk, test, learn):
-        p.add_argument("--seed", type=int, default=0, help="of the generator's noise, and of training")
-        p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-        p.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a GPU or a CPU with AMX")
+    test.add_argument("clips", nargs="+", help="videos with sound, or the authors' file of pairs (.csv)")
+    test.add_argument("--out", default="out/pcavs_pairs", help="folder for the clips real/ and fake/")
+    for command in (p, test):
+        command.add_argument("--weights", default=TOY_WEIGHTS, help="folder of published files, or a weights.pt of train")
+        command.add_argument("--aligned", action="store_true", help="published weights: images are aligned already")
+        command.add_argument("--seed", type=int, default=0, help="of the generator's noise")
+        command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    run_options(learn, "out/pcavs32", steps=2000, batch=32, lr=2e-3, of=f"images, {FRAMES} of each clip,")
+    learn.add_argument("--data", nargs="+", help="packs of prepare.py; default: the toy world, drawn into --out")
+    split_options(learn)
+    learn.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the images: the dial")
+    learn.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
+    learn.add_argument("--w-adv", type=float, default=0.0, help="weight of the adversary; published 1")
+    learn.add_argument("--w-vgg", type=float, default=0.0, help="weight of VGG19's features (downloads it); published 10")
+    crop.add_argument("clips", nargs="+", help="folders of images, each one clip, or videos")
+    crop.add_argument("--csv", help="file of pairs to write, for `pairs`: each video drives itself")
+    for command in (p, test, crop):
+        command.add_argument("--overwrite", action="store_true", help="replace what exists")
+    for command in (p, test, learn):
+        command.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a GPU or a CPU with AMX")
     return parser.parse_args(argv, batch=(FRAMES, 10**5))
 
 
 def main(argv=None):
     args = parse(argv)
-    dict(sample=sample, evaluate=measure, train=train, align=align)[args.command](args)
+    dict(sample=sample, pairs=pairs, train=train, align=align)[args.command](args)
 
 
 if __name__ == "__main__":

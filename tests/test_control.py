@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,16 +11,15 @@ import torch
 
 import control
 import evaluate
-import fusion
 import toyfaces
 from audio import log_mel, mel_windows
-from checkpoint import save_checkpoint
-from control import Probe, ToyTest, animator, change_matrix, control_table, correlation, markdown, probe_row, retrieval
+from control import (
+    Probe, ToyTest, animator, change_matrix, control_table, correlation, load_network, markdown, probe_row, retrieval)
 from media import run, to_tensor, to_uint8
 from toyfaces import FACTORS, TEST, person
 
 LIPS = [FACTORS.index("open"), FACTORS.index("wide")]
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parent.parent
 
 
 def test_correlation_is_pearsons_over_all_axes_and_zero_for_a_constant_curve():
@@ -96,22 +96,6 @@ def test_a_trained_probe_is_kept_with_the_scale_of_each_factor(tmp_path, monkeyp
     x = torch.randn(2, 3, 16, 16)
     for a, b in zip(probe.readings(x), again.readings(x)):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("damage", ["no checkpoint", "another network", "nothing in it"])
-def test_a_kept_probe_that_is_damaged_is_trained_anew(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(control.os, "cpu_count", lambda: 1)
-    few = dict(people=4, steps=2, batch=6)
-    control.train_probe(16, tmp_path, CPU, **few)
-    kept = tmp_path / f"probe16_world{toyfaces.WORLD}.pt"
-    networks = {"another network": dict(probe=torch.nn.Linear(2, 3).state_dict()), "nothing in it": {}}
-    if damage in networks:
-        save_checkpoint(kept, dict(kind="probe", format=1, networks=networks[damage]))
-    else:
-        kept.write_bytes(kept.read_bytes()[:999])
-    control.train_probe(16, tmp_path, CPU, **few)
-    monkeypatch.setattr(control, "make_pack", None)  # what was trained anew is kept, and whole
-    control.train_probe(16, tmp_path, CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -268,30 +252,6 @@ def test_the_matrix_is_one_where_an_input_should_move_something_and_zero_elsewhe
             assert value == pytest.approx(float(column == moved), abs=0.02), (name, column)
 
 
-def test_the_inversion_table_has_a_row_for_each_refinement():
-    """A generator that is 9 grey levels off, and 3 less after each of two refinements"""
-    pictures = 2 * torch.arange(4 * 3 * 8 * 8).reshape(4, 3, 8, 8) % 201 / 255 - 1         # whole grey levels
-    network = SimpleNamespace(
-        config=SimpleNamespace(refine=2), hyper=True, invert=lambda x: x,
-        refine=lambda x, z, deltas: (deltas or 0) + 1, decode=lambda z, deltas: z + (9 - 3 * (deltas or 0)) / 127.5)
-
-    class OneClip(list):
-        n_frames = [4]
-
-        def frames(self, c, seen):
-            return to_uint8(pictures[seen])
-
-    pack = OneClip(["clip"])
-
-    def embed(x):
-        return None, torch.nn.functional.normalize(x.flatten(1), dim=1)
-
-    rows = control.inversion_table(network, ToyTest(embed, pack, None, CPU))
-    assert [round(row["L1"], 3) for row in rows.values()] == [9, 6, 3]
-    same = [row["identity"] for row in rows.values()]
-    assert same == sorted(same) and same[-1] < 1
-
-
 @pytest.fixture
 def toy_world(world, monkeypatch):
     """The toy world on disk, the probe and the networks "good" and "deaf" replaced"""
@@ -301,12 +261,11 @@ def toy_world(world, monkeypatch):
 
     networks = dict(good=Network(world), deaf=Network(world, ("sound",)))
     stand_ins = dict(
-        load_model=lambda path, device, kinds: networks[path],
+        load_network=lambda path, device: networks[path],
         train_probe=lambda size, folder, device: world,
         draw=world.draw,
         make_pack=make_pack,
         Pack=lambda folder: world,
-        inversion_table=lambda model, test: {"the generator's own weights": dict(L1=3.0, identity=0.5)},
         change_matrix=functools.partial(change_matrix, trials=1),
     )
     for name, stand_in in stand_ins.items():
@@ -341,13 +300,19 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(toy_world, tmp_path, c
     text = tmp_path / "notes.txt"
     text.write_text("not weights")
     with monkeypatch.context() as patch:
-        patch.setattr(control, "load_model", fusion.load_model)
+        patch.setattr(control, "load_network", load_network)
         assert "nowhere.pt" in refused(capsys, tmp_path / "nowhere.pt")
         assert "notes.txt" in refused(capsys, text)
+        assert "face.pt: a network of real faces" in refused(capsys, ROOT / "weights" / "face.pt")
     assert "nonsense" in refused(capsys, "good", "--device", "nonsense")
     assert "nowhere" in refused(capsys, "good", "--json", tmp_path / "nowhere" / "a.json")
-    monkeypatch.setattr(control, "inversion_table", None)  # nothing is measured
+    monkeypatch.setattr(control, "probe_row", None)  # nothing is measured
     assert "--people 5" in refused(capsys, "good", "--people", 5, "--cache", tmp_path / "cache")
     assert "notes.txt" in refused(capsys, "good", "--cache", text / "cache")
-    toy_world["good"].config.template = "face"
-    assert "real faces" in refused(capsys, "good")
+
+
+def test_pc_avs_is_measured_by_the_same_table():
+    model = load_network(ROOT / "weights" / "pcavs_toy.pt", "cpu")
+    frames, wav, _ = toyfaces.toy_clip(3, 0.28, 32)
+    clip = animator(model, "cpu")(frames[0], wav, frames)
+    assert clip.shape == (7, 3, 32, 32) and clip.dtype == torch.float32 and (clip - to_tensor(frames)).abs().mean() < 0.2

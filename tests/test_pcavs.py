@@ -633,8 +633,7 @@ BAD = [  # (what is done, the arguments, what the line says)
     ("text", ["sample", "face.png", "speech.wav", "--weights", "text"], "text: damaged, cut short"),
     ("another kind", ["sample", "face.png", "speech.wav", "--weights", "other.pt"], "is a 'weights' checkpoint"),
     ("", ["sample", "face.png", "speech.wav", "--device", "toaster"], "--device toaster"),
-    ("", ["evaluate"], "give clips"),
-    ("text", ["evaluate", "text.csv"], "line 1 has 3 fields, expected 8"),
+    ("text", ["pairs", "text.csv"], "line 1 has 3 fields, expected 8"),
 ]
 
 
@@ -684,13 +683,15 @@ def test_a_toy_networks_photo_of_another_kind_gets_one_line(folder, weights, cap
 
 
 def test_a_clip_is_generated_from_itself_and_measured(folder, weights, capsys):
-    pcavs.main(["evaluate", "pose.mp4", "--weights", str(weights), "--out", "eval", "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert "1 clips; 1 have real frames" in printed and "PSNR" in printed
+    pcavs.main(["pairs", "pose.mp4", "--weights", str(weights), "--out", "eval", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "1 clips, 1 with real frames" in out
     real, fake = frames_of("eval/real/001_pose.mp4"), frames_of("eval/fake/001_pose.mp4")
     assert real.shape == fake.shape == (7, 16, 16, 3)
     clip = np.stack([Image.fromarray(f).resize((16, 16), Image.Resampling.LANCZOS) for f in frames_of("pose.mp4")])
     assert abs(real.astype(int) - clip).mean() < 12
+    args = evaluate.parse(out.splitlines()[-1].split()[2:])
+    assert (args.command, args.real) == ("pair", str(folder / "eval" / "real")) and args.fake.endswith("eval/fake")
 
 
 def test_the_authors_file_of_pairs(folder, weights, capsys):
@@ -705,8 +706,8 @@ def test_the_authors_file_of_pairs(folder, weights, capsys):
     first, second = pcavs.read_pairs(Path("demo.csv"))
     assert first == [Path("id"), Path("poses"), Path("speech.wav"), Path("mouths")]
     assert second == [Path("id/000000.png"), None, Path("speech.wav"), None]
-    pcavs.main(["evaluate", "demo.csv", "--weights", str(weights), "--out", "eval", "--device", "cpu"])
-    assert "2 clips; 1 have real frames" in capsys.readouterr().out
+    pcavs.main(["pairs", "demo.csv", "--weights", str(weights), "--out", "eval", "--device", "cpu"])
+    assert "2 clips, 1 with real frames" in capsys.readouterr().out
     assert sorted(p.name for p in Path("eval/fake").iterdir()) == ["001_speech.mp4", "002_speech.mp4"]
     assert [p.name for p in Path("eval/real").iterdir()] == ["001_speech.mp4"]
 
@@ -722,18 +723,14 @@ def test_what_a_line_of_pairs_names_exists(folder, line, message):
         pcavs.read_pairs(Path("demo.csv"))
 
 
-def test_clips_of_another_run_are_not_measured(folder, weights, monkeypatch):
-    asked = []
-    monkeypatch.setattr(evaluate, "main", asked.append)
-    command = ["evaluate", "--weights", str(weights), "--out", "eval", "--device", "cpu", "--bf16"]
+def test_clips_of_another_run_are_not_measured(folder, weights):
+    command = ["pairs", "--weights", str(weights), "--out", "eval", "--device", "cpu", "--bf16"]
     for name in "ab":
         Path(name).mkdir()
         os.symlink(folder / "pose.mp4", f"{name}/00001.mp4")
     pcavs.main([*command, "a/00001.mp4", "b/00001.mp4"])                        # two of one name
     assert {str(path) for path in Path("eval").rglob("*.mp4")} == {f"eval/{k}/00{n}_00001.mp4" for k in ("real", "fake")
                                                                   for n in (1, 2)}
-    args = evaluate.parse(asked[0])
-    assert args.device == "cpu" and args.bf16 and args.real.endswith("eval/real")
     with pytest.raises(InputError, match="00001.mp4: is of another run and would be measured"):
         pcavs.main([*command, "pose.mp4", "--overwrite"])
     with pytest.raises(InputError, match="001_00001.mp4: exists; give --overwrite"):
