@@ -14,8 +14,8 @@ Lengths are in distances between the outer corners of the eyes, MSE in (per cent
 Axes: B clips, T frames, J steps of 10 ms, D (+ E) codes, W width, P moments of a word.
 """
 
-import argparse
 import math
+from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -37,13 +37,14 @@ import sample as photos
 import toyfaces
 from audio import N_MELS, AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
-    StepTimer, check_finite, claim_output, cosine_warmup, load_checkpoint, load_strictly, open_log, pick_device,
-    refusing, restore_optimiser, save_checkpoint, write_log)
+    StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
+    pick_device, progress, refusing, restore_optimiser, run_options, save_checkpoint, write_log)
 from control import correlation, partial_correlation
 from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
 from faces import EYES, K, Landmarks, to_complex
 from landmarks import extract
 from motion import lip_opening
+from report import image_grid, markdown
 from syncnet import load_sync
 
 MOUTH = slice(48, 68)  # of iBUG's 68
@@ -65,7 +66,7 @@ def normalise(points: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Mouth:
-    """Codes of mouths: principal components of their 20 centred points, fitted on training clips."""
+    """Codes of mouths: principal components of their 20 centred points, fitted on training clips"""
 
     mean: np.ndarray  # (40,)
     basis: np.ndarray  # (D, 40), orthonormal
@@ -190,10 +191,9 @@ class PackSource:
 
 
 def open_source(args, checkpoints=None):
-    """The clips of the pack --data or of the toy world, and dict(train, valid, test): their numbers, to train with.
-
-    checkpoints {path: content}, to evaluate: test has the clips that trained or chose none of them, train and valid
-    those that all of them used so. InputError: no clip is left to train, validate or test with."""
+    """The clips of the pack --data or of the toy world, and dict(train, valid, test): their numbers. checkpoints {path:
+    content}, to evaluate: test has the clips that trained or chose none of them, train and valid those that all of them
+    used so. InputError: no clip is left to train, validate or test with."""
     if not args.data:
         split((), args)  # refuses lists of clips
         return ToySource(), TOY_PARTS
@@ -239,11 +239,9 @@ def interpolate(values: np.ndarray, positions) -> np.ndarray:
 
 
 class KeypointDataset(Dataset):
-    """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D). Item n is a function of (seed, n).
-    words {name: number}: also labels (T or 4 T,), the word or phone at each moment, or UNKNOWN.
-
-    Augmentation (ours): loudness, SpecAugment on the mel, and SILENT of the items are a quiet room and a mouth at rest,
-    from digital silence to -50 dB of noise, since clips have no silence of other microphones."""
+    """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D). Item n is a function of (seed,
+    n). words {name: number}: also labels (T or 4 T,), the word or phone at each moment, or UNKNOWN. Augmentation (ours):
+    loudness, SpecAugment on the mel; SILENT of the items are a quiet room, to -50 dB, and a mouth at rest."""
 
     SILENT = 0.05
 
@@ -413,10 +411,8 @@ class Block(nn.Module):
 
 
 class Humans(Network):
-    """Humans: an audio encoder and a Transformer, whose blocks attend to `look` frames on each side.
-
-    autoregressive: a GRU takes the last frame's codes beside the Transformer's output. In training it is unrolled on its
-    own output as in use (no teacher forcing), so it cannot drift. tower: see AudioFront."""
+    """Humans: an audio encoder (tower: see AudioFront) and a Transformer, whose blocks attend to `look` frames on each
+    side. autoregressive: a GRU takes the last frame's codes beside the Transformer's output, in training its own."""
 
     kind = "transformer"
 
@@ -475,6 +471,7 @@ def load_keypoints(path, device, which: str | None = None):
 FRAMES = dict(transformer=50, lstm=5)  # of an item (ours)
 WEIGHTS = dict(position=1, velocity=1, maps=1, words=0.3)  # of the terms (ours)
 FREE = "steps out resume overwrite device".split()  # options that --resume may change
+VALIDATE_EVERY, SAVE_EVERY = 15, 60  # steps
 
 
 def new_model(args, source, clips, words: int):
@@ -532,26 +529,21 @@ def train(args):
         used["train"] = torch.cat([used["train"], *load_checkpoint(args.expert, "syncnet").get("clips", {}).values()])
     still = baselines(mouth, {}, source, parts["valid"])["mean mouth"]["mse"]
     print(f"{model.kind} on {device}: {len(parts['train'])} clips to train on, {len(parts['valid'])} to validate, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; MSE of the mean mouth {still:.3g}")
+          f"{millions(model)}; MSE of the mean mouth {still:.3g}")
 
     clips = drawn_clips(getattr(source, "pack", None), parts["train"], args)
     dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed, words)
     data, timer = batches(dataset, args.batch, start), StepTimer(device)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=model.kind, disable=None)
     log = open_log(out.with_name(f"log_{out.stem}.jsonl"), args)
-    for step in bar:
+    for step in (bar := progress(model.kind, start, args.steps)):
         batch = timer.next(data)  # sound (B, T, 1, 80, 16), an LSTM's (B, 4 T, 40, 13); codes (B, T or 4 T, D)
-        for group in opt.param_groups:
-            group["lr"] = group["initial_lr"] * cosine_warmup(step, args.steps)
         terms = model.train().losses(batch)
         check_finite(terms, step)
-        opt.zero_grad(set_to_none=True)
-        sum(WEIGHTS[name] * value for name, value in terms.items()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 100.0)  # ours: no step of a healthy run reaches it
-        opt.step()
+        loss = sum(WEIGHTS[name] * value for name, value in terms.items())
+        descend(opt, loss, cosine_warmup(step, args.steps))
 
-        done, save = step + 1, (step + 1) % args.save_every == 0 or step + 1 == args.steps
-        if save or done % max(1, args.save_every // 4) == 0:
+        done, end = step + 1, step + 1 == args.steps
+        if done % VALIDATE_EVERY == 0 or end:
             pace = timer.pace(args.batch * FRAMES[model.kind])
             found = validate(model.eval(), mouth, source, parts["valid"], device)
             state = {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
@@ -559,7 +551,7 @@ def train(args):
             found |= {name: value.item() for name, value in terms.items()} | dict(best=top[0]["mse"])
             write_log(log, bar, dict(step=done, **found, **pace), args.steps)
             timer = StepTimer(device)  # validation does not count
-        if save:
+        if done % SAVE_EVERY == 0 or end:
             average = {name: torch.stack([t["state"][name] for t in top]).mean(0) for name in state}
             both = {which: {name: p.half() for name, p in weights.items()}
                     for which, weights in (("best", top[0]["state"]), ("average", average))}
@@ -575,10 +567,9 @@ def train(args):
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 def score(pairs: list, profile=None) -> dict:
-    """Predicted and true faces of clips [(predicted, true (T, 68, 2)), ..] -> means over clips.
-
-    mse of the mouth; relative: over the mean square of its centred coordinates, Humans' unit as far as it is known; r of
-    the opening; residual: its partial r; jaw, brows: r of their height."""
+    """Predicted and true faces of clips [(predicted, true (T, 68, 2)), ..] -> means over clips: mse of the mouth;
+    relative, over the mean square of its centred coordinates, Humans' unit as far as it is known; r of the opening;
+    residual, its partial r; jaw, brows, r of their height."""
     mouths = [(Mouth.shapes(a), Mouth.shapes(b)) for a, b in pairs]
     curves = [(Mouth.opening(a), Mouth.opening(b)) for a, b in pairs]
     out = dict(mse=np.mean([1e4 * np.square(a - b).mean() for a, b in mouths]),
@@ -631,11 +622,10 @@ def evaluate(args):
         rows[name] = validate(model, own, source, test, device, profile)
     columns = dict(mse=".2f", relative=".4f", r=".3f", residual=".3f", jaw=".3f", brows=".3f", silence=".1f")
     name = source.pack.folder if args.data else "toy world"
-    print(f"{name}: {len(test)} test clips; mse in (% of the eye distance)^2 a coordinate; relative: "
-          f"over the mouth's mean square; silence: opening in %, in clips {100 * profile.mean():.1f} on average\n")
-    print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for name, row in rows.items():
-        print(f"| {name} | {' | '.join(format(row[key], form) if key in row else '' for key, form in columns.items())} |")
+    print(f"{name}: {len(test)} test clips; mse in (% of the eye distance)^2 a coordinate; relative: over the mouth's "
+          f"mean square; silence: opening in %, in clips {100 * profile.mean():.1f} on average\n")
+    print(markdown({name: {key: format(row[key], form) if key in row else "" for key, form in columns.items()}
+                    for name, row in rows.items()}))
 
 
 # ------------------------------------------------------------------------------------------------------------- visemes
@@ -700,7 +690,8 @@ LINES = [range(0, 17), range(17, 22), range(22, 27), range(27, 31), range(31, 36
 
 
 def draw_face(points: np.ndarray, size: int, frame=None) -> np.ndarray:
-    """Landmarks (68, 2) as lines, (size, size, 3): normalised ones, or those of a frame (H, W, 3) in its pixels, on it"""
+    """Landmarks (68, 2) as lines, (size, size, 3): normalised ones, or those of a frame (H, W, 3) in its pixels, on
+    it"""
     edge = size * FINE
     image = Image.new("RGB", (edge, edge), DARK) if frame is None else Image.fromarray(frame).resize((edge, edge))
     xy = edge * (points * 0.42 + (0.5, 0.32) if frame is None else points / len(frame))
@@ -720,36 +711,35 @@ def show(args):
     c = parts["test"][args.clip]
     (wav, true), (name, frames, points) = source.clip(c), source.view(c)
     made = mouth.decode(predict(model, wav, device))[: len(true)]
-    T, width, unit = len(made), 1008, FINE
-    columns = [np.vstack((draw_face(points[k], 112, frames[k]), draw_face(true[k], 112), draw_face(made[k], 112)))
-               for k in (int((i + 0.5) / 9 * T) for i in range(9))]  # each above its moment of the panel below
-    t = (log_mel(wav)[::-1, :, None] + 4) / 8  # (80, S, 1) in [0, 1]; from dark blue over red to yellow
-    mel = np.concatenate((np.clip(1.8 * t, 0, 1), np.clip(2 * t - 0.9, 0, 1), 0.25 + 0.4 * t * (1 - t)), 2)
-    panel = Image.new("RGB", (width * unit, 212 * unit), DARK)
-    panel.paste(Image.fromarray((255 * mel).astype(np.uint8)).resize((width * unit, 88 * unit)))
-    pen, openings = ImageDraw.Draw(panel), [mouth.opening(faces[:T]) for faces in (true, made)]
+    T, width, openings = len(made), 1008, [mouth.opening(faces[: len(made)]) for faces in (true, made)]
+    columns = [int((i + 0.5) / 9 * T) for i in range(9)]  # each above its moment of the panel below
+    rows = [[draw_face(points[k], 112, frames[k]) for k in columns], [draw_face(true[k], 112) for k in columns],
+            [draw_face(made[k], 112) for k in columns]]
+    title = f"opening of the mouth, true (green) and from the sound (orange), r {correlation(*openings):.2f}"
+    grid = image_grid(rows, (f"{name}: frames and landmarks", "keypoints", f"from the sound; below: {title}"), 112)
+    panel = Image.new("RGB", (width, 200), DARK)
+    panel.paste(Image.fromarray((31.8 * (log_mel(wav)[::-1] + 4)).astype(np.uint8)).resize((width, 88)))  # -4 to 4
+    pen = ImageDraw.Draw(panel)
     for opening, colour in zip(openings, (GREEN, ORANGE)):
         y = 180 - 80 * opening / (np.max(openings) + 1e-6)
-        pen.line(list(zip((np.arange(T) + 0.5) / T * width * unit, y * unit)), colour, 2 * unit, "curve")
-    for start, end, word in source.alignment(c) if args.words or not args.data else []:
-        a, b = (time * FPS / T * width * unit for time in (start, end))
-        pen.line((a, 88 * unit, a, 194 * unit), (70, 76, 92), unit)
-        pen.text(((a + b) / 2, 181 * unit), word, LIGHT, anchor="ma", font_size=10 * unit)
-    title = f"{name}: opening of the mouth, true (green) and from the sound (orange), r {correlation(*openings):.2f}"
-    pen.text((6 * unit, 197 * unit), title, LIGHT, font_size=10 * unit)
-    Image.fromarray(np.vstack([np.hstack(columns), np.asarray(panel.reduce(unit))])).save(out)
-    print(f"{out}: {title}")
+        pen.line(list(zip((np.arange(T) + 0.5) / T * width, y)), colour, 2, "curve")
+    for start, _, word in source.alignment(c) if args.words or not args.data else []:
+        x = start * FPS / T * width
+        pen.line((x, 88, x, 194), (70, 76, 92))
+        pen.text((x + 3, 183), word, LIGHT, font_size=10)
+    Image.fromarray(np.vstack([grid, panel])).save(out)
+    print(f"{out}: {name}: {title}")
 
 
 def sample(args):
-    """Speech -> a video of keypoints, drawn or moving a photo, and beside it a .npy: float32 (T, 68, 2), normalised."""
+    """Speech -> a video of keypoints, drawn or moving a photo, and beside it a .npy: float32 (T, 68, 2), normalised"""
     out = check_output(args.out, args.overwrite, (".mp4", ".mov", ".mkv"))
     numbers = check_output(out.with_suffix(".npy"), args.overwrite)
     device, wav = pick_device(args.device), load_audio(args.speech)
     model, mouth = load_keypoints(args.weights, device)
     codes = predict(model, wav, device)
     faces = mouth.decode(codes)  # (T, 68, 2)
-    frames = (draw_face(face, args.size) for face in faces)
+    frames = (draw_face(face, 256) for face in faces)
     if args.photo:  # sample.py moves its pixels as by its network's lips; no network paints
         options = photos.parse([args.photo, args.speech, "--still"])
         photo, box = photos.limit(*photos.photo_box(load_photo(args.photo), options, "face")[:2])
@@ -768,67 +758,59 @@ def sample(args):
 
 # -------------------------------------------------------------------------------------------------------------- options
 
-SHARED = {  # by several commands
-    "weights": dict(help="of train"),
-    "--data": dict(nargs="+", metavar="PACK", help="of prepare.py, with landmarks (see extract); default: the toy world"),
-    "--words": dict(metavar="DIR", help=".align files of --data, the times of its words; the toy world has its own"),
-    "--device": dict(default="auto", help="cpu, cuda, mps; auto: the fastest that is there"),
-    "--overwrite": dict(action="store_true", help="replace what is there")}
-
 
 def parse(argv=None):
     parser = Parser(description="audio -> facial keypoints")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, text, *shared):
-        p = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for option in shared:
-            p.add_argument(option, **SHARED[option])
-        return p
-
-    p = command("extract", "landmarks of a pack, beside it", "--overwrite")
-    p.add_argument("pack", metavar="PACK", help="of prepare.py")
-    p.add_argument("--landmarks", default="fan", help="mediapipe:FILE, dlib:FILE or fan")
-    p.add_argument("--list", metavar="FILE", help="of clips or people, a name a line; default: all")
-    p.add_argument("--workers", type=int, default=1, help="processes, each with a detector of its own")
-    p = command("train", "train a network", "--data", "--words", "--device", "--overwrite")
-    split_options(p)
-    p.add_argument("--out", default="out/toy_kp.pt", help="weights; beside it a log, and OUT_last.pt for --resume")
-    p.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans' or WAV2KP's")
-    p.add_argument("--target", default=TARGETS[0], choices=TARGETS, help="what the network outputs for the lips")
-    p.add_argument("--face", action="store_true", help="predict all 68 points: 8 codes for what the mouth's leave")
-    p.add_argument("--phones", action="store_true", help="a second head learns the word, in the toy world the phone, of "
+    texts = dict(extract="landmarks of a pack, beside it", train="train a network",
+                 evaluate="the table, on held-out clips", sample="speech -> a video of keypoints, and a .npy",
+                 visemes="a picture: the lip motions of each word", show="a test clip and its keypoints")
+    e, t, v, s, w, c = every = [commands.add_parser(name, help=text, formatter_class=ArgumentDefaultsHelpFormatter)
+                                for name, text in texts.items()]
+    e.add_argument("pack", metavar="PACK", help="of prepare.py")
+    e.add_argument("--landmarks", default="fan", help="mediapipe:FILE, dlib:FILE or fan")
+    e.add_argument("--list", metavar="FILE", help="of clips or people, a name a line; default: all")
+    e.add_argument("--workers", type=int, default=1, help="processes, each with a detector of its own")
+    run_options(t, "out/toy_kp.pt", steps=600, batch=16, lr=1e-3, of="windows")
+    split_options(t)
+    t.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans' or WAV2KP's")
+    t.add_argument("--target", default=TARGETS[0], choices=TARGETS, help="what the network outputs for the lips")
+    t.add_argument("--face", action="store_true", help="predict all 68 points: 8 codes for what the mouth's leave")
+    t.add_argument("--phones", action="store_true", help="a second head learns the word, in the toy world the phone, of "
                    "each frame (--data needs --words)")
-    p.add_argument("--autoregressive", action="store_true", help="transformer: one frame after the other")
-    p.add_argument("--expert", metavar="SYNC.pt", help="transformer: its audio encoder is this sync expert's sound tower")
-    p.add_argument("--finetune", action="store_true", help="train the sound tower of --expert at a tenth of the rate")
-    p.add_argument("--codes", type=int, default=8, help="principal components of the mouth (Humans: 8)")
-    p.add_argument("--width", type=int, default=128, help="channels, a multiple of 4, the number of heads")
-    p.add_argument("--batch", type=int, default=16, help="windows a step")
-    p.add_argument("--steps", type=int, default=600, help="steps in all; the rate falls towards the last")
-    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    p.add_argument("--resume", action="store_true", help="continue --out by its own options")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--save-every", type=int, default=60, help="steps between checkpoints; validations: a fourth of it")
-    p = command("evaluate", "the table, on held-out clips", "--data", "--words", "--device")
-    p.add_argument("weights", nargs="+", help="of train; a row for each one's best and averaged weights")
-    p = command("sample", "speech -> a video of keypoints, and a .npy", "--device", "--overwrite")
-    p.add_argument("speech", help="any sound file, or a video with sound")
-    p.add_argument("--photo", help="its pixels are moved by the keypoints, where these would be drawn")
-    p.add_argument("--weights", default=str(Path(__file__).parent / "weights" / "keypoints.pt"), help="of train")
-    p.add_argument("--out", default="keypoints.mp4", help="video; the numbers go beside it, as .npy")
-    p.add_argument("--size", type=int, default=256, help="of the drawing in pixels")
-    p = command("visemes", "a picture: the lip motions of each word", "--data", "--words", "--overwrite")
-    p.add_argument("--out", default="visemes.png")
-    p = command("show", "a test clip and its keypoints", "weights", "--data", "--words", "--device", "--overwrite")
-    p.add_argument("--clip", type=int, default=0, help="number among the test clips")
-    p.add_argument("--out", default="show.png")
-    limits = dict(codes=(1, 40), width=(4, 4096), clip=(0, 10**9), size=(32, 2048), workers=(1, 256))
-    args = parser.parse_args(argv, **limits)
+    t.add_argument("--autoregressive", action="store_true", help="transformer: one frame after the other")
+    t.add_argument("--expert", metavar="SYNC.pt", help="transformer: its audio encoder is this sync expert's sound tower")
+    t.add_argument("--finetune", action="store_true", help="train the sound tower of --expert at a tenth of the rate")
+    t.add_argument("--codes", type=int, default=8, help="principal components of the mouth (Humans: 8)")
+    t.add_argument("--width", type=int, default=128, help="channels, a multiple of 4, the number of heads")
+    v.add_argument("weights", nargs="+", help="of train; a row for each one's best and averaged weights")
+    s.add_argument("speech", help="any sound file, or a video with sound")
+    s.add_argument("--photo", help="its pixels are moved by the keypoints, where these would be drawn")
+    s.add_argument("--weights", default=str(Path(__file__).parent / "weights" / "keypoints.pt"), help="of train")
+    s.add_argument("--out", default="keypoints.mp4", help="video; the numbers go beside it, as .npy")
+    w.add_argument("--out", default="visemes.png")
+    c.add_argument("weights", help="of train")
+    c.add_argument("--clip", type=int, default=0, help="number among the test clips")
+    c.add_argument("--out", default="show.png")
+    for p in (t, v, w, c):
+        p.add_argument("--data", nargs="+", metavar="PACK", help="of prepare.py, with landmarks (see extract); default: "
+                       "the toy world")
+        p.add_argument("--words", metavar="DIR", help=".align files of --data, the times of its words; the toy world has "
+                       "its own")
+    for p in every:
+        if p in (v, s, c):
+            p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+        if p in (e, s, w, c):
+            p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    args = parser.parse_args(argv, codes=(1, 40), width=(4, 4096), clip=(0, 10**9), workers=(1, 256))
     if args.command in ("train", "visemes") and args.data and not args.words and getattr(args, "phones", True):
         raise InputError("the words of --data need --words, the folder of its .align files")
-    if args.command != "train":
-        return args
+    if args.command == "train":
+        check_train(args)
+    return args
+
+
+def check_train(args):
     if args.model == "lstm" and (args.expert or args.autoregressive):
         raise InputError("--expert and --autoregressive are the transformer's")
     if args.target != TARGETS[0] and (args.autoregressive or args.face):
@@ -837,7 +819,6 @@ def parse(argv=None):
         raise InputError("--finetune needs an --expert")
     if args.width % 4:
         raise InputError(f"--width {args.width}: must be a multiple of 4, the number of heads")
-    return args
 
 
 def main(argv=None):

@@ -616,7 +616,16 @@ def test_the_picture_of_visemes_shows_every_word_and_its_mean_among_samples(cut_
 # ---------------------------------------------------------------------------------------------------------------------
 # end to end
 
-BRIEF = "--width 16 --batch 3 --codes 5 --save-every 2 --device cpu".split()
+BRIEF = "--width 16 --batch 3 --codes 5 --device cpu".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def often():
+    """Validated in every step, saved in every second one"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kp, "VALIDATE_EVERY", 1)
+        patch.setattr(kp, "SAVE_EVERY", 2)
+        yield
 
 
 def trained(pack, out, *options):
@@ -628,7 +637,10 @@ def trained(pack, out, *options):
 @pytest.fixture(scope="module")
 def checkpoint(pack, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "kp.pt"
-    trained(pack, out, "--steps", "60", "--save-every", "16", "--lr", "0.01")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kp, "VALIDATE_EVERY", 4)
+        patch.setattr(kp, "SAVE_EVERY", 16)
+        trained(pack, out, "--steps", "60", "--lr", "0.01")
     return out
 
 
@@ -679,11 +691,11 @@ def test_a_sound_gives_a_video_and_numbers_of_exactly_its_length(checkpoint, tmp
     for frames, samples in ((1, 500), (31, 31 * 640 + 300)):
         write_wav(tmp_path / "s.wav", wave(32)[:samples])
         out = tmp_path / f"{frames}.mp4"
-        kp.main(["sample", str(tmp_path / "s.wav"), "--weights", str(checkpoint), "--out", str(out), "--size", "64"])
+        kp.main(["sample", str(tmp_path / "s.wav"), "--weights", str(checkpoint), "--out", str(out)])
         shown = list(read_video(out))
         table = np.load(out.with_suffix(".npy"), allow_pickle=False)
         assert len(shown) == frames and table.shape == (frames, 68, 2) and table.dtype == np.float32
-        assert shown[0].shape == (64, 64, 3) and shown[0].std() > 10
+        assert shown[0].shape == (256, 256, 3) and shown[0].std() > 10
     assert len(load_audio(out)) >= 31 * 640
 
 
@@ -823,7 +835,7 @@ def test_a_photo_is_moved_by_the_keypoints_and_keeps_its_mouth_in_silence(tmp_pa
 def test_a_clip_is_shown_as_a_picture(pack, checkpoint, tmp_path):
     kp.main(["show", str(checkpoint), "--data", str(pack), "--out", str(tmp_path / "a.png")])
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    assert sheet.shape == (548, 1008, 3) and all(part.std() > 5 for part in np.array_split(sheet, 5))
+    assert sheet.shape == (3 * (112 + 18) + 200, 1008, 3) and all(part.std() > 5 for part in np.array_split(sheet, 5))
     with pytest.raises(InputError, match="has clips 0 to 0"):
         kp.main(["show", str(checkpoint), "--data", str(pack), "--clip", "1", "--out", str(tmp_path / "b.png")])
 
@@ -839,7 +851,6 @@ def test_a_clip_is_shown_as_a_picture(pack, checkpoint, tmp_path):
     ("sample good.wav --weights words.txt", "damaged, cut short"),
     ("sample good.wav --weights other.pt", "is a 'syncnet' checkpoint"),
     ("sample good.wav --weights empty.pt", "do not fit this version"),
-    ("sample good.wav --size 8", "must lie between 32 and 2048"),
     ("train --expert x.pt --model lstm", "are the transformer's"),
     ("train --finetune", "needs an --expert"),
     ("train --target heatmaps --face", "take components"),
