@@ -26,7 +26,6 @@ from data import Pack
 from fusion import load_model
 from judges import same_person_loss
 from media import InputError, check_output, make_folder, to_tensor
-from pcavs import PCAVS, load_pcavs
 from report import markdown, toy_page
 from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
 
@@ -140,7 +139,7 @@ def animator(model, device):
 
     def animate(face, wav, driving):
         n, face, driving = n_frames(len(wav)), to_tensor(face).to(device), to_tensor(driving).to(device)
-        if isinstance(model, PCAVS):
+        if model.kind == "pcavs":
             return torch.cat(list(model.animate(face, lws_mel(wav), n, driving)))
         mel = torch.from_numpy(mel_windows(log_mel(wav), range(n))).to(device)
         return torch.cat(list(model.animate(face, mel, driving)))
@@ -150,8 +149,12 @@ def animator(model, device):
 
 def load_network(path, device):
     """Weights of the toy world. Raises InputError: of another kind, or of real faces."""
-    pcavs = load_checkpoint(path, ("weights", "stage3", "pcavs"))["kind"] == "pcavs"
-    model = (load_pcavs if pcavs else load_model)(path, device)
+    if load_checkpoint(path, ("weights", "stage3", "pcavs"))["kind"] == "pcavs":
+        from pcavs import load_pcavs  # here: the import of face_alignment takes seconds
+
+        model = load_pcavs(path, device)
+    else:
+        model = load_model(path, device)
     if model.config.template != "toy":
         raise InputError(f"{path}: a network of real faces has no ground truth to be compared with")
     return model

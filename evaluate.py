@@ -45,7 +45,7 @@ from report import markdown, pairs_page
 from syncnet import MAX_OFFSET, SPAN, embed, embed_sound, load_sync
 from warp import angles, fit_pose
 
-LONGEST = 3000  # frames: of a longer clip the first two minutes are measured
+MOST = 1 << 31  # bytes of a clip in memory: 7 minutes at 256 px, 14 s at 1920x1080; of a longer one the beginning counts
 DETECT_EVERY = 75  # frames
 EVERY = 5  # LPIPS, CSIM and FID take every fifth frame: neighbours are nearly equal, and the networks are slow
 EXPERT = Path(__file__).parent / "weights" / "sync.pt"
@@ -334,10 +334,13 @@ class Clip:
     """A clip, and what the networks find in it when it is asked for. InputError, without the file's name: nothing"""
 
     def __init__(self, path, networks):
-        self.path, self.networks, frames = path, networks, list(islice(read_video(path), LONGEST))
+        self.path, self.networks, stream = path, networks, read_video(path)
+        frames = list(islice(stream, 1))
+        frames += islice(stream, MOST // frames[0].nbytes)
         if any(f.shape != frames[0].shape for f in frames):
             raise InputError(f"{path}: its frames have several sizes")
         self.frames = np.stack(frames)  # (T, H, W, 3)
+        self.is_cut = next(stream, None) is not None
 
     @functools.cached_property
     def wav(self):
@@ -450,6 +453,7 @@ def measure(real, fake, networks) -> dict:
     T, (H, W), (h, w) = min(len(a.frames), len(b.frames)), a.frames.shape[1:3], b.frames.shape[1:3]
     if len(a.frames) != len(b.frames):
         notes.append(f"{len(b.frames)} frames, the real clip has {len(a.frames)}: {T} compared")
+    notes += ["longer than memory allows: its beginning is measured"] * (a.is_cut or b.is_cut)
     a.frames, b.frames = a.frames[:T], b.frames[:T]
     if (h, w) != (H, W):
         b.frames = resize_frames(b.frames, (H, W), fake)

@@ -298,6 +298,8 @@ class FaceGenerator(nn.Module):
 
 
 class PCAVS(nn.Module):
+    kind = "pcavs"
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config

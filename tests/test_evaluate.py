@@ -447,6 +447,17 @@ def test_a_reencoded_clip_stays_near_itself(talks, tmp_path):
     assert fake["LMD"] < 0.3 and fake["Sync offset"] == 0
 
 
+def test_of_a_clip_that_is_longer_than_memory_allows_the_beginning_is_measured(monkeypatch):
+    frames = list(np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(evaluate, "MOST", 5 * 8 * 8 * 3)
+    clip = clip_of(frames, SimpleNamespace(**NO_NETWORKS), monkeypatch)
+    assert len(clip.frames) == 6 and clip.is_cut
+    monkeypatch.setattr(evaluate, "read_video", lambda path: iter(frames))
+    pair = measure("a.mp4", "b.mp4", SimpleNamespace(**NO_NETWORKS))
+    assert pair["frames"] == 6 and any("its beginning is measured" in note for note in pair["notes"])
+    assert not clip_of(frames[:6], SimpleNamespace(**NO_NETWORKS), monkeypatch).is_cut
+
+
 def detections(monkeypatch, found):
     """detect_faces gives these in turn, then nothing"""
     found = iter(found)
@@ -492,9 +503,9 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_others(talks, tmp
     for name in names:
         (real / f"{name}.mp4").symlink_to(talks[1])
     film(fake / "long.mp4", frames[:60], wav[: 60 * 640])
-    film(fake / "who" / "mute.mp4", frames)
+    film(fake / "who" / "mute.mp4", frames[:30])
     film(fake / "tiny.mov", frames[:3], wav[:1920])
-    film(fake / "small.mp4", frames[:, ::2, ::2], wav)
+    film(fake / "small.mp4", frames[:45, ::2, ::2], wav)
     (fake / "broken.mp4").write_bytes(b"no clip")
     (fake / "cut.mp4").write_bytes(open(talks[1], "rb").read()[:20000])
     film(fake / "wide.mp4", frames[:, :40], wav)
@@ -509,7 +520,7 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_others(talks, tmp
         line = next(line for line in out.splitlines() if line.startswith(f"{name}: left out: "))
         assert f"{name}.mp4: " in line and reason in line
     assert f"without a partner: {real / 'alone.mp4'}" in out and "left out: FID: no weights" in out
-    assert "4 pairs, 243 frames" in out
+    assert "4 pairs, 138 frames" in out
     itself, row, near = printed(out)
     assert near[""] == "closeness of these means" and near["SSIM"] == "–" and float(near["lip dynamics"]) <= 1
     assert row[""] == "fake" and float(row["SSIM"]) > 0.8 and "FID" not in row and float(itself["Sync-D"]) >= 0

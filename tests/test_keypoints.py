@@ -69,11 +69,14 @@ def landmarks_beside(folder, points=None):
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """A toy pack of 20 people, a second each, with its true landmarks beside it"""
-    folder = tmp_path_factory.mktemp("toys") / "pack"
-    toyfaces.make_pack(folder, 16, 20, 1.0, 700, workers=0)
-    truth = np.load(folder / "truth.npy").reshape(20, 25, -1)
-    points = [kp.toy_points(toyfaces.person(700 + i), factors, 16) for i, factors in enumerate(truth)]
+    """20 toy people, a second each: their sound and true landmarks, with frames of one colour in place of drawn ones"""
+    folder, points = tmp_path_factory.mktemp("toys") / "pack", []
+    with PackWriter(folder, 16, "toy") as writer:
+        for seed in range(700, 720):
+            wav, truth = toyfaces.clip_truth(seed, 1.0, toyfaces.person(seed))
+            colours = np.random.default_rng(seed).integers(0, 256, (25, 1, 1, 3), np.uint8)
+            writer.add(colours.repeat(16, 1).repeat(16, 2), wav, f"toy{seed}", f"toyfaces seed {seed}")
+            points.append(kp.toy_points(toyfaces.person(seed), truth, 16))
     return landmarks_beside(folder, np.concatenate(points))
 
 

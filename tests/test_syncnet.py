@@ -224,8 +224,8 @@ def test_frames_and_sound_of_another_shape_are_refused_with_their_shape():
 def test_one_batch_can_be_overfitted():
     net, (frames, mel) = small(dim=32), random_batch(6)
     clip, k = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([2, 20, 30, 2, 9, 2])
-    opt = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(40):
+    opt = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(20):
         terms = expert_loss(net.logits(net.face(frames), net.sound(mel)), clip, k)
         loss = sigmoid_part(terms) + 0.5 * terms["contrast"]
         opt.zero_grad()
@@ -550,8 +550,9 @@ def test_pictures_that_are_not_h264_are_encoded_and_the_sound_keeps_its_rate_and
     assert np.corrcoef(moved[5000:25000], old[5000 + 3 * 640 : 25000 + 3 * 640])[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("source", ["whole.mp4", "cut.mp4", "cut.mkv", "late.mov", "late.ts"])
-def test_a_flash_stays_within_a_frame_of_its_click_in_a_clip_written_in_sync(tmp_path, source):
+@pytest.mark.parametrize("source, suffix", [
+    ("whole.mp4", ".mp4"), ("cut.mp4", ".mkv"), ("cut.mkv", ".mp4"), ("late.mov", ".mkv"), ("late.ts", ".mov")])
+def test_a_flash_stays_within_a_frame_of_its_click_in_a_clip_written_in_sync(tmp_path, source, suffix):
     frames, wav = np.zeros((50, 32, 32, 3), np.uint8), np.zeros(32000, np.float32)
     frames[35], wav[35 * 640 + 320 : 36 * 640] = 255, 0.5
     write_clip(tmp_path / "whole.mp4", frames, wav)
@@ -563,11 +564,10 @@ def test_a_flash_stays_within_a_frame_of_its_click_in_a_clip_written_in_sync(tmp
         command = [media.ffmpeg_path(), "-loglevel", "error", *start, "-i", tmp_path / "whole.mp4", *options]
         subprocess.run([*command, tmp_path / source], check=True)
     at, count = flash_and_click(tmp_path / source)
-    for suffix in (".mp4", ".mkv", ".mov"):
-        out = (tmp_path / "out").with_suffix(suffix)
-        syncnet.write_shifted(tmp_path / source, 3, out)
-        moved, n = flash_and_click(out)
-        assert abs(moved - at + 3) < 1 and abs(n - count) <= 1, (suffix, at, moved, count, n)
+    out = (tmp_path / "out").with_suffix(suffix)
+    syncnet.write_shifted(tmp_path / source, 3, out)
+    moved, n = flash_and_click(out)
+    assert abs(moved - at + 3) < 1 and abs(n - count) <= 1, (at, moved, count, n)
 
 
 def flash_and_click(path):
