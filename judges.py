@@ -1,4 +1,4 @@
-"""Published frozen networks that judge a face: VGG19, LPIPS, ArcFace, SyncNet v2, Wav2Lip's expert; a small one.
+"""Published frozen networks that judge a face: VGG19, LPIPS, ArcFace, SyncNet v2, Wav2Lip's expert, Inception.
 
 Each has the keys of its authors' file and loads it strictly. Images are (N, 3, H, W) in [-1, 1] and are brought to each
 author's size, range and channel order inside. None may be shipped; terms: VGG BSD (ImageNet's terms), LPIPS BSD-2,
