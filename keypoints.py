@@ -43,7 +43,7 @@ from control import correlation, partial_correlation
 from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
 from faces import EYES, K, Landmarks, to_complex
 from landmarks import extract
-from motion import lip_opening
+from motion import activity, lip_opening
 from report import image_grid, markdown
 from syncnet import load_sync
 
@@ -746,7 +746,7 @@ def sample(args):
         moved = codes - mouth.rest  # (T, D + E)
         lips = moved @ lip_opening(mouth.face[1:].reshape(-1, K, 2)), moved
         animator = SimpleNamespace(lips=lambda mel: lips, motion=SimpleNamespace(moves=torch.from_numpy(mouth.moves())))
-        frames = photos.talking_photo(animator, photo, box, wav, None, options)
+        frames = photos.talking_photo(animator, photo, box, None, activity(wav, len(codes)), options)
     first = next(frames)
     with VideoWriter(out, *first.shape[:2], (args.speech, len(wav)), args.overwrite) as video:
         for frame in tqdm(chain([first], frames), "frames", len(faces), disable=None):
