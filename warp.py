@@ -230,10 +230,10 @@ def thin_plate(points: np.ndarray, values: np.ndarray, at: np.ndarray, stiffness
 
 def box_in(photo, points) -> tuple[int, int, int, int]:
     """The box of whole pixels around points (n, 2), cut at the photo's edges"""
-    H, W = photo.shape[:2]
-    x0, y0 = np.clip(np.floor(points.min(0)), 0, (W - 4, H - 4)).astype(int)
-    x1, y1 = np.clip(np.ceil(points.max(0)), (x0 + 4, y0 + 4), (W, H)).astype(int)
-    return int(x0), int(y0), int(x1), int(y1)
+    sides = photo.shape[1::-1]
+    x0, y0 = (int(min(max(v, 0), side - 4)) for v, side in zip(points.min(0), sides))
+    x1, y1 = (int(min(max(np.ceil(v), low + 4), side)) for v, low, side in zip(points.max(0), (x0, y0), sides))
+    return x0, y0, x1, y1
 
 
 def centres(box) -> np.ndarray:
