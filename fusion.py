@@ -234,10 +234,14 @@ class DirectMotion(nn.Module):
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
 
-    def audio_to_mouth(self, z_a, context=0):
-        """z_a (B, T + 2 context, D) -> mouth code (B, T, M), or (B, T, L * D), the lips in W+, without a mouth code"""
+    def lip_shape(self, z_a, context=0):
+        """z_a (B, T + 2 context, D) -> shape of the lips (B, T, K), or (B, T, L * D), the lips in W+, without a mouth code"""
         z_a = self.fusion(z_a)
-        mouth = self.lips(z_a[:, context:z_a.shape[1] - context])
+        return self.lips(z_a[:, context:z_a.shape[1] - context])
+
+    def audio_to_mouth(self, z_a, context=0):
+        """z_a (B, T + 2 context, D) -> mouth code (B, T, M), its opening limited to what the generator has learned"""
+        mouth = self.lip_shape(z_a, context)
         if self.M:
             mouth = torch.cat([mouth[..., :1].clamp(*self.opening_limits), mouth[..., 1:]], -1)
             mouth = F.pad(mouth, (0, self.M - mouth.shape[-1]))
@@ -423,7 +427,7 @@ class FCTFG(nn.Module):
     @torch.inference_mode()
     def lip_shape(self, mel):
         """Sound -> shape of the lips (n, K), without an image; needs a mouth code. mel: as for animate"""
-        return self.motion.audio_to_mouth(self.all_sound(mel)[None])[0, :, :self.config.shape_dim]
+        return self.motion.lip_shape(self.all_sound(mel)[None])[0]
 
     def lips(self, mel):
         """As lip_shape, in warp.py's units: opening (n,) in distances of the eyes' corners, shape (n, K - 1), NumPy"""

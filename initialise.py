@@ -401,8 +401,8 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
 
 def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     """Sound -> shape of the lips, before any image is made; also the limits of the opening. A step costs a tenth of one
-    through the generator, which then only refines it. The shape is that linear function of the landmarks which is
-    nearest to the MouthEncoder's readings: single people are read badly (the opening's r with the landmarks is .4 to .9).
+    through the generator, which then only refines it. The shape is the landmarks' opening, and those linear functions
+    of the landmarks that are nearest to the MouthEncoder's other readings: it reads single people badly.
 
     LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
     share their sound windows."""
@@ -423,6 +423,8 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     x, y = (torch.cat([v - v.mean(0) for v in clips]).cpu().double() for clips in (points, shapes))
     std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
     linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
+    linear[:, 0] = 0                                                                   # the opening is the landmarks',
+    linear[0, 0] = y[:, 0].std() / std[0]                                              # as wide as is read
     shapes = [p @ linear for p in points]                                              # (T, K)
     shapes = alike([torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes], pack.identity[chosen])
     train = torch.cat(shapes[:n])
@@ -451,10 +453,9 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
             targets.append(target[k:k + span])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a = model.encode_sound(torch.from_numpy(np.stack(items)).to(device))
-            predicted = model.motion.audio_to_mouth(z_a, reach)[..., :K]             # (B, span, K)
+            predicted = model.motion.lip_shape(z_a, reach)                             # (B, span, K)
         return ((predicted.float() - torch.stack(targets)).square() * weight).sum(-1).mean()
 
-    model.motion.opening_limits.copy_(torch.tensor([-torch.inf, torch.inf]))           # an earlier network's
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
     missed, words = regress(f"regression of lips on sound, {n} clips", trained, steps, 1e-3, loss_of), ""
     if held_out:
