@@ -235,7 +235,7 @@ class DirectMotion(nn.Module):
         return self.pose_down(self.whiten(z_v))
 
     def lip_shape(self, z_a, context=0):
-        """z_a (B, T + 2 context, D) -> shape of the lips (B, T, K), or (B, T, L * D), the lips in W+, without a mouth code"""
+        """z_a (B, T + 2 context, D) -> shape of the lips (B, T, K); without a mouth code the lips in W+, (B, T, L * D)"""
         z_a = self.fusion(z_a)
         return self.lips(z_a[:, context:z_a.shape[1] - context])
 
