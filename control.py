@@ -235,11 +235,9 @@ def driving_frames(test: ToyTest, c: int, T: int, group: str = "", other: int = 
 
 
 def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
-    """{input that is changed: {what is read: how far it moves}}.
-
-    Each clip is generated twice, with one input replaced between the two: the face, the sound, or one group of factors
-    of the driving clip. A cell is the r.m.s. difference of the readings, over that of two unrelated real clips. Perfect
-    is 1 for what the input should move, else 0."""
+    """{input that is changed: {what is read: how far it moves}}. Each clip is generated twice, with one input replaced:
+    the face, the sound, or one group of factors of the driving clip. A cell is the r.m.s. difference of the readings,
+    over that of two unrelated real clips. Perfect is 1 for what the input should move, else 0."""
     n, pack, truth = len(test.pack), test.pack, test.truth
     deviation = truth.reshape(-1, truth.shape[-1]).std(0)
 

@@ -252,9 +252,8 @@ def vary_lips(x, other, rng):
 
 
 def vary(frames, rng):
-    """Augments windows of one clip (K, 5, 3, H, H), the five frames of each alike: all mirrored or none; turned by up to
-    4 degrees, zoomed and moved by up to 5 %, lit otherwise (gain 30 %, tint 10 %, brightness .15 of the range), every
-    third blurred to half its size, as young generators do. Widths are ours."""
+    """Augments windows of one clip (K, 5, 3, H, H), the five frames of each alike: all mirrored or none; turned, zoomed,
+    moved, lit otherwise, every third blurred to half its size, as young generators do. Widths are ours."""
     K, H = len(frames), frames.shape[-1]
     turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
@@ -544,9 +543,8 @@ def clip_offset(expert, path: Path, device, box: str | None = None):
 
 def face_crops(path: Path, expert, box: str | None = None):
     """A video -> crops uint8 (size, size, 3) of the face in it, as a stream: in `box` ("x0,y0,x1,y1" in pixels); drawn
-    faces in the largest square in the middle; else where the detector finds it, every six seconds (where it finds none
-    later on, the last box stays). A square video without a detected face, or filled by it, is a crop already.
-    Raises InputError: no such box; no detector; no face in the first six seconds, or one that moves too far."""
+    faces in the middle square; else where the detector finds it, every six seconds, or found it last. A square video
+    without a detected face, or filled by it, is a crop already. InputError: no such box; no detector; no face."""
     source = probe(path)
     height = min(source.height, HIGHEST)
     frames = read_video(path, height)

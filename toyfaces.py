@@ -595,12 +595,9 @@ def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "
 
 
 def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None):
-    """A pack of one clip of each person, and in it truth.npy, float32 (all frames, 10).
-
-    Clip i is toy_clip(first_seed + i), its identity "toy<seed>". workers: number of processes, 0 none but this; default
-    all cores. The folder appears whole or not at all; one made with the same arguments is left as it is.
-    Raises InputError: the folder holds something else, or cannot be written.
-    """
+    """A pack of one clip of each person, toy_clip(first_seed + i), and in it truth.npy, float32 (all frames, 10).
+    workers: processes, 0 none but this; default all cores. The folder appears whole or not at all; one made with the
+    same arguments is left as it is. Raises InputError: the folder holds something else, or cannot be written."""
     folder = Path(folder).absolute()
     recipe = dict(world=WORLD, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -161,7 +161,7 @@ def test_extract_finds_landmarks_of_every_frame_and_continues_where_it_was_kille
     monkeypatch.setattr(landmarks, "landmark_detector", bright)
     monkeypatch.setattr(landmarks, "smooth", lambda points: points)
     kp.main(["extract", str(bare)])
-    assert "20 of 20 clips have landmarks (fan), 0.0" in capsys.readouterr().out
+    assert "20 of 20 clips have landmarks (fan)" in capsys.readouterr().out
     folder, opened = bare / "landmarks", Pack(bare)
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
     found = faces.Landmarks(opened)
