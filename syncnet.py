@@ -484,7 +484,7 @@ def test(args):
     print(markdown(rows))
     if out:
         late = {f"{seconds} s": [v for clip in clips for v in clip[name]] for name, seconds in PIECES.items()}
-        words = [f"offsets of {name}, frames off: -15 to 15, of {len(values)}" for name, values in late.items()]
+        words = [f"pieces of {name}: frames off, -15 to 15 ({len(values)})" for name, values in late.items()]
         image_grid([[histogram(values) for values in late.values()]], [words], 310).save(out)
 
 
