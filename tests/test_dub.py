@@ -44,10 +44,22 @@ def clip(tmp_path_factory, net, moves):
     return path
 
 
+def find_at_box(patch):
+    """In the place of the face detector: the box of the clip's face"""
+    patch.setattr(dub, "detect_faces", lambda frame, margins: [(*BOX, 0.9)])
+    patch.setattr(dub, "face_box", lambda faces, template, number: BOX)
+
+
 @pytest.fixture(autouse=True)
 def detector(monkeypatch):
-    monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: [(*BOX, 0.9)])
-    monkeypatch.setattr(dub, "face_box", lambda faces, template, number: BOX)
+    find_at_box(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def take(clip, net, moves):
+    with pytest.MonkeyPatch.context() as patch:
+        find_at_box(patch)
+        return dub.find_takes(clip, net, moves, T)[1][0]
 
 
 def dubbed(path, net, moves, opening):
@@ -108,8 +120,7 @@ def test_frames_before_the_first_detection_are_tracked_backwards(clip, net, move
     assert np.corrcoef(takes[0].own, OWN)[0, 1] > 0.97
 
 
-def test_lips_come_from_the_take_itself(clip, net, moves):
-    take = dub.find_takes(clip, net, moves, T)[1][0]
+def test_lips_come_from_the_take_itself(take):
     assert all(take.own[k] < 0.04 for k in take.keys) and len(take.keys) >= 3
     for t in range(T):
         near = take.near_keys(t)
@@ -117,8 +128,7 @@ def test_lips_come_from_the_take_itself(clip, net, moves):
         assert len(near) == 1 or near[0][0] < t < near[1][0]
 
 
-def test_without_an_opening_the_wanted_lips_meet_in_every_frame(clip, net, moves):
-    take = dub.find_takes(clip, net, moves, T)[1][0]
+def test_without_an_opening_the_wanted_lips_meet_in_every_frame(take, moves):
     gaps = [lip_opening(take.target(t, 0.0, np.zeros(len(moves) - 1))) for t in range(T)]
     assert np.abs(gaps).max() < 0.02 < 0.08 < take.own.max()
 
@@ -131,8 +141,7 @@ def test_what_lasts_of_the_own_mouth_is_not_its_opening(net, moves):
     assert np.ptp(chin_and_lip, axis=0).max() < 0.01 < 0.03 < 0.1 * moves[0, [8, 57], 1].min()
 
 
-def test_wanted_lips_never_cross(clip, net, moves):
-    take = dub.find_takes(clip, net, moves, T)[1][0]
+def test_wanted_lips_never_cross(take, moves):
     rng = np.random.default_rng(0)
     for t in range(0, T, 7):
         g = take.target(t, 0.05 * rng.random(), rng.standard_normal(len(moves) - 1))
