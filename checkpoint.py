@@ -14,22 +14,20 @@ import hashlib
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import requests
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from media import InputError, check_file, check_output, make_folder
@@ -43,7 +41,6 @@ except ImportError:                                                             
 FORMAT = 1                   # of packs and checkpoints
 STALE = 3600                 # seconds; ours: no save takes an hour, an older temporary file is a killed run's
 LARGEST_SIZE = 1 << 16       # ours: more than any size in a network's config; StyleGAN2's channels start at half of it
-FREE_NUMBERS = 1 << 26       # numbers (256 MB) that any network may have beside those in its file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,11 +64,8 @@ def one_line(text) -> str:
 
 
 def read_weights(path: str | Path) -> dict:
-    """The dict in a file of weights, published or our own, on the CPU. Code in it is never run.
-
-    Raises InputError: damaged, cut short, or more than tensors and plain values; not a dict with names; a tensor in it,
-    however deep, is not dense.
-    """
+    """The dict in a file of weights, published or our own, on the CPU. Code in it is never run. InputError: damaged, cut
+    short, or more than tensors and plain values; not a dict with names; a tensor in it, however deep, is not dense."""
     path = check_file(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # options: plain values
@@ -100,44 +94,24 @@ def items(content):
 
 
 def is_dense(value) -> bool:
-    """Whether this is a plain tensor that holds all its numbers. A sparse or meta tensor, or one number seen many times
-    (stride 0), takes a few bytes in a file and any size in memory."""
+    """Whether this is a plain tensor that holds all its numbers. A sparse or meta tensor, or one number seen many
+    times or not at all (stride or size 0), takes a few bytes in a file and asks for any size in memory."""
     return (isinstance(value, torch.Tensor) and value.layout == torch.strided
             and not (value.is_nested or value.is_quantized or value.is_meta)
+            and value.numel() >= max(value.shape, default=0)
             and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
-class Budget(TorchFunctionMode):
-    """Within it at most `left` numbers are made, else ValueError. (The meta device would serve as well, but its first
-    operation imports a compiler, two seconds.)"""
-
-    FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
-
-    def __init__(self, left: int):
-        super().__init__()
-        self.left = left
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.FACTORIES and args:
-            self.left -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
-            if self.left < 0:
-                raise ValueError("more numbers than the file has")
-        return func(*args, **(kwargs or {}))
-
-
 def load_strictly(make, state: dict, source) -> nn.Module:
-    """The network that make() builds, with a state dict's weights: dense tensors of its names, shapes and kinds.
-
-    make() may take its widths from the file: a Budget keeps it from filling the memory. fp16 becomes fp32. Batch
-    counters of BatchNorm may be absent (files of 2017 have none). InputError: anything differs, or make() fails.
-    """
+    """The network that make() builds, with a state dict's weights: dense tensors of its names, shapes and kinds. fp16
+    becomes fp32. Batch counters of BatchNorm may be absent (files of 2017 have none). InputError: anything differs, or
+    make(), which may take its widths from the file, fails."""
     def form(value):
         if not is_dense(value):
             return "no dense tensor"
         return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
 
-    numbers = sum(value.numel() for value in items(state) if is_dense(value))
-    with refusing(source, "its sizes do not fit a network of this version"), Budget(2 * numbers + FREE_NUMBERS):
+    with refusing(source, "its sizes do not fit a network of this version"):
         network = make()
     name = type(network).__name__
     if not isinstance(state, dict):
@@ -170,42 +144,32 @@ def load_frozen(make, state: dict, source, device) -> nn.Module:
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
     """Writes plain dicts, tensors, numbers and strings. At any moment `path` is the old file or the whole new one.
-
-    checkpoint needs "kind" (what it is) and "format" (1). Raises InputError: the disk is full, or cannot be written.
-    """
+    checkpoint needs "kind" (what it is) and "format" (1). InputError: the disk is full, or cannot be written."""
     assert {"kind", "format"} <= set(checkpoint), "a checkpoint says its kind and format"
-    path, draft = Path(path).absolute(), None
+    path = Path(path).absolute()
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         for old in path.parent.glob(f".{path.name}-*"):
             if time.time() - old.stat().st_mtime > STALE:
                 old.unlink()
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with open(draft, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())                       # else the name could survive a power cut, the content not
-        os.chmod(draft, 0o644)                            # mkstemp's 0600 is for secrets
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:              # torch's own writer turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
-        if draft and os.path.exists(draft):
-            os.unlink(draft)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
-    """Reads a file of save_checkpoint, to the CPU. kind: the expected one, or a tuple of accepted ones.
-
-    Raises InputError: as read_weights; another kind or format. The caller checks what is inside.
-    """
+    """Reads a file of save_checkpoint, to the CPU. kind: the expected one, or a tuple of accepted ones. InputError: as
+    read_weights; another kind or format. The caller checks what is inside."""
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    expected = f"expected a '{' or '.join(kinds)}' checkpoint"
-    path = check_file(path)
-    try:
-        checkpoint = read_weights(path)
-    except InputError as error:
-        raise InputError(f"{error}; {expected}") from None
+    checkpoint, expected = read_weights(path), f"expected a '{' or '.join(kinds)}' checkpoint"
     found = checkpoint.get("kind")
     if not isinstance(found, str) or found not in kinds:
         what = f"is a '{found[:40]}' checkpoint" if isinstance(found, str) else "was not written by this package"
@@ -216,6 +180,27 @@ def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
     if not all(abs(size) <= LARGEST_SIZE for size in sizes):
         raise InputError(f"{path}: its config asks for more than any network here has; {expected}")
     return checkpoint
+
+
+def save_run(path: str | Path, checkpoint: dict, args, networks: dict, optimisers: dict):
+    """A checkpoint that also has all that the next step depends on, for --resume"""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    save_checkpoint(path, checkpoint | dict(
+        format=FORMAT, args=vars(args), networks={k: v.state_dict() for k, v in networks.items()},
+        optimisers={k: v.state_dict() for k, v in optimisers.items()}, rng=dict(torch=torch.get_rng_state(), cuda=cuda)))
+
+
+def restore_run(path: str | Path, saved: dict, optimisers: dict):
+    """Adam's moments and the random state as save_run saved them, at the rates of today's options"""
+    with refusing(path, "not a run of this version"):
+        for name, opt in optimisers.items():
+            rates = [group["initial_lr"] for group in opt.param_groups]
+            opt.load_state_dict(saved["optimisers"][name])
+            for group, rate in zip(opt.param_groups, rates):
+                group["initial_lr"] = rate
+        torch.set_rng_state(saved["rng"]["torch"])
+        if torch.cuda.is_initialized() and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
 
 
 def half(network: nn.Module) -> dict:
@@ -229,58 +214,53 @@ def half(network: nn.Module) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # published files, fetched on first use
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     file: str               # its name in the cache
     sha256: str             # or the beginning of it
-    size: int | None        # bytes; None: unknown
     urls: tuple[str, ...]
 
 
 LPIPS_COMMIT = "082bb24f84c091ea94de2867d34c4544f68e0963"
 BLAZEFACE_URL = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"
 PUBLISHED = {
-    "vgg19": Published(
-        "vgg19-dcbb9e9d.pth", "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44", 574673361,
+    "vgg19": Published(     # 575 MB
+        "vgg19-dcbb9e9d.pth", "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
         ("https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",)),
-    "vgg16": Published(
-        "vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", 553433881,
+    "vgg16": Published(     # 553 MB
+        "vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
         ("https://download.pytorch.org/models/vgg16-397923af.pth",)),
     "lpips_heads": Published(
-        "lpips_v0.1_vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 7289,
+        "lpips_v0.1_vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
         (f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/{LPIPS_COMMIT}/lpips/weights/v0.1/vgg.pth",)),
-    "arcface": Published(
-        "recognition_arcface_ir_se50.pth", "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28", 175367323,
+    "arcface": Published(   # 175 MB
+        "recognition_arcface_ir_se50.pth", "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
         ("https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth",)),
-    "syncnet_v2": Published(
-        "syncnet_v2.model", "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442", 54573114,
+    "syncnet_v2": Published(  # 55 MB
+        "syncnet_v2.model", "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",
         ("https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
          "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model")),
     # hollance/BlazeFace-PyTorch, Apache-2.0; face-alignment fetches the same files but does not check them
     "blazeface": Published(
-        "blazeface.pth", "54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4", 420224,
+        "blazeface.pth", "54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4",
         (f"{BLAZEFACE_URL}/blazeface.pth",)),
     "blazeface_anchors": Published(  # of both models
-        "anchors.npy", "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95", 28800,
+        "anchors.npy", "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
         (f"{BLAZEFACE_URL}/anchors.npy",)),
     "blazeface_back": Published(
-        "blazefaceback.pth", "e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11", 594825,
+        "blazefaceback.pth", "e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
         (f"{BLAZEFACE_URL}/blazefaceback.pth",)),
     "wav2lip_expert": Published(  # about 197 MB; the hash is confirmed by one source only
-        "lipsync_expert.pth", "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5", None,
+        "lipsync_expert.pth", "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",
         ("https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
          "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth")),
-    "fan": Published(  # 100 MB, landmarks, for face-alignment; of this hash and the next the file's name tells the
-        "2DFAN4-11f355bf06.pth.tar", "11f355bf06", None,  # beginning, as is torch.hub's custom
+    "fan": Published(       # 100 MB, landmarks, for face-alignment; of this and the next only the hash's beginning is
+        "2DFAN4-11f355bf06.pth.tar", "11f355bf06",  # known, from the file's name
         ("https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar",)),
     "inception": Published(  # 96 MB, FID's
-        "pt_inception-2015-12-05-6726825d.pth", "6726825d", None,
+        "pt_inception-2015-12-05-6726825d.pth", "6726825d",
         ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",)),
 }
-TIMEOUT = (10, 30)              # seconds to connect, and without a byte; ours
-ABANDONED = 120                 # seconds; ours: a part file this long untouched, four timeouts, has no running download
-DOWNLOAD_BLOCK = 1 << 14        # bytes; ours: what a cut loses at most
-LARGEST_DOWNLOAD = 1 << 30      # bytes; ours: the limit where the size is unknown
+TIMEOUT = 30                # seconds without a byte; ours
 
 
 def checkpoints_dir() -> Path:
@@ -291,104 +271,30 @@ def checkpoints_dir() -> Path:
 def fetch(name: str, path: str | Path | None = None) -> Path:
     """Where the file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, fetched where it is missing.
 
-    A cached file is checked by SHA256 every time (a second for 500 MB). A cut download is resumed, by this call or a
-    later one. Each process fills a part file of its own and renames it when the hash is right.
+    A cached file is checked by SHA256 every time (a second for 500 MB). A download gets its name when its hash is right.
     InputError: path is not a file; or the download failed, with its URL and where to save it by hand.
     """
     if path is not None:
         return check_file(path)
     pin = PUBLISHED[name]
-    target, failures = checkpoints_dir() / pin.file, {}
+    target, failures, timeout = checkpoints_dir() / pin.file, [], socket.getdefaulttimeout()
+    if found := target.is_file():
+        with open(target, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest().startswith(pin.sha256):
+                return target
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        if matches(target, pin):
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with part_file(target) as part:
-            for url in (*pin.urls, pin.urls[0]):           # the first again: an old part may have spoiled its hash
-                try:
-                    download(url, part, pin)
-                    os.replace(part, target)
-                    return target
-                except (requests.RequestException, ValueError) as error:
-                    if isinstance(error, ValueError):      # it is another file
-                        os.truncate(part, 0)
-                    failures[url] = f"{urlsplit(url).netloc}: {explain(error)}"
-    except OSError as error:
-        failures["disk"] = f"{target.parent} cannot be written ({error.strerror or error})"
-    state = "damaged" if target.is_file() else "missing"
-    raise InputError(f"{pin.file} is {state} and could not be fetched ({'; '.join(failures.values())}): "
-                     f"download {pin.urls[0]} and save it as {target}")
-
-
-def explain(error: Exception) -> str:
-    """A failed download in a few words"""
-    if isinstance(error, requests.HTTPError):
-        return f"HTTP {error.response.status_code}"
-    return "no connection, or cut" if isinstance(error, requests.RequestException) else str(error)
-
-
-def matches(path: Path, pin: Published) -> bool:
-    """Whether this is the published file"""
-    if not path.is_file() or pin.size not in (None, path.stat().st_size):
-        return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest().startswith(pin.sha256)
-
-
-@contextlib.contextmanager
-def part_file(target: Path):
-    """A file beside the target for this process alone to fill: an abandoned one, taken over by renaming it, or a new one.
-    Where it is not renamed, it stays for the next call to go on with, unless it is empty or the disk is full."""
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-    for left in target.parent.glob(f"{target.name}.*.part"):
-        with contextlib.suppress(FileNotFoundError):       # another process was quicker
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.rename(part)
-                break
-    part.touch()
-    try:
-        yield part
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+        for url in pin.urls:
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(target), pin.sha256)
+                return target
+            except (OSError, HTTPException, RuntimeError) as error:    # no network, a full disk; a cut; another hash
+                failures.append(f"{urlsplit(url).netloc}: {one_line(error)}")
     finally:
-        if part.exists():                                  # cut, or Ctrl-C: abandoned at once
-            os.utime(part, (0, 0)) if part.stat().st_size else part.unlink()
-
-
-def download(url: str, part: Path, pin: Published):
-    """Fills `part` from one URL. It asks again for what a cut answer left out, as long as each answer brings something.
-    ValueError: another file came."""
-    while True:
-        had = part.stat().st_size
-        try:
-            append(url, part, pin)
-            break
-        except requests.RequestException:
-            if part.stat().st_size <= had:
-                raise
-    if not matches(part, pin):
-        raise ValueError(f"what came has another SHA256 than {pin.sha256}")
-
-
-def append(url: str, part: Path, pin: Published):
-    """One request: what `part` lacks, or the whole where the server cannot resume"""
-    have = part.stat().st_size
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer, open(part, "r+b") as file:
-        if answer.status_code == 416:                      # nothing follows what we have
-            return
-        answer.raise_for_status()
-        start = have if answer.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
-        total = start + int(answer.headers.get("Content-Length", 0))
-        file.truncate(start)
-        file.seek(start)
-        with tqdm(total=total or pin.size, initial=start, desc=pin.file, unit="B", unit_scale=True) as bar:
-            for block in answer.iter_content(DOWNLOAD_BLOCK):
-                if file.tell() + len(block) > (pin.size or LARGEST_DOWNLOAD):
-                    raise ValueError("more came than the file has")
-                file.write(block)
-                bar.update(len(block))
+        socket.setdefaulttimeout(timeout)
+    raise InputError(f"{pin.file} is {'damaged' if found else 'missing'} and could not be fetched "
+                     f"({'; '.join(failures)}): download {pin.urls[0]} and save it as {target}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,11 +348,9 @@ def claim_output(path: str | Path, args) -> Path:
 
 def revision() -> str | None:
     """The git commit of this folder, where there is one"""
-    try:
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def open_log(path: str | Path, args):
@@ -548,14 +452,6 @@ def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
     live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
     torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
     torch._foreach_copy_(list(ema.buffers()), list(model.buffers()))
-
-
-def restore_optimiser(opt, state):
-    """Adam's moments as they were saved, at the rates of today's options"""
-    rates = [group["initial_lr"] for group in opt.param_groups]
-    opt.load_state_dict(state)
-    for group, rate in zip(opt.param_groups, rates):
-        group["initial_lr"] = rate
 
 
 # ---------------------------------------------------------------------------------------------------------------------

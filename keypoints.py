@@ -38,7 +38,7 @@ import toyfaces
 from audio import N_MELS, AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
-    pick_device, progress, refusing, restore_optimiser, run_options, save_checkpoint, write_log)
+    pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
 from control import correlation, partial_correlation
 from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
 from faces import EYES, K, Landmarks, to_complex
@@ -521,8 +521,7 @@ def train(args):
     model, mouth = load_keypoints(last, device, "last") if saved else new_model(args, source, parts["train"], len(words))
     opt = optimiser(model.to(device), args)
     if saved:
-        restore_optimiser(opt, saved["optimisers"]["adamw"])
-        torch.set_rng_state(saved["rng"]["torch"].cpu())
+        restore_run(last, saved, dict(adamw=opt))
         start, top = saved["step"], saved["top"]
     used = {part: fingerprints(source.clip(c)[0] for c in parts[part]) for part in ("train", "valid")}
     if args.expert:  # clips that trained or chose it do not test this network
@@ -558,9 +557,7 @@ def train(args):
             checkpoint = dict(kind="keypoints", format=1, config=dict(kind=model.kind, net=model.config), step=done,
                               mouth=mouth.state(), clips=used)
             save_checkpoint(out, checkpoint | dict(networks=both))
-            save_checkpoint(last, checkpoint | dict(
-                networks=dict(last=state), args=vars(args), top=top, optimisers=dict(adamw=opt.state_dict()),
-                rng=dict(torch=torch.get_rng_state())))
+            save_run(last, checkpoint | dict(top=top), args, dict(last=model), dict(adamw=opt))
     print(f"{out}: python keypoints.py evaluate {args.out}")
 
 

@@ -43,8 +43,8 @@ import judges
 from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_frozen, load_strictly,
-    millions, open_log, pick_device, progress, read_weights, refusing, restore_optimiser, run_options, save_checkpoint,
-    update_ema, write_log)
+    millions, open_log, pick_device, progress, read_weights, refusing, restore_run, run_options, save_checkpoint,
+    save_run, update_ema, write_log)
 from data import Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import (
     ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, mask_mouth,
@@ -706,10 +706,8 @@ def train(args):
         with refusing(path, "was trained with other options"):
             for name, state in saved["networks"].items():
                 stored[name].load_state_dict(state)
-            for name, opt in opts.items():
-                restore_optimiser(opt, saved["optimisers"][name])
-            torch.set_rng_state(saved["rng"]["torch"])
-            start = saved["step"]
+        restore_run(path, saved, opts)
+        start = saved["step"]
     else:
         fit_pose_teacher(nets["teacher"], pack, parts["train"])
     if args.w_vgg:
@@ -737,10 +735,7 @@ def train(args):
             write_log(log, bar, line | timer.pace(args.batch), args.steps)
         if (step + 1) % SAVE_EVERY == 0 or last:
             save_samples(path.with_suffix(".png"), ema, pack, np.union1d(parts["valid"], parts["test"]), device)
-            save_checkpoint(path, dict(
-                kind="pcavs-train", format=1, config=vars(ema.config), args=vars(args), step=step + 1,
-                networks={k: net.state_dict() for k, net in stored.items()},
-                optimisers={k: opt.state_dict() for k, opt in opts.items()}, rng=dict(torch=torch.get_rng_state())))
+            save_run(path, dict(kind="pcavs-train", config=vars(ema.config), step=step + 1), args, stored, opts)
     write_report(path.parent)  # with the last image
     save_checkpoint(path.with_name("weights.pt"), dict(
         kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=half(ema))))

@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
-    StepTimer, check_finite, claim_output, cosine_warmup, millions, descend, half, load_checkpoint,
-    load_strictly, open_log, pick_device, progress, refusing, restore_optimiser, run_options, save_checkpoint, write_log)
+    StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_strictly, millions,
+    open_log, pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
 from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
@@ -413,9 +413,7 @@ def train(args):
             if found["loss"] < best:
                 best = found["loss"]
                 save_checkpoint(out, checkpoint | dict(networks=dict(expert=half(expert))))
-            save_checkpoint(last, checkpoint | dict(
-                args=vars(args), best=best, rng=torch.get_rng_state(), networks=dict(expert=expert.state_dict()),
-                optimisers=dict(adam=opt.state_dict())))
+            save_run(last, checkpoint | dict(best=best), args, dict(expert=expert), dict(adam=opt))
             timer = StepTimer(device)  # validation is not a step
     print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --expert {args.out}")
 
@@ -438,8 +436,7 @@ def start_run(args, path: Path, device) -> tuple:
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
     if not saved:
         return expert, opt, 0, math.inf
-    restore_optimiser(opt, saved["optimisers"]["adam"])
-    torch.set_rng_state(saved["rng"].cpu())  # of dropout
+    restore_run(path, saved, dict(adam=opt))
     return expert, opt, saved["step"], saved["best"]
 
 

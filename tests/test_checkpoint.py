@@ -142,7 +142,7 @@ def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monk
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fdopen", lambda handle, mode: os.close(handle) or open("/dev/full", mode))
+    monkeypatch.setattr(checkpoint, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     big = toy_checkpoint() | dict(networks=dict(w=torch.zeros(300_000)))
     with pytest.raises(InputError, match=r"a\.pt: cannot be written"):
         save_checkpoint(tmp_path / "a.pt", big)
@@ -178,13 +178,13 @@ for step in range(10**6):
 
 
 def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
-    """SIGKILL, twenty times; the killed are forks of a process with torch imported: they start at once."""
+    """SIGKILL, ten times; the killed are forks of a process with torch imported: they start at once."""
     fork_server = """
 import os, sys, time, signal, random
 from checkpoint import load_checkpoint
 code = compile(open(sys.argv[2]).read(), "saver", "exec")
 random.seed(0)
-for kill in range(20):
+for kill in range(10):
     ready, told = os.pipe()
     child = os.fork()
     if not child:
@@ -204,7 +204,7 @@ for kill in range(20):
     command = [sys.executable, "-c", fork_server, tmp_path / "a.pt", saver]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 20
+    assert len(done.stdout.split()) == 10
 
 
 def test_hostile_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, monkeypatch):
@@ -254,7 +254,6 @@ def specimen(name):
             return trunk | {"output_layer.3.weight": torch.ones(9, 9)}, lambda path: vision.load_encoder(path, 6), 6
         del state["latent_avg"]
         state = {f"encoder.{k}": v for k, v in state.items()}
-        state |= {f"decoder.{k}": v for k, v in plain(Generator(16, **NARROW)).items()}
         content = dict(state_dict=state, latent_avg=torch.ones(6, 24), opts={})
         return content, lambda path: published(16, encoder=path), 8
     if name == "hyperstyle":
@@ -262,21 +261,21 @@ def specimen(name):
         content = dict(state_dict={f"hypernet.{k}": v for k, v in state.items()})
         return content, lambda path: vision.load_hypernet(path, LAYERS), 10
     if name == "weights":
-        more = dict(encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5)
+        more = dict(encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5, hyper="none")
         model = FCTFG(Config.at(16, **NARROW, **more))
         content = dict(kind=name, format=1, config=vars(model.config), networks=dict(model=plain(model)))
-        return content, load_model, 40
+        return content, load_model, 30
     if name == "sync":
         net = dict(size=16, dim=32, width=0.125)
         state, config = plain(SyncNet(**net)), dict(net=net, template="toy")
         content = dict(kind="syncnet", format=1, config=config, networks=dict(expert=state))
-        return content, lambda path: load_sync(path, "cpu"), 60
+        return content, lambda path: load_sync(path, "cpu"), 30
     part = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}  # whole ones hold 80 MB and more
     if name == "wav2lip":
-        return dict(state_dict=part), lambda path: judges.wav2lip_expert("cpu", path), 30
+        return dict(state_dict=part), lambda path: judges.wav2lip_expert("cpu", path), 15
     if name == "vgg":
-        return part | {"classifier.0.bias": torch.ones(2)}, lambda path: judges.vgg19("cpu", path), 60
-    return part, lambda path: judges.lpips("cpu", path, path), 30
+        return part | {"classifier.0.bias": torch.ones(2)}, lambda path: judges.vgg19("cpu", path), 20
+    return part, lambda path: judges.lpips("cpu", path, path), 15
 
 
 ODD = dict(  # what a good tensor is replaced by; some take a few bytes in a file and terabytes in memory
@@ -346,7 +345,7 @@ CONTENT = bytes(range(256)) * 500  # 128,000 bytes
 
 
 class Server:
-    """Answers each address by the function in `routes`; notes (address, Range) of what was asked."""
+    """Answers each address by the function in `routes`; notes the addresses that were asked."""
 
     def __init__(self):
         self.routes, self.asked = {}, []
@@ -354,7 +353,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                server.asked.append((self.path, self.headers.get("Range")))
+                server.asked.append(self.path)
                 server.routes[self.path](self)
 
             def log_message(self, *_):
@@ -366,24 +365,16 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
 
-def sends(content=CONTENT, cut_at=None, resumes=True, kind="application/octet-stream", length=True):
-    """An answer: `content` from where it is asked for, dropped once its byte `cut_at` is reached."""
+def sends(content=CONTENT, cut_at=None, kind="application/octet-stream", length=True):
+    """An answer: `content`, dropped once its byte `cut_at` is reached."""
 
     def answer(handler):
-        asked = handler.headers.get("Range") if resumes else None
-        start = int(asked[6:-1]) if asked else 0
-        if start >= len(content):
-            handler.send_response(416)
-            handler.end_headers()
-            return
-        handler.send_response(206 if asked else 200)
+        handler.send_response(200)
         handler.send_header("Content-Type", kind)
-        if asked:
-            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if length:
-            handler.send_header("Content-Length", str(len(content) - start))
+            handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
-        handler.wfile.write(content[start:cut_at])
+        handler.wfile.write(content[:cut_at])
 
     return answer
 
@@ -399,7 +390,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "*")
     urls = (f"{server.url}/first", f"{server.url}/second")
-    pin = checkpoint.Published("thing.pth", hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), urls)
+    pin = checkpoint.Published("thing.pth", hashlib.sha256(CONTENT).hexdigest(), urls)
     monkeypatch.setitem(checkpoint.PUBLISHED, "thing", pin)
     server.pin, server.cache = pin, tmp_path / "home" / "hub" / "checkpoints"
     server.target = server.cache / "thing.pth"
@@ -437,18 +428,18 @@ def test_every_published_file_is_pinned_by_its_hash_and_fetched_by_https():
     assert len({pin.file for pin in checkpoint.PUBLISHED.values()}) == len(checkpoint.PUBLISHED)
 
 
-def test_the_beginning_of_a_hash_pins_a_file_too(tmp_path):
-    path = tmp_path / "a.pth"
-    path.write_bytes(b"weights")
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert checkpoint.matches(path, checkpoint.Published("a.pth", digest[:8], None, ()))
-    assert not checkpoint.matches(path, checkpoint.Published("a.pth", digest[1:9], None, ()))
+def test_the_beginning_of_a_hash_pins_a_file_too(server, monkeypatch):
+    for sha, whole in ((server.pin.sha256[:8], True), (server.pin.sha256[1:9], False)):
+        monkeypatch.setitem(checkpoint.PUBLISHED, "thing", server.pin._replace(sha256=sha))
+        with contextlib.nullcontext() if whole else pytest.raises(InputError, match="hash"):
+            assert checkpoint.fetch("thing") == server.target
+    assert server.asked == ["/first"] * 2 + ["/second"]
 
 
 def test_a_file_is_fetched_once_into_torch_home(server):
     assert checkpoint.fetch("thing") == server.target and whole(server)
     assert checkpoint.fetch("thing") == server.target
-    assert server.asked == [("/first", None)]
+    assert server.asked == ["/first"]
 
 
 def test_a_copy_of_the_users_own_is_taken_without_a_network(server, tmp_path):
@@ -460,85 +451,19 @@ def test_a_copy_of_the_users_own_is_taken_without_a_network(server, tmp_path):
     assert server.asked == []
 
 
-def test_a_cut_download_is_resumed_where_it_was_cut(server):
-    cuts = iter((50_000, 100_000, None))
-    server.routes["/first"] = lambda handler: sends(cut_at=next(cuts))(handler)
-    checkpoint.fetch("thing")
-    assert whole(server)
-    assert server.asked == [("/first", None), ("/first", "bytes=49152-"), ("/first", "bytes=98304-")]
-
-
-def test_from_a_server_that_cannot_resume_the_whole_file_is_fetched_again(server):
-    cuts = iter((50_000, None))
-    server.routes["/first"] = lambda handler: sends(cut_at=next(cuts), resumes=False)(handler)
-    checkpoint.fetch("thing")
-    assert whole(server) and len(server.asked) == 2
-    server.target.unlink()
-    server.asked.clear()
-    cuts = iter((100_000, 50_000))  # the second answer begins anew and brings less: no gain, so the other address
-    checkpoint.fetch("thing")
-    assert whole(server) and server.asked[1:] == [("/first", "bytes=98304-"), ("/second", "bytes=49152-")]
-
-
-def test_a_download_that_stays_cut_is_resumed_by_the_second_url_and_by_the_next_call(server):
-    server.routes |= {"/first": sends(cut_at=50_000), "/second": refuses(503)}
-    assert "HTTP 503" in refusal(server)
-    part, = cached(server)
-    assert part.endswith(".part") and (server.cache / part).stat().st_size == 49_152  # whole blocks of 16 KiB
-    server.routes |= {"/first": refuses(404), "/second": sends()}
-    server.asked.clear()
-    checkpoint.fetch("thing")
-    assert whole(server) and server.asked == [("/first", "bytes=49152-"), ("/second", "bytes=49152-")]
-
-
-def test_the_right_size_with_another_hash_is_refused_and_nothing_stays(server):
-    wrong = bytes(len(CONTENT))
-    server.routes |= {"/first": sends(wrong), "/second": sends(wrong)}
-    assert "SHA256" in refusal(server)
-    assert cached(server) == [] and len(server.asked) == 3
-
-
-def test_a_part_with_wrong_bytes_is_fetched_again_from_the_start(server):
-    server.cache.mkdir(parents=True)
-    for name, content in (("aa", bytes(1000)), ("bb", bytes(len(CONTENT)))):
-        part = server.cache / f"thing.pth.{name}.part"
-        part.write_bytes(content)
-        os.utime(part, (0, 0))
-        checkpoint.fetch("thing")
-        assert server.target.read_bytes() == CONTENT
-        server.target.unlink()
-    assert cached(server) == []
-
-
-def test_a_part_that_was_whole_but_not_yet_named_is_named(server):
-    server.cache.mkdir(parents=True)
-    part = server.cache / "thing.pth.aa.part"
-    part.write_bytes(CONTENT)
-    os.utime(part, (0, 0))
-    checkpoint.fetch("thing")
-    assert whole(server) and server.asked == [("/first", "bytes=128000-")]
-
-
-def test_the_part_of_a_running_download_is_not_touched(server):
-    server.cache.mkdir(parents=True)
-    part = server.cache / "thing.pth.aa.part"
-    part.write_bytes(CONTENT[:1000])
-    checkpoint.fetch("thing")
-    assert part.read_bytes() == CONTENT[:1000] and server.asked == [("/first", None)]
-    server.target.unlink()
-    os.utime(part, (time.time() - checkpoint.ABANDONED - 5,) * 2)
-    checkpoint.fetch("thing")
-    assert whole(server) and server.asked[1:] == [("/first", "bytes=1000-")]
+def test_what_was_cut_or_has_another_hash_is_refused_and_nothing_stays(server):
+    server.routes |= {"/first": sends(cut_at=50_000), "/second": sends(bytes(len(CONTENT)))}
+    assert "hash" in refusal(server)
+    assert cached(server) == [] and server.asked == ["/first", "/second"]
 
 
 def test_after_a_web_page_in_place_of_the_file_the_second_url_is_tried(server):
     server.routes["/first"] = sends(b"<html>please log in</html>", kind="text/html; charset=utf-8")
     checkpoint.fetch("thing")
-    assert whole(server) and [path for path, _ in server.asked] == ["/first", "/second"]
+    assert whole(server) and server.asked == ["/first", "/second"]
     server.target.unlink()
     server.routes["/second"] = sends(b"<html>please log in</html>", length=False)
-    line = refusal(server)
-    assert line.count("SHA256") == 2 and cached(server) == []
+    assert refusal(server).count("hash") == 2 and cached(server) == []
 
 
 def test_after_a_missing_file_the_second_url_is_tried_and_both_failures_are_named(server):
@@ -548,19 +473,13 @@ def test_after_a_missing_file_the_second_url_is_tried_and_both_failures_are_name
     server.target.unlink()
     server.routes["/second"] = refuses(410)
     line = refusal(server)
-    assert "HTTP 404" in line and "HTTP 410" in line and cached(server) == []
-
-
-def test_a_file_that_is_too_long_is_refused_and_nothing_stays(server):
-    server.routes |= {"/first": sends(CONTENT + b"x"), "/second": sends(CONTENT * 3, length=False)}
-    line = refusal(server)
-    assert "more came" in line and cached(server) == []
+    assert "HTTP Error 404" in line and "HTTP Error 410" in line and cached(server) == []
 
 
 def test_without_a_network_the_message_has_the_url_and_the_place(server):
     server.http.shutdown()
     server.http.server_close()
-    assert "no connection" in refusal(server) and cached(server) == []
+    assert "refused" in refusal(server) and cached(server) == []
 
 
 def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(server):
@@ -575,58 +494,18 @@ def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(ser
 
 
 def test_a_full_disk_leaves_nothing_behind(server, monkeypatch):
-    class Full:
-        def __init__(self, *args):
-            self.file = open(*args)
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, block):
-            self.file.write(block[:100])
-            self.file.flush()
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    monkeypatch.setattr(checkpoint, "open", lambda path, mode: (Full if "+" in mode else open)(path, mode), raising=False)
+    monkeypatch.setattr(torch.hub.shutil, "move", full)
     assert "No space left" in refusal(server) and cached(server) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
-    server.cache.mkdir(parents=True)
-    with monkeypatch.context() as patch:
-
-        def read_only(*_, **__):
-            raise OSError(errno.EROFS, "Read-only file system")
-
-        patch.setattr(Path, "touch", read_only)
-        assert f"{server.cache} cannot be written (Read-only file system)" in refusal(server)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     server.target = tmp_path / "file" / "hub" / "checkpoints" / "thing.pth"
-    assert "cannot be written" in refusal(server) and server.asked == []
-
-
-def test_ctrl_c_keeps_what_came_for_the_next_call(server, monkeypatch):
-    class Interrupted(checkpoint.tqdm):
-        def update(self, n=1):
-            raise KeyboardInterrupt
-
-    server.routes["/first"] = sends(cut_at=60_000)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "tqdm", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoint.fetch("thing")
-    part, = cached(server)
-    size = (server.cache / part).stat().st_size
-    server.routes["/first"] = sends()
-    checkpoint.fetch("thing")
-    assert size > 0 and whole(server) and server.asked[-1] == ("/first", f"bytes={size}-")
+    assert "Not a directory" in refusal(server) and server.asked == []
 
 
 def test_processes_that_fetch_at_the_same_time_all_get_the_whole_file(server):
@@ -644,7 +523,7 @@ def test_processes_that_fetch_at_the_same_time_all_get_the_whole_file(server):
     for worker in workers:
         worker.join(30)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert whole(server) and server.asked == [("/first", None)] * 3
+    assert whole(server) and server.asked == ["/first"] * 3
 
 
 # ------------------------------------------------------------------------------------------------------------
