@@ -9,7 +9,7 @@ Jang et al., "That's What I Said: Fully-Controllable Talking Face Generation", A
     z_v      (B, T, L, D)   driving frames, mouths masked            z_v   = VisualEncoder(mask(driving))
     z_c2d    (B, T, L, D)   motion, without identity                 z_c2d = MotionEncoder(TemporalFusion(z_a, z_v))
     z_s2d    (B, T, L, D)   this person with this motion             z_s2d = z_s2c + z_c2d
-    frames   (B, T, 3, H, W)                                         Generator(z_s2d, weights changed by HyperNetwork)
+    frames   (B, T, 3, H, W)                                         Generator(z_s2d, weights changed by a hypernetwork)
 
 B clips, T consecutive frames, N = B * T, L style layers, D latent width, P width of the pose code, M width of the mouth
 code, K of its numbers are the shape of the lips.
@@ -35,8 +35,7 @@ from faces import mask_mouth
 from media import InputError
 from stylegan2 import Generator, generator_shape, load_rosinality, n_styles
 from vision import (
-    GradualStyleEncoder, HyperNetwork, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet,
-    parts_of)
+    GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zeroed)
 
 REACH = 6  # frames on each side that a convolution of SpeechContext sees; ours
 SPEECH_DIM = 128  # numbers of its sound; ours
@@ -64,10 +63,8 @@ class Config:
     pose_dim: int = 32          # P
     mouth_dim: int = 0          # M; 0: no mouth code, as in the paper
     shape_dim: int = 0          # K
-    hyper: str = "separable"    # HyperStyle's heads: "separable" or "shared"; "slim": HyperNetwork; "none"
-    hyper_width: int = 64       # of "separable" and "shared"
-    hyper_rank: int = 2         # of a weight change of "slim"
-    hyper_from: int = 16        # "slim" changes layers from this resolution (ours: below, maps do more for less)
+    hyper: str = "separable"    # HyperStyle's heads: "separable" or "shared"; "none": no hypernetwork
+    hyper_width: int = 64
     refine: int = 5             # refinements of a photo's weight changes (HyperStyle: 5); 0: leave the weights alone
 
     @property
@@ -85,21 +82,26 @@ class Config:
         return 0 if self.motion == "direct" else self.context
 
     @classmethod
+    def saved(cls, fields: dict) -> "Config":
+        """A checkpoint's, without the fields of an earlier version"""
+        return cls(**{k: v for k, v in fields.items() if k not in ("hyper_rank", "hyper_from")})
+
+    @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
-        slim = dict(encoder="slim", hyper="slim", refine=2)
-        small = dict(slim, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32, linear=128,
-                     map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
+        small = dict(encoder="slim", hyper_width=16, refine=2, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32,
+                     linear=128, map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
         real = changes.get("template", "toy") != "toy"
         if real and size < 256:  # ours: real faces are harder than drawn ones
-            face = dict(small, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024, map_channels=(),
-                        coarse_rgb=min(32, size))
+            face = dict(small, hyper_width=32, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024,
+                        map_channels=(), coarse_rgb=min(32, size))
             if changes.get("motion") != "paper":
                 face |= dict(mouth_dim=24, shape_dim=6, audio_width=0)
             dial = {16: dict(face, base=1024, linear=200, map_code=224), 32: dict(face, base=2048),
                     64: dict(face, base=4096), 128: dict(face, base=8192)}
         else:
-            medium = dict(slim, dim=256, base=8192, cap=256, encoder_width=48, map_code=256, audio_width=0.5)
+            medium = dict(encoder="slim", hyper_width=32, refine=2, dim=256, base=8192, cap=256, encoder_width=48,
+                          map_code=256, audio_width=0.5)
             dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: medium}
         dial[256] = dict()
         assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
@@ -122,21 +124,15 @@ class Whiten(nn.Module):
 
 
 class CanonicalEncoder(nn.Module):
-    """z_s -> z_s2c: remove the motion, keep the identity (paper, section 3.2: a two-layer MLP).
-
-    z_s2c = z_s + linear(z) + MLP(z), z the whitened code. The linear part is ours: it starts from a closed-form
-    regression (initialise.motion_space), and the MLP from zero.
-    """
+    """z_s -> z_s2c: remove the motion, keep the identity (paper, section 3.2: a two-layer MLP). z_s2c = z_s + linear(z) +
+    MLP(z), z the whitened code; the linear part, ours, starts from a regression (initialise.fit_motion_space)."""
 
     def __init__(self, L: int, dim: int, hidden: int, rank: int):
         super().__init__()
         self.L, self.dim = L, dim
         self.whiten = Whiten(L, dim)
-        self.down, self.up = nn.Linear(L * dim, rank, bias=False), nn.Linear(rank, L * dim, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(L * dim, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, L * dim))
-        for layer in (self.up, self.mlp[2]):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.mlp[2].bias)
+        self.down, self.up = nn.Linear(L * dim, rank, bias=False), zeroed(nn.Linear(rank, L * dim, bias=False))
+        self.mlp = nn.Sequential(nn.Linear(L * dim, hidden), nn.LeakyReLU(0.2), zeroed(nn.Linear(hidden, L * dim)))
 
     def forward(self, z_s):  # (B, L, D) -> (B, L, D)
         z = self.whiten(z_s)
@@ -266,9 +262,8 @@ class IdentityMaps(nn.Module):
     """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image
     (N, 3, h, h) to add to its RGB, or None. Ours; PC-AVS's generator starts from an identity map.
 
-    Linear in z_s2d: maps of the source's own code would bypass the motion space. The coarse image, for real faces,
-    represents anybody from the first step, as eigenfaces do (initialise.fit_coarse_rgb); the generator gets it at each of
-    its resolutions and learns what is missing."""
+    Linear in z_s2d: maps of the source's own code would bypass the motion space. The coarse image, for real faces, is in
+    closed form (initialise.fit_coarse_rgb); the generator gets it at each resolution and learns what is missing."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -277,12 +272,9 @@ class IdentityMaps(nn.Module):
         channels = [min(config.cap, config.base // r) for r in resolutions]
         self.shapes = [(min(c, most), r, r) for c, most, r in zip(config.map_channels, channels, resolutions)]
         self.down = nn.Linear(config.L * config.dim, config.map_code)
-        self.up = nn.ModuleList(nn.Linear(config.map_code, math.prod(s)) for s in self.shapes)
-        self.coarse_rgb = nn.Linear(config.map_code, 3 * edge ** 2) if edge else None
-        self.views = nn.ModuleList(nn.Conv2d(3, c, 3, padding=1) for c in channels if edge)
-        for layer in (*self.up, *self.views, *[self.coarse_rgb] * (edge > 0)):
-            nn.init.zeros_(layer.weight)                                          # at first the generator is stage 1's
-            nn.init.zeros_(layer.bias)
+        self.up = nn.ModuleList(zeroed(nn.Linear(config.map_code, math.prod(s))) for s in self.shapes)
+        self.coarse_rgb = zeroed(nn.Linear(config.map_code, 3 * edge ** 2)) if edge else None
+        self.views = nn.ModuleList(zeroed(nn.Conv2d(3, c, 3, padding=1)) for c in channels if edge)
 
     def forward(self, w_plus):
         code = self.down(w_plus.flatten(1))
@@ -297,11 +289,9 @@ class IdentityMaps(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole network
 
-def changed_layers(generator: Generator, lowest: int = 4) -> list:
-    """(O, I) of each 3x3 layer, in the order of styled_convs(); None for those below `lowest` px"""
-    resolutions = [4] + [res for res in generator.resolutions[1:] for _ in (0, 1)]
-    return [tuple(layer.conv.weight.shape[1:3]) if res >= lowest else None
-            for layer, res in zip(generator.styled_convs(), resolutions)]
+def changed_layers(generator: Generator) -> list:
+    """(O, I) of each 3x3 layer, in the order of styled_convs()"""
+    return [tuple(layer.conv.weight.shape[1:3]) for layer in generator.styled_convs()]
 
 
 class FCTFG(nn.Module):
@@ -320,9 +310,7 @@ class FCTFG(nn.Module):
         else:
             self.encoder = GradualStyleEncoder(c.L, c.dim, c.encoder_width)
         self.maps = IdentityMaps(c) if c.map_code else None
-        if c.hyper == "slim":
-            self.hyper = HyperNetwork(c.size, changed_layers(self.generator, c.hyper_from), rank=c.hyper_rank)
-        elif c.hyper != "none":
+        if c.hyper != "none":
             self.hyper = HyperStyleNet(changed_layers(self.generator), c.hyper, c.hyper_width)
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
         self.audio = AudioEncoder(c.dim, c.audio_width) if c.audio_width else WindowEncoder(SPEECH_DIM)
@@ -336,21 +324,16 @@ class FCTFG(nn.Module):
         return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, coarse)
 
     def refine(self, source, z_s, deltas=None):
-        """One of HyperStyle's refinements: the error of the decoded image changes the weights once more.
-
-        source (B, 3, H, W), its code z_s (B, L, D), the deltas so far -> new deltas, as in Generator.forward. Gradients
-        reach the hypernetwork through this change alone, not through the previous deltas or their image.
-        """
+        """One of HyperStyle's refinements: source (B, 3, H, W), its code z_s (B, L, D), the deltas so far -> new deltas,
+        as in Generator.forward. Gradients reach the hypernetwork through this change alone."""
         with torch.no_grad():
             y_hat = self.decode(z_s, deltas)
-        changes = [None if c is None else c.float() for c in self.hyper(source, y_hat)]  # small ones add up
-        if deltas is None:
-            return changes
-        return [None if c is None else c + d.detach() for c, d in zip(changes, deltas)]
+        changes = [change.float() for change in self.hyper(source, y_hat)]        # small ones add up
+        return changes if deltas is None else [c + d.detach() for c, d in zip(changes, deltas)]
 
     def weight_changes(self, source, z_s):
-        """HyperStyle, section 3.3: source (B, 3, H, W), z_s (B, L, D) -> deltas summed over config.refine refinements,
-        the last with gradients; None without a hypernetwork, or where config.refine is 0"""
+        """source (B, 3, H, W), z_s (B, L, D) -> deltas summed over config.refine refinements (HyperStyle, section 3.3),
+        the last with gradients; None without any"""
         n, deltas = self.config.refine if self.hyper else 0, None
         if n and self.mouth:
             z_s = self.invert(source)                                             # the code with its mouth
@@ -443,9 +426,8 @@ class FCTFG(nn.Module):
         """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
 
         source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of pieces of it.
-        driving: n frames (3, H, W), a tensor or any iterable; None: the photo's own pose with idle motion.
-        sway: idle motion moves the head as well; without, only blinks. batch: frames decoded at a time; memory does not
-        grow with n.
+        driving: n frames (3, H, W), any iterable; None: the photo's own pose with idle motion. sway: it moves the head as
+        well; without, only blinks. batch: frames decoded at a time; memory does not grow with n.
         """
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
@@ -454,8 +436,7 @@ class FCTFG(nn.Module):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
     def motion_stream(self, source, z_a, driving, sway, batch):
-        """z_c2d (b, L, D) in order. A batch is computed with the frames on both sides that the temporal convolution
-        reaches, so its numbers are those of the whole clip in one pass."""
+        """z_c2d (b, L, D) in order, each batch with the frames on both sides that the temporal convolution reaches"""
         n, direct = len(z_a), self.config.motion == "direct"
         idle = (self.motion.idle if sway else blinks(self.motion.idle)) if direct else None
         z_own = self.encode_driving(source[None])                                 # (1, 1, L, D)
@@ -495,11 +476,9 @@ def idle_pose(idle, lo: int, hi: int):
 
 
 def blinks(idle, reach: int = 6):
-    """idle (n, T, P) -> its brief deviations, zero elsewhere: blinks without sway, for a head that must not move.
-
-    A blink lasts 3-7 frames, a sway longer: a running median of 13 frames is subtracted, then what is small is cut off.
-    Ours: in the toy world's codes blinks stand 3.5 to 5 times above the median of the remainder, the rest below 2.5.
-    """
+    """idle (n, T, P) -> its brief deviations, zero elsewhere: blinks without sway. A blink lasts 3-7 frames, a sway
+    longer: a running median of 13 frames is subtracted, then what is small is cut off. Ours: in the toy world's codes
+    blinks stand 3.5 to 5 times above the median of the remainder, the rest below 2.5."""
     around = F.pad(idle.transpose(1, 2), (reach, reach), mode="replicate")
     brief = idle - around.unfold(2, 2 * reach + 1, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)
@@ -521,46 +500,36 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
     {"generator", "D", "encoder", "hyper": network}, those that the files have).
 
     generator: checkpoint of rosinality's StyleGAN2 (g_ema, else g; and d). encoder: of pSp, or ArcFace's IR-SE50, the
-    trunk that pSp starts from. hyper: of HyperStyle. The last two may hold the generator that they were trained with,
-    which is taken where none is given and its size is right. encoder.latent_avg is NaN where no file has one.
+    trunk that pSp starts from. hyper: of HyperStyle, for this generator. encoder.latent_avg is NaN where no file has one.
     InputError: a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together.
     """
-    networks, decoder, source = {}, None, generator or encoder or hyper
+    networks, overrides = {}, {}
     if generator:
         found = load_rosinality(generator, size)
         if not {"g", "g_ema"} & set(found):
             raise InputError(f"{generator}: no generator in it")
         networks = dict(generator=found.get("g_ema", found.get("g"))) | ({"D": found["d"]} if "d" in found else {})
+        overrides = generator_shape(networks["generator"].state_dict(), generator) | dict(noise=True, map_code=0)
     if encoder:
         dim = networks["generator"].dim if generator else Config.at(size).dim
-        networks["encoder"], decoder = load_encoder(encoder, n_styles(size), dim)
-    if hyper and not (generator or decoder):
-        decoder, source = parts_of(hyper)[1].get("decoder"), hyper
-    shape = generator_shape(decoder, source) if decoder and not generator else {}
-    if shape.get("size") == size:
-        networks["generator"] = load_strictly(lambda: Generator(**shape), decoder, f"{source}, decoder")
-    overrides = {}
-    if encoder:
-        overrides = dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
-    if "generator" in networks:
-        overrides |= generator_shape(networks["generator"].state_dict(), source) | dict(noise=True, map_code=0)
-        if encoder and networks["encoder"].latent_avg.shape[1] != overrides["dim"]:
-            raise InputError(f"{encoder}: the width of its codes is not the generator's {overrides['dim']}")
+        networks["encoder"] = load_encoder(encoder, n_styles(size), dim)
+        overrides |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
+        if generator and networks["encoder"].latent_avg.shape[1] != dim:
+            raise InputError(f"{encoder}: the width of its codes is not the generator's {dim}")
     if hyper:
-        if "generator" not in networks:
-            raise InputError(f"{hyper}: its generator of {size} px is neither in it nor given with --generator")
-        networks["hyper"], form, _ = load_hypernet(hyper, changed_layers(networks["generator"]))
+        if not generator:
+            raise InputError(f"{hyper}: name its generator of {size} px with --generator")
+        networks["hyper"], form = load_hypernet(hyper, changed_layers(networks["generator"]))
         overrides |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
     return overrides, networks
 
 
 def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) -> FCTFG:
-    """The EMA network of a file of one of these kinds, in eval mode; `model.kind` is the file's.
-
-    InputError: missing, truncated, hostile or wrong-kind file; a network of another shape."""
+    """The EMA network of a file of one of these kinds, in eval mode; `model.kind` is the file's. InputError: missing,
+    truncated, hostile or wrong-kind file; a network of another shape."""
     checkpoint = load_checkpoint(path, kinds)
     with refusing(path, "not a network of this version"):
         state = checkpoint["networks" if checkpoint["kind"] == "weights" else "ema"]["model"]
-        model = load_strictly(lambda: FCTFG(Config(**checkpoint["config"])), state, path)
+        model = load_strictly(lambda: FCTFG(Config.saved(checkpoint["config"])), state, path)
     model.kind = checkpoint["kind"]
     return model.to(device).eval()

@@ -3,15 +3,12 @@
 Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020 (arXiv 1912.04958), sections 2-4.
 Layer names and parameter shapes are those of the public rosinality checkpoints, so that a published `g_ema` loads.
 
-What differs from the public code:
-- No CUDA extension. Modulation scales the activations and demodulation scales the result, which is the same product in
-  another order, so one convolution with shared weights serves the whole batch.
-- Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise and bias
-  act after the blur, in as few passes over the image as eager PyTorch allows.
-- Generator.forward takes W+ codes; z -> w is `mapping`, style mixing `mix_styles`.
-- Two optional inputs for the networks above it: `deltas` (HyperStyle's relative weight changes, one set a clip) and
-  `maps` (identity maps added to the coarse features, ours; see fusion.py).
-- Minibatch standard deviation accepts every batch size.
+What differs from the public code: there is no CUDA extension. Modulation scales the activations and demodulation scales
+the result, which is the same product in another order, so one convolution with shared weights serves the whole batch.
+Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise and bias act
+after the blur, in few passes over the image. Generator.forward takes W+ codes and two optional inputs: `deltas`
+(HyperStyle's relative weight changes, one set a clip) and `maps` (ours, see fusion.py). Minibatch standard deviation
+accepts every batch size.
 """
 
 import functools

@@ -1,8 +1,7 @@
-"""Networks that read images: encoders, which give a W+ code, and hypernetworks, which change a generator's weights.
+"""Networks that read images: encoders, which give a W+ code, and a hypernetwork, which changes a generator's weights.
 
-Each exists at toy sizes, trained from scratch, and as its authors published it: pSp (Richardson et al., CVPR 2021) and
-HyperStyle (Alaluf et al., CVPR 2022), under the names of the authors' files, which `load_encoder` and `load_hypernet`
-read strictly. MouthEncoder is ours.
+pSp (Richardson et al., CVPR 2021) and HyperStyle (Alaluf et al., CVPR 2022) have the names of the authors' files, which
+`load_encoder` and `load_hypernet` read strictly. VisualEncoder, for toy sizes, and MouthEncoder are ours.
 """
 
 import math
@@ -16,6 +15,15 @@ from checkpoint import load_strictly, one_line, read_weights, refusing
 from faces import TEMPLATES, box_slices, resized
 from media import InputError
 from stylegan2 import EqualLinear
+
+
+def zeroed(layer):
+    """The layer, with an output of zero at first"""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks at toy sizes
@@ -132,38 +140,6 @@ def small_picture(x):
     return x.contiguous().flatten(1)
 
 
-class HyperNetwork(nn.Module):
-    """A photo and what the generator makes of its code -> relative changes of the generator's weights, after HyperStyle,
-    sections 3.2-3.3: one change a channel pair of each 3x3 layer, W <- W (1 + delta).
-
-    Differs: a slim trunk, and deltas of low rank u v^T (a full head for 128 x 128 channels would outweigh the generator).
-    """
-
-    def __init__(self, size: int, layers: list, width: int = 16, rank: int = 2):
-        """layers: (O, I) of each 3x3 layer that is changed, None for one that is not, as in Generator.styled_convs()"""
-        super().__init__()
-        depth = int(math.log2(size)) - 2
-        ch = [min(width * 2 ** i, width * 4) for i in range(depth + 1)]
-        self.layers, self.rank = layers, rank
-        self.trunk = nn.Sequential(nn.Conv2d(6, ch[0], 3, padding=1), *(ResDown(a, b) for a, b in zip(ch, ch[1:])),
-                                   nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(ch[-1] * 16, 128), nn.LeakyReLU(0.2))
-        self.heads = nn.ModuleList(nn.Linear(128, sum(oi) * rank) if oi else None for oi in layers)
-        for head, oi in zip(self.heads, layers):
-            if oi:
-                nn.init.zeros_(head.weight[:oi[0] * rank])  # u starts at zero: no change at first
-                nn.init.zeros_(head.bias)
-
-    def forward(self, x, y_hat):
-        """x, y_hat (B, 3, H, W) in [-1, 1] -> list of (B, O, I) or None, one a layer"""
-        h = self.trunk(torch.cat([x, y_hat], 1).contiguous(memory_format=torch.channels_last))
-        deltas = []
-        for head, oi in zip(self.heads, self.layers):
-            if oi:
-                u, v = head(h).unflatten(1, (-1, self.rank)).split(oi, 1)    # (B, O, r), (B, I, r)
-            deltas.append(u @ v.transpose(1, 2) if oi else None)
-        return deltas
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the published networks. Keys and shapes are those of the authors' files; `width` narrows them for tests (64 published)
 
@@ -278,8 +254,8 @@ class SharedHead(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.w1, self.b1 = (nn.Parameter(torch.randn(*shape, dim * 9) / 40) for shape in ((dim,), ()))  # 40: HyperStyle's
-        self.w2, self.b2 = (nn.Parameter(torch.randn(*shape, dim * dim) / 40) for shape in ((dim,), ()))
+        self.w1, self.b1 = (nn.Parameter(torch.zeros(*shape, dim * 9)) for shape in ((dim,), ()))
+        self.w2, self.b2 = (nn.Parameter(torch.randn(*shape, dim * dim) / 40) for shape in ((dim,), ()))  # 40: theirs
 
     def forward(self, code):
         B, dim = code.shape
@@ -307,7 +283,7 @@ class FullBlock(nn.Module):
         super().__init__()
         self.shape = (O, I)
         self.convs = head_convolutions(channels, channels // 2, channels, (2, 2, 2))
-        self.output = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, O * I, 1))
+        self.output = nn.Sequential(nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(channels, O * I, 1)))
 
     def forward(self, x):
         return self.output(self.convs(x)).view(len(x), *self.shape)
@@ -319,7 +295,7 @@ class SeparableKernel(nn.Module):
     def __init__(self, channels: int, O: int, I: int):  # noqa: E741
         super().__init__()
         self.make_kernel_in, self.make_kernel_out = nn.Linear(channels, 9 * I), nn.Linear(channels, 9 * O)
-        self.kernel_linear_in, self.kernel_linear_out = nn.Linear(I, I), nn.Linear(O, O)
+        self.kernel_linear_in, self.kernel_linear_out = nn.Linear(I, I), zeroed(nn.Linear(O, O))
 
     def forward(self, code):
         code = code.flatten(1)
@@ -347,7 +323,8 @@ class HyperStyleNet(nn.Module):
 
     A ResNet-34 on six channels, without its first pool, and a block for each layer; the widest layers share a head. The
     others have one of two forms: "shared" gives a number a channel pair (the authors' SharedWeightsHyperNetResNet),
-    "separable" a number a tap from an outer product (..Separable).
+    "separable" a number a tap from an outer product (..Separable). Ours: the last layers start at zero, and images below
+    256 px are read at their own size.
     """
 
     def __init__(self, layers: list, form: str, width: int = 64):
@@ -365,51 +342,44 @@ class HyperStyleNet(nn.Module):
         # the authors also count toRGB layers, which are not changed: one after the first 3x3 layer, then after every two
         places = [None if i % 3 == 1 else blocks[i - (i + 1) // 3] for i in range(len(blocks) + len(blocks) // 2 + 1)]
         self.refinement_blocks = nn.ModuleList(places)
-        for module in self.modules():  # as torchvision starts its ResNets
-            if isinstance(module, BasicBlock):
-                for conv in (module.conv1, module.conv2):
-                    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for block in self.body:  # as torchvision starts its ResNets
+            for conv in (block.conv1, block.conv2):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x, y_hat):
-        """x, y_hat (B, 3, H, H) in [-1, 1], brought to 256 px -> list of (B, O, I, 3, 3) or (B, O, I), one a 3x3 layer"""
-        x = torch.cat([at_256(x), at_256(y_hat)], 1).contiguous(memory_format=torch.channels_last)
-        x = self.body(self.relu(self.bn1(self.conv1(x))))                      # (B, C, 16, 16)
+        """x, y_hat (B, 3, H, H) in [-1, 1], at most 256 px -> list of (B, O, I, 3, 3) or (B, O, I), one a 3x3 layer"""
+        x = torch.cat([x, y_hat], 1).contiguous(memory_format=torch.channels_last)
+        x = F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else x
+        x = self.body(self.relu(self.bn1(self.conv1(x))))                      # (B, C, H/16, W/16)
         return [block(x) for block in self.refinement_blocks if block is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # and their files
 
-def parts_of(path: str | Path) -> tuple[dict, dict]:
-    """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, {part: its state dict}).
-
-    The parts are "encoder", "hypernet", "decoder", as far as the file has them; of a file with bare keys "".
-    InputError: see read_weights; weights that belong to no part beside those that do.
-    """
+def part_of(path: str | Path, part: str) -> tuple[dict, dict]:
+    """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, the state dict of its "encoder" or
+    "hypernet"; all of it where keys are bare). InputError: see read_weights; weights that belong to no part."""
     content = read_weights(path)
-    state, parts = content.get("state_dict", content), {}
+    state = content.get("state_dict", content)
     if not isinstance(state, dict):
         raise InputError(f"{path}: its 'state_dict' is a {type(state).__name__}, expected a dict of weights")
-    for key, value in state.items():
-        part, _, rest = str(key).partition(".")
-        part, rest = (part, rest) if part in ("encoder", "hypernet", "decoder") else ("", str(key))
-        parts.setdefault(part, {})[rest] = value
-    if "" in parts and len(parts) > 1:
-        raise InputError(f"{path}: {one_line(next(iter(parts['']))) or 'a nameless weight'} is unknown beside "
-                         f"{' and '.join(part for part in parts if part)}")
-    return content if "state_dict" in content else {}, parts
+    own = {key.removeprefix(f"{part}."): value for key, value in state.items() if str(key).startswith(f"{part}.")}
+    strays = [key for key in state if not str(key).startswith(("encoder.", "hypernet.", "decoder."))]
+    if own and strays:
+        raise InputError(f"{path}: {one_line(strays[0]) or 'a nameless weight'} is unknown beside {part}")
+    return content if "state_dict" in content else {}, own or state
 
 
-def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, dict | None]:
-    """pSp's encoder for L styles from its authors' file -> (encoder, the decoder's state dict or None).
+def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
+    """pSp's encoder for L styles from its authors' file.
 
     Of a file with more styles (1024 px: 18) the first L are taken, which are the same layers' of a smaller generator. Of
     ArcFace's IR-SE50 the trunk is taken, from which pSp's training starts, with new heads for codes of `dim` numbers.
     encoder.latent_avg is NaN where the file has none: estimate it.
     InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
     """
-    beside, parts = parts_of(path)
-    state = parts.get("encoder") or parts.get("", {})
+    beside, state = part_of(path, "encoder")
     with refusing(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
         if "output_layer.3.weight" in state:
@@ -419,24 +389,23 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> tuple[nn.Module, d
             encoder = GradualStyleEncoder(L, dim, width)
             encoder.load_state_dict(trunk.state_dict(), strict=False)
             encoder.latent_avg.fill_(torch.nan)
-            return encoder, None
+            return encoder
         dim, mean = len(state["styles.0.linear.weight"]), beside.get("latent_avg")
         styles = max(L, sum(f"styles.{i}.linear.weight" in state for i in range(18)))  # 18: those of 1024 px
         mean = mean.reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
         mean = mean.repeat(styles, 1) if len(mean) == 1 else mean[:styles]             # (1, D): a file made in W
     encoder = load_strictly(lambda: GradualStyleEncoder(styles, dim, width), state | dict(latent_avg=mean), path)
     encoder.latent_avg, encoder.styles = encoder.latent_avg[:L].clone(), encoder.styles[:L]
-    return encoder, parts.get("decoder")
+    return encoder
 
 
-def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str, dict | None]:
-    """HyperStyle's hypernetwork from its authors' file -> (network, its form, the decoder's state dict or None).
+def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str]:
+    """HyperStyle's hypernetwork from its authors' file -> (network, its form).
 
     layers: (O, I) of each 3x3 layer of the generator. InputError: as load_encoder; made for another generator.
     """
-    _, parts = parts_of(path)
-    state = parts.get("hypernet", {})
+    _, state = part_of(path, "hypernet")
     with refusing(path, "not a HyperStyle checkpoint"):
         width = len(state["conv1.weight"])
         form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
-    return load_strictly(lambda: HyperStyleNet(layers, form, width), state, path), form, parts.get("decoder")
+    return load_strictly(lambda: HyperStyleNet(layers, form, width), state, path), form

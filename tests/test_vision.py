@@ -200,10 +200,15 @@ def test_hyperstyles_hypernetwork_is_the_published_one(form):
     assert heads == {id(network.shared_weight_hypernet)} and network.refinement_blocks[1] is None
 
 
-def test_pictures_of_other_sizes_are_brought_to_256():
+def test_pictures_of_other_sizes_are_brought_to_256_and_small_ones_stay_small_for_the_hypernetwork():
     x = torch.rand(2, 3, 512, 512)
     torch.testing.assert_close(vision.at_256(x), F.avg_pool2d(x, 2))
     assert vision.at_256(x[..., :64, :64]).shape == (2, 3, 256, 256)
+    network, seen = vision.HyperStyleNet(LAYERS, "separable", width=4).eval(), []
+    network.body.register_forward_hook(lambda module, given, made: seen.append(made.shape[2:]))
+    for size in (512, 64):
+        network(x[..., :size, :size], x[..., :size, :size])
+    assert seen == [(16, 16), (4, 4)]
 
 
 def psp_file(path, L=10, **more):
@@ -218,14 +223,12 @@ def psp_file(path, L=10, **more):
 def test_a_psp_file_loads_and_a_larger_one_gives_its_first_styles(tmp_path):
     x, path = torch.rand(1, 3, 256, 256) * 2 - 1, tmp_path / "psp.pt"
     author = psp_file(path)
-    encoder, decoder = vision.load_encoder(path, 10)
-    assert torch.equal(encoder.eval()(x), author(x)) and decoder.keys() == Generator(16, n_mlp=2).state_dict().keys()
-    first, _ = vision.load_encoder(path, 8)
-    assert torch.equal(first.eval()(x), author(x)[:, :8])
+    assert torch.equal(vision.load_encoder(path, 10).eval()(x), author(x))
+    assert torch.equal(vision.load_encoder(path, 8).eval()(x), author(x)[:, :8])
     psp_file(path, latent_avg=torch.full((24,), 2.0))
-    assert vision.load_encoder(path, 10)[0].latent_avg.equal(torch.full((10, 24), 2.0))
+    assert vision.load_encoder(path, 10).latent_avg.equal(torch.full((10, 24), 2.0))
     psp_file(path, latent_avg=None)
-    assert vision.load_encoder(path, 10)[0].latent_avg.isnan().all()
+    assert vision.load_encoder(path, 10).latent_avg.isnan().all()
 
 
 def test_arcface_gives_a_trunk_with_new_heads(tmp_path):
@@ -233,7 +236,7 @@ def test_arcface_gives_a_trunk_with_new_heads(tmp_path):
     author, _ = lively(vision.GradualStyleEncoder(8, dim=24, width=16))
     state = {k: v for k, v in author.state_dict().items() if k.startswith(("input_layer", "body"))}
     torch.save(state | {"output_layer.3.weight": torch.ones(24, 9)}, path)  # bare keys
-    trunk, _ = vision.load_encoder(path, 8)
+    trunk = vision.load_encoder(path, 8)
     assert isinstance(trunk, vision.GradualStyleEncoder) and trunk.latent_avg.isnan().all()
     assert trunk.body[20].res_layer[1].weight.equal(author.body[20].res_layer[1].weight)
 
@@ -243,8 +246,8 @@ def test_a_hyperstyle_file_loads_in_the_form_that_it_has(tmp_path, form):
     path = tmp_path / "hyper.pt"
     author, _ = lively(vision.HyperStyleNet(LAYERS, form, width=4))
     torch.save(dict(state_dict={f"hypernet.{k}": v for k, v in author.state_dict().items()}, latent_avg=None), path)
-    network, found, decoder = vision.load_hypernet(path, LAYERS)
-    assert found == form and decoder is None
+    network, found = vision.load_hypernet(path, LAYERS)
+    assert found == form
     for a, b in zip(network.state_dict().values(), author.state_dict().values()):
         assert torch.equal(a, b)
     with pytest.raises(InputError, match="hyper.pt: not the weights of HyperStyleNet"):
