@@ -1,12 +1,9 @@
 """Packs: the dataset on disk, written, read and sampled.
 
 A pack is a directory: all frames as JPEGs end to end (frames.bin), all sound as int16 at 16 kHz end to end (sound.bin),
-an index of plain arrays, and meta.json. The big files are memory-mapped, so any frame of any clip is one read and a
-million clips open in a moment.
+an index of plain arrays, and meta.json. The big files are memory-mapped: any frame of any clip is one read.
 
-`Clips` draws source and driving frames from one clip, never the same frame. Paper: FC-TFG (arXiv 2304.03275), section
-3.5; it does not say how frames are drawn, so that is ours. faces.mask_mouth hides the driving mouth, not this room: the
-losses need it.
+How frames are drawn is ours: the paper (FC-TFG, arXiv 2304.03275, section 3.5) does not say it.
 """
 
 import bisect
@@ -25,7 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from audio import mfcc, sound_windows
+from audio import sound_windows
 from checkpoint import FORMAT
 from faces import TEMPLATES
 from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, to_int16, to_tensor
@@ -55,9 +52,9 @@ def encode_jpeg(frame: np.ndarray, size: int) -> bytes:
 class PackWriter:
     """Writes a pack clip by clip. meta.json is written last and makes the directory a pack.
 
-    size: edge of the frames in pixels. template: name of the crop in faces.TEMPLATES. keep: continue an unfinished pack
-    behind its first `keep` clips. shard_of: the folder of which this pack has a part (see Packs). Until the pack is
-    finished, journal.jsonl has a line for each clip, written after it.
+    size: edge of the frames in pixels. template: of faces.TEMPLATES. keep: continue an unfinished pack behind its first
+    `keep` clips, by journal.jsonl, which has a line for each clip, written after it. shard_of: the folder of which this
+    pack has a part (see Packs).
     Raises InputError: the folder holds a pack, cannot be written, is in use, or was begun with another size.
     """
 
@@ -101,26 +98,22 @@ class PackWriter:
 
     def append(self, clip: dict):
         """One line of the journal -> the index."""
+        people = self.identities  # names become numbers in the order of their appearance
         for name, column in self.index.items():
-            value = clip[name]
-            if name == "identity":  # names become numbers in the order of their appearance
-                value = self.identities.setdefault(value, len(self.identities))
-            column.append(value)
+            column.append(people.setdefault(clip[name], len(people)) if name == "identity" else clip[name])
         self.sources.append(clip["source"])
         self.n_sound += clip["n_samples"]
         self.jpeg_start.extend(self.jpeg_start[-1] + np.cumsum(clip["jpegs"]))
 
-    def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0) -> int:
-        """Adds a clip -> how many frames it has.
+    def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0):
+        """Adds a clip.
 
-        frames: iterable of uint8 (size, size, 3). wav: float (n,) in [-1, 1] at 16 kHz. identity, source: names of the
-        person and of the file. box: x0, y0, x1, y1 of the crop in the source picture. fps: of the source.
+        frames: iterable of uint8 (size, size, 3), or of JPEGs by encode_jpeg. wav: (n,) at 16 kHz, float in [-1, 1] or
+        int16. identity, source: names of the person and of the file. box: x0, y0, x1, y1 of the crop in the source
+        picture. fps: of the source.
         """
-        jpegs = (encode_jpeg(frame, self.size) for frame in frames)
-        return self.add_encoded(jpegs, to_int16(wav), identity, source, box, fps)
-
-    def add_encoded(self, jpegs, samples: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0) -> int:
-        """add for the output of encode_jpeg and to_int16, which another process may have made."""
+        jpegs = (frame if isinstance(frame, bytes) else encode_jpeg(frame, self.size) for frame in frames)
+        samples = wav if wav.dtype == np.int16 else to_int16(wav)
         lengths = [self.files["frames.bin"].write(jpeg) for jpeg in jpegs]
         assert lengths, "a clip has at least one frame"
         self.files["sound.bin"].write(samples.tobytes())
@@ -131,7 +124,6 @@ class PackWriter:
         self.files["journal.jsonl"].write(json.dumps(clip).encode() + b"\n")
         self.files["journal.jsonl"].flush()
         self.append(clip)
-        return len(lengths)
 
     def close(self):
         """Writes the index, then meta.json."""
@@ -208,24 +200,30 @@ class Pack:
         """Clip c -> number of its pack in .packs, its number there"""
         return 0, c
 
+    def at(self, c: int) -> tuple:
+        """Clip c -> its pack, its number there"""
+        i, c = self.find(c)
+        return self.packs[i], c
+
     def frame(self, c: int, k: int) -> np.ndarray:
         """Frame k of clip c, uint8 (H, W, 3)"""
         assert 0 <= k < self.n_frames[c], f"frame {k} of clip {c}, which has {self.n_frames[c]}"
-        i = self.frame_start[c] + k
-        jpeg = self.jpegs[self.jpeg_start[i] : self.jpeg_start[i + 1]]
+        pack, c = self.at(c)
+        i = pack.frame_start[c] + k
+        jpeg = pack.jpegs[pack.jpeg_start[i] : pack.jpeg_start[i + 1]]
         try:
             return np.array(Image.open(io.BytesIO(jpeg), formats=("JPEG",)))
         except OSError as error:
-            raise InputError(f"{self.folder}: frame {k} of clip {c} is damaged ({error})") from None
+            raise InputError(f"{pack.folder}: frame {k} of clip {c} is damaged ({error})") from None
 
     def frames(self, c: int, ks) -> np.ndarray:
-        """Frames ks of clip c, uint8 (len(ks), H, W, 3); a repeated frame is decoded once."""
-        decoded = {k: self.frame(c, k) for k in dict.fromkeys(map(int, ks))}
-        return np.stack([decoded[int(k)] for k in ks])
+        """Frames ks of clip c, uint8 (len(ks), H, W, 3)"""
+        return np.stack([self.frame(c, int(k)) for k in ks])
 
     def sound(self, c: int) -> np.ndarray:
         """The sound of clip c, float32 (n,) in [-1, 1] at 16 kHz; frame k begins at sample 640 k"""
-        return self.samples[self.sound_start[c] : self.sound_start[c + 1]].astype(np.float32) / 32768
+        pack, c = self.at(c)
+        return pack.samples[pack.sound_start[c] : pack.sound_start[c + 1]].astype(np.float32) / 32768
 
     def windows(self, c: int, ks, voice_norm: bool = False) -> np.ndarray:
         """Mel windows of frames ks of clip c, float32 (len(ks), 1, 80, 16); ks may lie outside the clip."""
@@ -238,24 +236,29 @@ class Pack:
 
     def source(self, c: int) -> str:
         """The file that clip c comes from"""
-        name = self.names[self.source_start[c] : self.source_start[c + 1]].tobytes()
+        pack, c = self.at(c)
+        name = pack.names[pack.source_start[c] : pack.source_start[c + 1]].tobytes()
         return name.decode("utf-8", "surrogateescape")
+
+
+def check_alike(packs: list):
+    """InputError: packs of different sizes or templates"""
+    for pack in packs[1:]:
+        if (pack.size, pack.template) != (packs[0].size, packs[0].template):
+            raise InputError(f"{pack.folder}: {pack.size} px, template {pack.template}; {packs[0].folder} has "
+                             f"{packs[0].size} px, template {packs[0].template}")
 
 
 class Packs(Pack):
     """Several packs, read as one: clips, frames and people are numbered on from pack to pack.
 
     People of different packs are different, also if their names are equal; those of shards of one folder are not.
-    .packs: the packs; .box, .fps and the index of JPEGs are theirs alone. Raises InputError: packs of different sizes or
-    templates; a pack named twice.
+    .packs: the packs; .box, .fps and the index of JPEGs are theirs alone. InputError: see check_alike; one named twice.
     """
 
     def __init__(self, folders):
         self.packs = packs = [Pack(folder) for folder in folders]
-        for pack in packs[1:]:
-            if (pack.size, pack.template) != (packs[0].size, packs[0].template):
-                raise InputError(f"{pack.folder}: {pack.size} px, template {pack.template}; {packs[0].folder} has "
-                                 f"{packs[0].size} px, template {packs[0].template}")
+        check_alike(packs)
         if len({pack.folder for pack in packs}) < len(packs):
             raise InputError(f"{' '.join(map(str, folders))}: a pack is named twice")
         self.size, self.template, self.folder = packs[0].size, packs[0].template, " ".join(map(str, folders))
@@ -274,18 +277,6 @@ class Packs(Pack):
     def find(self, c: int) -> tuple[int, int]:
         i = bisect.bisect(self.first, c) - 1
         return i, c - self.first[i]
-
-    def frame(self, c: int, k: int) -> np.ndarray:
-        i, c = self.find(c)
-        return self.packs[i].frame(c, k)
-
-    def sound(self, c: int) -> np.ndarray:
-        i, c = self.find(c)
-        return self.packs[i].sound(c)
-
-    def source(self, c: int) -> str:
-        i, c = self.find(c)
-        return self.packs[i].source(c)
 
 
 def open_packs(folders) -> Pack:
@@ -323,7 +314,7 @@ def split(pack: Pack, args=None) -> dict:
     Every tenth person is held out, or every tenth clip where there are fewer than MIN_PEOPLE people; of fewer than
     twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test.
     args: has data and the lists of split_options, which replace the rule; beside a train list all else is held out.
-    Without data it is the toy world, whose held-out people are in other packs: all clips are in all parts.
+    Without data (the toy world, whose held-out people are in other packs) all clips are in all parts.
     Raises InputError: a name that fits no clip, or several files; a clip in two lists; too few clips.
     """
     lists = {part: path for part in USES if (path := getattr(args, part, None))}
@@ -336,12 +327,14 @@ def split(pack: Pack, args=None) -> dict:
     if (count > 1).any():
         raise InputError(f"{', '.join(lists.values())}: {pack.source(taken[count > 1][0])} is in two of them")
     free = np.setdiff1d(np.arange(len(pack)), taken)
-    units = np.unique(holdout_unit(pack)[free])
+    unit = np.asarray(pack.identity) if len(pack.identities) >= MIN_PEOPLE else np.arange(len(pack))  # held out whole
+    units = np.unique(unit[free])
     left = [part for part in ("valid", "test") if part not in parts]
     held = units if "train" in parts else units[9::10]
     if len(held) < len(left) and "train" not in parts:
         held = units[1:][-len(left) :]
-    parts |= zip(left, by_turns(pack, free[np.isin(holdout_unit(pack)[free], held)], len(left)))
+    for k, part in enumerate(left):
+        parts[part] = free[np.isin(unit[free], held[k :: len(left)])]
     if "train" not in parts:
         parts["train"] = np.setdiff1d(free, np.concatenate(list(parts.values())))
     for part in ("train", "valid"):
@@ -362,17 +355,6 @@ def drawn_clips(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
     own = np.split(clips[np.argsort(identity, kind="stable")], np.cumsum(count)[:-1])  # the clips of each person
     rows = min(count.max(), -(-MOST_DRAWN // len(people)))
     return np.stack([np.resize(c, rows) for c in own], 1).ravel()  # (rows * people,)
-
-
-def holdout_unit(pack: Pack) -> np.ndarray:
-    """(clips,): number of the person, or of the clip, that is held out as a whole"""
-    return np.asarray(pack.identity) if len(pack.identities) >= MIN_PEOPLE else np.arange(len(pack))
-
-
-def by_turns(pack: Pack, clips: np.ndarray, n: int = 2) -> list[np.ndarray]:
-    """Clips dealt to n parts, person by person or clip by clip"""
-    unit = holdout_unit(pack)[clips]
-    return [clips[np.isin(unit, np.unique(unit)[k::n])] for k in range(n)]
 
 
 def named_clips(pack: Pack, path: str | Path) -> np.ndarray:
@@ -406,10 +388,10 @@ def clips_used(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
     """-> dict(train, valid): fingerprints of the clips that trained and that chose a checkpoint. A file without them
     (the first ones) counts as trained on this pack by the rule of `split`."""
     used = checkpoint.get("clips")
-    if not isinstance(used, dict) or not all(torch.is_tensor(used.get(part)) for part in ("train", "valid")):
-        print(f"{path}: does not list its training clips; only the test part of {pack.folder} is used", file=sys.stderr)
-        return {part: pack.fingerprints[clips] for part, clips in split(pack).items() if part != "test"}
-    return used
+    if isinstance(used, dict) and all(torch.is_tensor(used.get(part)) for part in ("train", "valid")):
+        return used
+    print(f"{path}: does not list its training clips; only the test part of {pack.folder} is used", file=sys.stderr)
+    return {part: pack.fingerprints[clips] for part, clips in split(pack).items() if part != "test"}
 
 
 def find_clips(pack: Pack, *prints: torch.Tensor) -> np.ndarray:
@@ -426,14 +408,12 @@ class Clips(Dataset):
     clips: numbers of the clips to draw from, default all; photos (clips of one frame) are left out. A clip shorter than
     T repeats its last frame. flip: half of the items are mirrored, each as a whole. context: mel windows beyond the
     frames on each side, for a temporal convolution. voice_norm: of mel, see audio.py; sync_mel (1, 80, 16), a sync
-    expert's window of the middle frame, is without. mfcc: add mfcc (13, 20), SyncNet v2's sound of the five frames from
-    number `mfcc` of the window on.
+    expert's window of the middle frame, is without.
     """
 
-    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None, mfcc=None,
+    def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None,
                  voice_norm: bool = False):
-        self.pack, self.T, self.seed, self.flip, self.context, self.mfcc = pack, T, seed, flip, context, mfcc
-        self.voice_norm = voice_norm
+        self.pack, self.T, self.seed, self.flip, self.context, self.voice_norm = pack, T, seed, flip, context, voice_norm
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         self.clips = clips[pack.n_frames[clips] > 1]
         if not len(self.clips):
@@ -458,9 +438,6 @@ class Clips(Dataset):
                     identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(driving))
         if self.voice_norm:
             item["sync_mel"] = torch.from_numpy(self.pack.windows(c, [first + (self.T - 1) // 2])[0])
-        if self.mfcc is not None:  # four steps a frame, from a frame earlier on: pre-emphasis looks back
-            wav = cut_sound(self.pack.sound(c), first + self.mfcc - 1, first + self.mfcc + 6)
-            item["mfcc"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()
         return item
 
 
@@ -507,7 +484,3 @@ def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0,
             yield default_collate([dataset[n] for n in itertools.islice(numbers, batch)])
     yield from DataLoader(dataset, batch, sampler=numbers, num_workers=workers, prefetch_factor=4,
                           pin_memory=torch.cuda.is_available())
-
-
-if __name__ == "__main__":
-    sys.exit(print("data.py: packs are written by another script, prepare.py", file=sys.stderr) or 2)

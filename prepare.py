@@ -3,7 +3,7 @@
     python prepare.py videos/ out/pack --size 128    # any folder of videos -> a pack; 335 frames a second on 2 cores
                                                      # out/pack/manifest.jsonl: what became of every file
                                                      # out/pack/sheet.png: a frame of each clip, to look at
-    python prepare.py photos/ out/photos --size 128  # a folder of photos, or an .npz of JPEGs; 30 a second a core
+    python prepare.py photos/ out/photos --size 128  # a folder of photos; 30 a second a core
     python prepare.py videos/ out/packs --shard 0/8  # every 8th file: a pack, out/packs/0-of-8, on one of 8 machines
     python prepare.py videos/ --census               # sizes, frame rates and lengths; nothing is written
 
@@ -11,7 +11,6 @@ Each file is a job. Several processes do the jobs, one writes the results in the
 """
 
 import bisect
-import io
 import json
 import math
 import multiprocessing.connection
@@ -21,7 +20,6 @@ import shutil
 import tempfile
 import threading
 import time
-import zipfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +30,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from media import (  # before torch, see there
-    InputError, Parser, check_file, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
+    InputError, Parser, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
 
 import numpy as np
 import torch
@@ -50,7 +48,6 @@ sync_expert = lru_cache(1)(load_sync)  # loaded once a process
 
 MAX_CROP_ERROR = 0.12  # of the crop, ours: a square photo whose face is this near to the template's is used whole
 OFFSET_TOLERANCE = 1  # frame, ours: the error of a sync expert on a clip of three seconds
-PHOTOS = 64  # photos of an archive in one job
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
                   ".heic", ".heif")  # the last two so that the manifest says what is wrong with them
 
@@ -103,9 +100,9 @@ def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndar
     return late if abs(late) > OFFSET_TOLERANCE else 0
 
 
-def prepare_photo(path: Path | io.BytesIO, name: str, size: int, template: str):
+def prepare_photo(path: Path, size: int, template: str):
     """prepare_video for a photo: one frame without sound. Raises InputError: not a picture, no face."""
-    image = load_photo(path, name)
+    image = load_photo(path)
     box = photo_box(image, template)
     segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
     yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
@@ -126,49 +123,19 @@ def photo_box(image: np.ndarray, template: str) -> tuple:
     return box
 
 
-@lru_cache(1)
-def open_archive(path: Path) -> tuple:
-    """An .npz of JPEGs -> jpeg, uint8 (bytes of all files end to end); offset (n + 1,); name (n,). Raises InputError."""
-    try:
-        with np.load(check_file(path), allow_pickle=False) as archive:
-            jpeg, offset, names = (archive[key] for key in ("jpeg", "offset", "name"))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: expected an .npz with jpeg, offset and name ({error})") from None
-    if len(offset) != len(names) + 1 or offset[0] or offset[-1] != len(jpeg) or (np.diff(offset) < 0).any():
-        raise InputError(f"{path}: its offsets and names disagree")
-    return jpeg, offset, names
-
-
 @dataclass(frozen=True)
 class Job:
-    """One file to prepare, or some photos of an archive. name: for the manifest."""
+    """One file to prepare. name: for the manifest; spool: the job's output, all JPEGs of each clip, then its samples."""
 
     path: Path
     name: str
-    kind: str  # "video", "photo" or "archive"
+    photo: bool
     size: int
     template: str
-    spool: Path  # the job's output: of each clip all JPEGs, then its samples
+    spool: Path
     expert: Path | None = None
     isolate: bool = False
     lag: int = 0
-    photos: range = range(0)  # their numbers in the archive
-
-    def inputs(self):
-        """-> name, identity, source and generator of segments, of each video or photo."""
-        parts = Path(self.name).parts
-        identity = parts[0] if len(parts) > 1 else Path(self.name).stem  # the folder, or the file by itself
-        if self.kind == "video":
-            found = prepare_video(self.path, self.size, self.template, self.expert, self.isolate, self.lag)
-            yield self.name, identity, str(self.path), found
-        elif self.kind == "photo":
-            yield self.name, identity, str(self.path), prepare_photo(self.path, "", self.size, self.template)
-        else:
-            jpeg, offset, names = open_archive(self.path)
-            for i in self.photos:
-                content, source = io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes()), f"{self.path}#{names[i]}"
-                found = prepare_photo(content, source, self.size, self.template)
-                yield f"{self.name}#{names[i]}", Path(names[i]).stem, source, found
 
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
@@ -176,46 +143,36 @@ def list_files(folder: Path, out: Path | None = None) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
 
 
-def list_jobs(folder: Path, out: Path, spools: Path, done: list[str], shard: tuple[int, int], **options) -> list[Job]:
+def list_jobs(folder: Path, out: Path, spools: Path, done: set, shard: tuple[int, int], **options) -> list[Job]:
     """The jobs of shard i of n in the order of the files' names, without the files in `done`. options: Job's fields.
 
-    A folder in which more than half of the files are named as pictures holds photos; an .npz is an archive of them.
-    """
+    A folder in which more than half of the files are named as pictures holds photos."""
     i, n = shard
-    if folder.is_file():
-        mine = range(i, len(open_archive(folder)[2]), n)[len(done):]
-        return [Job(folder, folder.name, "archive", spool=spools / str(k), photos=mine[k : k + PHOTOS], **options)
-                for k in range(0, len(mine), PHOTOS)]
-    paths, done = list_files(folder, out), set(done)
+    paths = list_files(folder, out)
     photos = 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
-    return [Job(path, name, "photo" if photos else "video", spool=spools / str(k), **options)
+    return [Job(path, name, photos, spool=spools / str(k), **options)
             for k, path in enumerate(paths[i::n]) if (name := str(path.relative_to(folder))) not in done]
 
 
-def do_job(job: Job) -> list[dict]:
-    """Does a job, in any process -> its lines of the manifest. A packed segment also has the lengths of its JPEGs and the
-    number of its samples; their bytes are in the job's spool, so memory does not grow with a video's length."""
-    lines = []
+def do_job(job: Job) -> dict:
+    """Does a job, in any process -> its line of the manifest. A packed segment also has the lengths of its JPEGs and the
+    number of its samples; their bytes are in the job's spool, so memory does not grow with a video's length. An error
+    becomes the reason in the line: the other files go on."""
+    line = dict(path=job.name, segments=[])
+    found = (prepare_photo(job.path, job.size, job.template) if job.photo else
+             prepare_video(job.path, job.size, job.template, job.expert, job.isolate, job.lag))
     with open(job.spool, "wb") as spool:
-        for name, identity, source, found in job.inputs():
-            line = dict(path=name, identity=identity, source=source, segments=[])
-            for segment, jpegs, samples in guarded(found, line):
+        try:
+            for segment, jpegs, samples in found:
                 if jpegs:
                     segment |= dict(jpegs=list(map(spool.write, jpegs)), n_samples=len(samples))
                     spool.write(samples.tobytes())
                 line["segments"].append(segment)
-            lines.append(line)
-    return lines
-
-
-def guarded(found, line: dict):
-    """The segments up to an error, which becomes the reason in the file's line: the other files go on."""
-    try:
-        yield from found
-    except InputError as error:
-        line["reason"] = str(error)
-    except Exception as error:  # a bug: it must not end a run of days. The type marks it as one
-        line["reason"] = f"{type(error).__name__}: {error}"
+        except InputError as error:
+            line["reason"] = str(error)
+        except Exception as error:  # a bug: it must not end a run of days. The type marks it as one
+            line["reason"] = f"{type(error).__name__}: {error}"
+    return line
 
 
 def start_worker():
@@ -231,7 +188,7 @@ def start_worker():
 
 
 def in_order(jobs: list[Job], workers: int):
-    """(job, its lines) in the order of the jobs, done in parallel. InputError: a worker died."""
+    """(job, its line) in the order of the jobs, done in parallel. InputError: a worker died."""
     if workers <= 1:
         yield from ((job, do_job(job)) for job in jobs)
         return
@@ -252,27 +209,26 @@ def in_order(jobs: list[Job], workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-def write_job(job: Job, lines: list[dict], pack: PackWriter, log, person: str | None):
-    """The clips of a finished job -> the pack, then its lines -> the manifest; the spool is deleted."""
+def write_job(job: Job, line: dict, pack: PackWriter, log, person: str | None):
+    """The clips of a finished job -> the pack, then its line -> the manifest; the spool is deleted."""
+    parts = Path(job.name).parts
+    identity = person or (parts[0] if len(parts) > 1 else Path(job.name).stem)  # the folder, or the file by itself
     with open(job.spool, "rb") as spool:
-        for line in lines:
-            identity, source = person or line["identity"], line.pop("source")
-            del line["identity"]
-            for segment in line["segments"]:
-                if segment["outcome"] == "packed":
-                    jpegs = [spool.read(length) for length in segment.pop("jpegs")]
-                    samples = np.frombuffer(spool.read(2 * segment.pop("n_samples")), "<i2")
-                    at = "" if job.kind != "video" else f"#{segment['begin']}"
-                    pack.add_encoded(jpegs, samples, identity, source + at, segment["box"], segment["fps"])
-            log.write(json.dumps(line).encode() + b"\n")
-            log.flush()
+        for segment in line["segments"]:
+            if segment["outcome"] == "packed":
+                jpegs = [spool.read(length) for length in segment.pop("jpegs")]
+                samples = np.frombuffer(spool.read(2 * segment.pop("n_samples")), "<i2")
+                source = str(job.path) if job.photo else f"{job.path}#{segment['begin']}"
+                pack.add(jpegs, samples, identity, source, segment["box"], segment["fps"])
+    log.write(json.dumps(line).encode() + b"\n")
+    log.flush()
     job.spool.unlink()
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
             expert: Path | None = None, isolate: bool = False, template: str = "face", lag: int = 0,
             shard: tuple[int, int] = (0, 1)) -> list[dict]:
-    """All files below `folder`, videos or photos, or an archive of photos -> a pack at `out`. Returns the lines of
+    """All files below `folder`, videos or photos -> a pack at `out`. Returns the lines of
     out/manifest.jsonl, one a file. The pack does not depend on the number of workers. A killed run continues after the
     last file in the manifest.
 
@@ -293,12 +249,12 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
         for left in out.glob(".spool-*"):  # a killed run's; PackWriter holds the lock of this folder
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
-            done = [outcome["path"] for outcome in outcomes]
+            done = {outcome["path"] for outcome in outcomes}
             options = dict(size=size, template=template, expert=expert, isolate=isolate, lag=lag)
             jobs = list_jobs(folder, out.parent if shard_of else out, Path(spools), done, shard, **options)
             for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
                 write_job(job, found, pack, log, person)
-                outcomes += found
+                outcomes.append(found)
         if not pack.sources:
             raise InputError(f"{folder}: no clip in {len(outcomes)} files, {manifest} says why")
     return outcomes
@@ -366,8 +322,7 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 
 def main():
     p = Parser(description="A folder of videos or photos -> a pack to train on.")
-    p.add_argument("videos", type=Path, help="folder of videos or of photos, or an .npz of JPEGs; a folder in it is one "
-                   "person, a file another")
+    p.add_argument("videos", type=Path, help="folder of videos or photos; a folder in it is one person, a file another")
     p.add_argument("out", type=Path, nargs="?", help="folder of the pack; a killed run's is continued")
     p.add_argument("--census", action="store_true", help="only print the sizes, frame rates and lengths of the videos")
     p.add_argument("--shard", metavar="I/N", help="only every N-th file, from file I (0 .. N-1) on, into the pack "
@@ -383,8 +338,8 @@ def main():
     p.add_argument("--isolate-voice", action="store_true", help="take music and noise that repeat down (librosa's vocal "
                    "separation; 0.2 s a second of sound)")
     args = p.parse_args(workers=(1, 256), lag=(-25, 25))
-    if not args.videos.is_dir() and not (args.videos.suffix == ".npz" and args.videos.is_file()):
-        raise InputError(f"{args.videos}: no such directory, nor an .npz of photos")
+    if not args.videos.is_dir():
+        raise InputError(f"{args.videos}: no such directory")
     if args.census:
         return census(list_files(args.videos), max(1, args.workers))
     if not args.out:

@@ -495,18 +495,6 @@ def test_a_click_and_a_flash_at_one_time_are_in_the_same_frame_of_an_item(tmp_pa
         assert shown > 3
 
 
-def test_mfcc_of_a_window_are_those_of_the_whole_clip(tmp_path):
-    wav = noise(40, 5)
-    with data.PackWriter(tmp_path / "pack", 16, "toy") as pack:
-        pack.add(drawn(40, 16), wav, "a", "a")
-    pack = Pack(tmp_path / "pack")
-    clips, whole = Clips(pack, 9, seed=1, mfcc=2), audio.mfcc(pack.sound(0))
-    for item in (clips[n] for n in range(5)):
-        first = 4 * (int(item["frames"][0]) + 2)  # the window's third frame
-        np.testing.assert_allclose(item["mfcc"], whole[:, first : first + 20], rtol=1e-5, atol=1e-4)
-    assert "mfcc" not in Clips(pack, 9, seed=1)[0]
-
-
 def test_windows_are_drawn_from_videos_in_a_pack_that_holds_photos_too(tmp_path):
     with PackWriter(tmp_path / "mixed", SIZE, "toy") as writer:
         for i, count in enumerate((1, 20, 1, 1)):

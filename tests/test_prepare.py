@@ -1,6 +1,5 @@
 """Videos and photos become packs: the same by any number of workers, continued where a killed run stopped."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -213,31 +212,12 @@ def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
         Clips(pack, 5, seed=0)
 
 
-def test_an_archive_of_jpegs_is_a_folder_of_photos(photos, tmp_path):
-    files = []
-    for path in ("anna/1.png", "anna/2.png", "black.png"):
-        content = io.BytesIO()
-        Image.open(photos / path).save(content, "JPEG", quality=100, subsampling=0)
-        files.append(content.getvalue())
-    offset = np.cumsum([0, *map(len, files)])
-    jpeg = np.frombuffer(b"".join(files), np.uint8)
-    np.savez(tmp_path / "a.npz", jpeg=jpeg, offset=offset, name=np.array(["x/ö.jpg", "y.jpg", "z.jpg"]))
-    prepare.prepare(tmp_path / "a.npz", tmp_path / "out", 40)
-    pack = Pack(tmp_path / "out")
-    assert pack.identities == ["ö", "y"] and pack.source(1).endswith("a.npz#y.jpg")
-    assert np.abs(pack.frame(0, 0).astype(int) - np.array(Image.open(photos / "anna/1.png"))).mean() < 2
-    assert "no face" in manifest(tmp_path / "out")["a.npz#z.jpg"]["reason"]
-    np.savez(tmp_path / "b.npz", jpeg=jpeg, offset=offset)
-    with pytest.raises(InputError, match="b.npz: expected an .npz with jpeg, offset and name"):
-        prepare.prepare(tmp_path / "b.npz", tmp_path / "out2", 40)
-
-
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are Unix's")
 
 
 def killed_after(lives: int, videos, out):
     """prepare in a process of its own, killed when so many clips are written"""
-    pid, real, written = os.fork(), prepare.PackWriter.add_encoded, []
+    pid, real, written = os.fork(), prepare.PackWriter.add, []
     if pid:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         return
@@ -247,7 +227,7 @@ def killed_after(lives: int, videos, out):
         if len(written) == lives:
             os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack, the manifest does not say so yet
 
-    prepare.PackWriter.add_encoded = mortal
+    prepare.PackWriter.add = mortal
     try:
         prepare.prepare(videos, out, 32)
     finally:
@@ -329,7 +309,7 @@ def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "none"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="2"):
         media.run(prepare.main)
-    assert capsys.readouterr().err == f"prepare.py: {tmp_path}/none: no such directory, nor an .npz of photos\n"
+    assert capsys.readouterr().err == f"prepare.py: {tmp_path}/none: no such directory\n"
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
