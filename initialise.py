@@ -27,7 +27,7 @@ from media import SAMPLES_PER_FRAME, InputError, to_tensor
 from motion import OPENER, fit_moves, fit_opening, held_still, lip_opening
 from stylegan2 import Discriminator
 from syncnet import load_sync
-from vision import small_picture
+from vision import small_picture, zeroed
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
 LIP_STEPS = 3000   # of train_lips, at most: others are followed no better after these
@@ -68,7 +68,7 @@ def build_networks(args, data, ckpt, device):
             encoder = fetch("arcface", args.path.get("arcface"))                       # pSp starts from its trunk
         overrides, files = published(args.size, args.generator, encoder, args.hyper)
         previous = load_previous(args, files)
-    config = Config(**ckpt["config"]) if ckpt else make_config(args, data["pack"], previous, overrides)
+    config = Config.saved(ckpt["config"]) if ckpt else make_config(args, data["pack"], previous, overrides)
     if config.mouth_dim and not data["landmarks"]:
         text = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
         if args.stage > 1:
@@ -82,8 +82,8 @@ def build_networks(args, data, ckpt, device):
         learned = ("generator.",) if args.part == "encoder" else (
             "generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
         state = previous["ema"]["model"] if previous else {}
-        state = {k: v for k, v in state.items() if "motion" in known or k.startswith(learned)}
-        state = {k: v for k, v in state.items() if k.partition(".")[0] not in files}
+        state = {k: v for k, v in state.items() if ("motion" in known or k.startswith(learned))
+                 and k.partition(".")[0] not in files}
         state |= {f"{name}.{k}": v for name, network in files.items() for k, v in network.state_dict().items()}
         own = model.state_dict()
         state = {k: v for k, v in state.items() if k in own}
@@ -101,11 +101,10 @@ def load_previous(args, files) -> dict | None:
     encoder = args.stage == 3 or args.part == "hyper"                                  # whether this needs a trained one
     if args.stage == 1 or not args.init and {"generator", *["encoder"] * encoder} <= set(files):
         return None
-    path = args.init or os.path.join(args.out, "stage2.pt" if encoder else "stage1.pt")
-    hyper = os.path.join(args.out, "stage2_hyper.pt")
-    path = hyper if args.stage == 3 and not args.init and os.path.exists(hyper) else path
-    kinds = "weights" if args.part == "lips" else ("stage2", "weights") if encoder else "stage1"
-    previous = load_checkpoint(path, kinds)
+    names = ["stage2_hyper.pt"] * (args.stage == 3) + ["stage2.pt"] if encoder else ["stage1.pt"]
+    paths = [args.init] if args.init else [os.path.join(args.out, name) for name in names]
+    path = next(filter(os.path.exists, paths), paths[-1])
+    previous = load_checkpoint(path, "weights" if args.part == "lips" else ("stage2", "weights") if encoder else "stage1")
     if previous["kind"] == "weights":                                                  # of stage 3, without D and judges
         previous["ema"], previous["networks"] = previous["networks"], dict(motion=None)
     if previous["config"]["size"] != args.size:
@@ -118,12 +117,12 @@ def make_config(args, pack, previous, overrides) -> Config:
     """The dial's Config, or that of the stage before (`previous`: its checkpoint), with the overrides that published
     files demand. A hypernetwork is in it from --part hyper on."""
     dial = Config.at(args.size, template=pack.template, motion=args.motion)
-    config = Config(**previous["config"]) if previous else dial
+    config = Config.saved(previous["config"]) if previous else dial
     config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
     if not config.map_code or config.encoder != "slim":                                # published networks have none
         config.coarse_rgb = 0
     if "hyper" not in overrides and (args.stage == 2 or not previous):
-        config.hyper = dial.hyper if args.part == "hyper" else "none"
+        config.hyper, config.hyper_width = dial.hyper if args.part == "hyper" else "none", dial.hyper_width
     if args.part == "lips" and not config.voice_norm:                                  # weights of the first kind
         config.voice_norm, config.audio_width = dial.voice_norm, dial.audio_width
     if args.stage == 2:                                                                # stage 3 inherits these
@@ -143,9 +142,7 @@ def load_judges(args, device) -> dict:
                   lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
                   arcface=lambda: judges.arcface(
                       device, own.get("arcface"), open_packs(args.data).template if args.data else "toy"))
-    frozen, path = {}, os.path.join(args.out, "sync.pt")
-    if args.stage < 3 and args.data and args.size < PAPERS_JUDGES and not (args.expert or os.path.exists(path)):
-        print(f"{no_expert(args, path)}, --w sync=0 does without")
+    frozen = {}
     for name, make in makers.items():
         try:
             if args.w.get(name):
@@ -160,27 +157,20 @@ def sync_expert(args, device):
     path = args.expert or os.path.join(args.out, "sync.pt")
     if not args.expert and not os.path.exists(path):
         if not args.data or args.size < PAPERS_JUDGES:
-            raise InputError(no_expert(args, path))
+            of = f" --data {' '.join(args.data)} --size {args.size}" if args.data else ""
+            raise InputError(f"{path}: no sync expert for stage 3; python syncnet.py train{of} --out {path} trains one, "
+                             "--expert FILE names one")
         path = "wav2lip"
-    if path == "syncnet_v2" or path.endswith(".model"):
-        print("SyncNet v2 is the judge: evaluate.py's LSE, computed by it, is no independent measure of this network")
-        return judges.SyncNetV2Expert(judges.syncnet_v2(device, None if path == "syncnet_v2" else path))
     return load_sync(path, device, args.size)
-
-
-def no_expert(args, path) -> str:
-    data = f" --data {' '.join(args.data)} --size {args.size}" if args.data else ""
-    train = f"python syncnet.py train{data} --out {path}"
-    return f"{path}: no sync expert for stage 3; {train} trains one, --expert FILE names one"
 
 
 def own_judges(args, D, data, networks, device) -> dict:
     """Frozen networks without a download: feature_net, stage 1's discriminator, and judge, a small face recogniser; from
     state dicts, where they are among the known networks"""
     frozen = {}
-    if "feature_net" in networks or "D" in networks:
+    if features := networks.get("feature_net", networks.get("D")):
         frozen["feature_net"] = copy.deepcopy(D)
-        frozen["feature_net"].load_state_dict(networks.get("feature_net", networks.get("D")))
+        frozen["feature_net"].load_state_dict(features)
     if "judge" in networks:
         frozen["judge"] = judges.SmallFaceJudge().to(device)
         frozen["judge"].load_state_dict(networks["judge"])
@@ -203,7 +193,7 @@ def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
         opt.step()
         mean += max(0.02, 1 / (step + 1)) * (loss.item() - mean)
         if step + 1 == min(20, steps):
-            minutes = (time.perf_counter() - begin) * steps / (60 * min(20, steps))
+            minutes = (time.perf_counter() - begin) * steps / (60 * (step + 1))
             tqdm.write(f"before the first step: {steps} steps of the {name}, {minutes:.1f} min")
     return mean
 
@@ -232,8 +222,7 @@ def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
     of lips, to which it must. `maps.down` reads them back; coarse RGB is a ridge regression on them."""
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
     for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at zero
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
+        zeroed(layer)
     codes = encoder.linear_down(small_picture(masked)).cpu()                           # (n, k), of unit variance
     drawn, wanted = (F.adaptive_avg_pool2d(x, edge).cpu()                              # solved on the CPU: Apple's chips
                      for x in (model.decode(encoder.latent_avg[None]), seen))          # have no float64
@@ -318,8 +307,7 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
         i = torch.cat([half, torch.randint(n_clips, len(boxes), (batch // 2,)) if len(boxes) > n_clips else half])
         down, right = (int(v) for v in torch.randint(boxes.shape[-1] - 31, (2,)))
         x = boxes[i][..., down:down + 32, right:right + 32].to(device, torch.float32)
-        if step % 2:
-            x = x.flip(-1)                                                             # shapes are symmetric
+        x = x.flip(-1) if step % 2 else x                                              # shapes are symmetric
         if step % 4 > 1:                                                               # generated images are soft
             x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
         return ((model.mouth.read(x) - target[i.to(device)]).square() * weight).mean()
@@ -336,7 +324,7 @@ def train_judge(data, device, seed, steps, batch=48):
     With photos, two views of one: shifted, mirrored, and one without its mouth (two frames of a clip differ there)."""
     photos, label = data["photos"], "identity"
     images = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
-    if photos is None and len(np.unique(np.asarray(data["pack"].identity)[images.clips])) == 1:
+    if photos is None and len(np.unique(images.pack.identity[images.clips])) == 1:
         label = "clip"
     if len(photos.people if photos else images.clips) < 2:
         raise InputError(f"{images.pack.folder}: one person is too few for the face judge; --w id=0 does without it")
@@ -350,8 +338,7 @@ def train_judge(data, device, seed, steps, batch=48):
         if photos is None:
             views = item["source"], item["driving"][:, 0]                              # two frames of each clip
         else:
-            views = item["image"], mask_mouth(item["image"], photos.pack.template, "lips")
-            views = [augment(x) for x in views]
+            views = map(augment, (item["image"], mask_mouth(item["image"], photos.pack.template, "lips")))
         # ours: brightness varies a little, so that the judge does not rely on exact colours
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in views)
         return judges.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
@@ -374,18 +361,17 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
     chosen = rng.permutation(chosen)[:clips]
     print(f"before the first step: motion space in closed form from {len(chosen)} clips" + ", and photos" * bool(photos))
     z, z_masked, deviation = [], [], []                                                # of each clip (n, L, D)
+
+    def add(x, moving):  # (n, 3, H, W)
+        z.append(model.encode_source(x.to(device)))
+        z_masked.append(model.encode_driving(x[None].to(device))[0])
+        deviation.append(moving * (z[-1] - z[-1].mean(0)))
+
     for c in tqdm(chosen, "motion space", leave=False, disable=None):
         length = int(pack.n_frames[c])
-        seen = np.sort(rng.choice(length, min(per_clip, length), replace=False))
-        x = to_tensor(pack.frames(c, seen)).to(device)                                 # (n, 3, H, W)
-        z.append(model.encode_source(x))
-        z_masked.append(model.encode_driving(x[None])[0])
-        deviation.append(z[-1] - z[-1].mean(0))
+        add(to_tensor(pack.frames(c, np.sort(rng.choice(length, min(per_clip, length), replace=False)))), 1)
     for i in range(0, clips * per_clip // 2, 64) if photos else ():
-        x = torch.stack([photos[k]["image"] for k in range(i, i + 64)]).to(device)
-        z.append(model.encode_source(x))
-        z_masked.append(model.encode_driving(x[None])[0])
-        deviation.append(torch.zeros_like(z[-1]))
+        add(torch.stack([photos[k]["image"] for k in range(i, i + 64)]), 0)
     z, z_masked, deviation = torch.cat(z), torch.cat(z_masked), torch.cat(deviation).flatten(1)  # (n, L * D)
     model.set_statistics(z, z_masked)
     canonical, motion = model.canonical, model.motion
@@ -510,7 +496,7 @@ def fit_warp(model, data, clips=200):
 
 @torch.no_grad()
 def collect_idle(model, pack, chosen, device):
-    """Fill DirectMotion.idle: pose deviations of the calmest of 64 training clips, from zero at their first frame."""
+    """Fill DirectMotion.idle: pose deviations of the calmest of 64 training clips, from zero at their first frame"""
     if model.config.motion != "direct":
         return
     n, T, _ = model.motion.idle.shape
@@ -529,7 +515,10 @@ def collect_idle(model, pack, chosen, device):
 
 def ridge_regression(x, y, ridge):
     """x (n, i), y (n, o) -> (i, o): y ~ x @ it"""
-    return torch.linalg.solve(x.t() @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.t() @ y)
+    n, i = x.shape
+    gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
+    gram = gram + ridge * n * torch.eye(len(gram), dtype=x.dtype)
+    return x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)
 
 
 def reduced_rank_regression(x, y, rank, ridge):
@@ -538,18 +527,10 @@ def reduced_rank_regression(x, y, rank, ridge):
     x (n, i), y (n, o) -> down (rank, i), up (o, rank), on the device of x
     """
     device, x, y = x.device, x.cpu().double(), y.cpu().double()
-    n, i = x.shape
-    gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
-    gram += ridge * n * torch.eye(len(gram), dtype=x.dtype)
-    full = x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)  # (i, o)
+    full = ridge_regression(x, y, ridge)                                               # (i, o)
     fitted = x @ full
-    if n < y.shape[1]:
-        power, u = torch.linalg.eigh(fitted @ fitted.t())                              # ascending
-        v = fitted.t() @ u / power.clamp_min(1e-12 * power[-1]).sqrt()
-    else:
-        _, v = torch.linalg.eigh(fitted.t() @ fitted)
-    v = v[:, -rank:].flip(1)                                                           # (o, rank): where most of it moves
-    v = F.pad(v, (0, rank - v.shape[1]))                                               # few images: the rest is zero
+    v = torch.linalg.eigh(fitted.t() @ fitted)[1][:, -rank:].flip(1)                   # (o, rank): where most of it moves
+    v = F.pad(v, (0, rank - v.shape[1]))                                               # few numbers: the rest is zero
     down = full @ v
     std = (x @ down).std(0).clamp_min(1e-6)
     return (down / std).t().float().to(device), (v * std).float().to(device)

@@ -84,13 +84,11 @@ def sync_loss(expert, frames, mel):
 # ---------------------------------------------------------------------------------------------------------------------
 # two terms of ours, for faces that get the mouth of another: they move the lips of people known from one photo
 
-def preserve_loss(swapped, real, template: str, colours: bool):
-    """L1 outside the mouth of a crop template; colours: and of the hue of the whole, at 16 px"""
+def preserve_loss(swapped, real, template: str):
+    """L1 outside the mouth of a crop template, and of the hue of the whole at 16 px"""
     loss = (mask_mouth(swapped, template) - mask_mouth(real, template)).abs().mean()
-    if colours:
-        hue = (swapped - swapped.mean(1, keepdim=True)) - (real - real.mean(1, keepdim=True))
-        loss = loss + F.avg_pool2d(hue, max(1, swapped.shape[-1] // 16)).abs().mean()
-    return loss
+    hue = (swapped - swapped.mean(1, keepdim=True)) - (real - real.mean(1, keepdim=True))
+    return loss + F.avg_pool2d(hue, max(1, swapped.shape[-1] // 16)).abs().mean()
 
 
 def mouth_cycle_loss(read, target):

@@ -12,9 +12,9 @@ generator (stage 2), and everything end to end with six losses (stage 3).
 Without --data it trains on the toy world, drawn on first use; README has the time of each line and what to expect. Every
 stage resumes with --resume, bit for bit on a CPU: item n of the data is a function of the seed and n alone.
 
-What differs from the paper (which prints no weights, rates, batch or window): all numbers are ours. Stage 3 starts from a
-closed-form motion space (initialise.py). Its steps alternate between a few windows of five frames, for the sync expert,
-and many clips of one frame, which teach people and poses faster. Without the sync loss all are of the second kind.
+The paper prints no weights, rates, batch or window: all numbers are ours. Stage 3 starts from a closed-form motion space
+(initialise.py). With the sync loss its steps alternate between windows of five frames, for the expert, and many clips of
+one frame, which teach people and poses faster.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from tqdm import tqdm
 import initialise
 import losses
 from checkpoint import (
-    RANK, WORLD, StepTimer, average, check_finite, claim_output, cosine_warmup, half, join_run,
-    load_checkpoint, meet, open_log, refusing, restore_optimiser, save_checkpoint, update_ema, write_log)
-from data import Clips, Frames, Mixed, Pack, batches, drawn_clips, open_packs, split, split_options
+    RANK, WORLD, StepTimer, average, check_finite, claim_output, cosine_warmup, half, join_run, load_checkpoint, meet,
+    open_log, refusing, restore_run, save_checkpoint, save_run, update_ema, write_log)
+from data import Clips, Frames, Mixed, Pack, batches, check_alike, drawn_clips, open_packs, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
 from fusion import middle
 from report import image_grid, write_report
@@ -75,21 +75,21 @@ def parse(argv=None):
     p = Parser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
-    add("--part", choices=("encoder", "hyper", "lips"), help="stage 2: the encoder (default) or, on stage2.pt, the "
-        "hypernetwork; stage 3: of weights --init the lips from sound alone, from --data of any size")
+    add("--part", choices=("encoder", "hyper", "lips"), help="stage 2: encoder (default) or, on stage2.pt, hypernetwork; "
+        "stage 3: of weights --init the lips from sound alone, from --data of any size")
     add("--out", default="out/toy32", help="directory of checkpoints, logs and images")
     add("--data", nargs="+", help="packs of clips by prepare.py; default: the toy world, drawn into --out on first use")
     split_options(p)
-    add("--photos", help="pack of photos: identities for all stages, where the clips show few people")
+    add("--photos", help="pack of photos: identities, for clips of few people; in stage 3 with the mouth code alone")
     add("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the images: the dial")
     add("--motion", default="direct", choices=("direct", "paper"), help="the motion encoder, see fusion.py")
     add("--init", help="checkpoint of the stage before; default: the one in --out")
     add("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), in place of stage 1")
     add("--encoder", help="pSp's checkpoint (the first styles of a larger one), with --generator in place of stage 2; or "
         "ArcFace's IR-SE50 for the trunk alone (default at 256 px in stage 2)")
-    add("--hyper", help="HyperStyle's checkpoint; its generator is taken if no other is given")
-    add("--expert", help="sync expert of stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or your copy "
-        "(.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
+    add("--hyper", help="HyperStyle's checkpoint, with --generator")
+    add("--expert", help="sync expert of stage 3: a file of ours, or wav2lip, fetched, or your copy (.pth). Default: "
+        "sync.pt in --out, else, with --data from 128 px on, wav2lip")
     many = dict(nargs="+", action="extend")
     add("--path", type=named(JUDGES, str), metavar="NAME=FILE", help=f"your copies of {', '.join(JUDGES)}", **many)
     add("--w", type=named(WEIGHTS, float), metavar="NAME=VALUE", help="weights of loss terms, defaults in train.py: "
@@ -149,23 +149,22 @@ def loss_weights(args, given: dict) -> dict:
     return weight | {name: value for name, value in given.items() if name in weight}
 
 
-# what --resume may change, with loss weights: how long, how fast, where files lie, where and how it runs
+# what --resume may change, with loss weights
 CHANGEABLE = {"steps", "lr", "lr_gan", "data", "photos", "expert", "path", "device", "workers", "accumulate", "compile"}
 
 
 def resume_options(args, saved: dict, path):
     """Options of a run that goes on: those in its checkpoint (`saved`), but what is CHANGEABLE and given anew. A line
     says what has changed. InputError: another option is given with another value."""
-    this_call = {"stage", "part", "out", "resume", "overwrite", "w", "world"}
-    flat = saved | {f"w {k}": v for k, v in saved["w"].items()}
-    new = {k: v for k, v in args.given.items() if k in flat and k not in this_call and v != flat[k]}
-    fixed = {k for k in new if k not in CHANGEABLE and not k.startswith("w ")}
-    words = [f"--{k.replace('_', '-')} {flat[k]} -> {v}" for k, v in new.items() if k in (fixed or new)]
-    if fixed:
-        raise InputError(f"{path}: --resume cannot change {', '.join(words)}; --overwrite starts anew")
-    print(f"{path}: goes on with its own options" + "".join(f", {word}" for word in words))
-    options = {k: new.get(k, v) for k, v in saved.items() if k not in this_call}
-    options = vars(args) | options | dict(w={k: new.get(f"w {k}", v) for k, v in saved["w"].items()})
+    old = {k: v for k, v in saved.items() if k not in ("stage", "part", "out", "resume", "overwrite", "w", "world")}
+    flat = old | {f"w {k}": v for k, v in saved["w"].items()}
+    new = {k: v for k, v in args.given.items() if k in flat and v != flat[k]}
+    words = {k: f"--{k.replace('_', '-')} {flat[k]} -> {v}" for k, v in new.items()}
+    if fixed := [word for k, word in words.items() if k not in CHANGEABLE and not k.startswith("w ")]:
+        raise InputError(f"{path}: --resume cannot change {', '.join(fixed)}; --overwrite starts anew")
+    print(", ".join([f"{path}: goes on with its own options", *words.values()]))
+    w = {k: new.get(f"w {k}", v) for k, v in saved["w"].items()}
+    options = vars(args) | {k: new.get(k, v) for k, v in old.items()} | dict(w=w)
     if "steps" not in args.given:                                                      # as many images as before
         options["steps"] = round(options["steps"] * images_a_step(saved) / images_a_step(options))
     return argparse.Namespace(**options)
@@ -196,7 +195,7 @@ def forward_stage2(model, batch):
     real = batch["image"]                                                              # (N, 3, H, W)
     if not model.mouth:
         return dict(real=real, fake=model.decode(model.invert(real)))
-    K, n = model.config.shape_dim, len(real) // 2
+    K, n, up = model.config.shape_dim, len(real) // 2, model.motion.mouth_up
     mouth = model.mouth(real)                                                          # (N, M)
     shape, appearance = mouth[:, :K], mouth[:, K:]
     neighbour = mouth.detach().roll(1, 0)[:, :1]
@@ -204,8 +203,8 @@ def forward_stage2(model, batch):
     kept = torch.rand(len(real), 1, device=real.device) > 0.25
     mouth = torch.cat([shape, appearance * kept], 1)
     z = model.encode_source(real)                                                      # (N, L, D): the lips are masked
-    z_true, z_other = (model.motion.mouth_up(m).unflatten(1, model.motion.shape) for m in (mouth, target))
-    fake, swapped = model.decode(torch.cat([z + z_true, z[n:] + z_other])).split([len(real), len(target)])
+    z = torch.cat([z + up(mouth).view_as(z), z[n:] + up(target).view_as(z[n:])])
+    fake, swapped = model.decode(z).split([len(real), len(target)])
     return dict(real=real, fake=fake, fake_swapped=swapped, target_mouth=target)
 
 
@@ -233,29 +232,22 @@ def forward_stage3(model, batch):
             true_mouth[..., model.config.shape_dim:] = 0                               # appearance
             true_mouth[1::2] = torch.nan                                               # from sound
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
-    sound = batch.get("mfcc", batch.get("sync_mel"))                                   # of the window's middle frame
+    mel = batch["sync_mel"] if "sync_mel" in batch else middle(batch["mel"], 1)[:, 0]  # of the window's middle frame
     out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
-               mel=middle(batch["mel"], 1)[:, 0] if sound is None else sound)
+               mel=mel)
     return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
 def forward_photos(model, batch, out):
-    """Stage 3 on photos: each is its own driving video, once with its own mouth (without a mouth code its inversion, as
-    no sound is known that fits), once with a clip's sound."""
-    photo = batch["photo"]                                                             # (N, 3, H, W)
-    clip = torch.arange(len(photo), device=photo.device) % len(batch["mel"])
-    if not model.mouth:
-        mel = batch["mel"][clip]
-        swapped = model(photo, photo[:, None].expand(-1, mel.shape[1], -1, -1, -1), mel, model.config.context)[0][:, 0]
-        z_s = model.invert(photo)
-        fake = model.decode(z_s, model.weight_changes(photo, z_s))
-        return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped)
-    motion = model.motion
+    """Stage 3 on photos, with a mouth code: each is its own driving video, once with its own mouth, once with a clip's
+    sound."""
+    photo, motion = batch["photo"], model.motion                                       # (N, 3, H, W)
     (_, z_s2c), pose = model.canonical_code(photo), motion.pose(model.encode_driving(photo[None]))[0]
     mouth = model.mouth(photo)                                                         # (N, M)
     own = motion.speech_part(mouth)
     with torch.no_grad():
-        spoken = motion.audio_to_mouth(model.encode_sound(batch["mel"]), model.config.context)[clip, 0]  # (N, M)
+        spoken = motion.audio_to_mouth(model.encode_sound(batch["mel"]), model.config.context)[:, 0]
+        spoken = spoken[torch.arange(len(photo), device=photo.device) % len(spoken)]   # (N, M)
     fake, swapped = model.decode(torch.cat([z_s2c + motion.join(pose, m) for m in (own, spoken)])).chunk(2)
     return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped,
                 target_mouth=spoken + (mouth - own).detach())
@@ -275,25 +267,20 @@ def losses_stage2(model, frozen, out, w):
     boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))
     real, fake = out["real"], out["fake"]
     terms = dict(rec=losses.reconstruction_loss(fake, real, boxes))
-    if w["feat"] and "feature_net" in frozen:
-        with torch.no_grad():
-            real_maps = frozen["feature_net"].features(real)
-        terms["feat"] = losses.perceptual_loss(frozen["feature_net"].features(fake), real_maps)
     if w["l2"]:
         terms["l2"] = (fake - real).square().mean()
+    if w["feat"] and (net := frozen.get("feature_net")):
+        terms["feat"] = losses.perceptual_loss(net.features(fake), net.features(real))
     if w["vgg"]:
         terms["vgg"] = losses.perceptual_loss(frozen["vgg"](fake), frozen["vgg"](real))
     if w["lpips"]:
         terms["lpips"] = frozen["lpips"](fake, real).mean()
-    if w["arcface"]:
-        terms["arcface"] = losses.identity_loss(frozen["arcface"](fake), frozen["arcface"](real))
-    elif w["id"]:
-        terms["id"] = losses.identity_loss(frozen["judge"](fake), frozen["judge"](real))
+    if w["arcface"] or w["id"]:
+        name, net = ("arcface", frozen["arcface"]) if w["arcface"] else ("id", frozen["judge"])
+        terms[name] = losses.identity_loss(net(fake), net(real))
     if "fake_swapped" in out:                                                          # ours, see losses.py
-        swapped, real = out["fake_swapped"], out["real"][-len(out["fake_swapped"]):]
-        terms["preserve"] = losses.preserve_loss(swapped, real, model.config.template, colours=bool(model.mouth))
-    if "target_mouth" in out:
-        target = out["target_mouth"]
+        swapped, target = out["fake_swapped"], out["target_mouth"]
+        terms["preserve"] = losses.preserve_loss(swapped, real[-len(swapped):], model.config.template)
         if "frames" in out:                                                            # stage 3: clips have a truth
             swapped = torch.cat([swapped, out["frames"].flatten(0, 1)])
             target = torch.cat([target, out["mouth"].flatten(0, 1)])
@@ -345,29 +332,24 @@ def main(argv=None):
     augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), 0.0, 0
     if ckpt:
         ema.load_state_dict(ckpt["ema"]["model"])
-        restore_optimiser(opt_g, ckpt["optimisers"]["g"])
-        restore_optimiser(opt_d, ckpt["optimisers"]["d"])
+        restore_run(path, ckpt, dict(g=opt_g, d=opt_d))
         augment.p, mean_path, step0 = ckpt["augment_p"], ckpt["mean_path"], ckpt["images"] // images
-        torch.set_rng_state(ckpt["rng"]["torch"])
-        if device.type == "cuda" and ckpt["rng"].get("cuda") is not None:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"])
         if RANK:                                                                       # other draws than the first's
             torch.manual_seed(args.seed + ckpt["images"] + RANK)
     del ckpt, known                                                                    # their tensors
 
     def save(step):
-        networks = dict(model=model, D=D) | {k: frozen[k] for k in ("feature_net", "judge") if k in frozen}
-        save_checkpoint(path, dict(                                                    # all that the next step depends on
-            kind=f"stage{args.stage}", format=1, config=vars(ema.config), args=vars(args),
-            step=step, images=step * images, networks={k: v.state_dict() for k, v in networks.items()},
-            ema=dict(model=ema.state_dict()), optimisers=dict(g=opt_g.state_dict(), d=opt_d.state_dict()),
-            augment_p=augment.p, mean_path=mean_path,
-            rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None)))
+        kept = {k: frozen[k] for k in ("feature_net", "judge") if k in frozen}
+        save_run(path, dict(kind=f"stage{args.stage}", config=vars(ema.config), step=step, images=step * images,
+                            ema=dict(model=ema.state_dict()), augment_p=augment.p, mean_path=mean_path),
+                 args, dict(model=model, D=D) | kept, dict(g=opt_g, d=opt_d))
 
     if WORLD > 1 and not RANK:
         save(step0)
         meet()
-    header(args, model, data, device)
+    trained, fixed = (sum(q.numel() for q in model.parameters() if q.requires_grad == t) / 1e6 for t in (True, False))
+    print(f"stage {args.stage} on {WORLD} x {device}: {len(data['pack'])} clips, {trained:.2f} M parameters trained, "
+          f"{fixed:.2f} M fixed; loss weights " + " ".join(f"{k}={v:g}" for k, v in w.items()))
     forward, losses_of = STAGES[name]
     refinements = model.config.refine if args.part == "hyper" else 1
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
@@ -418,7 +400,7 @@ def main(argv=None):
             yield 4 * w["path"] * penalty, dict(path=w["path"] * penalty, mean_path=mean)
 
     log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
-    stream = load_batches(args, data, frozen, model.config, step0)
+    stream = load_batches(args, data, model.config, step0)
     timer, shown = StepTimer(device), {}                                               # the last value of each term
     bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=True if RANK else None)
     for step in bar:
@@ -512,17 +494,17 @@ def rates(args, config) -> dict:
     beginnings the longest counts; 0 or none: not trained."""
     if args.stage == 1:
         return {"generator": 4 / 5}                                                    # lazy path length
-    published = 0.1                                                                    # 1e-4, pSp's and HyperStyle's
+    small, joint = config.encoder == "slim", args.stage == 3                           # else 1e-4: pSp's, HyperStyle's
     if args.part == "hyper":
-        return {"hyper": 1.0 if config.hyper == "slim" else published}
-    joint = args.stage == 3
+        return {"hyper": 1.0 if small else 0.1}
     learned = 0.2 if joint else 1.0                                                    # in stage 2: codes drift slowly
+    network = learned if small else 0.1
     table = {"generator": float(joint or args.size <= FINETUNE_GENERATOR), "generator.style": 0.0,  # z -> w: stage 1's
-             "encoder": learned if config.encoder == "slim" else published, "encoder.linear_down": 0.1,
+             "encoder": network, "encoder.linear_down": 0.1,
              "maps": learned, "maps.down": 0.1, "mouth.linear": learned, "motion.mouth_up": 1.0}
     if joint:
-        table |= {"hyper": learned if config.hyper == "slim" else published, "canonical": 0.2, "canonical.down": 0.1,
-                  "canonical.mlp.0": 0.1, "audio": 1.0, "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
+        table |= {"hyper": network, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
+                  "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
     if config.coarse_rgb:                                                              # closed forms: Adam would only
         table |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,  # disturb them
                   "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
@@ -542,18 +524,15 @@ def load_data(args) -> dict:
         pack = toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
     if pack.size != args.size and args.part != "lips":
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
-    parts = split(pack, args)
+    parts, packs = split(pack, args), [pack]
     data = dict(pack=pack, photos=None, clips=drawn_clips(pack, parts["train"], args), landmarks=None,
                 held_out=np.union1d(parts["valid"], parts["test"]), images=Frames(pack, args.seed, clips=parts["train"]))
-    packs = [pack]
     if args.photos:
         photos = Pack(args.photos)
-        if (photos.size, photos.template) != (pack.size, pack.template):
-            raise InputError(f"{args.photos}: {photos.size} px, template {photos.template}; the clips have "
-                             f"{pack.size} px, template {pack.template}")
+        check_alike([pack, photos])
         parts = split(photos)
-        data["held_out_photos"] = np.union1d(parts["valid"], parts["test"])
-        data["photos"] = Frames(photos, args.seed + 1, clips=parts["train"])
+        data |= dict(held_out_photos=np.union1d(parts["valid"], parts["test"]),
+                     photos=Frames(photos, args.seed + 1, clips=parts["train"]))
         data["images"] = Mixed(data["images"], data["photos"], PHOTO_SHARE, args.seed)
         packs.append(photos)
     if all((part.folder / "landmarks" / "clips.jsonl").exists() for p in packs for part in p.packs):
@@ -561,22 +540,20 @@ def load_data(args) -> dict:
     return data
 
 
-def load_batches(args, data, frozen, config, start: int):
+def load_batches(args, data, config, start: int):
     """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
-    loss, else and on odd steps many clips of one frame, half of them photos where there are some"""
+    loss, else and on odd steps many clips of one frame; with a mouth code half of them are photos, if there are any"""
     def load(dataset, batch, first):
         for items in batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD):
             yield {k: v for k, v in items.items() if k not in ("identity", "clip", "frames")}  # not read here
 
     if args.stage < 3:
         yield from load(data["images"], args.batch, start)
-    mfcc = config.driving_context if getattr(frozen.get("sync"), "uses_mfcc", False) else None
-    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"], mfcc=mfcc)
-                        for T in (WINDOW, 1))
-    turns = 2 if args.w["sync"] else 1
+    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"]) for T in (WINDOW, 1))
+    turns, parts = 2 if args.w["sync"] else 1, 2 if args.photos and config.mouth_dim else 1
     windows = load(windows, args.batch // WINDOW, (start + 1) // 2)
-    singles = load(singles, args.batch // (2 if args.photos else 1), start // turns)
-    photos = load(data["photos"], args.batch // 2, start // turns) if args.photos else None
+    singles = load(singles, args.batch // parts, start // turns)
+    photos = load(data["photos"], args.batch // 2, start // turns) if parts == 2 else None
     for step in itertools.count(start):
         if (step + 1) % turns:
             yield next(windows)
@@ -593,14 +570,6 @@ def stage3_clips(pack, T, config, seed, **options):
 # ---------------------------------------------------------------------------------------------------------------------
 # what the user sees
 
-def header(args, model, data, device):
-    sizes = {name: sum(q.numel() for q in part.parameters()) / 1e6 for name, part in model.named_children()}
-    trained = sum(q.numel() for q in model.parameters() if q.requires_grad) / 1e6
-    print(f"stage {args.stage} on {WORLD} x {device}: {len(data['pack'])} clips, {sum(sizes.values()):.2f} M parameters ("
-          + ", ".join(f"{k} {v:.2f}" for k, v in sizes.items()) + f"), {trained:.2f} M trained; loss weights "
-          + " ".join(f"{k}={v:g}" for k, v in args.w.items()))
-
-
 @torch.no_grad()
 def save_examples(path, ema, data, args, n=8):
     """An image of n columns, of held-out clips and photos (the last six columns) where there are some"""
@@ -611,25 +580,25 @@ def save_examples(path, ema, data, args, n=8):
         rows, names = ema.generator(w).unflatten(0, (3, n)), ["samples", "", ""]
     else:
         clips = stage3_clips(data["pack"], 1, ema.config, 12345, flip=False, clips=data["held_out"])
-        items = [clips[i] for i in range(n)]
-        held_out = f"held out: {len(data['held_out'])} clips"
-        held_out += f", {len(data['held_out_photos'])} photos (from the third column on)" if args.photos else ""
-        for i, c in enumerate(data["held_out_photos"][:n - 2] if args.photos else ()):
-            items[2 + i]["source"] = to_tensor(data["photos"].pack.frame(c, 0))
+        items, about = [clips[i] for i in range(n)], f"; held out: {len(data['held_out'])} clips"
+        if args.photos:
+            about += f", {len(data['held_out_photos'])} photos (from the third column on)"
+            for item, c in zip(items[2:], data["held_out_photos"]):
+                item["source"] = to_tensor(data["photos"].pack.frame(c, 0))
         source, driving, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "driving", "mel"))
     if args.stage == 2:
         z = ema.invert(source)
-        rows, names = [source, ema.decode(z)], [f"image; {held_out}", "inversion"]
-        if ema.mouth and not ema.hyper:
-            rows.append(ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0))))
-            names.append("inversion with the mouth of the column to the left")
-        elif ema.hyper:
+        rows, names = [source, ema.decode(z)], [f"image{about}", "inversion"]
+        if ema.hyper:
             rows.append(ema.decode(z, ema.weight_changes(source, z)))
             names.append("refined by the hypernetwork")
+        elif ema.mouth:
+            rows.append(ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0))))
+            names.append("inversion with the mouth of the column to the left")
     elif args.stage == 3:
         driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # another person's head and sound
         rows = source, middle(driving, 1)[:, 0], ema(source, driving, mel, ema.config.context)[0][:, 0]
-        names = f"source; {held_out}", "driving frame, with its sound: the column to the left", "source, driven"
+        names = f"source{about}", "driving frame, with its sound: the column to the left", "source, driven"
     image_grid([to_uint8(row.clamp(-1, 1)) for row in rows], names, max(128, args.size)).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)
 

@@ -1,6 +1,5 @@
 """The three stages run, resume bit for bit, respond to every loss weight, and refuse bad input before anything slow."""
 
-import argparse
 import functools
 import json
 import re
@@ -27,7 +26,7 @@ from data import Pack, PackWriter
 from faces import TEMPLATES, box_slices, mask_mouth
 from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, changed_layers, load_model
 from media import InputError, run, to_tensor
-from stylegan2 import Discriminator, Generator, StyledConv
+from stylegan2 import ConvLayer, Discriminator, Generator
 from syncnet import SyncNet
 from toyfaces import make_pack
 from vision import GradualStyleEncoder, HyperStyleNet
@@ -54,7 +53,6 @@ def stages(pack, tmp_path_factory):
         patch.setattr(initialise, "train_judge", lambda *_: quick_judge())
         patch.setattr(train, "FINETUNE_GENERATOR", 0)
         patch.setattr(train, "LOG_EVERY", 1)
-        patch.setattr(train, "SAVE_EVERY", 2)
         go(pack, out, 1)
         go(pack, out, 2)
         go(pack, out, 2, "--part", "hyper")
@@ -64,9 +62,20 @@ def stages(pack, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
+    """.. and no images or pages, which `stages` writes"""
     monkeypatch.setattr(initialise, "train_judge", lambda *_: quick_judge())
+    monkeypatch.setattr(train, "save_examples", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "write_report", lambda *_: None)
+    monkeypatch.setattr(train, "write_report", lambda *_: None)
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
+
+
+@pytest.fixture
+def quick_starts(monkeypatch):
+    for name, changes in (("fit_motion_space", dict(clips=8, per_clip=8)), ("fit_encoder", dict(most=200)),
+                          ("train_reader", dict(batch=32))):
+        monkeypatch.setattr(initialise, name, functools.partial(getattr(initialise, name), **changes))
 
 
 def quick_judge():
@@ -108,25 +117,23 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_hyper", "stage3"])
 def test_four_steps_are_two_and_resume_and_two(name, pack, stages, tmp_path, monkeypatch):
-    stage, hyper = int(name[5]), name == "stage2_hyper"
-    more = ["--part", "hyper"] if hyper else []
-    more += ["--init", str(stages / ("stage1.pt" if name == "stage2" else "stage2.pt"))] if stage > 1 else []
+    stage, before = int(name[5]), dict(stage2="stage1", stage2_hyper="stage2", stage3="stage2_hyper").get(name)
+    more = ["--part", "hyper"] if name == "stage2_hyper" else []
+    more += ["--init", str(stages / f"{before}.pt")] if before else []
     more += ["--expert", str(stages / "sync.pt")] if stage == 3 else []
-    go(pack, tmp_path / "straight", stage, *more)
-    save = train.save_checkpoint
+    monkeypatch.setattr(train, "FINETUNE_GENERATOR", 0)  # as in `stages`
+    save = train.save_run
 
-    def save_and_die(path, content):
-        save(path, content)
+    def save_and_die(path, *content):
+        save(path, *content)
         raise Killed
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
-    with pytest.raises(Killed):
-        go(pack, tmp_path / "broken", stage, *more)
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_run", save_and_die)
+        go(pack, tmp_path, stage, *more)
     torch.manual_seed(99)  # whatever happened in between
-    go(pack, tmp_path / "broken", stage, "--resume", *more)
-    paths = (str(tmp_path / folder / f"{name}.pt") for folder in ("straight", "broken"))
-    straight, broken = (load_checkpoint(path, f"stage{stage}") for path in paths)
+    go(pack, tmp_path, stage, "--resume", *more)
+    straight, broken = (load_checkpoint(str(folder / f"{name}.pt"), f"stage{stage}") for folder in (stages, tmp_path))
     assert straight["step"] == 4
     equal(straight, broken)
 
@@ -158,13 +165,12 @@ def test_a_run_goes_on_with_other_numbers_of_images_a_step_to_the_same_number_in
     assert train.resume_options(args, saved["args"], "here").steps == 4      # 72 / 18
 
 
-def test_compiled_networks_train_as_eager_ones(pack, tmp_path, monkeypatch):
+def test_compiled_networks_train_as_eager_ones(pack, stages, tmp_path, monkeypatch):
     """Traced, without the C++ that the next test compiles"""
-    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    for name, more in (("eager", []), ("compiled", ["--compile"])):
-        go(pack, tmp_path / name, 1, "--batch", "4", *more, steps=1)         # with R1 and path length
-    eager, compiled = (json.loads((tmp_path / name / "log_stage1.jsonl").read_text().splitlines()[-1])
-                       for name in ("eager", "compiled"))
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    go(pack, tmp_path, 1, "--compile", steps=1)                              # with R1 and path length
+    compiled, eager = (json.loads((folder / "log_stage1.jsonl").read_text().splitlines()[1])
+                       for folder in (tmp_path, stages))
     for term in ("d", "real", "fake", "adv", "r1", "path"):
         assert compiled[term] == pytest.approx(eager[term], rel=1e-4, abs=1e-6), term
 
@@ -173,11 +179,11 @@ def test_compiled_networks_train_as_eager_ones(pack, tmp_path, monkeypatch):
 def test_a_compiled_layer_and_its_gradient_are_the_eager_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(0)
-    layer, x, style = StyledConv(6, 5, 7, up=True), torch.randn(3, 6, 4, 4), torch.randn(3, 7)
+    layer, x = ConvLayer(3, 5, 1, down=True), torch.randn(2, 3, 8, 8)        # the blur has a gradient of its own
     results = []
     for _ in range(2):
-        y = layer(x, style, "off")
-        results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.conv.parameters()))))
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))))
         layer.compile()
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
@@ -232,8 +238,7 @@ def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
 
 
 def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
-    """Stage 2 trains pSp's encoder or HyperStyle's hypernetwork; stage 3 starts from files without either stage, uses the
-    published expert, and has no frozen networks but those that were asked for."""
+    """Stage 2 trains pSp's encoder or HyperStyle's hypernetwork; stage 3 starts from files without either stage."""
     monkeypatch.setattr(train, "FINETUNE_GENERATOR", 0)
     torch.manual_seed(0)
     G, D = Generator(16, dim=24, n_mlp=2, base=1024, cap=128), Discriminator(16, base=1024, cap=128)
@@ -257,13 +262,9 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
         assert (two["config"]["encoder"], two["config"]["hyper"]) == ("psp", "separable")
         assert torch.equal(two["networks"]["feature_net"]["final_conv.0.weight"], D.final_conv[0].weight)
     monkeypatch.setattr(initialise, "fit_motion_space", lambda *a: None)
-    used, sync = [], losses.sync_loss
-    monkeypatch.setattr(losses, "sync_loss", lambda expert, *a: used.append(type(expert)) or sync(expert, *a))
-    torch.save(dict(state_dict=judges.Wav2LipExpert().state_dict()), tmp_path / "expert.pth")
-    go(pack, tmp_path / "three", 3, *given, "--expert", str(tmp_path / "expert.pth"), steps=2)
+    go(pack, tmp_path / "three", 3, *given, "--expert", str(stages / "sync.pt"), steps=2)
     now = load_checkpoint(str(tmp_path / "three" / "stage3.pt"), "stage3")["networks"]["model"]
     assert changed("hyper", hyper) and changed("generator", G) and changed("encoder", encoder)
-    assert used == [judges.Wav2LipExpert]
 
 
 def test_each_stage_trains_what_is_its_own(stages):
@@ -298,52 +299,55 @@ def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
     assert all(f"<h2>stage{k}</h2>" in page for k in (1, 2, 3)) and page.count("<img") == 4  # the hypernetwork's too
 
 
-def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
-    """One step each, with one weight doubled: the gradient is another. Windows of five frames."""
-    args = train.parse(options(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), steps=1))
-    base = gradient_of_one_step(args, pack, stages)
-    for name in ("orth", "sync", "id", "rec", "feat", "mouth", "eyes"):
-        changed = argparse.Namespace(**vars(args) | dict(w=args.w | {name: 2 * args.w[name]}))
-        assert not torch.allclose(gradient_of_one_step(changed, pack, stages), base, rtol=1e-6, atol=0), name
-
-
 def built(args):
     """Networks of a stage before its first step"""
     cpu, data = torch.device("cpu"), train.load_data(args)
     model, D, known = initialise.build_networks(args, data, None, cpu)
-    return model, D, initialise.stage(args, model, D, data, known, cpu)
+    frozen = initialise.stage(args, model, D, data, known, cpu)
+    return model, D, frozen
 
 
-def gradient_of_one_step(args, pack, stages):
+def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path, quick_starts):
+    """The gradient of each term, and of each box of the reconstruction. Windows of five frames."""
+    args = train.parse(options(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), steps=1))
     torch.manual_seed(1)
     model, D, frozen = built(args)
     frozen["sync"] = initialise.load_sync(str(stages / "sync.pt"), "cpu")
     train.optimizers(model, D, args)
     data = train.Clips(Pack(pack), train.WINDOW, 0, context=model.config.context)
-    batch = torch.utils.data.default_collate([data[i] for i in range(3)])
     for p in model.motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
-    terms = train.losses_stage3(model, frozen, train.forward_stage3(model, batch), args.w)
-    sum(args.w[k] * v for k, v in terms.items()).backward()
-    return torch.cat([p.grad.flatten() for p in model.motion.parameters() if p.grad is not None])
+    out = train.forward_stage3(model, torch.utils.data.default_collate([data[i] for i in range(2)]))
+    learned = [p for p in model.motion.parameters() if p.requires_grad]
+
+    def gradient(name, **w):
+        loss = train.losses_stage3(model, frozen, out, args.w | w)[name]
+        found = torch.autograd.grad(loss, learned, retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    for name in ("orth", "sync", "id", "feat"):
+        assert gradient(name).abs().max() > 0, name
+    for name in ("mouth", "eyes"):
+        assert not torch.allclose(gradient("rec", **{name: 9.0}), gradient("rec"), rtol=1e-3, atol=0), name
 
 
-def test_one_batch_can_be_overfitted(pack, stages):
+def test_one_batch_can_be_overfitted(pack, stages, quick_starts):
     torch.manual_seed(0)
-    args = train.parse(options(pack, stages, 3, "--lr", "3e-4", "--lr-gan", "1e-3"))
+    more = ["--init", str(stages / "stage2.pt"), "--lr", "3e-4", "--lr-gan", "1e-3"]
+    args = train.parse(options(pack, stages, 3, *more))
     model, D, _ = built(args)
     opt, _ = train.optimizers(model, D, args)
     data = train.Clips(Pack(pack), 1, 0, context=model.config.context)
-    batch = torch.utils.data.default_collate([data[i] for i in range(3)])
+    batch = torch.utils.data.default_collate([data[i] for i in range(2)])
     errors = []
-    for _ in range(80):
+    for _ in range(40):
         frames = model(batch["source"], batch["driving"], batch["mel"], context=model.config.context)[0]
         loss = (frames - batch["driving"]).abs().mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
         errors.append(float(loss.detach()))
-    assert errors[-1] < 0.4 * errors[0], errors
+    assert errors[-1] < 0.5 * errors[0], errors
 
 
 def test_the_face_judge_is_trained_on_clips_alone(pack):
@@ -395,11 +399,11 @@ def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, sync, due, pa
 
     monkeypatch.setitem(train.STAGES, f"stage{stage}", (forward, lambda model, *_: dict(r1=sum(
         q.mean() for q in model.parameters() if q.requires_grad))))
-    for name in ("save_checkpoint", "save_examples", "update_ema"):
+    for name in ("save_checkpoint", "save_run", "save_examples", "update_ema"):
         monkeypatch.setattr(train, name, lambda *a: None)
     more = ["--w", "path=0", f"sync={sync}", "--augment", "-1"]
     more += ["--init", str(stages / "stage2.pt"), "--expert", str(stages / "sync.pt")] if stage == 3 else []
-    go(pack, tmp_path, stage, *more, steps=40)
+    go(pack, tmp_path, stage, *more, steps=34)
     assert came == due
 
 
@@ -479,28 +483,32 @@ def marked_packs(real_packs, pack, tmp_path_factory):
     return folders
 
 
-@pytest.fixture
-def quick_starts(monkeypatch):
-    for name, changes in (("fit_motion_space", dict(clips=8, per_clip=8)), ("fit_encoder", dict(most=200)),
-                          ("train_reader", dict(batch=32))):
-        monkeypatch.setattr(initialise, name, functools.partial(getattr(initialise, name), **changes))
+@pytest.fixture(scope="module")
+def real_stage1(marked_packs, tmp_path_factory):
+    """Stage 1 on clips and photos, one at a time"""
+    out = tmp_path_factory.mktemp("real1")
+    go(marked_packs[0], out, 1, "--photos", str(marked_packs[1]), "--batch", "1", steps=2)
+    return out / "stage1.pt"
 
 
-@pytest.mark.parametrize("motion", ["direct", "paper"])
-@pytest.mark.parametrize("world", ["toys", "real"])
-def test_all_three_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
-        motion, world, pack, stages, marked_packs, tmp_path, quick_starts):
-    clips, photos = (pack, None) if world == "toys" else marked_packs
-    more = ["--motion", motion, "--expert", str(stages / "sync.pt")]
-    for stage in (1, 2, 3):
-        go(clips, tmp_path, stage, *more, *(["--photos", str(photos), "--batch", "1"] if photos else []), steps=2)
+@pytest.mark.parametrize("motion, world", [("paper", "toys"), ("paper", "real"), ("direct", "real")])
+def test_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
+        motion, world, pack, stages, marked_packs, real_stage1, tmp_path, quick_starts):
+    clips, more = pack, ["--motion", motion, "--expert", str(stages / "sync.pt")]
+    shutil.copy(stages / "stage1.pt" if world == "toys" else real_stage1, tmp_path / "stage1.pt")
+    if world == "real":
+        clips, photos = marked_packs
+        more += ["--photos", str(photos), "--batch", "1"]
+    for stage in (2, 3):
+        go(clips, tmp_path, stage, *more, steps=2)
     log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
-    assert "sync" in log[0] and ("preserve" in log[1]) == bool(photos)       # the odd step has photos
+    mouth = (motion, world) == ("direct", "real")
+    assert "sync" in log[0] and ("preserve" in log[1]) == mouth              # the odd step has photos
     before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
     for part in ("generator.conv1", "encoder.blocks", "canonical.mlp", "audio.", "motion."):
         assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
     model = load_model(str(tmp_path / "weights.pt"))
-    assert (model.config.motion, bool(model.mouth)) == (motion, motion == "direct" and bool(photos))
+    assert (model.config.motion, bool(model.mouth)) == (motion, mouth)
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
 
 
@@ -540,16 +548,16 @@ def test_a_mouth_code_learns_from_one_or_two_images(N):
 
 
 def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
-        marked_packs, tmp_path, monkeypatch, capsys, quick_starts):
+        marked_packs, real_stage1, tmp_path, monkeypatch, capsys, quick_starts):
     reader = initialise.train_reader
-    monkeypatch.setattr(initialise, "train_reader", lambda *args: reader(*args[:-1], steps=200))
+    monkeypatch.setattr(initialise, "train_reader", lambda *args: reader(*args[:-1], steps=120))
     clips, photos = marked_packs
     more = ["--photos", str(photos)]
-    go(clips, tmp_path, 1, *more)
+    shutil.copy(real_stage1, tmp_path / "stage1.pt")
     go(clips, tmp_path, 2, *more)
     go(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0")
     shown = capsys.readouterr().out                                          # how long, and how well beyond training
-    assert re.search(r"before the first step: 200 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
+    assert re.search(r"before the first step: 120 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
     assert re.search(r"before the first step: 4 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
     assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ % in [12] held-out clips", shown)
     two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
@@ -708,7 +716,7 @@ def test_few_pictures_of_many_numbers_give_the_same_map_as_the_long_way():
     down, up = initialise.reduced_rank_regression(x, y, 4, ridge)
     torch.testing.assert_close((down.t() @ up.t()).double(), full @ v[:4].t() @ v[:4], atol=1e-5, rtol=1e-4)
     down, up = initialise.reduced_rank_regression(x, y, 10, ridge)
-    assert down.shape == (10, 14) and up.shape == (11, 10) and down[9].abs().max() == 0
+    assert down.shape == (10, 14) and up.shape == (11, 10) and down[9].abs().max() < 1e-6
     torch.testing.assert_close((down.t() @ up.t()).double(), full, atol=1e-5, rtol=1e-4)
 
 
@@ -766,13 +774,12 @@ def test_the_papers_judges_are_the_default_from_128_px_on_and_small_ones_below()
     (["--stage", "2"], "vgg19-dcbb9e9d.pth", "--w vgg=0"),
     (["--stage", "2", "--w", "vgg=0"], "recognition_arcface_ir_se50.pth", "--w arcface=0"),
     (["--stage", "3", "--data", "pack"], "lipsync_expert.pth", "--w sync=0"),
-    (["--stage", "3", "--expert", "syncnet_v2"], "syncnet_v2.model", "--w sync=0"),
 ])
 def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without(more, file, flag, tmp_path, monkeypatch):
-    def offline(url, **options):
-        raise checkpoint.requests.ConnectionError("no route")
+    def offline(*_):
+        raise OSError("no route")
 
-    monkeypatch.setattr(checkpoint.requests, "get", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     with pytest.raises(InputError) as caught:
         train.main(["--size", "128", "--out", str(tmp_path / "out"), "--device", "cpu", *more])
@@ -794,24 +801,3 @@ def test_psps_trunk_starts_from_arcface_unless_arcface_is_off(monkeypatch):
             initialise.build_networks(train.parse(["--stage", "2", "--size", "256", *more]), {}, None, "cpu")
         assert caught.value.args == (expected,)
 
-
-class TinySyncNetV2(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.eye, self.ear = torch.nn.Linear(3 * 16 * 16, 7), torch.nn.Linear(13 * 20, 7)
-
-    def face(self, frames):  # (B, 5, 3, 16, 16) -> (B, 1, 7)
-        return self.eye(frames.mean(1).flatten(1))[:, None]
-
-    def sound(self, mfcc):
-        assert mfcc.shape[1:] == (13, 20)
-        return self.ear(mfcc.flatten(1))
-
-
-@pytest.mark.parametrize("motion", ["direct"])
-def test_syncnet_v2_teaches_stage_3_by_a_margin_on_its_distance(motion, pack, stages, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(judges, "syncnet_v2", lambda device, path: freeze(TinySyncNetV2()))
-    go(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--expert", "syncnet_v2", "--motion", motion, steps=2)
-    assert "no independent measure" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
-    assert lines[0]["sync"] > 0
