@@ -90,16 +90,11 @@ def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
     return mel
 
 
-def mel_length(n_samples: int) -> int:
-    """Mel steps of a sound: one on every 200th sample, the first on sample 0."""
-    return 1 + n_samples // HOP
-
-
 def log_mel(wav: np.ndarray, voice_norm: bool = False) -> np.ndarray:
     """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, S) in [-4, 4]; S = 1 + n // 200, silence -4. voice_norm: with
     normalise_voice"""
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
-    mel = mel_steps(wav, 0, mel_length(len(wav)))
+    mel = mel_steps(wav, 0, 1 + len(wav) // HOP)
     return normalise_voice(mel, wav) if voice_norm else mel
 
 
@@ -113,15 +108,11 @@ def window_starts(frames) -> np.ndarray:
     return (16 * np.asarray(frames, np.int64) - 27) // 5
 
 
-def mel_windows(mel: np.ndarray, frames) -> np.ndarray:
-    """mel (M, S), T frame indices -> float32 (T, 1, M, 16), centred on the frames; outside is silence."""
+def mel_windows(mel: np.ndarray, frames, first: int = 0) -> np.ndarray:
+    """mel (M, S), T frame indices -> float32 (T, 1, M, 16), centred on the frames; outside is silence. first: number of
+    the mel's first step."""
     assert mel.ndim == 2 and mel.shape[0] == N_MELS, f"mel is {mel.shape}, expected ({N_MELS}, S)"
-    return gather_windows(mel, 0, window_starts(frames))
-
-
-def gather_windows(mel: np.ndarray, first: int, starts: np.ndarray) -> np.ndarray:
-    """Windows from `starts` (T,) of a piece of mel (M, S) whose first step is number `first`."""
-    steps = starts[:, None] + np.arange(WINDOW) - first  # (T, 16)
+    steps = window_starts(frames)[:, None] + np.arange(WINDOW) - first  # (T, 16)
     inside = (steps >= 0) & (steps < mel.shape[1])
     windows = mel[:, np.clip(steps, 0, mel.shape[1] - 1)]  # (M, T, 16)
     return np.where(inside, windows, np.float32(SILENCE)).transpose(1, 0, 2)[:, None]  # (T, 1, M, 16)
@@ -133,10 +124,9 @@ def sound_windows(wav: np.ndarray, frames, voice_norm: bool = False) -> np.ndarr
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
     if voice_norm:
         return mel_windows(log_mel(wav, True), frames)
-    starts = window_starts(frames)
-    first = int(np.clip(starts.min(), 0, mel_length(len(wav)) - 1))
-    stop = int(np.clip(starts.max() + WINDOW, first + 1, mel_length(len(wav))))
-    return gather_windows(mel_steps(wav, first, stop), first, starts)
+    starts, length = window_starts(frames), 1 + len(wav) // HOP
+    first = int(np.clip(starts.min(), 0, length - 1))
+    return mel_windows(mel_steps(wav, first, int(np.clip(starts.max() + WINDOW, first + 1, length))), frames, first)
 
 
 def read_bands(mel: np.ndarray, hz: np.ndarray) -> np.ndarray:
@@ -265,7 +255,7 @@ def not_speech(n: int, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # speech out of a mix
 
-PIECE, OVERLAP = 60, 1                   # seconds; ours: similar frames are looked for within a piece; its ends are faded
+PIECE = 60                               # seconds; ours: similar frames are looked for within a piece
 
 
 def isolate_voice(wav: np.ndarray) -> np.ndarray:
@@ -278,19 +268,12 @@ def isolate_voice(wav: np.ndarray) -> np.ndarray:
     A sound of less than half a second comes back unchanged: nothing in it can repeat.
     """
     assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
-    piece, overlap = PIECE * SAMPLE_RATE, OVERLAP * SAMPLE_RATE
-    voice, weight = np.zeros(len(wav)), np.zeros(len(wav))
-    for a in range(0, max(1, len(wav) - overlap), piece - overlap):
-        part = wav[a : a + piece]
-        ramp = np.minimum(1, (np.arange(len(part)) + 1) / overlap)
-        ramp = np.minimum(ramp, ramp[::-1])  # rises and falls over the overlap
-        voice[a : a + piece] += ramp * isolate_piece(part)
-        weight[a : a + piece] += ramp
-    return (voice / weight).astype(np.float32)
+    pieces = np.array_split(wav, -(-len(wav) // (PIECE * SAMPLE_RATE)))  # memory grows with the square of their length
+    return np.concatenate([isolate_piece(piece) for piece in pieces]).astype(np.float32)
 
 
 def isolate_piece(wav: np.ndarray) -> np.ndarray:
-    """isolate_voice of at most PIECE seconds; memory grows with their square"""
+    """isolate_voice of at most PIECE seconds"""
     import librosa                       # here: it takes 1.5 s
 
     if len(wav) < SAMPLE_RATE // 2:

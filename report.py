@@ -7,7 +7,6 @@ Training renews it with each line of its log; evaluate.py writes such a page bes
 
 import base64
 import contextlib
-import functools
 import html
 import io
 import json
@@ -28,7 +27,8 @@ PACE = ("step", "ms", "images_s", "waiting", "gib")  # of a log line; the rest a
 TOGETHER = (("real", "fake"), ("in_sync", "shifted", "other"))  # curves of one chart
 COLOURS = ("#3b82f6", "#ef6c4d", "#2fa36b", "#a974d8", "#d9960a", "#808890", "#17a2a2")  # read on white and on black
 MOST_LINES = 500   # of a log that are read: a page of a long run takes no longer
-HEALTHY = dict.fromkeys(("feat", "vgg", "lpips", "arcface", "l2", "velocity", "moving"), "Falls throughout.") | dict(
+FALLS = ("feat", "vgg", "lpips", "arcface", "l2", "velocity", "moving", "position")
+HEALTHY = dict.fromkeys(FALLS, "Falls throughout.") | dict(
     rec="Reconstruction: falls throughout, ever more slowly.",
     id="Identity: close to 0 after a quarter of the run.",
     preserve="Another mouth leaves the rest of the face as it is: falls.",
@@ -53,7 +53,6 @@ HEALTHY = dict.fromkeys(("feat", "vgg", "lpips", "arcface", "l2", "velocity", "m
     val_loss="Falls; where it rises the expert overfits (the best one is kept).",
     val_window="Offset right within one frame, from one window: rises.",
     val_clip="Offset right within one frame, from a clip: 1.",
-    position="Mean square of the codes: falls throughout.",
     mse="Held-out clips: falls; where it rises the network overfits (the best ones are kept).",
     r="Mouth's opening, held-out clips: correlation 0.97 on toy people, 0.92 on one real speaker.",
     lag="Frames: 0 soon.",
@@ -107,18 +106,18 @@ def finite(value) -> bool:
 
 def log_section(path: Path, header: dict, lines: list[dict]) -> str:
     """Where a run is, its curves, its image, its options"""
-    name, args, curves = path.stem.removeprefix("log_"), header.get("args", {}), {}
+    name, args, charts = path.stem.removeprefix("log_"), header.get("args", {}), {}
     for key in dict.fromkeys(key for line in lines for key in line if key not in PACE):
-        group = next((names[0] for names in TOGETHER if key in names), key)
         points = [(line["step"], line[key]) for line in lines if finite(line.get(key))]
         if points:
-            curves.setdefault(group, {})[key] = points
-    charts = [figure(series, HEALTHY.get(key, "")) for key, series in curves.items()]
+            group = next((names[0] for names in TOGETHER if key in names), key)
+            charts.setdefault(group, {})[key] = points
+    figures = [figure(series, HEALTHY.get(key, "")) for key, series in charts.items()]
     options = {k: v for k, v in (header | args).items() if k != "args" and v is not None}
     rows = "".join(f"<tr><th>{text(k)}<td>{text(v)}" for k, v in options.items())
     return (f"<h2>{text(name)}</h2><p>{text(progress(lines, args.get('steps')))}<br><small>"
             f"{text(header.get('machine', ''))}</small>"
-            f"<div class=charts>{''.join(charts)}</div>{embed_file(path.with_name(f'{name}.png'))}"
+            f"<div class=charts>{''.join(figures)}</div>{embed_file(path.with_name(f'{name}.png'))}"
             f"<details><summary>Options and versions</summary><div class=wide><table>{rows}</table></div></details>")
 
 
@@ -162,8 +161,7 @@ def figure(series: dict, caption: str) -> str:
 def chart(series: dict, w: float, h: float) -> str:
     """Curves {name: [(step, value), ..]} in an SVG of w x h; a logarithmic axis where positive values differ 30 times"""
     values = [v for points in series.values() for _, v in points]
-    log = min(values) > 0 and max(values) > 30 * min(values)
-    scale = math.log10 if log else float
+    scale = math.log10 if min(values) > 0 and max(values) > 30 * min(values) else float
     low, high, last = scale(min(values)), scale(max(values)), max(points[-1][0] for points in series.values()) or 1
     low, high = (low, high) if high > low else (low - 0.5, low + 0.5)                  # one value: in the middle
     left, right, bottom, words = 56, w - 6, h - 22, '<text font-size="11" fill="currentColor" text-anchor="end"'
@@ -171,12 +169,12 @@ def chart(series: dict, w: float, h: float) -> str:
     for at in (0, 0.5, 1):
         y, value = bottom - at * (bottom - 8), low + at * (high - low)
         svg += f'<path d="M{left} {y:.1f}H{right}" stroke="#8886"/>'
-        svg += f'{words} x="{left - 5}" y="{y + 4:.1f}">{10 ** value if log else value:.3g}</text>'
+        svg += f'{words} x="{left - 5}" y="{y + 4:.1f}">{value if scale is float else 10 ** value:.3g}</text>'
     for k, (colour, (name, points)) in enumerate(zip(COLOURS, series.items())):
         xy = [f"{left + (right - left) * s / last:.1f},{bottom - (bottom - 8) * (scale(v) - low) / (high - low):.1f}"
-              for s, v in points]
-        svg += f'<polyline points="{" ".join(xy + xy[-1:])}" fill="none" stroke="{colour}" stroke-width="1.6" ' \
-               'stroke-linecap="round"/>'                                              # twice the last: one point shows
+              for s, v in [*points, points[-1]]]                                       # twice the last: one point shows
+        svg += f'<polyline points="{" ".join(xy)}" fill="none" stroke="{colour}" stroke-width="1.6" ' \
+               'stroke-linecap="round"/>'
         if len(series) > 1:
             svg += f'<text font-size="11" fill="{colour}" x="{left + 58 * k}" y="{h - 5}">{text(name)}</text>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}">{svg}</svg>'
@@ -231,15 +229,8 @@ def embed(image: Image.Image) -> str:
 def embed_file(path: Path) -> str:
     """Nothing where it cannot be read"""
     with contextlib.suppress(OSError):
-        return embed_state(path, path.stat().st_mtime_ns)
+        return embed(Image.open(path))
     return ""
-
-
-@functools.lru_cache(32)
-def embed_state(path: Path, changed: int) -> str:
-    """Encoded once for each state of a file: 20 ms"""
-    with Image.open(path) as image:
-        return embed(image)
 
 
 def write_page(path: Path, title: str, sections: list[str]):
@@ -274,14 +265,14 @@ def pairs_page(path: Path, report: dict, files: dict):
         for k, name in enumerate(sorted(pairs, key=lambda name: values.get(name, math.inf))):
             rank[name] += k
     order = sorted(rank, key=rank.get)
-    notes = report["notes"] + [f"{name}: {column['what']}" for name, column in report["columns"].items()]
-    tables = [{row: {f"{k} {dict(higher='↑', lower='↓').get(column['better'], '')}": values.get(k)
-                     for k, column in report["columns"].items()} for row, values in rows.items()}
+    heads = {k: f"{k} {dict(higher='↑', lower='↓').get(column['better'], '')}" for k, column in report["columns"].items()}
+    tables = [table({row: {head: values.get(k) for k, head in heads.items()} for row, values in rows.items()})
               for rows in (report["rows"], {name: pairs[name]["fake"] for name in order})]
-    sections = [table(tables[0]), "<h2>Each pair, the best first</h2>", table(tables[1])]
+    sections = [tables[0], "<h2>Each pair, the best first</h2>", tables[1]]
     for which, name in (("best", order[0]), ("worst", order[-1]))[:len(order)]:
         rows = [some_frames(file, pairs[name]["frames"]) for file in files[name]]
         sections += [f"<h2>The {which}: {text(name)}</h2>", embed(image_grid(rows, [*map(str, files[name])], 170))]
+    notes = report["notes"] + [f"{name}: {column['what']}" for name, column in report["columns"].items()]
     write_page(path.with_suffix(".html"), path.stem, sections + [f"<p><small>{text(note)}</small>" for note in notes])
 
 

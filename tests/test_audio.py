@@ -246,7 +246,7 @@ def test_an_isolated_voice_stands_out_of_the_music_that_repeats():
     assert voice @ words > 0.4 * (words @ words)  # 8 dB
 
 
-def test_a_long_sound_is_isolated_piece_by_piece_without_a_seam(monkeypatch):
+def test_a_long_sound_is_isolated_piece_by_piece_and_keeps_its_length(monkeypatch):
     monkeypatch.setattr(audio, "PIECE", 3)
     monkeypatch.setattr(audio, "isolate_piece", lambda wav: 0.5 * wav)
     wav = noise(int(7.3 * RATE))

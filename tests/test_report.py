@@ -3,7 +3,6 @@
 import argparse
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -178,18 +177,6 @@ def test_a_page_is_whole_at_any_moment_and_a_failed_one_ends_no_run(tmp_path, mo
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(report.InputError, match="folder.html: cannot be written"):
         report.toy_page(tmp_path / "folder.json", dict(a=dict(open=1.0)), [])
-
-
-def test_an_image_is_encoded_again_only_when_it_has_changed(tmp_path, monkeypatch):
-    write_run(tmp_path)
-    encoded, embed = [], report.embed
-    monkeypatch.setattr(report, "embed", lambda image: encoded.append(1) or embed(image))
-    pages = [page_of(tmp_path) for _ in range(3)]
-    assert len(encoded) == 1
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "stage3.png")
-    os.utime(tmp_path / "stage3.png", (1, 1))
-    image = re.compile("data:image[^']+")
-    assert len({image.search(page).group() for page in [*pages, page_of(tmp_path)]}) == 2 and len(encoded) == 2
 
 
 def test_training_renews_the_page_with_each_line_of_its_log(tmp_path):
