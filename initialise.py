@@ -126,7 +126,7 @@ def make_config(args, pack, previous, overrides) -> Config:
     if args.part == "lips" and not config.voice_norm:                                  # weights of the first kind
         config.voice_norm, config.audio_width = dial.voice_norm, dial.audio_width
     if args.stage == 2:                                                                # stage 3 inherits these
-        config.mouth_dim, config.shape_dim = dial.mouth_dim, dial.shape_dim
+        config.mouth_dim, config.shape_dim, config.audio_width = dial.mouth_dim, dial.shape_dim, dial.audio_width
     elif args.stage == 3 and not previous:                                             # stage 2 would have learned it
         config.mouth_dim = config.shape_dim = 0
     if args.stage == 3 and config.mouth_dim and config.motion == "paper":

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from checkpoint import load_strictly, memory_gib, pick_device, save_checkpoint
+from checkpoint import pick_device, save_checkpoint
 from faces import TEMPLATES
 from fusion import (
     FCTFG, CanonicalEncoder, Config, IdentityMaps, TemporalFusion, Whiten, changed_layers, idle_pose,
@@ -287,16 +287,20 @@ def test_hypernetwork_starts_silent_and_then_acts_on_its_own_clip():
 
 
 def test_the_hypernetwork_learns_to_repair_images():
-    model, source = tiny(), window()[0]
+    """Those of the same generator with other weights"""
+    model, errors = tiny(), []
     opt = torch.optim.Adam(model.hyper.train().parameters(), 1e-3)
-    z, errors = model.encoder(source).detach(), []
-    for _ in range(15):
+    with torch.no_grad():
+        z = model.encoder(window()[0])
+        deltas = [0.5 * torch.randn(2, *shape) for shape in changed_layers(model.generator)]
+        source = model.decode(z, deltas)
+    for _ in range(20):
         error = (model.decode(z, model.refine(source, z)) - source).square().mean()
         opt.zero_grad()
         error.backward()
         opt.step()
         errors.append(error.item())
-    assert errors[-1] < 0.7 * errors[0], errors
+    assert errors[-1] < 0.8 * errors[0], errors
 
 
 def test_refinements_sum_up_and_pass_gradients_through_the_last_alone():
@@ -426,13 +430,3 @@ def test_a_device_that_is_not_there_is_refused_in_one_line():
     assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(InputError, match="nonsense"):
         pick_device("nonsense")
-
-
-def test_a_file_that_asks_for_far_more_numbers_than_it_holds_costs_no_memory():
-    def make():
-        return torch.nn.Linear(1 << 16, 1 << 14)  # 4 GiB
-
-    before = memory_gib(torch.device("cpu"))
-    with pytest.raises(InputError, match="w.pt: its sizes do not fit a network.*more numbers"):
-        load_strictly(make, {"weight": torch.ones(3)}, "w.pt")
-    assert memory_gib(torch.device("cpu")) < before + 1

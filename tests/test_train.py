@@ -616,7 +616,7 @@ def test_every_other_clip_gets_the_true_shape_of_its_lips_and_keeps_the_appearan
     torch.manual_seed(0)
     model = FCTFG(Config.at(16, **MOUTH)).eval()
     batch = dict(source=torch.rand(2, 3, 16, 16) - 0.5, driving=torch.rand(2, 1, 3, 16, 16) - 0.5,
-                 mel=torch.randn(2, 5, 1, 80, 16))
+                 mel=torch.randn(2, 1 + 2 * model.config.context, 1, 80, 16))
     with torch.no_grad():
         out = train.forward_stage3(model, batch)
         shape, appearance = model.mouth(batch["driving"][:, 0])[:, :3], model.mouth(batch["source"])[:, 3:]
