@@ -554,11 +554,11 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
     clips, photos = marked_packs
     more = ["--photos", str(photos)]
     shutil.copy(real_stage1, tmp_path / "stage1.pt")
-    go(clips, tmp_path, 2, *more)
-    go(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0")
+    go(clips, tmp_path, 2, *more, steps=2)
+    go(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0", steps=2)
     shown = capsys.readouterr().out                                          # how long, and how well beyond training
     assert re.search(r"before the first step: 120 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
-    assert re.search(r"before the first step: 4 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
+    assert re.search(r"before the first step: 2 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
     assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ % in [12] held-out clips", shown)
     two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
                   for k in (2, 3))
