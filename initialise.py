@@ -30,7 +30,7 @@ from syncnet import load_sync
 from vision import small_picture, zeroed
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
-LIP_STEPS = 3000   # of train_lips, at most: others are followed no better after these
+LIP_STEPS = 4000   # of train_lips, at most: others are followed no better after these
 NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
 NOISY = 0.3        # share of the voices in a noisy room
 LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
@@ -405,7 +405,8 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     with torch.no_grad():
         for c in tqdm(chosen, "reading lips", leave=False, disable=None):
             shapes.append(model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device))[:, :K])  # (T, K)
-    points = [torch.from_numpy(mouth_shape(landmarks.clip(c) / pack.size)).float().to(device) for c in chosen]
+    mean = load_landmarks().solid.double().numpy()
+    points = [torch.from_numpy(mouth_shape(held_still(landmarks.clip(c), mean))).float().to(device) for c in chosen]
     x, y = (torch.cat([v - v.mean(0) for v in clips]).cpu().double() for clips in (points, shapes))
     std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
     linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
