@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from audio import sound_windows
+from audio import mfcc, sound_windows
 from checkpoint import FORMAT
 from faces import TEMPLATES
 from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, to_int16, to_tensor
@@ -407,13 +407,14 @@ class Clips(Dataset):
 
     clips: numbers of the clips to draw from, default all; photos (clips of one frame) are left out. A clip shorter than
     T repeats its last frame. flip: half of the items are mirrored, each as a whole. context: mel windows beyond the
-    frames on each side, for a temporal convolution. voice_norm: of mel, see audio.py; sync_mel (1, 80, 16), a sync
-    expert's window of the middle frame, is without.
+    frames on each side, for a temporal convolution. voice_norm: of mel, see audio.py. mfcc: for
+    SyncNet v2. With either, sync_sound is a sync expert's sound of the middle frame: (13, 20), or a plain (1, 80, 16).
     """
 
     def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None,
-                 voice_norm: bool = False):
-        self.pack, self.T, self.seed, self.flip, self.context, self.voice_norm = pack, T, seed, flip, context, voice_norm
+                 voice_norm: bool = False, mfcc: bool = False):
+        self.pack, self.T, self.seed, self.flip, self.context = pack, T, seed, flip, context
+        self.voice_norm, self.mfcc = voice_norm, mfcc
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         self.clips = clips[pack.n_frames[clips] > 1]
         if not len(self.clips):
@@ -436,8 +437,12 @@ class Clips(Dataset):
         mel = self.pack.windows(c, np.arange(first - self.context, first + self.T + self.context), self.voice_norm)
         item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel),
                     identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(driving))
-        if self.voice_norm:
-            item["sync_mel"] = torch.from_numpy(self.pack.windows(c, [first + (self.T - 1) // 2])[0])
+        middle = first + (self.T - 1) // 2
+        if self.mfcc:  # five frames; four steps a frame, from a frame earlier on: pre-emphasis looks back
+            wav = cut_sound(self.pack.sound(c), middle - 3, middle + 4)
+            item["sync_sound"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()
+        elif self.voice_norm:
+            item["sync_sound"] = torch.from_numpy(self.pack.windows(c, [middle])[0])
         return item
 
 

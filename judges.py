@@ -199,6 +199,29 @@ class SyncNetV2(nn.Module):
         return self.netfcaud(self.netcnnaud(mfcc[:, None]).flatten(1))
 
 
+class SyncNetV2Expert(nn.Module):
+    """SyncNet v2 in a syncnet.SyncNet's place, to train against; its sound is MFCC windows (B, 13, 20).
+
+    Ours: it was trained with a margin on the distance, so the logit is that margin less the distance. In sync embeddings
+    are about 7 apart, else about 14: 10 lies between.
+    """
+
+    uses_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
+
+    def __init__(self, network: SyncNetV2):
+        super().__init__()
+        self.network = network
+
+    def face(self, frames):  # (B, 5, 3, H, W) in [-1, 1] -> (B, 1024)
+        return self.network.face(frames)[:, 0]
+
+    def sound(self, mfcc):  # (B, 13, 20) -> (B, 1024)
+        return self.network.sound(mfcc)
+
+    def logits(self, face, sound):  # (B, 1024), (B2, 1024) -> (B, B2)
+        return self.MARGIN - torch.cdist(face, sound)
+
+
 class Wav2LipConv(nn.Module):
     """Wav2Lip's block under its published name: convolution, BatchNorm, (residual), ReLU"""
 

@@ -88,8 +88,8 @@ def parse(argv=None):
     add("--encoder", help="pSp's checkpoint (the first styles of a larger one), with --generator in place of stage 2; or "
         "ArcFace's IR-SE50 for the trunk alone (default at 256 px in stage 2)")
     add("--hyper", help="HyperStyle's checkpoint, with --generator")
-    add("--expert", help="sync expert of stage 3: a file of ours, or wav2lip, fetched, or your copy (.pth). Default: "
-        "sync.pt in --out, else, with --data from 128 px on, wav2lip")
+    add("--expert", help="sync expert of stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or your copy "
+        "(.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
     many = dict(nargs="+", action="extend")
     add("--path", type=named(JUDGES, str), metavar="NAME=FILE", help=f"your copies of {', '.join(JUDGES)}", **many)
     add("--w", type=named(WEIGHTS, float), metavar="NAME=VALUE", help="weights of loss terms, defaults in train.py: "
@@ -232,9 +232,9 @@ def forward_stage3(model, batch):
             true_mouth[..., model.config.shape_dim:] = 0                               # appearance
             true_mouth[1::2] = torch.nan                                               # from sound
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
-    mel = batch["sync_mel"] if "sync_mel" in batch else middle(batch["mel"], 1)[:, 0]  # of the window's middle frame
+    sound = batch["sync_sound"] if "sync_sound" in batch else middle(batch["mel"], 1)[:, 0]  # of the middle frame
     out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
-               mel=mel)
+               sound=sound)
     return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
@@ -294,7 +294,7 @@ def losses_stage3(model, frozen, out, w):
     terms["orth"] = losses.orthogonality_loss(out["z_s2c"], out["z_c2d"])
     if w["sync"] and out["frames"].shape[1] == WINDOW:
         face = recrop(out["frames"], model.config.template, frozen["sync"].template)
-        terms["sync"] = losses.sync_loss(frozen["sync"], face, out["mel"])
+        terms["sync"] = losses.sync_loss(frozen["sync"], face, out["sound"])
     return terms
 
 
@@ -400,7 +400,7 @@ def main(argv=None):
             yield 4 * w["path"] * penalty, dict(path=w["path"] * penalty, mean_path=mean)
 
     log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
-    stream = load_batches(args, data, model.config, step0)
+    stream = load_batches(args, data, model.config, getattr(frozen.get("sync"), "uses_mfcc", False), step0)
     timer, shown = StepTimer(device), {}                                               # the last value of each term
     bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=True if RANK else None)
     for step in bar:
@@ -540,7 +540,7 @@ def load_data(args) -> dict:
     return data
 
 
-def load_batches(args, data, config, start: int):
+def load_batches(args, data, config, mfcc: bool, start: int):
     """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
     loss, else and on odd steps many clips of one frame; with a mouth code half of them are photos, if there are any"""
     def load(dataset, batch, first):
@@ -549,7 +549,8 @@ def load_batches(args, data, config, start: int):
 
     if args.stage < 3:
         yield from load(data["images"], args.batch, start)
-    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"]) for T in (WINDOW, 1))
+    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"], mfcc=mfcc)
+                        for T in (WINDOW, 1))
     turns, parts = 2 if args.w["sync"] else 1, 2 if args.photos and config.mouth_dim else 1
     windows = load(windows, args.batch // WINDOW, (start + 1) // 2)
     singles = load(singles, args.batch // parts, start // turns)

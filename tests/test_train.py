@@ -774,6 +774,7 @@ def test_the_papers_judges_are_the_default_from_128_px_on_and_small_ones_below()
     (["--stage", "2"], "vgg19-dcbb9e9d.pth", "--w vgg=0"),
     (["--stage", "2", "--w", "vgg=0"], "recognition_arcface_ir_se50.pth", "--w arcface=0"),
     (["--stage", "3", "--data", "pack"], "lipsync_expert.pth", "--w sync=0"),
+    (["--stage", "3", "--expert", "syncnet_v2"], "syncnet_v2.model", "--w sync=0"),
 ])
 def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without(more, file, flag, tmp_path, monkeypatch):
     def offline(*_):
@@ -801,3 +802,23 @@ def test_psps_trunk_starts_from_arcface_unless_arcface_is_off(monkeypatch):
             initialise.build_networks(train.parse(["--stage", "2", "--size", "256", *more]), {}, None, "cpu")
         assert caught.value.args == (expected,)
 
+
+class TinySyncNetV2(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.eye, self.ear = torch.nn.Linear(3 * 16 * 16, 7), torch.nn.Linear(13 * 20, 7)
+
+    def face(self, frames):  # (B, 5, 3, 16, 16) -> (B, 1, 7)
+        return self.eye(frames.mean(1).flatten(1))[:, None]
+
+    def sound(self, mfcc):
+        assert mfcc.shape[1:] == (13, 20)
+        return self.ear(mfcc.flatten(1))
+
+
+def test_syncnet_v2_teaches_stage_3_by_a_margin_on_its_distance(pack, stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judges, "syncnet_v2", lambda device, path: freeze(TinySyncNetV2()))
+    go(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--expert", "syncnet_v2", steps=2)
+    assert "no independent measure" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
+    assert lines[0]["sync"] > 0
