@@ -390,12 +390,11 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
 
 def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     """Sound -> shape of the lips, before any image is made; also the limits of the opening. A step costs a tenth of one
-    through the generator, which then only refines it. The shape is the landmarks' opening, and those linear functions
-    of the landmarks that are nearest to the MouthEncoder's other readings: it reads single people badly.
+    through the generator, which then only refines it.
 
     LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
     share their sound windows."""
-    pack, steps, K = data["pack"], min(LIP_STEPS, args.steps), model.config.shape_dim
+    pack, steps = data["pack"], min(LIP_STEPS, args.steps)
     rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
     landmarks, held_out = data["landmarks"][0], [c for c in data["held_out"] if pack.n_frames[c] >= span]
     long = data["clips"][pack.n_frames[data["clips"]] >= span]                         # with --by-person clips come twice
@@ -404,19 +403,8 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
         raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
     chosen = rng.permutation(np.unique(long))[:most]
     n, number = len(chosen), {c: i for i, c in enumerate(chosen)}
-    drawn, chosen, shapes = [number[c] for c in long if c in number], [*chosen, *held_out], []
-    with torch.no_grad():
-        for c in tqdm(chosen, "reading lips", leave=False, disable=None):
-            shapes.append(model.mouth(to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device))[:, :K])  # (T, K)
-    mean = load_landmarks().solid.double().numpy()
-    points = [torch.from_numpy(mouth_shape(held_still(landmarks.clip(c), mean))).float().to(device) for c in chosen]
-    x, y = (torch.cat([v - v.mean(0) for v in clips]).cpu().double() for clips in (points, shapes))
-    std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
-    linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
-    linear[:, 0] = 0                                                                   # the opening is the landmarks',
-    linear[0, 0] = y[:, 0].std() / std[0]                                              # as wide as is read
-    shapes = [p @ linear for p in points]                                              # (T, K)
-    shapes = alike([torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes], pack.identity[chosen])
+    drawn, chosen = [number[c] for c in long if c in number], [*chosen, *held_out]
+    shapes = lip_shapes(model, pack, landmarks, chosen, device)                        # (T, K) each
     train = torch.cat(shapes[:n])
     openings, power = train[:, 0], train.var(0).clamp_min(1e-3)
     shut = train[openings <= openings.quantile(0.05)].mean(0)
@@ -457,7 +445,25 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     print(f"lips from sound: {100 * (1 - missed):.0f} % of the variance of their shape" + words)
 
 
-def alike(shapes: list, people) -> list:
+@torch.no_grad()
+def lip_shapes(model, pack, landmarks, clips, device) -> list:
+    """Clips -> shape of the lips in their frames, [(T, K), ..]: the landmarks' opening, and those linear functions of the
+    landmarks that are nearest to the MouthEncoder's other numbers, since it reads single people badly."""
+    mean, points, read = load_landmarks().solid.double().numpy(), [], []
+    for c in tqdm(clips, "reading lips", leave=False, disable=None):
+        images = to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)
+        read.append(model.mouth(images)[:, :model.config.shape_dim])                   # (T, K)
+        points.append(torch.from_numpy(mouth_shape(held_still(landmarks.clip(c), mean))).float().to(device))
+    x, y = (torch.cat([v - v.mean(0) for v in found]).cpu().double() for found in (points, read))
+    std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
+    linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
+    linear[:, 0] = 0                                                                   # the opening is the landmarks',
+    linear[0, 0] = y[:, 0].std() / std[0]                                              # as wide as is read
+    shapes = [p @ linear for p in points]
+    return one_scale([torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes], pack.identity[clips])
+
+
+def one_scale(shapes: list, people) -> list:
     """Shapes of clips (T, K) and their people's numbers -> the same with one rest (5th percentile) and deviation of the
     opening for everybody: sound does not tell how far a person opens the mouth; a regression would guess it by voice."""
     of = {p: torch.cat([s for s, q in zip(shapes, people) if q == p])[:, 0] for p in np.unique(people)}

@@ -594,13 +594,13 @@ def test_everybodys_lips_get_one_rest_and_spread_of_the_opening_and_keep_their_c
     torch.manual_seed(0)
     people = np.array([4, 9, 4])
     shapes = [torch.randn(50, 3), 1.5 * torch.randn(60, 3) + 3, torch.randn(70, 3) + 0.5]
-    made = initialise.alike(shapes, people)
+    made = initialise.one_scale(shapes, people)
     one, other = torch.cat([made[0], made[2]])[:, 0], made[1][:, 0]
     assert one.quantile(0.05).item() == pytest.approx(other.quantile(0.05).item(), abs=1e-5)
     assert one.std().item() == pytest.approx(other.std().item(), rel=1e-4)
     for a, b in zip(shapes, made):
         assert all(np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9999 for k in range(3))
-    torch.testing.assert_close(initialise.alike(shapes, [7, 7, 7]), shapes)               # one person stays as he is
+    torch.testing.assert_close(initialise.one_scale(shapes, [7, 7, 7]), shapes)               # one person stays as he is
 
 
 @pytest.mark.parametrize("coarse_rgb", [0, 16])
