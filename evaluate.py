@@ -23,9 +23,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from media import (  # before torch, see there
-    SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,6 +38,8 @@ from faces import (
     ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, need_detector, similarity,
     to_complex, warp_face)
 from landmarks import load_landmarks, read_eyes, track_landmarks
+from media import (
+    SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
 from report import markdown, pairs_page
 from syncnet import MAX_OFFSET, SPAN, embed, embed_sound, load_sync
 from warp import angles, fit_pose

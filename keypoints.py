@@ -22,9 +22,6 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
-from media import (  # before torch, see there
-    FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, load_photo, run)
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,6 +40,8 @@ from control import correlation, partial_correlation
 from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
 from faces import EYES, K, Landmarks, to_complex
 from landmarks import extract
+from media import (
+    FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, load_photo, run)
 from motion import activity, lip_opening
 from report import image_grid, markdown
 from syncnet import load_sync

@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from media import InputError, Parser, check_output, refused, run  # before torch, see there
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +30,7 @@ from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, named_clips, split
 from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
+from media import InputError, Parser, check_output, refused, run
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma

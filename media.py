@@ -24,11 +24,6 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
-# before torch loads: OpenMP's threads wait for each other for 1000 turns of a loop, tens of microseconds, then sleep. By
-# default it is 300,000 turns at each of a step's thousands of barriers: twice the time or more beside a busy process
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import imageio_ffmpeg
 import numpy as np
 import torch

@@ -27,9 +27,6 @@ from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 
-from media import (  # before torch, see there
-    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
-    make_folder, probe, read_video, run, to_tensor, to_uint8)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,6 +49,9 @@ from faces import (
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
+from media import (
+    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
+    make_folder, probe, read_video, run, to_tensor, to_uint8)
 from motion import there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour

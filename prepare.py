@@ -29,9 +29,6 @@ from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from media import (  # before torch, see there
-    InputError, Parser, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
-
 import numpy as np
 import torch
 from PIL import Image
@@ -41,6 +38,8 @@ from audio import isolate_voice, log_mel, n_frames
 from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import (
     HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
+from media import (
+    InputError, Parser, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
 from report import image_grid
 from syncnet import SPAN, best_offset, by_shift, embed, load_sync
 

@@ -19,10 +19,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from media import (  # before torch, see there
-    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_finite, check_output,
-    is_grey, load_audio, load_photo, photo_size, probe, read_video, run, to_tensor, to_uint8)
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,6 +33,9 @@ from faces import (
 from dub import find_takes, frame_jobs
 from fusion import load_model
 from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, read_eyes, track_landmarks
+from media import (
+    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_finite, check_output,
+    is_grey, load_audio, load_photo, photo_size, probe, read_video, run, to_tensor, to_uint8)
 from motion import activity, follow, idle, mouth, there_and_back
 from warp import Face, Warp, enlarge, smoothstep
 

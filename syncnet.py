@@ -30,10 +30,6 @@ from collections import OrderedDict
 from itertools import chain, islice
 from pathlib import Path
 
-from media import (  # before torch, see there
-    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe, last_error,
-    load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -50,6 +46,9 @@ from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs,
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
+from media import (
+    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe, last_error,
+    load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
 from report import image_grid, markdown
 from toyfaces import toy_pack
 

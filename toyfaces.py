@@ -21,15 +21,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from media import (  # before torch, see there
-    FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run)
-
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from audio import n_frames
 from data import Pack, PackWriter
+from media import (
+    FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run)
 from report import image_grid
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")

@@ -25,8 +25,6 @@ import itertools
 import os
 from pathlib import Path
 
-from media import InputError, Parser, run, to_tensor, to_uint8  # before torch, see there
-
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -39,6 +37,7 @@ from checkpoint import (
 from data import Clips, Frames, Mixed, Pack, batches, check_alike, drawn_clips, open_packs, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
 from fusion import middle
+from media import InputError, Parser, run, to_tensor, to_uint8
 from report import image_grid, write_report
 from stylegan2 import mix_styles
 

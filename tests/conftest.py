@@ -1,3 +1,5 @@
-"""Before any test imports torch"""
+"""Tests share the machine: threads of OpenMP that wait for each other sleep. Before torch loads."""
 
-import media  # noqa: F401  how OpenMP's threads wait
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
