@@ -458,9 +458,11 @@ def lip_shapes(model, pack, landmarks, clips, device) -> list:
     std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
     linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
     linear[:, 0] = 0                                                                   # the opening is the landmarks',
-    linear[0, 0] = y[:, 0].std() / std[0]                                              # as wide as is read
+    linear[0, 0] = y[:, 0].std() / std[0]                                              # as wide as is read, and where
+    offset = torch.cat(read)[:, 0].mean() - linear[0, 0] * torch.cat(points)[:, 0].mean()
     shapes = [p @ linear for p in points]
-    return one_scale([torch.cat([s[:, :1], s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes], pack.identity[clips])
+    return one_scale([torch.cat([s[:, :1] + offset, s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes],
+                     pack.identity[clips])
 
 
 def one_scale(shapes: list, people) -> list:

@@ -307,8 +307,8 @@ WAITING = {"ours": {}, "1000 turns": dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCO
 
 
 def threads(rounds=15):
-    """A step of generator and discriminator, 32 px, by how OpenMP's threads wait for each other: by libgomp's default, and
-    asleep after 1000 turns of a loop. Alone, and beside one and two processes that never rest."""
+    """A step of generator and discriminator, 32 px, by how OpenMP's threads wait for each other: by libgomp's default,
+    and asleep after 1000 turns of a loop. Alone, and beside one and two processes that never rest."""
     steps = {}
     for name, setting in WAITING.items():
         env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | setting
