@@ -169,7 +169,11 @@ def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
     """Reads a file of save_checkpoint, to the CPU. kind: the expected one, or a tuple of accepted ones. InputError: as
     read_weights; another kind or format. The caller checks what is inside."""
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    checkpoint, expected = read_weights(path), f"expected a '{' or '.join(kinds)}' checkpoint"
+    expected = f"expected a '{' or '.join(kinds)}' checkpoint"
+    try:
+        checkpoint = read_weights(path)
+    except InputError as error:
+        raise InputError(f"{error}; {expected}") from None
     found = checkpoint.get("kind")
     if not isinstance(found, str) or found not in kinds:
         what = f"is a '{found[:40]}' checkpoint" if isinstance(found, str) else "was not written by this package"

@@ -57,15 +57,6 @@ def test_training_needs_few_files():
     assert len(needed) <= 13, sorted(needed)
 
 
-def test_every_script_imports_media_before_torch():
-    """media.py sets how OpenMP's threads wait, which is read as torch loads"""
-    for name, tree in ROOMS.items():
-        lines = {name: node.lineno for node in reversed(tree.body) if isinstance(node, ast.Import | ast.ImportFrom)
-                 for name in [getattr(node, "module", None) or node.names[0].name]}
-        if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
-            assert "torch" not in lines or name in ("data", "report") or lines["media"] < lines["torch"], name
-
-
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_rooms_and_functions_are_short(room):
     source = (ROOT / f"{room}.py").read_text().splitlines()
