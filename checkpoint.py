@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from media import InputError, check_file, check_output, make_folder
@@ -40,6 +41,7 @@ except ImportError:                                                             
 
 FORMAT = 1                   # of packs and checkpoints
 STALE = 3600                 # seconds; ours: no save takes an hour, an older temporary file is a killed run's
+FREE_NUMBERS = 1 << 26       # numbers (256 MB) that any network may have beside those in its file
 LARGEST_SIZE = 1 << 16       # ours: more than any size in a network's config; StyleGAN2's channels start at half of it
 
 
@@ -102,6 +104,24 @@ def is_dense(value) -> bool:
             and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
+class Budget(TorchFunctionMode):
+    """Within it at most `left` numbers are made, else ValueError. (The meta device would serve as well, but its first
+    operation imports a compiler, two seconds.)"""
+
+    FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
+
+    def __init__(self, left: int):
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.FACTORIES and args:
+            self.left -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
+            if self.left < 0:
+                raise ValueError("more numbers than the file has")
+        return func(*args, **(kwargs or {}))
+
+
 def load_strictly(make, state: dict, source) -> nn.Module:
     """The network that make() builds, with a state dict's weights: dense tensors of its names, shapes and kinds. fp16
     becomes fp32. Batch counters of BatchNorm may be absent (files of 2017 have none). InputError: anything differs, or
@@ -111,7 +131,8 @@ def load_strictly(make, state: dict, source) -> nn.Module:
             return "no dense tensor"
         return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
 
-    with refusing(source, "its sizes do not fit a network of this version"):
+    numbers = sum(value.numel() for value in items(state) if is_dense(value))
+    with refusing(source, "its sizes do not fit a network of this version"), Budget(2 * numbers + FREE_NUMBERS):
         network = make()
     name = type(network).__name__
     if not isinstance(state, dict):

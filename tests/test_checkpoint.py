@@ -601,3 +601,13 @@ def test_halved_weights_keep_shared_tensors_shared_and_whole_numbers_whole():
     state = checkpoint.half(network)
     assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr() and state["0.weight"].dtype == torch.float16
     assert state["2.num_batches_tracked"].dtype == torch.int64
+
+
+def test_a_file_that_asks_for_far_more_numbers_than_it_holds_costs_no_memory():
+    def make():
+        return torch.nn.Linear(1 << 16, 1 << 14)  # 4 GiB
+
+    before = checkpoint.memory_gib(torch.device("cpu"))
+    with pytest.raises(InputError, match="w.pt: its sizes do not fit a network.*more numbers"):
+        checkpoint.load_strictly(make, {"weight": torch.ones(3)}, "w.pt")
+    assert checkpoint.memory_gib(torch.device("cpu")) < before + 1

@@ -501,3 +501,15 @@ def test_windows_are_drawn_from_videos_in_a_pack_that_holds_photos_too(tmp_path)
             writer.add(drawn(count), noise(count, i)[: 640 * count if count > 1 else 0], str(i), "x")
     clips = Clips(Pack(tmp_path / "mixed"), 5, seed=0)
     assert {clips[n]["clip"] for n in range(20)} == {1}
+
+
+def test_mfcc_of_a_window_are_those_of_the_whole_clip(tmp_path):
+    wav = noise(40, 5)
+    with data.PackWriter(tmp_path / "pack", 16, "toy") as pack:
+        pack.add(drawn(40, 16), wav, "a", "a")
+    pack = Pack(tmp_path / "pack")
+    clips, whole = Clips(pack, 9, seed=1, mfcc=True), audio.mfcc(pack.sound(0))
+    for item in (clips[n] for n in range(5)):
+        first = 4 * (int(item["frames"][0]) + 2)  # two frames before the middle of nine
+        np.testing.assert_allclose(item["sync_sound"], whole[:, first : first + 20], rtol=1e-5, atol=1e-4)
+    assert "sync_sound" not in Clips(pack, 9, seed=1)[0]

@@ -22,7 +22,7 @@ import toyfaces
 from audio import log_mel, mel_windows
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
-from judges import Wav2LipExpert
+from judges import SyncNetV2Expert, Wav2LipExpert
 from landmarks import load_landmarks
 from losses import sync_loss
 from media import InputError, VideoWriter, load_audio, read_video, to_tensor
@@ -941,3 +941,12 @@ def test_as_a_script_it_ends_with_status_2_and_without_a_traceback(tmp_path):
     command = [sys.executable, syncnet.__file__, "test", "--expert", str(tmp_path / "no.pt")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
+
+
+def test_syncnet_v2s_logit_is_a_margin_less_the_distance():
+    expert = SyncNetV2Expert(torch.nn.Identity())
+    face, sound = torch.tensor([[0.0, 0], [6, 8]], requires_grad=True), torch.tensor([[3.0, 4], [0, 0], [6, 8]])
+    logits = expert.logits(face, sound)
+    assert torch.allclose(logits, expert.MARGIN - torch.tensor([[5.0, 0, 10], [5, 10, 0]]), atol=1e-5)
+    torch.nn.functional.softplus(-logits[:, 0]).sum().backward()
+    assert (face.grad[0] < 0).all() and (face.grad[1] > 0).all()  # both are drawn to the sound
