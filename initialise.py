@@ -30,7 +30,7 @@ from syncnet import load_sync
 from vision import small_picture, zeroed
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
-LIP_STEPS = 4000   # of train_lips, at most: others are followed no better after these
+LIP_STEPS = 4000   # of train_lips, at most: 11 minutes of one core; after 3000 others were followed as well
 NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
 NOISY = 0.3        # share of the voices in a noisy room
 LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
@@ -457,8 +457,9 @@ def lip_shapes(model, pack, landmarks, clips, device) -> list:
     x, y = (torch.cat([v - v.mean(0) for v in found]).cpu().double() for found in (points, read))
     std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
     linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
-    linear[:, 0] = 0                                                                   # the opening is the landmarks',
-    linear[0, 0] = y[:, 0].std() / std[0]                                              # as wide as is read, and where
+    # the opening is the landmarks' alone, with the deviation and mean of the readings
+    linear[:, 0] = 0
+    linear[0, 0] = y[:, 0].std() / std[0]
     offset = torch.cat(read)[:, 0].mean() - linear[0, 0] * torch.cat(points)[:, 0].mean()
     shapes = [p @ linear for p in points]
     return one_scale([torch.cat([s[:, :1] + offset, s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes],
