@@ -28,6 +28,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
+from tqdm import tqdm
 
 if sys.version_info < (3, 11):               # numpy, scipy and imageio as pinned do not exist for an older one
     sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
@@ -104,6 +105,12 @@ class Parser(argparse.ArgumentParser):
                     option = next(a.option_strings[0] for a in actions if a.dest == name)
                     raise InputError(f"{option} {value}: must lie between {low} and {high}")
         return args
+
+    def commands(self, **texts) -> list:
+        """A parser for each command, NAME="what it does"; args.command is the one given"""
+        commands = self.add_subparsers(dest="command", required=True)
+        how = argparse.ArgumentDefaultsHelpFormatter
+        return [commands.add_parser(name, help=text, formatter_class=how) for name, text in texts.items()]
 
 
 @contextlib.contextmanager
@@ -659,6 +666,14 @@ class VideoWriter:
 
     def __exit__(self, kind, error, trace):
         self.close() if kind is None else self.discard()
+
+
+def write_video(path, frames, n: int, sound: np.ndarray | tuple | None = None, overwrite: bool = False):
+    """An iterator of n frames -> VideoWriter's file, with a progress bar"""
+    first = next(frames)
+    with VideoWriter(path, *first.shape[:2], sound, overwrite) as video:
+        for frame in tqdm(chain([first], frames), Path(path).name, n, unit="frame", disable=None):
+            video.write(frame)
 
 
 def to_int16(wav: np.ndarray) -> np.ndarray:
