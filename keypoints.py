@@ -17,7 +17,7 @@ Axes: B clips, T frames, J steps of 10 ms, D (+ E) codes, W width, P moments of 
 import math
 from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,13 +32,15 @@ from tqdm import tqdm
 
 import sample as photos
 import toyfaces
-from audio import N_MELS, AudioEncoder, log_mel, mel_windows, mfcc, n_frames, spec_augment
+from audio import (
+    N_MELS, AudioEncoder, WindowEncoder, add_room, log_mel, mel_windows, mfcc, n_frames, not_speech, spec_augment)
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
     pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
 from control import correlation, partial_correlation
 from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
 from faces import EYES, K, Landmarks, to_complex
+from fusion import REACH, SpeechContext
 from landmarks import extract
 from media import (
     FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, load_photo, run)
@@ -87,7 +89,7 @@ class Mouth:
         left = flat - known @ face
         face = np.r_[face, principal_components(left, more)]
         z = np.c_[z, left @ face[1 + codes :].T]
-        rest = z[opening <= np.quantile(opening, 0.1)].mean(0)
+        rest = z[shut(opening)].mean(0)
         return cls(*(np.float32(v) for v in (mean, basis, z.std(0) + 1e-6, rest, face)))
 
     @staticmethod
@@ -121,6 +123,10 @@ class Mouth:
     @classmethod
     def load(cls, state: dict):
         return cls(**{name: state[name].float().numpy() for name in cls.__dataclass_fields__})
+
+
+def shut(opening):
+    return opening <= np.quantile(opening, 0.1)
 
 
 def principal_components(rows: np.ndarray, n: int) -> np.ndarray:
@@ -171,7 +177,22 @@ class PackSource:
         self.landmarks = Landmarks(self.pack)
 
     def clip(self, c):
-        return self.pack.sound(c), normalise(self.landmarks.clip(c))
+        """One rest and one range of the mouth for everybody (ours): sound does not tell the shape of a face, nor how far
+        it opens the mouth; a regression would guess both by the voice."""
+        rest, deviation = self.people[self.pack.identity[c]]
+        common_rest, common_deviation = (np.mean(values, 0) for values in zip(*self.people.values()))
+        gain = np.clip(common_deviation / deviation, 0.5, 2)
+        return self.pack.sound(c), common_rest + gain * (normalise(self.landmarks.clip(c)) - rest)
+
+    @cached_property
+    def people(self) -> dict:
+        """{person: (mean of the tenth of frames with the smallest opening (68, 2), deviation of the opening)}"""
+        faces = {}
+        for c in self.landmarks.kept:
+            faces.setdefault(self.pack.identity[c], []).append(normalise(self.landmarks.clip(c)))
+        faces = {person: np.concatenate(own) for person, own in faces.items()}
+        return {person: (own[shut(Mouth.opening(own))].mean(0), Mouth.opening(own).std())
+                for person, own in faces.items()}
 
     def view(self, c):
         frames = self.pack.frames(c, range(self.pack.n_frames[c]))
@@ -211,21 +232,21 @@ def open_source(args, checkpoints=None):
 
 # ------------------------------------------------------------------------------------------------ input of the networks
 
-RATE = dict(lstm=4, transformer=1)  # codes a frame; the lstm's are at the audio rate, one each 10 ms (WAV2KP)
+RATE = dict(lstm=4, transformer=1, context=1)  # codes a frame; the lstm's are at the audio rate, one each 10 ms (WAV2KP)
 WINDOW = 40  # MFCC steps (WAV2KP)
 SILENCE = np.r_[math.log(np.finfo(float).eps), np.zeros(12)]  # MFCC of digital silence
 UNKNOWN = -100  # label of a frame without a known word: cross-entropy leaves it out
 
 
-def audio_features(kind: str, wav: np.ndarray) -> np.ndarray:
-    """Sound (n,) -> of kind "lstm" MFCC (S, 13) at 100 Hz, of "transformer" log mel (80, S) at 80 Hz"""
-    return log_mel(wav) if kind == "transformer" else mfcc(wav).T.astype(np.float32)
+def audio_features(kind: str, wav: np.ndarray, voice_norm: bool = False) -> np.ndarray:
+    """Sound (n,) -> of kind "lstm" MFCC (S, 13) at 100 Hz, else log mel (80, S) at 80 Hz"""
+    return mfcc(wav).T.astype(np.float32) if kind == "lstm" else log_mel(wav, voice_norm)
 
 
 def audio_windows(kind: str, features, first: int, stop: int) -> np.ndarray:
     """The input for frames first .. stop-1: mel (T, 1, 80, 16) or MFCC (4 T, 40, 13). MFCC windows are centred on steps
     of 10 ms, so the LSTM looks .2 s ahead: lips move before the sound (Suwajanakorn: the same)."""
-    if kind == "transformer":
+    if kind != "lstm":
         return mel_windows(features, np.arange(first, stop))
     at = np.arange(first * RATE[kind], stop * RATE[kind])[:, None] + np.arange(-WINDOW // 2, WINDOW // 2)  # (J, 40)
     inside = (at >= 0) & (at < len(features))
@@ -239,45 +260,51 @@ def interpolate(values: np.ndarray, positions) -> np.ndarray:
 
 class KeypointDataset(Dataset):
     """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D). Item n is a function of (seed,
-    n). words {name: number}: also labels (T or 4 T,), the word or phone at each moment, or UNKNOWN. Augmentation (ours):
-    loudness, SpecAugment on the mel; SILENT of the items are a quiet room, to -50 dB, and a mouth at rest."""
+    n). words {name: number}: also labels (T or 4 T,), the word or phone at each moment, or UNKNOWN. Behind the end of a
+    clip codes are NaN. Augmentation (ours): loudness, SpecAugment on the mel; SILENT of the items are not speech, and a
+    mouth at rest; with voice_norm NOISY are in a room with echo and noise."""
 
-    SILENT = 0.05
+    SILENT, NOISY = 0.08, 0.3
 
-    def __init__(self, source, clips, mouth: Mouth, kind: str, T: int, seed: int, words: dict | None = None):
+    def __init__(self, source, clips, mouth: Mouth, kind: str, T: int, seed: int, words: dict | None = None,
+                 voice_norm: bool = False):
         self.source, self.clips, self.mouth, self.kind, self.T, self.seed = source, clips, mouth, kind, T, seed
-        self.words, self.clip = words or {}, lru_cache(4000)(self.features_and_codes)
+        self.words, self.voice_norm, self.clip = words or {}, voice_norm, lru_cache(4000)(self.features_and_codes)
 
-    def features_and_codes(self, c):
+    def features_and_codes(self, c, noisy):
         """Of a whole clip; codes (T or 4 T, D), interpolated between the middles of frames; labels (T or 4 T,)"""
         (wav, faces), rate = self.source.clip(c), RATE[self.kind]
         at = (np.arange(rate * len(faces)) + 0.5) / rate - 0.5
         labels = np.full(len(at), UNKNOWN)
         for start, end, name in self.source.alignment(c) if self.words else ():
             labels[(at + 0.5 >= start * FPS) & (at + 0.5 < end * FPS)] = self.words.get(name, UNKNOWN)
-        return audio_features(self.kind, wav), interpolate(self.mouth.encode(faces), at).astype(np.float32), labels
+        wav = add_room(wav, np.random.default_rng([self.seed, c])) if noisy else wav
+        codes = interpolate(self.mouth.encode(faces), at).astype(np.float32)
+        return audio_features(self.kind, wav, self.voice_norm), codes, labels
 
     def __getitem__(self, n: int) -> dict:
         rng, rate = np.random.default_rng([self.seed, n]), RATE[self.kind]
         silent = rng.random() < self.SILENT
         if silent:
-            noise = rng.standard_normal(self.T * SAMPLES_PER_FRAME) * 10 ** (rng.uniform(-100, -50) / 20)
-            features = audio_features(self.kind, noise.astype(np.float32) * (rng.random() < 0.7))
+            features = audio_features(self.kind, not_speech(self.T * SAMPLES_PER_FRAME, rng), self.voice_norm)
             codes = np.tile(self.mouth.rest, (self.T * rate, 1))
             labels = np.full(len(codes), self.words.get("sil", UNKNOWN))
         else:
-            features, codes, labels = self.clip(int(rng.choice(self.clips)))
+            noisy = self.voice_norm and rng.random() < self.NOISY
+            features, codes, labels = self.clip(int(rng.choice(self.clips)), noisy)
         first = int(rng.integers(max(1, len(codes) // rate - self.T + 1)))
         louder = 0 if silent else np.float32(rng.uniform(-8, 8))  # dB
         if self.kind == "lstm":
             features = features + np.float32(math.log(10) / 10 * louder) * (np.arange(13) == 0)  # the log energy
         elif not silent:
-            features = np.clip(features + np.float32(0.08) * louder * (features > -4), -4, 4)  # the mel's 8 for 100 dB
+            if not self.voice_norm:
+                features = np.clip(features + np.float32(0.08) * louder * (features > -4), -4, 4)  # 8 for 100 dB
             features = spec_augment(features, rng, steps=8)
-        at = np.arange(first * rate, (first + self.T) * rate)
-        at = np.minimum(at, len(codes) - 1)  # a clip shorter than T stands still at its end
-        item = dict(sound=audio_windows(self.kind, features, first, first + self.T), codes=codes[at])
-        return item | (dict(labels=labels[at]) if self.words else {})
+        at = slice(first * rate, (first + self.T) * rate)
+        missing = self.T * rate - len(codes[at])
+        item = dict(sound=audio_windows(self.kind, features, first, first + self.T),
+                    codes=np.pad(codes[at], ((0, missing), (0, 0)), constant_values=np.nan))
+        return item | (dict(labels=np.pad(labels[at], (0, missing), constant_values=UNKNOWN)) if self.words else {})
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
@@ -329,8 +356,9 @@ class Network(nn.Module):
     def losses(self, batch: dict) -> dict:
         """Terms of a batch: those of keypoint_loss; maps: cross-entropy of heat maps with bells around the true points,
         one cell wide; words: cross-entropy of the second head."""
-        h, true, rate = self.encode(batch["sound"]), batch["codes"], RATE[self.kind]
-        codes, terms = self.decode(h), {}
+        h, rate, terms = self.encode(batch["sound"]), RATE[self.kind], {}
+        codes = self.decode(h)
+        true = batch["codes"].where(~batch["codes"].isnan(), codes.detach())
         if self.target == "displacements":  # windows do not begin at rest
             codes = codes + (true - codes)[:, :1]
         if self.target == "heatmaps":
@@ -417,9 +445,9 @@ class Humans(Network):
 
     def __init__(self, codes: int, width: int = 128, layers: int = 3, heads: int = 4, look: int = 8,
                  autoregressive: bool = False, tower: dict | None = None, dropout: float = 0.1,
-                 target: str = TARGETS[0], words: int = 0):
+                 target: str = TARGETS[0], words: int = 0, voice_norm: bool = False):
         super().__init__(dict(codes=codes, width=width, layers=layers, heads=heads, look=look, target=target, words=words,
-                              autoregressive=autoregressive, tower=tower, dropout=dropout))
+                              autoregressive=autoregressive, tower=tower, dropout=dropout, voice_norm=voice_norm))
         self.reach = layers * look
         self.front = AudioFront(width, tower)
         self.blocks = nn.Sequential(*(Block(width, heads, look, dropout) for _ in range(layers)))
@@ -440,11 +468,27 @@ class Humans(Network):
         return torch.stack(codes, 1) * self.scale  # (B, T, D)
 
 
+class Context(Network):
+    """Ours, the form that FC-TFG has for real faces: a window encoder and two residual blocks of convolutions over time.
+    Of many people's voices it learns more than the Transformer (docs/keypoints.md)."""
+
+    kind = "context"
+
+    def __init__(self, codes: int, width: int = 128, target: str = TARGETS[0], words: int = 0, voice_norm: bool = False):
+        super().__init__(dict(codes=codes, width=width, target=target, words=words, voice_norm=voice_norm))
+        self.reach = 2 * REACH
+        self.front, self.context = WindowEncoder(width), SpeechContext(width)
+
+    def encode(self, sound):  # (B, T, 1, 80, 16)
+        return self.context(self.front(sound.flatten(0, 1)).unflatten(0, sound.shape[:2]))  # (B, T, W)
+
+
 @torch.no_grad()
 def predict(model, wav: np.ndarray, device, chunk: int = 500) -> np.ndarray:
     """Any sound (n,) -> codes (T, D), T = n_frames(n). Chunks of frames overlap by the network's reach, so the result is
     that of one pass."""
-    T, rate, features, hidden = n_frames(len(wav)), RATE[model.kind], audio_features(model.kind, wav), []
+    T, rate, hidden = n_frames(len(wav)), RATE[model.kind], []
+    features = audio_features(model.kind, wav, model.config.get("voice_norm"))
     for first in range(0, T, chunk):
         stop = min(T, first + chunk)
         low, high = max(0, first - model.reach), min(T, stop + model.reach)
@@ -460,14 +504,15 @@ def load_keypoints(path, device, which: str | None = None):
     saved = load_checkpoint(path, "keypoints")
     which = which or ("average" if "average" in saved.get("networks", {}) else "best")
     with refusing(path, "its networks do not fit this version"):
-        network, net = dict(lstm=Wav2KP, transformer=Humans)[saved["config"]["kind"]], saved["config"]["net"]
+        network = dict(lstm=Wav2KP, transformer=Humans, context=Context)[saved["config"]["kind"]]
+        net = saved["config"]["net"]
         model = load_strictly(lambda: network(**net), saved["networks"][which], path)
         return model.to(device).eval(), Mouth.load(saved["mouth"])
 
 
 # --------------------------------------------------------------------------------------------------------------- train
 
-FRAMES = dict(transformer=50, lstm=5)  # of an item (ours)
+FRAMES = dict(transformer=50, context=50, lstm=5)  # of an item (ours)
 WEIGHTS = dict(position=1, velocity=1, maps=1, words=0.3)  # of the terms (ours)
 FREE = "steps out resume overwrite device".split()  # options that --resume may change
 VALIDATE_EVERY, SAVE_EVERY = 15, 60  # steps
@@ -482,11 +527,15 @@ def new_model(args, source, clips, words: int):
         features = np.concatenate([audio_features("lstm", source.clip(c)[0]) for c in some])  # (S, 13)
         model.mean.copy_(torch.from_numpy(features.mean(0)))
         model.deviation.copy_(torch.from_numpy(features.std(0) + 1e-3))
+    elif args.model == "context":
+        model = Context(codes, args.width, voice_norm=bool(args.data), **options)
     else:
         tower = load_sync(args.expert, "cpu").sound_tower if args.expert else None
         with refusing(args.expert, "its sound tower is another; experts of drawn faces have this one"):
             config = dict(dim=tower.out.out_features, width=tower.body[0].conv.out_channels / 32) if tower else None
-        model = Humans(codes, args.width, autoregressive=args.autoregressive, tower=config, **options)
+        voice_norm = bool(args.data) and not tower  # the sync expert has heard voices as they are
+        model = Humans(codes, args.width, autoregressive=args.autoregressive, tower=config, voice_norm=voice_norm,
+                       **options)
         if tower:
             model.front.tower.load_state_dict(tower.state_dict())
     deviations = mouth.scale[: len(mouth.basis), None] * mouth.basis  # (D, 40)
@@ -530,7 +579,8 @@ def train(args):
           f"{millions(model)}; MSE of the mean mouth {still:.3g}")
 
     clips = drawn_clips(getattr(source, "pack", None), parts["train"], args)
-    dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed, words)
+    dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed, words,
+                              model.config.get("voice_norm"))
     data, timer = batches(dataset, args.batch, start), StepTimer(device)
     log = open_log(out.with_name(f"log_{out.stem}.jsonl"), args)
     for step in (bar := progress(model.kind, start, args.steps)):
@@ -769,7 +819,7 @@ def parse(argv=None):
     e.add_argument("--workers", type=int, default=1, help="processes, each with a detector of its own")
     run_options(t, "out/toy_kp.pt", steps=600, batch=16, lr=1e-3, of="windows")
     split_options(t)
-    t.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans' or WAV2KP's")
+    t.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans', WAV2KP's or ours")
     t.add_argument("--target", default=TARGETS[0], choices=TARGETS, help="what the network outputs for the lips")
     t.add_argument("--face", action="store_true", help="predict all 68 points: 8 codes for what the mouth's leave")
     t.add_argument("--phones", action="store_true", help="a second head learns the word, in the toy world the phone, of "
@@ -807,7 +857,7 @@ def parse(argv=None):
 
 
 def check_train(args):
-    if args.model == "lstm" and (args.expert or args.autoregressive):
+    if args.model != "transformer" and (args.expert or args.autoregressive):
         raise InputError("--expert and --autoregressive are the transformer's")
     if args.target != TARGETS[0] and (args.autoregressive or args.face):
         raise InputError(f"--target {args.target}: --autoregressive and --face take components")

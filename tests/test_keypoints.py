@@ -96,6 +96,8 @@ def network(kind="transformer", seed=3, **options):
     torch.manual_seed(seed)
     if kind == "lstm":
         model = Wav2KP(5, 12, **options).eval()
+    elif kind == "context":
+        model = kp.Context(5, 12, **options).eval()
     else:
         model = Humans(5, width=16, layers=2, heads=4, look=3, **options).eval()
     if model.target == "heatmaps":
@@ -347,8 +349,8 @@ def source(pack):
 def test_the_codes_of_an_lstm_are_brought_to_the_audio_rate_linearly(source, mouth, monkeypatch):
     ramp = np.stack((np.arange(6.0), 5 - np.arange(6.0)), 1)
     monkeypatch.setattr(Mouth, "encode", lambda self, faces: ramp)
-    monkeypatch.setattr(kp, "normalise", lambda points: ramp)
-    fine = KeypointDataset(source, [0], mouth, "lstm", 5, 0).clip(0)[1]
+    monkeypatch.setattr(source, "clip", lambda c: (np.zeros(3840, np.float32), ramp))
+    fine = KeypointDataset(source, [0], mouth, "lstm", 5, 0).clip(0, False)[1]
     assert fine.shape == (24, 2)
     np.testing.assert_allclose(fine[2:-2, 0], (np.arange(24) / 4 - 0.375)[2:-2], atol=1e-6)
     np.testing.assert_allclose(fine.reshape(6, 4, 2).mean(1)[1:-1], ramp[1:-1], atol=1e-6)
@@ -365,7 +367,7 @@ def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(sour
     np.testing.assert_array_equal(item["sound"], again["sound"])
     fits = []
     for c in range(4, 9):  # the item is a stretch of one of these clips, sound and codes from the same place
-        features, codes, _ = data.clip(c)
+        features, codes, _ = data.clip(c, False)
         for first in range(25 - 7 + 1):
             if np.array_equal(codes[first * steps : (first + 7) * steps], item["codes"]):
                 windows = kp.audio_windows(kind, features, first, first + 7)
@@ -381,6 +383,33 @@ def test_silent_items_show_a_mouth_at_rest(source, mouth, monkeypatch):
         np.testing.assert_array_equal(item["codes"], np.tile(mouth.rest, (rows, 1)))
 
 
+def test_behind_the_end_of_a_short_clip_no_codes_are_asked_for(source, mouth, monkeypatch):
+    monkeypatch.setattr(KeypointDataset, "SILENT", 0.0)
+    item = KeypointDataset(source, [0], mouth, "transformer", 40, 0)[0]  # the clip has 25 frames
+    assert np.isfinite(item["codes"][:25]).all() and np.isnan(item["codes"][25:]).all()
+    model = network().eval()
+    batch = {name: torch.from_numpy(item[name])[None] for name in item}
+    loss = model.losses(batch)["position"]
+    whole = model.losses(dict(sound=batch["sound"], codes=model(batch["sound"]).detach()))["position"]
+    assert whole.item() == 0 and 0 < loss.item() < float("inf")
+    batch["codes"][:, :25] = model(batch["sound"])[:, :25].detach()
+    assert model.losses(batch)["position"].item() == 0
+
+
+def test_all_people_of_a_pack_get_one_rest_and_one_range_of_the_opening(tmp_path, drawn_faces):
+    folder, shapes = tmp_path / "pack", []
+    with PackWriter(folder, 16, "toy") as writer:
+        for seed, wide, open_ in ((1, 1.0, 1.0), (2, 1.3, 1.6)):
+            shapes.append(100 * (drawn_faces[:25] * (wide, 1.0)))  # another face, that opens its mouth farther
+            shapes[-1][:, 66, 1] = shapes[-1][:, 62, 1] + open_ * (shapes[-1][:, 66, 1] - shapes[-1][:, 62, 1])
+            writer.add(np.zeros((25, 16, 16, 3), np.uint8), np.ones(16000, np.float32), f"p{seed}", f"p{seed}.mp4")
+    source = kp.PackSource([landmarks_beside(folder, np.concatenate(shapes))])
+    openings = [Mouth.opening(source.clip(c)[1]) for c in (0, 1)]
+    raw = [Mouth.opening(normalise(points)) for points in shapes]
+    assert raw[1].std() > 1.1 * raw[0].std() and np.corrcoef(*raw)[0, 1] > 0.99
+    np.testing.assert_allclose(openings[0], openings[1], atol=0.02 * openings[0].max())
+
+
 def test_every_tenth_person_is_held_out_and_parts_do_not_meet(pack):
     parts = {part: list(clips) for part, clips in kp.open_source(kp.parse(["train", "--data", str(pack)]))[1].items()}
     assert parts["valid"] == [9] and parts["test"] == [19] and len(parts["train"]) == 18
@@ -392,8 +421,9 @@ def test_every_tenth_person_is_held_out_and_parts_do_not_meet(pack):
 # the networks
 
 KINDS = [dict(kind="lstm"), dict(), dict(autoregressive=True), dict(tower=dict(dim=24, width=0.25)),
-         dict(target="displacements", words=6), dict(target="heatmaps"), dict(kind="lstm", target="heatmaps", words=6)]
-NAMES = ["lstm", "transformer", "autoregressive", "encoder", "displacements", "heatmaps", "lstm heatmaps"]
+         dict(target="displacements", words=6), dict(target="heatmaps"), dict(kind="lstm", target="heatmaps", words=6),
+         dict(kind="context")]
+NAMES = ["lstm", "transformer", "autoregressive", "encoder", "displacements", "heatmaps", "lstm heatmaps", "context"]
 
 
 def inputs(model, B=3, T=7, seed=0):
