@@ -7,21 +7,18 @@ Papers: SyncNet (Chung & Zisserman 2016), two towers and a distance of their emb
     python syncnet.py test                    # accuracy by shift, on people and speech that no training saw
     python syncnet.py offset clip.mp4         # by how many frames the sound is late (weights/sync.pt); --fix out.mp4
 
-Differences from Wav2Lip, beside 3x3 kernels throughout:
-- Of real faces the expert gets the shape of the lips by landmarks.py's networks, 50 numbers a frame, not pixels: from
-  few people it carries over to others (docs/sync.md). Drawn faces have no landmarks and are seen as pixels.
+Differences from Wav2Lip, beside 3x3 kernels throughout (docs/sync.md has the measurements):
+- Of real faces the expert gets the shape of the lips by landmarks.py's networks, 50 numbers a frame: from few people
+  it carries over to others. Drawn faces have no landmarks and are seen as pixels.
 - The cosine gets a learned scale and bias. Theirs, after a ReLU, is itself the probability (--cosine).
-- All pairs of a batch count: several windows of each clip (hard negatives) and, of drawn faces, sound from the other
-  clips. With foreign sound an expert of real voices learns the voice, not the lips.
-- A softmax over the batch is added to the sigmoid, which alone stays at ln 2 for long: a bias that rejects every pair
-  is nearly a minimum. The softmax does not depend on the bias.
+- All pairs of a batch count: several windows of each clip (hard negatives) and, of drawn faces, foreign sound.
+- A softmax over the batch, which does not depend on the bias, is added to the sigmoid, which alone stays at ln 2 long.
 - The five frames' deviations from their mean are enlarged: most of the variance is identity, not motion.
 - GroupNorm, not BatchNorm, whose statistics would tell the towers which windows of a batch share a clip.
 
 Axes: n images, B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts, C H W.
 """
 
-import argparse
 import math
 import re
 import subprocess
@@ -43,7 +40,7 @@ from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_strictly, millions,
     open_log, pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
 from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
-from faces import HIGHEST, SEGMENT, crop_face, middle_square, need_detector, parse_box, segment_box
+from faces import HIGHEST, SEGMENT, crop_face, middle_square, parse_box, segment_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
 from media import (
@@ -95,8 +92,8 @@ def pixel_tower(size: int, dim: int, width: float) -> nn.Sequential:
 
 class SyncNet(nn.Module):
     """Two towers; logit = scale * cosine + bias, positive for "in sync". size: edge of the crops, a multiple of 16;
-    larger ones are shrunk to it. dim: E. width: channels of the towers of pixels, 1 is Wav2Lip's. lips: by the shape of
-    real lips, size 64. cosine: as in Wav2Lip, the cosine of embeddings after a ReLU is the probability."""
+    larger ones are shrunk. dim: E. width: channels of the towers of pixels, 1 is Wav2Lip's. lips: by the shape of real
+    lips, size 64. cosine: as in Wav2Lip, the cosine of embeddings after a ReLU is the probability."""
 
     def __init__(self, size: int = 96, dim: int = 512, width: float = 1.0, lips: bool = False, cosine: bool = False):
         super().__init__()
@@ -125,13 +122,11 @@ class SyncNet(nn.Module):
         """Five frames of what `read` gives, (B, 5, ..) -> (B, E) of unit length"""
         if self.lips:
             x = (x - lip_shape(torch.view_as_complex(self.landmarks.mean))) / LIP_SCALE
-        else:
-            x = x[..., self.size // 2 :, :]  # (B, 5, 3, size/2, size): lips and chin, not the eyes
-        mean = x.mean(1, keepdim=True)
-        deviation = GAIN * (x - mean)
-        if self.lips:
-            x = torch.cat([x, deviation], 2).mT  # (B, 100, 5)
+            x = torch.cat([x, GAIN * (x - x.mean(1, keepdim=True))], 2).mT  # (B, 100, 5)
         else:  # the mean replaces the middle frame's deviation, which follows from the other four
+            x = x[..., self.size // 2 :, :]  # (B, 5, 3, size/2, size): lips and chin, not the eyes
+            mean = x.mean(1, keepdim=True)
+            deviation = GAIN * (x - mean)
             x = torch.cat([deviation[:, :HALF], mean, deviation[:, HALF + 1 :]], 1).flatten(1, 2)
         return self.unit(self.face_tower(x))
 
@@ -161,19 +156,14 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
         expert.size, expert.template = 96, "face"  # it enlarges smaller images
         expert.read, expert.embed = nn.Identity(), expert.face
         return expert
-    expert = build_expert(load_checkpoint(path, "syncnet"), path)
-    if size is not None and size < expert.size:
-        raise InputError(f"{path}: an expert for images of {expert.size} px or more, these are {size} px")
-    return expert.to(device).eval().requires_grad_(False)
-
-
-def build_expert(checkpoint: dict, path) -> SyncNet:
-    """The expert in a checkpoint; InputError if config and weights do not fit"""
+    checkpoint = load_checkpoint(path, "syncnet")
     with refusing(path, "its networks do not fit this version"):
         config = checkpoint["config"]
         expert = load_strictly(lambda: SyncNet(**config["net"]), checkpoint["networks"]["expert"], path)
         expert.template = config["template"]
-    return expert
+    if size is not None and size < expert.size:
+        raise InputError(f"{path}: an expert for images of {expert.size} px or more, these are {size} px")
+    return expert.to(device).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -182,25 +172,21 @@ def expert_loss(logits, clip, k, apart: int = NEAR, others: bool = True) -> dict
     """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the loss.
 
     Pairwise sigmoid, absent where the batch has no such pair: in_sync (the diagonal); shifted (same clip, `apart` frames
-    or more apart); other (another clip; not without `others`). contrast: -log softmax of the true sound among the sounds
-    and of the true face among the faces (CLIP), of these pairs."""
+    or more apart); other (another clip; not without `others`). loss: of these, half for the positive pairs, half for the
+    negative ones; ln 2 at zero logits. contrast: -log softmax of the true sound among the sounds and of the true face
+    among the faces (CLIP), of these pairs. InputError: no pair is negative."""
     N = len(clip)
     assert logits.shape == (N, N), f"logits are {tuple(logits.shape)}, expected {(N, N)}"
     same, own = clip[:, None] == clip[None], torch.arange(N, device=logits.device)
     wrong = dict(shifted=same & ((k[:, None] - k[None]).abs() >= apart), other=~same & others)
-    terms = dict(in_sync=F.softplus(-logits.diagonal()).mean())
-    terms |= {name: F.softplus(logits[pairs]).mean() for name, pairs in wrong.items() if pairs.any()}
-    logits = logits.masked_fill(~(wrong["shifted"] | wrong["other"] | (own[:, None] == own)), -1e4)
-    terms["contrast"] = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
-    return terms
-
-
-def sigmoid_part(terms: dict):
-    """Half for the positive pairs, half for the negative ones: ln 2 at zero logits."""
-    wrong = [terms[name] for name in ("shifted", "other") if name in terms]
-    if not wrong:
+    true = F.softplus(-logits.diagonal()).mean()
+    false = {name: F.softplus(logits[pairs]).mean() for name, pairs in wrong.items() if pairs.any()}
+    if not false:
         raise InputError("no pair of a batch is wrong: give more --windows, or more than one clip")
-    return (terms["in_sync"] + sum(wrong) / len(wrong)) / 2
+    loss = (true + sum(false.values()) / len(false)) / 2
+    logits = logits.masked_fill(~(wrong["shifted"] | wrong["other"] | (own[:, None] == own)), -1e4)
+    contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+    return dict(loss=loss, in_sync=true, **false, contrast=contrast)
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -237,8 +223,8 @@ class Windows(Dataset):
 
 
 def vary_lips(x, other, rng):
-    """Augments windows of one clip (K, 5, 50), all alike but for the noise: the mean shape goes part of the way to that
-    of another clip (T, 50); more or less motion; mirrored, turned, stretched, moved. The widths are ours."""
+    """Augments windows of one clip (K, 5, 50), all alike but for the noise: the mean shape moves towards that of another
+    clip (T, 50); more or less motion; mirrored, turned, stretched, moved. The widths are ours."""
     mean = x.mean((0, 1))
     to_other = rng.uniform(0, 0.8) * (rng.random() < 0.7) * (other.mean(0) - mean)
     x = (mean + to_other + np.exp(rng.normal(0, 0.15)) * (x - mean)).unflatten(-1, (-1, 2))  # (K, 5, 25, 2)
@@ -300,14 +286,11 @@ def embed_sound(expert, windows: np.ndarray):
 def by_shift(expert, face, sound, reach: int = MAX_OFFSET):
     """Each window with its own sound and the sounds up to `reach` frames away: face, sound (K, E) -> (K, S) logits.
     Column reach + d has face k with sound k + d, NaN beyond the clip; S = 2 reach + 1."""
-    K, rows, shifts = len(face), [], torch.arange(-reach, reach + 1)
-    for a in range(0, K, 256):  # a block of windows at once
-        lo = max(0, a - reach)
-        logits = expert.logits(face[a : a + 256], sound[lo : min(K, a + 256 + reach)]).cpu()
-        at = torch.arange(a, min(a + 256, K))[:, None] + shifts  # (b, S)
-        picked = logits.gather(1, (at - lo).clamp(0, logits.shape[1] - 1))
-        rows.append(picked.masked_fill((at < 0) | (at >= K), math.nan))
-    return torch.cat(rows).numpy()
+    rows, sound = [], F.pad(sound, (0, 0, reach, reach), value=math.nan)
+    for a in range(0, len(face), 256):  # a block of windows at once
+        logits = expert.logits(face[a : a + 256], sound[a : a + 256 + 2 * reach])  # (b, b + 2 reach)
+        rows.append(torch.stack([logits.diagonal(d) for d in range(2 * reach + 1)], 1))
+    return torch.cat(rows).cpu().numpy()
 
 
 def best_offset(table):
@@ -342,10 +325,9 @@ def measure(expert, windows: Windows, clips) -> list[dict]:
 
 
 def summary(found: list[dict]) -> dict:
-    """What `measure` found -> by_shift, lists over the shifts 0 .. MAX_OFFSET: accuracy of windows with a logit above 0,
-    half of the positives at shift 0 and half of the negatives at this shift; second, that of the mean logit of each
-    second. accuracy, second: their means from 5 frames on. loss: in sync and shifted by FAR or more, half and half.
-    offset_window, _1s, _3s, _clip: share found within one frame."""
+    """What `measure` found -> accuracy: of windows with a logit above 0, half true ones, half shifted by FAR or more;
+    second: that of the mean logit of each second; by_shift: both for each shift 0 .. MAX_OFFSET. loss: in sync and
+    shifted by FAR or more, half and half. offset_window, _1s, _3s, _clip: share found within one frame."""
     table = np.concatenate([f["table"] for f in found])  # (windows, S)
     second = [sliding_window_view(f["table"], min(FPS - SPAN + 1, len(f["table"])), 0).mean(-1) for f in found]
     rates = dict(accuracy=accuracy_by_shift(table), second=accuracy_by_shift(np.concatenate(second)))
@@ -376,8 +358,6 @@ def train(args):
     device, out = pick_device(args.device), claim_output(args.out, args)
     last = out.with_stem(f"{out.stem}_last")
     expert, opt, start, best = start_run(args, last, device)
-    if start >= args.steps:
-        return print(f"{last}: has {start} steps already; --steps is {args.steps}")
     pack, clips, val, val_clips = load_data(args, out.parent)
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
           f"{millions(expert)}; chance is a loss of {CHANCE:.3f}")
@@ -392,16 +372,15 @@ def train(args):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             face, sound = expert.embed(batch["frames"]), expert.sound(batch["mel"])  # (N, E)
         terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"], apart, others=not expert.lips)
-        check_finite(terms, step)
-        sigmoid = sigmoid_part(terms)
-        loss = sigmoid + (0 if args.cosine else 0.5 * terms["contrast"])  # ours: .5
+        line = check_finite(terms, step)
+        loss = terms["loss"] + (0 if args.cosine else 0.5 * terms["contrast"])  # ours: .5
         descend(opt, loss, cosine_warmup(step, args.steps))
-        average = sigmoid.detach() if step == start else average.lerp(sigmoid.detach(), 1 / LOG_EVERY)
+        sigmoid = terms["loss"].detach()
+        average = sigmoid if step == start else average.lerp(sigmoid, 1 / LOG_EVERY)
 
         done, end = step + 1, step + 1 == args.steps
         if done % LOG_EVERY == 0 or end:
-            line = dict(loss=sigmoid) | terms | dict(average=average, scale=expert.log_scale.exp(), bias=expert.bias)
-            line = {name: value.item() for name, value in line.items()}
+            line |= dict(average=average.item(), scale=expert.log_scale.exp().item(), bias=expert.bias.item())
             write_log(log, bar, dict(step=done) | line | timer.pace(len(face)), args.steps)
         if done % validate_every == 0 or end:
             found = summary(measure(expert.eval(), val_windows, val_clips))
@@ -419,22 +398,25 @@ def train(args):
 
 def start_run(args, path: Path, device) -> tuple:
     """-> expert, optimiser, steps done, least held-out loss; with --resume as in `path`"""
-    saved = load_checkpoint(path, "syncnet") if args.resume else None
     torch.manual_seed(args.seed)
+    args.width = args.width or (0.25 if args.size <= 32 else 0.5)
     lips = bool(args.data) and open_packs(args.data).template != "toy"
     args.size = FACE_SIZE if lips else args.size
-    expert = build_expert(saved, path) if saved else SyncNet(args.size, args.dim, args.width, lips, args.cosine)
+    expert = load_sync(path, device) if args.resume else SyncNet(args.size, args.dim, args.width, lips, args.cosine)
     if expert.size != args.size:
         raise InputError(f"{path}: an expert for images of {expert.size} px, --size is {args.size}")
-    if lips and not saved:
+    if lips and not args.resume:
         expert.landmarks = load_landmarks()
     expert = expert.to(device).train()
-    towers = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()]
-    scale = dict(params=[expert.log_scale, expert.bias], weight_decay=0.0, initial_lr=10 * args.lr)
-    groups = [dict(params=towers, initial_lr=args.lr), scale]  # ours: 10, the scale has to go from 5 to 40
+    towers, scale = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()], [expert.log_scale, expert.bias]
+    for parameter in towers + scale:
+        parameter.requires_grad_(True)
+    groups = [dict(params=towers, initial_lr=args.lr),
+              dict(params=scale, weight_decay=0.0, initial_lr=10 * args.lr)]  # ours: 10, it has to go from 5 to 40
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
-    if not saved:
+    if not args.resume:
         return expert, opt, 0, math.inf
+    saved = load_checkpoint(path, "syncnet")
     restore_run(path, saved, dict(adam=opt))
     return expert, opt, saved["step"], saved["best"]
 
@@ -442,18 +424,14 @@ def start_run(args, path: Path, device) -> tuple:
 def load_data(args, folder: Path):
     """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs in the folder, drawn on first
     use. InputError: images smaller than --size; see split."""
-    if args.data:
-        pack = open_packs(args.data)
-        check_size(pack, args.size, "--size is")
-        train, valid, _ = (clips[pack.n_frames[clips] >= SPAN] for clips in split(pack, args).values())
-        return pack, train, pack, valid
-    pack, val = toy_pack(folder, args.size, args.people, 3.0), toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
-    return pack, split(pack, args)["train"], val, np.arange(len(val))
-
-
-def check_size(pack, size: int, what: str):
-    if pack.size < size:
-        raise InputError(f"{pack.folder}: images of {pack.size} px, {what} {size}")
+    if not args.data:
+        pack, val = toy_pack(folder, args.size, args.people, 3.0), toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
+        return pack, split(pack, args)["train"], val, np.arange(len(val))
+    pack = open_packs(args.data)
+    if pack.size < args.size:
+        raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
+    train, valid, _ = (clips[pack.n_frames[clips] >= SPAN] for clips in split(pack, args).values())
+    return pack, train, pack, valid
 
 
 # ----------------------------------------------------------------------------------------------------------------- test
@@ -478,36 +456,33 @@ def test(args):
         own = [clip for clip, p in zip(clips, person) if name in (p, "all")]
         rows[name] = dict(clips=str(len(own))) | {text: summary(own)[key] for key, text in columns.items()}
     print(markdown(rows))
+    images, words = [], []
+    for name, seconds in PIECES.items() if out else ():  # bars for -15 .. 15 and beyond
+        late = np.array([v for clip in clips for v in clip[name]], int).clip(-MAX_OFFSET, MAX_OFFSET)
+        count = np.bincount(late + MAX_OFFSET, minlength=2 * MAX_OFFSET + 1)
+        bars = np.arange(100)[::-1, None] < 100 * count / max(1, count.max())  # (100, 31)
+        images.append(np.where(bars[..., None], (110, 214, 140), (36, 40, 52)).astype(np.uint8).repeat(10, 1))
+        words.append(f"pieces of {seconds} s: frames off, -15 to 15 ({len(late)})")
     if out:
-        late = {f"{seconds} s": [v for clip in clips for v in clip[name]] for name, seconds in PIECES.items()}
-        words = [f"pieces of {name}: frames off, -15 to 15 ({len(values)})" for name, values in late.items()]
-        image_grid([[histogram(values) for values in late.values()]], [words], 310).save(out)
-
-
-def histogram(late: list) -> np.ndarray:
-    """Frames off -> bars for -15 .. 15 and beyond, uint8 (100, 310, 3)"""
-    count = np.bincount(np.clip(np.int64(late), -MAX_OFFSET, MAX_OFFSET) + MAX_OFFSET, minlength=2 * MAX_OFFSET + 1)
-    bars = np.arange(100)[::-1, None] < 100 * count / max(1, count.max())  # (100, 31)
-    return np.where(bars[..., None], (110, 214, 140), (36, 40, 52)).astype(np.uint8).repeat(10, 1)
+        image_grid([images], [words], 310).save(out)
 
 
 def held_out_clips(data: list | None, expert, path) -> tuple:
     """-> pack, the numbers of its clips that the expert was neither trained nor chosen on, and a description of them.
     data: packs, or None for toy people and speech that no training uses. InputError: no such clip; the wrong images."""
-    if not data:
-        if expert.template != "toy":
-            raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
-        pack = toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
-        return pack, np.arange(len(pack)), "toy people and speech held out for good"
-    pack, what = open_packs(data), " ".join(data)
-    if not isinstance(expert, SyncNet):
-        return pack, np.arange(len(pack)), what
-    check_size(pack, expert.size, "the expert's are at least")
-    used = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
-    clips = np.setdiff1d(np.arange(len(pack)), used)
-    if not len(clips):
-        raise InputError(f"{pack.folder}: all its clips trained {path} or chose it, none is left to test on")
-    return pack, clips, what + ", the clips held out from training and validation" * bool(len(used))
+    if not data and expert.template != "toy":
+        raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
+    pack = open_packs(data) if data else toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
+    clips, what = np.arange(len(pack)), " ".join(data) if data else "toy people and speech held out for good"
+    if data and isinstance(expert, SyncNet):
+        if pack.size < expert.size:
+            raise InputError(f"{pack.folder}: images of {pack.size} px, the expert's are at least {expert.size}")
+        used = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
+        clips = np.setdiff1d(clips, used)
+        what += ", the clips held out from training and validation" * (used.size > 0)
+        if not len(clips):
+            raise InputError(f"{pack.folder}: all its clips trained {path} or chose it, none is left to test on")
+    return pack, clips, what
 
 
 # --------------------------------------------------------------------------------------------------------------- offset
@@ -528,8 +503,7 @@ def offset(args):
 
 def clip_offset(expert, path: Path, device, box: str | None = None):
     """-> frames by which the sound is late, confidence, fit (see best_offset), windows. Memory grows by 8 kB a frame."""
-    mel = log_mel(load_audio(path))
-    crops = face_crops(path, expert, box)
+    mel, crops = log_mel(load_audio(path)), face_crops(path, expert, box)
     first = list(islice(crops, SPAN + 1))
     if len(first) < SPAN + 1:
         raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {SPAN + 1}")
@@ -556,7 +530,6 @@ def detect_box(path: Path, frames: list, last: tuple | None) -> tuple:
     H, W = frames[0].shape[:2]
     whole = (0, 0, W, H)
     try:
-        need_detector()
         box = segment_box(frames)
     except InputError as error:
         if last or H == W:
@@ -588,11 +561,8 @@ def write_shifted(path: Path, late: int, out: Path):
 
 def parse(argv=None):
     parser = Parser(description="the sync expert: do these lips and this sound belong together?")
-    commands = parser.add_subparsers(dest="command", required=True)
-    scripts = dict(train="train an expert", test="accuracy by shift on held-out clips",
-                   offset="the audio-video offset of a clip")
-    p, t, o = (commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-               for name, text in scripts.items())
+    p, t, o = parser.commands(train="train an expert", test="accuracy by shift on held-out clips",
+                              offset="the audio-video offset of a clip")
     p.add_argument("--data", nargs="+", help="packs; default: the toy world, drawn beside --out")
     split_options(p)
     run_options(p, out=TOY, steps=1000, batch=16, lr=2e-3)
@@ -618,10 +588,7 @@ def parse(argv=None):
     o.add_argument("--overwrite", action="store_true", help="replace what --fix names")
     for command in (t, o):
         command.add_argument("--device", default="auto")
-    args = parser.parse_args(argv, dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
-    if args.command == "train" and args.width is None:
-        args.width = 0.25 if args.size <= 32 else 0.5
-    return args
+    return parser.parse_args(argv, dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
 
 
 def main(argv=None):
