@@ -14,17 +14,17 @@ Jang et al., "That's What I Said: Fully-Controllable Talking Face Generation", A
 B clips, T consecutive frames, N = B * T, L style layers, D latent width, P width of the pose code, M width of the mouth
 code, K of its numbers are the shape of the lips.
 
-What differs from the paper (more in docs/differences.md):
-- Two motion encoders, `Config.motion`. "paper": a three-layer MLP over the fused modalities. "direct" (ours, the
-  default): a linear map of each driving frame's code, and an MLP of the sound alone.
-- IdentityMaps (ours): the code also feeds the generator's coarse features and, for real faces, a coarse RGB image.
-- Mouth code (ours, real faces): M numbers hold the lips, which are masked in the encoder's input. See DirectMotion.
-- The MLPs share their weights over the style layers where a dense layer over the flattened W+ would be too large.
+What differs from the paper (docs/differences.md says why):
+- `Config.motion`: "direct", the default, is a linear map of each driving frame's code and an MLP of the sound alone.
+  "paper" is a three-layer MLP over the fused modalities, its weights shared by the style layers.
+- IdentityMaps: the code also feeds the generator's coarse features and, for real faces, a coarse RGB image.
+- Mouth code, for real faces: M numbers hold the lips, which are masked in the encoder's input. See DirectMotion.
 """
 
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,6 +44,7 @@ SPEECH_DIM = 128  # numbers of its sound; ours
 @dataclasses.dataclass
 class Config:
     """Shape of the whole network; saved in every checkpoint as a plain dict. `Config.at(size)` is the dial."""
+
     size: int = 256             # edge of an image
     template: str = "toy"       # crop template, see faces.TEMPLATES
     dim: int = 512              # D
@@ -76,11 +77,6 @@ class Config:
         """Sound windows on each side of the decoded frames: the reach of the temporal convolutions"""
         return 2 if self.audio_width else 2 * REACH
 
-    @property
-    def driving_context(self) -> int:
-        """Driving frames on each side of the decoded ones"""
-        return 0 if self.motion == "direct" else self.context
-
     @classmethod
     def saved(cls, fields: dict) -> "Config":
         """A checkpoint's, without the fields of an earlier version"""
@@ -89,30 +85,31 @@ class Config:
     @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
-        small = dict(encoder="slim", hyper_width=16, refine=2, dim=128, n_mlp=4, cap=128, noise=False, encoder_width=32,
-                     linear=128, map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25)
+        assert size in (16, 32, 64, 128, 256), f"size is {size}, expected one of 16, 32, 64, 128, 256"
         real = changes.get("template", "toy") != "toy"
-        if real and size < 256:  # ours: real faces are harder than drawn ones
-            face = dict(small, hyper_width=32, dim=256, cap=256, audio_width=0.5, linear=1000, map_code=1024,
-                        map_channels=(), coarse_rgb=min(32, size))
+        small = dict(encoder="slim", encoder_width=32, n_mlp=4, noise=False, refine=2)
+        if size == 256:
+            dial = {}
+        elif real:  # ours: real faces are harder than drawn ones
+            dial = dict(small, dim=256, base=64 * size, cap=256, linear=1000, map_code=1024, map_channels=(),
+                        coarse_rgb=min(32, size), audio_width=0.5, hyper_width=32)
             if changes.get("motion") != "paper":
-                face |= dict(mouth_dim=24, shape_dim=6, audio_width=0)
-            dial = {16: dict(face, base=1024, linear=200, map_code=224), 32: dict(face, base=2048),
-                    64: dict(face, base=4096), 128: dict(face, base=8192)}
+                dial |= dict(mouth_dim=24, shape_dim=6, audio_width=0)
+            if size == 16:
+                dial |= dict(linear=200, map_code=224)
+        elif size == 128:
+            dial = dict(small, n_mlp=8, noise=True, encoder_width=48, dim=256, base=8192, cap=256, map_code=256,
+                        audio_width=0.5, hyper_width=32)
         else:
-            medium = dict(encoder="slim", hyper_width=32, refine=2, dim=256, base=8192, cap=256, encoder_width=48,
-                          map_code=256, audio_width=0.5)
-            dial = {16: dict(small, base=512), 32: dict(small, base=1024), 64: dict(small, base=2048), 128: medium}
-        dial[256] = dict()
-        assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
-        return cls(**(dict(size=size, voice_norm=real) | dial[size] | changes))
+            dial = dict(small, dim=128, base=32 * size, cap=128, linear=128, map_code=96, map_channels=(128, 64, 16, 4),
+                        audio_width=0.25, hyper_width=16)
+        return cls(**(dict(size=size, voice_norm=real) | dial | changes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the two spaces
+# ------------------------------------------------------------------------------------------------------ the two spaces
 
 class Whiten(nn.Module):
-    """(z - mean) / std for each of the L x D numbers of a code; fixed statistics, see `FCTFG.set_statistics`"""
+    """(z - mean) / std for each of the L x D numbers of a code, see `FCTFG.set_statistics`"""
 
     def __init__(self, L: int, dim: int):
         super().__init__()
@@ -140,9 +137,8 @@ class CanonicalEncoder(nn.Module):
 
 
 class TemporalFusion(nn.Module):
-    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach two frames.
-
-    The "direct" form has none for driving frames: it would let the mouth's rhythm into the pose."""
+    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach two frames. The
+    "direct" form has none for driving frames: it would let the mouth's rhythm into the pose."""
 
     def __init__(self, dim: int, visual: bool):
         super().__init__()
@@ -176,8 +172,8 @@ class SpeechContext(nn.Module):
 
 
 class PaperMotion(nn.Module):
-    """Three-layer MLP over the fused modalities; its weights are shared by the style layers, which a learned
-    embedding tells apart (ours: flattened W+ at 256 px would cost 51 M weights a layer)."""
+    """Three-layer MLP over the fused modalities. The style layers share its weights and have a learned embedding each
+    (ours: flattened W+ at 256 px would cost 51 M weights a layer)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -200,7 +196,6 @@ class PaperMotion(nn.Module):
 class DirectMotion(nn.Module):
     """z_c2d = pose(z_v) + lips(z_a). The pose code of a frame is P linear functions of its whitened code; the lips are an
     MLP of the sound. (A joint MLP misses the pose or copies the driver's face: training pairs come from one clip.)
-    `idle` holds pose deviations of training clips: P numbers a frame, without identity.
 
     With a mouth code (ours, real faces) sound predicts its first K numbers, the shape of the lips. The first of these,
     the opening, replaces the source's own, within `opening_limits`; the other K - 1 are added to the source's: a wide
@@ -220,7 +215,7 @@ class DirectMotion(nn.Module):
         self.mouth_up = nn.Linear(M, L * D, bias=False) if M else nn.Identity()   # mouth code -> W+
         nn.init.normal_(self.lips[4].weight, std=0.01)
         nn.init.zeros_(self.lips[4].bias)
-        self.register_buffer("idle", torch.zeros(8, 75, P))                       # 8 clips of 3 s
+        self.register_buffer("idle", torch.zeros(8, 75, P))                       # pose deviations of 8 clips of 3 s
         self.register_buffer("opening_limits", torch.tensor([-torch.inf, torch.inf]) if M else None)  # of training clips
         # for warp.py, set by initialise.fit_warp: displacement of the landmarks with each number of the shape; slope and
         # offset of the opening, mouth code -> distances of the eyes' corners
@@ -238,10 +233,10 @@ class DirectMotion(nn.Module):
     def audio_to_mouth(self, z_a, context=0):
         """z_a (B, T + 2 context, D) -> mouth code (B, T, M), its opening limited to what the generator has learned"""
         mouth = self.lip_shape(z_a, context)
-        if self.M:
-            mouth = torch.cat([mouth[..., :1].clamp(*self.opening_limits), mouth[..., 1:]], -1)
-            mouth = F.pad(mouth, (0, self.M - mouth.shape[-1]))
-        return mouth
+        if not self.M:
+            return mouth
+        opening = mouth[..., :1].clamp(*self.opening_limits)
+        return F.pad(torch.cat([opening, mouth[..., 1:]], -1), (0, self.M - mouth.shape[-1]))
 
     def speech_part(self, mouth):
         """Mouth code (.., M) -> the part that sound replaces: the opening, zeros elsewhere"""
@@ -259,11 +254,10 @@ class DirectMotion(nn.Module):
 
 
 class IdentityMaps(nn.Module):
-    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image
-    (N, 3, h, h) to add to its RGB, or None. Ours; PC-AVS's generator starts from an identity map.
-
-    Linear in z_s2d: maps of the source's own code would bypass the motion space. The coarse image, for real faces, is in
-    closed form (initialise.fit_coarse_rgb); the generator gets it at each resolution and learns what is missing."""
+    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image (N, 3, h, h)
+    to add to its RGB, or None. Ours; PC-AVS's generator starts from an identity map. Linear in z_s2d: maps of the
+    source's own code would bypass the motion space. The coarse image, for real faces, is in closed form
+    (initialise.fit_coarse_rgb); the generator gets it at each resolution and learns what is missing."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -286,8 +280,7 @@ class IdentityMaps(nn.Module):
         return [x.contiguous(memory_format=torch.channels_last) for x in maps], coarse
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole network
+# --------------------------------------------------------------------------------------------------- the whole network
 
 def changed_layers(generator: Generator) -> list:
     """(O, I) of each 3x3 layer, in the order of styled_convs()"""
@@ -304,7 +297,6 @@ class FCTFG(nn.Module):
         self.encoder = self.maps = self.hyper = self.mouth = None
         if generator_only:
             return
-        assert c.encoder in ("slim", "psp"), f"encoder is {c.encoder}, expected slim or psp"
         if c.encoder == "slim":
             self.encoder = VisualEncoder(c.size, c.dim, c.L, c.encoder_width, c.linear)
         else:
@@ -407,19 +399,19 @@ class FCTFG(nn.Module):
         z_s = self.invert(source[None])
         return self.decode(z_s, self.weight_changes(source[None], z_s))[0].clamp(-1, 1)
 
+    def all_sound(self, mel):
+        """mel (n, 1, 80, 16), or an iterable of pieces of it -> z_a (1, n, D)"""
+        return torch.cat([self.audio(m) for m in (mel.split(256) if torch.is_tensor(mel) else mel)])[None]
+
     @torch.inference_mode()
     def lip_shape(self, mel):
         """Sound -> shape of the lips (n, K), without an image; needs a mouth code. mel: as for animate"""
-        return self.motion.lip_shape(self.all_sound(mel)[None])[0]
+        return self.motion.lip_shape(self.all_sound(mel))[0]
 
     def lips(self, mel):
         """As lip_shape, in warp.py's units: opening (n,) in distances of the eyes' corners, shape (n, K - 1), NumPy"""
         numbers, (slope, offset) = self.lip_shape(mel).cpu().numpy(), self.motion.opening.tolist()
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
-
-    def all_sound(self, mel):
-        """mel (n, 1, 80, 16), or an iterable of pieces of it -> z_a (n, D)"""
-        return torch.cat([self.audio(m) for m in (mel.split(256) if torch.is_tensor(mel) else mel)])
 
     @torch.inference_mode()
     def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
@@ -437,26 +429,24 @@ class FCTFG(nn.Module):
 
     def motion_stream(self, source, z_a, driving, sway, batch):
         """z_c2d (b, L, D) in order, each batch with the frames on both sides that the temporal convolution reaches"""
-        n, direct = len(z_a), self.config.motion == "direct"
-        idle = (self.motion.idle if sway else blinks(self.motion.idle)) if direct else None
+        n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
+        idle = direct and (self.motion.idle if sway else blinks(self.motion.idle))
         z_own = self.encode_driving(source[None])                                 # (1, 1, L, D)
         frames, codes, first = iter(() if driving is None else driving), z_own[:, :0], 0  # codes of frames first, ..
         for start in range(0, n, batch):
             stop = min(start + batch, n)
-            lo, hi = max(0, start - self.config.context), min(n, stop + self.config.context)
-            if driving is None:
-                z_v = z_own.expand(1, hi - lo, -1, -1)
-            else:
+            lo, hi = max(0, start - reach), min(n, stop + reach)
+            if driving is not None:
                 while first + codes.shape[1] < hi:                                # encode new frames, drop old ones
                     new = [next(frames).to(source) for _ in range(min(batch, hi - first - codes.shape[1]))]
                     codes = torch.cat([codes, self.encode_driving(torch.stack(new)[None])], 1)
                 codes, first = codes[:, lo - first:], lo
-                z_v = codes[:, :hi - lo]
-            if driving is None and direct:
+                z_c2d = self.motion(z_a[:, lo:hi], codes[:, :hi - lo])
+            elif direct:
                 pose = self.motion.pose(z_own) + idle_pose(idle, lo, hi)[None]
-                z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[None, lo:hi]))
+                z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[:, lo:hi]))
             else:
-                z_c2d = self.motion(z_a[None, lo:hi], z_v)
+                z_c2d = self.motion(z_a[:, lo:hi], z_own.expand(1, hi - lo, -1, -1))
             yield z_c2d[0, start - lo:stop - lo]
 
 
@@ -470,9 +460,8 @@ def idle_pose(idle, lo: int, hi: int):
     """idle (n, T, P) -> frames lo .. hi - 1 of endless idle motion, (hi - lo, P): the clips in turn, each played forward
     and back. Each starts at deviation zero (initialise.collect_idle), so the joints are continuous as well."""
     n, T, _ = idle.shape
-    k = torch.arange(lo, hi, device=idle.device)
-    clip, t = k // (2 * T) % n, k % (2 * T)
-    return idle[clip, torch.where(t < T, t, 2 * T - 1 - t)]
+    clip, t = np.divmod(np.arange(lo, hi), 2 * T)
+    return idle[clip % n, np.minimum(t, 2 * T - 1 - t)]
 
 
 def blinks(idle, reach: int = 6):
@@ -492,8 +481,7 @@ def mean_w(generator: Generator, n: int = 4096):
     return generator.mapping(torch.randn(n, generator.dim, device=device)).mean(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+# --------------------------------------------------------------------------------------------------------------- files
 
 def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
     """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px -> (overrides of Config's fields,
@@ -503,15 +491,15 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
     trunk that pSp starts from. hyper: of HyperStyle, for this generator. encoder.latent_avg is NaN where no file has one.
     InputError: a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together.
     """
-    networks, overrides = {}, {}
+    networks, overrides, dim = {}, {}, Config.at(size).dim
     if generator:
         found = load_rosinality(generator, size)
-        if not {"g", "g_ema"} & set(found):
+        G = found.get("g_ema", found.get("g"))
+        if G is None:
             raise InputError(f"{generator}: no generator in it")
-        networks = dict(generator=found.get("g_ema", found.get("g"))) | ({"D": found["d"]} if "d" in found else {})
-        overrides = generator_shape(networks["generator"].state_dict(), generator) | dict(noise=True, map_code=0)
+        networks, dim = dict(generator=G) | ({"D": found["d"]} if "d" in found else {}), G.dim
+        overrides = generator_shape(G.state_dict(), generator) | dict(noise=True, map_code=0)
     if encoder:
-        dim = networks["generator"].dim if generator else Config.at(size).dim
         networks["encoder"] = load_encoder(encoder, n_styles(size), dim)
         overrides |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
         if generator and networks["encoder"].latent_avg.shape[1] != dim:
@@ -519,7 +507,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
     if hyper:
         if not generator:
             raise InputError(f"{hyper}: name its generator of {size} px with --generator")
-        networks["hyper"], form = load_hypernet(hyper, changed_layers(networks["generator"]))
+        networks["hyper"], form = load_hypernet(hyper, changed_layers(G))
         overrides |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
     return overrides, networks
 

@@ -563,7 +563,7 @@ def load_batches(args, data, config, mfcc: bool, start: int):
 
 def stage3_clips(pack, T, config, seed, **options):
     """Windows of which stage 3 decodes T frames"""
-    extra = config.driving_context
+    extra = 0 if config.motion == "direct" else config.context  # driving frames on each side of the decoded ones
     return Clips(pack, T + 2 * extra, seed, context=config.context - extra, voice_norm=config.voice_norm, **options)
 
 

@@ -289,12 +289,12 @@ def test_hypernetwork_starts_silent_and_then_acts_on_its_own_clip():
 def test_the_hypernetwork_learns_to_repair_images():
     """Those of the same generator with other weights"""
     model, errors = tiny(), []
-    opt = torch.optim.Adam(model.hyper.train().parameters(), 1e-3)
+    opt = torch.optim.Adam(model.hyper.train().parameters(), 2e-3)
     with torch.no_grad():
         z = model.encoder(window()[0])
         deltas = [0.5 * torch.randn(2, *shape) for shape in changed_layers(model.generator)]
         source = model.decode(z, deltas)
-    for _ in range(20):
+    for _ in range(10):
         error = (model.decode(z, model.refine(source, z)) - source).square().mean()
         opt.zero_grad()
         error.backward()
@@ -339,7 +339,7 @@ PUBLISHED = dict(encoder_width=16, hyper_width=16, base=1024, cap=128, map_code=
 @pytest.mark.parametrize("hyper", ["shared", "separable"])
 def test_every_parameter_of_the_published_forms_gets_a_gradient(hyper):
     model = opened(tiny(encoder="psp", hyper=hyper, refine=2, **PUBLISHED))
-    frames, *_ = model(*window(T=2))
+    frames, *_ = model(*window(B=1, T=1))
     (frames.square().sum() + model.generator.mapping(torch.randn(2, 24)).sum()).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     # a gate has one inner unit at this width, which may be off; 16 px has no fine styles for pSp's finest map
