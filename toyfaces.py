@@ -1,7 +1,7 @@
-"""The toy world: drawn faces and synthesised speech with ground truth, made on the spot. Ours: training, tests and
-metrics run anywhere, and control (change one input: what else moves?) can be measured.
+"""The toy world: drawn faces and synthesised speech with ground truth. Ours: training, tests and metrics run anywhere,
+and control (change one input: what else moves?) can be measured.
 
-A person is a set of flat colours and shapes on a head that turns in 2.5-D; the voice is a small formant synthesiser
+A person is a set of flat colours and shapes on a head that turns in 2.5-D. The voice is a small formant synthesiser
 (source and filter, as in Klatt, JASA 1980). The mouth opens with the first formant and widens with the second; m b p
 and silence shut it. Head pose, gaze, blinks, brows and smile have a random stream of their own.
 
@@ -12,6 +12,7 @@ Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half 
 z towards the viewer, origin in the middle of the head.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,8 +28,7 @@ from tqdm import tqdm
 
 from audio import n_frames
 from data import Pack, PackWriter
-from media import (
-    FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run)
+from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run
 from report import image_grid
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
@@ -51,8 +51,19 @@ IRISES = palette("523422 3a744e 3878ba 785c32 586676")
 BACKDROPS = palette("b8dbec eed5bc cae4ca e8cee2 f5e6b8 cccef0")
 CLOTHES = palette("de5c54 467ac2 50a27c f2b64a 8468b8 3e4a62 f0eee8")
 FRAMES = palette("2c2e3e 703c28 b0303e 22546e")  # of glasses
-WHITE, INK = np.array((255.0, 255, 255)), np.array((46.0, 32, 38))
-STYLES = ("crop", "side", "bob", "long", "curls", "bun", "bald", "quiff", "tails")
+WHITE, INK = palette("ffffff 2e2026")
+# styles of hair: height of its lower edge over the forehead at t, -1..1 across the face, mirrored with the parting
+STYLES = dict(
+    crop=lambda t: -0.60 - 0.05 * np.cos(3 * np.pi * t * 0.9),
+    side=lambda t: -0.44 - 0.26 * np.exp(-(((t + 0.40) / 0.30) ** 2)) + 0.05 * t,
+    bob=lambda t: -0.47 + 0.06 * t**2,
+    long=lambda t: -0.42 - 0.40 * np.exp(-((np.abs(t) / 0.42) ** 1.5)),
+    curls=lambda t: -0.55 + 0.045 * np.cos(t * 13),
+    bun=lambda t: -0.66 + 0.08 * t**2,
+    bald=None,
+    quiff=lambda t: -0.66 - 0.04 * np.cos(np.pi * t) + 0.06 * t,
+    tails=lambda t: -0.50 - 0.30 * np.exp(-((np.abs(t) / 0.35) ** 1.4)),
+)
 
 
 def person(seed: int) -> SimpleNamespace:
@@ -65,7 +76,7 @@ def person(seed: int) -> SimpleNamespace:
     high = rng.uniform()  # 0 a deep voice and a long vocal tract, 1 a high one and a short tract
     shade = rng.uniform(0, len(SKINS) - 1)
     skin = blend(SKINS[int(shade)], SKINS[min(int(shade) + 1, len(SKINS) - 1)], shade % 1)
-    style = pick(STYLES)
+    style = pick(list(STYLES))
     bearded = high < 0.45 and style not in ("bob", "long", "tails")
     return SimpleNamespace(  # the order of the draws decides who the person of a seed is
         seed=seed, skin=skin, hair=pick(HAIRS), iris=pick(IRISES), backdrop=pick(BACKDROPS), clothes=pick(CLOTHES),
@@ -85,6 +96,7 @@ def person(seed: int) -> SimpleNamespace:
 ANGLE = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 COS, SIN = np.cos(ANGLE), np.sin(ANGLE)
 U = np.linspace(-1, 1, 25)  # along the mouth and along hairlines
+SIDES = (-1, 1)
 DEPTH = 0.68  # of the head; ours: flatter than life, so that eyes stay on the face at 22 degrees
 PIVOT = np.array((0.0, 0.5, 0.22))  # of the head's turn; ours: a nod keeps eyes and mouth in their template boxes
 
@@ -96,6 +108,10 @@ def blend(a, b, t: float):
 def rounded(c, power: float):
     """Cosines or sines of a circle -> those of a superellipse, which is squarer the smaller the power"""
     return np.sign(c) * np.abs(c) ** power
+
+
+def rgb(colour) -> tuple:
+    return tuple(int(min(max(v, 0), 255)) for v in colour)
 
 
 class Head:
@@ -121,37 +137,29 @@ class Head:
         self.pen = ImageDraw.Draw(self.image)
 
     # from head units to pixels: each takes x, y (n,) and gives (n, 2)
-
-    def plane(self, x, y, z=0.0):
-        """A flat shape at depth z that turns with the head"""
+    def plane(self, x, y, z=0.0):  # a flat shape at depth z that turns with the head
         points = np.stack(np.broadcast_arrays(x, y, z), 1) - PIVOT
         points = points @ self.rotation.T + PIVOT
-        scale = self.unit * (1 + 0.10 * points[:, 2:])  # what is near is a little larger
-        return self.centre + points[:, :2] * scale
+        return self.centre + points[:, :2] * (self.unit * (1 + 0.10 * points[:, 2:]))  # what is near is a little larger
 
-    def outline(self, x, y, z=0.0):
-        """A silhouette at depth z: like plane, but keeps its width when the head turns"""
+    def outline(self, x, y, z=0.0):  # a silhouette at depth z: like plane, but keeps its width when the head turns
         return self.plane(np.asarray(x) * self.swell[0], np.asarray(y) * self.swell[1], z)
 
-    def surface(self, x, y, lift=0.0):
-        """On the front of the head"""
+    def surface(self, x, y, lift=0.0):  # on the front of the head
         z = DEPTH * np.sqrt(np.clip(1 - 0.92 * (x / self.who.width) ** 2 - 0.8 * y**2, 0.0, 1))
         return self.plane(x, y, z + lift)
 
-    def body(self, x, y):
-        """On the shoulders, which do not turn"""
+    def body(self, x, y):  # on the shoulders, which do not turn
         return self.middle + np.stack(np.broadcast_arrays(x, y), 1) * self.unit
 
     # the pen
+    def fill(self, colour, *lines):  # the area within lines (n, 2), one after the other
+        self.pen.polygon(np.concatenate(lines).ravel().tolist(), fill=rgb(colour))
 
-    def fill(self, points, colour):
-        self.pen.polygon(points.ravel().tolist(), fill=rgb(colour))
+    def oval(self, colour, place, at: tuple, radii: tuple):  # about `at`, (x, y, z) of the method `place`
+        self.fill(colour, place(at[0] + COS * radii[0], at[1] + SIN * radii[1], *at[2:]))
 
-    def oval(self, place, at: tuple, radii: tuple, colour):
-        """An ellipse about `at`, (x, y, z) of plane, outline or surface"""
-        self.fill(place(at[0] + COS * radii[0], at[1] + SIN * radii[1], *at[2:]), colour)
-
-    def stroke(self, points, width, colour):
+    def stroke(self, colour, width, points):
         """A line with round ends, as one polygon; width in head units, a number or one for each point"""
         w = np.broadcast_to(np.asarray(width) * self.unit / 2, len(points))[:, None]
         along = np.gradient(points, axis=0)
@@ -160,8 +168,9 @@ class Head:
         a = np.linspace(0, np.pi, 7)[1:-1, None]
         tail = points[-1] + w[-1] * (across[-1] * np.cos(a) + along[-1] * np.sin(a))
         head = points[0] - w[0] * (across[0] * np.cos(a) + along[0] * np.sin(a))
-        self.fill(np.concatenate((points + w * across, tail, (points - w * across)[::-1], head)), colour)
+        self.fill(colour, points + w * across, tail, (points - w * across)[::-1], head)
 
+    # curves that are drawn and also give landmarks, in head units
     def face_edge(self, a, grow=0.0):
         """The face's outline at angles a (0 right ear, pi/2 chin); the chin sinks when the mouth opens."""
         below = np.clip(np.sin(a), 0, 1)
@@ -169,9 +178,34 @@ class Head:
         x = rounded(np.cos(a), 0.86) * (self.who.width + grow) * taper
         return x, np.sin(a) * (1.04 + grow) + 0.07 * self.state["open"] * below**4
 
+    def eye_shape(self):
+        """Half the width and height of an open eye, and the height of its middle"""
+        size = self.who.eye_size * self.feature
+        return 0.178 * size, 0.158 * size, -0.07 - 0.16 * (self.feature - 1)
 
-def rgb(colour) -> tuple:
-    return tuple(int(min(max(v, 0), 255)) for v in colour)
+    def brow_curve(self, t):
+        """x (right of the nose) and y of a brow; t is -1 at the nose, 1 at the temple."""
+        x = self.who.eye_apart + 0.01 + t * 0.19 * self.feature
+        rest = -0.37 - 0.05 * (self.feature - 1)
+        return x, rest - 0.085 * self.state["brow"] + 0.075 * (t + 0.05) ** 2 + 0.02 * t
+
+    def nose_base(self, t):
+        x = np.linspace(-0.10, 0.10, len(t)) * self.who.nose
+        return self.surface(x, 0.275 + 0.055 * (1 - t**2), 0.10)
+
+    def mouth_curves(self):
+        """Half the mouth's width, and heights at U: where the lips meet, inner edge of the upper and the lower lip, outer
+        edge of both"""
+        who, gap, wide, f = self.who, self.state["open"], self.state["wide"], self.feature
+        half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
+        y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
+        arc = np.sqrt(np.clip(1 - U**2, 0, 1))
+        smile = (0.13 * self.state["smile"] + 0.02) * min(1.0, half / 0.3)  # lifts the corners, less of a round mouth
+        middle = y0 + 0.02 * gap - smile * (U**2 - 0.35)
+        up, down = middle - 0.085 * tall * gap * arc, middle + 0.285 * tall * gap * arc**0.8
+        thick = who.lips * (1.15 - 0.3 * wide) * f
+        bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
+        return half, middle, up, down, up - 0.052 * thick * bow, down + 0.072 * thick * arc**0.7
 
 
 def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
@@ -180,7 +214,7 @@ def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
     unknown = set(state) - set(FACTORS)
     assert not unknown and size >= 8, f"draw: unknown factors {sorted(unknown)} or size {size} below 8"
     head = Head(who, {**REST, **state}, size, supersample)
-    head.fill(head.body(COS * 1.44, SIN * 1.44 - 0.1), blend(who.backdrop, WHITE, 0.5))
+    head.oval(blend(who.backdrop, WHITE, 0.5), head.body, (0, -0.1), (1.44, 1.44))
     for part in (draw_back_hair, draw_body, draw_face, draw_eyes, draw_nose, draw_mouth, draw_front_hair, draw_brows,
                  draw_glasses):  # from the back to the front
         part(head, who, head.state)
@@ -190,154 +224,121 @@ def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
 def landmarks(who, state: dict, size: int) -> np.ndarray:
     """The 68 points of iBUG's annotation in draw(who, state, size), float32 (68, 2): x, y in pixels. Eyes and lips lie
     on the curves that are drawn; the nose's ridge, which is not drawn on its whole length, lies above its stroke."""
-    state = {**REST, **state}
-    head = Head(who, state, size, 1)
+    head = Head(who, {**REST, **state}, size, 1)
     jaw = head.outline(*head.face_edge(np.pi - np.arange(17) * np.pi / 16))
-    x, y = brow_curve(head, who, state, np.linspace(1, -1, 5))  # from temple to nose
+    x, y = head.brow_curve(np.linspace(1, -1, 5))  # from temple to nose
     brows = head.surface(-x, y), head.surface(x[::-1], y[::-1])
     ridge = head.surface(np.zeros(4), np.linspace(-0.02, 0.25, 4), 0.09)
-    base = head.surface(np.linspace(-0.10, 0.10, 5) * who.nose, 0.275 + 0.055 * (1 - U[::6] ** 2), 0.10)
     a = np.pi * (1 + np.array((0, 1, 2, 3, 4, 5)) / 3)  # left corner, over the top, right corner, below
-    half_w, half_h, y0 = eye_shape(head, who)
-    x, y = np.cos(a) * half_w, y0 + np.sin(a) * half_h * (1 - state["blink"])
-    eyes = [head.surface(side * who.eye_apart + x, y) for side in (-1, 1)]
-    half, _, up, down, top, bottom = mouth_curves(head, who, state)
+    half_w, half_h, y0 = head.eye_shape()
+    x, y = np.cos(a) * half_w, y0 + np.sin(a) * half_h * (1 - head.state["blink"])
+    eyes = [head.surface(side * who.eye_apart + x, y) for side in SIDES]
+    half, _, up, down, top, bottom = head.mouth_curves()
     over, under, inner, back = np.r_[0:25:4], np.r_[20:0:-4], np.r_[0:25:6], np.r_[18:0:-6]
     x = U[np.concatenate((over, under, inner, back))] * half
     y = np.concatenate((top[over], bottom[under], up[inner], down[back]))
-    return np.concatenate((jaw, *brows, ridge, base, *eyes, head.surface(x, y, 0.02))).astype(np.float32)
+    points = jaw, *brows, ridge, head.nose_base(U[::6]), *eyes, head.surface(x, y, 0.02)
+    return np.concatenate(points).astype(np.float32)
 
 
 def draw_back_hair(head, who, state):
     w, shade, drop = who.width, who.hair * 0.82, {"long": 1.55, "bob": 0.95}.get(who.style)
     if drop:
         x = rounded(COS, 0.6) * (w + 0.17 + 0.05 * np.clip(SIN, 0, 1))
-        head.fill(head.outline(x, np.where(SIN > 0, SIN * drop, SIN * 1.12), -0.3), shade)
+        head.fill(shade, head.outline(x, np.where(SIN > 0, SIN * drop, SIN * 1.12), -0.3))
     if who.style == "curls":
         for a in np.linspace(-0.35, np.pi + 0.35, 11):
-            head.oval(head.plane, (np.cos(a) * (w + 0.22), -0.34 - np.sin(a) * 0.82, -0.2), (0.29, 0.29), shade)
+            head.oval(shade, head.plane, (np.cos(a) * (w + 0.22), -0.34 - np.sin(a) * 0.82, -0.2), (0.29, 0.29))
     if who.style == "bun":
-        head.oval(head.plane, (0, -1.22, -0.2), (0.34, 0.30), shade)
-    if who.style == "tails":
-        for side in (-1, 1):
-            head.oval(head.plane, (side * (w + 0.30), -0.52, -0.25), (0.30, 0.34), who.hair)
-            head.oval(head.plane, (side * (w + 0.05), -0.60, -0.2), (0.10, 0.13), who.clothes)
+        head.oval(shade, head.plane, (0, -1.22, -0.2), (0.34, 0.30))
+    for side in SIDES if who.style == "tails" else ():
+        head.oval(who.hair, head.plane, (side * (w + 0.30), -0.52, -0.25), (0.30, 0.34))
+        head.oval(who.clothes, head.plane, (side * (w + 0.05), -0.60, -0.2), (0.10, 0.13))
 
 
 def draw_body(head, who, state):
     """Clothes, neck, collar and ears; the neck leans with the head."""
-    head.fill(head.body(rounded(COS, 0.7) * 1.42, 2.12 + SIN * 0.86), who.clothes)
+    head.fill(who.clothes, head.body(rounded(COS, 0.7) * 1.42, 2.12 + SIN * 0.86))
     base = head.body(COS[:21] * 0.40, 1.32 + SIN[:21] * 0.20)
-    neck = np.concatenate((head.plane(np.array((-0.34, 0.34)), 0.7, -0.1), base))
-    head.fill(neck, blend(who.skin, who.skin * (0.78, 0.70, 0.70), 0.9))
+    head.fill(blend(who.skin, who.skin * (0.78, 0.70, 0.70), 0.9), head.plane((-0.34, 0.34), 0.7, -0.1), base)
     if who.collar == "round":
-        head.stroke(base, 0.10, who.clothes * 0.85)
-    for side in (-1, 1):
+        head.stroke(who.clothes * 0.85, 0.10, base)
+    for side in SIDES:
         if who.collar == "shirt":
-            x, y = np.array((0.36, 0.46, 0.30, 0.02)) * side, np.array((1.22, 1.36, 1.74, 1.52))
-            head.fill(head.body(x, y), blend(who.clothes, WHITE, 0.55))
+            x, y = np.array((0.36, 0.46, 0.30, 0.02)) * side, (1.22, 1.36, 1.74, 1.52)
+            head.fill(blend(who.clothes, WHITE, 0.55), head.body(x, y))
         x = side * (who.width + 0.02)
-        head.oval(head.outline, (x, 0.08, -0.10), (0.15, 0.21), who.skin * 0.90)
+        head.oval(who.skin * 0.90, head.outline, (x, 0.08, -0.10), (0.15, 0.21))
         x = x + side * 0.03
-        head.oval(head.outline, (x, 0.08, -0.10), (0.07, 0.11), who.skin * (0.80, 0.70, 0.70))
+        head.oval(who.skin * (0.80, 0.70, 0.70), head.outline, (x, 0.08, -0.10), (0.07, 0.11))
         if who.earrings:  # they hang from the lobes
-            head.oval(head.outline, (x, 0.33, -0.10), (0.085, 0.085), (250, 208, 84))
+            head.oval((250, 208, 84), head.outline, (x, 0.33, -0.10), (0.085, 0.085))
 
 
 def draw_face(head, who, state):
-    head.fill(head.outline(*head.face_edge(ANGLE)), who.skin)
-    rosy = blend(who.skin, np.array((238.0, 92, 96)), 0.42 * who.blush)
-    for side in (-1, 1):
-        head.oval(head.surface, (side * 0.46, 0.32), (0.16, 0.105), rosy)
+    head.fill(who.skin, head.outline(*head.face_edge(ANGLE)))
+    for side in SIDES:
+        rosy = blend(who.skin, np.array((238.0, 92, 96)), 0.42 * who.blush)
+        head.oval(rosy, head.surface, (side * 0.46, 0.32), (0.16, 0.105))
     if who.style == "bald":
         shine = head.surface(np.linspace(-0.42, -0.05, 9), -0.76 - 0.06 * np.cos(U[::3]))
-        head.stroke(shine, 0.07, blend(who.skin, WHITE, 0.35))
+        head.stroke(blend(who.skin, WHITE, 0.35), 0.07, shine)
     if who.beard == "full":
         a = np.linspace(-0.12, np.pi + 0.12, 28)
         dip = np.sin(a[::-1])
         y = 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2
-        inner = head.surface(np.cos(a[::-1]) * 0.54, y)
-        head.fill(np.concatenate((head.outline(*head.face_edge(a, 0.03)), inner)), who.hair * 0.88)
-
-
-def eye_shape(head, who):
-    """Half the width and height of an open eye, and the height of its middle, in head units."""
-    size = who.eye_size * head.feature
-    return 0.178 * size, 0.158 * size, -0.07 - 0.16 * (head.feature - 1)
+        head.fill(who.hair * 0.88, head.outline(*head.face_edge(a, 0.03)), head.surface(np.cos(a[::-1]) * 0.54, y))
 
 
 def draw_eyes(head, who, state):
-    size, (half_w, half_h, y0) = who.eye_size * head.feature, eye_shape(head, who)
+    size, (half_w, half_h, y0) = who.eye_size * head.feature, head.eye_shape()
     slit, iris = half_h * (1 - state["blink"]), (0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"])
     shut = slit <= 0.2 * half_h
     # shut, the lashes make a smiling arc
     lash = (1 - U**2) * 0.05 * size if shut else -np.sqrt(np.clip(1 - (U * 0.98) ** 2, 0, 1)) * slit
-    for side in (-1, 1):
+    for side in SIDES:
         x0 = side * who.eye_apart
         if not shut:
-            head.oval(head.surface, (x0, y0), (half_w, slit), WHITE)
+            head.oval(WHITE, head.surface, (x0, y0), (half_w, slit))
             parts = (0.112, 0, 0, who.iris), (0.064, 0, 0, INK * 0.6), (0.036, -0.04, -0.045, WHITE)
             for radius, dx, dy, colour in parts:
                 x, y = COS * radius * size + iris[0] + dx * size, SIN * radius * size + iris[1] + dy * size
                 outside = np.maximum(np.hypot(x / half_w, y / slit), 1)  # covered by the lids: moved to their edge
-                head.fill(head.surface(x0 + x / outside, y0 + y / outside), colour)
-        head.stroke(head.surface(x0 + U[::2] * half_w * 1.05, y0 + lash[::2]), 0.055 * size, INK)
-
-
-def brow_curve(head, who, state, t):
-    """x (right of the nose) and y of a brow in head units; t is -1 at the nose, 1 at the temple."""
-    x = who.eye_apart + 0.01 + t * 0.19 * head.feature
-    return x, -0.37 - 0.05 * (head.feature - 1) - 0.085 * state["brow"] + 0.075 * (t + 0.05) ** 2 + 0.02 * t
+                head.fill(colour, head.surface(x0 + x / outside, y0 + y / outside))
+        head.stroke(INK, 0.055 * size, head.surface(x0 + U[::2] * half_w * 1.05, y0 + lash[::2]))
 
 
 def draw_brows(head, who, state):
     # darker than the skin and near the hair's colour, so that they show on every person
-    colour = blend(who.hair * 0.75, who.skin * (0.36, 0.32, 0.32), 0.55)
-    x, y = brow_curve(head, who, state, U[::2])
-    for side in (-1, 1):
-        head.stroke(head.surface(side * x, y), who.brow * (1 - 0.45 * (U[::2] + 1) / 2), colour)
+    colour, (x, y) = blend(who.hair * 0.75, who.skin * (0.36, 0.32, 0.32), 0.55), head.brow_curve(U[::2])
+    for side in SIDES:
+        head.stroke(colour, who.brow * (1 - 0.45 * (U[::2] + 1) / 2), head.surface(side * x, y))
 
 
 def draw_nose(head, who, state):
     """And the moustache below it"""
-    shade, n = who.skin * (0.84, 0.76, 0.74), who.nose
-    base = head.surface(np.linspace(-0.10, 0.10, 9) * n, 0.275 + 0.055 * (1 - U[::3] ** 2), 0.10)
-    head.stroke(base, 0.06, shade)
-    x = np.full(5, -0.035) - 0.035 * n * np.linspace(0, 1, 5) ** 2
-    head.stroke(head.surface(x, np.linspace(0.04, 0.25, 5), 0.09), 0.035, shade)
+    shade = who.skin * (0.84, 0.76, 0.74)
+    head.stroke(shade, 0.06, head.nose_base(U[::3]))
+    x = np.full(5, -0.035) - 0.035 * who.nose * np.linspace(0, 1, 5) ** 2
+    head.stroke(shade, 0.035, head.surface(x, np.linspace(0.04, 0.25, 5), 0.09))
     if who.beard != "none":
         y = 0.435 - 0.03 * (head.feature - 1) + 0.10 * U**2 - 0.05 * np.abs(U)
-        head.stroke(head.surface(U * 0.30, y, 0.04), 0.035 + 0.085 * (1 - U**2), who.hair * 0.80)
-
-
-def mouth_curves(head, who, state):
-    """Half the mouth's width, and heights at U in head units: where the lips meet, inner edge of the upper and the lower
-    lip, outer edge of both"""
-    gap, wide, f = state["open"], state["wide"], head.feature
-    half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
-    y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
-    arc = np.sqrt(np.clip(1 - U**2, 0, 1))
-    smile = (0.13 * state["smile"] + 0.02) * min(1.0, half / 0.3)  # lifts the corners, less of a round mouth
-    middle = y0 + 0.02 * gap - smile * (U**2 - 0.35)
-    up, down = middle - 0.085 * tall * gap * arc, middle + 0.285 * tall * gap * arc**0.8
-    thick = who.lips * (1.15 - 0.3 * wide) * f
-    bow = arc**0.7 * (1 - 0.22 * np.exp(-((U / 0.16) ** 2)))  # Cupid's bow
-    return half, middle, up, down, up - 0.052 * thick * bow, down + 0.072 * thick * arc**0.7
+        head.stroke(who.hair * 0.80, 0.035 + 0.085 * (1 - U**2), head.surface(U * 0.30, y, 0.04))
 
 
 def draw_mouth(head, who, state):
     """Lips, the line where they meet, and when they part the dark inside, tongue and upper teeth"""
     gap, f = state["open"], head.feature
-    half, middle, up, down, top, bottom = mouth_curves(head, who, state)
+    half, middle, up, down, top, bottom = head.mouth_curves()
     red = blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
 
     def between(a, b, colour, skip=0):  # the area from curve a down to curve b
         part = slice(skip, len(U) - skip)
         x = np.append(U[part], U[part][::-1]) * half
-        head.fill(head.surface(x, np.append(a[part], b[part][::-1]), 0.02), colour)
+        head.fill(colour, head.surface(x, np.append(a[part], b[part][::-1]), 0.02))
 
     between(top, bottom, red)
-    head.stroke(head.surface(U * half * 1.06, middle, 0.02), 0.048 * f * (1 - 0.3 * U**2), blend(red, INK, 0.75))
+    head.stroke(blend(red, INK, 0.75), 0.048 * f * (1 - 0.3 * U**2), head.surface(U * half * 1.06, middle, 0.02))
     if gap >= 0.04:  # a polygon without area would still be drawn a pixel wide
         between(up, down, (92, 22, 34))
     if gap > 0.1:
@@ -346,46 +347,28 @@ def draw_mouth(head, who, state):
         between(up, up + np.minimum(0.40 * room, 0.085 * f) * (1 - 0.15 * U**2), (252, 250, 246), 2)  # teeth
 
 
-def hairline(who):
-    """Height of the hair's lower edge over the forehead at U (from the left of the picture to the right)."""
-    t = U * who.side
-    return {
-        "crop": -0.60 - 0.05 * np.cos(3 * np.pi * U * 0.9),
-        "side": -0.44 - 0.26 * np.exp(-(((t + 0.40) / 0.30) ** 2)) + 0.05 * t,
-        "bob": -0.47 + 0.06 * U**2,
-        "long": -0.42 - 0.40 * np.exp(-((np.abs(U) / 0.42) ** 1.5)),
-        "curls": -0.55 + 0.045 * np.cos(U * 13),
-        "bun": -0.66 + 0.08 * U**2,
-        "quiff": -0.66 - 0.04 * np.cos(np.pi * t) + 0.06 * t,
-        "tails": -0.50 - 0.30 * np.exp(-((np.abs(U) / 0.35) ** 1.4)),
-    }[who.style]
-
-
 def draw_front_hair(head, who, state):
     """Cap, fringe and side locks: from the silhouette to a hairline on the face, so no gap when it turns."""
     if who.style == "bald":
         return
     w, drop = who.width, {"long": 1.25, "bob": 0.78}.get(who.style)
     burn = {"bob": 0.0, "long": 0.0, "curls": -0.10}.get(who.style, 0.02)  # the hairline's height before the ears
-    line = blend(hairline(who), burn, np.clip((np.abs(U) - 0.80) / 0.20, 0, 1) ** 1.5)
+    line = blend(STYLES[who.style](U * who.side), burn, np.clip((np.abs(U) - 0.80) / 0.20, 0, 1) ** 1.5)
     edge = w * np.sqrt(1 - (line / 1.06) ** 2) * 0.99  # half the head's width at that height
     a = np.linspace(0.02, -np.pi - 0.02, 33)  # from the right ear over the top to the left ear
     rise = 0.15 * np.exp(-(((np.cos(a) * who.side + 0.30) / 0.60) ** 2)) if who.style == "quiff" else 0.0
     grow = 0.13 if who.style == "curls" else 0.075
     cap = head.outline(np.cos(a) * (w + grow), np.sin(a) * (1.04 + grow + rise))
-    head.fill(np.concatenate((cap, head.surface(U * edge, line, 0.02))), who.hair)
-    if who.style == "curls":  # a row of round curls over the forehead
-        for t in np.linspace(-0.75, 0.75, 6):
-            head.oval(head.surface, (t * w, -0.70 + 0.22 * t * t, 0.02), (0.17, 0.15), who.hair)
+    head.fill(who.hair, cap, head.surface(U * edge, line, 0.02))
+    for t in np.linspace(-0.75, 0.75, 6) if who.style == "curls" else ():  # a row of round curls over the forehead
+        head.oval(who.hair, head.surface, (t * w, -0.70 + 0.22 * t * t, 0.02), (0.17, 0.15))
     s = np.linspace(0, 1, 14)
-    for side in (-1, 1) if drop else ():
+    for side in SIDES if drop else ():
         outer = head.outline(side * (w + 0.09 + 0.10 * np.sin(s * np.pi * 0.8)), -0.25 + (drop + 0.25) * s)
         x = side * (w * (0.90 - 0.06 * np.sin(s * np.pi)) + 0.10 * s**3)
-        inner = head.surface(x, -0.45 + (drop + 0.40) * s)
-        head.fill(np.concatenate((outer, inner[::-1])), who.hair)
+        head.fill(who.hair, outer, head.surface(x, -0.45 + (drop + 0.40) * s)[::-1])
     t = np.linspace(-0.5, 0.05, 9) * who.side * -1
-    shine = head.surface(t * w, -0.87 + 0.16 * t**2)
-    head.stroke(shine, 0.075 * (1 - 0.8 * U[::3] ** 2), blend(who.hair, WHITE, 0.28))
+    head.stroke(blend(who.hair, WHITE, 0.28), 0.075 * (1 - 0.8 * U[::3] ** 2), head.surface(t * w, -0.87 + 0.16 * t**2))
 
 
 def draw_glasses(head, who, state):
@@ -395,15 +378,15 @@ def draw_glasses(head, who, state):
     grow, rim = 1 + 0.7 * (head.feature - 1), 0.05 * head.feature
     r_x, r_y, closed = r_x * grow, r_y * grow, np.r_[0:40, 0]
     cx, cy = rounded(COS, power)[closed], rounded(SIN, power)[closed]
-    for side in (-1, 1):
+    for side in SIDES:
         x0, y0 = side * who.eye_apart, -0.06 - 0.16 * (head.feature - 1)
         outer, inner = (head.surface(x0 + cx * (r_x + d), y0 + cy * (r_y + d), 0.05) for d in (rim / 2, -rim / 2))
-        head.fill(np.concatenate((outer, inner[::-1])), who.frames)
+        head.fill(who.frames, outer, inner[::-1])
         x = side * np.linspace(who.eye_apart + r_x, who.width, 4)
-        head.stroke(head.surface(x, np.full(4, -0.09), 0.03), rim, who.frames)
+        head.stroke(who.frames, rim, head.surface(x, np.full(4, -0.09), 0.03))
     t = np.linspace(-1, 1, 5)
     bridge = head.surface(t * max(who.eye_apart - r_x, 0.03), -0.09 - 0.03 * (1 - t**2), 0.08)
-    head.stroke(bridge, rim, who.frames)
+    head.stroke(who.frames, rim, bridge)
 
 
 # --------------------------------------------------------------------------------------------------------------- speech
@@ -437,9 +420,8 @@ def syllables(rng, seconds: float) -> list[tuple]:
 def smooth(x, steps: int):
     """Hann-weighted running mean over axis 0, (K, ..) -> (K, ..)"""
     kernel = np.hanning(steps + 2)[1:-1]
-    kernel /= kernel.sum()
-    columns = np.pad(x.reshape(len(x), -1), ((steps // 2, steps - 1 - steps // 2), (0, 0)), "edge").T
-    return np.stack([np.convolve(column, kernel, "valid") for column in columns], 1).reshape(x.shape)
+    ends = [(steps // 2, steps - 1 - steps // 2)] + [(0, 0)] * (x.ndim - 1)
+    return np.apply_along_axis(np.convolve, 0, np.pad(x, ends, "edge"), kernel / kernel.sum(), "valid")
 
 
 def controls(spoken: list[tuple], K: int) -> dict:
@@ -481,8 +463,7 @@ def voice(rng, c: dict, who, n: int) -> np.ndarray:
     # pitch rises and falls slowly, and with stress
     melody = 1 + 0.10 * np.sin(2 * np.pi * (rng.uniform(0.25, 0.6) * at + rng.random()))
     melody += 0.06 * (np.interp(at, np.arange(K) * STEP, c["stress"]) - 1)
-    cycle = (np.cumsum(who.f0 * melody) / SAMPLE_RATE + rng.random()) % 1
-    saw = 1 - 2 * cycle
+    saw = 1 - 2 * ((np.cumsum(who.f0 * melody) / SAMPLE_RATE + rng.random()) % 1)
     glottis = np.diff(np.maximum(saw, -0.2), prepend=0) + 0.35 * saw
     noise = rng.standard_normal(n)
 
@@ -495,12 +476,10 @@ def voice(rng, c: dict, who, n: int) -> np.ndarray:
     hum = 3 / np.sqrt(1 + (f / 350) ** 4)  # through the nose
     shape = blend(shape, hum, c["nasal"][:, None]) * (0.10 * c["voice"][:, None])
     hiss = np.exp(-(((f - 5200) / 1500) ** 2)) * (0.12 * c["hiss"][:, None])
-
-    window = np.hanning(size + 1)[:-1]
     frames = np.arange(K)[:, None] * hop + np.arange(size)  # (K, size) into the sound padded by half a window
 
     def spectrum(x):
-        return np.fft.rfft(np.pad(x, (size // 2, 2 * size))[frames] * window, 2 * size)
+        return np.fft.rfft(np.pad(x, (size // 2, 2 * size))[frames] * np.hanning(size + 1)[:-1], 2 * size)
 
     y = np.fft.irfft(spectrum(glottis) * shape + spectrum(noise) * hiss, 2 * size).reshape(K, -1, hop)
     wav = np.zeros((K + y.shape[1], hop))
@@ -512,84 +491,64 @@ def voice(rng, c: dict, who, n: int) -> np.ndarray:
     return np.clip(wav, -1, 1).astype(np.float32)
 
 
-def speech(rng, seconds: float, who):
-    """Random speech of a person. rng: a numpy Generator, all randomness comes from it.
-    -> wav float32 (n,) at 16 kHz in [-1, 1], open (T,), wide (T,) in 0..1, T = round(25 seconds)."""
-    assert seconds >= 0.04, f"speech of {seconds} s is shorter than a frame"
-    n = round(seconds * SAMPLE_RATE)
-    c = controls(syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
-    middles = (np.arange(n_frames(n)) + 0.5) / FPS
-    return voice(rng, c, who, n), *(np.interp(middles, np.arange(len(x)) * STEP, x) for x in lips(c))
-
-
 # --------------------------------------------------------------------------------------------------------------- motion
 
 def sway(rng, T: int, seconds: float, reach: float):
     """A smooth curve that changes direction every so many seconds: each clip uses much of the range, its mean stays
     near 0. -> (T,) in +-reach"""
     turns = int(T / FPS / seconds) + 3
-    side = rng.choice((-1, 1)) * (-1) ** np.arange(turns)
-    knots = side * rng.uniform(0.15, 1.0, turns) * reach
+    knots = rng.choice(SIDES) * (-1) ** np.arange(turns) * rng.uniform(0.15, 1.0, turns) * reach
     at = np.arange(T) / FPS / seconds + rng.random()
     i = at.astype(int)
     return blend(knots[i], knots[i + 1], 0.5 - 0.5 * np.cos(np.pi * (at - i)))
 
 
-def jumps(rng, T: int):
-    """Gaze: a new target every 0.3 to 1.2 s, straight ahead two times in five. -> (T, 2) in -1..1"""
-    out, t = np.zeros((T, 2)), 0
-    while t < T:
-        hold = int(rng.integers(8, 31))
-        target = rng.uniform(-1, 1, 2)
-        out[t : t + hold] = target * (rng.random() > 0.4)
-        t += hold
-    return out
-
-
-def blinks(rng, T: int):
-    """A blink of five frames every 1.5 to 4 s. -> (T,) 0 open .. 1 shut"""
-    out, t = np.zeros(T), int(rng.integers(4, 60))
-    while t < T:
-        out[t : t + 5] = (0.6, 1.0, 1.0, 0.9, 0.4)[: T - t]
-        t += int(rng.integers(38, 101))
-    return out
-
-
 def motion(rng, T: int) -> dict:
-    """All factors but the lips, each (T,): degrees for yaw, pitch, roll; blink 0..1; the rest -1..1."""
-    gaze = jumps(rng, T)
-    return dict(
-        yaw=np.clip(rng.normal(0, 3) + sway(rng, T, 1.1, 20.0), -MAX_YAW, MAX_YAW),
-        pitch=np.clip(rng.normal(0, 2) + sway(rng, T, 0.9, 14.0), -MAX_PITCH, MAX_PITCH),
-        roll=np.clip(rng.normal(0, 1.5) + sway(rng, T, 1.4, 11.0), -MAX_ROLL, MAX_ROLL),
-        blink=blinks(rng, T), gaze_x=gaze[:, 0], gaze_y=gaze[:, 1],
-        brow=sway(rng, T, 0.8, 1.0),
-        smile=np.clip(rng.normal(0.3, 0.3) + sway(rng, T, 1.6, 0.4), -0.5, 1),
-    )
+    """All factors but the lips, each (T,): degrees for yaw, pitch, roll; blink 0..1; the rest -1..1"""
+    gaze, blink, t = np.zeros((T, 2)), np.zeros(T), 0
+    while t < T:  # a new target every 0.3 to 1.2 s, straight ahead two times in five
+        hold = int(rng.integers(8, 31))
+        gaze[t : t + hold] = rng.uniform(-1, 1, 2) * (rng.random() > 0.4)
+        t += hold
+
+    def turns(deviation, seconds, reach, limit):
+        return np.clip(rng.normal(0, deviation) + sway(rng, T, seconds, reach), -limit, limit)
+
+    factors = dict(yaw=turns(3, 1.1, 20.0, MAX_YAW), pitch=turns(2, 0.9, 14.0, MAX_PITCH),
+                   roll=turns(1.5, 1.4, 11.0, MAX_ROLL), gaze_x=gaze[:, 0], gaze_y=gaze[:, 1], blink=blink)
+    t = int(rng.integers(4, 60))
+    while t < T:  # five frames every 1.5 to 4 s
+        blink[t : t + 5] = (0.6, 1.0, 1.0, 0.9, 0.4)[: T - t]
+        t += int(rng.integers(38, 101))
+    factors["brow"] = sway(rng, T, 0.8, 1.0)
+    return factors | dict(smile=np.clip(rng.normal(0.3, 0.3) + sway(rng, T, 1.6, 0.4), -0.5, 1))
 
 
 # ------------------------------------------------------------------------------------------------------ clips and packs
 
 def clip_truth(seed: int, seconds: float, who):
-    """A clip before it is drawn: wav (n,), truth float32 (T, 10). Sound and motion have separate streams."""
-    wav, gap, wide = speech(np.random.default_rng([seed, 2]), seconds, who)
+    """A clip before it is drawn: wav float32 (n,) at 16 kHz in [-1, 1], truth float32 (T, 10) in the order of FACTORS,
+    T = round(25 seconds). Sound and motion have separate random streams."""
+    assert seconds >= 0.04, f"a clip of {seconds} s is shorter than a frame"
+    rng, n = np.random.default_rng([seed, 2]), round(seconds * SAMPLE_RATE)
+    c = controls(syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
+    wav, middles = voice(rng, c, who, n), (np.arange(n_frames(n)) + 0.5) / FPS
+    gap, wide = (np.interp(middles, np.arange(len(x)) * STEP, x) for x in lips(c))
     factors = dict(motion(np.random.default_rng([seed, 3]), len(gap)), open=gap, wide=wide)
     return wav, np.stack([factors[name] for name in FACTORS], 1).astype(np.float32)
 
 
-def toy_clip(seed: int, seconds: float = 3, size: int = 64, person_seed: int | None = None):
-    """-> frames uint8 (T, size, size, 3), wav float32 (n,), truth float32 (T, 10) in the order of FACTORS.
-    The same seeds give the same bytes; person_seed defaults to seed."""
-    who = person(seed if person_seed is None else person_seed)
+def toy_clip(seed: int, seconds: float = 3, size: int = 64):
+    """A clip of person(seed) -> frames uint8 (T, size, size, 3), wav and truth of clip_truth; always the same bytes"""
+    who = person(seed)
     wav, truth = clip_truth(seed, seconds, who)
-    frames = np.stack([draw(who, dict(zip(FACTORS, row)), size) for row in truth.tolist()])
-    return frames, wav, truth
+    return np.stack([draw(who, dict(zip(FACTORS, row)), size) for row in truth.tolist()]), wav, truth
 
 
 def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
     """The pack of a split ("train", "tune" or "test") in `folder`, drawn on first use"""
     path = folder / ("toys" if part == "train" else f"toys_{part}")
-    make_pack(path, size, people, seconds, dict(train=TRAIN, tune=TUNE, test=TEST)[part], os.cpu_count())
+    make_pack(path, size, people, seconds, dict(train=TRAIN, tune=TUNE, test=TEST)[part])
     return Pack(path)
 
 
@@ -597,7 +556,7 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
     """A pack of one clip of each person, toy_clip(first_seed + i), and in it truth.npy, float32 (all frames, 10).
     workers: processes, 0 none but this; default all cores. The folder appears whole or not at all; one made with the
     same arguments is left as it is. Raises InputError: the folder holds something else, or cannot be written."""
-    folder = Path(folder).absolute()
+    folder, seeds = Path(folder).absolute(), range(first_seed, first_seed + people)
     recipe = dict(world=WORLD, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         note = folder / "toy.json"
@@ -605,11 +564,16 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
             return
         raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
     make_folder(folder.parent)
+    workers = min(people, os.cpu_count() if workers is None else workers)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as draft:
-            draft, truths, seeds = Path(draft) / "pack", [], range(first_seed, first_seed + people)
+        with contextlib.ExitStack() as stack:
+            draft = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent))
+            draft, truths, make = Path(draft) / "pack", [], partial(toy_clip, seconds=seconds, size=size)
+            clips = map(make, seeds)
+            if workers > 1:  # spawn: fork is not safe once torch has threads. The parent handles Ctrl-C
+                pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+                clips = stack.enter_context(pool).imap(make, seeds, chunksize=2)
             with PackWriter(draft, size, "toy") as pack:
-                clips = each_clip(partial(toy_clip, seconds=seconds, size=size), seeds, workers)
                 for seed, (frames, wav, truth) in zip(seeds, tqdm(clips, "toy clips", people, disable=None)):
                     pack.add(frames, wav, f"toy{seed}", f"toyfaces seed {seed}")
                     truths.append(truth)
@@ -620,35 +584,7 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
-def each_clip(make, seeds, workers: int | None):
-    """make(seed) of each seed, in order"""
-    workers = min(len(seeds), os.cpu_count() or 1) if workers is None else workers
-    if workers < 2:
-        yield from map(make, seeds)
-        return
-    spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
-    with spawn.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # the parent handles Ctrl-C
-        yield from pool.imap(make, seeds, chunksize=2)
-
-
 # ----------------------------------------------------------------------------------------------------------- the script
-
-
-def show(out: Path, size: int, seconds: float, seed: int, overwrite: bool):
-    """toys.png, 32 people at a moment of their clips, and toy.mp4, a clip of the first"""
-    toys, video = (check_output(out / name, overwrite) for name in ("toys.png", "toy.mp4"))
-    seeds, people = np.arange(seed, seed + 32).reshape(4, 8).tolist(), {}
-    for k in sum(seeds, []):
-        truth = clip_truth(k, 3, person(k))[1][[10, 26, 42, 58][k % 4]]
-        people[k] = draw(person(k), dict(zip(FACTORS, truth.tolist())), size)
-    names = [[f"toy{k}" for k in row] for row in seeds]
-    image_grid([[people[k] for k in row] for row in seeds], names, max(128, size)).save(toys)
-    frames, wav, _ = toy_clip(seed, seconds, size)
-    with VideoWriter(video, size, size, wav, overwrite) as writer:
-        for frame in frames:
-            writer.write(frame)
-    print(f"wrote {toys} and {video} ({len(frames)} frames, person {seed})")
-
 
 def main():
     p = Parser(description="Draws the toy world: faces and speech with ground truth.")
@@ -664,8 +600,19 @@ def main():
     if args.pack:
         make_pack(args.pack, args.size, args.people, args.seconds, args.seed)
         print(f"{args.pack}: {args.people} clips of {args.seconds:g} s")
-    else:
-        show(make_folder(args.out), args.size, args.seconds, args.seed, args.overwrite)
+        return
+    out = make_folder(args.out)
+    toys, video = (check_output(out / name, args.overwrite) for name in ("toys.png", "toy.mp4"))
+    rows, names = [], np.arange(args.seed, args.seed + 32).reshape(4, 8).tolist()  # 32 people, each at a moment
+    for seeds in names:
+        truths = [clip_truth(k, 3, person(k))[1][[10, 26, 42, 58][k % 4]].tolist() for k in seeds]
+        rows.append([draw(person(k), dict(zip(FACTORS, truth)), args.size) for k, truth in zip(seeds, truths)])
+    image_grid(rows, [[f"toy{k}" for k in seeds] for seeds in names], max(128, args.size)).save(toys)
+    frames, wav, _ = toy_clip(args.seed, args.seconds, args.size)
+    with VideoWriter(video, args.size, args.size, wav, args.overwrite) as writer:
+        for frame in frames:
+            writer.write(frame)
+    print(f"wrote {toys} and {video} ({len(frames)} frames, person {args.seed})")
 
 
 if __name__ == "__main__":

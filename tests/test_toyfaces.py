@@ -1,7 +1,7 @@
 """The toy world: the sound determines the lips and nothing else, each factor moves its own part of the image."""
 
 import json
-import subprocess
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -65,19 +65,15 @@ def inside(mask, box, slack):
 # --- determinism
 
 
-def test_the_same_seed_gives_the_same_bytes_even_in_another_process():
-    code = "import sys, toyfaces; [sys.stdout.buffer.write(x.tobytes()) for x in toyfaces.toy_clip(7, 0.4, 32, 3)]"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
-                           env={"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "1"}).stdout
-    assert other == b"".join(x.tobytes() for x in toy.toy_clip(7, 0.4, 32, person_seed=3)) and len(other) > 30000
+def test_the_same_seed_gives_the_same_bytes():
+    """In another process as well: see the test of the shipped example"""
+    clip, again = toy.toy_clip(7, 0.4, 32), toy.toy_clip(7, 0.4, 32)
+    assert all(np.array_equal(a, b) for a, b in zip(clip, again)) and clip[0].shape == (10, 32, 32, 3)
 
 
-def test_another_seed_gives_another_clip_of_the_same_person():
-    frames, wav, truth = toy.toy_clip(1, 0.4, 32, person_seed=3)
-    again, other_wav, other_truth = toy.toy_clip(2, 0.4, 32, person_seed=3)
-    assert not np.array_equal(wav, other_wav) and not np.array_equal(truth, other_truth)
-    corner = frames[:, :3, :3].mean((0, 1, 2)), again[:, :3, :3].mean((0, 1, 2))
-    assert np.allclose(*corner, atol=2)  # one person has one backdrop
+def test_another_seed_gives_another_sound_and_motion_of_the_same_person():
+    (wav, truth), (other_wav, other_truth) = (toy.clip_truth(seed, 0.4, toy.person(3)) for seed in (1, 2))
+    assert not np.array_equal(wav, other_wav) and not np.isclose(truth[:, :3], other_truth[:, :3]).any()
 
 
 def test_people_differ_from_each_other():
@@ -112,13 +108,13 @@ def test_in_running_speech_formants_and_lips_correlate():
     formants, lips = [], []
     who = deep_voice()
     for seed in range(4):
-        wav, gap, wide = toy.speech(np.random.default_rng(seed), 4, who)
-        for t in range(1, len(gap) - 1):
+        wav, truth = toy.clip_truth(seed, 4, who)
+        for t in range(1, len(truth) - 1):
             piece = wav[640 * t - 120 : 640 * (t + 1) + 120]
             found = resonances(piece)
             if piece.std() > 0.05 and len(found) > 1:
                 formants.append(found[:2])
-                lips.append((gap[t], wide[t]))
+                lips.append(truth[t, OPEN:])
     formants, lips = np.array(formants), np.array(lips)
     assert len(lips) > 100
     # ranks: now and then linear prediction misses a formant and reports the next one
@@ -137,9 +133,9 @@ def test_closures_shut_the_lips_and_other_consonants_do_not():
 def test_silence_shuts_the_mouth_and_an_open_mouth_is_loud():
     level, gap = [], []
     for seed in range(12):
-        wav, opened, _ = toy.speech(np.random.default_rng(seed), 3, toy.person(seed))
+        wav, truth = toy.clip_truth(seed, 3, toy.person(seed))
         level.append(np.sqrt((wav.reshape(-1, 640) ** 2).mean(1)))
-        gap.append(opened)
+        gap.append(truth[:, OPEN])
     level, gap = np.concatenate(level), np.concatenate(gap)
     quiet = level < 0.003
     assert quiet.sum() > 20 and np.mean(gap[quiet] < 0.15) > 0.95  # lips close while the last sound dies
@@ -221,7 +217,7 @@ def test_blinks_and_gaze_change_only_the_eyes():
 @pytest.mark.parametrize("size", (32, 64))
 def test_mouth_and_eyes_stay_near_their_boxes_at_the_extremes_of_pose(size):
     template = TEMPLATES["toy"]  # near: two pixels of 32
-    for seed in range(5):
+    for seed in range(3) if size == 32 else range(2, 5):
         who = toy.person(seed)
         for pose in POSES:
             lips = changed(who, pose, dict(open=0, wide=0.5), dict(open=1, wide=1), size)
@@ -266,11 +262,13 @@ def test_every_size_gives_a_square_picture_and_unknown_factors_are_refused():
 # --- packs and the script
 
 
-def test_a_pack_holds_the_clips_and_their_truth(tmp_path):
-    folder = tmp_path / "pack"
+def test_a_pack_holds_the_clips_and_their_truth(tmp_path, monkeypatch):
+    """By two processes, which are forked here: spawned ones take seconds to import"""
+    folder, get_context, kinds = tmp_path / "pack", multiprocessing.get_context, []
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: kinds.append(kind) or get_context("fork"))
     toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE, workers=2)
     pack, truth = Pack(folder), np.load(folder / "truth.npy")
-    assert len(pack) == 3 and pack.size == 32 and pack.template == "toy"
+    assert kinds == ["spawn"] and len(pack) == 3 and pack.size == 32 and pack.template == "toy"
     assert truth.shape == (45, 10) and truth.dtype == np.float32
     for i in range(3):
         frames, wav, expected = toy.toy_clip(toy.TUNE + i, 0.6, 32)
@@ -303,6 +301,7 @@ def test_a_pack_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", f"toyfaces.py --out {tmp_path / 'new'} --seconds 1 --size 32".split())
+    monkeypatch.setattr(toy, "voice", lambda rng, c, who, n: np.sin(np.arange(n, dtype=np.float32) / 9))  # of 33 people
     toy.main()
     assert load_photo(tmp_path / "new/toys.png").shape == (4 * (128 + 18), 8 * 128, 3)
     assert sum(1 for _ in read_video(tmp_path / "new/toy.mp4")) == 25
