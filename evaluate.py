@@ -4,9 +4,9 @@
     python evaluate.py pair real.mp4 fake.mp4 --landmarks mediapipe:face_landmarker.task --json numbers.json
     python evaluate.py toy weights/toy.pt     # the control table of the toy world, see control.py    (3 minutes, 2 cores)
 
-METRICS lists each metric with its unit and source. A metric whose weights are missing is left out by name, with the
-reason. Differs from the metrics' papers: the face is detected every three seconds and its box interpolated, where
-SyncNet's scripts detect it in every frame and smooth; LPIPS, CSIM and FID take every fifth frame.
+METRICS lists each metric with its unit and source. One whose weights are missing is left out by name. Differs from the
+metrics' papers: the face is detected every three seconds and its box interpolated, where SyncNet's scripts detect it in
+every frame and smooth; LPIPS, CSIM and FID take every fifth frame.
 
 Axes: n images or frames, K windows of five frames, E embedding, S offsets, H W.
 """
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +36,8 @@ from audio import log_mel, mfcc, n_frames
 from checkpoint import PUBLISHED, checkpoints_dir, pick_device, revision
 from control import toy_report
 from faces import (
-    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, need_detector, similarity,
-    to_complex, warp_face)
+    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, similarity, to_complex,
+    warp_face)
 from landmarks import load_landmarks, read_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
@@ -52,15 +53,17 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".mpg", ".mpeg", ".webm", ".gi
 
 
 class Metric(NamedTuple):
-    """A column: unit, better ("higher", "lower" or "as real"), the value of a clip against itself (None: a property of
-    one clip), digits printed, meaning and source, the usual value of real clips where it is not obvious"""
+    """A column of the table"""
 
     unit: str
-    better: str
-    itself: float | None
-    digits: int
-    what: str
-    usual: str = ""
+    better: str  # "higher", "lower" or "as real"
+    itself: float | None  # the value of a clip against itself; None: a property of one clip
+    digits: int  # that are printed
+    what: str  # meaning and source
+    usual: str = ""  # value of real clips, where it is not obvious
+
+    def heading(self, name: str) -> str:  # as "LMD, px ↓"
+        return name + (f", {self.unit}" if self.unit else "") + dict(higher=" ↑", lower=" ↓").get(self.better, "")
 
 
 METRICS = {
@@ -88,8 +91,7 @@ METRICS = {
     "LSE offset": Metric("frames", "lower", None, 2, "size of that offset, which LSE itself does not punish"),
     "Sync-D": Metric("", "lower", None, 3, "as LSE-D, by our expert, whose embeddings have unit length",
                      "1.15 to 1.19 (GRID, seven speakers)"),
-    "Sync-C": Metric("", "higher", None, 3, "as LSE-C, by our expert",
-                     "0.15 to 0.21 (GRID, seven speakers)"),
+    "Sync-C": Metric("", "higher", None, 3, "as LSE-C, by our expert", "0.15 to 0.21 (GRID, seven speakers)"),
     "Sync offset": Metric("frames", "lower", None, 2, "size of that offset"),
 }  # fmt: skip
 MOTION = ("lip dynamics", "silent lips", "lip-sync", "brow dynamics", "head motion")
@@ -146,21 +148,16 @@ def ssim_and_ms_ssim(a, b) -> tuple[float, float]:
 
 def frechet_distance(a, b) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of two sets of features (n, E); 0 is equal. Heusel et al. 2017.
-    The trace of the root is the sum of the roots of the eigenvalues of C_a^1/2 C_b C_a^1/2, which is symmetric."""
+    With C = R^T R, the trace of the root is the sum of the singular values of R_a R_b^T."""
     a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    apart = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, float(apart + cov_a.trace() + cov_b.trace() - 2 * shared))
+    root_a, root_b = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
+    apart = (a.mean(0) - b.mean(0)).square().sum() + root_a.square().sum() + root_b.square().sum()
+    return max(0.0, float(apart - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()))
 
 
 # -------------------------------------- landmark metrics: iBUG's 68 points (n, 68, 2) in pixels, x to the right, y down
 
 MOUTH, BROWS = slice(48, 68), slice(17, 27)
-LEFT_EYE, RIGHT_EYE = slice(36, 42), slice(42, 48)  # left and right of the image
-UPPER_LIP, LOWER_LIP = [61, 62, 63], [67, 66, 65]  # inner line
 
 
 def landmark_distance(a, b) -> np.ndarray:
@@ -184,7 +181,7 @@ def head_pose(points) -> np.ndarray:
 def align_face(image, points) -> np.ndarray:
     """uint8 (H, W, 3) and its landmarks (68, 2) -> uint8 (112, 112, 3), by the similarity transform that brings eyes,
     tip of the nose and corners of the mouth nearest to ARCFACE_POINTS"""
-    five = np.stack([points[LEFT_EYE].mean(0), points[RIGHT_EYE].mean(0), points[30], points[48], points[54]])
+    five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
     return warp_face(image, *similarity(to_complex(ARCFACE_POINTS), to_complex(five)), 112)
 
 
@@ -234,19 +231,20 @@ def dynamics(points) -> float:
 def motion_metrics(points, wav, height: int) -> dict:
     """Landmarks of a clip (T, 68, 2), NaN where there are none, its sound or None, the height of its frames -> {metric:
     value}. Those of silence and of speech need as many such frames as a pause has."""
-    there = np.isfinite(points).all((1, 2))
-    p = points[there]
+    seen = np.isfinite(points).all((1, 2))
+    p = points[seen]
     values = {"lip dynamics": dynamics(p[:, MOUTH]) * 256 / height, "brow dynamics": dynamics(p[:, BROWS]) * 256 / height,
               "head motion": float(head_pose(p).std(0).mean())}
-    if wav is not None:
-        speech, level = speech_frames(wav, len(points))[there], loudness(wav, len(points))[there]
-        gap = np.linalg.norm(p[:, LOWER_LIP] - p[:, UPPER_LIP], axis=-1).mean(1)
-        gap /= np.linalg.norm(p[:, 45] - p[:, 36], axis=-1)
-        if (~speech).sum() >= PAUSE:
-            values["silent lips"] = float(np.median(np.abs(gap[~speech] - gap[~speech].mean())))
-        if speech.sum() >= PAUSE:
-            scaled = [(x[speech] - x[speech].min()) / max(np.ptp(x[speech]), 1e-9) for x in (gap, level)]
-            values["lip-sync"] = float(np.abs(scaled[0] - scaled[1]).mean())
+    if wav is None:
+        return values
+    speech, level = speech_frames(wav, len(points))[seen], loudness(wav, len(points))[seen]
+    gap = np.linalg.norm(p[:, [67, 66, 65]] - p[:, [61, 62, 63]], axis=-1).mean(1)  # between the inner lips
+    gap /= np.linalg.norm(p[:, 45] - p[:, 36], axis=-1)  # in distances of the eyes' outer corners
+    if (~speech).sum() >= PAUSE:
+        values["silent lips"] = float(np.median(np.abs(gap[~speech] - gap[~speech].mean())))
+    if speech.sum() >= PAUSE:
+        scaled = [(x[speech] - x[speech].min()) / max(np.ptp(x[speech]), 1e-9) for x in (gap, level)]
+        values["lip-sync"] = float(np.abs(scaled[0] - scaled[1]).mean())
     return values
 
 
@@ -263,18 +261,16 @@ def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
     offset d, the mean over k of the distance of face k to sound k + d; D is the least, C the median less D. SyncNet
     (Chung and Zisserman 2016); Wav2Lip (Prajwal et al. 2020) calls them LSE-D and LSE-C. pad: as published, sound beyond
     either end is zeros; else such pairs do not count, nor offsets that fewer than half of the windows have."""
-    K, face = len(face), face.float()
-    padded = F.pad(sound.float(), (0, 0, reach, reach), value=0.0 if pad else torch.nan)
+    K = len(face)
+    padded = F.pad(sound, (0, 0, reach, reach), value=0.0 if pad else torch.nan)
     distances = torch.stack([F.pairwise_distance(face, padded[d : d + K]) for d in range(2 * reach + 1)], 1)  # (K, S)
     means = distances.nanmean(0)
     means[2 * distances.isfinite().sum(0) < K] = torch.nan
     best = int(means.nan_to_num(torch.inf).argmin())
-    distance = float(means[best])
-    return distance, float(means.nanmedian()) - distance, best - reach
+    return float(means[best]), float(means.nanmedian()) - float(means[best]), best - reach
 
 
 # ------------------------------------------------------------------------------------------------- the networks at hand
-
 
 def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
     """Networks that measure, None where they are missing, and {metric: why it is left out}. stack: the ExitStack that
@@ -283,48 +279,36 @@ def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
     for name in missing.keys() - METRICS.keys():
         raise InputError(f"--skip {name}: not a metric; there are {', '.join(METRICS)}")
 
-    def network(metrics, load, *files, named=False):
-        """What load() gives, or None where all its metrics are skipped or it cannot be had: an error if it is named"""
-        if missing.keys() >= set(metrics):
-            return None
-        try:
-            for file in (PUBLISHED[name].file for name in files):
-                if not (args.fetch or (checkpoints_dir() / file).is_file()):
-                    raise InputError(f"{file} is not in {checkpoints_dir()} (--fetch downloads what is missing)")
-            return load()
-        except InputError as error:
-            if named:
-                raise
-            missing.update({metric: str(error) for metric in metrics if metric not in missing})
-
-    def expert():
-        net = load_sync(args.expert or EXPERT, device)
-        if net.template != "toy":  # drawn clips are crops already
-            need_detector()
-        return net
-
-    def syncnet():
-        need_detector()
-        return published.syncnet_v2(device)
-
     def landmarks():
         """A function: frames (n, H, W, 3), n boxes -> points (68, 2) or None of each"""
         if args.landmarks:
             detector = stack.enter_context(landmark_detector(args.landmarks, "face", device))
-            need_detector()
             return lambda frames, boxes: map(detector, frames, boxes)
-        need_detector()
         net = load_landmarks()
         return lambda frames, boxes: track_landmarks(net, frames, boxes[0])
 
     fan = args.landmarks == "fan"
-    return SimpleNamespace(
-        device=device, skip=missing.copy(), sync=network(SYNC, expert, named=args.expert),
-        syncnet=network(LSE, syncnet, "syncnet_v2"),
-        landmarks=network((*LANDMARKS, "CSIM"), landmarks, *["fan"] * fan, named=args.landmarks and not fan),
-        arcface=network(("CSIM",), lambda: published.arcface(device), "arcface"),
-        lpips=network(("LPIPS",), lambda: published.lpips(device), "vgg16", "lpips_heads"),
-        inception=network(("FID",), lambda: published.Inception(device), "inception")), missing
+    wanted = dict(  # network: its metrics, files that may be absent, how it is loaded, whether an option names it
+        sync=(SYNC, (), lambda: load_sync(args.expert or EXPERT, device), args.expert),
+        syncnet=(LSE, ("syncnet_v2",), lambda: published.syncnet_v2(device), False),
+        landmarks=((*LANDMARKS, "CSIM"), ("fan",) * fan, landmarks, args.landmarks and not fan),
+        arcface=(("CSIM",), ("arcface",), lambda: published.arcface(device), False),
+        lpips=(("LPIPS",), ("vgg16", "lpips_heads"), lambda: published.lpips(device), False),
+        inception=(("FID",), ("inception",), lambda: published.Inception(device), False))
+    networks = SimpleNamespace(device=device, skip=missing.copy(), **dict.fromkeys(wanted))
+    for name, (metrics, files, load, named) in wanted.items():
+        if missing.keys() >= set(metrics):
+            continue
+        try:
+            for file in (PUBLISHED[file].file for file in files):
+                if not (args.fetch or (checkpoints_dir() / file).is_file()):
+                    raise InputError(f"{file} is not in {checkpoints_dir()} (--fetch downloads what is missing)")
+            setattr(networks, name, load())
+        except InputError as error:
+            if named:
+                raise
+            missing |= {metric: str(error) for metric in metrics if metric not in missing}
+    return networks, missing
 
 
 # ------------------------------------------------------------------------------------------------------------- one clip
@@ -336,8 +320,6 @@ class Clip:
         self.path, self.networks, stream = path, networks, read_video(path)
         frames = list(islice(stream, 1))
         frames += islice(stream, MOST // frames[0].nbytes)
-        if any(f.shape != frames[0].shape for f in frames):
-            raise InputError(f"{path}: its frames have several sizes")
         self.frames = np.stack(frames)  # (T, H, W, 3)
         self.is_cut = next(stream, None) is not None
 
@@ -353,8 +335,7 @@ class Clip:
         """(T, 4 or more): box, score and points of the face, see faces.face_box"""
         T = len(self.frames)
         at = np.unique(np.r_[0, DETECT_EVERY - 1 : T : DETECT_EVERY, T - 1])
-        with torch.autocast(self.networks.device.type, enabled=False):  # the detector needs fp32
-            found = {k: faces[0] for k in at if (faces := detect_faces(self.frames[k], margins=(1.2,)))}
+        found = {k: faces[0] for k in at if (faces := detect_faces(self.frames[k], margins=(1.2,)))}
         if 2 * len(found) < len(at):
             raise InputError(f"a face in {len(found)} of {len(at)} frames looked at")
         return np.stack([np.interp(range(T), list(found), column) for column in zip(*found.values())], 1)
@@ -375,14 +356,7 @@ class Clip:
     def through(self, network, images):
         """Images, uint8 (n, H, W, 3) -> what a network gives of them, (n, ..)"""
         parts = (to_tensor(np.stack(images[i : i + 16])).to(self.networks.device) for i in range(0, len(images), 16))
-        return torch.cat([network(part).float().cpu() for part in parts])
-
-    @functools.cached_property
-    def identity(self) -> dict:
-        """{frame: ArcFace's embedding}"""
-        seen = [k for k in range(0, len(self.frames), EVERY) if np.isfinite(self.points[k]).all()]
-        faces = [align_face(self.frames[k], self.points[k]) for k in seen]
-        return dict(zip(seen, self.through(self.networks.arcface.embed, faces))) if seen else {}
+        return torch.cat([network(part).cpu() for part in parts])
 
     def alone(self) -> tuple[dict, dict]:
         """{metric: value} of the clip alone, {what is left out: why}"""
@@ -404,7 +378,7 @@ class Clip:
 
     def sync(self) -> dict:
         net, K = self.networks.sync, self.windows(n_frames(len(self.wav)), 0)
-        drawn = net.template == "toy"
+        drawn = net.template == "toy"  # such clips are crops already
         boxes = map(middle_square, self.frames) if drawn else (face_box([d], "face") for d in self.detections)
         crops = (crop_face(frame, box, net.size) for frame, box in zip(self.frames, boxes))
         face, sound = embed(net, crops, log_mel(self.wav), self.networks.device)
@@ -434,15 +408,6 @@ def gather(**parts) -> tuple[dict, dict]:
 
 # ------------------------------------------------------------------------------------------------------- pairs of clips
 
-
-def resize_frames(frames, shape, name):
-    """uint8 (n, H, W, 3) -> (n, *shape). InputError: another aspect ratio."""
-    (h, w), (H, W) = frames.shape[1:3], shape[:2]
-    if abs(np.log(w * H / (h * W))) > 0.02:  # ours: 2 % is what rounding a small side makes
-        raise InputError(f"{name}: frames are {w}x{h}, those of the real clip are {W}x{H}")
-    return np.stack([np.asarray(Image.fromarray(f).resize((W, H), Image.Resampling.LANCZOS)) for f in frames])
-
-
 @torch.inference_mode()
 def measure(real, fake, networks) -> dict:
     """One pair of clips -> dict(real=values, fake=values, frames, notes, features of the two). As many frames are
@@ -455,51 +420,47 @@ def measure(real, fake, networks) -> dict:
     notes += ["longer than memory allows: its beginning is measured"] * (a.is_cut or b.is_cut)
     a.frames, b.frames = a.frames[:T], b.frames[:T]
     if (h, w) != (H, W):
-        b.frames = resize_frames(b.frames, (H, W), fake)
+        if abs(np.log(w * H / (h * W))) > 0.02:  # ours: 2 % is what rounding a small side makes
+            raise InputError(f"{fake}: frames are {w}x{h}, those of the real clip are {W}x{H}")
+        b.frames = np.stack([Image.fromarray(f).resize((W, H), Image.Resampling.LANCZOS) for f in b.frames])
         notes.append(f"resized from {w}x{h} to {W}x{H}")
-    values, why = gather(images=lambda: image_metrics(a, b), CSIM=networks.arcface and (lambda: same_identity(a, b)),
-                         landmarks=networks.landmarks and (lambda: landmark_metrics(a, b)))
+    values, why = gather(images=lambda: image_metrics(a, b),
+                         landmarks=networks.landmarks and (lambda: face_metrics(a, b)))
     why |= {name: f"{W}x{H} px are too few" for name, v in values.items() if np.isnan(v)}
     (own, not_own), (fakes, not_fakes) = a.alone(), b.alone()
     notes += [f"{name}: {reason}" for name, reason in (why | not_fakes).items()]
     notes += [f"{name} of the real clip: {reason}" for name, reason in not_own.items()]
-    fakes |= {name: v for name, v in closeness(own, fakes).items() if name == "motion"}
-    values = {name: v for name, v in (values | fakes).items() if name not in why}
+    near = {name: v for name, v in closeness(own, fakes).items() if name == "motion"}
+    values = {name: v for name, v in (values | fakes | near).items() if name not in why}
     features = [clip.through(networks.inception, clip.frames[::EVERY]) for clip in (a, b) if networks.inception]
     return dict(real=own, fake=values, frames=T, notes=notes, features=features)
 
 
 def image_metrics(real: Clip, fake: Clip) -> dict:
     """Means over the frames; NaN: too small"""
-    nets, rows = real.networks, dict(PSNR=[], L1=[])
-    for a, b in zip(real.frames, fake.frames):
-        rows["PSNR"].append(psnr(a, b))
-        rows["L1"].append(l1(a, b))
-        if not nets.skip.keys() >= {"SSIM", "MS-SSIM"}:
-            for name, value in zip(("SSIM", "MS-SSIM"), ssim_and_ms_ssim(a, b)):
-                rows.setdefault(name, []).append(value)
+    nets, pairs = real.networks, list(zip(real.frames, fake.frames))
+    rows = dict(PSNR=[psnr(*pair) for pair in pairs], L1=[l1(*pair) for pair in pairs])
+    if not nets.skip.keys() >= {"SSIM", "MS-SSIM"}:
+        rows["SSIM"], rows["MS-SSIM"] = zip(*(ssim_and_ms_ssim(*pair) for pair in pairs))
     if nets.lpips:
-        pairs = np.concatenate([real.frames[::EVERY], fake.frames[::EVERY]], 2)  # side by side
-        rows["LPIPS"] = real.through(lambda x: nets.lpips(*x.chunk(2, -1)), pairs)
+        beside = np.concatenate([real.frames[::EVERY], fake.frames[::EVERY]], 2)
+        rows["LPIPS"] = real.through(lambda x: nets.lpips(*x.chunk(2, -1)), beside)
     return {name: finite_mean(values) for name, values in rows.items()}
 
 
-def landmark_metrics(real: Clip, fake: Clip) -> dict:
-    a, b, unit = real.points, fake.points, real.frames.shape[1] / 256
-    both = np.isfinite(a).all((1, 2)) & np.isfinite(b).all((1, 2))
-    if 2 * both.sum() < len(both):
-        raise InputError(f"a face in {both.sum()} of {len(both)} frames of both")
-    a, b = a[both], b[both]
+def face_metrics(real: Clip, fake: Clip) -> dict:
+    a, b, unit, arcface = real.points, fake.points, real.frames.shape[1] / 256, real.networks.arcface
+    both = np.flatnonzero(np.isfinite(a).all((1, 2)) & np.isfinite(b).all((1, 2)))
+    if 2 * len(both) < len(a):
+        raise InputError(f"a face in {len(both)} of {len(a)} frames of both")
+    few, a, b = both[both % EVERY == 0], a[both], b[both]
     found = {"LMD": landmark_distance(a, b) / unit, "mouth LMD": mouth_distance(a, b) / unit,
              "pose": np.abs(head_pose(a) - head_pose(b)), "blink": np.abs(read_eyes(a)[0] - read_eyes(b)[0])}
+    if arcface and len(few):
+        x, y = (clip.through(arcface.embed, [align_face(clip.frames[k], clip.points[k]) for k in few])
+                for clip in (real, fake))
+        found["CSIM"] = (x * y).sum(1)
     return {name: float(v.mean()) for name, v in found.items()}
-
-
-def same_identity(real: Clip, fake: Clip) -> dict:
-    both = real.identity.keys() & fake.identity.keys()
-    if not both:
-        raise InputError("no frame with a face in both")
-    return dict(CSIM=float(np.mean([real.identity[k] @ fake.identity[k] for k in both])))
 
 
 def pairs_of(real: Path, fake: Path) -> tuple[list, list]:
@@ -508,16 +469,13 @@ def pairs_of(real: Path, fake: Path) -> tuple[list, list]:
         raise InputError(f"{real} and {fake}: one is a directory, one is not")
     if not real.is_dir():
         return [(fake.name, check_file(real), check_file(fake))], []
-    sides = []
-    for folder in (real, fake):
-        clips = {}
-        for path in sorted(folder.rglob("*")):
-            name = str(path.relative_to(folder).with_suffix(""))
-            if path.is_file() and path.suffix.lower() in VIDEOS and not path.name.startswith("."):
-                if name in clips:
-                    raise InputError(f"{path}: {clips[name].name} beside it has the same name")
-                clips[name] = path
-        sides.append(clips)
+    sides = {}, {}
+    for folder, clips in zip((real, fake), sides):
+        for path in sorted(folder.rglob("[!.]*")):
+            if path.suffix.lower() in VIDEOS and path.is_file():
+                other = clips.setdefault(str(path.relative_to(folder).with_suffix("")), path)
+                if other != path:
+                    raise InputError(f"{path}: {other.name} beside it has the same name")
     names = sorted(sides[0].keys() & sides[1].keys())
     if not names:
         raise InputError(f"{real} and {fake}: no clip here has the name of one there")
@@ -546,60 +504,43 @@ def mean_rows(pairs: list[dict]) -> tuple[dict, dict]:
 
 def measure_pairs(args, device):
     """`python evaluate.py pair REAL FAKE`"""
-    begin = time.perf_counter()
-    if args.json:
-        check_output(args.json, True, (".json",))  # before minutes of work
-    pairs, alone = pairs_of(Path(args.real), Path(args.fake))
-    measured, reports, features = [], [], ([], [])
+    begin, page = time.perf_counter(), args.json and check_output(args.json, True, (".json",))  # before minutes of work
+    (pairs, alone), reports = pairs_of(Path(args.real), Path(args.fake)), []
     with contextlib.ExitStack() as stack:
         networks, missing = load_networks(args, device, stack)
         for name, real, fake in tqdm(pairs, "pairs", disable=None):
             try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                    pair = measure(real, fake, networks)
+                reports.append(dict(name=name) | measure(real, fake, networks))
             except InputError as error:
                 if len(pairs) == 1:
                     raise
                 reports.append(dict(name=name, error=str(error)))
-                continue
-            for all_clips, clip in zip(features, pair.pop("features")):
-                all_clips.append(clip)
-            measured.append(pair)
-            reports.append(dict(name=name) | pair)
+    measured = [report for report in reports if "error" not in report]
     if not measured:
         raise InputError(f"none of {len(pairs)} pairs could be measured; the first: {reports[0]['error']}")
+    features = [torch.cat(side) for side in zip(*(pair.pop("features") for pair in measured))]
     real, fake = mean_rows(measured)
-    if sum(map(len, features[0])) > 1:
-        real["FID"], fake["FID"] = METRICS["FID"].itself, frechet_distance(*map(torch.cat, features))
+    if features and len(features[0]) > 1:
+        real["FID"], fake["FID"] = METRICS["FID"].itself, frechet_distance(*features)
     order = [name for name in METRICS if name in fake and name not in missing]
     rows = {"real, against itself": real, os.path.basename(os.path.abspath(args.fake)): fake}
     if near := closeness(real, fake):  # THEval's: of means over the clips
         rows["closeness of these means"] = near
     rows = {row: {name: values.get(name) for name in order} for row, values in rows.items()}
     seconds, frames = time.perf_counter() - begin, sum(pair["frames"] for pair in measured)
-    print_table(rows)
+    print(markdown({row: {METRICS[name].heading(name): "–" if value is None else f"{value:.{METRICS[name].digits}f}"
+                          for name, value in values.items()} for row, values in rows.items()}))
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
-    notes = legend(args, networks, order, sum(map(len, features[0]))) + problems(missing, reports, alone)
+    notes = legend(args, networks, order, len(features[0]) if features else 0) + problems(missing, reports, alone)
     print("\n".join(notes))
-    if args.json:
+    if page:
         versions = dict(revision=revision(), torch=torch.__version__, numpy=np.__version__)
         columns = {name: METRICS[name]._asdict() for name in order}
         report = dict(rows=rows, columns=columns, pairs=reports, frames=frames, seconds=seconds, left_out=missing,
                       alone=alone, notes=notes, versions=versions, device=str(device))
         report = json.loads(json.dumps(report), parse_constant=str)  # JSON has no infinity: the string "Infinity"
-        Path(args.json).write_text(json.dumps(report, indent=1))
-        pairs_page(Path(args.json), report, {name: files for name, *files in pairs})
-
-
-def print_table(rows: dict):
-    """With headings as "LMD, px ↓" and each metric's own digits"""
-    def cell(row, name, value):
-        return "–" if value is None else f"{value:.{3 if row.startswith('closeness') else METRICS[name].digits}f}"
-
-    arrow = dict(higher=" ↑", lower=" ↓")
-    heading = {name: name + (f", {m.unit}" if m.unit else "") + arrow.get(m.better, "") for name, m in METRICS.items()}
-    print(markdown({row: {heading[name]: cell(row, name, value) for name, value in values.items()}
-                    for row, values in rows.items()}))
+        page.write_text(json.dumps(report, indent=1))
+        pairs_page(page, report, {name: files for name, *files in pairs})
 
 
 def legend(args, networks, order, n: int) -> list[str]:
@@ -621,14 +562,14 @@ def legend(args, networks, order, n: int) -> list[str]:
 
 def problems(missing, reports, alone) -> list[str]:
     """Lines under the table: metrics and clips that are left out, and the notes of pairs"""
-    lines, reasons, pairs = [], {}, {}
+    reasons, notes = defaultdict(list), defaultdict(list)
     for name, reason in missing.items():
-        reasons.setdefault(reason, []).append(name)
-    lines += [f"left out: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        reasons[reason].append(name)
     for pair in reports:
         for note in [f"left out: {pair['error']}"] if "error" in pair else pair["notes"]:
-            pairs.setdefault(note, []).append(pair["name"])
-    for note, names in pairs.items():  # one line for many pairs
+            notes[note].append(pair["name"])
+    lines = [f"left out: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    for note, names in notes.items():  # one line for many pairs
         lines += [f"{name}: {note}" for name in names] if len(names) <= 3 else [f"{len(names)} pairs: {note}"]
     return lines + [f"without a partner: {path}" for path in alone]
 
@@ -644,7 +585,6 @@ def parse(argv=None):
     pair.add_argument("--expert", help="sync expert of syncnet.py, or wav2lip (default: weights/sync.pt)")
     pair.add_argument("--fetch", action="store_true", help="download the networks that are missing (about 1 GB in all)")
     pair.add_argument("--skip", default="", help="metrics to leave out, with commas between: LPIPS,FID")
-    pair.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a CPU with AMX and a GPU, less exact")
     toy = commands.add_parser("toy", help="the control table of networks trained on the toy world", **options)
     toy.add_argument("weights", nargs="+", help="weights.pt or stage3.pt; of a stage2.pt the inversion is measured")
     toy.add_argument("--people", type=int, default=32, help="held-out people")

@@ -480,9 +480,8 @@ def test_a_clip_without_a_face_has_reasons_instead_of_metrics_of_faces(monkeypat
     clips = [clip_of(frames, all_networks(sync=expert), monkeypatch) for _ in range(2)]
     reason = "a face in 0 of 2 frames looked at"
     assert clips[0].alone() == ({}, dict(Sync=reason, motion=reason))
-    for part in (evaluate.landmark_metrics, evaluate.same_identity):
-        with pytest.raises(InputError, match=reason):
-            part(*clips)
+    with pytest.raises(InputError, match=reason):
+        evaluate.face_metrics(*clips)
 
 
 def test_lost_landmarks_leave_out_their_metrics(monkeypatch):
