@@ -1,8 +1,8 @@
-"""The toy world's control table: change one of identity, lips, pose and eyes, and measure what else moves.
+"""The toy world's control table: change one of identity, lips, pose and eyes, and measure what else moves. Ours.
 
 The face of person A gets the speech of B and the head and eyes of C, three people whom no network was trained on. A
 probe, a small network trained on drawn frames of other people, reads every factor from the frames. Its readings of real
-frames are the table's first row: a generated frame cannot be read better than a real one. Ours.
+frames are the table's first row: a generated frame cannot be read better than a real one.
 
     python evaluate.py toy weights/toy.pt          # both tables, about 3 minutes on 2 cores
 
@@ -10,7 +10,6 @@ Axes: n people (one clip and one trial each), T frames, N images, 10 factors in 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +49,8 @@ class Probe(nn.Module):
             self.body.append(nn.Sequential(nn.Conv2d(c_in, c, 3, stride, 1), nn.GroupNorm(8, c), nn.ReLU(),
                                            nn.Conv2d(c, c, 3, 1, 1), nn.GroupNorm(8, c), nn.ReLU()))
             c_in = c
-        self.factors = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                     nn.Linear(4 * width * 16, 256), nn.ReLU(), nn.Linear(256, 10))
+        self.factors = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.ReLU(),
+                                     nn.Linear(256, 10))
         self.embedding = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(4 * width * 16, 64))
         self.log_scale, self.bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-4.0))
         self.register_buffer("mean", torch.zeros(10))
@@ -75,7 +74,7 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
         state = load_checkpoint(path, "probe")["networks"]["probe"]
         return load_frozen(lambda: Probe(size), state, path, device).to(memory_format=torch.channels_last)
     probe, toys = Probe(size).to(device, memory_format=torch.channels_last), folder / f"probe_toys{size}"
-    make_pack(toys, size, people, 0.8, PROBE_PEOPLE, os.cpu_count())
+    make_pack(toys, size, people, 0.8, PROBE_PEOPLE)
     pack, truth = Pack(toys), torch.from_numpy(np.load(toys / "truth.npy"))
     images = torch.cat([to_tensor(pack.frames(c, range(pack.n_frames[c]))) for c in range(len(pack))])
     probe.mean.copy_(truth.mean(0))
@@ -115,10 +114,14 @@ class ToyTest(NamedTuple):
     truth: np.ndarray
     device: torch.device
 
-    def clip(self, c: int, frames=None):
-        """Frames of clip c, or those listed -> (T, 3, H, W) in [-1, 1]"""
-        listed = range(self.pack.n_frames[c]) if frames is None else frames
-        return to_tensor(self.pack.frames(c, listed)).to(self.device)
+    def read(self, images):
+        """A clip (T, 3, H, W) in [-1, 1] -> factors (T, 10), NumPy, and its embedding, of unit length (64,)"""
+        factors, embeddings = self.probe.readings(images)
+        return factors.cpu().numpy(), F.normalize(embeddings.mean(0), dim=0).cpu()
+
+    def read_real(self, c: int, part=slice(None)):
+        """The same of clip c, or of part of its frames"""
+        return self.read(to_tensor(self.pack.frames(c, range(self.pack.n_frames[c])[part])).to(self.device))
 
 
 def toy_test(size: int, people: int, cache: str | Path, device) -> ToyTest:
@@ -128,9 +131,8 @@ def toy_test(size: int, people: int, cache: str | Path, device) -> ToyTest:
         raise InputError(f"--people {people}: at least 6, because a trial takes 3 and is compared with another's")
     folder = make_folder(cache)
     probe, toys = train_probe(size, folder, device), folder / f"test_toys{size}_{people}"
-    make_pack(toys, size, people, 3.0, TEST, os.cpu_count())
-    pack = Pack(toys)
-    return ToyTest(probe, pack, np.load(toys / "truth.npy").reshape(len(pack), -1, 10), device)
+    make_pack(toys, size, people, 3.0, TEST)
+    return ToyTest(probe, Pack(toys), np.load(toys / "truth.npy").reshape(people, -1, 10), device)
 
 
 def animator(model, device):
@@ -181,11 +183,6 @@ def retrieval(queries, gallery) -> float:
     return float(((queries @ gallery.t()).argmax(1) == torch.arange(len(queries))).float().mean())
 
 
-def mean_embedding(embeddings):
-    """Embeddings (T, 64) of a clip's frames -> that of the clip, of unit length (64,)"""
-    return F.normalize(embeddings.mean(0), dim=0).cpu()
-
-
 def table_row(read, speech, driving, wrong, identity: float) -> dict:
     """Readings of clips against the ground truth of the clips that gave the sound and the driving frames, and of clips
     that gave nothing, all (n, T, 10) -> {column: number}; correlations are over all frames of all clips."""
@@ -202,25 +199,23 @@ def table_row(read, speech, driving, wrong, identity: float) -> dict:
 def control_table(animate, test: ToyTest) -> dict:
     """The row of a network, given as `animator` returns it: in trial a, person a has the face, a + 1 the sound, and a +
     2 the driving frames, so every clip plays each part once."""
-    n, pack, truth = len(test.pack), test.pack, test.truth
-    read, embeddings, gallery = [], [], []
+    n, pack, readings = len(test.pack), test.pack, []
     for a in tqdm(range(n), desc="trials", leave=False, disable=None):
         c = (a + 2) % n
         clip = animate(pack.frame(a, 0), pack.sound((a + 1) % n), pack.frames(c, range(pack.n_frames[c])))
-        factors, e = test.probe.readings(clip)
-        read.append(factors.cpu().numpy())
-        embeddings.append(mean_embedding(e))
-        gallery.append(mean_embedding(test.probe.readings(test.clip(a))[1][::5]))
+        readings.append((*test.read(clip), test.read_real(a, slice(0, None, 5))[1]))
+    read, embeddings, gallery = zip(*readings)
     identity = retrieval(torch.stack(embeddings), torch.stack(gallery))
-    return table_row(np.stack(read), *(np.roll(truth, -k, 0) for k in (1, 2, 4)), identity)
+    return table_row(np.stack(read), *(np.roll(test.truth, -k, 0) for k in (1, 2, 4)), identity)
 
 
 def probe_row(test: ToyTest) -> dict:
     """The row of the probe on real frames of the same people: what a perfect network would reach."""
-    read, embeddings = zip(*(test.probe.readings(test.clip(c)) for c in range(len(test.pack))))
-    halves = (torch.stack([mean_embedding(e[first::10]) for e in embeddings]) for first in (0, 5))
+    clips = range(len(test.pack))
+    read = np.stack([test.read_real(c)[0] for c in clips])
+    halves = (torch.stack([test.read_real(c, slice(k, None, 10))[1] for c in clips]) for k in (0, 5))
     wrong = np.roll(test.truth, -3, 0)  # of other people, who say something else
-    row = table_row(torch.stack(read).cpu().numpy(), test.truth, test.truth, wrong, retrieval(*halves))
+    row = table_row(read, test.truth, test.truth, wrong, retrieval(*halves))
     return row | {"driving mouth": 0.0}  # nothing is driven
 
 
@@ -248,7 +243,7 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
 
     unrelated = [difference(truth[c, :T], truth[(c + 5) % n, :T]) for c in range(n)]
     scale = {name: np.sqrt(np.mean([row[name] ** 2 for row in unrelated])) for name in MOVED}
-    real = torch.stack([mean_embedding(test.probe.readings(test.clip(c, range(0, 50, 10)))[1]) for c in range(n)])
+    real = torch.stack([test.read_real(c, slice(0, 50, 10))[1] for c in range(n)])
     apart = float(1 - (real * real.roll(-5, 0)).sum(1).mean())  # cosine distance of two people
     rows = {name: [] for name in ("face", "sound", *GROUPS)}
     for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
@@ -257,21 +252,18 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
         variants = dict(face=(pack.frame(other, 0), sound, driving),
                         sound=(face, pack.sound(other)[: 640 * T], driving))
         variants |= {group: (face, sound, driving_frames(test, c, T, group, other)) for group in GROUPS}
-        before, e_before = test.probe.readings(animate(face, sound, driving))
+        before, e_before = test.read(animate(face, sound, driving))
         for name, inputs in variants.items():
-            after, e_after = test.probe.readings(animate(*inputs))
-            moved = difference(after.cpu().numpy(), before.cpu().numpy())
-            cosine = float(mean_embedding(e_before) @ mean_embedding(e_after))
-            row = {column: value / scale[column] for column, value in moved.items()}
-            rows[name].append(row | dict(identity=(1 - cosine) / apart))
+            after, e_after = test.read(animate(*inputs))
+            row = {column: value / scale[column] for column, value in difference(after, before).items()}
+            rows[name].append(row | dict(identity=(1 - float(e_before @ e_after)) / apart))
     return {name: {column: float(np.mean([row[column] for row in found])) for column in found[0]}
             for name, found in rows.items()}
 
 
 def toy_report(args, device):
     """`python evaluate.py toy WEIGHTS ..`: the control table, and the matrix of each network"""
-    if args.json:
-        check_output(args.json, True, (".json",))  # before minutes of work
+    page = args.json and check_output(args.json, True, (".json",))  # before minutes of work
     models, report = {path: load_network(path, device) for path in args.weights}, {}
     for size in sorted({model.config.size for model in models.values()}):
         test = toy_test(size, args.people, args.cache, device)
@@ -283,6 +275,6 @@ def toy_report(args, device):
         for path, animate in animators.items():
             matrix = report[f"{path} matrix"] = change_matrix(animate, test)
             print(f"\n{path}: change one input (row), see what moves (column)\n{markdown(matrix)}\n")
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1))
-        toy_page(Path(args.json), report, args.weights)
+    if page:
+        page.write_text(json.dumps(report, indent=1))
+        toy_page(page, report, args.weights)

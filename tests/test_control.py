@@ -85,7 +85,7 @@ def test_readings_are_in_the_factors_own_units_and_do_not_depend_on_the_batch():
 
 
 def test_a_trained_probe_is_kept_with_the_scale_of_each_factor(tmp_path, monkeypatch):
-    monkeypatch.setattr(control.os, "cpu_count", lambda: 1)  # no processes for four clips
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # no processes for four clips
     probe = control.train_probe(16, tmp_path, CPU, people=4, steps=3, batch=6)
     truth = np.load(tmp_path / "probe_toys16" / "truth.npy")
     torch.testing.assert_close(probe.mean, torch.from_numpy(truth.mean(0)))
@@ -109,7 +109,7 @@ class World:
     0 here.
     """
 
-    size, people, T = 32, 7, 50
+    size, people, T = 32, 7, 25
 
     def __init__(self):
         reach = 14, 10, 9, 0.3, 0.8, 0.7, 0.9, 0.4, 0.4, 0.45  # in the order of FACTORS
@@ -255,7 +255,7 @@ def test_the_matrix_is_one_where_an_input_should_move_something_and_zero_elsewhe
 @pytest.fixture
 def toy_world(world, monkeypatch):
     """The toy world on disk, the probe and the networks "good" and "deaf" replaced"""
-    def make_pack(folder, size, people, seconds, first, workers):
+    def make_pack(folder, size, people, seconds, first):
         folder.mkdir()
         np.save(folder / "truth.npy", world.truth.reshape(-1, 10))
 
