@@ -5,6 +5,7 @@ author's size, range and channel order inside. None may be shipped; terms: VGG B
 IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav2Lip research only.
 """
 
+import functools
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -21,9 +22,7 @@ from vision import trunk_ir_se50
 
 class SmallFaceJudge(nn.Module):
     """Face recognition for packs at toy size, in ArcFace's place: (N, 3, H, W), read at 32 px -> (N, 64) of unit length.
-
-    Trained by train.py on frames of one clip against frames of others: see `same_person_loss`.
-    """
+    Trained by train.py on frames of one clip against frames of others, see `same_person_loss`."""
 
     def __init__(self, width: int = 32, dim: int = 64):
         super().__init__()
@@ -45,18 +44,17 @@ def same_person_loss(a, b, identity, log_scale, bias):
     return losses[same].mean() + losses[~same].mean()                   # ours: both halves weigh the same
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# published networks, with the keys and shapes of their authors' files
+# ------------------------------------------------ published networks, with the keys and shapes of their authors' files
 
 def check_images(x, least: int):
     assert x.ndim == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= least, \
         f"images are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
 
 
-def vgg_layers(*stages) -> list[nn.Module]:
-    """torchvision's `features` in order: for each (convolutions, channels) 3x3 convolutions with ReLU, then a pool."""
+def vgg_layers(*depths: int) -> list[nn.Module]:
+    """torchvision's `features` in order: in each of five stages so many 3x3 convolutions with ReLU, then a pool."""
     layers, c_in = [], 3
-    for convolutions, channels in stages:
+    for convolutions, channels in zip(depths, (64, 128, 256, 512, 512)):
         for _ in range(convolutions):
             layers += [nn.Conv2d(c_in, channels, 3, padding=1), nn.ReLU()]
             c_in = channels
@@ -65,17 +63,15 @@ def vgg_layers(*stages) -> list[nn.Module]:
 
 
 class VGG19Features(nn.Module):
-    """Perceptual features: images (N, 3, H, W) in [-1, 1], H, W >= 16 -> maps relu1_1, 2_1, 3_1, 4_1, 5_1.
-
-    They are (N, 64, H, W), (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16), the taps of
-    pix2pixHD: the paper names VGG19 without layers. ImageNet's normalisation is done here.
-    """
+    """Perceptual features: images (N, 3, H, W) in [-1, 1], H, W >= 16 -> maps relu1_1, 2_1, 3_1, 4_1, 5_1: (N, 64, H, W),
+    (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16). These are the taps of pix2pixHD: the
+    paper names VGG19 without layers. ImageNet's normalisation is done here."""
 
     TAPS = (1, 6, 11, 20, 29)
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(*vgg_layers((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)))
+        self.features = nn.Sequential(*vgg_layers(2, 2, 4, 4, 4))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
@@ -90,17 +86,15 @@ class VGG19Features(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): two batches (N, 3, H, W) in [-1, 1], H, W >= 16 -> distances (N,).
-
-    The published file registers its heads twice, as lin0.. and as lins.0..; so does this.
-    """
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): two batches (N, 3, H, W) in [-1, 1], H, W >= 16 -> distances (N,). The
+    published file registers its heads twice, as lin0.. and as lins.0..; so does this."""
 
     SCALING = dict(shift=[-0.030, -0.088, -0.188], scale=[0.458, 0.448, 0.450])  # in no file
     ENDS = (4, 9, 16, 23, 30)  # layers of VGG16 in the slices: each tap is the last ReLU of a stage
 
     def __init__(self):
         super().__init__()
-        layers = vgg_layers((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+        layers = vgg_layers(2, 2, 3, 3, 3)
         self.scaling_layer = nn.Module()
         for name, value in self.SCALING.items():
             self.scaling_layer.register_buffer(name, torch.tensor(value)[None, :, None, None])
@@ -109,7 +103,7 @@ class LPIPS(nn.Module):
             for k, (start, stop) in enumerate(zip((0,) + self.ENDS, self.ENDS))))
         for k, channels in enumerate((64, 128, 256, 512, 512)):
             head = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))  # a weight a channel
-            setattr(self, f"lin{k}", nn.Sequential(OrderedDict(model=head)))
+            self.add_module(f"lin{k}", nn.Sequential(OrderedDict(model=head)))
         self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(5))
 
     def maps(self, x):
@@ -128,12 +122,9 @@ class LPIPS(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """Face recognition by IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length.
-
-    The face is cut so that the eyes and mouth of the crops' template (faces.TEMPLATES) lie where the network's training
-    had them. Of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. The border is repeated beyond the
-    crop; smaller crops are enlarged bilinearly.
-    """
+    """Face recognition by IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length. The
+    face is cut so that the eyes and mouth of the crops' template (faces.TEMPLATES) lie where the network's training had
+    them; of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. Small crops are enlarged."""
 
     def __init__(self, template: str = "ffhq"):
         super().__init__()
@@ -173,8 +164,8 @@ class SyncNetV2(nn.Module):
             nn.Conv2d(1, 64, 3, 1, 1), nn.MaxPool2d(1, 1), nn.Conv2d(64, 192, 3, 1, 1),
             nn.MaxPool2d(3, (1, 2)), nn.Conv2d(192, 384, 3, 1, 1), nn.Conv2d(384, 256, 3, 1, 1),  # (N, 192, 11, 9)
             nn.Conv2d(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2), nn.Conv2d(256, 512, (5, 4)))         # (N, 256, 5, 4)
-        self.netfcaud = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
-        self.netfclip = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
+        self.netfcaud, self.netfclip = (nn.Sequential(
+            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024)) for _ in range(2))
         # only the first layer spans time, 5 frames; all others work frame by frame
         self.netcnnlip = normed(nn.BatchNorm3d,                                            # (B, 3, T, 224, 224)
             nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),    # (B, 96, T-4, 54, 54)
@@ -200,11 +191,9 @@ class SyncNetV2(nn.Module):
 
 
 class SyncNetV2Expert(nn.Module):
-    """SyncNet v2 in a syncnet.SyncNet's place, to train against; its sound is MFCC windows (B, 13, 20).
-
-    Ours: it was trained with a margin on the distance, so the logit is that margin less the distance. In sync embeddings
-    are about 7 apart, else about 14: 10 lies between.
-    """
+    """SyncNet v2 in a syncnet.SyncNet's place, to train against; its sound is MFCC windows (B, 13, 20). Ours: it was
+    trained with a margin on the distance, so the logit is that margin less the distance. In sync embeddings are about 7
+    apart, else about 14: 10 lies between."""
 
     uses_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
 
@@ -235,31 +224,24 @@ class Wav2LipConv(nn.Module):
 
 
 class Wav2LipExpert(nn.Module):
-    """Wav2Lip's sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync.
-
-    face, sound and logits are those of syncnet.SyncNet, so that it can take its place. It was trained on the boxes of
-    S3FD's detections, forehead to chin.
-    """
+    """Wav2Lip's sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync. It has
+    the methods of syncnet.SyncNet, to take its place, and was trained on S3FD's boxes, forehead to chin."""
 
     def __init__(self):
         super().__init__()
 
-        def same(channels):
-            return Wav2LipConv(channels, channels, 3, residual=True)
+        def stage(c_in, c_out, kernel, stride=1, padding=1, residual=0):  # one block, and so many residual ones
+            same = (Wav2LipConv(c_out, c_out, 3, residual=True) for _ in range(residual))
+            return Wav2LipConv(c_in, c_out, kernel, stride, padding), *same
 
         self.face_encoder = nn.Sequential(                                                 # (B, 15, 48, 96)
-            Wav2LipConv(15, 32, 7, 1, 3),
-            Wav2LipConv(32, 64, 5, (1, 2)), same(64), same(64),                            # (B, 64, 46, 47)
-            Wav2LipConv(64, 128, 3, 2), same(128), same(128), same(128),                   # (B, 128, 23, 24)
-            Wav2LipConv(128, 256, 3, 2), same(256), same(256),                             # (B, 256, 12, 12)
-            Wav2LipConv(256, 512, 3, 2), same(512), same(512),                             # (B, 512, 6, 6)
-            Wav2LipConv(512, 512, 3, 2), Wav2LipConv(512, 512, 3, 1, 0), Wav2LipConv(512, 512, 1, 1, 0))
+            *stage(15, 32, 7, 1, 3), *stage(32, 64, 5, (1, 2), 1, 2),                      # (B, 64, 46, 47)
+            *stage(64, 128, 3, 2, 1, 3), *stage(128, 256, 3, 2, 1, 2), *stage(256, 512, 3, 2, 1, 2),  # (B, 512, 6, 6)
+            *stage(512, 512, 3, 2), *stage(512, 512, 3, 1, 0), *stage(512, 512, 1, 1, 0))
         self.audio_encoder = nn.Sequential(                                                # (B, 1, 80, 16)
-            Wav2LipConv(1, 32, 3), same(32), same(32),
-            Wav2LipConv(32, 64, 3, (3, 1)), same(64), same(64),                            # (B, 64, 27, 16)
-            Wav2LipConv(64, 128, 3, 3), same(128), same(128),                              # (B, 128, 9, 6)
-            Wav2LipConv(128, 256, 3, (3, 2)), same(256), same(256),                        # (B, 256, 3, 3)
-            Wav2LipConv(256, 512, 3, 1, 0), Wav2LipConv(512, 512, 1, 1, 0))
+            *stage(1, 32, 3, residual=2), *stage(32, 64, 3, (3, 1), 1, 2),                 # (B, 64, 27, 16)
+            *stage(64, 128, 3, 3, 1, 2), *stage(128, 256, 3, (3, 2), 1, 2),                # (B, 256, 3, 3)
+            *stage(256, 512, 3, 1, 0), *stage(512, 512, 1, 1, 0))
 
     def face(self, frames):
         """Whole crops (B, 5, 3, H, W) in [-1, 1] RGB -> (B, 512) of unit length. The authors' input is the lower half at
@@ -281,10 +263,8 @@ class Wav2LipExpert(nn.Module):
 
 class Inception:
     """FID's network (Szegedy et al. 2015, as Heusel et al. 2017 use it): images (N, 3, H, W) in [-1, 1] -> (N, 2048).
-
     TensorFlow's weights of 2015-12-05 under torchvision's names, as pytorch-fid ports them: average pools do not count
-    their padding, and the last block pools by maximum. Images are brought to 299 px bilinearly, without prefilter.
-    """
+    their padding, and the last block pools by maximum. Images are brought to 299 px bilinearly, without prefilter."""
 
     def __init__(self, device, path: str | Path | None = None):
         """path: your copy of pytorch-fid's file; None fetches it. Raises InputError."""
@@ -312,6 +292,7 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, x):
         conv, chain, row, column = self.conv, self.chain, (0, 3), (3, 0)
+        average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
         check_images(x, 1)
         x = conv(resized(x, 299), "Conv2d_1a_3x3", 2)                                     # (N, 32, 149, 149)
         x = conv(conv(x, "Conv2d_2a_3x3"), "Conv2d_2b_3x3", 1, 1)                         # (N, 64, 147, 147)
@@ -334,14 +315,7 @@ class Inception:
         return x.mean((2, 3))                                                             # (N, 2048)
 
 
-def average(x):
-    """Means of 3x3 pixels, of those that are inside"""
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# their weights
-
+# ------------------------------------------------------------------------------------------------------- their weights
 
 def load_published(name: str, make, device, path=None, weights=lambda content: content):
     """Fetches PUBLISHED[name], or takes the user's copy at `path` -> the network that make() builds, frozen, with the
@@ -355,8 +329,7 @@ def load_published(name: str, make, device, path=None, weights=lambda content: c
 
 def features_of(content: dict) -> dict:
     """torchvision's VGG files also hold a classifier, which no judge uses"""
-    unused = {f"classifier.{i}.{name}" for i in (0, 3, 6) for name in ("weight", "bias")}
-    return {key: value for key, value in content.items() if key not in unused}
+    return {key: value for key, value in content.items() if not key.startswith("classifier.")}
 
 
 def vgg19(device, path: str | Path | None = None) -> VGG19Features:

@@ -16,7 +16,8 @@ from stylegan2 import Generator
 FORMATS = Path(__file__).parent.parent.parent / "shared" / "formats"  # key lists of the published files, where present
 
 
-def listed(name, part):
+def listed(name, part=""):
+    """Key list of a published file -> {key without `part`: shape} of keys that begin with it. Skips without the list"""
     path = FORMATS / name
     if not path.is_file():
         pytest.skip(f"the key list {name} is not at hand")
