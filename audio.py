@@ -1,9 +1,9 @@
 """Sound to features: log-mel, MFCC, the mel steps of a video frame, voice isolation, and the audio encoder.
 
 Papers: FC-TFG (arXiv 2304.03275) section 3: 16 kHz, window 800, hop 200, 80 mel bands, encoder after Wav2Lip
-(arXiv 2008.10010), whose hparams give the mel's other numbers; SyncNet (Chung & Zisserman 2016) for the MFCC.
-Differs from them: the mel window of a frame is centred on the frame's middle (Wav2Lip's begins at int(3.2 k)
-of the first of five frames); the encoder's norm is GroupNorm, its last layer linear (see AudioEncoder).
+(arXiv 2008.10010), whose hparams give the mel's other numbers; SyncNet (Chung & Zisserman 2016) for the MFCC. Differs:
+the mel window of a frame is centred on the frame's middle (Wav2Lip's begins at int(3.2 k) of the first of five frames);
+the encoder's norm and last layer, see AudioEncoder.
 """
 
 from functools import lru_cache
@@ -35,41 +35,37 @@ def n_frames(n_samples: int) -> int:
     return max(1, (2 * n_samples + SAMPLES_PER_FRAME) // (2 * SAMPLES_PER_FRAME))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# samples -> mel -> windows of frames
+# --------------------------------------------------------------------------------- samples -> mel -> windows of frames
 
 @lru_cache
 def band_corners(bands: int, low: float = MEL_LOW, high: float = MEL_HIGH) -> np.ndarray:
     """(M + 2,) Hz: band i of the mel is a triangle from corner i over i + 1 to i + 2. Slaney's scale."""
-
-    def mel(hz):  # linear below 1 kHz, logarithmic above: 27 steps for a factor of 6.4
-        return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
-
-    def hz(mel):
-        return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
-
-    return hz(np.linspace(mel(low), mel(high), bands + 2))
+    # linear below 1 kHz, logarithmic above: 27 steps for a factor of 6.4
+    low, high = (hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4) for hz in (low, high))
+    mel = np.linspace(low, high, bands + 2)
+    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
 @lru_cache
 def filter_bank(bands: int, n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
-    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (M, n_fft / 2 + 1) matrix.
-
-    librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start.
-    """
+    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (M, n_fft / 2 + 1) matrix:
+    librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start."""
     corners = band_corners(bands, low, high)
-    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (M, 1)
     bins = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft  # Hz
-    triangles = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
-    return csr_array((np.maximum(0, triangles) * 2 / (right - left)).astype(np.float32))
+    return csr_array((triangles(corners, bins) * 2 / (corners[2:] - corners[:-2])[:, None]).astype(np.float32))
+
+
+def triangles(corners: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Corners (M + 2,) -> (M, bins): filter i rises from corner i to 1 at i + 1 and falls to i + 2"""
+    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (M, 1)
+    return np.maximum(0, np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle)))
 
 
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
     """Log-mel of wav (n,), steps first .. stop-1 -> float32 (M, stop - first). Step s is at sample 200 s.
 
-    Every step is computed alone, by the same operations in the same order, whatever the range: FFT by rows,
-    square roots instead of np.abs, a sparse filter bank (a dense product rounds differently for each shape).
-    So any range of steps equals that part of the whole, to the bit. float32 rounds below 16-bit samples.
+    Any range of steps equals that part of the whole, to the bit: every step is computed alone, by the same operations in
+    the same order. So the filter bank is sparse: a dense product rounds differently for each shape.
     """
     mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
     for a in range(first, stop, BLOCK):
@@ -93,18 +89,19 @@ def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
 def log_mel(wav: np.ndarray, voice_norm: bool = False) -> np.ndarray:
     """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, S) in [-4, 4]; S = 1 + n // 200, silence -4. voice_norm: with
     normalise_voice"""
-    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    check_sound(wav)
     mel = mel_steps(wav, 0, 1 + len(wav) // HOP)
     return normalise_voice(mel, wav) if voice_norm else mel
 
 
-def window_starts(frames) -> np.ndarray:
-    """First mel step of each frame's window, (T,) -> (T,): THE place that turns frame into mel indices.
+def check_sound(wav: np.ndarray):
+    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
 
-    The middle of frame k is at (k + 1/2) 3.2 steps, the middle of 16 steps from s on at s + 7.5 (a step is a
-    point: the centre of its 50 ms). The nearest s is round(3.2 k - 5.9), here in integers: half a
-    step, 6 ms, off at most.
-    """
+
+def window_starts(frames) -> np.ndarray:
+    """First mel step of each frame's window, (T,) -> (T,): THE place that turns frame into mel indices. The middle of
+    frame k is at (k + 1/2) 3.2 steps, the middle of 16 steps from s on at s + 7.5 (a step is a point: the centre of its
+    50 ms). The nearest s is round(3.2 k - 5.9), here in integers: half a step, 6 ms, off at most."""
     return (16 * np.asarray(frames, np.int64) - 27) // 5
 
 
@@ -112,18 +109,22 @@ def mel_windows(mel: np.ndarray, frames, first: int = 0) -> np.ndarray:
     """mel (M, S), T frame indices -> float32 (T, 1, M, 16), centred on the frames; outside is silence. first: number of
     the mel's first step."""
     assert mel.ndim == 2 and mel.shape[0] == N_MELS, f"mel is {mel.shape}, expected ({N_MELS}, S)"
-    steps = window_starts(frames)[:, None] + np.arange(WINDOW) - first  # (T, 16)
+    return take_steps(mel, window_starts(frames)[:, None] + np.arange(WINDOW) - first, SILENCE)
+
+
+def take_steps(mel: np.ndarray, steps: np.ndarray, outside: float) -> np.ndarray:
+    """mel (M, S), steps of windows (T, n) -> float32 (T, 1, M, n), `outside` where the mel has no such step"""
     inside = (steps >= 0) & (steps < mel.shape[1])
-    windows = mel[:, np.clip(steps, 0, mel.shape[1] - 1)]  # (M, T, 16)
-    return np.where(inside, windows, np.float32(SILENCE)).transpose(1, 0, 2)[:, None]  # (T, 1, M, 16)
+    windows = mel[:, np.clip(steps, 0, mel.shape[1] - 1)]  # (M, T, n)
+    return np.where(inside, windows, np.float32(outside)).transpose(1, 0, 2)[:, None]
 
 
 def sound_windows(wav: np.ndarray, frames, voice_norm: bool = False) -> np.ndarray:
     """mel_windows(log_mel(wav, voice_norm), frames), to the bit; without voice_norm, which depends on the whole sound,
     computing only the stretch from first to last frame."""
-    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
     if voice_norm:
         return mel_windows(log_mel(wav, True), frames)
+    check_sound(wav)
     starts, length = window_starts(frames), 1 + len(wav) // HOP
     first = int(np.clip(starts.min(), 0, length - 1))
     return mel_windows(mel_steps(wav, first, int(np.clip(starts.max() + WINDOW, first + 1, length))), frames, first)
@@ -138,11 +139,9 @@ def read_bands(mel: np.ndarray, hz: np.ndarray) -> np.ndarray:
 
 
 def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, steps: int = 3) -> np.ndarray:
-    """One frequency mask of 0..bands mel bands and one time mask of 0..steps mel steps, filled with silence.
-
-    mel (.., M, S) -> a copy; all leading axes get the same masks. SpecAugment (Park et al. 2019) without its
-    time warping; its widths (27 bands, 100 steps) are for utterances, ours are a fifth of a window's.
-    """
+    """mel (.., M, S) -> a copy with a frequency mask of 0..bands and a time mask of 0..steps, filled with silence; all
+    leading axes get the same masks. SpecAugment (Park et al. 2019) without its time warping; its widths (27 bands, 100
+    steps) are for utterances, ours are a fifth of a window's."""
     mel = mel.copy()
     M, S = mel.shape[-2:]
     height, width = rng.integers(0, min(bands, M) + 1), rng.integers(0, min(steps, S) + 1)
@@ -153,12 +152,10 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
 
 
 def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same words by another voice, nearer or farther, in a noisier room: mel (.., M, S) -> a new array.
-
-    The frequency axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013, has 10), the
-    level moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, and a hiss covers what is quieter than it
-    in every third call (widths ours). Bands that the stretch takes from beyond 7.6 kHz repeat the last one.
-    """
+    """The same words by another voice, nearer or farther, in a noisier room: mel (.., M, S) -> a new array. The frequency
+    axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013, has 10), the level moves by up
+    to 10 dB, the spectrum tilts by up to 5 dB to each end, and a hiss covers what is quieter in every third call (widths
+    ours). Bands that the stretch takes from beyond 7.6 kHz repeat the last one."""
     voice = read_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
     voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB; silence stays
@@ -167,8 +164,7 @@ def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(voice, SILENCE, -SILENCE).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the mel of any voice, brought to one level and one length of the vocal tract
+# ---------------------------------------- the mel of any voice, brought to one level and one length of the vocal tract
 
 # in units of the mel, which are 12.5 dB
 LOUD = 1.0                               # steps down to here below the loudest twentieth give the level of speech
@@ -199,12 +195,10 @@ def pitch(wav: np.ndarray) -> float | None:
 
 
 def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
-    """log_mel (M, S) of a sound (n,) -> the same without the level and the vocal tract of the voice; silence is -4.
-
-    Ours: a network trained on few voices then follows others as well. The mean of loud speech gets one level (quieter
-    steps depend on the noise). A vocal tract is shorter where the voice is higher, so frequencies are divided by
-    (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in vocal tract length normalisation (Lee & Rose 1996).
-    """
+    """log_mel (M, S) of a sound (n,) -> the same without the level and the vocal tract of the voice; silence is -4. Ours:
+    a network trained on few voices then follows others as well. The mean of loud speech gets one level (quieter steps
+    depend on the noise). A vocal tract is shorter where the voice is higher, so frequencies are divided by
+    (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in vocal tract length normalisation (Lee & Rose 1996)."""
     level = mel.mean(0)                                                  # (S,)
     mean = max(float(mel[:, level >= np.quantile(level, 0.95) - LOUD].mean()), LEAST)
     alpha = np.clip((MEAN_PITCH / (pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)
@@ -213,8 +207,7 @@ def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
     return np.interp(read_bands(mel, hz) - mean, (-BELOW, ABOVE), (SILENCE, -SILENCE)).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what else a microphone records, to train with; all numbers ours
+# ----------------------------------------------------- what else a microphone records, to train with; all numbers ours
 
 def coloured_noise(n: int, rng: np.random.Generator) -> np.ndarray:
     """(n,) of deviation 1, falling by 0 to 6 dB an octave, as fans, wind and breath do"""
@@ -252,8 +245,7 @@ def not_speech(n: int, rng: np.random.Generator) -> np.ndarray:
     return (wav / abs(wav).max() * 10 ** (-rng.uniform(0, 50) / 20)).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# speech out of a mix
+# ------------------------------------------------------------------------------------------------- speech out of a mix
 
 PIECE = 60                               # seconds; ours: similar frames are looked for within a piece
 
@@ -262,12 +254,12 @@ def isolate_voice(wav: np.ndarray) -> np.ndarray:
     """Speech over music or a steady noise, (n,) in [-1, 1] -> the same length with what repeats taken down.
 
     librosa's vocal separation (Rafii & Pardo's REPET-SIM, ISMIR 2012): the background of a frame is the median of the
-    frames that are like it and far from it in time; a voice does not repeat. As in librosa's
-    example, but for the voice's margin, 5 instead of 10 (ours: read speech loses 2 to 3 dB, not 3 to 5; a chord that
-    beats under it 17 to 22, not 18 to 24), and for the 2 s between frames, less where a sound is shorter than 8 s.
-    A sound of less than half a second comes back unchanged: nothing in it can repeat.
+    frames that are like it and far from it in time; a voice does not repeat. As in librosa's example, but for the voice's
+    margin, 5 instead of 10 (ours: read speech loses 2 to 3 dB, not 3 to 5; a chord that beats under it 17 to 22, not 18
+    to 24), and for the 2 s between frames, less where a sound is shorter than 8 s. One of less than half a second comes
+    back unchanged: nothing in it can repeat.
     """
-    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    check_sound(wav)
     pieces = np.array_split(wav, -(-len(wav) // (PIECE * SAMPLE_RATE)))  # memory grows with the square of their length
     return np.concatenate([isolate_piece(piece) for piece in pieces]).astype(np.float32)
 
@@ -287,28 +279,21 @@ def isolate_piece(wav: np.ndarray) -> np.ndarray:
     return librosa.istft(spectrum * mask, hop_length=256, n_fft=1024, length=len(wav))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MFCC, for SyncNet v2
-
+# ------------------------------------------------------------------------------------------------ MFCC, for SyncNet v2
 
 @lru_cache
 def mfcc_filters() -> np.ndarray:
     """(26, 257): triangles on HTK's mel scale, corners on whole FFT bins, as python_speech_features has."""
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
-    corners = np.floor(513 * 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1) / SAMPLE_RATE)  # (28,)
-    bins = np.arange(257)
-    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (26, 1)
-    rising, falling = (bins - left) / (middle - left), (right - bins) / (right - middle)
-    return np.clip(np.minimum(rising, falling), 0, None)
+    hz = 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1)
+    return triangles(np.floor(513 * hz / SAMPLE_RATE), np.arange(257))
 
 
 def mfcc(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> float64 (13, S) at 100 steps a second: SyncNet v2's input.
-
-    python_speech_features' defaults on int16 samples: 25 ms rectangular windows every 10 ms, 512-point FFT,
-    26 filters, DCT-II, lifter 22, first coefficient replaced by log energy. S = 1 + ceil((n - 400) / 160).
-    """
-    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    """Samples (n,) in [-1, 1] -> float64 (13, S) at 100 steps a second, S = 1 + ceil((n - 400) / 160), for SyncNet v2.
+    python_speech_features' defaults on int16 samples: 25 ms rectangular windows every 10 ms, 512-point FFT, 26 filters,
+    DCT-II, lifter 22, first coefficient replaced by log energy."""
+    check_sound(wav)
     x = np.clip(np.round(wav.astype(np.float64) * 32768), -32768, 32767)
     x = np.append(x[0], x[1:] - 0.97 * x[:-1])
     S = 1 + max(0, -(-(len(x) - 400) // 160))
@@ -323,8 +308,7 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     return cepstrum.T
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PC-AVS's mel: the STFT of the lws package in NumPy, 100 steps a second, 4 a frame
+# ----------------------------------- PC-AVS's mel: the STFT of the lws package in NumPy, 100 steps a second, 4 a frame
 
 LWS_BANDS, LWS_FFT, LWS_HOP, LWS_LOW = 80, 1280, 160, 125.0  # as published; samples: 80 and 10 ms; Hz
 LWS_STEPS, LWS_STEPS_A_FRAME = 20, SAMPLES_PER_FRAME // LWS_HOP  # mel steps of a window, 0.2 s; 4
@@ -339,11 +323,9 @@ def lws_hann() -> np.ndarray:
 
 
 def lws_mel(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) at 16 kHz -> mel, float32 (S, 80) in [0, 1]; 0 is silence, S = ceil(n / 160) + 7.
-
-    The sound is scaled to r.m.s. 0.1 first. Step s covers samples 160 s - 1120 .. 160 s + 160.
-    """
-    assert wav.ndim == 1 and len(wav), f"sound is {wav.shape}, expected (n,) with n > 0"
+    """Samples (n,) at 16 kHz -> mel, float32 (S, 80) in [0, 1]; 0 is silence, S = ceil(n / 160) + 7. The sound is scaled
+    to r.m.s. 0.1 first. Step s covers samples 160 s - 1120 .. 160 s + 160."""
+    check_sound(wav)
     scale = 0.1 / max(1e-4, float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))))
     S = -(-len(wav) // LWS_HOP) + LWS_FFT // LWS_HOP - 1
     x = np.pad(wav, (LWS_FFT - LWS_HOP, S * LWS_HOP - len(wav)))
@@ -359,14 +341,10 @@ def lws_mel(wav: np.ndarray) -> np.ndarray:
 def lws_windows(mel: np.ndarray, frames) -> np.ndarray:
     """mel (S, 80), T frame indices -> float32 (T, 1, 80, 20): steps 4 (f - 2) .. + 20 of frame f; outside is silence."""
     steps = (np.asarray(frames, np.int64)[:, None] - 2) * LWS_STEPS_A_FRAME + np.arange(LWS_STEPS)  # (T, 20)
-    inside = (steps >= 0) & (steps < len(mel))
-    windows = mel[np.clip(steps, 0, len(mel) - 1)] * inside[..., None]  # (T, 20, 80)
-    return np.ascontiguousarray(windows.transpose(0, 2, 1)[:, None].astype(np.float32))
+    return take_steps(mel.T, steps, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the encoder
-
+# --------------------------------------------------------------------------------------------------------- the encoder
 
 class WindowEncoder(nn.Sequential):
     """Mel windows (N, 1, M, 16) in [-4, 4] -> (N, dim): two convolutions over time, all bands at once. Ours: a twelfth of
@@ -404,23 +382,15 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, dim: int, width: float = 1.0):
         super().__init__()
-        c1, c2, c3, c4, c5 = (max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512))
-        rows = -(-N_MELS // 27) - 2                          # of the last map: 1 for 80 bands
-        self.body = nn.Sequential(                           # (N, 1, M, 16); the shapes below are those of M = 80
-            ConvBlock(1, c1),
-            ConvBlock(c1, c1, residual=True),
-            ConvBlock(c1, c1, residual=True),
-            ConvBlock(c1, c2, stride=(3, 1)),                # (N, c2, 27, 16)
-            ConvBlock(c2, c2, residual=True),
-            ConvBlock(c2, c2, residual=True),
-            ConvBlock(c2, c3, stride=3),                     # (N, c3, 9, 6)
-            ConvBlock(c3, c3, residual=True),
-            ConvBlock(c3, c3, residual=True),
-            ConvBlock(c3, c4, stride=(3, 2)),                # (N, c4, 3, 3)
-            ConvBlock(c4, c4, residual=True),
-            ConvBlock(c4, c5, padding=0),                    # (N, c5, 1, 1)
-        )
-        self.out = nn.Linear(c5 * rows, dim)
+        plan = ((32, 1, 2), (64, (3, 1), 2), (128, 3, 2), (256, (3, 2), 1))  # channels, stride, residual blocks
+        self.body, c_in = nn.Sequential(), 1                 # (N, 1, M, 16)
+        for channels, stride, residual in plan:              # at M = 80: 80 x 16, 27 x 16, 9 x 6, 3 x 3
+            c = max(8, 8 * round(channels * width / 8))
+            self.body.extend([ConvBlock(c_in, c, stride), *(ConvBlock(c, c, residual=True) for _ in range(residual))])
+            c_in = c
+        c = max(8, 8 * round(512 * width / 8))
+        self.body.append(ConvBlock(c_in, c, padding=0))      # (N, C, 1, 1)
+        self.out = nn.Linear(c * (-(-N_MELS // 27) - 2), dim)  # rows of the last map: 1 for 80 bands
 
     def forward(self, mel):
         """mel (N, 1, M, 16) in [-4, 4] -> z_a (N, dim)"""
