@@ -25,8 +25,7 @@ def zeroed(layer):
     return layer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the networks at toy sizes
+# ------------------------------------------------------------------------------------------- the networks at toy sizes
 
 class ResDown(nn.Module):
     """Halve the size: two 3x3 convolutions beside a pooled 1x1 shortcut. No normalisation: batches may be of one."""
@@ -43,10 +42,8 @@ class ResDown(nn.Module):
 
 class VisualEncoder(nn.Module):
     """Image -> W+ code, after pSp: styles 0-2 from the coarse map of a feature pyramid, 3-6 from the middle one, the rest
-    from the fine one.
-
-    Differs: a slim residual trunk and one head a level. Ours: a linear path beside it (the image at 32x32 -> `linear`
-    numbers -> W+), from the principal components of training images: it fits an unseen face after little training."""
+    from the fine one. Differs: a slim residual trunk and one head a level. Ours: a linear path beside it (the image at
+    32x32 -> `linear` numbers -> W+), from principal components: it fits an unseen face after little training."""
 
     def __init__(self, size: int, dim: int, L: int, width: int = 48, linear: int = 192):
         super().__init__()
@@ -91,22 +88,26 @@ class VisualEncoder(nn.Module):
         self.linear_up.weight.zero_()
 
 
-class MouthEncoder(nn.Module):
-    """The mouth of an image -> M numbers, what `mask_mouth` removes from the VisualEncoder's input. Ours.
+def small_picture(x):
+    """(N, 3, H, W) -> (N, 3 * 32 * 32): what the linear path sees"""
+    if x.shape[-1] > 32:
+        x = F.avg_pool2d(x, x.shape[-1] // 32)
+    return x.contiguous().flatten(1)
 
-    The first K are the shape of the lips, by the `reader`, trained on landmarks (initialise.train_reader): the opening,
-    the width, a smile, the same on every face. The other M - K, linear in the pixels: colour, teeth, a beard."""
+
+class MouthEncoder(nn.Module):
+    """The mouth of an image -> M numbers, what `mask_mouth` removes from the VisualEncoder's input. Ours. The first K are
+    the shape of the lips, by the `reader`, trained on landmarks (initialise.train_reader): the opening, the width, a
+    smile, the same on every face. The other M - K, linear in the pixels: colour, teeth, a beard."""
 
     def __init__(self, template: str, M: int, K: int, width: int = 32):
         super().__init__()
         self.template = template
         self.linear = nn.Linear(3 * 32 * 32, M - K)  # set by initialise.fit_coarse_rgb
-        self.reader = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Flatten(), nn.Linear(4 * width * 16, K))
+        layers = [nn.Conv2d(1, width, 3, padding=1), nn.LeakyReLU(0.2)]
+        for a, b in ((1, 2), (2, 4), (4, 4)):
+            layers += [nn.Conv2d(a * width, b * width, 3, 2, 1), nn.LeakyReLU(0.2)]
+        self.reader = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 16, K))
 
     def mouth_crop(self, x, margin: float = 0.0):
         """(N, 3, H, W) -> (N, 3, 32, 32): the lips; margin: more on each side, in box sides, and so more pixels"""
@@ -133,15 +134,7 @@ class MouthEncoder(nn.Module):
         return torch.cat([self.read(box), self.linear(box.flatten(1))], 1)
 
 
-def small_picture(x):
-    """(N, 3, H, W) -> (N, 3 * 32 * 32): what the linear path sees"""
-    if x.shape[-1] > 32:
-        x = F.avg_pool2d(x, x.shape[-1] // 32)
-    return x.contiguous().flatten(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the published networks. Keys and shapes are those of the authors' files; `width` narrows them for tests (64 published)
+# ------------------------------- published networks, with their authors' keys and shapes; `width` narrows them for tests
 
 class SqueezeExcite(nn.Module):
     """Each channel times a gate in (0, 1) made from the mean of all channels; Hu et al. 2018"""
@@ -155,16 +148,21 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
+def conv_norm(c_in: int, c_out: int, kernel: int, stride: int = 1):
+    """A convolution without bias, which keeps the size but for its stride, and BatchNorm"""
+    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out)
+
+
 class BlockIRSE(nn.Module):
     """ArcFace's improved residual block with squeeze and excitation. (N, C, H, W) -> (N, C', H/stride, W/stride)"""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        changed = c_in != c_out
+        self.shortcut_layer = nn.Sequential(*conv_norm(c_in, c_out, 1, stride)) if changed else nn.MaxPool2d(1, stride)
         self.res_layer = nn.Sequential(
             nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.PReLU(c_out),
-            nn.Conv2d(c_out, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), SqueezeExcite(c_out))
+            *conv_norm(c_out, c_out, 3, stride), SqueezeExcite(c_out))
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -177,8 +175,7 @@ def trunk_ir_se50(width: int = 64) -> tuple[nn.Sequential, nn.Sequential]:
         for k in range(count):
             blocks.append(BlockIRSE(c_in, factor * width, 1 if k else 2))
             c_in = factor * width
-    entry = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width))
-    return entry, nn.Sequential(*blocks)
+    return nn.Sequential(*conv_norm(3, width, 3), nn.PReLU(width)), nn.Sequential(*blocks)
 
 
 def at_256(x):
@@ -237,14 +234,13 @@ class BasicBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.downsample = None if c_in == c_out else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.conv1, self.bn1 = conv_norm(c_in, c_out, 3, stride)
+        self.conv2, self.bn2 = conv_norm(c_out, c_out, 3)
+        self.downsample = nn.Identity() if c_in == c_out else nn.Sequential(*conv_norm(c_in, c_out, 1, stride))
 
     def forward(self, x):
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return torch.relu(y + self.downsample(x))
 
 
 class SharedHead(nn.Module):
@@ -276,23 +272,24 @@ class SharedBlock(nn.Module):
         return self.hypernet(self.linear(self.convs(x).flatten(1)))
 
 
-class FullBlock(nn.Module):
-    """Feature map (B, C, 16, 16) -> changes (B, O, I): one number a pair of channels"""
+class LayerBlock(nn.Module):
+    """Feature map (B, C, 16, 16) -> changes of one layer: "shared" (B, O, I), one number a pair of channels; "separable"
+    (B, O, I, 3, 3)"""
 
-    def __init__(self, channels: int, O: int, I: int):  # noqa: E741
+    def __init__(self, channels: int, O: int, I: int, form: str):
         super().__init__()
-        self.shape = (O, I)
-        self.convs = head_convolutions(channels, channels // 2, channels, (2, 2, 2))
-        self.output = nn.Sequential(nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(channels, O * I, 1)))
+        self.convs = head_convolutions(channels, channels // 2, channels, (2,) * (3 if form == "shared" else 4))
+        self.output = nn.Sequential(SeparableKernel(channels, O, I)) if form == "separable" else nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(channels, O * I, 1)), nn.Flatten(), nn.Unflatten(1, (O, I)))
 
     def forward(self, x):
-        return self.output(self.convs(x)).view(len(x), *self.shape)
+        return self.output(self.convs(x))
 
 
 class SeparableKernel(nn.Module):
     """A code (B, C, 1, 1) -> changes (B, O, I, 3, 3): for each tap an outer product, then a linear map of each axis"""
 
-    def __init__(self, channels: int, O: int, I: int):  # noqa: E741
+    def __init__(self, channels: int, O: int, I: int):
         super().__init__()
         self.make_kernel_in, self.make_kernel_out = nn.Linear(channels, 9 * I), nn.Linear(channels, 9 * O)
         self.kernel_linear_in, self.kernel_linear_out = nn.Linear(I, I), zeroed(nn.Linear(O, O))
@@ -305,27 +302,12 @@ class SeparableKernel(nn.Module):
         return kernel.permute(0, 3, 2, 1).unflatten(3, (3, 3))
 
 
-class SeparableBlock(nn.Module):
-    """Feature map (B, C, 16, 16) -> changes (B, O, I, 3, 3)"""
-
-    def __init__(self, channels: int, O: int, I: int):  # noqa: E741
-        super().__init__()
-        self.convs = head_convolutions(channels, channels // 2, channels, (2, 2, 2, 2))
-        self.output = nn.Sequential(SeparableKernel(channels, O, I))
-
-    def forward(self, x):
-        return self.output(self.convs(x))
-
-
 class HyperStyleNet(nn.Module):
     """HyperStyle's hypernetwork, section 3.2: a photo and what the generator makes of its code -> relative changes of the
-    generator's 3x3 layers.
-
-    A ResNet-34 on six channels, without its first pool, and a block for each layer; the widest layers share a head. The
-    others have one of two forms: "shared" gives a number a channel pair (the authors' SharedWeightsHyperNetResNet),
-    "separable" a number a tap from an outer product (..Separable). Ours: the last layers start at zero, and images below
-    256 px are read at their own size.
-    """
+    generator's 3x3 layers. A ResNet-34 on six channels, without its first pool, and a block for each layer; the widest
+    layers share a head. The others have one of two forms: "shared" gives a number a channel pair (the authors'
+    SharedWeightsHyperNetResNet), "separable" a number a tap from an outer product (..Separable). Ours: the last layers
+    start at zero, and images below 256 px are read at their own size."""
 
     def __init__(self, layers: list, form: str, width: int = 64):
         """layers: (O, I) of each 3x3 layer of the generator, in the order of Generator.styled_convs()"""
@@ -336,9 +318,8 @@ class HyperStyleNet(nn.Module):
         self.relu = nn.PReLU(width)
         ch = [width, *(f * width for f, count in ((1, 3), (2, 4), (4, 6), (8, 3)) for _ in range(count))]
         self.body = nn.Sequential(*(BasicBlock(a, b, 1 if a == b else 2) for a, b in zip(ch, ch[1:])))
-        self.shared_weight_hypernet = SharedHead(C)
-        blocks = [SharedBlock(C, self.shared_weight_hypernet) if oi == (C, C) else
-                  (FullBlock if form == "shared" else SeparableBlock)(C, *oi) for oi in layers]
+        head = self.shared_weight_hypernet = SharedHead(C)
+        blocks = [SharedBlock(C, head) if shape == (C, C) else LayerBlock(C, *shape, form) for shape in layers]
         # the authors also count toRGB layers, which are not changed: one after the first 3x3 layer, then after every two
         places = [None if i % 3 == 1 else blocks[i - (i + 1) // 3] for i in range(len(blocks) + len(blocks) // 2 + 1)]
         self.refinement_blocks = nn.ModuleList(places)
@@ -354,8 +335,7 @@ class HyperStyleNet(nn.Module):
         return [block(x) for block in self.refinement_blocks if block is not None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# and their files
+# ----------------------------------------------------------------------------------------------------- and their files
 
 def part_of(path: str | Path, part: str) -> tuple[dict, dict]:
     """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, the state dict of its "encoder" or
@@ -372,13 +352,10 @@ def part_of(path: str | Path, part: str) -> tuple[dict, dict]:
 
 
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
-    """pSp's encoder for L styles from its authors' file.
-
-    Of a file with more styles (1024 px: 18) the first L are taken, which are the same layers' of a smaller generator. Of
-    ArcFace's IR-SE50 the trunk is taken, from which pSp's training starts, with new heads for codes of `dim` numbers.
-    encoder.latent_avg is NaN where the file has none: estimate it.
-    InputError: no such file; damaged, hostile or of another kind; fewer than L styles.
-    """
+    """pSp's encoder for L styles from its authors' file. Of one with more styles (1024 px: 18) the first L are taken,
+    which are the same layers' of a smaller generator. Of ArcFace's IR-SE50 the trunk is taken, from which pSp's training
+    starts, with new heads for codes of `dim` numbers. encoder.latent_avg is NaN where the file has none: estimate it.
+    InputError: no such file; damaged, hostile or of another kind; fewer than L styles."""
     beside, state = part_of(path, "encoder")
     with refusing(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
@@ -400,10 +377,8 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
 
 
 def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str]:
-    """HyperStyle's hypernetwork from its authors' file -> (network, its form).
-
-    layers: (O, I) of each 3x3 layer of the generator. InputError: as load_encoder; made for another generator.
-    """
+    """HyperStyle's hypernetwork from its authors' file -> (network, its form). layers: (O, I) of each 3x3 layer of the
+    generator. InputError: as load_encoder; made for another generator."""
     _, state = part_of(path, "hypernet")
     with refusing(path, "not a HyperStyle checkpoint"):
         width = len(state["conv1.weight"])
