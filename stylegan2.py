@@ -3,12 +3,11 @@
 Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020 (arXiv 1912.04958), sections 2-4.
 Layer names and parameter shapes are those of the public rosinality checkpoints, so that a published `g_ema` loads.
 
-What differs from the public code: there is no CUDA extension. Modulation scales the activations and demodulation scales
-the result, which is the same product in another order, so one convolution with shared weights serves the whole batch.
-Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise and bias act
-after the blur, in few passes over the image. Generator.forward takes W+ codes and two optional inputs: `deltas`
-(HyperStyle's relative weight changes, one set a clip) and `maps` (ours, see fusion.py). Minibatch standard deviation
-accepts every batch size.
+What differs from the public code: no CUDA extension. Modulation scales the activations and demodulation the result, the
+same product in another order, so one convolution with shared weights serves the whole batch. Tensors are channels_last:
+on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise and bias act after the blur, in few
+passes over the image. Generator.forward also takes `deltas` (HyperStyle's relative weight changes, one set a clip),
+`maps` and `picture` (ours, see fusion.py). Minibatch standard deviation accepts every batch size.
 """
 
 import functools
@@ -33,8 +32,7 @@ def channels_at(res: int, base: int, cap: int) -> int:
     return min(cap, base // res)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# layers with an equalised learning rate: weights are N(0, 1) and scaled by He's constant at run time
+# ----------------- layers with an equalised learning rate: weights are N(0, 1) and scaled by He's constant at run time
 
 class EqualLinear(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, bias_init: float = 0.0, lr_mul: float = 1.0, activate: bool = False):
@@ -113,8 +111,7 @@ class Upsample(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="bilinear")[:, :, 2:-2, 2:-2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# generator
+# ----------------------------------------------------------------------------------------------------------- generator
 
 class ModulatedConv2d(nn.Module):
     """3x3 convolution whose input channels are scaled by a style, with the output brought back to unit variance.
@@ -197,15 +194,16 @@ class ModulatedPixels(nn.Module):
 
 
 class NoiseInjection(nn.Module):
+    """What to add to x (N, H, W, C), or None; noise is (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))  # one strength a layer
 
     def forward(self, x, noise="random"):
-        """What to add to x (N, H, W, C), or None; noise is (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
+        if isinstance(noise, str) and noise == "off":
+            return None
         if isinstance(noise, str):
-            if noise == "off":
-                return None
             noise = torch.randn(x.shape[0], 1, *x.shape[1:3], device=x.device, dtype=x.dtype)
         return self.weight * noise.movedim(1, 3)                                # (1 or N, H, W, 1)
 
@@ -243,20 +241,16 @@ class ToRGB(nn.Module):
         return rgb if skip is None else rgb + self.upsample(skip)
 
 
-class PixelNorm(nn.Module):
-    def forward(self, z):  # (N, D): to the sphere of radius sqrt D
-        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
-
-
 class MappingNetwork(nn.Sequential):
     """z (N, D) -> w (N, D): PixelNorm and n_mlp layers with a hundredth of the learning rate (StyleGAN2 default)."""
 
     def __init__(self, dim: int, n_mlp: int = 8):
-        super().__init__(PixelNorm(), *(EqualLinear(dim, dim, lr_mul=0.01, activate=True) for _ in range(n_mlp)))
+        layers = (EqualLinear(dim, dim, lr_mul=0.01, activate=True) for _ in range(n_mlp))
+        super().__init__(nn.Identity(), *layers)                                # the files count PixelNorm as layer 0
 
     def forward(self, z):
         with torch.autocast(z.device.type, enabled=False):                      # w in fp32, as in StyleGAN2-ADA
-            return super().forward(z)
+            return super().forward(z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
 
 
 class Generator(nn.Module):
@@ -331,8 +325,7 @@ def mix_styles(w1, w2, L: int, crossover: int):
     return torch.where(first, w1[:, None], w2[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# discriminator
+# ------------------------------------------------------------------------------------------------------- discriminator
 
 class ConvLayer(nn.Sequential):
     """EqualConv2d, after a blur and with stride 2 where it halves the size, and bias + leaky ReLU where it activates."""
@@ -365,14 +358,11 @@ class ResBlock(nn.Module):
 
 
 def minibatch_stddev(x, group: int = 4):
-    """Append one map with the deviation over groups of images: (N, C, H, W) -> (N, C + 1, H, W).
-
-    Groups are strided as in the published networks. Where 4 does not divide N, groups of 3 or 2, else the whole batch
-    (ours: the public code fails there).
-    """
+    """Append one map with the deviation over groups of images: (N, C, H, W) -> (N, C + 1, H, W). Groups are strided as in
+    the published networks. Where 4 does not divide N, groups of 3 or 2, else the whole batch (ours: the public code fails
+    there)."""
     N, _, H, W = x.shape
-    if N % group:
-        group = next((g for g in (3, 2) if N % g == 0), N)
+    group = next(g for g in (group, 3, 2, N) if N % g == 0)
     y = x.float().unflatten(0, (group, N // group))                                   # (g, N/g, C, H, W)
     y = torch.sqrt(y.var(0, unbiased=False) + 1e-8).mean((1, 2, 3))                   # (N/g,)
     y = y.repeat(group)[:, None, None, None].expand(N, 1, H, W)
@@ -416,7 +406,7 @@ def generator_shape(state: dict, source) -> dict:
         layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
         widths = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
         dim, n_mlp = state["style.1.weight"].shape[1], sum(f"style.{i}.weight" in state for i in range(1, 100))
-        return dict(size=4 * 2 ** pairs, dim=dim, n_mlp=n_mlp, **channel_shape(widths, source))
+    return dict(dim=dim, n_mlp=n_mlp) | channel_shape(widths, source)
 
 
 def discriminator_shape(state: dict, source) -> dict:
@@ -425,34 +415,30 @@ def discriminator_shape(state: dict, source) -> dict:
         blocks = sum(key.endswith(".skip.1.weight") for key in state)
         widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
         widths = [state["final_linear.1.weight"].shape[1], *widths]
-        return dict(size=2 ** (blocks + 2), **channel_shape(widths, source))
+    return channel_shape(widths, source)
 
 
 def channel_shape(widths: list, source) -> dict:
-    """Channels at 4, 8, .. px -> base and cap of `channels_at`"""
+    """Channels at 4, 8, .. px -> size, and base and cap of `channels_at`"""
     size, cap = 2 ** (len(widths) + 1), max(widths)
     base = widths[-1] * size
     if widths != [channels_at(2 ** (i + 2), base, cap) for i in range(len(widths))]:
         raise InputError(f"{source}: its channels {widths} at 4, 8, .. {size} px are not StyleGAN2's")
-    return dict(base=base, cap=cap)
+    return dict(size=size, base=base, cap=cap)
 
 
 def load_rosinality(path: str | Path, size: int | None = None) -> dict:
-    """The networks in a checkpoint of rosinality's stylegan2-pytorch: {"g": Generator, "g_ema": Generator,
-    "d": Discriminator}, those that are in the file, of its sizes.
-
-    size: the images wanted, in pixels; None: whatever is in the file.
-    InputError: missing, damaged, hostile or truncated file; not StyleGAN2; another size.
-    """
+    """The networks in a checkpoint of rosinality's stylegan2-pytorch: {"g": Generator, "g_ema": Generator, "d":
+    Discriminator}, those that are in the file, of its sizes. size: the images wanted, in pixels; None: whatever is there.
+    InputError: missing, damaged, hostile or truncated file; not StyleGAN2; another size."""
     content = read_weights(path)
     states = {name: content[name] for name in ("g", "g_ema", "d") if isinstance(content.get(name), dict)}
     if not states:
         raise InputError(f"{path}: not a StyleGAN2 checkpoint: none of g, g_ema, d in it")
     networks = {}
     for name, state in states.items():
-        source = f"{path}, '{name}'"
-        network, shape_of = (Discriminator, discriminator_shape) if name == "d" else (Generator, generator_shape)
-        shape = shape_of(state, source)
+        source, network = f"{path}, '{name}'", Discriminator if name == "d" else Generator
+        shape = (discriminator_shape if name == "d" else generator_shape)(state, source)
         if size not in (None, shape["size"]):
             raise InputError(f"{source}: a network for {shape['size']} px, these are {size} px")
         networks[name] = load_strictly(functools.partial(network, **shape), state, source)
