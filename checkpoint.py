@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -31,13 +32,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from media import InputError, check_file, check_output, make_folder
-from report import PACE, machine, write_report
-
-try:
-    import resource
-except ImportError:                                                                    # Windows
-    resource = None
+from media import InputError, check_file, check_output, make_folder, refused
+from report import PACE, machine, pace, write_report
 
 FORMAT = 1                   # of packs and checkpoints
 STALE = 3600                 # seconds; ours: no save takes an hour, an older temporary file is a killed run's
@@ -170,17 +166,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
     path = Path(path).absolute()
     draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        for old in path.parent.glob(f".{path.name}-*"):
-            if time.time() - old.stat().st_mtime > STALE:
-                old.unlink()
-        with open(draft, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())                       # else the name could survive a power cut, the content not
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:              # torch's own writer turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason})") from None
+        with refused(path, "written"):
+            for old in path.parent.glob(f".{path.name}-*"):
+                if time.time() - old.stat().st_mtime > STALE:
+                    old.unlink()
+            with open(draft, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())                   # else the name could survive a power cut, the content not
+            os.replace(draft, path)
+    except RuntimeError as error:                         # by which torch's own writer reports a full disk
+        raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
@@ -189,16 +185,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
 def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
     """Reads a file of save_checkpoint, to the CPU. kind: the expected one, or a tuple of accepted ones. InputError: as
     read_weights; another kind or format. The caller checks what is inside."""
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    kinds = (kind,) if isinstance(kind, str) else kind
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
     try:
         checkpoint = read_weights(path)
     except InputError as error:
         raise InputError(f"{error}; {expected}") from None
     found = checkpoint.get("kind")
-    if not isinstance(found, str) or found not in kinds:
-        what = f"is a '{found[:40]}' checkpoint" if isinstance(found, str) else "was not written by this package"
-        raise InputError(f"{path}: {what}; {expected}")
+    if not isinstance(found, str):
+        raise InputError(f"{path}: was not written by this package; {expected}")
+    if found not in kinds:
+        raise InputError(f"{path}: is a '{found[:40]}' checkpoint; {expected}")
     if checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: has format {checkpoint.get('format')}, this version reads format {FORMAT}")
     sizes = [v for v in items(checkpoint.get("config")) if isinstance(v, (int, float))]
@@ -245,46 +242,43 @@ class Published(NamedTuple):
     urls: tuple[str, ...]
 
 
+def pinned(sha256: str, *urls: str, file: str | None = None) -> Published:
+    return Published(file or urls[0].rpartition("/")[2], sha256, urls)
+
+
 LPIPS_COMMIT = "082bb24f84c091ea94de2867d34c4544f68e0963"
-BLAZEFACE_URL = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"
-PUBLISHED = {
-    "vgg19": Published(     # 575 MB
-        "vgg19-dcbb9e9d.pth", "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
-        ("https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",)),
-    "vgg16": Published(     # 553 MB
-        "vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-        ("https://download.pytorch.org/models/vgg16-397923af.pth",)),
-    "lpips_heads": Published(
-        "lpips_v0.1_vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-        (f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/{LPIPS_COMMIT}/lpips/weights/v0.1/vgg.pth",)),
-    "arcface": Published(   # 175 MB
-        "recognition_arcface_ir_se50.pth", "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
-        ("https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth",)),
-    "syncnet_v2": Published(  # 55 MB
-        "syncnet_v2.model", "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",
-        ("https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
-         "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model")),
-    # hollance/BlazeFace-PyTorch, Apache-2.0; face-alignment fetches the same files but does not check them
-    "blazeface": Published(
-        "blazeface.pth", "54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4",
-        (f"{BLAZEFACE_URL}/blazeface.pth",)),
-    "blazeface_anchors": Published(  # of both models
-        "anchors.npy", "a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
-        (f"{BLAZEFACE_URL}/anchors.npy",)),
-    "blazeface_back": Published(
-        "blazefaceback.pth", "e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
-        (f"{BLAZEFACE_URL}/blazefaceback.pth",)),
-    "wav2lip_expert": Published(  # about 197 MB; the hash is confirmed by one source only
-        "lipsync_expert.pth", "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",
-        ("https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
-         "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth")),
-    "fan": Published(       # 100 MB, landmarks, for face-alignment; of this and the next only the hash's beginning is
-        "2DFAN4-11f355bf06.pth.tar", "11f355bf06",  # known, from the file's name
-        ("https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar",)),
-    "inception": Published(  # 96 MB, FID's
-        "pt_inception-2015-12-05-6726825d.pth", "6726825d",
-        ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",)),
-}
+PUBLISHED = dict(
+    vgg19=pinned("dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",    # 575 MB
+                    "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"),
+    vgg16=pinned("397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",    # 553 MB
+                    "https://download.pytorch.org/models/vgg16-397923af.pth"),
+    lpips_heads=pinned(
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/{LPIPS_COMMIT}/lpips/weights/v0.1/vgg.pth",
+        file="lpips_v0.1_vgg.pth"),
+    arcface=pinned(                                                                     # 175 MB
+        "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
+        "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"),
+    syncnet_v2=pinned(                                                                  # 55 MB
+        "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",
+        "https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
+        "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model"),
+    # Apache-2.0; face-alignment fetches the same files but does not check them; the anchors are those of both models
+    blazeface=pinned("54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4",
+                        "https://github.com/hollance/BlazeFace-PyTorch/raw/master/blazeface.pth"),
+    blazeface_anchors=pinned("a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
+                                "https://github.com/hollance/BlazeFace-PyTorch/raw/master/anchors.npy"),
+    blazeface_back=pinned("e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
+                             "https://github.com/hollance/BlazeFace-PyTorch/raw/master/blazefaceback.pth"),
+    wav2lip_expert=pinned(                              # about 197 MB; the hash is confirmed by one source only
+        "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",
+        "https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
+        "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth"),
+    # of these only the hash's beginning is known, from the file's name
+    fan=pinned("11f355bf06", "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"),  # 100 MB
+    inception=pinned(                                                                   # 96 MB, FID's
+        "6726825d",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"))
 TIMEOUT = 30                # seconds without a byte; ours
 
 
@@ -351,11 +345,11 @@ def keep_memory():
 
 
 def memory_gib(device) -> float:
-    """The most memory used so far: the device's on a GPU, else the process's; 0 where that is unknown"""
+    """The most memory used so far: the device's on a GPU, else the process's"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     unit = 1 if sys.platform == "darwin" else 2 ** 10      # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30 if resource else 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,11 +385,7 @@ def write_log(log, bar, line: dict, steps: int | None = None):
     log.write(json.dumps(line) + "\n")
     write_report(Path(log.name).parent)
     text = f"{line['step']:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in PACE)
-    if "ms" in line:
-        left = f", {(steps - line['step']) * line['ms'] / 60000:.1f} min left" if steps else ""
-        text += (f"  | {line['ms']:.0f} ms, {line['images_s']:.0f} images/s, {100 * line['waiting']:.0f} % waiting, "
-                 f"{line['gib']:.1f} GiB{left}")
-    bar.write(text)
+    bar.write(text + (f"  | {pace(line, steps)}" if "ms" in line else ""))
 
 
 class StepTimer:
@@ -434,20 +424,29 @@ def run_options(p, out: str, steps: int, batch: int, lr: float, of: str = "clips
 
 def progress(name: str, start: int, steps: int):
     """A progress bar over the numbers of the steps that are left"""
-    return tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=None)
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=True if RANK else None)
 
 
 def millions(network: nn.Module) -> str:
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
 
 
-def descend(opt, loss, rate: float):
-    """A step of an optimiser, at `rate` times its groups' initial_lr"""
+@contextlib.contextmanager
+def descent(opt, rate: float):
+    """A step of an optimiser, at `rate` times its groups' initial_lr, down the gradients that this block leaves: their
+    means over all processes"""
+    opt.zero_grad(set_to_none=True)
+    yield
     for group in opt.param_groups:
         group["lr"] = group["initial_lr"] * rate
-    opt.zero_grad(set_to_none=True)
-    loss.backward()
+    average([q.grad for group in opt.param_groups for q in group["params"] if q.grad is not None])
     opt.step()
+
+
+def descend(opt, loss, rate: float):
+    """`descent` by one loss"""
+    with descent(opt, rate):
+        loss.backward()
 
 
 def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:

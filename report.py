@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from media import InputError, Parser, read_video, run
+from media import InputError, Parser, read_video, refused, run
 
 PACE = ("step", "ms", "images_s", "waiting", "gib")  # of a log line; the rest are curves
 TOGETHER = (("real", "fake"), ("in_sync", "shifted", "other"))  # curves of one chart
@@ -122,17 +122,20 @@ def log_section(path: Path, header: dict, lines: list[dict]) -> str:
 
 
 def progress(lines: list[dict], steps: int | None) -> str:
-    """The step, the pace, the time so far and the time left"""
+    """The step, the time so far, the pace of the last line"""
     paced = [line for line in lines if all(finite(line.get(key)) for key in PACE)]
     if not paced:
         return "no line yet"
     last, before = paced[-1], [0] + [line["step"] for line in paced]
     spent = sum(line["ms"] * (line["step"] - step) for line, step in zip(paced, before)) / 60000
-    steps = steps or last["step"]
-    left = (steps - 1 - last["step"]) * last["ms"] / 60000
-    return (f"step {last['step']:,} of {steps:,}, {last['ms']:.0f} ms a step, {last['images_s']:.0f} images/s, "
-            f"{100 * last['waiting']:.0f} % waiting for data, {last['gib']:.1f} GiB, "
-            f"{spent:.1f} min so far" + f", {left:.1f} min left" * (left > 0))
+    return f"step {last['step']:,} of {steps or last['step']:,}, {spent:.1f} min so far, {pace(last, steps)}"
+
+
+def pace(line: dict, steps: int | None) -> str:
+    """Of a line of a log: the time of a step, images a second, the share of waiting for data, memory, time left"""
+    left = ((steps or 0) - 1 - line["step"]) * line["ms"] / 60000
+    return (f"{line['ms']:.0f} ms, {line['images_s']:.0f} images/s, {100 * line['waiting']:.0f} % waiting, "
+            f"{line['gib']:.1f} GiB") + f", {left:.1f} min left" * (left > 0)
 
 
 def machine() -> str:
@@ -235,18 +238,18 @@ def embed_file(path: Path) -> str:
 
 def write_page(path: Path, title: str, sections: list[str]):
     """At any moment `path` is the old page or the whole new one. Browsers read it again every 30 s, as long as time is
-    left to a run."""
+    left to a run. InputError: it cannot be written."""
     again = "<meta http-equiv=refresh content=30>" * any("min left<" in section for section in sections)
     content = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
                f"{again}<title>{text(title)}</title><style>{STYLE}</style><h1>{text(title)}</h1>{''.join(sections)}"
                f"<p><small>written {time.strftime('%Y-%m-%d %H:%M:%S')}</small></html>\n")
     draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        draft.write_text(content, encoding="utf-8", errors="backslashreplace")
-        os.replace(draft, path)
-    except OSError as error:
+        with refused(path, "written"):
+            draft.write_text(content, encoding="utf-8", errors="backslashreplace")
+            os.replace(draft, path)
+    finally:
         draft.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

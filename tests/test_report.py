@@ -75,8 +75,8 @@ def test_a_page_shows_where_the_run_is_its_last_values_its_options_and_what_is_h
     write_run(tmp_path, steps=1101)
     text = page_of(tmp_path)
     shown = " ".join(check_whole(text).shown)
-    assert "step 100 of 1,101, 200 ms a step, 80 images/s, 3 % waiting for data, 0.5 GiB" in shown
-    assert "3.3 min left" in shown and "refresh" in text            # 1000 steps of .2 s
+    assert "step 100 of 1,101, 0.3 min so far, 200 ms, 80 images/s, 3 % waiting, 0.5 GiB, 3.3 min left" in shown
+    assert "refresh" in text                                        # time is left: 1000 steps of .2 s
     assert "a chip" in shown and "rec=1.0, orth=0.1" in shown and "data" not in re.findall(r"<th>(\w+)", text)
     assert re.search(r"<b>rec</b> 0.5<", text) and report.HEALTHY["rec"] in shown
     assert re.search(r"<b>real</b> 2, <b>fake</b> -2<", text)       # in one chart
