@@ -24,7 +24,7 @@ from fusion import FCTFG, Config, mean_w, published
 from landmarks import load_landmarks
 from losses import Augment
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
-from motion import OPENER, fit_moves, fit_opening, held_still, lip_opening
+from motion import MIRROR, OPENER, fit_moves, fit_opening, held_still, lip_opening
 from stylegan2 import Discriminator
 from syncnet import load_sync
 from vision import small_picture, zeroed
@@ -34,14 +34,17 @@ LIP_STEPS = 4000   # of train_lips, at most: 11 minutes of one core; after 3000 
 NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
 NOISY = 0.3        # share of the voices in a noisy room
 LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
+bar = functools.partial(tqdm, leave=False, disable=None)
 
 
 def stage(args, model, D, data, networks, device) -> dict:
     """What a stage starts with, once (--resume needs no start) -> its frozen networks, see own_judges.
 
     networks: those of build_networks, which are in `model` and D already."""
-    if args.stage == 1 or args.resume:
-        return own_judges(args, D, data, networks, device) if args.resume else {}
+    if args.stage == 1:
+        return {}
+    if args.resume:
+        return own_judges(args, D, data, networks, device)
     if args.part == "encoder" and model.mouth:
         train_reader(model, data, device, args.seed, min(1500, args.steps))
     if args.part == "encoder" and "encoder" not in networks:
@@ -49,11 +52,10 @@ def stage(args, model, D, data, networks, device) -> dict:
     if model.encoder.latent_avg.isnan().any():                                         # a published file without it
         model.encoder.latent_avg.copy_(mean_w(model.generator))
     frozen = own_judges(args, D, data, networks, device)
-    if args.stage == 3:
-        if "motion" not in networks:                                                   # --init is not a whole network
-            fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
-        if model.mouth:
-            train_lips(model, data, args, device)
+    if args.stage == 3 and "motion" not in networks:                                   # --init is not a whole network
+        fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
+    if args.stage == 3 and model.mouth:
+        train_lips(model, data, args, device)
     return frozen
 
 
@@ -79,17 +81,12 @@ def build_networks(args, data, ckpt, device):
     known = dict((ckpt or previous or {}).get("networks", {}))
     state = known.pop("model", {})
     if not ckpt:
-        learned = ("generator.",) if args.part == "encoder" else (
-            "generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
+        own, learned = model.state_dict(), ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
         state = previous["ema"]["model"] if previous else {}
-        state = {k: v for k, v in state.items() if ("motion" in known or k.startswith(learned))
-                 and k.partition(".")[0] not in files}
+        state = {k: v for k, v in state.items() if "motion" in known or k.startswith(learned)}
         state |= {f"{name}.{k}": v for name, network in files.items() for k, v in network.state_dict().items()}
-        own = model.state_dict()
         state = {k: v for k, v in state.items() if k in own}
-        if args.part == "lips":                                                        # those of an older form start anew
-            state = {k: v for k, v in state.items() if v.shape == own[k].shape}
-        known |= dict.fromkeys(files) | ({"D": files["D"].state_dict()} if "D" in files else {})
+        known |= {name: network.state_dict() for name, network in files.items()}
     model.load_state_dict(state, strict=bool(ckpt))
     if "D" in known:
         D.load_state_dict(known.pop("D") if ckpt else known["D"])
@@ -123,8 +120,6 @@ def make_config(args, pack, previous, overrides) -> Config:
         config.coarse_rgb = 0
     if "hyper" not in overrides and (args.stage == 2 or not previous):
         config.hyper, config.hyper_width = dial.hyper if args.part == "hyper" else "none", dial.hyper_width
-    if args.part == "lips" and not config.voice_norm:                                  # weights of the first kind
-        config.voice_norm, config.audio_width = dial.voice_norm, dial.audio_width
     if args.stage == 2:                                                                # stage 3 inherits these
         config.mouth_dim, config.shape_dim, config.audio_width = dial.mouth_dim, dial.shape_dim, dial.audio_width
     elif args.stage == 3 and not previous:                                             # stage 2 would have learned it
@@ -136,12 +131,11 @@ def make_config(args, pack, previous, overrides) -> Config:
 
 def load_judges(args, device) -> dict:
     """The frozen networks that a loss weight asks for: published ones, fetched on first use, and stage 3's sync expert"""
-    own = args.path
+    own, template = args.path, lambda: open_packs(args.data).template if args.data else "toy"
     makers = dict(sync=lambda: sync_expert(args, device),
                   vgg=lambda: judges.vgg19(device, own.get("vgg19")),
                   lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
-                  arcface=lambda: judges.arcface(
-                      device, own.get("arcface"), open_packs(args.data).template if args.data else "toy"))
+                  arcface=lambda: judges.arcface(device, own.get("arcface"), template()))
     frozen = {}
     for name, make in makers.items():
         try:
@@ -188,7 +182,7 @@ def own_judges(args, D, data, networks, device) -> dict:
 def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
     """Adam on loss_of(step), with a progress bar and a line that says how long it takes -> running mean of the loss"""
     opt, mean, begin = torch.optim.Adam(parameters, lr), 0.0, time.perf_counter()
-    for step in tqdm(range(steps), desc=name, leave=False, disable=None):
+    for step in bar(range(steps), name):
         loss = loss_of(step)
         opt.param_groups[0]["lr"] = lr * (1 - step / steps) if decay else lr
         opt.zero_grad(set_to_none=True)
@@ -209,7 +203,7 @@ def fit_encoder(model, images, device, most=3000):
         coarse = model.config.coarse_rgb
         n = max((8 if coarse else 2) * len(model.encoder.linear_down.weight), most)
         print(f"before the first step: principal components of {n} images" + ", coarse RGB in closed form" * bool(coarse))
-        seen = torch.stack([images[i]["image"] for i in tqdm(range(n), "images", leave=False, disable=None)]).to(device)
+        seen = torch.stack([images[i]["image"] for i in bar(range(n), "images")]).to(device)
         masked = mask_mouth(seen, model.config.template, "lips") if model.mouth else seen
         model.encoder.start_linear(masked)
         if coarse:
@@ -258,8 +252,7 @@ def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
     maps.coarse_rgb.bias.copy_((centre - drawn[0]).flatten())
 
 
-# the same mouth in a mirror: which of its 20 points stands for which
-MIRRORED = (6, 5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 16, 15, 14, 13, 12, 19, 18, 17)
+MIRRORED = np.array(MIRROR[48:]) - 48  # the same mouth in a mirror: which of its 20 points stands for which
 
 
 def mouth_shape(points: np.ndarray) -> np.ndarray:
@@ -267,9 +260,16 @@ def mouth_shape(points: np.ndarray) -> np.ndarray:
     points about their middle, averaged with their mirror image, all in the landmarks' unit. Upright heads."""
     mouth = points[:, 48:68] - points[:, 48:68].mean(1, keepdims=True)                 # (n, 20, 2)
     mouth = (mouth + mouth[:, MIRRORED] * (-1, 1)) / 2
-    opening = np.mean([points[:, b, 1] - points[:, a, 1] for a, b in ((61, 67), (62, 66), (63, 65))], 0)
     jaw = points[:, 8, 1] - points[:, 33, 1]
-    return np.concatenate([opening[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
+    return np.concatenate([lip_opening(points)[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
+
+
+@torch.no_grad()
+def read_clips(model, pack, landmarks, clips):
+    """Yields of each clip its landmarks (T, 68, 2), and the shape of its lips as the MouthEncoder reads it, (T, K)"""
+    for c in bar(clips, "reading lips"):
+        images = to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(model.motion.moves.device)
+        yield landmarks.clip(c), model.mouth(images)[:, :model.config.shape_dim]
 
 
 def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_clip=30):
@@ -285,8 +285,7 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
         boxes.append(model.mouth.mouth_crop(to_tensor(pack.frames(c, ks)), margin=0.125).to(torch.float16))
         shapes.append(mouth_shape(landmarks.clip(c)[ks] / pack.size))
 
-    chosen = rng.permutation(data["clips"][np.isin(data["clips"], of_clips.kept)])[:clips]
-    for c in tqdm(chosen, "mouths", leave=False, disable=None):
+    for c in bar(rng.permutation(data["marked"])[:clips], "mouths"):
         collect(data["pack"], of_clips, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
     shape, n_clips = np.concatenate(shapes), sum(map(len, shapes))                     # (n, 42)
     deviation = np.concatenate([s - s.mean(0) for s in shapes])                        # of one person, within a clip
@@ -370,7 +369,7 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
         z_masked.append(model.encode_driving(x[None].to(device))[0])
         deviation.append(moving * (z[-1] - z[-1].mean(0)))
 
-    for c in tqdm(chosen, "motion space", leave=False, disable=None):
+    for c in bar(chosen, "motion space"):
         length = int(pack.n_frames[c])
         add(to_tensor(pack.frames(c, np.sort(rng.choice(length, min(per_clip, length), replace=False)))), 1)
     for i in range(0, clips * per_clip // 2, 64) if photos else ():
@@ -394,16 +393,15 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
 
     LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
     share their sound windows."""
-    pack, steps = data["pack"], min(LIP_STEPS, args.steps)
+    pack, landmarks, steps = data["pack"], data["landmarks"][0], min(LIP_STEPS, args.steps)
     rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
-    landmarks, held_out = data["landmarks"][0], [c for c in data["held_out"] if pack.n_frames[c] >= span]
-    long = data["clips"][pack.n_frames[data["clips"]] >= span]                         # with --by-person clips come twice
-    long, held_out = long[np.isin(long, landmarks.kept)], np.intersect1d(held_out, landmarks.kept)[:50].tolist()
+    long = data["marked"][pack.n_frames[data["marked"]] >= span]                       # with --by-person clips come twice
+    held_out = np.intersect1d([c for c in data["held_out"] if pack.n_frames[c] >= span], landmarks.kept)[:50]
     if not len(long):
         raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
     chosen = rng.permutation(np.unique(long))[:most]
     n, number = len(chosen), {c: i for i, c in enumerate(chosen)}
-    drawn, chosen = [number[c] for c in long if c in number], [*chosen, *held_out]
+    drawn, chosen = [number[c] for c in long if c in number], [*chosen, *held_out.astype(int)]
     shapes = lip_shapes(model, pack, landmarks, chosen, device)                        # (T, K) each
     train = torch.cat(shapes[:n])
     openings, power = train[:, 0], train.var(0).clamp_min(1e-3)
@@ -419,24 +417,26 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
         wav = not_speech(5 * span * SAMPLES_PER_FRAME, draw) if i < 0 else pack.sound(chosen[i])
         return log_mel(add_room(wav, draw) if noisy else wav, model.config.voice_norm)
 
+    def stretch(i, clean):
+        """`span` frames of clip i, or of no speech -> windows of their sound and `reach` more, shape of their lips"""
+        i = -rng.integers(1, 200) if not clean and rng.random() < NO_SPEECH else i
+        target = shapes[i] if i >= 0 else shut.expand(5 * span, -1)                    # (T, K)
+        k = int(rng.integers(len(target) - span + 1))
+        sound = mel(i, not clean and i >= 0 and rng.random() < NOISY)
+        sound = sound if clean else spec_augment(sound, rng)
+        return mel_windows(sound, np.arange(k - reach, k + span + reach)), target[k:k + span]
+
     def loss_of(step, clips=None):
-        items, targets = [], []
-        for i in rng.choice(drawn, batch) if clips is None else clips:
-            i = -rng.integers(1, 200) if clips is None and rng.random() < NO_SPEECH else i
-            target = shapes[i] if i >= 0 else shut.expand(5 * span, -1)                # (T, K)
-            k = int(rng.integers(len(target) - span + 1))
-            sound = mel(i, clips is None and i >= 0 and rng.random() < NOISY)
-            sound = spec_augment(sound, rng) if clips is None else sound
-            items.append(mel_windows(sound, np.arange(k - reach, k + span + reach)))
-            targets.append(target[k:k + span])
+        clean, clips = clips is not None, rng.choice(drawn, batch) if clips is None else clips
+        sound, targets = zip(*[stretch(i, clean) for i in clips])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            z_a = model.encode_sound(torch.from_numpy(np.stack(items)).to(device))
+            z_a = model.encode_sound(torch.from_numpy(np.stack(sound)).to(device))
             predicted = model.motion.lip_shape(z_a, reach)                             # (B, span, K)
         return ((predicted.float() - torch.stack(targets)).square() * weight).sum(-1).mean()
 
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
     missed, words = regress(f"regression of lips on sound, {n} clips", trained, steps, 1e-3, loss_of), ""
-    if held_out:
+    if len(held_out):
         with torch.no_grad():
             words = f", {100 * (1 - loss_of(0, range(n, len(chosen)))):.0f} % in {len(held_out)} held-out clips"
     for q in model.motion.lips[-1].parameters():
@@ -449,12 +449,10 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
 def lip_shapes(model, pack, landmarks, clips, device) -> list:
     """Clips -> shape of the lips in their frames, [(T, K), ..]: the landmarks' opening, and those linear functions of the
     landmarks that are nearest to the MouthEncoder's other numbers, since it reads single people badly."""
-    mean, points, read = load_landmarks().solid.double().numpy(), [], []
-    for c in tqdm(clips, "reading lips", leave=False, disable=None):
-        images = to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(device)
-        read.append(model.mouth(images)[:, :model.config.shape_dim])                   # (T, K)
-        points.append(torch.from_numpy(mouth_shape(held_still(landmarks.clip(c), mean))).float().to(device))
-    x, y = (torch.cat([v - v.mean(0) for v in found]).cpu().double() for found in (points, read))
+    mean = load_landmarks().solid.double().numpy()
+    found, read = zip(*read_clips(model, pack, landmarks, clips))
+    points = [torch.from_numpy(mouth_shape(held_still(p, mean))).float().to(device) for p in found]  # (T, 42)
+    x, y = (torch.cat([v - v.mean(0) for v in values]).cpu().double() for values in (points, read))
     std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
     linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
     # the opening is the landmarks' alone, with the deviation and mean of the readings
@@ -479,32 +477,24 @@ def one_scale(shapes: list, people) -> list:
 def fit_warp(model, data, clips=200):
     """For warp.py: how the landmarks of a face move with the shape of the lips, and the opening that its first number
     stands for. Least squares over training clips, a minute on a CPU. Ours."""
-    pack, landmarks = data["pack"], data["landmarks"][0]
-    motion, mean = model.motion, load_landmarks().solid.double().numpy()
-    moving, predicted, real = [], [], []
-    chosen = np.unique(data["clips"][np.isin(data["clips"], landmarks.kept)])
-    chosen = np.sort(np.random.default_rng(4).permutation(chosen)[:clips])             # of all people
+    pack, landmarks, motion = data["pack"], data["landmarks"][0], model.motion
+    mean, moving, predicted, real = load_landmarks().solid.double().numpy(), [], [], []
+    chosen = np.sort(np.random.default_rng(4).permutation(np.unique(data["marked"]))[:clips])  # of all people
     print(f"after the last step: landmarks' motion with the lips, least squares over {len(chosen)} clips")
-    for c in tqdm(chosen, "landmarks", leave=False, disable=None):
-        frames = range(int(pack.n_frames[c]))
-        points = landmarks.clip(c).astype(np.float64)                                  # (T, 68, 2)
-        with torch.no_grad():
-            images = to_tensor(pack.frames(c, frames)).to(motion.moves.device)
-            shape = torch.cat([model.mouth(x) for x in images.split(64)])[:, :model.config.shape_dim]
+    for c, (points, shape) in zip(chosen, read_clips(model, pack, landmarks, chosen)):
+        points = points.astype(np.float64)
         moving.append((points, shape[:, 1:].cpu().numpy()))
-        mel = torch.from_numpy(pack.windows(c, frames, model.config.voice_norm)).to(shape.device)
+        mel = torch.from_numpy(pack.windows(c, range(len(points)), model.config.voice_norm)).to(shape.device)
         predicted.append(model.lip_shape(mel)[:, 0].cpu().numpy())
         real.append(lip_opening(held_still(points, mean)))
         if landmarks.detectors[pack.find(c)[0]] == "mediapipe":                        # fit_opening expects dlib's
             real[-1] /= OPENER
     if not motion.moves.any():                                                         # --init may have them
         motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))
-    for p in np.unique(pack.identity[chosen]):                                         # shut lips of everybody are 0
-        own = [i for i, c in enumerate(chosen) if pack.identity[c] == p]
-        shut = np.quantile(np.concatenate([real[i] for i in own]), 0.05)
-        for i in own:
-            real[i] = real[i] - shut
-    motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), np.concatenate(real))))
+    people = pack.identity[chosen]                                                     # shut lips of everybody are 0
+    shut = {p: np.quantile(np.concatenate([r for r, q in zip(real, people) if q == p]), 0.05) for p in people}
+    real = np.concatenate([r - shut[p] for r, p in zip(real, people)])
+    motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), real)))
 
 
 @torch.no_grad()

@@ -27,13 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch.utils.data import default_collate
 
 import initialise
 import losses
 from checkpoint import (
-    RANK, WORLD, StepTimer, average, check_finite, claim_output, cosine_warmup, half, join_run, load_checkpoint, meet,
-    open_log, refusing, restore_run, save_checkpoint, save_run, update_ema, write_log)
+    RANK, WORLD, StepTimer, check_finite, claim_output, cosine_warmup, descent, half, join_run, load_checkpoint, meet,
+    millions, open_log, progress, refusing, restore_run, save_checkpoint, save_run, update_ema, write_log)
 from data import Clips, Frames, Mixed, Pack, batches, check_alike, drawn_clips, open_packs, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
 from fusion import middle
@@ -70,7 +70,8 @@ WEIGHTS = dict(
     sync=(None, None, 0.3))         # sync
 
 
-def parse(argv=None):
+def parse(argv=None, saved=None):
+    """saved: the options in the checkpoint of a run that goes on, which hold where they are not given anew"""
     p = Parser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
@@ -106,17 +107,17 @@ def parse(argv=None):
     add("--device", default="auto")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="processes that load data")
+    if saved:
+        p.set_defaults(**saved | dict(steps=None, path=[*saved["path"].items()], w=[*saved["w"].items()]))
     args = p.parse_args(argv)
-    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where not given
     if args.part and args.stage != (3 if args.part == "lips" else 2):
         p.error("--part encoder and hyper are of --stage 2, lips is of --stage 3")
     args.part = args.part or ("encoder" if args.stage == 2 else None)
-    default = initialise.LIP_STEPS if args.part == "lips" else STEPS[args.stage]
-    args.steps = default if args.steps is None else args.steps
-    args.path, args.w = dict(args.path or ()), loss_weights(args, dict(args.w or ()))
-    args.given = {k: v if k != "path" else args.path for k, v in given.items() if v is not None}
-    args.given |= {f"w {k}": v for k, v in given["w"] or ()}
-    args.world = WORLD
+    args.path, args.w, args.world = dict(args.path or ()), loss_weights(args, dict(args.w or ())), WORLD
+    if args.steps is None and saved:                                                   # as many images in all
+        args.steps = round(saved["steps"] * images_a_step(saved) / images_a_step(vars(args)))
+    elif args.steps is None:
+        args.steps = initialise.LIP_STEPS if args.part == "lips" else STEPS[args.stage]
     return args
 
 
@@ -152,21 +153,18 @@ def loss_weights(args, given: dict) -> dict:
 CHANGEABLE = {"steps", "lr", "lr_gan", "data", "photos", "expert", "path", "device", "workers", "accumulate", "compile"}
 
 
-def resume_options(args, saved: dict, path):
+def resume_options(argv, args, saved: dict, path):
     """Options of a run that goes on: those in its checkpoint (`saved`), but what is CHANGEABLE and given anew. A line
     says what has changed. InputError: another option is given with another value."""
-    old = {k: v for k, v in saved.items() if k not in ("stage", "part", "out", "resume", "overwrite", "w", "world")}
-    flat = old | {f"w {k}": v for k, v in saved["w"].items()}
-    new = {k: v for k, v in args.given.items() if k in flat and v != flat[k]}
-    words = {k: f"--{k.replace('_', '-')} {flat[k]} -> {v}" for k, v in new.items()}
-    if fixed := [word for k, word in words.items() if k not in CHANGEABLE and not k.startswith("w ")]:
+    here = {k: getattr(args, k) for k in ("stage", "part", "out", "resume", "overwrite")}
+    args = parse(argv, saved | here)
+    old, new = (options | {f"w {k}": v for k, v in options["w"].items()} for options in (saved, vars(args)))
+    changes = {k: f"--{k.replace('_', '-')} {old[k]} -> {v}" for k, v in new.items()
+               if k in old and v != old[k] and k not in (*here, "w", "world")}
+    if fixed := [change for k, change in changes.items() if k not in CHANGEABLE and not k.startswith("w ")]:
         raise InputError(f"{path}: --resume cannot change {', '.join(fixed)}; --overwrite starts anew")
-    print(", ".join([f"{path}: goes on with its own options", *words.values()]))
-    w = {k: new.get(f"w {k}", v) for k, v in saved["w"].items()}
-    options = vars(args) | {k: new.get(k, v) for k, v in old.items()} | dict(w=w)
-    if "steps" not in args.given:                                                      # as many images as before
-        options["steps"] = round(options["steps"] * images_a_step(saved) / images_a_step(options))
-    return argparse.Namespace(**options)
+    print(", ".join([f"{path}: goes on with its own options", *changes.values()]))
+    return args
 
 
 def images_a_step(options: dict) -> int:
@@ -207,12 +205,12 @@ def forward_stage2(model, batch):
     return dict(real=real, fake=fake, fake_swapped=swapped, target_mouth=target)
 
 
-def forward_hyper(model, batch, deltas=None):
-    """image -> code -> image by weights that the hypernetwork has changed once more"""
+def forward_hyper(model, batch):
+    """image -> code -> image by weights that the hypernetwork has changed once more; deltas: changes of before"""
     real = batch["image"]
     with torch.no_grad():
         z = model.invert(real)
-    deltas = model.refine(real, z, deltas)
+    deltas = model.refine(real, z, batch.get("deltas"))
     return dict(real=real, fake=model.decode(z, deltas), deltas=deltas)
 
 
@@ -231,9 +229,8 @@ def forward_stage3(model, batch):
             true_mouth[..., model.config.shape_dim:] = 0                               # appearance
             true_mouth[1::2] = torch.nan                                               # from sound
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
-    sound = batch["sync_sound"] if "sync_sound" in batch else middle(batch["mel"], 1)[:, 0]  # of the middle frame
     out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
-               sound=sound)
+               sound=batch.get("sync_sound", middle(batch["mel"], 1)[:, 0]))                # of the middle frame
     return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
@@ -314,8 +311,7 @@ def main(argv=None):
         args.resume = True                                                             # others load what it saved
     ckpt = load_checkpoint(path, f"stage{args.stage}") if args.resume else None        # to the CPU
     with refusing(path, "not a run of this version"):
-        args = resume_options(args, ckpt["args"], path) if ckpt else args
-    del args.given
+        args = resume_options(argv, args, ckpt["args"], path) if ckpt else args
     w, images = args.w, images_a_step(vars(args))
     claim_output(path, args)
     frozen = initialise.load_judges(args, device)                                      # before anything slow
@@ -346,9 +342,9 @@ def main(argv=None):
     if WORLD > 1 and not RANK:
         save(step0)
         meet()
-    trained, fixed = (sum(q.numel() for q in model.parameters() if q.requires_grad == t) / 1e6 for t in (True, False))
-    print(f"stage {args.stage} on {WORLD} x {device}: {len(data['pack'])} clips, {trained:.2f} M parameters trained, "
-          f"{fixed:.2f} M fixed; loss weights " + " ".join(f"{k}={v:g}" for k, v in w.items()))
+    trained = sum(q.numel() for q in model.parameters() if q.requires_grad) / 1e6
+    print(f"stage {args.stage} on {WORLD} x {device}: {len(data['pack'])} clips, {trained:.2f} of {millions(model)} "
+          "trained; loss weights " + " ".join(f"{k}={v:g}" for k, v in w.items()))
     forward, losses_of = STAGES[name]
     refinements = model.config.refine if args.part == "hyper" else 1
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
@@ -358,77 +354,75 @@ def main(argv=None):
         for network in filter(None, (model.generator, model.encoder, D)):
             network.compile()
 
-    # four losses of a micro-batch: each yields the loss and, for the log, its terms
-
-    def discriminator_losses(part):                                                    # logistic
-        D.requires_grad_(True)
-        with bf16():
-            with torch.set_grad_enabled(args.accumulate == 1):                         # no graphs of several
-                part["out"] = out = forward(model, part)
-            real, fake = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
-        loss = losses.discriminator_loss(real, fake)
-        yield loss, dict(d=loss, real=real.mean(), fake=fake.mean(), sign=real.sign().mean())
-
-    def generator_losses(part):                                                        # and of everything before it
-        D.requires_grad_(False)
-        out = part.pop("out", None)
-        for turn in range(refinements):                                                # 1, but of the hypernetwork
-            with bf16():
-                if turn:
-                    out = forward(model, part, out["deltas"])
-                elif out is None or args.accumulate > 1:
-                    out = forward(model, part)
-                terms = losses_of(model, frozen, out, w)
-                if adversarial:
-                    terms["adv"] = losses.generator_loss(D(augment(all_fakes(out))))
-            terms = {k: w[k] * v for k, v in terms.items()}
-            part["real"] = out["real"]
-            yield sum(terms.values()), terms
-
-    def r1(part):                                                                      # in fp32, every 16th step of D
-        D.requires_grad_(True)
-        real = augment(part["real"]).detach().requires_grad_(True)
-        with eager():
-            penalty = w["r1"] / 2 * losses.r1_penalty(real, D(real))
-            yield 16 * penalty, dict(r1=penalty)
-
-    def path_length(part):                                                             # on half a batch, every 4th step
-        with eager():
-            small = forward(model, dict(image=part["real"][:max(1, args.batch // 2)]))
-            penalty, mean = losses.path_length_penalty(small["fake"], small["w_plus"], mean_path)
-            yield 4 * w["path"] * penalty, dict(path=w["path"] * penalty, mean_path=mean)
-
     log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
     stream = load_batches(args, data, model.config, getattr(frozen.get("sync"), "uses_mfcc", False), step0)
     timer, shown = StepTimer(device), {}                                               # the last value of each term
-    bar = tqdm(range(step0, args.steps), initial=step0, total=args.steps, desc=name, disable=True if RANK else None)
-    for step in bar:
+    for step in (bar := progress(name, step0, args.steps)):
         last = step + 1 == args.steps
         batch = timer.next(stream)                                                     # images (N, 3, H, W), see data.py
         micro = [{k: v[i::args.accumulate] for k, v in batch.items()} for i in range(args.accumulate)]
         rate = 1.0 if args.stage == 1 else cosine_warmup(step, args.steps, 100)        # slow: keep what is learned
-        for group in opt_g.param_groups + opt_d.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-
         # no adversary on windows: five frames of one clip are nearly one sample
         adversarial = w["adv"] and (args.stage < 3 or batch["mel"].shape[1] == 1 + 2 * model.config.context)
-        of_d = descend(opt_d, micro, discriminator_losses) if adversarial else {}
-        terms = descend(opt_g, micro, generator_losses) | of_d
-        # lazy regularisation, when the graph of this step is gone
+        of_g, of_d, of_r1, of_path, reals = [], [], [], [], []                         # terms of each micro-batch
+
+        if adversarial:                                                                # discriminator: logistic loss
+            D.requires_grad_(True)
+            with descent(opt_d, rate):
+                for part in micro:
+                    with bf16():
+                        with torch.set_grad_enabled(args.accumulate == 1):             # no graphs of several
+                            out = forward(model, part)
+                        real, fake = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
+                    loss = losses.discriminator_loss(real, fake)
+                    (loss / len(micro)).backward()
+                    of_d.append(detached(d=loss, real=real.mean(), fake=fake.mean(), sign=real.sign().mean()))
+                    part["out"] = out if args.accumulate == 1 else None
+
+        D.requires_grad_(False)                                                        # generator, and all before it
+        with descent(opt_g, rate):
+            for part in micro:
+                for _ in range(refinements):                                           # 1, but of the hypernetwork
+                    with bf16():
+                        out = part.pop("out", None) or forward(model, part)
+                        terms = losses_of(model, frozen, out, w)
+                        if adversarial:
+                            terms["adv"] = losses.generator_loss(D(augment(all_fakes(out))))
+                    terms = {k: w[k] * v for k, v in terms.items()}
+                    (sum(terms.values()) / len(micro)).backward()
+                    part["deltas"] = out.get("deltas")
+                of_g.append(detached(**terms))
+                reals.append(out["real"])
+        del micro, part, out, terms                                                    # graphs, weight changes
+
+        # lazy regularisation, in fp32: R1 every 16th step of D, path length every 4th, on half a batch
         if adversarial and step // (2 if w.get("sync") else 1) % 16 == 0:
-            terms |= descend(opt_d, micro, r1)
+            D.requires_grad_(True)
+            with descent(opt_d, rate), eager():
+                for real in reals:
+                    real = augment(real).detach().requires_grad_(True)
+                    penalty = w["r1"] / 2 * losses.r1_penalty(real, D(real))
+                    (16 * penalty / len(reals)).backward()
+                    of_r1.append(detached(r1=penalty))
         if w.get("path") and step % 4 == 0:
-            terms |= descend(opt_g, micro, path_length)
-        terms = check_finite(terms, step)                                              # floats, means over all processes
+            with descent(opt_g, rate), eager():
+                for real in reals:
+                    out = forward(model, dict(image=real[:max(1, args.batch // 2)]))
+                    penalty, mean = losses.path_length_penalty(out["fake"], out["w_plus"], mean_path)
+                    (4 * w["path"] * penalty / len(reals)).backward()
+                    of_path.append(detached(path=w["path"] * penalty, mean_path=mean))
+        terms = check_finite(means(of_g, of_d, of_r1, of_path), step)                  # floats, over all processes
         mean_path, sign = terms.pop("mean_path", mean_path), terms.pop("sign", None)
         if adversarial and args.augment >= 0:
             augment.update(sign, images)
         update_ema(ema, model, (step + 1) * images, images)
 
         shown |= terms
-        if not RANK and (step % LOG_EVERY == 0 or last):
+        if RANK:                                                                       # the first process logs and saves
+            continue
+        if step % LOG_EVERY == 0 or last:
             write_log(log, bar, dict(step=step) | shown | dict(p=augment.p) | timer.pace(images), args.steps)
-        if not RANK and ((step + 1) % SAVE_EVERY == 0 or last):
+        if (step + 1) % SAVE_EVERY == 0 or last:
             save_examples(os.path.join(args.out, f"{name}.png"), ema, data, args)
             if args.stage == 3 and last:
                 initialise.collect_idle(ema, data["pack"], data["clips"], device)
@@ -450,18 +444,13 @@ def export(model, data, args):
     print(f"{weights}: for sample.py --weights")
 
 
-def descend(opt, micro, losses_of) -> dict:
-    """A step of an optimiser down a mean loss over micro-batches and processes -> the terms, means over micro-batches"""
-    found = []
-    opt.zero_grad(set_to_none=True)
-    for part in micro:
-        for loss, terms in losses_of(part):
-            (loss / len(micro)).backward()
-            last = {k: v.detach() for k, v in terms.items()}
-        found.append(last)
-    average([q.grad for group in opt.param_groups for q in group["params"] if q.grad is not None])
-    opt.step()
-    return {k: sum(terms[k] for terms in found) / len(micro) for k in found[0]}
+def detached(**terms):
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def means(*found) -> dict:
+    """Lists of the terms of micro-batches -> the mean of each term"""
+    return {name: sum(terms[name] for terms in of) / len(of) for of in filter(None, found) for name in of[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +504,7 @@ def rates(args, config) -> dict:
 
 def load_data(args) -> dict:
     """pack and photos (or None); clips: numbers of the clips to train on; images: frames of these, and photos; landmarks:
-    of pack and photos, or None; held_out, held_out_photos: numbers of clips"""
+    of pack and photos, or None; marked: clips that have some; held_out, held_out_photos: numbers of clips"""
     if args.data:
         pack = open_packs(args.data)
     else:
@@ -536,6 +525,7 @@ def load_data(args) -> dict:
         packs.append(photos)
     if all((part.folder / "landmarks" / "clips.jsonl").exists() for p in packs for part in p.packs):
         data["landmarks"] = [Landmarks(p) for p in packs]
+        data["marked"] = data["clips"][np.isin(data["clips"], data["landmarks"][0].kept)]
     return data
 
 
@@ -543,8 +533,7 @@ def load_batches(args, data, config, mfcc: bool, start: int):
     """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
     loss, else and on odd steps many clips of one frame; with a mouth code half of them are photos, if there are any"""
     def load(dataset, batch, first):
-        for items in batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD):
-            yield {k: v for k, v in items.items() if k not in ("identity", "clip", "frames")}  # not read here
+        return batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD)
 
     if args.stage < 3:
         yield from load(data["images"], args.batch, start)
@@ -577,29 +566,30 @@ def save_examples(path, ema, data, args, n=8):
     if args.stage == 1:
         z = torch.randn(3 * n, ema.generator.dim, generator=torch.Generator().manual_seed(0)).to(device)
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
-        rows, names = ema.generator(w).unflatten(0, (3, n)), ["samples", "", ""]
+        rows = dict(zip(("samples", "", " "), ema.generator(w).unflatten(0, (3, n))))
     else:
         clips = stage3_clips(data["pack"], 1, ema.config, 12345, flip=False, clips=data["held_out"])
-        items, about = [clips[i] for i in range(n)], f"; held out: {len(data['held_out'])} clips"
+        items, about = [clips[i] for i in range(n)], f"held out: {len(data['held_out'])} clips"
         if args.photos:
             about += f", {len(data['held_out_photos'])} photos (from the third column on)"
             for item, c in zip(items[2:], data["held_out_photos"]):
                 item["source"] = to_tensor(data["photos"].pack.frame(c, 0))
-        source, driving, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "driving", "mel"))
+        source, driving, mel = (default_collate([item[k] for item in items]).to(device)
+                                for k in ("source", "driving", "mel"))
     if args.stage == 2:
         z = ema.invert(source)
-        rows, names = [source, ema.decode(z)], [f"image{about}", "inversion"]
+        rows = {f"image; {about}": source, "inversion": ema.decode(z)}
         if ema.hyper:
-            rows.append(ema.decode(z, ema.weight_changes(source, z)))
-            names.append("refined by the hypernetwork")
+            rows["refined by the hypernetwork"] = ema.decode(z, ema.weight_changes(source, z))
         elif ema.mouth:
-            rows.append(ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0))))
-            names.append("inversion with the mouth of the column to the left")
+            swapped = ema.decode(ema.invert(source, ema.mouth(source).roll(1, 0)))
+            rows["inversion with the mouth of the column to the left"] = swapped
     elif args.stage == 3:
         driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # another person's head and sound
-        rows = source, middle(driving, 1)[:, 0], ema(source, driving, mel, ema.config.context)[0][:, 0]
-        names = f"source{about}", "driving frame, with its sound: the column to the left", "source, driven"
-    image_grid([to_uint8(row.clamp(-1, 1)) for row in rows], names, max(128, args.size)).save(path + ".tmp.png")
+        rows = {f"source; {about}": source,
+                "driving frame, with its sound: the column to the left": middle(driving, 1)[:, 0],
+                "source, driven": ema(source, driving, mel, ema.config.context)[0][:, 0]}
+    image_grid([to_uint8(row.clamp(-1, 1)) for row in rows.values()], rows, max(128, args.size)).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)
 
 
