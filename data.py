@@ -7,6 +7,7 @@ How frames are drawn is ours: the paper (FC-TFG, arXiv 2304.03275, section 3.5) 
 """
 
 import bisect
+import fcntl
 import hashlib
 import io
 import itertools
@@ -23,14 +24,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from audio import mfcc, sound_windows
-from checkpoint import FORMAT
+from checkpoint import FORMAT, refusing
 from faces import TEMPLATES
-from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, to_int16, to_tensor
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows: no lock against a second run
+from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, refused, to_int16, to_tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # packs
@@ -54,47 +50,42 @@ class PackWriter:
 
     size: edge of the frames in pixels. template: of faces.TEMPLATES. keep: continue an unfinished pack behind its first
     `keep` clips, by journal.jsonl, which has a line for each clip, written after it. shard_of: the folder of which this
-    pack has a part (see Packs).
-    Raises InputError: the folder holds a pack, cannot be written, is in use, or was begun with another size.
+    pack has a part (see Packs). InputError: the folder holds a pack, cannot be written, is in use, or was begun with
+    another size.
     """
 
     def __init__(self, folder: str | Path, size: int, template: str, keep: int = 0, shard_of: str | None = None):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
-        self.folder, self.size, self.template = Path(folder).absolute(), size, template
+        self.folder, self.size, self.head = Path(folder).absolute(), size, dict(size=size, template=template)
         self.more = dict(shard_of=str(shard_of)) if shard_of else {}
         self.index = {name: [] for name in ("n_frames", "n_samples", "identity", "box", "fps")}
         self.jpeg_start = array("q", [0])  # not a list: 75 million numbers are 600 MB, not 3 GB
-        self.identities, self.sources, self.n_sound = {}, [], 0
+        self.identities, self.sources = {}, []
         if (self.folder / "meta.json").exists():
             raise InputError(f"{folder}: holds a pack already, name another directory")
-        try:
+        with refused(folder, "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.open(keep)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
     def open(self, keep: int):
         """Opens the three files, cut behind the first `keep` clips."""
         self.files = {name: open(self.folder / name, "ab") for name in ("frames.bin", "sound.bin", "journal.jsonl")}
-        journal = self.files["journal.jsonl"]
-        if fcntl:
-            try:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.folder}: another run is writing there") from None
-        head, lines = json.dumps(dict(size=self.size, template=self.template)).encode() + b"\n", []
-        if keep:
-            with open(journal.name, "rb") as file:
-                lines = list(itertools.islice(file, 1 + keep))
-            if len(lines) <= keep or lines[0] != head:
-                raise InputError(f"{self.folder}: was begun with other options, or its journal is damaged: remove it")
-            for line in lines[1:]:
-                self.append(json.loads(line))
-        for name, end in (("frames.bin", self.jpeg_start[-1]), ("sound.bin", 2 * self.n_sound)):
-            self.files[name].truncate(end)
-        journal.truncate(sum(map(len, lines)))
-        if not lines:
-            journal.write(head)
+        frames, sound, journal = self.files.values()
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another run is writing there") from None
+        head = json.dumps(self.head).encode() + b"\n"
+        with open(journal.name, "rb") as file:
+            lines = list(itertools.islice(file, 1 + keep)) if keep else [head]
+        if len(lines) <= keep or lines[0] != head:
+            raise InputError(f"{self.folder}: was begun with other options, or its journal is damaged: remove it")
+        for line in lines[1:]:
+            self.append(json.loads(line))
+        frames.truncate(self.jpeg_start[-1])
+        sound.truncate(2 * sum(self.index["n_samples"]))
+        journal.truncate(sum(map(len, lines)) if keep else 0)
+        journal.write(b"" if keep else head)
 
     def append(self, clip: dict):
         """One line of the journal -> the index."""
@@ -102,7 +93,6 @@ class PackWriter:
         for name, column in self.index.items():
             column.append(people.setdefault(clip[name], len(people)) if name == "identity" else clip[name])
         self.sources.append(clip["source"])
-        self.n_sound += clip["n_samples"]
         self.jpeg_start.extend(self.jpeg_start[-1] + np.cumsum(clip["jpegs"]))
 
     def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0):
@@ -112,17 +102,18 @@ class PackWriter:
         int16. identity, source: names of the person and of the file. box: x0, y0, x1, y1 of the crop in the source
         picture. fps: of the source.
         """
-        jpegs = (frame if isinstance(frame, bytes) else encode_jpeg(frame, self.size) for frame in frames)
+        to_frames, to_sound, journal = self.files.values()
         samples = wav if wav.dtype == np.int16 else to_int16(wav)
-        lengths = [self.files["frames.bin"].write(jpeg) for jpeg in jpegs]
+        jpegs = (frame if isinstance(frame, bytes) else encode_jpeg(frame, self.size) for frame in frames)
+        lengths = [to_frames.write(jpeg) for jpeg in jpegs]
         assert lengths, "a clip has at least one frame"
-        self.files["sound.bin"].write(samples.tobytes())
-        clip = dict(n_frames=len(lengths), n_samples=len(samples), identity=identity, source=source, fps=fps)
-        clip |= dict(box=[float(v) for v in (box or (0, 0, 0, 0))], jpegs=lengths)
-        for name in ("frames.bin", "sound.bin"):  # the clip first, then its line in the journal
-            self.files[name].flush()
-        self.files["journal.jsonl"].write(json.dumps(clip).encode() + b"\n")
-        self.files["journal.jsonl"].flush()
+        to_sound.write(samples.tobytes())
+        clip = dict(n_frames=len(lengths), n_samples=len(samples), identity=identity, source=source, fps=fps,
+                    box=[float(v) for v in (box or (0, 0, 0, 0))], jpegs=lengths)
+        to_frames.flush()
+        to_sound.flush()  # the clip first, then its line in the journal
+        journal.write(json.dumps(clip).encode() + b"\n")
+        journal.flush()
         self.append(clip)
 
     def close(self):
@@ -131,14 +122,13 @@ class PackWriter:
         names = [source.encode("utf-8", "surrogateescape") for source in self.sources]  # any file name
         (self.folder / "sources.txt").write_bytes(b"".join(names))
         columns = dict(self.index, jpeg_start=self.jpeg_start)
-        columns["frame_start"] = np.cumsum([0, *self.index["n_frames"]])
-        columns["sound_start"] = np.cumsum([0, *self.index["n_samples"]])
-        columns["source_start"] = np.cumsum([0, *map(len, names)])
+        for name, lengths in (("frame", self.index["n_frames"]), ("sound", self.index["n_samples"]),
+                              ("source", map(len, names))):
+            columns[f"{name}_start"] = np.cumsum([0, *lengths])
         for name, kind in INDEX.items():
             np.save(self.folder / f"{name}.npy", np.asarray(columns[name], kind))
-        meta = dict(format=FORMAT, size=self.size, template=self.template, identities=list(self.identities)) | self.more
         draft = self.folder / ".meta.json"
-        draft.write_text(json.dumps(meta))
+        draft.write_text(json.dumps(dict(format=FORMAT, **self.head, identities=list(self.identities)) | self.more))
         self.release()
         os.replace(draft, self.folder / "meta.json")
         (self.folder / "journal.jsonl").unlink()
@@ -158,9 +148,9 @@ class PackWriter:
 class Pack:
     """A pack, open for reading. Everything is memory-mapped.
 
-    .size, .template, .identities (names), and for each clip c: .n_frames[c], .identity[c] (its place in
-    .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source).
-    Raises InputError: no pack there, or one with missing or damaged files.
+    .size, .template, .identities (names), and for each clip c: .n_frames[c], .identity[c] (its place in .identities),
+    .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source). .packs: itself, see Packs.
+    InputError: no pack there, or one with missing or damaged files.
     """
 
     def __init__(self, folder: str | Path):
@@ -169,7 +159,7 @@ class Pack:
             raise InputError(f"{folder}: no such directory, expected a pack written by prepare.py")
         if not (self.folder / "meta.json").is_file():
             raise InputError(f"{folder}: not a pack, or an unfinished one (meta.json is missing)")
-        try:
+        with refusing(folder, "a damaged pack"):
             meta = json.loads((self.folder / "meta.json").read_text())
             self.size, self.template, self.identities = meta["size"], meta["template"], meta["identities"]
             self.source_folder = meta.get("shard_of", str(self.folder))  # shards of one folder share its people
@@ -181,10 +171,8 @@ class Pack:
             sizes += (len(self.jpeg_start) - 1, self.frame_start[-1]), (len(self.frame_start), len(self) + 1)
             if meta["format"] != FORMAT or not len(self) or any(a != b for a, b in sizes):
                 raise ValueError("the sizes of its files disagree")
-        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
-            raise InputError(f"{folder}: a damaged pack ({error})") from None
-        if self.template not in TEMPLATES:
-            raise InputError(f"{folder}: a pack with the crop '{self.template}', expected one of {sorted(TEMPLATES)}")
+            if self.template not in TEMPLATES:
+                raise ValueError(f"its crop is '{self.template}', expected one of {sorted(TEMPLATES)}")
 
     def map(self, name: str, kind: str) -> np.ndarray:
         path = self.folder / name
@@ -210,11 +198,9 @@ class Pack:
         assert 0 <= k < self.n_frames[c], f"frame {k} of clip {c}, which has {self.n_frames[c]}"
         pack, c = self.at(c)
         i = pack.frame_start[c] + k
-        jpeg = pack.jpegs[pack.jpeg_start[i] : pack.jpeg_start[i + 1]]
-        try:
-            return np.array(Image.open(io.BytesIO(jpeg), formats=("JPEG",)))
-        except OSError as error:
-            raise InputError(f"{pack.folder}: frame {k} of clip {c} is damaged ({error})") from None
+        with refusing(pack.folder, f"frame {k} of clip {c} is damaged"):
+            jpeg = io.BytesIO(pack.jpegs[pack.jpeg_start[i] : pack.jpeg_start[i + 1]])
+            return np.array(Image.open(jpeg, formats=("JPEG",)))
 
     def frames(self, c: int, ks) -> np.ndarray:
         """Frames ks of clip c, uint8 (len(ks), H, W, 3)"""
@@ -315,7 +301,7 @@ def split(pack: Pack, args=None) -> dict:
     twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test.
     args: has data and the lists of split_options, which replace the rule; beside a train list all else is held out.
     Without data (the toy world, whose held-out people are in other packs) all clips are in all parts.
-    Raises InputError: a name that fits no clip, or several files; a clip in two lists; too few clips.
+    InputError: a name that fits no clip, or several files; a clip in two lists; too few clips.
     """
     lists = {part: path for part in USES if (path := getattr(args, part, None))}
     if args is not None and not args.data:
@@ -328,15 +314,12 @@ def split(pack: Pack, args=None) -> dict:
         raise InputError(f"{', '.join(lists.values())}: {pack.source(taken[count > 1][0])} is in two of them")
     free = np.setdiff1d(np.arange(len(pack)), taken)
     unit = np.asarray(pack.identity) if len(pack.identities) >= MIN_PEOPLE else np.arange(len(pack))  # held out whole
-    units = np.unique(unit[free])
-    left = [part for part in ("valid", "test") if part not in parts]
+    units, left = np.unique(unit[free]), [part for part in ("valid", "test") if part not in parts]
     held = units if "train" in parts else units[9::10]
     if len(held) < len(left) and "train" not in parts:
         held = units[1:][-len(left) :]
-    for k, part in enumerate(left):
-        parts[part] = free[np.isin(unit[free], held[k :: len(left)])]
-    if "train" not in parts:
-        parts["train"] = np.setdiff1d(free, np.concatenate(list(parts.values())))
+    parts |= {part: free[np.isin(unit[free], held[k :: len(left)])] for k, part in enumerate(left)}
+    parts.setdefault("train", np.setdiff1d(free, np.concatenate(list(parts.values()))))
     for part in ("train", "valid"):
         if not len(parts[part]):
             raise InputError(f"{pack.folder}: {len(pack)} clips leave none to {USES[part]}")
@@ -386,7 +369,7 @@ def fingerprints(sounds) -> torch.Tensor:
 
 def clips_used(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
     """-> dict(train, valid): fingerprints of the clips that trained and that chose a checkpoint. A file without them
-    (the first ones) counts as trained on this pack by the rule of `split`."""
+    counts as trained on this pack by the rule of `split`."""
     used = checkpoint.get("clips")
     if isinstance(used, dict) and all(torch.is_tensor(used.get(part)) for part in ("train", "valid")):
         return used
@@ -407,8 +390,8 @@ class Clips(Dataset):
 
     clips: numbers of the clips to draw from, default all; photos (clips of one frame) are left out. A clip shorter than
     T repeats its last frame. flip: half of the items are mirrored, each as a whole. context: mel windows beyond the
-    frames on each side, for a temporal convolution. voice_norm: of mel, see audio.py. mfcc: for
-    SyncNet v2. With either, sync_sound is a sync expert's sound of the middle frame: (13, 20), or a plain (1, 80, 16).
+    frames on each side, for a temporal convolution. voice_norm: of mel, see audio.py. mfcc: for SyncNet v2. With either,
+    sync_sound is a sync expert's sound of the middle frame: (13, 20), or a plain (1, 80, 16).
     """
 
     def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None,
@@ -430,10 +413,7 @@ class Clips(Dataset):
         driving = np.arange(first, first + self.T).clip(max=length - 1)
         others = np.setdiff1d(np.arange(length), driving)
         source = rng.choice(others) if len(others) else first
-        images = self.pack.frames(c, [source, *driving])  # (1 + T, H, W, 3)
-        if self.flip and rng.random() < 0.5:
-            images = images[:, :, ::-1]
-        images = to_tensor(np.ascontiguousarray(images))
+        images = mirrored(self.pack.frames(c, [source, *driving]), self.flip and rng.random() < 0.5)  # (1 + T, 3, H, W)
         mel = self.pack.windows(c, np.arange(first - self.context, first + self.T + self.context), self.voice_norm)
         item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel),
                     identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(driving))
@@ -444,6 +424,11 @@ class Clips(Dataset):
         elif self.voice_norm:
             item["sync_sound"] = torch.from_numpy(self.pack.windows(c, [middle])[0])
         return item
+
+
+def mirrored(images: np.ndarray, flip: bool) -> torch.Tensor:
+    """uint8 (.., H, W, 3) -> float (.., 3, H, W) in [-1, 1], mirrored or not"""
+    return to_tensor(np.ascontiguousarray(images[..., ::-1, :]) if flip else images)
 
 
 class Frames(Dataset):
@@ -457,17 +442,15 @@ class Frames(Dataset):
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         identity = np.asarray(pack.identity)[clips]
         self.order = clips[np.argsort(identity, kind="stable")]  # clips, person by person
-        self.people, self.first = np.unique(np.sort(identity), return_index=True)
-        self.first = np.append(self.first, len(clips))
+        self.people, count = np.unique(identity, return_counts=True)
+        self.first = np.cumsum([0, *count])
 
     def __getitem__(self, n: int) -> dict:
         rng = np.random.default_rng([self.seed, n])
         person = int(rng.integers(len(self.people)))
         c = int(self.order[rng.integers(self.first[person], self.first[person + 1])])
         image = self.pack.frame(c, int(rng.integers(self.pack.n_frames[c])))
-        if self.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-        return dict(image=to_tensor(np.ascontiguousarray(image)), identity=int(self.people[person]))
+        return dict(image=mirrored(image, self.flip and rng.random() < 0.5), identity=int(self.people[person]))
 
 
 class Mixed(Dataset):

@@ -20,7 +20,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import (
     HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
 from media import (
-    InputError, Parser, load_audio, load_photo, probe, read_video, run, set_level, to_int16)
+    InputError, Parser, load_audio, load_photo, probe, read_video, refused, run, set_level, to_int16)
 from report import image_grid
 from syncnet import SPAN, best_offset, by_shift, embed, load_sync
 
@@ -56,29 +55,29 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
     """One video, decoded once -> (segment, JPEGs, int16 samples) in order. segment is a dict for the manifest: begin and
     number of frames, outcome, reason; a skipped one has no JPEGs. lag: by how many frames its sound is late.
 
-    Raises InputError: not a video, no sound, damaged. Sound is read first, so most such files leave nothing in the pack;
-    a video whose pictures break off leaves what came before.
+    InputError: not a video, no sound, damaged. Sound is read first, so most such files leave nothing in the pack; a video
+    whose pictures break off leaves what came before.
     """
     info, wav = probe(path), load_audio(path)
     wav = set_level(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
     wav = cut_sound(wav, lag, lag + n_frames(len(wav))) if lag else wav
-    height = min(info.height, HIGHEST)
-    total = n_frames(len(wav))
+    height, total, at = min(info.height, HIGHEST), n_frames(len(wav)), 0
     length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
-    stream, at = read_video(path, height=height), 0
+    stream = read_video(path, height=height)
     while frames := list(islice(stream, min(length, total - at))):
         for begin, end, box, reason in segments(frames, template):
             segment = dict(begin=at + begin, frames=end - begin, outcome="skipped", reason=reason)
-            jpegs, late = [], 0
+            jpegs, samples = [], None
             if box is not None:
-                crops = [crop_face(frame, box, size) for frame in frames[begin:end]]
+                crops, late = [crop_face(frame, box, size) for frame in frames[begin:end]], 0
                 if expert:
                     late = sound_delay(expert, crops, template, cut_sound(wav, at + begin, at + end), segment)
                 if not segment["reason"]:
                     jpegs = [encode_jpeg(crop, size) for crop in crops]
+                    samples = to_int16(cut_sound(wav, at + begin + late, at + end + late))
                     box = [round(v * info.height / height, 2) for v in box]
                     segment |= dict(outcome="packed", box=box, fps=info.fps)
-            yield segment, jpegs, to_int16(cut_sound(wav, at + begin + late, at + end + late)) if jpegs else None
+            yield segment, jpegs, samples
         at += len(frames)
     if at < total - 1:  # the sound is longer than the pictures
         yield dict(begin=at, frames=total - at, outcome="skipped", reason="sound without picture"), [], None
@@ -124,17 +123,14 @@ def photo_box(image: np.ndarray, template: str) -> tuple:
 
 @dataclass(frozen=True)
 class Job:
-    """One file to prepare. name: for the manifest; spool: the job's output, all JPEGs of each clip, then its samples."""
+    """One file to prepare. name: for the manifest; spool: the job's output, all JPEGs of each clip, then its samples;
+    options: of prepare_video or prepare_photo."""
 
     path: Path
     name: str
     photo: bool
-    size: int
-    template: str
     spool: Path
-    expert: Path | None = None
-    isolate: bool = False
-    lag: int = 0
+    options: dict
 
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
@@ -142,14 +138,15 @@ def list_files(folder: Path, out: Path | None = None) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
 
 
-def list_jobs(folder: Path, out: Path, spools: Path, done: set, shard: tuple[int, int], **options) -> list[Job]:
-    """The jobs of shard i of n in the order of the files' names, without the files in `done`. options: Job's fields.
+def list_jobs(folder: Path, out: Path, spools: Path, done: set, shard: tuple[int, int], options: dict) -> list[Job]:
+    """The jobs of shard i of n in the order of the files' names, without the files in `done`.
 
     A folder in which more than half of the files are named as pictures holds photos."""
     i, n = shard
     paths = list_files(folder, out)
     photos = 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
-    return [Job(path, name, photos, spool=spools / str(k), **options)
+    options = {k: options[k] for k in ("size", "template")} if photos else options
+    return [Job(path, name, photos, spools / str(k), options)
             for k, path in enumerate(paths[i::n]) if (name := str(path.relative_to(folder))) not in done]
 
 
@@ -158,11 +155,9 @@ def do_job(job: Job) -> dict:
     number of its samples; their bytes are in the job's spool, so memory does not grow with a video's length. An error
     becomes the reason in the line: the other files go on."""
     line = dict(path=job.name, segments=[])
-    found = (prepare_photo(job.path, job.size, job.template) if job.photo else
-             prepare_video(job.path, job.size, job.template, job.expert, job.isolate, job.lag))
     with open(job.spool, "wb") as spool:
         try:
-            for segment, jpegs, samples in found:
+            for segment, jpegs, samples in (prepare_photo if job.photo else prepare_video)(job.path, **job.options):
                 if jpegs:
                     segment |= dict(jpegs=list(map(spool.write, jpegs)), n_samples=len(samples))
                     spool.write(samples.tobytes())
@@ -193,15 +188,8 @@ def in_order(jobs: list[Job], workers: int):
         return
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
-    waiting, rest = deque(), iter(jobs)
-    try:
-        while True:
-            while len(waiting) < 4 * workers and (job := next(rest, None)):
-                waiting.append((job, pool.submit(do_job, job)))
-            if not waiting:
-                return
-            job, future = waiting.popleft()
-            yield job, future.result()
+    try:  # in chunks where there are many: what waits costs memory
+        yield from zip(jobs, pool.map(do_job, jobs, chunksize=1 + len(jobs) // 10_000))
     except BrokenProcessPool:
         raise InputError("a worker process died (out of memory?): run it again, with fewer --workers") from None
     finally:
@@ -225,17 +213,13 @@ def write_job(job: Job, line: dict, pack: PackWriter, log, person: str | None):
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
-            expert: Path | None = None, isolate: bool = False, template: str = "face", lag: int = 0,
-            shard: tuple[int, int] = (0, 1)) -> list[dict]:
-    """All files below `folder`, videos or photos -> a pack at `out`. Returns the lines of
-    out/manifest.jsonl, one a file. The pack does not depend on the number of workers. A killed run continues after the
-    last file in the manifest.
+            shard: tuple[int, int] = (0, 1), template: str = "face", **options) -> list[dict]:
+    """All files below `folder`, videos or photos -> a pack at `out`. Returns the lines of out/manifest.jsonl, one a file.
+    The pack does not depend on the number of workers. A killed run continues after the last file in the manifest.
 
-    person: the identity of all files; None: each folder in `folder` is one. expert: file of a sync expert that corrects
-    offsets and drops clips that fit at no offset. isolate: keep only the speech of the sound. template: see
-    faces.TEMPLATES. lag: by how many frames the sound of all files is late. shard: (i, n), file i and every n-th after
-    it, into a pack whose people are those of the other shards (data.Packs).
-    Raises InputError: no detector; not one clip; `out` cannot be written or holds a pack.
+    person: the identity of all files; None: each folder in `folder` is one. shard: (i, n), file i and every n-th after
+    it, into a pack whose people are those of the other shards (data.Packs). options: see prepare_video.
+    InputError: no detector; not one clip; `out` cannot be written or holds a pack.
     """
     need_detector()
     manifest = out / "manifest.jsonl"
@@ -249,8 +233,8 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
             done = {outcome["path"] for outcome in outcomes}
-            options = dict(size=size, template=template, expert=expert, isolate=isolate, lag=lag)
-            jobs = list_jobs(folder, out.parent if shard_of else out, Path(spools), done, shard, **options)
+            jobs = list_jobs(folder, out.parent if shard_of else out, Path(spools), done, shard,
+                             dict(size=size, template=template, **options))
             for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
                 write_job(job, found, pack, log, person)
                 outcomes.append(found)
@@ -321,26 +305,27 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 
 def main():
     p = Parser(description="A folder of videos or photos -> a pack to train on.")
-    p.add_argument("videos", type=Path, help="folder of videos or photos; a folder in it is one person, a file another")
-    p.add_argument("out", type=Path, nargs="?", help="folder of the pack; a killed run's is continued")
-    p.add_argument("--census", action="store_true", help="only print the sizes, frame rates and lengths of the videos")
-    p.add_argument("--shard", metavar="I/N", help="only every N-th file, from file I (0 .. N-1) on, into the pack "
-                   "out/I-of-N; set for each process by torchrun, a Slurm array or srun")
-    p.add_argument("--size", type=int, default=128, choices=(16, 32, 64, 128, 256), help="edge of the crops (128)")
-    p.add_argument("--template", default="face", choices=("face", "ffhq"), help="the crop: face; or ffhq, with more "
-                   "around the face, for published StyleGAN2, pSp and HyperStyle files")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    p.add_argument("--one-person", action="store_true", help="all files show one person, named as the folder")
-    p.add_argument("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects "
-                   "each clip's offset, drops clips that fit at none")
-    p.add_argument("--lag", type=int, default=0, help="frames (25 a second) by which the sound of this source is late")
-    p.add_argument("--isolate-voice", action="store_true", help="take music and noise that repeat down (librosa's vocal "
-                   "separation; 0.2 s a second of sound)")
+    add = p.add_argument
+    add("videos", type=Path, help="folder of videos or photos; a folder in it is one person, a file another")
+    add("out", type=Path, nargs="?", help="folder of the pack; a killed run's is continued")
+    add("--census", action="store_true", help="only print the sizes, frame rates and lengths of the videos")
+    add("--shard", metavar="I/N", help="only every N-th file, from file I (0 .. N-1) on, into the pack out/I-of-N; set "
+        "for each process by torchrun, a Slurm array or srun")
+    add("--size", type=int, default=128, choices=(16, 32, 64, 128, 256), help="edge of the crops (128)")
+    add("--template", default="face", choices=("face", "ffhq"), help="the crop: face; or ffhq, with more around the "
+        "face, for published StyleGAN2, pSp and HyperStyle files")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    add("--one-person", action="store_true", help="all files show one person, named as the folder")
+    add("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects each "
+        "clip's offset, drops clips that fit at none")
+    add("--lag", type=int, default=0, help="frames (25 a second) by which the sound of this source is late")
+    add("--isolate-voice", action="store_true", help="take music and noise that repeat down (librosa's vocal separation; "
+        "0.2 s a second of sound)")
     args = p.parse_args(workers=(1, 256), lag=(-25, 25))
     if not args.videos.is_dir():
         raise InputError(f"{args.videos}: no such directory")
     if args.census:
-        return census(list_files(args.videos), max(1, args.workers))
+        return census(list_files(args.videos), args.workers)
     if not args.out:
         p.error("name the folder of the pack")
     shard = i, n = parse_shard(args.shard)
@@ -349,13 +334,11 @@ def main():
     if args.check_sync:
         sync_expert(args.check_sync, "cpu")  # an error now, not in every worker
     start, person = time.time(), args.videos.absolute().name if args.one_person else None
-    try:
-        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, args.check_sync, args.isolate_voice,
-                           args.template, args.lag, shard)
+    with refused(args.out, "written"):  # an input that cannot be read is a line of the manifest
+        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, shard, args.template,
+                           expert=args.check_sync, isolate=args.isolate_voice, lag=args.lag)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
-    except OSError as error:  # of the output; an input that cannot be read is a line of the manifest
-        raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
     report(pack, outcomes, time.time() - start, args.out)
 
 

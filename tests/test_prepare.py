@@ -38,11 +38,10 @@ def detect_by(monkeypatch, detector):
     monkeypatch.setattr(prepare, "need_detector", lambda: None)
 
 
-@pytest.fixture
-def videos(tmp_path, monkeypatch):
-    """Two videos, six files of rubbish, and a detector that finds a face in what is bright."""
-    detect_by(monkeypatch, bright_faces)
-    folder = tmp_path / "videos"
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Two videos, six files of rubbish"""
+    folder = tmp_path_factory.mktemp("recorded") / "videos"
     (folder / "anna").mkdir(parents=True)
     for name, frames, wav in (
         ("anna/-long name.mp4", drawn(40, 64, 10.0), noise(40, 1)),
@@ -58,6 +57,13 @@ def videos(tmp_path, monkeypatch):
     (folder / "empty.mp4").touch()
     (folder / "cut.mp4").write_bytes((folder / "bob.mkv").read_bytes()[:900])
     return folder
+
+
+@pytest.fixture
+def videos(recorded, tmp_path, monkeypatch):
+    """A copy of them, and a detector that finds a face in what is bright."""
+    detect_by(monkeypatch, bright_faces)
+    return shutil.copytree(recorded, tmp_path / "videos")
 
 
 def manifest(out):
