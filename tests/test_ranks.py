@@ -38,7 +38,15 @@ CASES = dict(single=RUNS, double=["one", "two", "three"], micro=["flat", "two"],
 STEPS = 5
 
 
-def process(folder: Path, cases: list):
+DIAL = Config.at
+
+
+def few_channels(size, **changes):
+    few = dict(dim=32, n_mlp=2, base=256, cap=32, encoder_width=8, linear=24, map_code=16)
+    return DIAL(size, **(few | changes))
+
+
+def process(folder: Path, cases: list, patch: pytest.MonkeyPatch):
     """Trains every stage. All that is drawn in the loop is a row of a draw for the whole batch."""
     now = dict(step=0, call=0)
     check, penalty = train.check_finite, losses.path_length_penalty
@@ -53,8 +61,8 @@ def process(folder: Path, cases: list):
                 (folder / now["case"] / f"seed{RANK}").write_text(str(torch.initial_seed()))
             torch.manual_seed(now["step"])
             now.update(call=now["call"] + 1, first=RANK + WORLD * (now["call"] % now["micro"]))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch, "randn", rows)
+            with pytest.MonkeyPatch.context() as inside:
+                inside.setattr(torch, "randn", rows)
                 return forward(model, batch)
         return wrapped
 
@@ -66,16 +74,19 @@ def process(folder: Path, cases: list):
             terms["d"] = terms["d"] * torch.nan
         return check(terms, step)
 
-    train.check_finite = checked
-    train.STAGES = {name: (drawn(forward), terms) for name, (forward, terms) in train.STAGES.items()}
-    train.LOG_EVERY, train.save_examples, train.write_report = 1, lambda *_: None, lambda *_: None
-    checkpoint.write_report = train.write_report
-    losses.path_length_penalty = lambda fake, w, mean: penalty(fake, w, mean, noise=rows(*fake.shape))
-    losses.sync_loss = lambda expert, frames, mel: F.softplus(
-        -expert.logits(expert.face(frames), expert.sound(mel)).diagonal()).mean()
+    patch.setattr(train, "check_finite", checked)
+    patch.setattr(train, "STAGES", {k: (drawn(forward), terms) for k, (forward, terms) in train.STAGES.items()})
+    patch.setattr(train, "LOG_EVERY", 1)
+    for room, name in ((train, "save_examples"), (train, "write_report"), (checkpoint, "write_report")):
+        patch.setattr(room, name, lambda *_: None)
+    patch.setattr(losses, "path_length_penalty", lambda fake, w, mean: penalty(fake, w, mean, noise=rows(*fake.shape)))
+    patch.setattr(losses, "sync_loss", lambda expert, frames, mel: F.softplus(
+        -expert.logits(expert.face(frames), expert.sound(mel)).diagonal()).mean())
+    patch.setattr(Config, "at", few_channels)
     torch.manual_seed(4)
-    initialise.train_judge = lambda *_: judges.SmallFaceJudge(width=32)
-    initialise.fit_encoder = lambda model, *_: torch.nn.init.normal_(model.encoder.linear_up.weight, std=0.01)
+    patch.setattr(initialise, "train_judge", lambda *_: judges.SmallFaceJudge(width=32))
+    patch.setattr(initialise, "fit_encoder",
+                  lambda model, *_: torch.nn.init.normal_(model.encoder.linear_up.weight, std=0.01))
     jobs = [(case, name) for case in cases for name in CASES[case]]
     for case, name in jobs:
         stage, options = RUNS[name]
@@ -103,7 +114,7 @@ def folder(tmp_path_factory):
     net = dict(size=16, dim=32, width=0.125)
     save_checkpoint(folder / "sync.pt", dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
                                              networks=dict(expert=SyncNet(**net).state_dict())))
-    config = Config.at(16, hyper="none")
+    config = few_channels(16, hyper="none")
     model, D = FCTFG(config).state_dict(), Discriminator(16, config.base, config.cap).state_dict()
     for stage in (2, 3):
         save_checkpoint(folder / f"init{stage}.pt", dict(
@@ -111,7 +122,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, cases, world=1):
+def start(folder, cases, world=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -128,9 +139,11 @@ def finish(processes):
 @pytest.fixture(scope="module")
 def runs(folder):
     """One process, and two, of which the second is killed at last -> the folder, what both printed"""
-    two, one = start(folder, ("double", "nan", "killed"), 2), start(folder, ("single", "micro"))
-    codes, _, errors = finish(one)
-    assert codes == [0], errors
+    two, threads = start(folder, ("double", "nan", "killed")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        process(folder, ("single", "micro"), patch)
+    torch.set_num_threads(threads)
     codes, outs, errors = finish(two)
     assert codes == [2, -signal.SIGKILL], errors
     return folder, outs, errors
@@ -185,4 +198,4 @@ def test_where_one_process_is_killed_the_other_ends(runs):
 
 
 if __name__ == "__main__":
-    run(lambda: process(Path(sys.argv[1]), sys.argv[2:]))
+    run(lambda: process(Path(sys.argv[1]), sys.argv[2:], pytest.MonkeyPatch()))
