@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch._inductor import config as inductor
 
 import checkpoint
 import faces
@@ -188,18 +187,15 @@ def test_compiled_networks_train_as_eager_ones(pack, stages, tmp_path, monkeypat
         assert compiled[term] == pytest.approx(eager[term], rel=1e-4, abs=1e-6), term
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_layer_and_its_gradient_are_the_eager_ones(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_a_compiled_layer_and_its_gradient_are_the_eager_ones():
+    """By the compiler's own passes, but for the C++ at their end"""
     torch.manual_seed(0)
     layer, x = ConvLayer(3, 5, 1, down=True), torch.randn(2, 3, 8, 8)        # the blur has a gradient of its own
-    monkeypatch.setattr(inductor, "compile_threads", 1)                      # in this process, without vector units:
-    monkeypatch.setattr(inductor.cpp, "simdlen", 1)                          # a third of the time
     results = []
     for _ in range(2):
         y = layer(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))))
-        layer.compile()
+        layer.compile(backend="aot_eager_decomp_partition")
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
 
@@ -257,7 +253,7 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
     monkeypatch.setattr(train, "FINETUNE_GENERATOR", 0)
     torch.manual_seed(0)
     G, D = Generator(16, dim=24, n_mlp=2, base=256, cap=32), Discriminator(16, base=256, cap=32)
-    encoder, hyper = GradualStyleEncoder(6, 24, 8), HyperStyleNet(changed_layers(G), "separable", 8)
+    encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "separable", 8)
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
     torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "g.pt")
     torch.save(dict(state_dict=state), tmp_path / "psp.pt")
