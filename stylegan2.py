@@ -146,7 +146,7 @@ class ModulatedConv2d(nn.Module):
         x = x.unflatten(0, (len(weight), -1)).transpose(0, 1).flatten(1, 2)     # (T, B I, H, W)
         return self.convolve(x, weight).unflatten(1, (len(weight), -1)).transpose(0, 1).flatten(0, 1)
 
-    def unscaled(self, x, style, delta=None):
+    def forward(self, x, style, delta=None):
         """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, 3, 3) or None -> the result before demodulation
         (N, O, H', W'), and the factors that demodulate it (N, O), in fp32.
 
@@ -169,10 +169,6 @@ class ModulatedConv2d(nn.Module):
         if delta is None:
             return self.convolve(x, weight[None]), demodulation
         return self.convolve_clips(x, weight, grouped=x.is_cuda), demodulation
-
-    def forward(self, x, style, delta=None):  # (N, O, H', W')
-        y, demodulation = self.unscaled(x, style, delta)
-        return y * demodulation.to(y.dtype)[:, :, None, None]
 
 
 class ModulatedPixels(nn.Module):
@@ -216,7 +212,7 @@ class StyledConv(nn.Module):
         self.activate = BiasLeakyReLU(c_out)
 
     def forward(self, x, style, noise="random", delta=None):
-        y, demodulation = self.conv.unscaled(x, style, delta)
+        y, demodulation = self.conv(x, style, delta)
         y, gain = y.permute(0, 2, 3, 1), self.activate.gain                     # (N, H, W, C), as it lies in memory
         factor = demodulation[:, None, None] * gain                             # (N, 1, 1, C)
         offset, noise = self.activate.bias * gain, self.noise(y, noise)         # (C,), (1 or N, H, W, 1)

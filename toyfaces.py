@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import signal
-import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from audio import n_frames
 from data import Pack, PackWriter
-from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, run
+from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, refused, run
 from report import image_grid
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
@@ -554,34 +553,29 @@ def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "
 
 def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None):
     """A pack of one clip of each person, toy_clip(first_seed + i), and in it truth.npy, float32 (all frames, 10).
-    workers: processes, 0 none but this; default all cores. The folder appears whole or not at all; one made with the
-    same arguments is left as it is. Raises InputError: the folder holds something else, or cannot be written."""
-    folder, seeds = Path(folder).absolute(), range(first_seed, first_seed + people)
+    workers: processes, 0 none but this; default all cores. A folder made with the same arguments is left as it is, an
+    unfinished one drawn anew. Raises InputError: the folder holds something else, or cannot be written."""
+    folder, seeds, truths = make_folder(folder), range(first_seed, first_seed + people), []
     recipe = dict(world=WORLD, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        note = folder / "toy.json"
-        if note.is_file() and json.loads(note.read_text()) == recipe:
+    note = folder / "toy.json"
+    if note.is_file() and json.loads(note.read_text()) == recipe:
+        if (folder / "meta.json").is_file():
             return
+    elif any(folder.iterdir()):
         raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
-    make_folder(folder.parent)
     workers = min(people, os.cpu_count() if workers is None else workers)
-    try:
-        with contextlib.ExitStack() as stack:
-            draft = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent))
-            draft, truths, make = Path(draft) / "pack", [], partial(toy_clip, seconds=seconds, size=size)
-            clips = map(make, seeds)
-            if workers > 1:  # spawn: fork is not safe once torch has threads. The parent handles Ctrl-C
-                pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-                clips = stack.enter_context(pool).imap(make, seeds, chunksize=2)
-            with PackWriter(draft, size, "toy") as pack:
-                for seed, (frames, wav, truth) in zip(seeds, tqdm(clips, "toy clips", people, disable=None)):
-                    pack.add(frames, wav, f"toy{seed}", f"toyfaces seed {seed}")
-                    truths.append(truth)
-            np.save(draft / "truth.npy", np.concatenate(truths))
-            (draft / "toy.json").write_text(json.dumps(recipe))
-            os.replace(draft, folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    make = partial(toy_clip, seconds=seconds, size=size)
+    with refused(folder, "written"), contextlib.ExitStack() as stack:
+        note.write_text(json.dumps(recipe))
+        clips = map(make, seeds)
+        if workers > 1:  # spawn: fork is not safe once torch has threads. The parent handles Ctrl-C
+            pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+            clips = stack.enter_context(pool).imap(make, seeds, chunksize=2)
+        pack = stack.enter_context(PackWriter(folder, size, "toy"))
+        for seed, (frames, wav, truth) in zip(seeds, tqdm(clips, "toy clips", people, disable=None)):
+            pack.add(frames, wav, f"toy{seed}", f"toyfaces seed {seed}")
+            truths.append(truth)
+        np.save(folder / "truth.npy", np.concatenate(truths))
 
 
 # ----------------------------------------------------------------------------------------------------------- the script

@@ -284,7 +284,7 @@ def test_a_pack_holds_the_clips_and_their_truth(tmp_path, monkeypatch):
     assert json.loads((folder / "toy.json").read_text())["people"] == 3
 
 
-def test_a_pack_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
+def test_a_pack_that_fails_halfway_is_none_and_is_drawn_anew(tmp_path, monkeypatch):
     draw, drawn = toy.draw, []
 
     def fails_later(*args):
@@ -293,10 +293,15 @@ def test_a_pack_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(toy, "draw", fails_later)
-    with pytest.raises(KeyboardInterrupt):
-        toy.make_pack(tmp_path / "pack", 32, people=3, seconds=0.2, workers=0)
-    assert len(drawn) == 8 and not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(toy, "draw", fails_later)
+        toy.make_pack(tmp_path / "late", 32, people=3, seconds=0.2, workers=0)
+    with pytest.raises(InputError):
+        Pack(tmp_path / "late")
+    for name in ("late", "whole"):
+        toy.make_pack(tmp_path / name, 32, people=3, seconds=0.2, workers=0)
+    late, whole = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("late", "whole"))
+    assert late == whole and len(late) > 9
 
 
 def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_there(tmp_path, monkeypatch):
