@@ -11,7 +11,6 @@ every frame and smooth; LPIPS, CSIM and FID take every fifth frame.
 Axes: n images or frames, K windows of five frames, E embedding, S offsets, H W.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -576,16 +575,14 @@ def problems(missing, reports, alone) -> list[str]:
 
 def parse(argv=None):
     p = Parser(description="Metrics of talking clips.")
-    commands = p.add_subparsers(dest="command", required=True)
-    options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    pair = commands.add_parser("pair", help="generated clips against real ones", **options)
+    pair, toy = p.commands(pair="generated clips against real ones",
+                           toy="the control table of networks trained on the toy world")
     pair.add_argument("real", help="a real clip, or a folder of them")
     pair.add_argument("fake", help="a generated clip, or a folder whose clips have the same names")
     pair.add_argument("--landmarks", help="mediapipe:FILE, dlib:FILE or fan (default: our network, weights/landmarks.pt)")
     pair.add_argument("--expert", help="sync expert of syncnet.py, or wav2lip (default: weights/sync.pt)")
     pair.add_argument("--fetch", action="store_true", help="download the networks that are missing (about 1 GB in all)")
     pair.add_argument("--skip", default="", help="metrics to leave out, with commas between: LPIPS,FID")
-    toy = commands.add_parser("toy", help="the control table of networks trained on the toy world", **options)
     toy.add_argument("weights", nargs="+", help="weights.pt or stage3.pt; of a stage2.pt the inversion is measured")
     toy.add_argument("--people", type=int, default=32, help="held-out people")
     toy.add_argument("--cache", default="out/evaluate", help="where the probe and its drawn people are kept")

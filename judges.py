@@ -8,6 +8,7 @@ IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav
 import functools
 import re
 from collections import OrderedDict
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -332,21 +333,15 @@ def features_of(content: dict) -> dict:
     return {key: value for key, value in content.items() if not key.startswith("classifier.")}
 
 
-def vgg19(device, path: str | Path | None = None) -> VGG19Features:
-    return load_published("vgg19", VGG19Features, device, path, features_of)
-
-
 def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
     """For images of a crop template. pSp's model_ir_se50.pth holds the same weights."""
     return load_published("arcface", lambda: ArcFace(template), device, path)
 
 
-def syncnet_v2(device, path: str | Path | None = None) -> SyncNetV2:
-    return load_published("syncnet_v2", SyncNetV2, device, path)
-
-
-def wav2lip_expert(device, path: str | Path | None = None) -> Wav2LipExpert:
-    return load_published("wav2lip_expert", Wav2LipExpert, device, path, lambda content: content["state_dict"])
+# functions of a device and, where it is at hand, of your copy of the file
+vgg19 = functools.partial(load_published, "vgg19", VGG19Features, weights=features_of)
+syncnet_v2 = functools.partial(load_published, "syncnet_v2", SyncNetV2)
+wav2lip_expert = functools.partial(load_published, "wav2lip_expert", Wav2LipExpert, weights=itemgetter("state_dict"))
 
 
 def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:

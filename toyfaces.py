@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from audio import n_frames
 from data import Pack, PackWriter
-from media import FPS, SAMPLE_RATE, InputError, Parser, VideoWriter, check_output, make_folder, refused, run
+from media import FPS, SAMPLE_RATE, InputError, Parser, check_output, make_folder, refused, run, write_video
 from report import image_grid
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
@@ -603,9 +603,7 @@ def main():
         rows.append([draw(person(k), dict(zip(FACTORS, truth)), args.size) for k, truth in zip(seeds, truths)])
     image_grid(rows, [[f"toy{k}" for k in seeds] for seeds in names], max(128, args.size)).save(toys)
     frames, wav, _ = toy_clip(args.seed, args.seconds, args.size)
-    with VideoWriter(video, args.size, args.size, wav, args.overwrite) as writer:
-        for frame in frames:
-            writer.write(frame)
+    write_video(video, iter(frames), len(frames), wav, args.overwrite)
     print(f"wrote {toys} and {video} ({len(frames)} frames, person {args.seed})")
 
 
