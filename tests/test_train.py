@@ -273,7 +273,7 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
         assert (two["config"]["encoder"], two["config"]["hyper"]) == ("psp", "separable")
         assert torch.equal(two["networks"]["feature_net"]["final_conv.0.weight"], D.final_conv[0].weight)
     monkeypatch.setattr(initialise, "fit_motion_space", lambda *a: None)
-    go(pack, tmp_path / "three", 3, *given, "--expert", str(stages / "sync.pt"), steps=2)
+    go(pack, tmp_path / "three", 3, *given, "--expert", str(stages / "sync.pt"), steps=1)
     now = load_checkpoint(str(tmp_path / "three" / "stage3.pt"), "stage3")["networks"]["model"]
     assert changed("hyper", hyper) and changed("generator", G) and changed("encoder", encoder)
 
