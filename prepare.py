@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -188,8 +189,14 @@ def in_order(jobs: list[Job], workers: int):
         return
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
-    try:  # in chunks where there are many: what waits costs memory
-        yield from zip(jobs, pool.map(do_job, jobs, chunksize=1 + len(jobs) // 10_000))
+    waiting, rest = deque(), iter(jobs)
+    try:  # a few jobs ahead: behind a long video the output of the next ones waits on disk
+        while True:
+            waiting += [(job, pool.submit(do_job, job)) for job in islice(rest, 4 * workers - len(waiting))]
+            if not waiting:
+                return
+            job, future = waiting.popleft()
+            yield job, future.result()
     except BrokenProcessPool:
         raise InputError("a worker process died (out of memory?): run it again, with fewer --workers") from None
     finally:
