@@ -186,7 +186,7 @@ class PaperMotion(nn.Module):
         nn.init.normal_(self.mlp[4].weight, std=0.01)
         nn.init.zeros_(self.mlp[4].bias)
 
-    def forward(self, z_a, z_v, context=0):  # (B, T, D), (B, T, L, D) -> (B, T - 2 context, L, D)
+    def forward(self, z_a, z_v, context=0, mouth=None):  # (B, T, D), (B, T, L, D) -> (B, T - 2 context, L, D)
         z_v = self.whiten(z_v).unflatten(-1, z_v.shape[-2:])
         z_a, z_v = (z[:, context:z.shape[1] - context] for z in self.fusion(z_a, z_v))
         z_a, layer = z_a[:, :, None].expand_as(z_v), self.layer.expand_as(z_v)
@@ -249,8 +249,11 @@ class DirectMotion(nn.Module):
     def join(self, pose, mouth):  # (.., P), (.., M) -> (.., L, D)
         return (self.pose_up(pose) + self.mouth_up(mouth)).unflatten(-1, self.shape)
 
-    def forward(self, z_a, z_v, context=0):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
-        return self.join(self.pose(z_v), self.audio_to_mouth(z_a, context))
+    def forward(self, z_a, z_v, context=0, mouth=None):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
+        pose, spoken = self.pose(z_v), self.audio_to_mouth(z_a, context)
+        if mouth is not None:                                                     # (B, T, M), NaN where sound decides
+            spoken = torch.where(mouth.isnan(), spoken, mouth.to(spoken))
+        return self.join(pose, spoken)
 
 
 class IdentityMaps(nn.Module):
@@ -377,11 +380,7 @@ class FCTFG(nn.Module):
         if self.config.motion == "direct":                                        # its poses need no neighbours
             driving = middle(driving, T)
         z_a, z_v = self.encode_sound(mel), self.encode_driving(driving)
-        if mouth is None:
-            z_c2d = self.motion(z_a, z_v, context)
-        else:
-            predicted = self.motion.audio_to_mouth(z_a, context)
-            z_c2d = self.motion.join(self.motion.pose(z_v), torch.where(mouth.isnan(), predicted, mouth.to(predicted)))
+        z_c2d = self.motion(z_a, z_v, context, mouth)
         w_plus = (z_s2c[:, None] + z_c2d).flatten(0, 1)                           # (N, L, D)
         frames = self.decode(w_plus, self.weight_changes(source, z_s))
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
