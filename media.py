@@ -65,19 +65,16 @@ def run(main):
     try:
         main()
     except (InputError, MemoryError, OSError, RuntimeError) as error:
-        if not isinstance(error, InputError) and not is_out_of_memory(error):
+        # torch has no exception of its own for memory that a CPU refuses
+        no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        no_memory |= isinstance(error, RuntimeError) and bool(re.search("allocat|bad_alloc|out of memory", str(error)))
+        if not (no_memory or isinstance(error, InputError)):
             raise
-        reason = error if isinstance(error, InputError) else "not enough memory: close other programs, or give it less"
+        reason = "not enough memory: close other programs, or give it less" if no_memory else error
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was refused to Python, NumPy or the system, or to torch, whose CPU side has no exception for it"""
-    by_torch = isinstance(error, RuntimeError) and re.search("allocat|bad_alloc|out of memory", str(error))
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or bool(by_torch)
 
 
 # what a number option may be, by its name, in every script; others: whole ones from 1, floats from 0, up to 10^9.
@@ -192,6 +189,12 @@ def decoder(path: str | Path, *output: str, before: tuple = ()) -> list[str]:
 def describe(path: str | Path) -> str:
     """ffmpeg's description of a file: container, length and streams"""
     return subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
+
+
+def read_log(log) -> str:
+    """What ffmpeg wrote to a temporary file"""
+    log.seek(0)
+    return log.read().decode(errors="replace")
 
 
 # a stream's line of it is indented by two spaces, in a group by four, tags otherwise: a title cannot pass for a stream
@@ -325,8 +328,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mixed: bool = False,
         subprocess.run(then, stdin=process.stdout, stdout=raw, stderr=subprocess.DEVNULL)
         process.stdout.close()
         status = process.wait()
-        log.seek(0)
-        text = log.read().decode(errors="replace")
+        text = read_log(log)
     if "audio parameters changed" in text and channels < 8:
         return decode_sound(path, rate, True, channels=8)
     n = raw.seek(0, 2) // (4 * channels)
@@ -472,8 +474,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def is_grey(image: np.ndarray) -> bool:
     """Whether a picture, uint8 (H, W, 3), is without colour: its channels are equal, but for rounding (GREY)"""
-    r, g, b = image.astype(np.int16).transpose(2, 0, 1)
-    return all(np.abs(x - y).max() <= GREY for x, y in ((r, g), (g, b), (b, r)))
+    return np.ptp(image, axis=-1).max() <= GREY
 
 
 def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -533,19 +534,6 @@ def probe(path: str | Path) -> VideoInfo:
     return VideoInfo(width, height, float(fps[1]) if fps else 0.0, stated_length(text), aspect, interlaced, hdr)
 
 
-def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
-    """Frames of a video, uint8 (H, W, 3) RGB at exactly 25 fps, as a stream; frame k shows at (k + 1/2)/25 s.
-
-    Any frame rate, also a variable one, is resampled from the file's beginning on, so that samples 640 k ..
-    640 (k+1) of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped, fields are
-    deinterlaced, HDR becomes sRGB. Where the size changes in the middle, pictures are brought to the first, with bars.
-    `height`: resized to it. Raises InputError: not a video; damaged or cut short (once the cut is reached).
-    """
-    info = probe(path)                                       # refuses other files before the first frame
-    H = height or info.height
-    return decode_frames(check_file(path), info, H, max(1, round(H * info.aspect)))
-
-
 def frame_filters(info: VideoInfo, H: int, W: int) -> str:
     """ffmpeg's filters from the pictures of a video to the frames (H, W) of read_video"""
     # scale: bwdif does not take a change of size
@@ -564,27 +552,38 @@ def frame_filters(info: VideoInfo, H: int, W: int) -> str:
     return ",".join(filters)
 
 
-def decode_frames(path: Path, info: VideoInfo, H: int, W: int) -> Iterator[np.ndarray]:
-    """The generator behind read_video"""
+def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarray]:
+    """Frames of a video, uint8 (H, W, 3) RGB at exactly 25 fps, as a stream; frame k shows at (k + 1/2)/25 s.
+
+    Any frame rate, also a variable one, is resampled from the file's beginning on, so that samples 640 k ..
+    640 (k+1) of load_audio belong to frame k. Rotation is applied, pixels are made square, alpha is dropped, fields are
+    deinterlaced, HDR becomes sRGB. Where the size changes in the middle, pictures are brought to the first, with bars.
+    `height`: resized to it. Raises InputError: not a video; damaged or cut short (once the cut is reached).
+    """
+    path, info = check_file(path), probe(path)               # refuses other files before the first frame
+    H = height or info.height
+    W = max(1, round(H * info.aspect))
     args = ["-map", "0:V:0", "-vf", frame_filters(info, H, W), "-fps_mode", "passthrough"]
     args += ["-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1", *READ_ALL]
     # reinit_filter: ffmpeg would build the filters anew where the size changes, and fps would count from 0 again
-    command = decoder(path, *args, before=("-reinit_filter", "0"))
+    return decode_frames(path, decoder(path, *args, before=("-reinit_filter", "0")), (H, W, 3))
+
+
+def decode_frames(path: Path, command: list[str], shape: tuple) -> Iterator[np.ndarray]:
+    """The generator behind read_video"""
+    count, size = 0, np.prod(shape)
     with tempfile.TemporaryFile() as log:                    # a file: a full pipe would stop ffmpeg
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-        count = 0
         try:
-            while len(data := process.stdout.read(H * W * 3)) == H * W * 3:
+            while len(data := process.stdout.read(size)) == size:
                 count += 1
-                yield np.frombuffer(data, np.uint8).reshape(H, W, 3)
+                yield np.frombuffer(data, np.uint8).reshape(shape)
             status = process.wait()
         finally:                                             # also when the caller stops early
             process.kill()
             process.wait()
             process.stdout.close()
-        log.seek(0)
-        text = log.read().decode(errors="replace")
-    check_whole(path, text, status or not count, "0:V:0", count / FPS)
+        check_whole(path, read_log(log), status or not count, "0:V:0", count / FPS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -637,35 +636,28 @@ class VideoWriter:
     def failure(self) -> InputError:
         """The reason why ffmpeg stopped"""
         self.process.wait()
-        self.log.seek(0)
-        return InputError(f"{self.path}: could not be written ({last_error(self.log.read().decode(errors='replace'))})")
-
-    def close(self):
-        """Finishes the file and moves it to its place in one step"""
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-            if self.process.wait() or not self.count:
-                raise self.failure()
-            check_output(self.path, self.overwrite)          # another run may have been faster
-            move_into_place(self.draft, self.path)
-        finally:
-            self.discard()
-
-    def discard(self):
-        """Ends ffmpeg and removes everything written so far"""
-        self.process.kill()
-        self.process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.log.close()
-        self.folder.cleanup()
+        return InputError(f"{self.path}: could not be written ({last_error(read_log(self.log))})")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        self.close() if kind is None else self.discard()
+        """Finishes the file and moves it to its place in one step; after an error removes all that was written"""
+        try:
+            if kind:
+                self.process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            if kind is None:
+                if self.process.wait() or not self.count:
+                    raise self.failure()
+                check_output(self.path, self.overwrite)      # another run may have been faster
+                move_into_place(self.draft, self.path)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.log.close()
+            self.folder.cleanup()
 
 
 def write_video(path, frames, n: int, sound: np.ndarray | tuple | None = None, overwrite: bool = False):

@@ -24,18 +24,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from audio import N_MELS, SILENCE, WINDOW, log_mel, mel_windows, n_frames
 from checkpoint import pick_device
 from faces import (
-    TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, parse_box, square_around, turn_upright)
+    TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, middle_square, parse_box, turn_upright)
 from dub import find_takes, frame_jobs
 from fusion import load_model
 from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, read_eyes, track_landmarks
 from media import (
-    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_finite, check_output,
-    is_grey, load_audio, load_photo, photo_size, probe, read_video, run, to_tensor, to_uint8)
+    FPS, VIDEO_SUFFIXES, InputError, Parser, check_finite, check_output, is_grey, load_audio, load_photo, photo_size,
+    probe, read_video, run, to_tensor, to_uint8, write_video)
 from motion import activity, follow, idle, mouth, there_and_back
 from warp import Face, Warp, enlarge, smoothstep
 
@@ -104,8 +103,7 @@ def is_video(path) -> bool:
 
 def square_box(image: np.ndarray) -> tuple | None:
     """The box of a picture that is square already, as near as makes no difference; None otherwise."""
-    H, W = image.shape[:2]
-    return square_around(W / 2, H / 2, min(H, W)) if abs(H - W) <= SQUARE * max(H, W) else None
+    return middle_square(image) if np.ptp(image.shape[:2]) <= SQUARE * max(image.shape[:2]) else None
 
 
 toy_model = functools.cache(functools.partial(load_model, TOY))
@@ -437,11 +435,7 @@ def main(argv=None):
     if args.grid:
         frames = side_by_side(photo, frames, T, args)
     try:
-        first = next(frames)
-        with VideoWriter(out, *first.shape[:2], sound, args.overwrite) as video:
-            for frame in tqdm(itertools.chain([first], frames), total=T, unit="frame"):
-                video.write(frame)
-            assert video.count == T, f"{video.count} frames for {T} of sound"
+        write_video(out, frames, T, sound, args.overwrite)
     except FloatingPointError as error:
         raise InputError(f"{weights}: the network fails, {error}") from None
     print(f"{out}: {T} frames, {T / FPS:.2f} s; {T / (time.perf_counter() - begin):.0f} frames/s end to end")

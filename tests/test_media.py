@@ -319,20 +319,20 @@ def test_what_is_written_is_read_frame_by_frame(tmp_path):
 
 
 def test_flat_colours_survive_the_round_trip(tmp_path):
-    for colour in [(250, 20, 20), (20, 250, 20), (20, 20, 250), (128, 128, 128), (0, 0, 0), (255, 255, 255)]:
+    for colour in [(250, 20, 20), (20, 20, 250), (255, 255, 255)]:
         write(tmp_path / "a.mp4", np.full((5, 32, 32, 3), colour, np.uint8), overwrite=True)
         back = np.stack(list(read_video(tmp_path / "a.mp4")))
         assert abs(back.astype(int) - colour).max() <= 4, (colour, back[0, 0, 0])
 
 
-@pytest.mark.parametrize("count, n", [(1, 640), (2, 1600), (7, 4480), (26, 16321), (30, 9000), (30, 24000)])
+@pytest.mark.parametrize("count, n", [(1, 640), (26, 16321), (30, 9000)])
 def test_frame_count_is_exact_whatever_the_sounds_length(tmp_path, count, n):
     write(tmp_path / "a.mp4", drawn_frames(count, 32, 32), wav=np.zeros(n, np.float32))
     assert sum(1 for _ in read_video(tmp_path / "a.mp4")) == count
     assert abs(len(load_audio(tmp_path / "a.mp4")) - n) <= 1100  # AAC works in blocks of 1024
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_click_and_a_flash_in_one_frame_stay_in_one_frame(tmp_path, suffix):
     frames = np.full((40, 32, 32, 3), 20, np.uint8)
     wav = np.zeros(40 * 640, np.float32)
@@ -354,7 +354,7 @@ def test_odd_sizes_are_padded_by_their_own_border(tmp_path):
     assert psnr(back[:, :33, 47], frames[:, :, 46]) > 25 and psnr(back[:, 33, :47], frames[:, 32]) > 25
 
 
-@pytest.mark.parametrize("name", ["with space.mp4", "-y.mp4", "a'b\"c.mp4", "%03d.mp4", "http:x.mp4", "[a];&.mp4"])
+@pytest.mark.parametrize("name", ["-y %03d [a'b\"c];&.mp4", "http:x.mp4"])
 def test_awkward_file_names(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     frames = drawn_frames(3, 32, 32)
@@ -379,7 +379,7 @@ def seconds_late(path):
     return (np.arange(len(luma)) + 0.5) / 25 - (luma - 20) / 100
 
 
-@pytest.mark.parametrize("rate", ["24", "25", "30000/1001", "60", "12.5"])
+@pytest.mark.parametrize("rate", ["24", "30000/1001", "60", "12.5"])
 def test_any_frame_rate_becomes_25_with_every_frame_at_its_time(tmp_path, rate):
     counting_video(tmp_path / "a.mp4", rate)
     late = seconds_late(tmp_path / "a.mp4")
@@ -403,7 +403,7 @@ def test_a_click_and_a_flash_at_60_fps_in_another_container_stay_together(tmp_pa
     wav[round(1.21 * 44100) :][:90] = 30000
     scipy.io.wavfile.write(tmp_path / "a.wav", 44100, wav)
     flash = "nullsrc=s=32x32:r=60:d=2,geq=lum='if(between(T,1.199,1.239),235,20)':cb=128:cr=128"
-    for name in ("a.mp4", "a.mpg", "a.ts", "a.avi", "a.webm"):
+    for name in ("a.mpg", "a.ts", "a.webm"):
         ffmpeg("-f", "lavfi", "-i", flash, "-i", tmp_path / "a.wav", tmp_path / name)
         bright = int(np.argmax([f.mean() for f in read_video(tmp_path / name)]))
         loud = int(abs(load_audio(tmp_path / name)).argmax()) / 640
@@ -418,7 +418,7 @@ def test_a_picture_that_starts_later_than_the_sound_shows_its_first_frame_until_
     assert int(np.argmax(shown)) == 25 and len(shown) == 40  # 0.6 + 0.4 s
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
+@pytest.mark.parametrize("degrees", [90, 180])
 def test_a_phones_rotation_is_applied(tmp_path, degrees):
     write(tmp_path / "flat.mp4", np.repeat(picture(40, 60)[None], 5, 0))
     ffmpeg("-display_rotation", degrees, "-i", tmp_path / "flat.mp4", "-c", "copy", tmp_path / "turned.mp4")
@@ -518,7 +518,7 @@ def test_read_video_resizes_to_the_height_asked_for(tmp_path):
     assert frame.shape == (20, 30, 3) and abs(frame[inside].astype(int) - picture(20, 30)[inside]).max() < 8
 
 
-@pytest.mark.parametrize("rate, channels", [(48000, 2), (44100, 1), (22050, 6), (16000, 3), (8000, 8)])
+@pytest.mark.parametrize("rate, channels", [(48000, 2), (22050, 6), (8000, 8)])
 def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
     sound = 0.3 * np.sin(2 * np.pi * 300 * np.arange(rate)[:, None] / rate) * np.ones(channels)
     scipy.io.wavfile.write(tmp_path / "a.wav", rate, sound.astype(np.float32))
@@ -662,23 +662,19 @@ def test_a_killed_writer_leaves_nothing_where_the_output_goes(scratch):
 
 def test_the_file_appears_at_the_end_only_and_two_writers_do_not_meet(scratch):
     frames = drawn_frames(6, 32, 32)
-    one = VideoWriter(scratch / "out/a.mp4", 32, 32)
-    two = VideoWriter(scratch / "out/b.mp4", 32, 32)
-    for frame in frames:
-        one.write(frame), two.write(255 - frame)
-    assert leftovers(scratch / "out") == []
-    one.close(), two.close()
+    with VideoWriter(scratch / "out/a.mp4", 32, 32) as one, VideoWriter(scratch / "out/b.mp4", 32, 32) as two:
+        for frame in frames:
+            one.write(frame), two.write(255 - frame)
+        assert leftovers(scratch / "out") == []
     assert leftovers(scratch) == ["out/a.mp4", "out/b.mp4"]
     assert psnr(np.stack(list(read_video(scratch / "out/a.mp4"))), frames) > 33
     assert psnr(np.stack(list(read_video(scratch / "out/b.mp4"))), 255 - frames) > 33
 
 
 def test_a_file_that_appeared_meanwhile_is_not_overwritten(scratch):
-    video = VideoWriter(scratch / "out/a.mp4", 32, 32)
-    video.write(drawn_frames(1, 32, 32)[0])
-    (scratch / "out/a.mp4").write_bytes(b"someone else's")
-    with pytest.raises(InputError, match="exists"):
-        video.close()
+    with pytest.raises(InputError, match="exists"), VideoWriter(scratch / "out/a.mp4", 32, 32) as video:
+        video.write(drawn_frames(1, 32, 32)[0])
+        (scratch / "out/a.mp4").write_bytes(b"someone else's")
     assert (scratch / "out/a.mp4").read_bytes() == b"someone else's" and leftovers(scratch) == ["out/a.mp4"]
 
 
@@ -721,9 +717,8 @@ def test_16_bit_16_khz_comes_back_sample_by_sample(tmp_path):
 
 @pytest.mark.parametrize("name, rate, channels, subtype", [
     ("8-bit.wav", 16000, 1, "PCM_U8"), ("24-bit.wav", 48000, 1, "PCM_24"), ("96khz.wav", 96000, 2, "PCM_16"),
-    ("six channels.wav", 48000, 6, "PCM_16"), ("float.wav", 44100, 2, "FLOAT"), ("8khz.flac", 8000, 1, "PCM_16"),
-    ("a b'c\"d.ogg", 44100, 2, "VORBIS"), ("-i.mp3", 44100, 2, "MPEG_LAYER_III"), ("http:x.wav", 16000, 1, "PCM_16"),
-    ("%d [x];&$(touch y).wav", 16000, 1, "PCM_16")])
+    ("six channels.wav", 48000, 6, "PCM_16"), ("http:x.wav", 44100, 2, "FLOAT"), ("8khz.flac", 8000, 1, "PCM_16"),
+    ("a b'c\"d.ogg", 44100, 2, "VORBIS"), ("-i %d [x];&$(touch y).mp3", 44100, 2, "MPEG_LAYER_III")])
 def test_every_kind_of_sound_file_is_read_at_its_pitch(tmp_path, monkeypatch, name, rate, channels, subtype):
     monkeypatch.chdir(tmp_path)
     soundfile.write(str(tmp_path / name), np.tile(tone(700, rate, rate)[:, None], (1, channels)), rate, subtype=subtype)
@@ -907,19 +902,17 @@ def test_the_track_marked_default_is_read(tmp_path):
 def channels_of(voice, kind):
     dead = np.zeros_like(voice)
     return {
-        "both": [voice, voice],
         "opposite": [voice, -voice],
         "right alone": [dead, voice],
         "centre of 5.1": [dead, dead, voice, dead, dead, dead],
-        "last of 3": [dead, dead, voice],
         "last of 8": [dead] * 7 + [voice],
         "last of 12": [dead] * 11 + [voice],
         "hiss on the other": [voice, 0.001 * noise(len(voice))],
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["both", "opposite", "right alone", "centre of 5.1", "last of 3", "last of 8",
-                                  "last of 12", "hiss on the other"])
+@pytest.mark.parametrize("kind", ["opposite", "right alone", "centre of 5.1", "last of 8", "last of 12",
+                                  "hiss on the other"])
 def test_a_voice_sounds_the_same_in_whichever_channels_it_is(tmp_path, kind):
     soundfile.write(tmp_path / "a.wav", np.stack(channels_of(syllables(), kind), 1), RATE, subtype="FLOAT")
     wav = load_audio(tmp_path / "a.wav", level=False)
@@ -1016,7 +1009,7 @@ def test_no_number_option_of_any_script_takes_an_absurd_value(monkeypatch, capsy
         for a in options:
             counts = a.type is int and a.dest not in ("seed", "workers", "refine", "clip", "lag")
             zero = ["0"] if counts or a.dest.startswith(("lr", "seconds")) else []  # others may be 0
-            for value in [*zero, "-70", "1" + 30 * "0", "nan", "-inf", "inf", "word"]:
+            for value in [*zero, "-70", "1" + 30 * "0", "nan", "word"]:
                 with pytest.raises((InputError, SystemExit)) as refused:
                     parser.parse_args([*words, f"{a.option_strings[0]}={value}"], **limits)
                     pytest.fail(f"{name} takes {a.option_strings[0]} {value}")

@@ -68,7 +68,7 @@ def shape_of(path):
 # what comes out
 
 
-@pytest.mark.parametrize("n, frames", [(1, 1), (1600, 3), (16000, 25), (19999, 31), (20800, 33), (20799, 32)])
+@pytest.mark.parametrize("n, frames", [(1, 1), (20800, 33), (20799, 32)])
 def test_the_video_has_25_frames_a_second_of_speech(folder, weights, n, frames):
     scipy.io.wavfile.write("speech.wav", RATE, noise(n))
     talk(weights=weights)
@@ -115,17 +115,14 @@ def test_a_click_shows_in_the_frame_in_which_it_is_heard(folder, monkeypatch):
     assert bright == clicks == sorted(heard.argsort()[-4:].tolist())
 
 
-def test_the_same_command_gives_the_same_frames_and_another_sound_others(folder, weights):
+def test_the_same_command_gives_the_same_frames(folder, weights):
     talk("--out", "a.mp4", weights=weights)
     talk("--out", "b.mp4", weights=weights)
-    scipy.io.wavfile.write("speech.wav", RATE, noise(13201))
-    talk("--out", "c.mp4", weights=weights)
     a, b = (np.stack(list(read_video(name))) for name in ("a.mp4", "b.mp4"))
     np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(load_audio("a.mp4"), load_audio("c.mp4"))
 
 
-AWKWARD = ['a face\'s "best" side.png', "-face.png", "%d [x];&$(touch y).png", "http:x.png"]
+AWKWARD = ['-a face\'s "best" %d [x];&$(touch y).png', "http:x.png"]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -198,15 +195,14 @@ def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_thin
 
 
 def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeypatch):
-    written, write = [], sample.VideoWriter.write
-    monkeypatch.setattr(sample.VideoWriter, "write", lambda self, frame: written.append(frame) or write(self, frame))
+    written, write = [], media.VideoWriter.write
+    monkeypatch.setattr(media.VideoWriter, "write", lambda self, frame: written.append(frame) or write(self, frame))
     Image.open("face.png").resize((40, 40)).save("face.png")  # larger than the network's picture
     Image.open("face.png").convert("L").save("grey.png")
-    for how in (["--crop"], []):
-        for face, colour in (("grey.png", False), ("face.png", True)):
-            written.clear()
-            talk(*how, "--overwrite", weights=weights, face=face)
-            assert (np.ptp(written, -1).max() > 0) == colour and len(written) == 21, (how, face)
+    for how, face, colour in ((["--crop"], "grey.png", False), ([], "grey.png", False), ([], "face.png", True)):
+        written.clear()
+        talk(*how, "--overwrite", weights=weights, face=face)
+        assert (np.ptp(written, -1).max() > 0) == colour and len(written) == 21, (how, face)
 
 
 def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch):
@@ -482,7 +478,7 @@ def nothing_slow(monkeypatch):
         raise AssertionError("the network started before all inputs were checked")
 
     monkeypatch.setattr(FCTFG, "animate", started)
-    monkeypatch.setattr(sample, "VideoWriter", started)
+    monkeypatch.setattr(sample, "write_video", started)
 
 
 def bad_inputs(folder):
@@ -570,7 +566,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
 
     Path("talk.mp4").write_bytes(b"old")
     monkeypatch.setattr(sample, "load_model", lambda path, device: Failing())
-    monkeypatch.setattr(sample, "tqdm", lambda frames, **kw: frames)  # the line stands alone
+    monkeypatch.setattr(media, "tqdm", lambda frames, *_, **kw: frames)  # the line stands alone
     assert "NaN" in refused(capsys, monkeypatch, "--overwrite", "--crop", weights="w.pt")
     assert Path("talk.mp4").read_bytes() == b"old"
     assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
@@ -617,11 +613,11 @@ def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_ke
 
 @pytest.mark.parametrize("driven", [False, True])
 def test_a_head_sways_or_follows_a_driving_clip_by_its_own_landmarks(short, monkeypatch, driven):
-    asked, call = [], sample.Warp.__call__
+    asked = []
 
     def ask(self, *args, **motion):
         asked.append(motion["pose"])
-        return call(self, *args, **motion)
+        return self.face.photo
 
     monkeypatch.setattr(sample.Warp, "__call__", ask)
     more = []
@@ -651,11 +647,11 @@ def test_what_cannot_be_moved_is_one_line_with_the_way_out(short, monkeypatch):
 
 
 def test_lips_move_by_their_strength_and_lids_by_theirs(short, monkeypatch):
-    asked, call = [], sample.Warp.__call__
+    asked = []
 
     def ask(self, opening, shape, **motion):
         asked.append((opening - self.own, np.abs(shape).max(), motion["blink"]))
-        return call(self, opening, shape, **motion)
+        return self.face.photo
 
     monkeypatch.setattr(sample.Warp, "__call__", ask)
     monkeypatch.setattr(sample, "in_order", lambda jobs: (job() for job in jobs))
