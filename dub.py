@@ -15,7 +15,6 @@ from collections import deque
 from functools import partial
 
 import numpy as np
-import torch
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter1d
 
 from faces import DETECT_EVERY, detect_faces, face_box, scenes, smooth
@@ -24,7 +23,7 @@ from media import InputError, probe, read_video
 from motion import lip_opening
 from warp import (
     CORNERS, LOWER_LINE, LOWER_LIP, MISFIT, STILL, UPPER_LINE, UPPER_LIP, Nodes, Place, angles, box_in, centres, fit_pose,
-    inner_lips, lip_surfaces, misfit, read, smoothstep)
+    inner_lips, lip_surfaces, misfit, read, read_photo, smoothstep, to_bytes)
 
 # all constants are ours, chosen by looking at frames; lengths in units
 POINTS_HEIGHT = 480  # pixels of the copy on which landmarks are found
@@ -122,14 +121,6 @@ class Take:
 # ---------------------------------------------------------------------------------------------------------------------
 # pixels
 
-def read_frame(frame: np.ndarray, where: torch.Tensor) -> np.ndarray:
-    """uint8 (H, W, 3) at where (n, h, w, 2), pixels -> (n, h, w, 3) in [0, 255], bicubic"""
-    ends = torch.stack([where.amin((0, 1, 2)) - 4, where.amax((0, 1, 2)) + 4])
-    box = x0, y0, x1, y1 = box_in(frame, ends.numpy())
-    part = torch.from_numpy(frame[y0:y1, x0:x1].astype(np.float32)).permute(2, 0, 1)[None]
-    return read(part, where, box, mode="bicubic").permute(0, 2, 3, 1).numpy()
-
-
 def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
     """Mean colour (3,) of patches beside both corners of the mouth, above the upper and below the lower lip"""
     at = np.r_[1.25 * points[[48, 54]] - 0.25 * points[48:68].mean(0), (points[[33, 8]] + points[[51, 57]]) / 2]
@@ -143,9 +134,7 @@ class Dub:
     The bank is what shows between the lips, as two canvases: fixed to the skull (upper teeth), and to the jaw."""
 
     def __init__(self, take: Take):
-        self.take, (x0, y0, x1, y1) = take, CANVAS
-        x, y = (a + (np.arange(round(CELLS * (b - a))) + 0.5) / CELLS for a, b in ((x0, x1), (y0, y1)))
-        self.cells = np.stack(np.meshgrid(x, y), -1)                   # (h, w, 2)
+        self.take, self.cells = take, Nodes(CANVAS, 1 / CELLS).at      # (h, w, 2)
         self.drop = take.moves[0, 66, 1]                               # of the jaw, a unit of opening
         self.sums, self.dark = np.zeros((2, *self.cells.shape[:2], 4)), []
 
@@ -156,7 +145,7 @@ class Dub:
             return
         s, at = place.local(take.points[t]), np.stack([self.cells, self.cells + (0, self.drop * take.own[t])])
         skin = skin_colour(frame, take.points[t], place.scale)
-        colours = read_frame(frame, torch.from_numpy(place.pixels(at)).float()) / skin
+        colours = np.stack([read_photo(frame, where) for where in place.pixels(at)]) / skin
         inside = np.stack([np.minimum(*inner_lips(s, v)) for v in at])  # (2, h, w)
         weight = smoothstep((inside - 0.013) / 0.019)[..., None] * (take.own[t] / take.widest) ** 10
         self.sums += np.concatenate([weight * colours, weight], -1)
@@ -169,7 +158,7 @@ class Dub:
         near = gaussian_filter(self.sums, (0, 5, 5, 0))
         base = (near[..., :3] + 0.02 * self.cavity) / (near[..., 3:] + 0.02)
         full = (self.sums[..., :3] + 0.03 * base) / (self.sums[..., 3:] + 0.03)
-        self.canvas = torch.from_numpy(full).float().permute(0, 3, 1, 2)
+        self.canvas = full.astype(np.float32)                          # (2, h, w, 3)
 
     def inside(self, v, q, d, e, opening: float) -> np.ndarray:
         """Places v (h, w, 2), `d` below the upper and `e` above the lower lip of points q -> (h, w, 3), skin is 1"""
@@ -181,9 +170,7 @@ class Dub:
             seen = smoothstep((tall - d) / (0.3 * tall + 0.008) + 0.5)
             seen = seen * (0.25 + 0.75 * smoothstep(np.float64(opening / 0.1)))
             return self.cavity + (seen * (0.25 + 0.65 * front))[..., None] * (0.95 - self.cavity)
-        at = CELLS * (np.stack([v, v - (0, self.drop * opening)]) - CANVAS[:2])
-        both = read(self.canvas, torch.from_numpy(at).float(), (0, 0, *self.cells.shape[1::-1]))
-        skull, jaw = both.permute(0, 2, 3, 1).numpy()
+        skull, jaw = (read(canvas, at, CANVAS) for canvas, at in zip(self.canvas, (v, v - (0, self.drop * opening))))
         colour = jaw + smoothstep((e - d) / np.maximum(d + e, 0.02) + 0.5)[..., None] * (skull - jaw)
         shade = 0.72 + 0.28 * smoothstep(np.minimum(d, 0.6 * e + 0.02) / 0.038)  # darker under the lip
         light = 0.35 + 0.65 * smoothstep(np.float64(opening / SHOWN))  # a narrow gap is dark, and red
@@ -207,18 +194,18 @@ class Dub:
         moves = np.stack([source - g for source in (s, *(take.source(k) for k, _, _ in keys))], 1)  # (68, 1 + keys, 2)
         fields = lip_surfaces(g, moves, np.r_[border, s[STILL]], np.r_[at, mouth_at])
         upper, lower = (field[: len(at), 0] for field in fields)
-        sources = np.stack([field[len(at) :, 1:] for field in fields]) + mouth_at[:, None]
+        sources = np.stack([field[len(at) :, 1:] for field in fields]) + mouth_at[:, None]  # (2, m, keys, 2)
         below = smoothstep((at[:, 1:] - g[[60, 62, 64, 66], 1].mean()) / 0.1 + 0.5)
-        edge = smoothstep(np.minimum(at - top, low - at).min(1, keepdims=True) / 0.15)
-        where = place.pixels(at + edge * (upper + below * (lower - upper)))
-        out = read_frame(frame, skin_nodes.spread(skin_nodes.field(where)[None]))[0]
+        edge = smoothstep((np.minimum(at - top, low - at).min(1, keepdims=True) - SKIN_NODE / 2) / 0.15)
+        moved = edge * (upper + below * (lower - upper)) @ place.plane.T
+        out = read_photo(frame, skin_nodes.came_from(skin_nodes.field(-moved))).astype(float)
         (a0, b0, a1, b1), (x0, y0, x1, y1) = lip_nodes.box, skin_nodes.box
         part = slice(b0 - y0, b1 - y0), slice(a0 - x0, a1 - x0)
         out[part] = self.mouth(t, frame, keys, out[part], lip_nodes, sources, g, lips, opening)
         steps = [step for step, fades in zip((t + 1, take.T - t), take.fades) if fades]
         w = smoothstep(np.float64(min([FADE + 1, *steps]) / (FADE + 1)))  # beside frames that pass through
         result, old = frame.copy(), frame[y0:y1, x0:x1]
-        result[y0:y1, x0:x1] = (old + w * (out - old) + 0.5).clip(0, 255).astype(np.uint8)
+        result[y0:y1, x0:x1] = to_bytes(old + w * (out - old))
         return result
 
     def mouth(self, t, frame, keys, skin, nodes, sources, g, lips, opening) -> np.ndarray:
@@ -229,8 +216,8 @@ class Dub:
         for i, (k, weight, key) in enumerate(keys):
             there = take.place(k)
             gain = weight * light / skin_colour(key, take.points[k], there.scale)
-            where = torch.stack([nodes.field(at) for at in there.pixels(sources[:, :, i])])
-            layers = layers + gain * read_frame(key, nodes.spread(where))
+            moved = (nodes.flat() - there.pixels(at) for at in sources[:, :, i])
+            layers = layers + gain * np.stack([read_photo(key, nodes.came_from(nodes.field(m))) for m in moved])
         upper, lower = layers
         v = place.local(centres(nodes.box))
         d, e = inner_lips(g, v)

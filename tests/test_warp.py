@@ -1,8 +1,10 @@
 """warp.py: pixels that move as asked and no others; poses against projected points."""
 
+import functools
+
+import cv2
 import numpy as np
 import pytest
-import torch
 
 import warp as W
 from warp import Face, Lids, Lips, Nodes, Pose, Warp
@@ -52,9 +54,8 @@ def points(yaw=0.0, gap=0.0, **pose):
 
 def photo(seed=0):
     """Soft random colours: every pixel differs from its neighbours, none is black or white"""
-    x = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(seed))
-    x = torch.nn.functional.interpolate(x, (SIZE, SIZE + 6), mode="bicubic").clamp(0, 1)[0]
-    return (40 + 170 * x).byte().permute(1, 2, 0).numpy().copy()
+    x = np.random.default_rng(seed).random((40, 40, 3))
+    return (40 + 170 * cv2.resize(x, (SIZE + 6, SIZE), interpolation=cv2.INTER_CUBIC).clip(0, 1)).astype(np.uint8)
 
 
 def face(**options):
@@ -78,10 +79,9 @@ def test_at_rest_a_frame_is_the_photo_bit_for_bit(gap):
     warp = Warp(f, moves())
     assert np.array_equal(warp(), f.photo)
     assert np.array_equal(warp(warp.own, np.zeros(2)), f.photo)
-    where = torch.from_numpy(W.centres(warp.lips.box)).float()
     x0, y0, x1, y1 = warp.lips.box
-    read = (f.read(where) + 0.5).byte().permute(1, 2, 0).numpy()
-    assert np.array_equal(read, f.photo[y0:y1, x0:x1])                # reading alone changes nothing either
+    for read in f.read, functools.partial(W.read_photo, f.photo):     # reading alone changes nothing either
+        assert np.array_equal(read(W.centres(warp.lips.box)), f.photo[y0:y1, x0:x1])
 
 
 def test_talking_changes_pixels_below_the_eyes_and_inside_the_face_only():
@@ -99,11 +99,15 @@ def arrives(warp, opening, shape=(0.0, 0.0)):
     """Where the landmarks of both layers go, in units: (2, 68, 2) upper layer, lower layer"""
     lips = warp.lips
     back = lips.displace(opening, shape)[0]
-    p = torch.from_numpy(lips.face.points).float()
-    at = p.clone().expand(2, -1, -1)
-    for _ in range(60):                                                # p' = p + back(p')
-        at = p + W.read(back, at[:, None], lips.box)[:, :, 0].permute(0, 2, 1)
-    return lips.mouth.local(at.double().numpy())
+    return lips.mouth.local(np.stack([forwards(lips.face.points, back[..., k : k + 2], lips.box) for k in (0, 2)]))
+
+
+def forwards(points, back, box):
+    """Where points (n, 2) arrive: p' = p + back(p')"""
+    at, back = points[None], np.ascontiguousarray(back)
+    for _ in range(60):
+        at = points + W.read(back, at, box)
+    return at[0]
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.10])
@@ -125,20 +129,27 @@ def test_shape_numbers_move_the_corners():
 
 def test_a_turned_face_moves_in_its_own_plane():
     f = Face(photo(), points(30.0), mean_shape())
-    fields = Lips(f, moves()).fields                                   # (2, 1 + K, 2, gh, gw), pixels
+    fields = Lips(f, moves()).fields                                   # (2, 1 + K, gh, gw, 2), pixels
     straight = Lips(face(), moves()).fields
-    ratio = fields[:, 2, 0].abs().max() / straight[:, 2, 0].abs().max()
+    ratio = np.abs(fields[:, 2, ..., 0]).max() / np.abs(straight[:, 2, ..., 0]).max()
     assert 0.75 < ratio < 0.95                                         # cos 30 degrees = .87
 
 
 def test_a_field_is_inverted_on_its_nodes():
     nodes = Nodes((10, 20, 210, 180), 5.0)
     x, y = nodes.at[..., 0], nodes.at[..., 1]
-    moved = torch.stack([6 * torch.sin(y / 40), 4 * torch.cos(x / 50)])[None]
+    moved = np.stack([6 * np.sin(y / 40), 4 * np.cos(x / 50)], -1)
     back = nodes.invert(moved)
-    came_from = nodes.at - back[0].permute(1, 2, 0)
-    again = W.read(moved, came_from[None], nodes.box)
-    assert (again - back)[..., 4:-4, 4:-4].abs().max() < 0.05           # pixels
+    again = W.read(moved, nodes.at - back, nodes.box)
+    assert np.abs(again - back)[4:-4, 4:-4].max() < 0.05                # pixels
+
+
+def test_a_linear_field_is_linear_between_its_nodes_and_at_every_pixel():
+    nodes = Nodes((10, 20, 210, 183), 5.0)
+    moved, pixels = np.float32(nodes.at * (0.1, -0.2)), W.centres(nodes.box)
+    inside = pixels[7:-7, 9:-9] + (0.37, -0.41)
+    np.testing.assert_allclose(W.read(moved, inside, nodes.box), inside * (0.1, -0.2), atol=1e-4)
+    np.testing.assert_allclose(nodes.came_from(moved)[5:-5, 5:-5], (pixels * (0.9, 1.2))[5:-5, 5:-5], atol=1e-4)
 
 
 def test_a_blink_covers_the_eye_with_skin():
@@ -159,15 +170,11 @@ def test_a_blink_covers_the_eye_with_skin():
 def test_landmarks_go_where_the_turned_shape_puts_them(pose):
     f = face()
     head = Warp(f, moves()).head
-    back = head.back(Pose(**pose), 0.0)
-    p = torch.from_numpy(f.points).float()
-    at = p.clone()
-    for _ in range(60):
-        at = p + W.read(back, at[None, None], head.box)[0, :, 0].T
+    at = forwards(f.points, head.back(Pose(**pose), 0.0), head.box)
     mean = mean_shape() * (1, 1, head.DEPTH)
     R = W.rotation(**{k: pose.get(k, 0.0) for k in ("yaw", "pitch", "roll")})
     wanted = SCALE * (((mean - head.PIVOT) @ R.T + head.PIVOT)[:, :2]) + (150, 120)
-    moved, asked = (x[W.RIGID] - f.points[W.RIGID] for x in (at.double().numpy(), wanted))
+    moved, asked = (x[W.RIGID] - f.points[W.RIGID] for x in (at, wanted))
     slope = (moved * asked).sum() / (asked**2).sum()
     assert 0.85 < slope < 1.1 and np.corrcoef(moved.ravel(), asked.ravel())[0, 1] > 0.97
 
