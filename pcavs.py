@@ -3,11 +3,8 @@
 Zhou et al., "Pose-Controllable Talking Face Generation by Implicitly Modularized Audio-Visual Representation", CVPR 2021
 (arXiv 2104.11116). The four networks have the names and shapes of the published files latest_net_{G,V,E,A_sync}.pth.
 
-    python pcavs.py sample face.jpg speech.wav --pose pose.mp4 --weights checkpoints/demo   # talk.mp4, published weights
     python pcavs.py sample examples/face.png examples/speech.wav --out toy.mp4   # shipped toy weights, 100 frames, 2 s
     python pcavs.py train --bf16                                  # the toy world at 32 px; docs/pcavs.md has the result
-    python pcavs.py pairs clip.mp4 --weights checkpoints/demo     # real/ and fake/ for evaluate.py; or the demo's .csv
-    python pcavs.py align frames/                                 # frames_cropped/, for --aligned and pairs
 
 What differs from the authors' code:
 - Their frames begin with the third and their sound with the first, so their video leads by 80 ms. Ours is in step.
@@ -18,13 +15,12 @@ What differs from the authors' code:
 Axes: B clips, K frames of each, N = B K, P pose numbers, S mel steps.
 """
 
-import argparse
 import copy
-import dataclasses
 import itertools
 import time
 from collections import OrderedDict
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -45,24 +41,27 @@ from checkpoint import (
 from data import Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import (
     ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, mask_mouth,
-    middle_square, need_detector, similarity)
+    middle_square, similarity)
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
 from media import (
-    FPS, VIDEO_SUFFIXES, InputError, Parser, VideoWriter, check_file, check_output, is_grey, load_audio, load_photo,
-    make_folder, probe, read_video, run, to_tensor, to_uint8)
-from motion import there_and_back
+    FPS, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, is_grey, load_audio, load_photo, make_folder,
+    probe, read_video, run, to_tensor, to_uint8, write_video)
+from motion import interpolated, there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour
 from stylegan2 import Discriminator, StyledConv, ToRGB
 from toyfaces import toy_pack
 
-PUBLISHED = {"G": "latest_net_G.pth", "V": "latest_net_V.pth", "E": "latest_net_E.pth", "A": "latest_net_A_sync.pth"}
+# the authors' files, and what inference does not use of them: heads of training, G's mapping and constant
+PUBLISHED = {"G": ("latest_net_G.pth", ("style.", "input.", "noises.")), "V": ("latest_net_V.pth", ("fc.", "model.fc.")),
+             "E": ("latest_net_E.pth", ("classifier.", "mouth_fc.", "headpose_fc.")),
+             "A": ("latest_net_A_sync.pth", ("fc.",))}
 TOY_WEIGHTS = Path(__file__).resolve().parent / "weights/pcavs_toy.pt"
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """Shape of the four networks; the defaults are the published ones. Saved in every checkpoint as a plain dict."""
     size: int = 224
@@ -87,28 +86,18 @@ class Config:
     channels: tuple = (512, 512, 512, 512, 256, 128)  # G, from the identity map's size up
     mouth_gain: float = 1.2                    # factor on the speech feature at inference, as published
 
-    @property
-    def start(self) -> int:  # edge of the identity map, 7 of 224 px
-        return self.size // (8 * self.v_stem)
-
-    @property
-    def style(self) -> int:  # width of G's style: identity vector, mouth code, pose code; 2560 as published
-        return 32 * self.v_base + self.mouth + self.pose
-
     @classmethod
-    def at(cls, size: int, **overrides) -> "Config":
-        """The dial: 16 (tests), 32 and 64 for a CPU, 128 for a GPU, 224 as published."""
-        small = dict(template="toy", mask=True, noise=False, v_base=8, v_groups=8, v_blocks=(1, 1, 1, 1), e_width=32,
-                     e_depth=2, e_maps=16, dropout=0.0, a_filters=(16, 32, 32, 64), a_blocks=(1, 1, 1, 1), a_hidden=32,
+    def at(cls, size: int, template: str = "toy") -> "Config":
+        """The dial of `train`: 16 (tests), 32 and 64 for a CPU, 128 for a GPU"""
+        small = dict(mask=True, noise=False, v_base=8, v_groups=8, v_blocks=(1, 1, 1, 1), e_width=32, e_depth=2,
+                     e_maps=16, dropout=0.0, a_filters=(16, 32, 32, 64), a_blocks=(1, 1, 1, 1), a_hidden=32,
                      hidden=128, mouth=32, mouth_gain=1.0)
-        dial = {16: dict(small, v_stem=1, e_stem=2, channels=(64, 64, 32, 16)),
-                32: dict(small, v_stem=1, e_stem=2, channels=(128, 128, 64, 32)),
-                64: dict(small, v_stem=2, e_stem=4, channels=(128, 128, 128, 64, 32)),
-                128: dict(small, v_stem=4, v_base=16, e_stem=4, e_width=128, e_depth=3, e_maps=32, hidden=256, mouth=128,
-                          channels=(256, 256, 256, 128, 64, 32)),
-                224: {}}
-        assert size in dial, f"size is {size}, expected one of {sorted(dial)}"
-        return cls(**(dict(size=size) | dial[size] | overrides))
+        dial = {16: dict(v_stem=1, e_stem=2, channels=(64, 64, 32, 16)),
+                32: dict(v_stem=1, e_stem=2, channels=(128, 128, 64, 32)),
+                64: dict(v_stem=2, channels=(128, 128, 128, 64, 32)),
+                128: dict(v_base=16, e_width=128, e_depth=3, e_maps=32, hidden=256, mouth=128,
+                          channels=(256, 256, 256, 128, 64, 32))}
+        return cls(**dict(size=size, template=template) | small | dial[size])
 
 
 # ----------------- the four networks. V, identity: ResNeXt50 32x4d (Xie et al. 2017), its last map brought to G's width
@@ -120,12 +109,21 @@ def shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
 
-class Bottleneck(nn.Module):
-    """1x1, grouped 3x3, 1x1 beside a shortcut: (N, C, H, W) -> (N, 4 planes, H/stride, W/stride)"""
+def stages(block, c_in: int, widths, counts) -> dict:
+    """layer1, layer2, .. of a ResNet: `counts` blocks each, the first of all but layer1 with stride 2"""
+    layers = {}
+    for i, (c_out, count) in enumerate(zip(widths, counts)):
+        blocks = [block(c_out if k else c_in, c_out, 2 if i and not k else 1) for k in range(count)]
+        layers[f"layer{i + 1}"], c_in = nn.Sequential(*blocks), c_out
+    return layers
 
-    def __init__(self, c_in: int, planes: int, stride: int, groups: int):
+
+class Bottleneck(nn.Module):
+    """1x1, grouped 3x3, 1x1 beside a shortcut: (N, C, H, W) -> (N, C', H/stride, W/stride)"""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, groups: int):
         super().__init__()
-        width, c_out = 2 * planes, 4 * planes                                  # 32x4d: twice ResNet's width
+        width = c_out // 2                                                      # 32x4d: twice ResNet's
         self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
@@ -142,18 +140,12 @@ class IdentityEncoder(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        layers = OrderedDict(conv1=nn.Conv2d(3, c.v_base, 7, 2 if c.v_stem > 1 else 1, 3, bias=False),
-                             bn1=nn.BatchNorm2d(c.v_base), relu=nn.ReLU(),
-                             pool=nn.MaxPool2d(3, 2, 1) if c.v_stem == 4 else nn.Identity())
-        c_in = c.v_base
-        for i, count in enumerate(c.v_blocks):
-            planes, stage = c.v_base * 2 ** i, nn.Sequential()
-            for k in range(count):
-                stage.append(Bottleneck(c_in, planes, 2 if i and not k else 1, c.v_groups))
-                c_in = 4 * planes
-            layers[f"layer{i + 1}"] = stage
-        self.model = nn.Sequential(layers)
-        self.conv1x1 = nn.Conv2d(c_in, c.channels[0], 1)
+        stem = dict(conv1=nn.Conv2d(3, c.v_base, 7, 2 if c.v_stem > 1 else 1, 3, bias=False),
+                    bn1=nn.BatchNorm2d(c.v_base), relu=nn.ReLU(),
+                    pool=nn.MaxPool2d(3, 2, 1) if c.v_stem == 4 else nn.Identity())
+        widths, block = [c.v_base * k for k in (4, 8, 16, 32)], partial(Bottleneck, groups=c.v_groups)
+        self.model = nn.Sequential(OrderedDict(stem | stages(block, c.v_base, widths, c.v_blocks)))
+        self.conv1x1 = nn.Conv2d(widths[-1], c.channels[0], 1)
 
     def forward(self, x):
         x = self.model(x.contiguous(memory_format=torch.channels_last))         # (B, 32 base, H/(8 stem), W/(8 stem))
@@ -182,38 +174,20 @@ class Hourglass(nn.Module):
         return across + F.interpolate(low, across.shape[2:], mode="bilinear", align_corners=False)
 
 
-class FAN(nn.Module):
-    """Image (N, 3, H, W) -> feature (N, hidden), through one map of H / (2 stem)"""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        w = c.e_width
-        self.pool = c.e_stem == 4
-        self.conv1, self.bn1 = nn.Conv2d(3, w // 4, 7, 2, 3), nn.BatchNorm2d(w // 4)
-        self.conv2, self.conv3, self.conv4 = ConvBlock(w // 4, w // 2), ConvBlock(w // 2, w // 2), ConvBlock(w // 2, w)
-        self.m0 = Hourglass(w, c.e_depth, c.dropout)
-        self.top_m_0 = ConvBlock(w, w)
-        self.conv_last0, self.bn_end0 = nn.Conv2d(w, w, 1), nn.BatchNorm2d(w)
-        self.l0, self.bn5 = nn.Conv2d(w, c.e_maps, 1), nn.BatchNorm2d(c.e_maps)
-        self.conv6 = nn.Conv2d(c.e_maps, 1, 3, 2, 1)
-        self.fc = nn.Linear((c.size // (2 * c.e_stem)) ** 2, c.hidden)
-
-    def forward(self, x):
-        x = self.conv2(torch.relu(self.bn1(self.conv1(x))))
-        x = self.conv4(self.conv3(F.max_pool2d(x, 2) if self.pool else x))      # (N, w, H/stem, W/stem)
-        x = self.top_m_0(self.m0(x))
-        maps = self.l0(torch.relu(self.bn_end0(self.conv_last0(x))))            # (N, 68, H/stem, W/stem)
-        x = self.conv6(torch.relu(self.bn5(maps)))                              # (N, 1, H/(2 stem), W/(2 stem))
-        return self.fc(torch.relu(x.flatten(1)))
-
-
 class NonIdentityEncoder(nn.Module):
     """E: frames (N, 3, H, W) -> pose code (N, P). In training, and for the mouth code, its parts are called alone."""
 
     def __init__(self, c: Config):
         super().__init__()
-        h = c.hidden
-        self.model = FAN(c)
+        h, w, pool = c.hidden, c.e_width, nn.MaxPool2d(2) if c.e_stem == 4 else nn.Identity()
+        self.model = nn.Sequential(OrderedDict(                                 # FAN: (N, 3, H, W) -> feature (N, hidden)
+            conv1=nn.Conv2d(3, w // 4, 7, 2, 3), bn1=nn.BatchNorm2d(w // 4), relu1=nn.ReLU(),
+            conv2=ConvBlock(w // 4, w // 2), pool=pool, conv3=ConvBlock(w // 2, w // 2), conv4=ConvBlock(w // 2, w),
+            m0=Hourglass(w, c.e_depth, c.dropout), top_m_0=ConvBlock(w, w),     # (N, w, H/stem, W/stem)
+            conv_last0=nn.Conv2d(w, w, 1), bn_end0=nn.BatchNorm2d(w), relu2=nn.ReLU(),
+            l0=nn.Conv2d(w, c.e_maps, 1), bn5=nn.BatchNorm2d(c.e_maps), relu3=nn.ReLU(),  # (N, 68, H/stem, W/stem)
+            conv6=nn.Conv2d(c.e_maps, 1, 3, 2, 1), flatten=nn.Flatten(), relu4=nn.ReLU(),  # a map of H/(2 stem)
+            fc=nn.Linear((c.size // (2 * c.e_stem)) ** 2, h)))
         self.to_mouth = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Linear(h, h))
         self.mouth_embed = nn.Sequential(nn.ReLU(), nn.Linear(h, c.mouth))
         self.to_headpose = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Linear(h, h))
@@ -248,14 +222,11 @@ class SpeechEncoder(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         f, flat = c.a_filters, c.a_filters[-1] * LWS_BANDS // 8
-        m = self.model = nn.Module()                                            # the published names begin with "model."
-        m.conv1, m.bn1 = nn.Conv2d(1, f[0], 3, padding=1), nn.BatchNorm2d(f[0])
-        for i, (c_in, c_out, count) in enumerate(zip((f[0], *f), f, c.a_blocks)):
-            stage = [SEBlock(c_out if k else c_in, c_out, 2 if i and not k else 1) for k in range(count)]
-            m.add_module(f"layer{i + 1}", nn.Sequential(*stage))
-        m.attention = nn.Sequential(nn.Conv1d(flat, c.a_hidden, 1), nn.ReLU(), nn.BatchNorm1d(c.a_hidden),
-                                    nn.Conv1d(c.a_hidden, flat, 1), nn.Softmax(2))
-        m.fc = nn.Linear(flat, c.hidden)
+        self.model = nn.ModuleDict(dict(
+            conv1=nn.Conv2d(1, f[0], 3, padding=1), bn1=nn.BatchNorm2d(f[0]), **stages(SEBlock, f[0], f, c.a_blocks),
+            attention=nn.Sequential(nn.Conv1d(flat, c.a_hidden, 1), nn.ReLU(), nn.BatchNorm1d(c.a_hidden),
+                                    nn.Conv1d(c.a_hidden, flat, 1), nn.Softmax(2)),
+            fc=nn.Linear(flat, c.hidden)))
 
     def forward(self, mel):
         assert mel.shape[1:] == (1, LWS_BANDS, LWS_STEPS), f"mel window is {tuple(mel.shape)}, expected (N, 1, 80, 20)"
@@ -270,7 +241,8 @@ class FaceGenerator(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        ch, self.dim, self.start = c.channels, c.style, c.start
+        ch, self.start = c.channels, c.size // (8 * c.v_stem)                   # edge of the identity map, 7 of 224 px
+        self.dim = 32 * c.v_base + c.mouth + c.pose                             # D: identity, mouth and pose; 2560
         self.conv1 = StyledConv(ch[0], ch[0], self.dim)
         self.to_rgb1 = ToRGB(ch[0], self.dim, up=False)
         self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
@@ -344,28 +316,21 @@ class PCAVS(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- weights
 
-UNUSED = {"G": ("style.", "input.", "noises."), "V": ("fc.", "model.fc."),
-          "E": ("classifier.", "mouth_fc.", "headpose_fc."), "A": ("fc.",)}  # heads of training, G's mapping and constant
-
-
 def load_published(folder: Path, config: Config | None = None, device="cpu") -> PCAVS:
-    """The networks in the authors' bare state_dicts, by every key and shape. What inference does not use is dropped, and
-    the prefix of DataParallel. Raises InputError, one line that names the file."""
+    """The networks in the authors' bare state_dicts, by every key and shape. InputError: one line names the file."""
     config = config or Config()
     with torch.device("meta"):
         model = PCAVS(config)
-    for k, name in PUBLISHED.items():
+    for net, (name, unused) in PUBLISHED.items():
         state = {key.removeprefix("module."): v for key, v in read_weights(folder / name).items()}
         state = {key: v.flatten() if key.endswith("activate.bias") and torch.is_tensor(v) else v
-                 for key, v in state.items() if not key.startswith(UNUSED[k])}  # (1, C, 1, 1) there, (C,) here
-        make = type(getattr(model, k))
-        setattr(model, k, load_frozen(lambda make=make: make(config), state, folder / name, device))
+                 for key, v in state.items() if not key.startswith(unused)}     # (1, C, 1, 1) there, (C,) here
+        setattr(model, net, load_frozen(partial(type(getattr(model, net)), config), state, folder / name, device))
     return model.eval()
 
 
 def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
-    """Networks for inference: a folder of the four published files, or a weights.pt of `train`. InputError: see
-    there."""
+    """Networks for inference: a folder of the published files, or a weights.pt of `train`. InputError: see there."""
     if Path(path).is_dir():
         return load_published(Path(path), device=device)
     checkpoint = load_checkpoint(path, "pcavs")
@@ -375,27 +340,6 @@ def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
 
 
 # -------- the networks' input: the authors' alignment for published weights, a template's square for weights of `train`
-
-def ready_box(image: np.ndarray) -> tuple:
-    """The networks' input in an image that is aligned already, by `align` or by the authors"""
-    H, W = image.shape[:2]
-    return tuple(v / 224 * n for v, n in zip(SEEN, (W, H, W, H)))
-
-
-def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
-    """The photo as V's input, uint8 (size, size, 3). Raises InputError: no face."""
-    published = config.template not in TEMPLATES
-    if args.aligned and published:
-        return crop_face(photo, ready_box(photo), config.size)
-    if config.template == "toy" and not is_drawn(photo):
-        print(f"{args.weights}: these weights draw the toy world only; {args.face} is another kind of picture")
-    photo, box, how = photo_box(photo, args, "face" if published else config.template)
-    print(f"{args.face}: {how}")
-    if not published:
-        return crop_face(photo, box, config.size)
-    points = eyes_and_mouth(find_landmarks(load_landmarks(), photo, box))
-    return next(align_frames([photo], points[None] / len(photo), config.size))
-
 
 def images_in(path: Path) -> list[Path]:
     """The images of a folder, or the file where it is one; of a video none"""
@@ -410,39 +354,38 @@ def clip_frames(path: Path, n: int | None, height: int | None = None):
     return itertools.islice(read_video(path, height and min(height, probe(path).height)), n)
 
 
-def track_clip(path: Path, n: int | None) -> np.ndarray:
-    """Eyes and mouth in the first n frames of a clip, complex (T, 3), in units of a frame's height. Raises InputError:
+def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
+    """align_frames of a clip's first n frames, read twice, as the mean comes before its first frame. Raises InputError:
     no face detector; no face, or one in less than half of the frames."""
-    need_detector()
     frames = clip_frames(path, n, LOOK_HEIGHT)
     for before, frame in enumerate(frames):  # noqa: B007
         if faces := detect_faces(frame, margins=(1.2, 1.5)):
             break
     else:
-        raise InputError(f"{path}: no face that is upright was found; crop the clip and give --aligned")
+        raise InputError(f"{path}: no face that is upright was found; crop the clip and give a folder of images")
     tracked = track_landmarks(load_landmarks(), itertools.chain([frame], frames), face_box(faces, "face"))
     points = eyes_and_mouth(np.pad(tracked, ((before, 0), (0, 0), (0, 0)), constant_values=np.nan)) / len(frame)
-    found = np.flatnonzero(~np.isnan(points[:, 2]))
-    if 2 * len(found) < len(points):
-        raise InputError(f"{path}: a face in {len(found)} of {len(points)} frames")
-    return np.stack([np.interp(np.arange(len(points)), found, column[found]) for column in points.T], 1)
-
-
-def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
-    """align_frames of a clip's first n frames. It is read twice, as the mean comes before its first frame."""
-    points = track_clip(path, n)
+    found = ~np.isnan(points[:, 2])                                             # (T,); points (T, 3), complex
+    if 2 * found.sum() < len(found):
+        raise InputError(f"{path}: a face in {found.sum()} of {len(found)} frames")
+    points = interpolated(points, found)
     scale = abs(similarity(points.mean(0), ALIGNED)[0])
     height = max(16, round(2 * scale * size / (box[2] - box[0])))               # twice what the crop keeps
     return align_frames(clip_frames(path, n, height), points, size, box)
 
 
-def clip_crops(path: str | Path, n: int, config: Config, aligned: bool):
-    """The first n frames of a video, or of a folder of images as the authors store aligned clips, as the networks'
+def clip_crops(path: str | Path, n: int, config: Config):
+    """The first n frames of a video, or of an image or a folder of images, which are aligned already, as the networks'
     input: a stream of uint8 (size, size, 3). InputError, no face: before the stream begins."""
     path, size, published = Path(path), config.size, config.template not in TEMPLATES
-    if images_in(path) or aligned and published:
-        box = ready_box if published else middle_square
-        return (crop_face(frame, box(frame), size) for frame in clip_frames(path, n))
+
+    def crop_aligned(frame):
+        H, W = frame.shape[:2]
+        box = tuple(v / 224 * n for v, n in zip(SEEN, (W, H, W, H))) if published else middle_square(frame)
+        return crop_face(frame, box, size)
+
+    if images_in(path):
+        return map(crop_aligned, clip_frames(path, n))
     if published:
         return aligned_clip(path, n, size)
     _, box, height = driving_box(path, n, config.template)
@@ -450,9 +393,22 @@ def clip_crops(path: str | Path, n: int, config: Config, aligned: bool):
     return (crop_face(frame, tuple(v * len(frame) / height for v in box), size) for frame in frames)
 
 
+def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
+    """A photo that is not aligned as V's input, uint8 (size, size, 3). Raises InputError: no face."""
+    published = config.template not in TEMPLATES
+    if config.template == "toy" and not is_drawn(photo):
+        print(f"{args.weights}: these weights draw the toy world only; {args.face} is another kind of picture")
+    photo, box, how = photo_box(photo, args, "face" if published else config.template)
+    print(f"{args.face}: {how}")
+    if not published:
+        return crop_face(photo, box, config.size)
+    points = eyes_and_mouth(find_landmarks(load_landmarks(), photo, box))
+    return next(align_frames([photo], points[None] / len(photo), config.size))
+
+
 def align(args):
-    """Writes CLIP_cropped/000000.jpg ..: the aligned frames, 224 px, as the authors' preparation does, and its file of
-    pairs, in which each clip drives itself: a line that read_pairs reads for each video"""
+    """Writes CLIP_cropped/000000.jpg ..: the aligned frames, 224 px, as the authors' preparation does, and their file of
+    pairs for read_pairs: a line for each video, which drives itself"""
     pairs, pairs_file = [], args.csv and check_output(args.csv, args.overwrite)
     for path in map(Path, args.clips):
         out = path.with_name(f"{path.stem}_cropped")
@@ -475,77 +431,65 @@ def render(model, crop, wav, pose, args, device):
     noise = [x.to(device) for x in model.G.draw_noise(torch.Generator().manual_seed(args.seed))]
     noise, photo, n = noise if model.config.noise else "off", to_tensor(crop).to(device), n_frames(len(wav))
     for frames in model.animate(photo, lws_mel(wav), n, map(to_tensor, pose), noise, args.bf16):
-        try:
-            yield from to_uint8(frames)                                         # (b, size, size, 3)
-        except FloatingPointError as error:
-            raise InputError(f"{args.weights}: the networks fail, {error}") from None
+        with refusing(args.weights, "the networks fail"):
+            frames = to_uint8(frames)                                           # (b, size, size, 3)
+        yield from frames
 
 
 def sample(args):
     begin = time.perf_counter()
     out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
-    photo, wav = load_photo(args.face), load_audio(args.speech)
-    device = pick_device(args.device)
+    photo, wav, device = load_photo(args.face), load_audio(args.speech), pick_device(args.device)
     model = load_pcavs(args.weights, device)
-    size, n = model.config.size, n_frames(len(wav))
-    crop, grey = photo_crop(photo, args, model.config), is_grey(photo)
-    pose = clip_crops(args.pose, n, model.config, args.aligned) if args.pose else [crop]
+    crop, n = photo_crop(photo, args, model.config), n_frames(len(wav))
+    pose = clip_crops(args.pose, n, model.config) if args.pose else [crop]
     pose = list(pose) if args.grid else pose
-    frames = tqdm(render(model, crop, wav, pose, args, device), total=n, unit="frame")
-    with VideoWriter(out, size, 3 * size if args.grid else size, (args.speech, len(wav)), args.overwrite) as video:
-        for k, frame in enumerate(frames):
-            frame = without_colour(frame) if grey else frame
-            video.write(np.hstack([crop, pose[there_and_back(k, len(pose))], frame]) if args.grid else frame)
+    frames = render(model, crop, wav, pose, args, device)
+    if is_grey(photo):
+        frames = map(without_colour, frames)
+    if args.grid:
+        frames = (np.hstack([crop, pose[there_and_back(k, len(pose))], frame]) for k, frame in enumerate(frames))
+    write_video(out, frames, n, (args.speech, len(wav)), args.overwrite)
     print(f"{out}: {n} frames, {n / FPS:.2f} s; {n / (time.perf_counter() - begin):.1f} frames/s end to end")
 
 
 def read_pairs(path: Path) -> list[list]:
-    """The authors' csv -> photo, pose or None, speech, real frames or None of each line. Its fields: photo folder,
-    number, pose folder, number, sound, folder of real frames, number, mel file; relative to the working directory or the
-    csv."""
+    """The authors' csv -> photo, pose or None, speech, real frames or None of each line: its fields 0, 2, 4 and 5, files
+    or folders, relative to the working directory or the csv."""
     jobs = []
     for i, line in enumerate(check_file(path).read_text(errors="replace").splitlines(), start=1):
-        fields, job = line.split(), []
+        fields = line.split()
         if len(fields) not in (0, 8):
             raise InputError(f"{path}: line {i} has {len(fields)} fields, expected 8")
-        for k in (0, 2, 4, 5) if fields else ():
-            job.append(next((p for p in (Path(fields[k]), path.parent / fields[k]) if p.exists()), None))
-            if not job[-1] and (fields[k] != "None" or k in (0, 4)):
-                raise InputError(f"{path}: line {i}: {fields[k]}: no such file or folder")
-        jobs += [job] if job else []
+        names = [fields[k] for k in (0, 2, 4, 5) if fields]
+        job = [next((p for p in (Path(name), path.parent / name) if p.exists()), None) for name in names]
+        for k, name in enumerate(names):
+            if not job[k] and (name != "None" or k in (0, 2)):
+                raise InputError(f"{path}: line {i}: {name}: no such file or folder")
+        jobs += [job] * bool(job)
     return jobs
-
-
-def write_clips(model, job, fake_file, real_file, args, device):
-    """Writes the generated clip and, where there are real frames, these: a line of read_pairs"""
-    photo, pose, speech, real = job
-    config, wav = model.config, load_audio(speech)
-    n = n_frames(len(wav))
-    crop = next(clip_crops(photo, 1, config, args.aligned))
-    pose = clip_crops(pose, n, config, args.aligned) if pose else [crop]
-    clips = {fake_file: render(model, crop, wav, pose, args, device)}
-    if real:
-        clips[real_file] = clip_crops(real, n, config, args.aligned)
-    for file, frames in clips.items():
-        with VideoWriter(file, config.size, config.size, (speech, len(wav)), args.overwrite) as video:
-            for frame in tqdm(frames, file.name, n, unit="frame", leave=False, disable=None):
-                video.write(frame)
 
 
 def pairs(args):
     """Each clip generated again from its first frame, sound and head pose, or each line of a file of pairs"""
     device = pick_device(args.device)
     if args.clips[0].endswith(".csv"):
-        jobs, args.aligned = read_pairs(Path(args.clips[0])), True              # the authors' pairs are aligned
+        jobs = read_pairs(Path(args.clips[0]))
     else:
         jobs = [[check_file(clip)] * 4 for clip in args.clips]                  # each gives all that a pair has
     model = load_pcavs(args.weights, device)
+    crops = partial(clip_crops, config=model.config)
     fake, real = (make_folder(Path(args.out).absolute() / kind) for kind in ("fake", "real"))
     names = [f"{i:03d}_{speech.stem}.mp4" for i, (_, _, speech, _) in enumerate(jobs, start=1)]
     if others := [file for file in (*fake.glob("*.mp4"), *real.glob("*.mp4")) if file.name not in names]:
         raise InputError(f"{others[0]}: is of another run and would be measured: remove it or give another --out")
-    for job, name in zip(jobs, names):
-        write_clips(model, job, fake / name, real / name, args, device)
+    for name, (photo, pose, speech, clip) in zip(names, jobs):
+        wav, crop = load_audio(speech), next(crops(photo, 1))
+        n, sound = n_frames(len(wav)), (speech, len(wav))
+        frames = render(model, crop, wav, crops(pose, n) if pose else [crop], args, device)
+        write_video(fake / name, frames, n, sound, args.overwrite)
+        if clip:
+            write_video(real / name, crops(clip, n), n, sound, args.overwrite)
     print(f"{fake}: {len(jobs)} clips, {sum(job[3] is not None for job in jobs)} with real frames. Measure them with\n"
           f"    python evaluate.py pair {real} {fake}")
 
@@ -565,15 +509,13 @@ WEIGHTS = dict(
     pose=1.0)                                  # ours: E's pose code against the linear teacher's
 
 
-clip_mel = lru_cache(512)(lambda pack, c: lws_mel(pack.sound(c)))              # 50 MB of three-second clips
-
-
 class ClipFrames(Dataset):
     """Item n, a function of (seed, n): source (3, H, W) and K frames (K, 3, H, W) of one of the clips, with their mel
     (K, 1, 80, 20) and the number of the person. Half of the items are mirrored."""
 
     def __init__(self, pack: Pack, K: int, seed: int, clips, flip: bool = True):
         self.pack, self.K, self.seed, self.clips, self.flip = pack, K, seed, clips, flip
+        self.mel = lru_cache(512)(lambda c: lws_mel(pack.sound(c)))             # 50 MB of three-second clips
 
     def __getitem__(self, n: int) -> dict:
         rng = np.random.default_rng([self.seed, n, self.K])
@@ -584,7 +526,7 @@ class ClipFrames(Dataset):
         if self.flip and rng.random() < 0.5:
             images = images[:, :, ::-1]
         images = to_tensor(np.ascontiguousarray(images))
-        mel = torch.from_numpy(lws_windows(clip_mel(self.pack, c), chosen[1:]))
+        mel = torch.from_numpy(lws_windows(self.mel(c), chosen[1:]))
         return dict(source=images[0], frames=images[1:], mel=mel, person=int(self.pack.identity[c]))
 
 
@@ -602,8 +544,8 @@ def pose_augment(frames):
 
 
 def contrastive_loss(a, b):
-    """Row i of a (n, E) belongs to row i of b (n, E): softmax over b with the published similarity 1 / |a - b| of
-    features of unit length. ln n at chance. Gradients reach b alone, as published: call it in both directions."""
+    """Row i of a (n, E) belongs to row i of b (n, E): softmax over the published similarity 1 / |a - b| of features of
+    unit length. ln n at chance. Gradients reach b alone, as published: call it in both directions."""
     a, b = F.normalize(a.detach().float(), dim=1), F.normalize(b.float(), dim=1)
     distance = (2 - 2 * a @ b.t()).clamp_min(1e-4).sqrt()                       # (n, n); ours: 1 / 0 is not finite
     return F.cross_entropy(1 / distance, torch.arange(len(a), device=a.device))
@@ -677,7 +619,7 @@ def discriminator_terms(D, real, fake, step: int) -> dict:
 
 def build(args, pack, device):
     """-> the networks that a checkpoint holds, and their optimisers, by name"""
-    model = PCAVS(Config.at(args.size, template=pack.template)).to(device)
+    model = PCAVS(Config.at(args.size, pack.template)).to(device)
     nets = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                 teacher=nn.utils.skip_init(nn.Linear, 768, model.config.pose).to(device).requires_grad_(False),
                 people=nn.Linear(32 * model.config.v_base, len(pack.identities)).to(device))
@@ -692,50 +634,47 @@ def build(args, pack, device):
 
 
 def train(args):
-    device = pick_device(args.device)
-    path = claim_output(Path(args.out) / "pcavs.pt", args)
-    saved = load_checkpoint(path, "pcavs-train") if args.resume else None
+    device, path = pick_device(args.device), claim_output(Path(args.out) / "pcavs.pt", args)
+    saved = load_checkpoint(path, "pcavs-train") if args.resume else dict(step=0)
     pack = open_packs(args.data) if args.data else toy_pack(path.parent, args.size, args.people, 3.0)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
     torch.manual_seed(args.seed)
     nets, opts = build(args, pack, device)
-    model, ema, stored, start = nets["model"], nets["ema"], dict(nets), 0
-    if saved:
+    model, ema = nets["model"], nets["ema"]
+    if args.resume:
         with refusing(path, "was trained with other options"):
             for name, state in saved["networks"].items():
-                stored[name].load_state_dict(state)
+                nets[name].load_state_dict(state)
         restore_run(path, saved, opts)
-        start = saved["step"]
     else:
         fit_pose_teacher(nets["teacher"], pack, parts["train"])
-    if args.w_vgg:
-        nets["vgg"] = judges.vgg19(device)
+    vgg = dict(vgg=judges.vgg19(device)) if args.w_vgg else {}
     clips = ClipFrames(pack, FRAMES, args.seed, drawn_clips(pack, parts["train"], args))
-    stream = batches(clips, args.batch // FRAMES, start)
+    stream = batches(clips, args.batch // FRAMES, saved["step"])
     print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, "
           f"{millions(model)}")
     weight = WEIGHTS | dict(vgg=args.w_vgg, adv=args.w_adv)
     log, timer = open_log(path.with_name("log_pcavs.jsonl"), args), StepTimer(device)
-    for step in (bar := progress("PC-AVS", start, args.steps)):
+    for step in (bar := progress("PC-AVS", saved["step"], args.steps)):
         batch = timer.next(stream)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            terms, real, fake = loss_terms(nets, batch, step, args)
+            terms, real, fake = loss_terms(nets | vgg, batch, step, args)
             terms = {k: weight[k] * v for k, v in terms.items()}
-            d_terms = discriminator_terms(nets["D"], real, fake, step) if "D" in nets else {}
+            d_terms = discriminator_terms(nets["D"], real, fake, step) if args.w_adv else {}
+        line = dict(step=step)
         for opt, losses in zip(opts.values(), (terms, d_terms)):
-            check_finite(losses, step)
+            line |= check_finite(losses, step)
             descend(opt, sum(losses.values()), cosine_warmup(step, args.steps))
         update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
         last = step + 1 == args.steps
         if step % LOG_EVERY == 0 or last:
-            line = dict(step=step) | {k: float(v.detach()) for k, v in (terms | d_terms).items()}
             write_log(log, bar, line | timer.pace(args.batch), args.steps)
         if (step + 1) % SAVE_EVERY == 0 or last:
             save_samples(path.with_suffix(".png"), ema, pack, np.union1d(parts["valid"], parts["test"]), device)
-            save_run(path, dict(kind="pcavs-train", config=vars(ema.config), step=step + 1), args, stored, opts)
+            save_run(path, dict(kind="pcavs-train", config=vars(ema.config), step=step + 1), args, nets, opts)
     write_report(path.parent)  # with the last image
     save_checkpoint(path.with_name("weights.pt"), dict(
         kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=half(ema))))
@@ -756,12 +695,10 @@ def save_samples(path, model, pack, clips, device, n=8):
 
 def parse(argv=None):
     parser = Parser(description="PC-AVS: identity from a photo, lips from speech, head pose from a second video")
-    commands = parser.add_subparsers(dest="command", required=True)
-    texts = dict(sample="a photo, speech, a pose video -> a talking face", train="train the four networks together",
-                 pairs="clips generated again, beside the real ones, for evaluate.py pair",
-                 align="crop clips as published weights need it: CLIP_cropped/")
-    p, learn, test, crop = (commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-                            for name, text in texts.items())
+    p, learn, test, crop = parser.commands(
+        sample="a photo, speech, a pose video -> a talking face", train="train the four networks together",
+        pairs="clips generated again, beside the real ones, for evaluate.py pair",
+        align="crop clips as published weights need it: CLIP_cropped/")
     p.add_argument("face", help="photo")
     p.add_argument("speech", help="sound, or video with it")
     p.add_argument("--pose", help="video, or folder of aligned images, for the head pose; default: the photo's own")
@@ -773,7 +710,6 @@ def parse(argv=None):
     test.add_argument("--out", default="out/pcavs_pairs", help="folder for the clips real/ and fake/")
     for command in (p, test):
         command.add_argument("--weights", default=TOY_WEIGHTS, help="folder of published files, or a weights.pt of train")
-        command.add_argument("--aligned", action="store_true", help="published weights: images are aligned already")
         command.add_argument("--seed", type=int, default=0, help="of the generator's noise")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     run_options(learn, "out/pcavs32", steps=2000, batch=32, lr=2e-3, of=f"images, {FRAMES} of each clip,")
