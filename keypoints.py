@@ -1,24 +1,22 @@
 """Audio -> facial keypoints: how far does plain regression from sound to landmarks go, before any GAN?
 
-Two models, after "Humans" (--model transformer: mel windows, a Transformer, optionally autoregressive) and "WAV2KP"
-(--model lstm: MFCC in a sliding window of 40 steps, an LSTM, keypoints at the audio rate). Both predict principal
-components of the mouth, as Suwajanakorn et al., "Synthesizing Obama" (SIGGRAPH 2017). Ours: what has no source beside it.
+Models after "Humans" (--model transformer: mel windows, a Transformer, optionally autoregressive) and "WAV2KP" (lstm:
+MFCC in a sliding window of 40 steps, keypoints at the audio rate), and FC-TFG's own form (context). They predict
+principal components of the mouth, as Suwajanakorn et al. (SIGGRAPH 2017). Ours: what has no source beside it.
 
     python keypoints.py train                    # out/toy_kp.pt: the toy world from nothing    (1.5 min, two cores)
     python keypoints.py evaluate out/toy_kp.pt   # the table, on people and speech not trained on    (15 s)
     python keypoints.py sample speech.wav        # keypoints.mp4, keypoints.npy by weights/keypoints.pt    (3 s)
 
-`normalise` removes position, size and in-plane rotation of the head. The mouth's 20 points, centred, become D principal
-components: the codes that the networks predict; with --face, E more hold what these leave of all 68 points.
-Lengths are in distances between the outer corners of the eyes, MSE in (per cent of that)^2, a coordinate.
+The mouth's 20 points, centred, become D principal components: the codes that the networks predict; with --face, E more
+hold what these leave of all 68 points. Lengths are in distances between the outer corners of the eyes, MSE in (per cent
+of that)^2, a coordinate.
 Axes: B clips, T frames, J steps of 10 ms, D (+ E) codes, W width, P moments of a word.
 """
 
 import math
-from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +30,7 @@ from tqdm import tqdm
 
 import sample as photos
 import toyfaces
-from audio import (
-    N_MELS, AudioEncoder, WindowEncoder, add_room, log_mel, mel_windows, mfcc, n_frames, not_speech, spec_augment)
+from audio import AudioEncoder, WindowEncoder, add_room, log_mel, mel_windows, mfcc, n_frames, not_speech, spec_augment
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
     pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
@@ -43,7 +40,8 @@ from faces import EYES, K, Landmarks, to_complex
 from fusion import REACH, SpeechContext
 from landmarks import extract
 from media import (
-    FPS, SAMPLES_PER_FRAME, InputError, Parser, VideoWriter, check_file, check_output, load_audio, load_photo, run)
+    FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, load_audio, load_photo, run,
+    write_video)
 from motion import activity, lip_opening
 from report import image_grid, markdown
 from syncnet import load_sync
@@ -73,12 +71,11 @@ class Mouth:
     basis: np.ndarray  # (D, 40), orthonormal
     scale: np.ndarray  # (D + E,), the codes' deviation
     rest: np.ndarray  # (D + E,), a closed mouth: the mean of the tenth of frames with the smallest opening
-    face: np.ndarray  # (1 + D + E, 136), the face as a linear function of the codes: of the mouth's by least squares, so
-    # the jaw moves along, of the others by the principal components of what these leave
+    face: np.ndarray  # (1 + D + E, 136), the face by the codes, by least squares: the jaw moves along
 
     @classmethod
     def fit(cls, source, clips, codes: int, more: int = 0):
-        """To the mouths in up to 400 clips; more: codes for the rest of the face"""
+        """To the mouths in up to 400 clips; more: E, the principal components of what the mouth's codes leave"""
         some = tqdm(clips[:: -(-len(clips) // 400)], "mouths", disable=None)
         faces = np.concatenate([source.clip(c)[1] for c in some])  # (n, 68, 2)
         shapes, flat = cls.shapes(faces).astype(np.float64), faces.reshape(len(faces), -1).astype(np.float64)
@@ -89,7 +86,7 @@ class Mouth:
         left = flat - known @ face
         face = np.r_[face, principal_components(left, more)]
         z = np.c_[z, left @ face[1 + codes :].T]
-        rest = z[shut(opening)].mean(0)
+        rest = z[opening <= np.quantile(opening, 0.1)].mean(0)
         return cls(*(np.float32(v) for v in (mean, basis, z.std(0) + 1e-6, rest, face)))
 
     @staticmethod
@@ -123,10 +120,6 @@ class Mouth:
     @classmethod
     def load(cls, state: dict):
         return cls(**{name: state[name].float().numpy() for name in cls.__dataclass_fields__})
-
-
-def shut(opening):
-    return opening <= np.quantile(opening, 0.1)
 
 
 def principal_components(rows: np.ndarray, n: int) -> np.ndarray:
@@ -177,8 +170,6 @@ class PackSource:
         self.landmarks = Landmarks(self.pack)
 
     def clip(self, c):
-        """One rest and one range of the mouth for everybody (ours): sound does not tell the shape of a face, nor how far
-        it opens the mouth; a regression would guess both by the voice."""
         rest, deviation = self.people[self.pack.identity[c]]
         common_rest, common_deviation = (np.mean(values, 0) for values in zip(*self.people.values()))
         gain = np.clip(common_deviation / deviation, 0.5, 2)
@@ -186,13 +177,15 @@ class PackSource:
 
     @cached_property
     def people(self) -> dict:
-        """{person: (mean of the tenth of frames with the smallest opening (68, 2), deviation of the opening)}"""
-        faces = {}
+        """{person: (mean of the tenth of frames with the smallest opening (68, 2), deviation of the opening)}. clip gives
+        all people one of both (ours): sound tells neither, and a regression would guess them by the voice."""
+        faces, found = {}, {}
         for c in self.landmarks.kept:
             faces.setdefault(self.pack.identity[c], []).append(normalise(self.landmarks.clip(c)))
-        faces = {person: np.concatenate(own) for person, own in faces.items()}
-        return {person: (own[shut(Mouth.opening(own))].mean(0), Mouth.opening(own).std())
-                for person, own in faces.items()}
+        for person, own in faces.items():
+            own, opening = np.concatenate(own), Mouth.opening(np.concatenate(own))
+            found[person] = own[opening <= np.quantile(opening, 0.1)].mean(0), opening.std()
+        return found
 
     def view(self, c):
         frames = self.pack.frames(c, range(self.pack.n_frames[c]))
@@ -211,9 +204,9 @@ class PackSource:
 
 
 def open_source(args, checkpoints=None):
-    """The clips of the pack --data or of the toy world, and dict(train, valid, test): their numbers. checkpoints {path:
-    content}, to evaluate: test has the clips that trained or chose none of them, train and valid those that all of them
-    used so. InputError: no clip is left to train, validate or test with."""
+    """The clips of the pack --data or of the toy world, and dict(train, valid, test) of their numbers. checkpoints {path:
+    content}: test has the clips that none of them used, train and valid those that all of them used so. InputError: no
+    clip is left."""
     if not args.data:
         split((), args)  # refuses lists of clips
         return ToySource(), TOY_PARTS
@@ -259,10 +252,10 @@ def interpolate(values: np.ndarray, positions) -> np.ndarray:
 
 
 class KeypointDataset(Dataset):
-    """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D). Item n is a function of (seed,
-    n). words {name: number}: also labels (T or 4 T,), the word or phone at each moment, or UNKNOWN. Behind the end of a
-    clip codes are NaN. Augmentation (ours): loudness, SpecAugment on the mel; SILENT of the items are not speech, and a
-    mouth at rest; with voice_norm NOISY are in a room with echo and noise."""
+    """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D), NaN behind a clip's end. Item n
+    depends on (seed, n) alone. words {name: number}: also labels (T or 4 T,), each moment's word or phone, or UNKNOWN.
+    Augmentation (ours): loudness, SpecAugment on the mel; SILENT of the items are not speech, and a mouth at rest; with
+    voice_norm NOISY are in a room with echo and noise."""
 
     SILENT, NOISY = 0.08, 0.3
 
@@ -317,10 +310,10 @@ MAP_REACH = 4  # deviations of its point from a map's middle to the middles of i
 
 
 class Network(nn.Module):
-    """What both networks share: encode(sound) -> (B, T, W), decode -> codes (B, T, D); of an LSTM J = 4 T in place of T.
+    """What the networks share: encode(sound) -> (B, T, W), decode -> codes (B, T, D); of an LSTM J = 4 T in place of T.
 
-    target: what the last layer outputs. components: the codes. displacements: their change from the frame before, from a
-    mouth at rest on. heatmaps: for each of the mouth's 20 points a map, whose centre of mass is the point.
+    target, of the last layer: components, the codes; displacements, their change from the frame before, from a mouth at
+    rest on; heatmaps, for each of the mouth's 20 points a map, whose centre of mass is the point.
     words: the number of words or phones that a second head tells apart, in training only."""
 
     reach = 0  # frames to each side that a code depends on, beyond its own window
@@ -396,27 +389,25 @@ class Wav2KP(Network):
 
 
 class AudioFront(nn.Module):
-    """Mel window -> (N, W): two convolutions over time, all bands at once; or, of a sync expert (tower: its dim and
-    width), the sound tower and a linear layer"""
+    """Mel window -> (N, W): a window encoder; or, of a sync expert (tower: its dim and width), the sound tower and a
+    linear layer"""
 
     def __init__(self, width: int, tower: dict | None):
         super().__init__()
         if tower:
             self.tower, self.out = AudioEncoder(**tower), nn.Linear(tower["dim"], width)
         else:
-            self.body = nn.Sequential(
-                nn.Conv1d(N_MELS, width, 5, 2, 2), nn.GELU(), nn.Conv1d(width, width, 3, 2, 1), nn.GELU(),
-                nn.Flatten(), nn.Linear(4 * width, width))  # 16, 8, 4 steps
+            self.body = WindowEncoder(width)
 
     def forward(self, mel):  # (N, 1, 80, 16)
         if hasattr(self, "body"):
-            return self.body(mel[:, 0] / 4)
+            return self.body(mel)
         return self.out(F.normalize(self.tower(mel), dim=1) * math.sqrt(self.out.in_features))  # elements of order 1
 
 
 class Block(nn.Module):
-    """A Transformer layer with attention to `reach` frames on each side. A learned bias for each distance and head (T5)
-    stands for positions, so the result does not depend on a frame's place or the length of the sound."""
+    """A Transformer layer with attention to `reach` frames on each side. Positions: a learned bias for each distance and
+    head (T5), so the result does not depend on a frame's place or the length of the sound."""
 
     def __init__(self, width: int, heads: int, reach: int, dropout: float):
         super().__init__()
@@ -485,8 +476,7 @@ class Context(Network):
 
 @torch.no_grad()
 def predict(model, wav: np.ndarray, device, chunk: int = 500) -> np.ndarray:
-    """Any sound (n,) -> codes (T, D), T = n_frames(n). Chunks of frames overlap by the network's reach, so the result is
-    that of one pass."""
+    """Any sound (n,) -> codes (T, D), T = n_frames(n). Chunks overlap by the network's reach: the result of one pass."""
     T, rate, hidden = n_frames(len(wav)), RATE[model.kind], []
     features = audio_features(model.kind, wav, model.config.get("voice_norm"))
     for first in range(0, T, chunk):
@@ -499,8 +489,8 @@ def predict(model, wav: np.ndarray, device, chunk: int = 500) -> np.ndarray:
 
 
 def load_keypoints(path, device, which: str | None = None):
-    """A trained network and its Mouth; which: its "last", "best" or "average" weights, by default the average of the
-    best where there is one. InputError: what load_checkpoint refuses; parts that do not fit"""
+    """A trained network and its Mouth; which: "last", "best" or "average", by default the average where there is one.
+    InputError: what load_checkpoint refuses; parts that do not fit"""
     saved = load_checkpoint(path, "keypoints")
     which = which or ("average" if "average" in saved.get("networks", {}) else "best")
     with refusing(path, "its networks do not fit this version"):
@@ -586,7 +576,7 @@ def train(args):
     for step in (bar := progress(model.kind, start, args.steps)):
         batch = timer.next(data)  # sound (B, T, 1, 80, 16), an LSTM's (B, 4 T, 40, 13); codes (B, T or 4 T, D)
         terms = model.train().losses(batch)
-        check_finite(terms, step)
+        values = check_finite(terms, step)
         loss = sum(WEIGHTS[name] * value for name, value in terms.items())
         descend(opt, loss, cosine_warmup(step, args.steps))
 
@@ -596,8 +586,7 @@ def train(args):
             found = validate(model.eval(), mouth, source, parts["valid"], device)
             state = {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
             top = sorted([*top, dict(mse=found["mse"], step=done, state=state)], key=lambda t: t["mse"])[:10]  # Humans
-            found |= {name: value.item() for name, value in terms.items()} | dict(best=top[0]["mse"])
-            write_log(log, bar, dict(step=done, **found, **pace), args.steps)
+            write_log(log, bar, dict(step=done, **found, **values, best=top[0]["mse"], **pace), args.steps)
             timer = StepTimer(device)  # validation does not count
         if done % SAVE_EVERY == 0 or end:
             average = {name: torch.stack([t["state"][name] for t in top]).mean(0) for name in state}
@@ -614,26 +603,24 @@ def train(args):
 
 def score(pairs: list, profile=None) -> dict:
     """Predicted and true faces of clips [(predicted, true (T, 68, 2)), ..] -> means over clips: mse of the mouth;
-    relative, over the mean square of its centred coordinates, Humans' unit as far as it is known; r of the opening;
-    residual, its partial r; jaw, brows, r of their height."""
-    mouths = [(Mouth.shapes(a), Mouth.shapes(b)) for a, b in pairs]
-    curves = [(Mouth.opening(a), Mouth.opening(b)) for a, b in pairs]
-    out = dict(mse=np.mean([1e4 * np.square(a - b).mean() for a, b in mouths]),
-               relative=np.mean([np.square(a - b).mean() / np.square(b).mean() for a, b in mouths]),
-               r=np.mean([correlation(a, b) for a, b in curves]),
-               jaw=np.mean([correlation(a[:, 8, 1], b[:, 8, 1]) for a, b in pairs]),
-               brows=np.mean([correlation(a[:, 17:27, 1].mean(1), b[:, 17:27, 1].mean(1)) for a, b in pairs]))
-    if profile is not None:
-        out["residual"] = np.mean([partial_correlation(a, b, profile) for a, b in curves])
-    return {name: float(value) for name, value in out.items()}
+    relative, over the mean square of its centred coordinates; r of the opening; residual, its partial r; jaw, brows, r
+    of their height."""
+    rows = []
+    for made, true in pairs:
+        mouth, curves = Mouth.shapes(true), (Mouth.opening(made), Mouth.opening(true))
+        off = Mouth.shapes(made) - mouth
+        row = dict(mse=1e4 * np.square(off).mean(), relative=np.square(off).mean() / np.square(mouth).mean(),
+                   r=correlation(*curves), jaw=correlation(made[:, 8, 1], true[:, 8, 1]),
+                   brows=correlation(made[:, 17:27, 1].mean(1), true[:, 17:27, 1].mean(1)))
+        rows.append(row if profile is None else row | dict(residual=partial_correlation(*curves, profile)))
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def validate(model, mouth: Mouth, source, clips, device, profile=None) -> dict:
     """score of a network on clips, and how far two seconds of silence open the mouth, in % of the eye distance"""
-    sounds = [np.zeros(2 * FPS * SAMPLES_PER_FRAME, np.float32), *(source.clip(c)[0] for c in clips)]
-    silence, *faces = (mouth.decode(predict(model, wav, device)) for wav in sounds)
-    out = score([(made, source.clip(c)[1]) for made, c in zip(faces, clips)], profile)
-    return out | dict(silence=100 * float(mouth.opening(silence).max()))
+    silence = mouth.decode(predict(model, np.zeros(2 * FPS * SAMPLES_PER_FRAME, np.float32), device))
+    pairs = [(mouth.decode(predict(model, wav, device)), true) for wav, true in map(source.clip, clips)]
+    return score(pairs, profile) | dict(silence=100 * float(mouth.opening(silence).max()))
 
 
 def baselines(mouth: Mouth, table: dict, source, clips, profile=None) -> dict:
@@ -779,7 +766,7 @@ def show(args):
 
 def sample(args):
     """Speech -> a video of keypoints, drawn or moving a photo, and beside it a .npy: float32 (T, 68, 2), normalised"""
-    out = check_output(args.out, args.overwrite, (".mp4", ".mov", ".mkv"))
+    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
     numbers = check_output(out.with_suffix(".npy"), args.overwrite)
     device, wav = pick_device(args.device), load_audio(args.speech)
     model, mouth = load_keypoints(args.weights, device)
@@ -793,10 +780,7 @@ def sample(args):
         lips = moved @ lip_opening(mouth.face[1:].reshape(-1, K, 2)), moved
         animator = SimpleNamespace(lips=lambda mel: lips, motion=SimpleNamespace(moves=torch.from_numpy(mouth.moves())))
         frames = photos.talking_photo(animator, photo, box, None, activity(wav, len(codes)), options)
-    first = next(frames)
-    with VideoWriter(out, *first.shape[:2], (args.speech, len(wav)), args.overwrite) as video:
-        for frame in tqdm(chain([first], frames), "frames", len(faces), disable=None):
-            video.write(frame)
+    write_video(out, iter(frames), len(faces), (args.speech, len(wav)), args.overwrite)
     with refusing(numbers, "cannot be written"):
         np.save(numbers, faces)
     print(f"{out}, {numbers}: {len(faces)} frames, {len(faces) / FPS:.2f} s")
@@ -807,12 +791,10 @@ def sample(args):
 
 def parse(argv=None):
     parser = Parser(description="audio -> facial keypoints")
-    commands = parser.add_subparsers(dest="command", required=True)
-    texts = dict(extract="landmarks of a pack, beside it", train="train a network",
-                 evaluate="the table, on held-out clips", sample="speech -> a video of keypoints, and a .npy",
-                 visemes="a picture: the lip motions of each word", show="a test clip and its keypoints")
-    e, t, v, s, w, c = every = [commands.add_parser(name, help=text, formatter_class=ArgumentDefaultsHelpFormatter)
-                                for name, text in texts.items()]
+    e, t, v, s, w, c = parser.commands(
+        extract="landmarks of a pack, beside it", train="train a network", evaluate="the table, on held-out clips",
+        sample="speech -> a video of keypoints, and a .npy", visemes="a picture: the lip motions of each word",
+        show="a test clip and its keypoints")
     e.add_argument("pack", metavar="PACK", help="of prepare.py")
     e.add_argument("--landmarks", default="fan", help="mediapipe:FILE, dlib:FILE or fan")
     e.add_argument("--list", metavar="FILE", help="of clips or people, a name a line; default: all")
@@ -822,8 +804,7 @@ def parse(argv=None):
     t.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans', WAV2KP's or ours")
     t.add_argument("--target", default=TARGETS[0], choices=TARGETS, help="what the network outputs for the lips")
     t.add_argument("--face", action="store_true", help="predict all 68 points: 8 codes for what the mouth's leave")
-    t.add_argument("--phones", action="store_true", help="a second head learns the word, in the toy world the phone, of "
-                   "each frame (--data needs --words)")
+    t.add_argument("--phones", action="store_true", help="a second head learns each frame's word (toy world: phone)")
     t.add_argument("--autoregressive", action="store_true", help="transformer: one frame after the other")
     t.add_argument("--expert", metavar="SYNC.pt", help="transformer: its audio encoder is this sync expert's sound tower")
     t.add_argument("--finetune", action="store_true", help="train the sound tower of --expert at a tenth of the rate")
@@ -839,38 +820,30 @@ def parse(argv=None):
     c.add_argument("--clip", type=int, default=0, help="number among the test clips")
     c.add_argument("--out", default="show.png")
     for p in (t, v, w, c):
-        p.add_argument("--data", nargs="+", metavar="PACK", help="of prepare.py, with landmarks (see extract); default: "
-                       "the toy world")
-        p.add_argument("--words", metavar="DIR", help=".align files of --data, the times of its words; the toy world has "
-                       "its own")
-    for p in every:
-        if p in (v, s, c):
-            p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-        if p in (e, s, w, c):
-            p.add_argument("--overwrite", action="store_true", help="replace what is there")
+        p.add_argument("--data", nargs="+", metavar="PACK", help="with landmarks (see extract); default: the toy world")
+        p.add_argument("--words", metavar="DIR", help=".align files of --data, times of words; the toy world has its own")
+    for p in (v, s, c):
+        p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    for p in (e, s, w, c):
+        p.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv, codes=(1, 40), width=(4, 4096), clip=(0, 10**9), workers=(1, 256))
     if args.command in ("train", "visemes") and args.data and not args.words and getattr(args, "phones", True):
         raise InputError("the words of --data need --words, the folder of its .align files")
     if args.command == "train":
-        check_train(args)
+        if args.model != "transformer" and (args.expert or args.autoregressive):
+            raise InputError("--expert and --autoregressive are the transformer's")
+        if args.target != TARGETS[0] and (args.autoregressive or args.face):
+            raise InputError(f"--target {args.target}: --autoregressive and --face take components")
+        if args.finetune and not args.expert:
+            raise InputError("--finetune needs an --expert")
+        if args.width % 4:
+            raise InputError(f"--width {args.width}: must be a multiple of 4, the number of heads")
     return args
-
-
-def check_train(args):
-    if args.model != "transformer" and (args.expert or args.autoregressive):
-        raise InputError("--expert and --autoregressive are the transformer's")
-    if args.target != TARGETS[0] and (args.autoregressive or args.face):
-        raise InputError(f"--target {args.target}: --autoregressive and --face take components")
-    if args.finetune and not args.expert:
-        raise InputError("--finetune needs an --expert")
-    if args.width % 4:
-        raise InputError(f"--width {args.width}: must be a multiple of 4, the number of heads")
 
 
 def main(argv=None):
     args = parse(argv)
-    jobs = dict(extract=extract, train=train, evaluate=evaluate, sample=sample, visemes=visemes, show=show)
-    jobs[args.command](args)
+    dict(extract=extract, train=train, evaluate=evaluate, sample=sample, visemes=visemes, show=show)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -673,7 +674,7 @@ def checkpoint(pack, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kp, "VALIDATE_EVERY", 4)
         patch.setattr(kp, "SAVE_EVERY", 16)
-        trained(pack, out, "--steps", "60", "--lr", "0.01")
+        trained(pack, out, "--steps", "40", "--lr", "0.01")
     return out
 
 
@@ -703,7 +704,7 @@ def test_four_steps_are_two_steps_and_two_resumed_ones(pack, tmp_path, model, mo
 
 def test_it_learns_and_the_table_says_how_well(pack, checkpoint, capsys):
     lines = [json.loads(line) for line in open(checkpoint.with_name("log_kp.jsonl"))]
-    assert lines[0]["args"]["steps"] == 60 and "revision" in lines[0]
+    assert lines[0]["args"]["steps"] == 40 and "revision" in lines[0]
     scores = [line["mse"] for line in lines if "mse" in line]
     mouth = kp.load_keypoints(checkpoint, "cpu")[1]
     still = kp.baselines(mouth, {}, kp.PackSource(pack), [9])["mean mouth"]["mse"]
@@ -853,12 +854,12 @@ def test_a_photo_is_moved_by_the_keypoints_and_keeps_its_mouth_in_silence(tmp_pa
     if not (root / "weights" / "keypoints.pt").is_file() or not face_detectors():
         pytest.skip("no keypoint weights or no face detector at hand")
     photo, made = root / "examples" / "astronaut.jpg", {}
-    for name, wav in (("speech", load_audio(root / "examples" / "speech.wav")[:24000]), ("silence", np.zeros(24000))):
+    for name, wav in (("speech", load_audio(root / "examples" / "speech.wav")[:24000]), ("silence", np.zeros(6400))):
         write_wav(tmp_path / f"{name}.wav", wav.astype(np.float32))
         out = tmp_path / f"{name}.mp4"
         kp.main(["sample", str(tmp_path / f"{name}.wav"), "--photo", str(photo), "--out", str(out)])
         frames = np.stack(list(read_video(out))).astype(int)
-        assert len(frames) == 38
+        assert len(frames) == n_frames(len(wav))
         made[name] = np.abs(frames - frames[0]).max(-1).max(0)  # (H, W)
     assert made["silence"][280:].max() < 40, "below the eyes nothing moves, but for the codec"
     assert made["speech"][280:].max() > 80 and (made["speech"] > 60).mean() < 0.05, "only the mouth moves"
@@ -914,8 +915,9 @@ def test_a_wrong_input_is_one_line(command, message, checkpoint, tmp_path, monke
     assert (tmp_path / "there.mp4").read_text() == "old" and not (tmp_path / "keypoints.mp4").exists()
 
 
-def test_a_wrong_input_ends_the_script_with_status_2_and_one_line(tmp_path):
-    import subprocess
-
-    done = subprocess.run([sys.executable, kp.__file__, "sample", "no.wav"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "keypoints.py:" in done.stderr
+def test_a_wrong_input_ends_the_script_with_status_2_and_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [kp.__file__, "sample", str(tmp_path / "no.wav")])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(kp.__file__, run_name="__main__")
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and "keypoints.py:" in err
