@@ -8,6 +8,7 @@ pinned by SHA256.
 import argparse
 import atexit
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -32,7 +33,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from media import InputError, check_file, check_output, make_folder, refused
+from media import InputError, check_file, check_output, make_folder, replacing
 from report import PACE, machine, pace, write_report
 
 FORMAT = 1                   # of packs and checkpoints
@@ -164,22 +165,16 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
     checkpoint needs "kind" (what it is) and "format" (1). InputError: the disk is full, or cannot be written."""
     assert {"kind", "format"} <= set(checkpoint), "a checkpoint says its kind and format"
     path = Path(path).absolute()
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with refused(path, "written"):
+        with replacing(path) as draft, open(draft, "wb") as file:
             for old in path.parent.glob(f".{path.name}-*"):
                 if time.time() - old.stat().st_mtime > STALE:
                     old.unlink()
-            with open(draft, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())                   # else the name could survive a power cut, the content not
-            os.replace(draft, path)
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())                       # else the name could survive a power cut, the content not
     except RuntimeError as error:                         # by which torch's own writer reports a full disk
         raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
 
 
 def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
@@ -216,21 +211,15 @@ def restore_run(path: str | Path, saved: dict, optimisers: dict):
     """Adam's moments and the random state as save_run saved them, at the rates of today's options"""
     with refusing(path, "not a run of this version"):
         for name, opt in optimisers.items():
-            rates = [group["initial_lr"] for group in opt.param_groups]
-            opt.load_state_dict(saved["optimisers"][name])
-            for group, rate in zip(opt.param_groups, rates):
-                group["initial_lr"] = rate
+            opt.load_state_dict(saved["optimisers"][name] | dict(param_groups=opt.state_dict()["param_groups"]))
         torch.set_rng_state(saved["rng"]["torch"])
         if torch.cuda.is_initialized() and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
 
 
 def half(network: nn.Module) -> dict:
-    """A network's weights in fp16, for a file to sample with. A tensor that two layers share stays one"""
-    halves = {}
-    for v in network.state_dict().values():
-        halves.setdefault((v.data_ptr(), v.shape), v.half() if v.is_floating_point() else v)
-    return {k: halves[v.data_ptr(), v.shape] for k, v in network.state_dict().items()}
+    """A network's weights in fp16, for a file to sample with. A weight that two layers share stays one"""
+    return copy.deepcopy(network).half().state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,38 +235,31 @@ def pinned(sha256: str, *urls: str, file: str | None = None) -> Published:
     return Published(file or urls[0].rpartition("/")[2], sha256, urls)
 
 
-LPIPS_COMMIT = "082bb24f84c091ea94de2867d34c4544f68e0963"
+LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/082bb24f84c091ea94de2867d34c4544f68e0963/lpips"
+BLAZEFACE = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"  # Apache-2.0; the anchors are those of both models
 PUBLISHED = dict(
-    vgg19=pinned("dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",    # 575 MB
-                    "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"),
-    vgg16=pinned("397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",    # 553 MB
-                    "https://download.pytorch.org/models/vgg16-397923af.pth"),
-    lpips_heads=pinned(
-        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-        f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/{LPIPS_COMMIT}/lpips/weights/v0.1/vgg.pth",
-        file="lpips_v0.1_vgg.pth"),
-    arcface=pinned(                                                                     # 175 MB
-        "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
+    vgg19=pinned("dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",             # 575 MB
+        "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"),
+    vgg16=pinned("397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",             # 553 MB
+        "https://download.pytorch.org/models/vgg16-397923af.pth"),
+    lpips_heads=pinned("a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        f"{LPIPS}/weights/v0.1/vgg.pth", file="lpips_v0.1_vgg.pth"),
+    arcface=pinned("a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",           # 175 MB
         "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"),
-    syncnet_v2=pinned(                                                                  # 55 MB
-        "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",
+    syncnet_v2=pinned("961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",        # 55 MB
         "https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
         "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model"),
-    # Apache-2.0; face-alignment fetches the same files but does not check them; the anchors are those of both models
-    blazeface=pinned("54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4",
-                        "https://github.com/hollance/BlazeFace-PyTorch/raw/master/blazeface.pth"),
+    blazeface=pinned("54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4", f"{BLAZEFACE}/blazeface.pth"),
     blazeface_anchors=pinned("a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
-                                "https://github.com/hollance/BlazeFace-PyTorch/raw/master/anchors.npy"),
+        f"{BLAZEFACE}/anchors.npy"),
     blazeface_back=pinned("e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
-                             "https://github.com/hollance/BlazeFace-PyTorch/raw/master/blazefaceback.pth"),
-    wav2lip_expert=pinned(                              # about 197 MB; the hash is confirmed by one source only
-        "9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",
+        f"{BLAZEFACE}/blazefaceback.pth"),
+    wav2lip_expert=pinned("9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",    # 197 MB; of one source
         "https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
         "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth"),
     # of these only the hash's beginning is known, from the file's name
     fan=pinned("11f355bf06", "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"),  # 100 MB
-    inception=pinned(                                                                   # 96 MB, FID's
-        "6726825d",
+    inception=pinned("6726825d",                                                                 # 96 MB, FID's
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"))
 TIMEOUT = 30                # seconds without a byte; ours
 
@@ -338,7 +320,7 @@ def pick_device(name: str) -> torch.device:
 def keep_memory():
     """glibc keeps freed memory for the next tensor. By default a tensor above 32 MB is mapped anew each time, and the
     kernel zeroes its pages: at 256 px that costs an elementwise operation twice the time of its work."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no mapping for one tensor
         libc.mallopt(-1, 2 ** 31 - 1)                      # M_TRIM_THRESHOLD: give nothing back
@@ -348,8 +330,7 @@ def memory_gib(device) -> float:
     """The most memory used so far: the device's on a GPU, else the process's"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 2 ** 10      # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20   # of KiB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +395,7 @@ def run_options(p, out: str, steps: int, batch: int, lr: float, of: str = "clips
     """Options of every script that trains; of: what a batch holds"""
     p.add_argument("--out", default=out, help="what is written")
     p.add_argument("--steps", type=int, default=steps, help="steps in all; the learning rate falls towards the last")
-    p.add_argument("--batch", type=int, default=batch, help=f"{of} a step")
+    p.add_argument("--batch", type=int, default=batch, help=f"{of} at once")
     p.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
     p.add_argument("--seed", type=int, default=0, help="of whatever is random")
     p.add_argument("--resume", action="store_true", help="continue what --out holds")
@@ -433,12 +414,12 @@ def millions(network: nn.Module) -> str:
 
 @contextlib.contextmanager
 def descent(opt, rate: float):
-    """A step of an optimiser, at `rate` times its groups' initial_lr, down the gradients that this block leaves: their
-    means over all processes"""
+    """A step of an optimiser, at `rate` times the rates that it began with, down the gradients that this block leaves:
+    their means over all processes"""
     opt.zero_grad(set_to_none=True)
     yield
     for group in opt.param_groups:
-        group["lr"] = group["initial_lr"] * rate
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
     average([q.grad for group in opt.param_groups for q in group["params"] if q.grad is not None])
     opt.step()
 
@@ -528,6 +509,4 @@ class MeanOverProcesses(torch.autograd.Function):
         average([x])
         return x
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return MeanOverProcesses.forward(ctx, gradient)
+    backward = forward

@@ -119,6 +119,20 @@ def refused(path: Path, what: str):
         raise InputError(f"{path}: cannot be {what} ({error.strerror or error})") from None
 
 
+@contextlib.contextmanager
+def replacing(path: Path):
+    """For a block that writes to the draft that it gets: at any moment `path` is the old file or the whole new one.
+    InputError: it cannot be written"""
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with refused(path, "written"):
+            yield draft
+            os.replace(draft, path)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
 def check_file(path: str | Path) -> Path:
     """The absolute path of a file that exists, is not empty and may be read; InputError otherwise.
 

@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -21,14 +20,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from media import InputError, Parser, read_video, refused, run
+from media import InputError, Parser, read_video, replacing, run
 
 PACE = ("step", "ms", "images_s", "waiting", "gib")  # of a log line; the rest are curves
 TOGETHER = (("real", "fake"), ("in_sync", "shifted", "other"))  # curves of one chart
 COLOURS = ("#3b82f6", "#ef6c4d", "#2fa36b", "#a974d8", "#d9960a", "#808890", "#17a2a2")  # read on white and on black
 MOST_LINES = 500   # of a log that are read: a page of a long run takes no longer
-FALLS = ("feat", "vgg", "lpips", "arcface", "l2", "velocity", "moving", "position")
-HEALTHY = dict.fromkeys(FALLS, "Falls throughout.") | dict(
+# of losses in the logs of train.py and pcavs.py, which are times their weights, and other columns
+HEALTHY = dict.fromkeys("feat vgg lpips arcface l2 velocity moving position".split(), "Falls throughout.") | dict(
     rec="Reconstruction: falls throughout, ever more slowly.",
     id="Identity: close to 0 after a quarter of the run.",
     preserve="Another mouth leaves the rest of the face as it is: falls.",
@@ -49,10 +48,6 @@ HEALTHY = dict.fromkeys(FALLS, "Falls throughout.") | dict(
     val_accuracy="Held-out windows of 0.2 s, chance 0.5: 0.96 on toy people, 0.85 on one real speaker.",
     val_second="Accuracy over a second: above 0.98.",
     val_loss="Falls; where it rises the expert overfits (the best one is kept).",
-    val_offset_window="Offset right within one frame, from one window: rises.",
-    val_offset_1s="The same from a second.",
-    val_offset_3s="The same from three seconds.",
-    val_offset_clip="Offset right within one frame, from a clip: 1.",
     mse="Held-out clips: falls; where it rises the network overfits (the best ones are kept).",
     r="Mouth's opening, held-out clips: correlation 0.97 on toy people, 0.92 on one real speaker.",
     lag="Frames: 0 soon.",
@@ -60,7 +55,8 @@ HEALTHY = dict.fromkeys(FALLS, "Falls throughout.") | dict(
     silence="Opening in silence, % of the eye distance: towards 0.",
     best="Least mse so far: never rises.",
     cross="The sound's code is the mouth's: falls.",
-    pose="The pose code follows its teacher: falls towards 0.")  # losses of train.py, pcavs.py: times their weights
+    pose="The pose code follows its teacher: falls towards 0.") | dict.fromkeys(
+    [f"val_offset_{k}" for k in ("window", "1s", "3s", "clip")], "Offset right within one frame: rises, of a clip to 1.")
 STYLE = """:root{color-scheme:light dark}body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;padding:12px;
 max-width:1240px}h1{font-size:22px}h2{margin:28px 0 4px;font-size:18px}p{margin:4px 0}h1,h2,p{overflow-wrap:anywhere}
 figure{margin:0}figcaption,small{font-size:13px;opacity:.8}svg,img{width:100%;display:block}summary{cursor:pointer}
@@ -112,12 +108,16 @@ def log_section(path: Path, header: dict, lines: list[dict]) -> str:
         if points:
             group = next((names[0] for names in TOGETHER if key in names), key)
             charts.setdefault(group, {})[key] = points
-    figures = [figure(series, HEALTHY.get(key, "")) for key, series in charts.items()]
+    figures = ""
+    for group, series in charts.items():
+        now = ", ".join(f"<b>{text(key)}</b> {points[-1][1]:.3g}" for key, points in series.items())
+        figures += (f"<figure>{now}{chart(series, 300, 130)}"
+                    f"<figcaption>{text(HEALTHY.get(group, ''))}</figcaption></figure>")
     options = {k: v for k, v in (header | args).items() if k != "args" and v is not None}
     rows = "".join(f"<tr><th>{text(k)}<td>{text(v)}" for k, v in options.items())
     return (f"<h2>{text(name)}</h2><p>{text(progress(lines, args.get('steps')))}<br><small>"
             f"{text(header.get('machine', ''))}</small>"
-            f"<div class=charts>{''.join(figures)}</div>{embed_file(path.with_name(f'{name}.png'))}"
+            f"<div class=charts>{figures}</div>{embed(path.with_name(f'{name}.png'))}"
             f"<details><summary>Options and versions</summary><div class=wide><table>{rows}</table></div></details>")
 
 
@@ -142,10 +142,8 @@ def machine() -> str:
     """For the header of a log: the GPU's name, else the processor's"""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names, linux = [platform.processor()], Path("/proc/cpuinfo")
-    if linux.exists():
-        names = re.findall("model name.*: (.*)", linux.read_text()) + names
-    return f"{names[0] or 'CPU'}, threads: {torch.get_num_threads()}"
+    names = [*re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()), platform.machine()]
+    return f"{names[0]}, threads: {torch.get_num_threads()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,11 +152,6 @@ def machine() -> str:
 def text(value) -> str:
     """Any value, for HTML"""
     return html.escape(", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
-
-
-def figure(series: dict, caption: str) -> str:
-    now = ", ".join(f"<b>{text(name)}</b> {points[-1][1]:.3g}" for name, points in series.items())
-    return f"<figure>{now}{chart(series, 300, 130)}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def chart(series: dict, w: float, h: float) -> str:
@@ -222,17 +215,15 @@ def image_grid(rows: list, words: list, edge: int) -> Image.Image:
     return grid
 
 
-def embed(image: Image.Image) -> str:
-    image, data = image.convert("RGB"), io.BytesIO()
-    image.thumbnail((1024, 4096))
-    image.save(data, "JPEG", quality=85)
-    return f"<div class=wide><img alt='' src='data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}'></div>"
-
-
-def embed_file(path: Path) -> str:
-    """Nothing where it cannot be read"""
+def embed(image: Image.Image | Path) -> str:
+    """An image, or a file's; nothing where it cannot be read"""
+    data = io.BytesIO()
     with contextlib.suppress(OSError):
-        return embed(Image.open(path))
+        image = (Image.open(image) if isinstance(image, Path) else image).convert("RGB")
+        image.thumbnail((1024, 4096))
+        image.save(data, "JPEG", quality=85)
+        code = base64.b64encode(data.getvalue()).decode()
+        return f"<div class=wide><img alt='' src='data:image/jpeg;base64,{code}'></div>"
     return ""
 
 
@@ -243,13 +234,8 @@ def write_page(path: Path, title: str, sections: list[str]):
     content = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
                f"{again}<title>{text(title)}</title><style>{STYLE}</style><h1>{text(title)}</h1>{''.join(sections)}"
                f"<p><small>written {time.strftime('%Y-%m-%d %H:%M:%S')}</small></html>\n")
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with refused(path, "written"):
-            draft.write_text(content, encoding="utf-8", errors="backslashreplace")
-            os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path) as draft:
+        draft.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,16 +259,12 @@ def pairs_page(path: Path, report: dict, files: dict):
               for rows in (report["rows"], {name: pairs[name]["fake"] for name in order})]
     sections = [tables[0], "<h2>Each pair, the best first</h2>", tables[1]]
     for which, name in (("best", order[0]), ("worst", order[-1]))[:len(order)]:
-        rows = [some_frames(file, pairs[name]["frames"]) for file in files[name]]
+        count = pairs[name]["frames"]
+        spread = [int((i + 0.5) * count / 6) for i in range(6)]
+        rows = [[frame for k, frame in enumerate(islice(read_video(file), count)) if k in spread] for file in files[name]]
         sections += [f"<h2>The {which}: {text(name)}</h2>", embed(image_grid(rows, [*map(str, files[name])], 170))]
     notes = report["notes"] + [f"{name}: {column['what']}" for name, column in report["columns"].items()]
     write_page(path.with_suffix(".html"), path.stem, sections + [f"<p><small>{text(note)}</small>" for note in notes])
-
-
-def some_frames(path: Path, count: int, n=6) -> list:
-    """n frames, evenly spread over the first `count` of a video"""
-    wanted = [int((i + 0.5) * count / n) for i in range(n)]
-    return [frame for k, frame in enumerate(islice(read_video(path), count)) if k in wanted]
 
 
 def toy_page(path: Path, report: dict, weights: list):
@@ -293,7 +275,7 @@ def toy_page(path: Path, report: dict, weights: list):
                 "generated can be read better. Wrong sound and driving mouth belong near 0. A matrix: change one input "
                 "(row), see what moves (column).", *[table(main, 1)] * bool(main)]
     sections += [f"<h2>{text(name)}</h2>{table(rows, 1)}" for name, rows in tables.items()]
-    sections += map(embed_file, dict.fromkeys(Path(file).with_name("stage3.png") for file in weights))
+    sections += map(embed, dict.fromkeys(Path(file).with_name("stage3.png") for file in weights))
     write_page(path.with_suffix(".html"), path.stem, sections)
 
 

@@ -170,7 +170,7 @@ def test_a_page_is_whole_at_any_moment_and_a_failed_one_ends_no_run(tmp_path, mo
         patch.setattr(report.Path, "write_text", full)
         report.write_report(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(report.os, "replace", full)          # the new one is written: the old one is still there
+        patch.setattr("os.replace", full)                # the new one is written: the old one is still there
         report.write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == before
     assert not list(tmp_path.glob(".*"))                   # nor a draft
