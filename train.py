@@ -23,6 +23,7 @@ import copy
 import functools
 import itertools
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ import initialise
 import losses
 from checkpoint import (
     RANK, WORLD, StepTimer, check_finite, claim_output, cosine_warmup, descent, half, join_run, load_checkpoint, meet,
-    millions, open_log, progress, refusing, restore_run, save_checkpoint, save_run, update_ema, write_log)
+    millions, open_log, progress, refusing, restore_run, run_options, save_checkpoint, save_run, update_ema, write_log)
 from data import Clips, Frames, Mixed, Pack, batches, check_alike, drawn_clips, open_packs, split, split_options
 from faces import TEMPLATES, Landmarks, recrop
 from fusion import middle
@@ -74,10 +75,11 @@ def parse(argv=None, saved=None):
     """saved: the options in the checkpoint of a run that goes on, which hold where they are not given anew"""
     p = Parser(description="train FC-TFG, one stage at a time", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--stage", type=int, choices=(1, 2, 3), required=True, help="1 StyleGAN2, 2 inversion, 3 end to end")
+    add("--stage", type=int, choices=(1, 2, 3), required=True,
+        help="1 StyleGAN2, 2 inversion, 3 end to end; by default of %s, %s and %s steps" % tuple(STEPS.values()))
     add("--part", choices=("encoder", "hyper", "lips"), help="stage 2: encoder (default) or, on stage2.pt, hypernetwork; "
         "stage 3: of weights --init the lips from sound alone, from --data of any size")
-    add("--out", default="out/toy32", help="directory of checkpoints, logs and images")
+    run_options(p, "out/toy32", steps=None, batch=16, lr=1e-3, of="images")
     add("--data", nargs="+", help="packs of clips by prepare.py; default: the toy world, drawn into --out on first use")
     split_options(p)
     add("--photos", help="pack of photos: identities, for clips of few people; in stage 3 with the mouth code alone")
@@ -91,21 +93,15 @@ def parse(argv=None, saved=None):
     add("--expert", help="sync expert of stage 3: a file of ours; wav2lip or syncnet_v2, both fetched; or your copy "
         "(.pth, .model). Default: sync.pt in --out, else, with --data from 128 px on, wav2lip")
     many = dict(nargs="+", action="extend")
-    add("--path", type=named(JUDGES, str), metavar="NAME=FILE", help=f"your copies of {', '.join(JUDGES)}", **many)
-    add("--w", type=named(WEIGHTS, float), metavar="NAME=VALUE", help="weights of loss terms, defaults in train.py: "
-        + ", ".join(WEIGHTS), **many)
-    add("--steps", type=int, help="steps in all; default by stage: 1 %s, 2 %s, 3 %s" % tuple(STEPS.values()))
-    add("--batch", type=int, default=16, help="images at once")
+    add("--path", type=functools.partial(named, JUDGES, str), metavar="NAME=FILE",
+        help=f"your copies of {', '.join(JUDGES)}", **many)
+    add("--w", type=functools.partial(named, WEIGHTS, float), metavar="NAME=VALUE",
+        help=f"weights of loss terms, defaults in train.py: {', '.join(WEIGHTS)}", **many)
     add("--accumulate", type=int, default=1, help="batches a step and process, one after the other")
-    add("--lr", type=float, default=1e-3, help="learning rate of ordinary layers (stages 2, 3)")
-    add("--lr-gan", type=float, default=4e-3, help="of layers with equalised learning rate")
+    add("--lr-gan", type=float, default=4e-3, help="learning rate of layers with equalised learning rate")
     add("--augment", type=float, default=0.0, help="discriminator augmentation: first p; -1: off for good")
     add("--bf16", action="store_true", help="bf16 autocast (a GPU, or a CPU with AVX512-BF16)")
     add("--compile", action="store_true", help="torch.compile of generator, encoder and discriminator")
-    add("--resume", action="store_true", help="continue the stage's checkpoint in --out, with its options")
-    add("--overwrite", action="store_true", help="start anew although a checkpoint exists")
-    add("--device", default="auto")
-    add("--seed", type=int, default=0)
     add("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="processes that load data")
     if saved:
         p.set_defaults(**saved | dict(steps=None, path=[*saved["path"].items()], w=[*saved["w"].items()]))
@@ -121,15 +117,13 @@ def parse(argv=None, saved=None):
     return args
 
 
-def named(names, kind):
-    """An argparse type: NAME=VALUE -> (NAME, kind(VALUE))"""
-    def convert(text):
-        name, _, value = text.partition("=")
-        with contextlib.suppress(ValueError):
-            if name in names:
-                return name, kind(value)
-        raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE for one of {', '.join(names)}")
-    return convert
+def named(names, kind, text):
+    """NAME=VALUE -> (NAME, kind(VALUE))"""
+    name, _, value = text.partition("=")
+    with contextlib.suppress(ValueError):
+        if name in names:
+            return name, kind(value)
+    raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE for one of {', '.join(names)}")
 
 
 def loss_weights(args, given: dict) -> dict:
@@ -364,7 +358,7 @@ def main(argv=None):
         rate = 1.0 if args.stage == 1 else cosine_warmup(step, args.steps, 100)        # slow: keep what is learned
         # no adversary on windows: five frames of one clip are nearly one sample
         adversarial = w["adv"] and (args.stage < 3 or batch["mel"].shape[1] == 1 + 2 * model.config.context)
-        of_g, of_d, of_r1, of_path, reals = [], [], [], [], []                         # terms of each micro-batch
+        of_g, of_d, reals = defaultdict(list), defaultdict(list), []                   # terms of each micro-batch
 
         if adversarial:                                                                # discriminator: logistic loss
             D.requires_grad_(True)
@@ -376,7 +370,7 @@ def main(argv=None):
                         real, fake = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
                     loss = losses.discriminator_loss(real, fake)
                     (loss / len(micro)).backward()
-                    of_d.append(detached(d=loss, real=real.mean(), fake=fake.mean(), sign=real.sign().mean()))
+                    collect(of_d, d=loss, real=real.mean(), fake=fake.mean(), sign=real.sign().mean())
                     part["out"] = out if args.accumulate == 1 else None
 
         D.requires_grad_(False)                                                        # generator, and all before it
@@ -391,7 +385,7 @@ def main(argv=None):
                     terms = {k: w[k] * v for k, v in terms.items()}
                     (sum(terms.values()) / len(micro)).backward()
                     part["deltas"] = out.get("deltas")
-                of_g.append(detached(**terms))
+                collect(of_g, **terms)
                 reals.append(out["real"])
         del micro, part, out, terms                                                    # graphs, weight changes
 
@@ -403,15 +397,16 @@ def main(argv=None):
                     real = augment(real).detach().requires_grad_(True)
                     penalty = w["r1"] / 2 * losses.r1_penalty(real, D(real))
                     (16 * penalty / len(reals)).backward()
-                    of_r1.append(detached(r1=penalty))
+                    collect(of_d, r1=penalty)
         if w.get("path") and step % 4 == 0:
             with descent(opt_g, rate), eager():
                 for real in reals:
                     out = forward(model, dict(image=real[:max(1, args.batch // 2)]))
                     penalty, mean = losses.path_length_penalty(out["fake"], out["w_plus"], mean_path)
                     (4 * w["path"] * penalty / len(reals)).backward()
-                    of_path.append(detached(path=w["path"] * penalty, mean_path=mean))
-        terms = check_finite(means(of_g, of_d, of_r1, of_path), step)                  # floats, over all processes
+                    collect(of_d, path=w["path"] * penalty, mean_path=mean)
+        terms = {name: sum(found) / len(found) for name, found in (of_g | of_d).items()}
+        terms = check_finite(terms, step)                                              # floats, over all processes
         mean_path, sign = terms.pop("mean_path", mean_path), terms.pop("sign", None)
         if adversarial and args.augment >= 0:
             augment.update(sign, images)
@@ -444,13 +439,9 @@ def export(model, data, args):
     print(f"{weights}: for sample.py --weights")
 
 
-def detached(**terms):
-    return {name: term.detach() for name, term in terms.items()}
-
-
-def means(*found) -> dict:
-    """Lists of the terms of micro-batches -> the mean of each term"""
-    return {name: sum(terms[name] for terms in of) / len(of) for of in filter(None, found) for name in of[0]}
+def collect(found, **terms):
+    for name, term in terms.items():
+        found[name].append(term.detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,8 +463,6 @@ def optimizers(model, D, args):
     opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # ours: .9 where L1 leads
     c = 16 / 17                                                                        # lazy R1: k = 16
     opt_d = torch.optim.Adam(D.parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
-    for group in opt_g.param_groups + opt_d.param_groups:
-        group["initial_lr"] = group["lr"]
     return opt_g, opt_d
 
 
@@ -542,12 +531,11 @@ def load_batches(args, data, config, mfcc: bool, start: int):
     turns, parts = 2 if args.w["sync"] else 1, 2 if args.photos and config.mouth_dim else 1
     windows = load(windows, args.batch // WINDOW, (start + 1) // 2)
     singles = load(singles, args.batch // parts, start // turns)
-    photos = load(data["photos"], args.batch // 2, start // turns) if parts == 2 else None
+    if parts == 2:
+        photos = load(data["photos"], args.batch // 2, start // turns)
+        singles = (clips | dict(photo=more["image"]) for clips, more in zip(singles, photos))
     for step in itertools.count(start):
-        if (step + 1) % turns:
-            yield next(windows)
-        else:
-            yield next(singles) | (dict(photo=next(photos)["image"]) if photos else {})
+        yield next(singles if (step + 1) % turns == 0 else windows)
 
 
 def stage3_clips(pack, T, config, seed, **options):
@@ -589,8 +577,7 @@ def save_examples(path, ema, data, args, n=8):
         rows = {f"source; {about}": source,
                 "driving frame, with its sound: the column to the left": middle(driving, 1)[:, 0],
                 "source, driven": ema(source, driving, mel, ema.config.context)[0][:, 0]}
-    image_grid([to_uint8(row.clamp(-1, 1)) for row in rows.values()], rows, max(128, args.size)).save(path + ".tmp.png")
-    os.replace(path + ".tmp.png", path)
+    image_grid([to_uint8(row.clamp(-1, 1)) for row in rows.values()], rows, max(128, args.size)).save(path)
 
 
 if __name__ == "__main__":
