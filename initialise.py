@@ -81,11 +81,10 @@ def build_networks(args, data, ckpt, device):
     known = dict((ckpt or previous or {}).get("networks", {}))
     state = known.pop("model", {})
     if not ckpt:
-        own, learned = model.state_dict(), ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
+        learned = ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
         state = previous["ema"]["model"] if previous else {}
         state = {k: v for k, v in state.items() if "motion" in known or k.startswith(learned)}
         state |= {f"{name}.{k}": v for name, network in files.items() for k, v in network.state_dict().items()}
-        state = {k: v for k, v in state.items() if k in own}
         known |= {name: network.state_dict() for name, network in files.items()}
     model.load_state_dict(state, strict=bool(ckpt))
     if "D" in known:
@@ -131,16 +130,15 @@ def make_config(args, pack, previous, overrides) -> Config:
 
 def load_judges(args, device) -> dict:
     """The frozen networks that a loss weight asks for: published ones, fetched on first use, and stage 3's sync expert"""
-    own, template = args.path, lambda: open_packs(args.data).template if args.data else "toy"
+    own, frozen = args.path, {}
     makers = dict(sync=lambda: sync_expert(args, device),
                   vgg=lambda: judges.vgg19(device, own.get("vgg19")),
                   lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
-                  arcface=lambda: judges.arcface(device, own.get("arcface"), template()))
-    frozen = {}
-    for name, make in makers.items():
+                  arcface=lambda: judges.arcface(device, own.get("arcface"),
+                                                 open_packs(args.data).template if args.data else "toy"))
+    for name in [name for name in makers if args.w.get(name)]:
         try:
-            if args.w.get(name):
-                frozen[name] = make()
+            frozen[name] = makers[name]()
         except InputError as error:
             raise InputError(f"{error}; --w {name}=0 does without") from None
     return frozen
@@ -212,11 +210,11 @@ def fit_encoder(model, images, device, most=3000):
 
 @torch.no_grad()
 def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
-    """images (n, 3, H, W), lips `masked` -> linear path -> W+ -> the coarse RGB of `seen`, in closed form. The mouth code
-    is fitted to the lips that the rest of the face does not predict. Ours.
+    """images (n, 3, H, W), lips `masked` -> linear path -> W+ -> the coarse RGB of `seen`, in closed form, ours.
 
-    Both go into W+ in orthonormal directions, so short (`scale`) that the generator hardly responds; longer for the shape
-    of lips, to which it must. `maps.down` reads them back; coarse RGB is a ridge regression on them."""
+    The mouth code is fitted to the lips that the rest of the face does not predict. Both go into W+ in orthonormal
+    directions, so short (`scale`) that the generator hardly responds; longer for the shape of lips, to which it must.
+    `maps.down` reads them back; coarse RGB is a ridge regression on them."""
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
     for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at zero
         zeroed(layer)
@@ -273,10 +271,9 @@ def read_clips(model, pack, landmarks, clips):
 
 
 def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_clip=30):
-    """The MouthEncoder learns to read the shape of lips from clips and photos with landmarks. Ours.
-
-    Its first number is how far the lips are open. The others are principal components of what else moves while one person
-    speaks, less what follows the opening. Each is in units of its deviation there, from its mean."""
+    """The MouthEncoder learns to read the shape of lips from clips and photos with landmarks, ours. Its first number is
+    how far the lips are open. The others are principal components of what else moves while one person speaks, less what
+    follows the opening. Each is in units of its deviation there, from its mean."""
     rng, K = np.random.default_rng([seed, 4]), model.config.shape_dim
     boxes, shapes = [], []
     of_clips, *of_photos = data["landmarks"]
@@ -320,10 +317,8 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
 
 
 def train_judge(data, device, seed, steps, batch=48):
-    """A small face recogniser: frames of one clip show one person, clips of other people show others (where all clips
-    show one person, other clips do). About 20 s at 32 px on a CPU.
-
-    With photos, two views of one: shifted, mirrored, and one without its mouth (two frames of a clip differ there)."""
+    """A small face recogniser: frames of one clip show one person, clips of other people (of one person: other clips)
+    show others. With photos, two views of one: shifted, mirrored, and one without its mouth, which differs in clips."""
     photos, label = data["photos"], "identity"
     images = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
     if photos is None and len(np.unique(images.pack.identity[images.clips])) == 1:
@@ -354,11 +349,10 @@ def train_judge(data, device, seed, steps, batch=48):
 
 @torch.no_grad()
 def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02):
-    """A closed-form start of canonical encoder and pose path. Ours.
-
-    In a clip the person is constant, so a code minus the clip's mean is motion. A linear map that predicts it from one
-    frame's code, over many people, can use no direction in which people differ. From the whole image's code it gives what
-    the canonical encoder removes, from the mouth-masked one's the pose. Photos are faces that keep still."""
+    """A closed-form start of canonical encoder and pose path, ours. In a clip the person is constant, so a code minus the
+    clip's mean is motion. A linear map that predicts it from one frame's code, over many people, can use no direction in
+    which people differ. From the whole image's code it gives what the canonical encoder removes, from the mouth-masked
+    one's the pose. Photos are faces that keep still."""
     rng = np.random.default_rng(2)
     chosen = rng.permutation(chosen)[:clips]
     print(f"before the first step: motion space in closed form from {len(chosen)} clips" + ", and photos" * bool(photos))
@@ -389,10 +383,7 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
 
 def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     """Sound -> shape of the lips, before any image is made; also the limits of the opening. A step costs a tenth of one
-    through the generator, which then only refines it.
-
-    LIP_STEPS steps, at most as many as the stage has, each of `batch` stretches of `span` frames: neighbouring frames
-    share their sound windows."""
+    through the generator. It takes `batch` stretches of `span` frames: neighbouring frames share their sound windows."""
     pack, landmarks, steps = data["pack"], data["landmarks"][0], min(LIP_STEPS, args.steps)
     rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
     long = data["marked"][pack.n_frames[data["marked"]] >= span]                       # with --by-person clips come twice
@@ -525,10 +516,7 @@ def ridge_regression(x, y, ridge):
 
 
 def reduced_rank_regression(x, y, rank, ridge):
-    """y ~ x down^T up^T with `rank` numbers of unit variance between.
-
-    x (n, i), y (n, o) -> down (rank, i), up (o, rank), on the device of x
-    """
+    """x (n, i), y (n, o) -> down (rank, i), up (o, rank): y ~ x down^T up^T, with numbers of unit variance between"""
     device, x, y = x.device, x.cpu().double(), y.cpu().double()
     full = ridge_regression(x, y, ridge)                                               # (i, o)
     fitted = x @ full
