@@ -696,10 +696,5 @@ def write_wav(path: str | Path, wav: np.ndarray):
 
 def move_into_place(draft: Path, path: Path):
     """Moves a finished file, maybe to another disk: at any moment the old file or the whole new one is there"""
-    copy = path.with_name(f".talk-{os.getpid()}{path.suffix}")
-    try:
-        with refused(path, "written"):
-            shutil.copyfile(draft, copy)
-            os.replace(copy, path)
-    finally:
-        copy.unlink(missing_ok=True)
+    with replacing(path) as copy:
+        shutil.copyfile(draft, copy)
