@@ -211,7 +211,9 @@ def restore_run(path: str | Path, saved: dict, optimisers: dict):
     """Adam's moments and the random state as save_run saved them, at the rates of today's options"""
     with refusing(path, "not a run of this version"):
         for name, opt in optimisers.items():
-            opt.load_state_dict(saved["optimisers"][name] | dict(param_groups=opt.state_dict()["param_groups"]))
+            state, groups = saved["optimisers"][name], opt.state_dict()["param_groups"]
+            groups = [now | dict(params=then["params"]) for now, then in zip(groups, state["param_groups"], strict=True)]
+            opt.load_state_dict(state | dict(param_groups=groups))
         torch.set_rng_state(saved["rng"]["torch"])
         if torch.cuda.is_initialized() and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
@@ -271,10 +273,8 @@ def checkpoints_dir() -> Path:
 
 def fetch(name: str, path: str | Path | None = None) -> Path:
     """Where the file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, fetched where it is missing.
-
     A cached file is checked by SHA256 every time (a second for 500 MB). A download gets its name when its hash is right.
-    InputError: path is not a file; or the download failed, with its URL and where to save it by hand.
-    """
+    InputError: path is not a file; or the download failed, with its URL and where to save it by hand."""
     if path is not None:
         return check_file(path)
     pin = PUBLISHED[name]
@@ -337,9 +337,8 @@ def memory_gib(device) -> float:
 # around a training loop: train, syncnet, keypoints, landmarks and pcavs
 
 def claim_output(path: str | Path, args) -> Path:
-    """Absolute path of the checkpoint that a run writes, its folder made.
-
-    InputError: it exists and neither --resume nor --overwrite is given, or its folder cannot be made or written."""
+    """Absolute path of the checkpoint that a run writes, its folder made. InputError: it exists and neither --resume nor
+    --overwrite is given, or its folder cannot be made or written."""
     path = make_folder(Path(path).parent) / Path(path).name
     if path.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{path} exists: --resume continues it, --overwrite starts anew")
@@ -451,7 +450,6 @@ def check_finite(terms: dict, step: int) -> dict:
 @torch.no_grad()
 def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
     """Averaged weights: half-life of kimg thousand images, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05).
-
     images: seen so far, in steps of `batch`."""
     beta = 0.5 ** (batch / min(1000 * kimg, 0.05 * images + batch))
     live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
@@ -488,10 +486,8 @@ def meet():
 
 
 def average(tensors: list):
-    """Tensors of one kind become their means over all processes, by one all_reduce of a flat buffer.
-
-    For gradients, between backward() and the optimiser's step. DistributedDataParallel averages in hooks of one backward
-    pass, which do not survive several passes a step, some through graphs made by create_graph (R1, path length)."""
+    """Tensors of one kind become their means over all processes, by one all_reduce of a flat buffer. (The hooks of
+    DistributedDataParallel expect one backward pass a step. Here are several, some through graphs by create_graph.)"""
     if WORLD > 1 and tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         with together():

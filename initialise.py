@@ -43,18 +43,17 @@ def stage(args, model, D, data, networks, device) -> dict:
     networks: those of build_networks, which are in `model` and D already."""
     if args.stage == 1:
         return {}
-    if args.resume:
-        return own_judges(args, D, data, networks, device)
-    if args.part == "encoder" and model.mouth:
+    new = not args.resume
+    if new and args.part == "encoder" and model.mouth:
         train_reader(model, data, device, args.seed, min(1500, args.steps))
-    if args.part == "encoder" and "encoder" not in networks:
+    if new and args.part == "encoder" and "encoder" not in networks:
         fit_encoder(model, data["images"], device)
     if model.encoder.latent_avg.isnan().any():                                         # a published file without it
         model.encoder.latent_avg.copy_(mean_w(model.generator))
     frozen = own_judges(args, D, data, networks, device)
-    if args.stage == 3 and "motion" not in networks:                                   # --init is not a whole network
+    if new and args.stage == 3 and "motion" not in networks:                           # --init is not a whole network
         fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
-    if args.stage == 3 and model.mouth:
+    if new and args.stage == 3 and model.mouth:
         train_lips(model, data, args, device)
     return frozen
 

@@ -204,9 +204,8 @@ def image_grid(rows: list, words: list, edge: int) -> Image.Image:
     height, width = round(edge * rows[0][0].shape[0] / rows[0][0].shape[1]), edge * max(map(len, rows))
     grid = Image.new("RGB", (width, (height + 18) * len(rows)), "#181a22")
     for j, (images, names) in enumerate(zip(rows, words)):
-        one = isinstance(names, str)
-        for k, name in enumerate([names] if one else names):
-            room = (width if one else edge) // 7                                       # letters of size 12
+        room = (width if isinstance(names, str) else edge) // 7                        # letters of size 12
+        for k, name in enumerate([names] if isinstance(names, str) else names):
             short = name if len(name) <= room else f"..{name[2 - room:]}"
             ImageDraw.Draw(grid).text((k * edge + 4, j * (height + 18) + 2), short, "#dee2ec", font_size=12)
         for k, image in enumerate(map(Image.fromarray, images)):
