@@ -1,0 +1,86 @@
+"""Five small experiments: stage 3 of the documented run, 150 steps with one thing changed. docs/read.md shows them.
+
+    python -m docs.experiments out/toy32    # after the documented run; 25 minutes of one core -> docs/experiments.png
+
+Prints the control table on 12 people that no training saw. A column of the picture is one of its trials: the face of one
+person, the sound of a second, the head of a third, in the frame where the second opens the mouth widest.
+"""
+
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+import control
+import fusion
+import train
+from media import to_uint8
+from report import image_grid, markdown
+
+STEPS, PEOPLE, COLUMNS = "150", 12, 8
+
+
+def without_maps(forward):
+    """IdentityMaps that give zeros: the generator learns of the person by the code alone"""
+    def zeros(self, w_plus):
+        maps, coarse = forward(self, w_plus)
+        return [0 * x for x in maps], coarse
+    return zeros
+
+
+EXPERIMENTS = {  # name: options of train.py, and what is replaced in the code
+    "as documented": ([], {}),
+    "orthogonality off": (["--w", "orth=0"], {}),
+    "sync loss off": (["--w", "sync=0"], {}),
+    "mouth mask off": ([], {"fusion.mask_mouth": lambda frames, *template: frames}),
+    "the paper's motion encoder": (["--motion", "paper"], {}),
+    "no identity maps": ([], {"fusion.IdentityMaps.forward": without_maps(fusion.IdentityMaps.forward)}),
+}
+
+
+def run(name: str, run32: Path, test) -> tuple[dict, list]:
+    """Trains and measures one experiment -> its row of the control table, a frame of each trial"""
+    options, replaced = EXPERIMENTS[name]
+    out = run32 / "experiments" / name.replace(" ", "_").replace("'", "")
+    out.mkdir(parents=True, exist_ok=True)
+    for file in ("stage2.pt", "sync.pt"):
+        shutil.copy(run32 / file, out / file)
+    if not (out / "toys").exists():
+        (out / "toys").symlink_to((run32 / "toys").resolve())
+    frames, widest = [], test.truth[..., control.COLUMN["open"]].argmax(1)
+    with ExitStack() as stack:
+        for where, what in replaced.items():
+            stack.enter_context(patch(where, what))
+        if not (out / "weights.pt").exists():
+            train.main(["--stage", "3", "--steps", STEPS, "--out", str(out), "--overwrite", *options])
+        animate = control.animator(fusion.load_model(out / "weights.pt"), "cpu")
+
+        def keep(face, wav, driving):
+            clip = animate(face, wav, driving)
+            frames.append(to_uint8(clip[widest[(len(frames) + 1) % PEOPLE]]))
+            return clip
+
+        return control.control_table(keep, test), frames
+
+
+def main(run32: Path):
+    test = control.toy_test(32, PEOPLE, str(run32.parent / "evaluate"), "cpu")
+    widest = test.truth[..., control.COLUMN["open"]].argmax(1)
+
+    def real(k, at):
+        return [test.pack.frame((a + k) % PEOPLE, at[(a + 1) % PEOPLE]) for a in range(PEOPLE)]
+
+    rows = {"face": real(0, np.zeros(PEOPLE, int)), "sound: the mouth to be made": real(1, widest),
+            "head: pose and eyes to be made": real(2, widest)}
+    table = {}
+    for name in EXPERIMENTS:
+        table[name], rows[name] = run(name, run32, test)
+    image_grid([row[:COLUMNS] for row in rows.values()], list(rows), 128).save(Path(__file__).parent / "experiments.png")
+    print(markdown({name: {key: f"{value:.2f}" for key, value in row.items()} for name, row in table.items()}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
