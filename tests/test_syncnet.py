@@ -833,7 +833,7 @@ def test_a_nan_stops_the_run_names_the_term_and_keeps_the_last_checkpoint(world,
 def test_without_data_it_trains_on_the_toy_world_that_train_py_uses(tmp_path, monkeypatch):
     drawn = []
 
-    def draw(folder, size, people, seconds, first_seed, workers):
+    def draw(folder, size, people, seconds, first_seed):
         drawn.append((folder.name, size, people, seconds, first_seed))
         with PackWriter(folder, size, "toy") as pack:
             for seed in range(3):
