@@ -35,8 +35,8 @@ from audio import log_mel, mfcc, n_frames
 from checkpoint import PUBLISHED, checkpoints_dir, pick_device, revision
 from control import toy_report
 from faces import (
-    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, similarity, to_complex,
-    warp_face)
+    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, need_detector, similarity,
+    to_complex, warp_face)
 from landmarks import load_landmarks, read_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
@@ -260,8 +260,8 @@ def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
     offset d, the mean over k of the distance of face k to sound k + d; D is the least, C the median less D. SyncNet
     (Chung and Zisserman 2016); Wav2Lip (Prajwal et al. 2020) calls them LSE-D and LSE-C. pad: as published, sound beyond
     either end is zeros; else such pairs do not count, nor offsets that fewer than half of the windows have."""
-    K = len(face)
-    padded = F.pad(sound, (0, 0, reach, reach), value=0.0 if pad else torch.nan)
+    K, face = len(face), face.float()
+    padded = F.pad(sound.float(), (0, 0, reach, reach), value=0.0 if pad else torch.nan)
     distances = torch.stack([F.pairwise_distance(face, padded[d : d + K]) for d in range(2 * reach + 1)], 1)  # (K, S)
     means = distances.nanmean(0)
     means[2 * distances.isfinite().sum(0) < K] = torch.nan
@@ -302,7 +302,10 @@ def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
             for file in (PUBLISHED[file].file for file in files):
                 if not (args.fetch or (checkpoints_dir() / file).is_file()):
                     raise InputError(f"{file} is not in {checkpoints_dir()} (--fetch downloads what is missing)")
-            setattr(networks, name, load())
+            network = load()
+            if name in ("sync", "syncnet", "landmarks") and getattr(network, "template", "") != "toy":
+                need_detector()  # drawn clips are crops already
+            setattr(networks, name, network)
         except InputError as error:
             if named:
                 raise
@@ -334,7 +337,8 @@ class Clip:
         """(T, 4 or more): box, score and points of the face, see faces.face_box"""
         T = len(self.frames)
         at = np.unique(np.r_[0, DETECT_EVERY - 1 : T : DETECT_EVERY, T - 1])
-        found = {k: faces[0] for k in at if (faces := detect_faces(self.frames[k], margins=(1.2,)))}
+        with torch.autocast(self.networks.device.type, enabled=False):  # the detector needs fp32
+            found = {k: faces[0] for k in at if (faces := detect_faces(self.frames[k], margins=(1.2,)))}
         if 2 * len(found) < len(at):
             raise InputError(f"a face in {len(found)} of {len(at)} frames looked at")
         return np.stack([np.interp(range(T), list(found), column) for column in zip(*found.values())], 1)
@@ -355,7 +359,7 @@ class Clip:
     def through(self, network, images):
         """Images, uint8 (n, H, W, 3) -> what a network gives of them, (n, ..)"""
         parts = (to_tensor(np.stack(images[i : i + 16])).to(self.networks.device) for i in range(0, len(images), 16))
-        return torch.cat([network(part).cpu() for part in parts])
+        return torch.cat([network(part).float().cpu() for part in parts])
 
     def alone(self) -> tuple[dict, dict]:
         """{metric: value} of the clip alone, {what is left out: why}"""
@@ -509,7 +513,8 @@ def measure_pairs(args, device):
         networks, missing = load_networks(args, device, stack)
         for name, real, fake in tqdm(pairs, "pairs", disable=None):
             try:
-                reports.append(dict(name=name) | measure(real, fake, networks))
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                    reports.append(dict(name=name) | measure(real, fake, networks))
             except InputError as error:
                 if len(pairs) == 1:
                     raise
@@ -583,6 +588,7 @@ def parse(argv=None):
     pair.add_argument("--expert", help="sync expert of syncnet.py, or wav2lip (default: weights/sync.pt)")
     pair.add_argument("--fetch", action="store_true", help="download the networks that are missing (about 1 GB in all)")
     pair.add_argument("--skip", default="", help="metrics to leave out, with commas between: LPIPS,FID")
+    pair.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a CPU with AMX and a GPU, less exact")
     toy.add_argument("weights", nargs="+", help="weights.pt or stage3.pt; of a stage2.pt the inversion is measured")
     toy.add_argument("--people", type=int, default=32, help="held-out people")
     toy.add_argument("--cache", default="out/evaluate", help="where the probe and its drawn people are kept")

@@ -362,7 +362,7 @@ def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
         if faces := detect_faces(frame, margins=(1.2, 1.5)):
             break
     else:
-        raise InputError(f"{path}: no face that is upright was found; crop the clip and give a folder of images")
+        raise InputError(f"{path}: no face that is upright was found; crop the clip and give --aligned")
     tracked = track_landmarks(load_landmarks(), itertools.chain([frame], frames), face_box(faces, "face"))
     points = eyes_and_mouth(np.pad(tracked, ((before, 0), (0, 0), (0, 0)), constant_values=np.nan)) / len(frame)
     found = ~np.isnan(points[:, 2])                                             # (T,); points (T, 3), complex
@@ -374,9 +374,10 @@ def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
     return align_frames(clip_frames(path, n, height), points, size, box)
 
 
-def clip_crops(path: str | Path, n: int, config: Config):
+def clip_crops(path: str | Path, n: int, config: Config, aligned: bool = False):
     """The first n frames of a video, or of an image or a folder of images, which are aligned already, as the networks'
-    input: a stream of uint8 (size, size, 3). InputError, no face: before the stream begins."""
+    input: a stream of uint8 (size, size, 3). aligned: for published weights, so is the video. InputError, no face: before
+    the stream begins."""
     path, size, published = Path(path), config.size, config.template not in TEMPLATES
 
     def crop_aligned(frame):
@@ -384,7 +385,7 @@ def clip_crops(path: str | Path, n: int, config: Config):
         box = tuple(v / 224 * n for v, n in zip(SEEN, (W, H, W, H))) if published else middle_square(frame)
         return crop_face(frame, box, size)
 
-    if images_in(path):
+    if images_in(path) or aligned and published:
         return map(crop_aligned, clip_frames(path, n))
     if published:
         return aligned_clip(path, n, size)
@@ -394,8 +395,10 @@ def clip_crops(path: str | Path, n: int, config: Config):
 
 
 def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
-    """A photo that is not aligned as V's input, uint8 (size, size, 3). Raises InputError: no face."""
+    """The photo as V's input, uint8 (size, size, 3). Raises InputError: no face."""
     published = config.template not in TEMPLATES
+    if args.aligned and published:
+        return next(clip_crops(args.face, 1, config, True))
     if config.template == "toy" and not is_drawn(photo):
         print(f"{args.weights}: these weights draw the toy world only; {args.face} is another kind of picture")
     photo, box, how = photo_box(photo, args, "face" if published else config.template)
@@ -442,7 +445,7 @@ def sample(args):
     photo, wav, device = load_photo(args.face), load_audio(args.speech), pick_device(args.device)
     model = load_pcavs(args.weights, device)
     crop, n = photo_crop(photo, args, model.config), n_frames(len(wav))
-    pose = clip_crops(args.pose, n, model.config) if args.pose else [crop]
+    pose = clip_crops(args.pose, n, model.config, args.aligned) if args.pose else [crop]
     pose = list(pose) if args.grid else pose
     frames = render(model, crop, wav, pose, args, device)
     if is_grey(photo):
@@ -474,11 +477,11 @@ def pairs(args):
     """Each clip generated again from its first frame, sound and head pose, or each line of a file of pairs"""
     device = pick_device(args.device)
     if args.clips[0].endswith(".csv"):
-        jobs = read_pairs(Path(args.clips[0]))
+        jobs, args.aligned = read_pairs(Path(args.clips[0])), True              # the authors' pairs are aligned
     else:
         jobs = [[check_file(clip)] * 4 for clip in args.clips]                  # each gives all that a pair has
     model = load_pcavs(args.weights, device)
-    crops = partial(clip_crops, config=model.config)
+    crops = partial(clip_crops, config=model.config, aligned=args.aligned)
     fake, real = (make_folder(Path(args.out).absolute() / kind) for kind in ("fake", "real"))
     names = [f"{i:03d}_{speech.stem}.mp4" for i, (_, _, speech, _) in enumerate(jobs, start=1)]
     if others := [file for file in (*fake.glob("*.mp4"), *real.glob("*.mp4")) if file.name not in names]:
@@ -710,6 +713,7 @@ def parse(argv=None):
     test.add_argument("--out", default="out/pcavs_pairs", help="folder for the clips real/ and fake/")
     for command in (p, test):
         command.add_argument("--weights", default=TOY_WEIGHTS, help="folder of published files, or a weights.pt of train")
+        command.add_argument("--aligned", action="store_true", help="published weights: images are aligned already")
         command.add_argument("--seed", type=int, default=0, help="of the generator's noise")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     run_options(learn, "out/pcavs32", steps=2000, batch=32, lr=2e-3, of=f"images, {FRAMES} of each clip,")

@@ -577,7 +577,8 @@ def save_examples(path, ema, data, args, n=8):
         rows = {f"source; {about}": source,
                 "driving frame, with its sound: the column to the left": middle(driving, 1)[:, 0],
                 "source, driven": ema(source, driving, mel, ema.config.context)[0][:, 0]}
-    image_grid([to_uint8(row.clamp(-1, 1)) for row in rows.values()], rows, max(128, args.size)).save(path)
+    image_grid([to_uint8(row.clamp(-1, 1)) for row in rows.values()], rows, max(128, args.size)).save(path + ".tmp.png")
+    os.replace(path + ".tmp.png", path)
 
 
 if __name__ == "__main__":

@@ -474,6 +474,8 @@ def test_an_aligned_image_is_cut_as_the_authors_do(tmp_path):
     Image.fromarray(image).save(tmp_path / "0.png")
     cut, = pcavs.clip_crops(tmp_path, 9, Config(size=192))
     np.testing.assert_array_equal(cut, image[:192, 16:208])
+    given = types.SimpleNamespace(aligned=True, face=tmp_path / "0.png")  # noise: no face could be found in it
+    np.testing.assert_array_equal(pcavs.photo_crop(image, given, Config(size=192)), cut)
 
 
 BASE = np.array([60 + 40j, 100 + 40j, 80 + 90j])  # eyes and mouth
@@ -927,13 +929,13 @@ def test_every_term_counts_and_every_parameter_of_inference_learns(pack, step):
 def test_one_batch_can_be_over_fitted(pack):
     nets, opts, batch, args = step_of(pack)
     curve = []
-    for _ in range(20):
+    for _ in range(40):
         terms, _, _ = pcavs.loss_terms(nets, batch, 49, args)
         opts["g"].zero_grad()
         sum(pcavs.WEIGHTS[k] * v for k, v in terms.items()).backward()
         opts["g"].step()
         curve.append(float(terms["rec"].detach()))
-    assert np.mean(curve[-5:]) < 0.6 * curve[0]
+    assert np.mean(curve[-5:]) < 0.55 * curve[0]
 
 
 def test_the_adversary_moves_the_generator_and_learns_to_tell_its_frames(pack, narrow_discriminator):

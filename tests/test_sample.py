@@ -115,11 +115,14 @@ def test_a_click_shows_in_the_frame_in_which_it_is_heard(folder, monkeypatch):
     assert bright == clicks == sorted(heard.argsort()[-4:].tolist())
 
 
-def test_the_same_command_gives_the_same_frames(folder, weights):
+def test_the_same_command_gives_the_same_frames_and_another_sound_others(folder, weights):
     talk("--out", "a.mp4", weights=weights)
     talk("--out", "b.mp4", weights=weights)
+    scipy.io.wavfile.write("speech.wav", RATE, noise(13201))
+    talk("--out", "c.mp4", weights=weights)
     a, b = (np.stack(list(read_video(name))) for name in ("a.mp4", "b.mp4"))
     np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(load_audio("a.mp4"), load_audio("c.mp4"))
 
 
 AWKWARD = ['-a face\'s "best" %d [x];&$(touch y).png', "http:x.png"]
