@@ -144,8 +144,8 @@ class Face:
 
     def read(self, where):
         """where (h, w, 2) in pixels, centres at .5 -> uint8 (h, w, 3); mirrored beyond the photo's edges"""
-        x, y = (np.multiply(where[..., k], 2, dtype=np.float32) - np.float32(1) for k in (0, 1))
-        colours = cv2.remap(self.pixels, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        at = np.multiply(where, 2, dtype=np.float32) - np.float32(1)
+        colours = cv2.remap(self.pixels, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
         return cv2.cvtColor(colours, cv2.COLOR_RGBA2RGB)
 
 
