@@ -84,6 +84,23 @@ def test_at_rest_a_frame_is_the_photo_bit_for_bit(gap):
         assert np.array_equal(read(W.centres(warp.lips.box)), f.photo[y0:y1, x0:x1])
 
 
+def test_grain_survives_a_move_by_parts_of_a_pixel():
+    def grain(picture):
+        return cv2.Laplacian(picture[20:-20, 20:-20], cv2.CV_64F).var()
+
+    noise = np.random.default_rng(0).integers(0, 255, photo().shape, dtype=np.uint8)
+    f = Face(cv2.GaussianBlur(noise, (0, 0), 0.5), points(), mean_shape())
+    pixels = W.centres((0, 0, SIZE, SIZE))
+    kept = [grain(f.read(pixels + np.float32(shift))) / grain(f.photo) for shift in ((0.25, 0), (0.5, 0.25), (0.5, 0.5))]
+    assert all(0.7 < k < 1.2 for k in kept), kept                      # cubic: .65, .39, .37
+
+
+def test_lips_that_part_by_a_hair_show_no_dark_line():
+    f = face()
+    darker = f.photo.astype(int) - Warp(f, moves())(0.004, np.zeros(2))
+    assert np.abs(darker).max() < 30
+
+
 def test_talking_changes_pixels_below_the_eyes_and_inside_the_face_only():
     f = face()
     warp = Warp(f, moves())
