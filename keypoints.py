@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import sample as photos
 import toyfaces
-from audio import AudioEncoder, WindowEncoder, add_room, log_mel, mel_windows, mfcc, n_frames, not_speech, spec_augment
+from audio import WindowEncoder, add_room, log_mel, mel_windows, mfcc, n_frames, not_speech, spec_augment
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
     pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
@@ -44,7 +44,7 @@ from media import (
     write_video)
 from motion import activity, lip_opening
 from report import image_grid, markdown
-from syncnet import load_sync
+from syncnet import SyncNet, load_sync, sound_only
 
 MOUTH = slice(48, 68)  # of iBUG's 68
 TOY_SECONDS = 3.0
@@ -389,20 +389,19 @@ class Wav2KP(Network):
 
 
 class AudioFront(nn.Module):
-    """Mel window -> (N, W): a window encoder; or, of a sync expert (tower: its dim and width), the sound tower and a
-    linear layer"""
+    """Mel window -> (N, W): a window encoder; or what a sync expert hears (tower: its config) and a linear layer"""
 
     def __init__(self, width: int, tower: dict | None):
         super().__init__()
         if tower:
-            self.tower, self.out = AudioEncoder(**tower), nn.Linear(tower["dim"], width)
+            self.tower, self.out = sound_only(SyncNet(**tower)), nn.Linear(tower["dim"], width)
         else:
             self.body = WindowEncoder(width)
 
     def forward(self, mel):  # (N, 1, 80, 16)
         if hasattr(self, "body"):
             return self.body(mel)
-        return self.out(F.normalize(self.tower(mel), dim=1) * math.sqrt(self.out.in_features))  # elements of order 1
+        return self.out(self.tower.sound(mel) * math.sqrt(self.out.in_features))  # elements of order 1
 
 
 class Block(nn.Module):
@@ -520,14 +519,14 @@ def new_model(args, source, clips, words: int):
     elif args.model == "context":
         model = Context(codes, args.width, voice_norm=bool(args.data), **options)
     else:
-        tower = load_sync(args.expert, "cpu").sound_tower if args.expert else None
-        with refusing(args.expert, "its sound tower is another; experts of drawn faces have this one"):
-            config = dict(dim=tower.out.out_features, width=tower.body[0].conv.out_channels / 32) if tower else None
+        tower = load_sync(args.expert, "cpu") if args.expert else None
+        with refusing(args.expert, "its sound tower is another than syncnet.py's"):
+            config = tower.config if tower else None
         voice_norm = bool(args.data) and not tower  # the sync expert has heard voices as they are
         model = Humans(codes, args.width, autoregressive=args.autoregressive, tower=config, voice_norm=voice_norm,
                        **options)
         if tower:
-            model.front.tower.load_state_dict(tower.state_dict())
+            model.front.tower.load_state_dict(sound_only(tower).state_dict())
     deviations = mouth.scale[: len(mouth.basis), None] * mouth.basis  # (D, 40)
     known = vars(mouth) | dict(spacing=2 * MAP_REACH / (MAP - 1) * np.hypot.reduce(deviations).reshape(20, 2))
     for name in {"scale", "rest", "basis", "spacing"} & dict(model.named_buffers()).keys():

@@ -148,6 +148,12 @@ class SyncNet(nn.Module):
         return torch.logit(cosine, eps=1e-4) if self.cosine else self.log_scale.exp() * cosine + self.bias
 
 
+def sound_only(expert: SyncNet) -> SyncNet:
+    """Without what SyncNet.sound does not need"""
+    expert.face_tower = expert.log_scale = expert.bias = expert.landmarks = None
+    return expert
+
+
 def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
     """A trained expert, frozen, for images of this size. path "wav2lip" is Wav2Lip's published expert, downloaded on
     first use; *.pth is a copy of that. InputError: as load_checkpoint; made for larger images; cannot be downloaded."""

@@ -180,8 +180,8 @@ def read_photo(photo: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def half_pixels(photo: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> (2 H - 1, 2 W - 1, 3): the photo with what lies between its pixels. Read linearly it takes a sixth
-    of the time of bicubic reading, and is exact at the photo's own pixels. BETWEEN sharpens by as much as reading softens,
+    """uint8 (H, W, 3) -> (2 H - 1, 2 W - 1, 3): a photo and what lies between its pixels. Read linearly it takes a sixth
+    of the time of bicubic reading and is exact at the photo's own pixels. BETWEEN sharpens by as much as reading softens,
     or grain would come and go."""
     H, W, _ = photo.shape
     doubled = np.empty((2 * H - 1, 2 * W - 1, 3), np.uint8)

@@ -421,7 +421,7 @@ def test_every_tenth_person_is_held_out_and_parts_do_not_meet(pack):
 # ---------------------------------------------------------------------------------------------------------------------
 # the networks
 
-KINDS = [dict(kind="lstm"), dict(), dict(autoregressive=True), dict(tower=dict(dim=24, width=0.25)),
+KINDS = [dict(kind="lstm"), dict(), dict(autoregressive=True), dict(tower=SyncNet(16, 24, 0.25).config),
          dict(target="displacements", words=6), dict(target="heatmaps"), dict(kind="lstm", target="heatmaps", words=6),
          dict(kind="context")]
 NAMES = ["lstm", "transformer", "autoregressive", "encoder", "displacements", "heatmaps", "lstm heatmaps", "context"]
@@ -834,9 +834,10 @@ def test_a_network_on_an_experts_tower_is_not_tested_on_clips_of_the_expert(tmp_
     assert kp.open_source(args, {"kp.pt": tuned})[1]["test"].tolist() == [39]
 
 
-def test_an_experts_tower_is_taken_over_and_moves_only_where_it_is_tuned(pack, tmp_path):
+@pytest.mark.parametrize("lips", [False, True])
+def test_an_experts_tower_is_taken_over_and_moves_only_where_it_is_tuned(pack, tmp_path, lips):
     torch.manual_seed(0)
-    expert = SyncNet(16, 24, 0.25)
+    expert = SyncNet(16, 24, 0.25, lips)
     config, networks = dict(net=expert.config, template="toy"), dict(expert=expert.state_dict())
     clips = {part: torch.zeros(0, dtype=torch.int64) for part in ("train", "valid")}  # it comes from elsewhere
     save_checkpoint(tmp_path / "sync.pt", dict(kind="syncnet", format=1, config=config, networks=networks, clips=clips))
@@ -845,7 +846,7 @@ def test_an_experts_tower_is_taken_over_and_moves_only_where_it_is_tuned(pack, t
     for name, extra in (("frozen", []), ("tuned", ["--finetune"])):
         saved = trained(pack, tmp_path / f"{name}.pt", "--expert", str(tmp_path / "sync.pt"), "--steps", "2", *extra)
         last = saved["networks"]["last"]
-        same[name] = all(torch.equal(last[f"front.tower.{key}"], p) for key, p in tower.items())
+        same[name] = all(torch.equal(last[f"front.tower.sound_tower.{key}"], p) for key, p in tower.items())
     assert same == dict(frozen=True, tuned=False)
 
 
