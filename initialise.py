@@ -1,14 +1,17 @@
-"""What happens once, before a stage's first step: closed forms and short regressions, so that minutes of a CPU suffice.
+"""What happens before a stage's first step: its data, networks and optimisers, and a start by closed forms and short
+regressions, so that minutes of a CPU suffice.
 
-ours: the paper trains long enough without them. `stage` is the order; fit_warp and collect_idle prepare a network for
-sampling.
+The start is ours: the paper trains long enough without it. `stage` is its order; fit_warp and collect_idle prepare a
+network for sampling.
 """
 
 import copy
 import dataclasses
 import functools
+import itertools
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,12 +20,12 @@ from tqdm import tqdm
 
 import judges
 from audio import add_room, log_mel, mel_windows, not_speech, spec_augment
-from checkpoint import fetch, freeze, load_checkpoint
-from data import Clips, batches, open_packs
-from faces import mask_mouth
+from checkpoint import RANK, WORLD, fetch, freeze, load_checkpoint
+from data import Clips, Frames, Mixed, Pack, batches, check_alike, drawn_clips, open_packs, split
+from faces import Landmarks, mask_mouth
 from fusion import FCTFG, Config, mean_w, published
 from landmarks import load_landmarks
-from losses import Augment
+from losses import SYNC_FRAMES, Augment
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
 from motion import MIRROR, OPENER, fit_moves, fit_opening, held_still, lip_opening
 from stylegan2 import Discriminator
@@ -30,6 +33,9 @@ from syncnet import load_sync
 from vision import small_picture, zeroed
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
+TOY_PEOPLE = 400   # of the toy world, one clip each, as syncnet.py's
+PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
+FINETUNE_GENERATOR = 64  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
 LIP_STEPS = 4000   # of train_lips, at most: 11 minutes of one core; after 3000 others were followed as well
 NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
 NOISY = 0.3        # share of the voices in a noisy room
@@ -56,6 +62,62 @@ def stage(args, model, D, data, networks, device) -> dict:
     if new and args.stage == 3 and model.mouth:
         train_lips(model, data, args, device)
     return frozen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+def load_data(args) -> dict:
+    """pack and photos (or None); clips: numbers of the clips to train on; images: frames of these, and photos; landmarks:
+    of pack and photos, or None; marked: clips that have some; held_out, held_out_photos: numbers of clips"""
+    if args.data:
+        pack = open_packs(args.data)
+    else:
+        from toyfaces import toy_pack  # drawn on first use
+        pack = toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
+    if pack.size != args.size and args.part != "lips":
+        raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
+    parts, packs = split(pack, args), [pack]
+    data = dict(pack=pack, photos=None, clips=drawn_clips(pack, parts["train"], args), landmarks=None,
+                held_out=np.union1d(parts["valid"], parts["test"]), images=Frames(pack, args.seed, clips=parts["train"]))
+    if args.photos:
+        photos = Pack(args.photos)
+        check_alike([pack, photos])
+        parts = split(photos)
+        data |= dict(held_out_photos=np.union1d(parts["valid"], parts["test"]),
+                     photos=Frames(photos, args.seed + 1, clips=parts["train"]))
+        data["images"] = Mixed(data["images"], data["photos"], PHOTO_SHARE, args.seed)
+        packs.append(photos)
+    if all((part.folder / "landmarks" / "clips.jsonl").exists() for p in packs for part in p.packs):
+        data["landmarks"] = [Landmarks(p) for p in packs]
+        data["marked"] = data["clips"][np.isin(data["clips"], data["landmarks"][0].kept)]
+    return data
+
+
+def load_batches(args, data, config, mfcc: bool, start: int):
+    """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
+    loss, else and on odd steps many clips of one frame; with a mouth code half of them are photos, if there are any"""
+    def load(dataset, batch, first):
+        return batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD)
+
+    if args.stage < 3:
+        yield from load(data["images"], args.batch, start)
+    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"], mfcc=mfcc)
+                        for T in (SYNC_FRAMES, 1))
+    turns, parts = 2 if args.w["sync"] else 1, 2 if args.photos and config.mouth_dim else 1
+    windows = load(windows, args.batch // SYNC_FRAMES, (start + 1) // 2)
+    singles = load(singles, args.batch // parts, start // turns)
+    if parts == 2:
+        photos = load(data["photos"], args.batch // 2, start // turns)
+        singles = (clips | dict(photo=more["image"]) for clips, more in zip(singles, photos))
+    for step in itertools.count(start):
+        yield next(singles if (step + 1) % turns == 0 else windows)
+
+
+def stage3_clips(pack, T, config, seed, **options):
+    """Windows of which stage 3 decodes T frames"""
+    extra = 0 if config.motion == "direct" else config.context  # driving frames on each side of the decoded ones
+    return Clips(pack, T + 2 * extra, seed, context=config.context - extra, voice_norm=config.voice_norm, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,6 +233,53 @@ def own_judges(args, D, data, networks, device) -> dict:
     elif args.w.get("id") and not args.w["arcface"]:
         frozen["judge"] = train_judge(data, device, args.seed, min(400, args.steps))
     return {name: freeze(network) for name, network in frozen.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimisers
+
+def optimizers(model, D, args):
+    """Adam for the trained parts, rates from `rates`; D's betas and rate corrected for lazy R1 (StyleGAN2)"""
+    table, groups = rates(args, model.config), {}
+    for name, parameter in model.named_parameters():
+        share = next((table[k] for k in sorted(table, key=len, reverse=True) if name.startswith(k)), 0.0)
+        parameter.requires_grad_(share > 0)
+        if share:                                                                      # groups do not depend on rates
+            groups.setdefault(("lr_gan" if name.startswith("generator.") else "lr", share), []).append(parameter)
+    model.eval()                                                                       # BatchNorm of published forms:
+    if args.stage == 2:                                                                # batch statistics where their
+        (model.hyper if args.part == "hyper" else model.encoder).train()               # authors trained with them
+    groups = [dict(params=p, lr=share * getattr(args, option)) for (option, share), p in groups.items()]
+    beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # lazy path length: k/(k+1), k = 4
+    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # ours: .9 where L1 leads
+    c = 16 / 17                                                                        # lazy R1: k = 16
+    opt_d = torch.optim.Adam(D.parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
+    return opt_g, opt_d
+
+
+def rates(args, config) -> dict:
+    """{beginning of a parameter's name: share of --lr-gan for the generator, of --lr for the others}. Of several
+    beginnings the longest counts; 0 or none: not trained."""
+    if args.stage == 1:
+        return {"generator": 4 / 5}                                                    # lazy path length
+    small, joint = config.encoder == "slim", args.stage == 3                           # else 1e-4: pSp's, HyperStyle's
+    if args.part == "hyper":
+        return {"hyper": 1.0 if small else 0.1}
+    learned = 0.2 if joint else 1.0                                                    # in stage 2: codes drift slowly
+    network = learned if small else 0.1
+    table = {"generator": float(joint or args.size <= FINETUNE_GENERATOR), "generator.style": 0.0,  # z -> w: stage 1's
+             "encoder": network, "encoder.linear_down": 0.1,
+             "maps": learned, "maps.down": 0.1, "mouth.linear": learned, "motion.mouth_up": 1.0}
+    if joint:
+        table |= {"hyper": network, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
+                  "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
+    if config.coarse_rgb:                                                              # closed forms: Adam would only
+        table |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,  # disturb them
+                  "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
+        table |= {k: 0.01 for k in table if k.startswith(("canonical", "motion.pose_"))}
+    if config.mouth_dim and joint:                                                     # found by initialise.train_lips
+        table |= {"audio": 0.1, "motion.fusion": 0.1, "motion.lips": 0.1}
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------

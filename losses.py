@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import MeanOverProcesses
-from faces import box_slices, mask_mouth
+from faces import TEMPLATES, box_slices, mask_mouth, recrop
+
+SYNC_FRAMES = 5  # frames of a window for the sync loss: the expert's 0.2 s
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the six terms
@@ -173,3 +175,44 @@ class Augment:
         rows = (torch.arange(H, device=x.device)[None, :, None] - H * cy).abs() < H / 4
         cols = (torch.arange(W, device=x.device)[None, None, :] - W * cx).abs() < W / 4
         return x * (1 - hole * (rows & cols)[:, None].to(x.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all terms of a stage but the adversarial one: what train.py's forward pass of the stage gave -> terms without weights
+
+
+def stage2(model, frozen, out, w):
+    """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code"""
+    template = TEMPLATES[model.config.template]
+    boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))
+    real, fake = out["real"], out["fake"]
+    terms = dict(rec=reconstruction_loss(fake, real, boxes))
+    if w["l2"]:
+        terms["l2"] = (fake - real).square().mean()
+    if w["feat"] and (net := frozen.get("feature_net")):
+        terms["feat"] = perceptual_loss(net.features(fake), net.features(real))
+    if w["vgg"]:
+        terms["vgg"] = perceptual_loss(frozen["vgg"](fake), frozen["vgg"](real))
+    if w["lpips"]:
+        terms["lpips"] = frozen["lpips"](fake, real).mean()
+    if w["arcface"] or w["id"]:
+        name, net = ("arcface", frozen["arcface"]) if w["arcface"] else ("id", frozen["judge"])
+        terms[name] = identity_loss(net(fake), net(real))
+    if "fake_swapped" in out:                                                          # ours, see py
+        swapped, target = out["fake_swapped"], out["target_mouth"]
+        terms["preserve"] = preserve_loss(swapped, real[-len(swapped):], model.config.template)
+        if "frames" in out:                                                            # stage 3: clips have a truth
+            swapped = torch.cat([swapped, out["frames"].flatten(0, 1)])
+            target = torch.cat([target, out["mouth"].flatten(0, 1)])
+        terms["mouth_cycle"] = mouth_cycle_loss(
+            model.mouth.read_softly(swapped), target[:, :model.config.shape_dim].float())
+    return terms
+
+
+def stage3(model, frozen, out, w):
+    terms = stage2(model, frozen, out, w)
+    terms["orth"] = orthogonality_loss(out["z_s2c"], out["z_c2d"])
+    if w["sync"] and out["frames"].shape[1] == SYNC_FRAMES:
+        face = recrop(out["frames"], model.config.template, frozen["sync"].template)
+        terms["sync"] = sync_loss(frozen["sync"], face, out["sound"])
+    return terms

@@ -21,12 +21,9 @@ import argparse
 import contextlib
 import copy
 import functools
-import itertools
 import os
 from collections import defaultdict
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import default_collate
 
@@ -35,8 +32,7 @@ import losses
 from checkpoint import (
     RANK, WORLD, StepTimer, check_finite, claim_output, cosine_warmup, descent, half, join_run, load_checkpoint, meet,
     millions, open_log, progress, refusing, restore_run, run_options, save_checkpoint, save_run, update_ema, write_log)
-from data import Clips, Frames, Mixed, Pack, batches, check_alike, drawn_clips, open_packs, split, split_options
-from faces import TEMPLATES, Landmarks, recrop
+from data import split_options
 from fusion import middle
 from media import InputError, Parser, run, to_tensor, to_uint8
 from report import image_grid, write_report
@@ -44,11 +40,7 @@ from stylegan2 import mix_styles
 
 STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
-TOY_PEOPLE = 400         # of the toy world, one clip each, as syncnet.py's
-FINETUNE_GENERATOR = 64  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
-WINDOW = 5               # decoded frames of a sync window: the expert's 0.2 s
 JUDGES = ("vgg19", "vgg16", "lpips_heads", "arcface")  # files that --path names
-PHOTO_SHARE = 0.75       # share of photos in stages 1 and 2: the clips show few people
 
 # weights of the loss terms in stages 1, 2, 3 (None: the stage has no such term); the paper prints none.
 # --w NAME=VALUE changes them
@@ -248,48 +240,8 @@ def all_fakes(out):
     return torch.cat([out["fake"], out["fake_swapped"]]) if "fake_swapped" in out else out["fake"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one function a stage: images and codes -> loss terms (but the adversarial one)
-
-def losses_stage2(model, frozen, out, w):
-    """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code"""
-    template = TEMPLATES[model.config.template]
-    boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))
-    real, fake = out["real"], out["fake"]
-    terms = dict(rec=losses.reconstruction_loss(fake, real, boxes))
-    if w["l2"]:
-        terms["l2"] = (fake - real).square().mean()
-    if w["feat"] and (net := frozen.get("feature_net")):
-        terms["feat"] = losses.perceptual_loss(net.features(fake), net.features(real))
-    if w["vgg"]:
-        terms["vgg"] = losses.perceptual_loss(frozen["vgg"](fake), frozen["vgg"](real))
-    if w["lpips"]:
-        terms["lpips"] = frozen["lpips"](fake, real).mean()
-    if w["arcface"] or w["id"]:
-        name, net = ("arcface", frozen["arcface"]) if w["arcface"] else ("id", frozen["judge"])
-        terms[name] = losses.identity_loss(net(fake), net(real))
-    if "fake_swapped" in out:                                                          # ours, see losses.py
-        swapped, target = out["fake_swapped"], out["target_mouth"]
-        terms["preserve"] = losses.preserve_loss(swapped, real[-len(swapped):], model.config.template)
-        if "frames" in out:                                                            # stage 3: clips have a truth
-            swapped = torch.cat([swapped, out["frames"].flatten(0, 1)])
-            target = torch.cat([target, out["mouth"].flatten(0, 1)])
-        terms["mouth_cycle"] = losses.mouth_cycle_loss(
-            model.mouth.read_softly(swapped), target[:, :model.config.shape_dim].float())
-    return terms
-
-
-def losses_stage3(model, frozen, out, w):
-    terms = losses_stage2(model, frozen, out, w)
-    terms["orth"] = losses.orthogonality_loss(out["z_s2c"], out["z_c2d"])
-    if w["sync"] and out["frames"].shape[1] == WINDOW:
-        face = recrop(out["frames"], model.config.template, frozen["sync"].template)
-        terms["sync"] = losses.sync_loss(frozen["sync"], face, out["sound"])
-    return terms
-
-
-STAGES = dict(stage1=(forward_stage1, lambda *_: {}), stage2=(forward_stage2, losses_stage2),
-              stage2_hyper=(forward_hyper, losses_stage2), stage3=(forward_stage3, losses_stage3))
+STAGES = dict(stage1=(forward_stage1, lambda *_: {}), stage2=(forward_stage2, losses.stage2),
+              stage2_hyper=(forward_hyper, losses.stage2), stage3=(forward_stage3, losses.stage3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +261,7 @@ def main(argv=None):
     w, images = args.w, images_a_step(vars(args))
     claim_output(path, args)
     frozen = initialise.load_judges(args, device)                                      # before anything slow
-    data = load_data(args)
+    data = initialise.load_data(args)
 
     torch.manual_seed(args.seed)
     model, D, known = initialise.build_networks(args, data, ckpt, device)
@@ -317,7 +269,7 @@ def main(argv=None):
     if args.part == "lips":
         return export(model.eval().requires_grad_(False), data, args)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    opt_g, opt_d = optimizers(model, D, args)
+    opt_g, opt_d = initialise.optimizers(model, D, args)
     augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), 0.0, 0
     if ckpt:
         ema.load_state_dict(ckpt["ema"]["model"])
@@ -349,7 +301,7 @@ def main(argv=None):
             network.compile()
 
     log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
-    stream = load_batches(args, data, model.config, getattr(frozen.get("sync"), "uses_mfcc", False), step0)
+    stream = initialise.load_batches(args, data, model.config, getattr(frozen.get("sync"), "uses_mfcc", False), step0)
     timer, shown = StepTimer(device), {}                                               # the last value of each term
     for step in (bar := progress(name, step0, args.steps)):
         last = step + 1 == args.steps
@@ -445,106 +397,6 @@ def collect(found, **terms):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# before the loop
-
-def optimizers(model, D, args):
-    """Adam for the trained parts, rates from `rates`; D's betas and rate corrected for lazy R1 (StyleGAN2)"""
-    table, groups = rates(args, model.config), {}
-    for name, parameter in model.named_parameters():
-        share = next((table[k] for k in sorted(table, key=len, reverse=True) if name.startswith(k)), 0.0)
-        parameter.requires_grad_(share > 0)
-        if share:                                                                      # groups do not depend on rates
-            groups.setdefault(("lr_gan" if name.startswith("generator.") else "lr", share), []).append(parameter)
-    model.eval()                                                                       # BatchNorm of published forms:
-    if args.stage == 2:                                                                # batch statistics where their
-        (model.hyper if args.part == "hyper" else model.encoder).train()               # authors trained with them
-    groups = [dict(params=p, lr=share * getattr(args, option)) for (option, share), p in groups.items()]
-    beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # lazy path length: k/(k+1), k = 4
-    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # ours: .9 where L1 leads
-    c = 16 / 17                                                                        # lazy R1: k = 16
-    opt_d = torch.optim.Adam(D.parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
-    return opt_g, opt_d
-
-
-def rates(args, config) -> dict:
-    """{beginning of a parameter's name: share of --lr-gan for the generator, of --lr for the others}. Of several
-    beginnings the longest counts; 0 or none: not trained."""
-    if args.stage == 1:
-        return {"generator": 4 / 5}                                                    # lazy path length
-    small, joint = config.encoder == "slim", args.stage == 3                           # else 1e-4: pSp's, HyperStyle's
-    if args.part == "hyper":
-        return {"hyper": 1.0 if small else 0.1}
-    learned = 0.2 if joint else 1.0                                                    # in stage 2: codes drift slowly
-    network = learned if small else 0.1
-    table = {"generator": float(joint or args.size <= FINETUNE_GENERATOR), "generator.style": 0.0,  # z -> w: stage 1's
-             "encoder": network, "encoder.linear_down": 0.1,
-             "maps": learned, "maps.down": 0.1, "mouth.linear": learned, "motion.mouth_up": 1.0}
-    if joint:
-        table |= {"hyper": network, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
-                  "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
-    if config.coarse_rgb:                                                              # closed forms: Adam would only
-        table |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,  # disturb them
-                  "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
-        table |= {k: 0.01 for k in table if k.startswith(("canonical", "motion.pose_"))}
-    if config.mouth_dim and joint:                                                     # found by initialise.train_lips
-        table |= {"audio": 0.1, "motion.fusion": 0.1, "motion.lips": 0.1}
-    return table
-
-
-def load_data(args) -> dict:
-    """pack and photos (or None); clips: numbers of the clips to train on; images: frames of these, and photos; landmarks:
-    of pack and photos, or None; marked: clips that have some; held_out, held_out_photos: numbers of clips"""
-    if args.data:
-        pack = open_packs(args.data)
-    else:
-        from toyfaces import toy_pack  # drawn on first use
-        pack = toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
-    if pack.size != args.size and args.part != "lips":
-        raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
-    parts, packs = split(pack, args), [pack]
-    data = dict(pack=pack, photos=None, clips=drawn_clips(pack, parts["train"], args), landmarks=None,
-                held_out=np.union1d(parts["valid"], parts["test"]), images=Frames(pack, args.seed, clips=parts["train"]))
-    if args.photos:
-        photos = Pack(args.photos)
-        check_alike([pack, photos])
-        parts = split(photos)
-        data |= dict(held_out_photos=np.union1d(parts["valid"], parts["test"]),
-                     photos=Frames(photos, args.seed + 1, clips=parts["train"]))
-        data["images"] = Mixed(data["images"], data["photos"], PHOTO_SHARE, args.seed)
-        packs.append(photos)
-    if all((part.folder / "landmarks" / "clips.jsonl").exists() for p in packs for part in p.packs):
-        data["landmarks"] = [Landmarks(p) for p in packs]
-        data["marked"] = data["clips"][np.isin(data["clips"], data["landmarks"][0].kept)]
-    return data
-
-
-def load_batches(args, data, config, mfcc: bool, start: int):
-    """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
-    loss, else and on odd steps many clips of one frame; with a mouth code half of them are photos, if there are any"""
-    def load(dataset, batch, first):
-        return batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD)
-
-    if args.stage < 3:
-        yield from load(data["images"], args.batch, start)
-    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"], mfcc=mfcc)
-                        for T in (WINDOW, 1))
-    turns, parts = 2 if args.w["sync"] else 1, 2 if args.photos and config.mouth_dim else 1
-    windows = load(windows, args.batch // WINDOW, (start + 1) // 2)
-    singles = load(singles, args.batch // parts, start // turns)
-    if parts == 2:
-        photos = load(data["photos"], args.batch // 2, start // turns)
-        singles = (clips | dict(photo=more["image"]) for clips, more in zip(singles, photos))
-    for step in itertools.count(start):
-        yield next(singles if (step + 1) % turns == 0 else windows)
-
-
-def stage3_clips(pack, T, config, seed, **options):
-    """Windows of which stage 3 decodes T frames"""
-    extra = 0 if config.motion == "direct" else config.context  # driving frames on each side of the decoded ones
-    return Clips(pack, T + 2 * extra, seed, context=config.context - extra, voice_norm=config.voice_norm, **options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # what the user sees
 
 @torch.no_grad()
@@ -556,7 +408,7 @@ def save_examples(path, ema, data, args, n=8):
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
         rows = dict(zip(("samples", "", " "), ema.generator(w).unflatten(0, (3, n))))
     else:
-        clips = stage3_clips(data["pack"], 1, ema.config, 12345, flip=False, clips=data["held_out"])
+        clips = initialise.stage3_clips(data["pack"], 1, ema.config, 12345, flip=False, clips=data["held_out"])
         items, about = [clips[i] for i in range(n)], f"held out: {len(data['held_out'])} clips"
         if args.photos:
             about += f", {len(data['held_out_photos'])} photos (from the third column on)"

@@ -46,7 +46,7 @@ def test_the_import_graph_has_no_circle():
 
 def test_the_method_imports_no_sibling():
     wrong = {room: imports(ROOMS[room], everywhere=True) & SIBLINGS for room in METHOD & set(ROOMS)}
-    assert wrong.pop("train") <= {"toyfaces"} and "toyfaces" not in TOP["train"]  # drawn on first use
+    assert wrong.pop("initialise") <= {"toyfaces"} and "toyfaces" not in TOP["initialise"]  # drawn on first use
     assert not any(wrong.values()), wrong
 
 
@@ -60,7 +60,7 @@ def test_training_needs_few_files():
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_rooms_and_functions_are_short(room):
     source = (ROOT / f"{room}.py").read_text().splitlines()
-    assert len(source) <= 850
+    assert len(source) <= (450 if room == "train" else 850)
     long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ROOMS[room])
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 65}
     assert set(long) <= {"parse", "main"} | {"__init__"}, long  # a list of options, the story of train.py, a network

@@ -70,7 +70,7 @@ def stages(pack, narrow_networks, tmp_path_factory):
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(initialise, "train_judge", lambda *_: quick_judge())
-        patch.setattr(train, "FINETUNE_GENERATOR", 0)
+        patch.setattr(initialise, "FINETUNE_GENERATOR", 0)
         patch.setattr(train, "LOG_EVERY", 1)
         go(pack, out, 1)
         go(pack, out, 2)
@@ -133,7 +133,7 @@ def test_four_steps_are_two_and_resume_and_two(name, pack, stages, tmp_path, mon
     more = ["--part", "hyper"] if name == "stage2_hyper" else []
     more += ["--init", str(stages / f"{before}.pt")] if before else []
     more += ["--expert", str(stages / "sync.pt")] if stage == 3 else []
-    monkeypatch.setattr(train, "FINETUNE_GENERATOR", 0)  # as in `stages`
+    monkeypatch.setattr(initialise, "FINETUNE_GENERATOR", 0)  # as in `stages`
     save = train.save_run
 
     def save_and_die(path, *content):
@@ -212,7 +212,7 @@ def test_a_resumed_run_keeps_its_judge_until_a_weight_changes(pack, stages, tmp_
 def test_rates_that_become_equal_do_not_mix_up_groups():
     model, D, shapes = FCTFG(Config.at(16)), Discriminator(16, 512, 32), []
     for rate in ("4e-3", "1e-3"):  # the second is that of --lr
-        opt = train.optimizers(model, D, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
+        opt = initialise.optimizers(model, D, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
         shapes.append([[q.shape for q in group["params"]] for group in opt.param_groups])
     assert shapes[0] == shapes[1]
 
@@ -229,7 +229,7 @@ def test_wav2lip_is_the_name_of_a_published_expert_here_too(pack, tmp_path, monk
 def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
-    batches, (forward, terms) = train.batches, train.STAGES["stage1"]
+    batches, (forward, terms) = initialise.batches, train.STAGES["stage1"]
 
     def waiting(*a):
         for batch in batches(*a):
@@ -240,7 +240,7 @@ def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
         now[0] += 3
         return forward(*a)
 
-    monkeypatch.setattr(train, "batches", waiting)
+    monkeypatch.setattr(initialise, "batches", waiting)
     monkeypatch.setitem(train.STAGES, "stage1", (working, terms))
     monkeypatch.setattr(train, "LOG_EVERY", 3)
     go(pack, tmp_path, 1, "--w", "path=0", steps=5)
@@ -250,7 +250,7 @@ def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
 
 def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
     """Stage 2 trains pSp's encoder or HyperStyle's hypernetwork; stage 3 starts from files without either stage."""
-    monkeypatch.setattr(train, "FINETUNE_GENERATOR", 0)
+    monkeypatch.setattr(initialise, "FINETUNE_GENERATOR", 0)
     torch.manual_seed(0)
     G, D = Generator(16, dim=24, n_mlp=2, base=256, cap=32), Discriminator(16, base=256, cap=32)
     encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "separable", 8)
@@ -312,7 +312,7 @@ def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
 
 def built(args):
     """Networks of a stage before its first step"""
-    cpu, data = torch.device("cpu"), train.load_data(args)
+    cpu, data = torch.device("cpu"), initialise.load_data(args)
     model, D, known = initialise.build_networks(args, data, None, cpu)
     frozen = initialise.stage(args, model, D, data, known, cpu)
     return model, D, frozen
@@ -324,15 +324,15 @@ def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
     torch.manual_seed(1)
     model, D, frozen = built(args)
     frozen["sync"] = initialise.load_sync(str(stages / "sync.pt"), "cpu")
-    train.optimizers(model, D, args)
-    data = train.Clips(Pack(pack), train.WINDOW, 0, context=model.config.context)
+    initialise.optimizers(model, D, args)
+    data = initialise.Clips(Pack(pack), losses.SYNC_FRAMES, 0, context=model.config.context)
     for p in model.motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
     out = train.forward_stage3(model, torch.utils.data.default_collate([data[i] for i in range(2)]))
     learned = [p for p in model.motion.parameters() if p.requires_grad]
 
     def gradient(name, **w):
-        loss = train.losses_stage3(model, frozen, out, args.w | w)[name]
+        loss = losses.stage3(model, frozen, out, args.w | w)[name]
         found = torch.autograd.grad(loss, learned, retain_graph=True, allow_unused=True)
         return torch.cat([g.flatten() for g in found if g is not None])
 
@@ -347,8 +347,8 @@ def test_one_batch_can_be_overfitted(pack, stages):
     more = ["--init", str(stages / "stage2.pt"), "--lr", "3e-4", "--lr-gan", "1e-3"]
     args = train.parse(options(pack, stages, 3, *more))
     model, D, _ = built(args)
-    opt, _ = train.optimizers(model, D, args)
-    data = train.Clips(Pack(pack), 1, 0, context=model.config.context)
+    opt, _ = initialise.optimizers(model, D, args)
+    data = initialise.Clips(Pack(pack), 1, 0, context=model.config.context)
     batch = torch.utils.data.default_collate([data[i] for i in range(2)])
     errors = []
     for _ in range(40):
@@ -554,7 +554,7 @@ def test_a_mouth_code_learns_from_one_or_two_images(N):
     model = FCTFG(Config.at(16, **MOUTH))
     out = train.forward_stage2(model, dict(image=torch.rand(N, 3, 16, 16) - 0.5))
     w = dict.fromkeys(train.WEIGHTS, 0.0) | dict(preserve=1.0, mouth_cycle=1.0)
-    terms = train.losses_stage2(model, {}, out, w)
+    terms = losses.stage2(model, {}, out, w)
     assert {"preserve", "mouth_cycle"} <= set(terms) and all(v.isfinite() for v in terms.values())
 
 
@@ -621,7 +621,7 @@ def test_everybodys_lips_get_one_rest_and_spread_of_the_opening_and_keep_their_c
 def test_the_lip_reader_is_not_trained_by_the_images(coarse_rgb):
     for stage in ("2", "3"):
         model = FCTFG(Config.at(16, **MOUTH, coarse_rgb=coarse_rgb))
-        train.optimizers(model, Discriminator(16, 512, 32), train.parse(["--stage", stage, "--size", "16"]))
+        initialise.optimizers(model, Discriminator(16, 512, 32), train.parse(["--stage", stage, "--size", "16"]))
         assert not any(q.requires_grad for q in model.mouth.reader.parameters())
         assert model.mouth.linear.weight.requires_grad == (coarse_rgb == 0)
 
@@ -712,11 +712,11 @@ def test_photos_are_faces_that_keep_still(monkeypatch):
 
 def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
     clips, photos = (Pack(folder) for folder in real_packs)
-    data = train.load_data(train.parse(options(clips.folder, tmp_path, 2, "--photos", str(photos.folder))))
+    data = initialise.load_data(train.parse(options(clips.folder, tmp_path, 2, "--photos", str(photos.folder))))
     assert not set(data["clips"]) & set(data["held_out"]) and len(data["clips"]) + len(data["held_out"]) == len(clips)
     (tmp_path / "list").write_text("1\n2")
     listed = train.parse(options(clips.folder, tmp_path, 2, "--train", str(tmp_path / "list")))
-    assert train.load_data(listed)["clips"].tolist() == [1, 2]
+    assert initialise.load_data(listed)["clips"].tolist() == [1, 2]
     hidden = set(data["held_out_photos"])
     assert hidden and not hidden & {data["photos"][n]["identity"] for n in range(300)}
 
