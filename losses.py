@@ -182,7 +182,9 @@ class Augment:
 
 
 def stage2(model, frozen, out, w):
-    """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code"""
+    """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code.
+
+    frozen: networks by name; w: weights of terms by name, those that are 0 are not computed"""
     template = TEMPLATES[model.config.template]
     boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))
     real, fake = out["real"], out["fake"]
@@ -198,7 +200,7 @@ def stage2(model, frozen, out, w):
     if w["arcface"] or w["id"]:
         name, net = ("arcface", frozen["arcface"]) if w["arcface"] else ("id", frozen["judge"])
         terms[name] = identity_loss(net(fake), net(real))
-    if "fake_swapped" in out:                                                          # ours, see py
+    if "fake_swapped" in out:                                                          # ours
         swapped, target = out["fake_swapped"], out["target_mouth"]
         terms["preserve"] = preserve_loss(swapped, real[-len(swapped):], model.config.template)
         if "frames" in out:                                                            # stage 3: clips have a truth
@@ -210,6 +212,7 @@ def stage2(model, frozen, out, w):
 
 
 def stage3(model, frozen, out, w):
+    """Stage 2's, orthogonality, and sync where the clips are windows of SYNC_FRAMES"""
     terms = stage2(model, frozen, out, w)
     terms["orth"] = orthogonality_loss(out["z_s2c"], out["z_c2d"])
     if w["sync"] and out["frames"].shape[1] == SYNC_FRAMES:

@@ -45,6 +45,7 @@ OVAL = 1.10, 1.38  # times the jaw's distance from the nose: the lips' field fad
 UNDER_EYES = 0.06, 0.22  # below the lower lids: the field starts, is whole
 BESIDE = 1.12  # half widths of the mouth: from here outwards both layers are one
 FEATHER, BLUR = 0.012, 3.2  # edge between two layers: at least 1.5 pixels of the original photo, and BLUR times its edges
+# (as soft as they: an edge of deviation s has a width of 1.4 s, and a smoothstep has it over 4.5 s)
 MISFIT = 0.12  # mean distance of landmarks from the fitted mean shape: 45 people and paintings had .03 to .06
 SHOWS = 0.024  # opening from which a photo shows the inside of its mouth
 THICKER = 0.8  # outer lips follow a closing mouth by so much: lips that are pulled thin by a smile get thicker
