@@ -330,7 +330,8 @@ def memory_gib(device) -> float:
     """The most memory used so far: the device's on a GPU, else the process's"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20   # of KiB
+    unit = 1 if sys.platform == "darwin" else 2 ** 10                          # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
