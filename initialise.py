@@ -30,12 +30,12 @@ from media import SAMPLES_PER_FRAME, InputError, to_tensor
 from motion import MIRROR, OPENER, fit_moves, fit_opening, held_still, lip_opening
 from stylegan2 import Discriminator
 from syncnet import load_sync
-from vision import small_picture, zeroed
+from vision import float64, small_picture, zeroed
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
 TOY_PEOPLE = 400   # of the toy world, one clip each, as syncnet.py's
 PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
-FINETUNE_GENERATOR = 64  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
+FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
 LIP_STEPS = 4000   # of train_lips, at most: 11 minutes of one core; after 3000 others were followed as well
 NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
 NOISY = 0.3        # share of the voices in a noisy room
@@ -613,19 +613,19 @@ def collect_idle(model, pack, chosen, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# least squares, solved on the CPU: Apple's chips have no float64
+# least squares in float64
 
 def ridge_regression(x, y, ridge):
     """x (n, i), y (n, o) -> (i, o): y ~ x @ it"""
     n, i = x.shape
     gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
-    gram = gram + ridge * n * torch.eye(len(gram), dtype=x.dtype)
+    gram = gram + ridge * n * torch.eye(len(gram), dtype=x.dtype, device=x.device)
     return x.t() @ torch.linalg.solve(gram, y) if n < i else torch.linalg.solve(gram, x.t() @ y)
 
 
 def reduced_rank_regression(x, y, rank, ridge):
     """x (n, i), y (n, o) -> down (rank, i), up (o, rank): y ~ x down^T up^T, with numbers of unit variance between"""
-    device, x, y = x.device, x.cpu().double(), y.cpu().double()
+    device, x, y = x.device, float64(x), float64(y)
     full = ridge_regression(x, y, ridge)                                               # (i, o)
     fitted = x @ full
     v = torch.linalg.eigh(fitted.t() @ fitted)[1][:, -rank:].flip(1)                   # (o, rank): where most of it moves
