@@ -11,13 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
+from scipy.signal import butter, sosfilt
 
 from landmarks import MIRROR
-from media import FPS, SAMPLES_PER_FRAME
+from media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from warp import LOWER_LINE, RIGID, UPPER_LINE, Pose, angles, fit_pose, smoothstep
 
 # constants are ours
-QUIET = 30.0  # dB below the level of speech: silence; breath lies lower, and GRID's noise floor at 40
+QUIET = 30.0  # dB below the level of speech (95th percentile): silence; breath lies lower, and GRID's noise floor at 40
+STEADY = 6.0  # dB above the quietest tenth: noise alone varies less, speech under noise of its own level more
+VOICE_BAND = butter(2, (300, 3400), "bandpass", fs=SAMPLE_RATE, output="sos")  # where noise of any colour is steady
 PAUSE = 25  # frames: in shorter pauses the lips stay shut, in longer ones the photo gets its own mouth back
 BLINK = (0.35, 0.85, 1.0, 0.85, 0.5, 0.2)  # of a lid, frame by frame: .24 s, faster down than up
 BLINK_EVERY = 2.5, 6.0  # seconds between two blinks: 14 a minute on average
@@ -55,10 +58,13 @@ class Motion:
 
 
 def activity(wav: np.ndarray, n: int) -> np.ndarray:
-    """wav (samples,) at 16 kHz -> (n,) in [0, 1]: whether frame k has speech, with soft edges"""
-    power = [np.square(wav[k * SAMPLES_PER_FRAME : (k + 1) * SAMPLES_PER_FRAME]).sum() for k in range(n)]
-    level = 10 * np.log10(np.array(power) / SAMPLES_PER_FRAME + 1e-10)  # dB; that of speech is the 95th percentile
-    speaks = level - max(np.percentile(level, 95), -60.0) > -QUIET
+    """wav (samples,) at 16 kHz -> (n,) in [0, 1]: whether frame k has speech, with soft edges. A fan's noise is none."""
+    def level(x):  # of frames, in dB
+        power = [np.square(x[k * SAMPLES_PER_FRAME : (k + 1) * SAMPLES_PER_FRAME]).sum() for k in range(n)]
+        return 10 * np.log10(np.array(power) / SAMPLES_PER_FRAME + 1e-10)
+
+    loud, voice = level(wav), level(sosfilt(VOICE_BAND, wav))
+    speaks = (loud > max(np.percentile(loud, 95), -60.0) - QUIET) & (voice > np.percentile(voice, 10) + STEADY)
     return gaussian_filter1d(maximum_filter1d(speaks.astype(float), 2 * PAUSE + 1), 3.0)
 
 

@@ -1,15 +1,18 @@
 """motion.py: mouths at rest, blinks, sway, driving clips, and the fits behind warp.py's numbers."""
 
+from pathlib import Path
+
 from test_warp import SCALE, mean_shape, moves, points
 
 import numpy as np
 import pytest
 
 import motion
+from media import load_audio
 from motion import Motion, activity, fit_moves, fit_opening, follow, idle, lip_opening, mouth
 from warp import Pose, rotation
 
-RATE = 16000
+ROOT, RATE = Path(__file__).resolve().parents[1], 16000
 
 
 def speech(seconds, seed=0):
@@ -25,6 +28,16 @@ def test_lasting_silence_is_not_speech_and_short_pauses_belong_to_it():
     assert activity(np.zeros(2 * RATE, np.float32), 50).max() == 0
     quiet = activity(0.01 * wav, 212)
     assert np.abs(quiet - active).max() < 1e-6
+
+
+@pytest.mark.parametrize("slope", (0, 0.5, 1))
+def test_the_noise_of_a_fan_is_not_speech_and_speech_in_it_is(slope):
+    speech = load_audio(ROOT / "examples" / "speech.flac")[: 4 * RATE]
+    pitch = np.arange(len(speech) // 2 + 1) + 50.0
+    noise = np.fft.irfft(np.fft.rfft(np.random.default_rng(0).standard_normal(len(speech))) / pitch**slope, len(speech))
+    noise *= speech.std() / noise.std()
+    assert activity(noise, 100).max() == 0
+    assert activity(speech + noise, 100).mean() > 0.95 * activity(speech, 100).mean() > 0.9
 
 
 def test_a_mouth_at_rest_is_the_photos_own_and_strength_scales_its_motion():
