@@ -5,9 +5,8 @@
     frames that open widest                  ->  a bank of what shows between the lips: teeth, tongue   (Dub.add)
     skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame        (Dub)
 
-Fields lead from the wanted points back to the source's, so nothing is inverted. The video is read four times (scenes,
-landmarks, bank, frames) and never kept. Frames without a face that can be tracked pass through unchanged. Ours, without a
-paper. Units are warp.py's: the outer corners of the eyes are 1 apart.
+Fields lead from the wanted points back to the source's, so nothing is inverted. The video is read four times
+(scenes, landmarks, bank, frames) and never kept. Ours, without a paper. Units are warp.py's.
 """
 
 import itertools
@@ -45,9 +44,8 @@ SHOWN = 0.058  # the least opening, of the widest frames, that shows what is ins
 class Take:
     """Consecutive frames of one face: its place in each, its own mouth, and its mouth as it would be shut.
 
-    first: number of its first frame; points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2) of
-    fusion.DirectMotion; fades: whether frames that pass through lie before it, and after it, in the same scene.
-    It keeps three arrays (T, 68, 2), float32: 150 MB an hour."""
+    first: number of its first frame; points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2)
+    of fusion.DirectMotion; fades: whether frames of the scene that pass through lie before it, and after it."""
 
     def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray, fades=(False, False)):
         self.first, self.moves, self.T, self.fades = int(first), moves, len(points), fades
@@ -118,8 +116,7 @@ class Take:
         return self.place(t).local(self.points[t]) + full - self.q[t]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pixels
+# -------------------------------------------------------------------------------------------------------------- pixels
 
 def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
     """Mean colour (3,) of patches beside both corners of the mouth, above the upper and below the lower lip"""
@@ -177,9 +174,8 @@ class Dub:
         return colour * shade[..., None] * light ** np.array([1, 1.3, 1.25])
 
     def __call__(self, t: int, frame: np.ndarray, keys: list, opening: float, shape: np.ndarray) -> np.ndarray:
-        """Frame t of the take, uint8 (H, W, 3) -> the same with lips open by `opening`, in units, of shape (K - 1,)
-
-        keys: (number in the take, weight, frame) of the nearest shut frames"""
+        """Frame t of the take, uint8 (H, W, 3) -> the same with lips open by `opening`, of shape (K - 1,). keys:
+        (number in the take, weight, frame) of the nearest shut frames"""
         take, place = self.take, self.take.place(t)
         s, g = take.source(t), take.target(t, opening, shape)
         top, low = np.array([-REGION[0], s[33, 1] - REGION[1]]), np.array([REGION[0], max(s[8, 1], 0.7) + REGION[2]])
@@ -188,7 +184,7 @@ class Dub:
         around = (lips[0] + RIM[1] * lips[1] * (2 * BORDER - 1)).clip(top, low)
         skin_nodes, lip_nodes = (Nodes(box_in(frame, place.pixels(p)), spacing * place.scale)
                                  for p, spacing in ((border, SKIN_NODE), (around, LIP_NODE)))
-        at, mouth_at = (place.local(nodes.flat()) for nodes in (skin_nodes, lip_nodes))  # (n, 2), (m, 2)
+        at, mouth_at = (place.local(nodes.flat) for nodes in (skin_nodes, lip_nodes))  # (n, 2), (m, 2)
 
         # fields from the wanted points back to those of this frame and of the keys, for what hangs on either lip
         moves = np.stack([source - g for source in (s, *(take.source(k) for k, _, _ in keys))], 1)  # (68, 1 + keys, 2)
@@ -209,14 +205,13 @@ class Dub:
         return result
 
     def mouth(self, t, frame, keys, skin, nodes, sources, g, lips, opening) -> np.ndarray:
-        """skin (h, w, 3) in the box of `nodes` -> the same with the keys' lips, read at sources (2, m, keys, 2), local,
-        and the bank between them"""
+        """skin (h, w, 3) at `nodes` -> the same with the keys' lips, from sources (2, m, keys, 2), and the bank"""
         take, place = self.take, self.take.place(t)
         light, layers = skin_colour(frame, take.points[t], place.scale), 0
         for i, (k, weight, key) in enumerate(keys):
             there = take.place(k)
             gain = weight * light / skin_colour(key, take.points[k], there.scale)
-            moved = (nodes.flat() - there.pixels(at) for at in sources[:, :, i])
+            moved = (nodes.flat - there.pixels(at) for at in sources[:, :, i])
             layers = layers + gain * np.stack([read_photo(key, nodes.came_from(nodes.field(m))) for m in moved])
         upper, lower = layers
         v = place.local(centres(nodes.box))
@@ -237,12 +232,11 @@ class Dub:
         return skin + rim * (patch - skin)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole clip
+# ------------------------------------------------------------------------------------------------------ the whole clip
 
 def scene_landmarks(net, frames, number: int) -> np.ndarray:
-    """Frames of one scene -> landmarks (n, 68, 2) in pixels of the face that is the number-th largest where so many are
-    first detected; NaN in frames without it"""
+    """Frames of one scene -> landmarks (n, 68, 2) in pixels of the number-th largest face where so many are first
+    detected; NaN in frames without it"""
     frames, missed = iter(frames), deque(maxlen=DETECT_EVERY)
     for k, frame in enumerate(frames):
         faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()
@@ -257,7 +251,7 @@ def scene_landmarks(net, frames, number: int) -> np.ndarray:
 
 
 def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[int, list[Take]]:
-    """Of the first n frames of a video: how many there are, and its takes. Raises InputError: no face can be followed."""
+    """Of the first n frames of a video: how many there are, and its takes. InputError: no face can be followed"""
     info, mean = probe(path), net.solid.double().numpy()
     scene = scenes(itertools.islice(read_video(path, 16), n))
     small = zip(scene, read_video(path, min(info.height, POINTS_HEIGHT)))
@@ -284,8 +278,8 @@ def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
 
 
 def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):
-    """Functions without arguments that return the frames, uint8 (H, W, 3), of a video of `count` frames with other lips:
-    opening (T,), shape (T, K - 1). Each holds what it reads. A video that is shorter is shown again."""
+    """Functions without arguments that return the frames, uint8 (H, W, 3), of a video of `count` frames with other
+    lips: opening (T,), shape (T, K - 1). A video that is shorter is shown again."""
     dubs = [Dub(take) for take in takes]
     of_frame = {dub.take.first + t: (dub, t) for dub in dubs for t in range(dub.take.T)}
     for k, frame in enumerate(itertools.islice(read_video(path), count)):

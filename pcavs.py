@@ -40,15 +40,15 @@ from checkpoint import (
     save_run, update_ema, write_log)
 from data import Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import (
-    ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, mask_mouth,
-    middle_square, similarity)
+    ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, interpolated,
+    mask_mouth, middle_square, similarity)
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, is_grey, load_audio, load_photo, make_folder,
     probe, read_video, run, to_tensor, to_uint8, write_video)
-from motion import interpolated, there_and_back
+from motion import there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour
 from stylegan2 import Discriminator, StyledConv, ToRGB

@@ -18,7 +18,7 @@ import media
 import prepare
 from data import Clips, Frames, Pack, open_packs
 from faces import TEMPLATES
-from media import InputError, VideoWriter
+from media import InputError, write_video
 from tests.test_data import brightness, drawn, noise
 
 ROOT = Path(prepare.__file__).parent
@@ -50,9 +50,7 @@ def recorded(tmp_path_factory):
         ("brief.mp4", drawn(5, 64, 90.0), noise(5, 2)),
         ("mute.mp4", drawn(20, 64, 90.0), None),
     ):
-        with VideoWriter(folder / name, 64, 64, wav) as video:
-            for frame in frames:
-                video.write(frame)
+        write_video(folder / name, iter(frames), len(frames), wav)
     (folder / "notes.txt").write_text("nothing to see")
     (folder / "empty.mp4").touch()
     (folder / "cut.mp4").write_bytes((folder / "bob.mkv").read_bytes()[:900])
@@ -104,7 +102,7 @@ def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, 
 
 def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypatch):
     fork = multiprocessing.get_context("fork")  # inherits the stand-in for the detector
-    monkeypatch.setattr(prepare.multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     prepare.prepare(videos, tmp_path / "one", 32, person="anna")
     prepare.prepare(videos, tmp_path / "three", 32, workers=3, person="anna")
     assert Pack(tmp_path / "three").identities == ["anna"]
@@ -275,13 +273,12 @@ def slow(job):
 @needs_fork
 def test_workers_die_with_a_killed_parent(monkeypatch):
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(prepare.multiprocessing, "get_context", lambda method: fork)
-    monkeypatch.setattr(prepare, "do_job", slow)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     PIPE[:] = os.pipe()
     pid = os.fork()
     if not pid:
         try:
-            list(prepare.in_order([1, 2], 2))
+            list(media.by_processes(slow, [1, 2], 2))
         finally:
             os._exit(1)
     os.close(PIPE[1])
