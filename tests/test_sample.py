@@ -1,6 +1,7 @@
 """The sampler: right length, sound and picture in step, every refusal in one line before anything slow."""
 
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -77,11 +78,11 @@ def test_the_video_has_25_frames_a_second_of_speech(folder, weights, n, frames):
     assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
 
 
-def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights):
+def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights, capsys, monkeypatch):
     files = ["face.png", "speech.wav", "--weights", str(weights), "--out", "a.mp4"]
-    done = subprocess.run([sys.executable, sample.__file__, *files, "--device", "cpu"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", [sample.__file__, *files, "--device", "cpu"])
+    runpy.run_path(sample.__file__, run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
     assert shape_of("a.mp4")[0] == 21 and "a.mp4" in last and "21 frames" in last and "0.84 s" in last
 
 
