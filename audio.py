@@ -145,9 +145,8 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
 
 def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The same words by another voice, nearer or farther, in a noisier room: mel (.., M, S) -> a new array. The
-    frequency axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013, has 10), the
-    level moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, and a hiss covers what is quieter in
-    every third call (widths ours)."""
+    frequency axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013), the level
+    moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, a hiss covers every third (widths ours)."""
     voice = read_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
     voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB; silence stays
@@ -187,9 +186,9 @@ def pitch(wav: np.ndarray) -> float | None:
 
 def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
     """log_mel (M, S) of a sound (n,) -> the same without the level and the vocal tract of the voice. Ours: a
-    network trained on few voices then follows others as well. The mean of loud speech gets one level (quieter
-    steps depend on the noise). Frequencies are divided by (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in
-    vocal tract length normalisation (Lee & Rose 1996)."""
+    network trained on few voices then follows others as well. Loud speech gets one mean level. Frequencies are
+    divided by (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in vocal tract length normalisation (Lee & Rose
+    1996)."""
     level = mel.mean(0)                                                  # (S,)
     mean = max(float(mel[:, level >= np.quantile(level, 0.95) - LOUD].mean()), LEAST)
     alpha = np.clip((MEAN_PITCH / (pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)

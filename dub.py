@@ -235,8 +235,7 @@ class Dub:
 # ------------------------------------------------------------------------------------------------------ the whole clip
 
 def scene_landmarks(net, frames, number: int) -> np.ndarray:
-    """Frames of one scene -> landmarks (n, 68, 2) in pixels of the number-th largest face where so many are first
-    detected; NaN in frames without it"""
+    """Frames of one scene -> landmarks (n, 68, 2), pixels, of the number-th largest face; NaN in frames without it"""
     frames, missed = iter(frames), deque(maxlen=DETECT_EVERY)
     for k, frame in enumerate(frames):
         faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import correlate1d  # scipy.signal takes a second to import
 
-from checkpoint import PUBLISHED, fetch, refusing
+from checkpoint import fetch, refusing
 from media import InputError, check_file
 
 # ------------------------------------- crops: a square of an image in which eyes and mouth lie where the template says
@@ -156,9 +156,8 @@ def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torc
     return frames
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# face detection by blazeface. A face is x0, y0, x1, y1, score, then x, y of the eye on the left of the image, of the
-# other eye and of the mouth's middle, in pixels
+# ----------------------------------------------------------------------------------------- face detection by blazeface
+# a face: x0, y0, x1, y1, score, then x, y of the eye on the image's left, the other eye and the mouth, in pixels
 
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
 SAME_FACE = 0.3  # overlap (intersection over union) of two boxes of one face; ours
@@ -434,8 +433,7 @@ def landmark_detector(spec: str, template: str = "face", device="cpu"):
     """A landmark detector as a function: image uint8 (H, W, 3), box -> (68, 2) in pixels of the image, or None.
 
     spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: where the crop of `template` lies in the image, x0, y0, x1,
-    y1 in pixels; None: all of the image is that crop. The function's `name` is for reports. InputError: a package
-    or weights are missing, a file of another kind."""
+    y1 in pixels; None: all of the image. InputError: a package or weights are missing, a file of another kind."""
     kind, _, file = spec.partition(":")
     make = dict(mediapipe=mediapipe_landmarks, dlib=dlib_landmarks, fan=fan_landmarks).get(kind)
     if make is None or bool(file) != (kind != "fan"):
@@ -455,7 +453,6 @@ def landmark_detector(spec: str, template: str = "face", device="cpu"):
         scale = (x1 - x0 + 2 * margin) / VIEW_SIDE
         return None if points is None else points * scale + (x0 - margin, y0 - margin)
 
-    landmarks.name = f"{kind} {Path(file).name or PUBLISHED['fan'].file}"
     try:
         yield landmarks
     finally:
@@ -525,9 +522,9 @@ def fan_landmarks(_, template: str, device):
     return detect
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# landmarks of a pack, in a folder: points.bin, float32 (all frames, 68, 2) in pixels of the crop, NaN where a clip was
-# dropped; clips.jsonl, first the detector and the pack, then a line for each clip, written after its points
+# ------------------------------------------------------------------------------------ landmarks of a pack, in a folder
+# points.bin: float32 (all frames, 68, 2) in pixels of the crop, NaN where a clip was dropped; clips.jsonl: first
+# the detector and the pack, then a line for each clip, written after its points
 
 LONGEST_GAP = 5  # frames, ours: a fifth of a second is filled; a mouth may open and shut in more
 MOST_MISSING = 0.2  # of a clip

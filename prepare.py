@@ -33,7 +33,7 @@ from faces import (
     HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
 from media import (
     InputError, Parser, by_processes, load_audio, load_photo, probe, read_video, refused, run, set_level, to_int16)
-from report import image_grid
+from report import image_grid, markdown
 from syncnet import SPAN, best_offset, by_shift, embed, load_sync
 
 sync_expert = lru_cache(1)(load_sync)  # loaded once a process
@@ -90,26 +90,20 @@ def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndar
 
 
 def prepare_photo(path: Path, size: int, template: str, **_):
-    """prepare_video for a photo: one frame without sound. InputError: not a picture, no face"""
+    """prepare_video for a photo: one frame without sound, around its largest face; the whole of a square photo
+    that is cropped so. InputError: not a picture, no upright face, or one cut off by the picture's edge"""
     image = load_photo(path)
-    box = photo_box(image, template)
-    segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
-    yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
-
-
-def photo_box(image: np.ndarray, template: str) -> tuple:
-    """The crop of a photo, uint8 (H, W, 3): around its largest face; the whole of a square photo that is cropped
-    so. InputError, without the file's name: no upright face, or one cut off by the picture's edge"""
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
     if not faces:
         raise InputError("no face that is upright was found")
     box = face_box(faces, template)
     if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < MAX_CROP_ERROR * W:
-        return (0.0, 0.0, float(W), float(H))
-    if max(-box[0], -box[1], box[2] - W, box[3] - H) > MAX_CROP_ERROR * (box[2] - box[0]):
+        box = (0.0, 0.0, float(W), float(H))
+    elif max(-box[0], -box[1], box[2] - W, box[3] - H) > MAX_CROP_ERROR * (box[2] - box[0]):
         raise InputError("the face is cut off by the edge of the picture")
-    return box
+    segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
+    yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
 
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
@@ -216,20 +210,19 @@ def census(paths: list[Path], workers: int):
         try:
             info = probe(path)
         except InputError:
-            return {"not a video": ""}, 0.0
+            return ["not a video"], 0.0
         longer = bisect.bisect(LENGTHS, info.seconds)
-        return dict(size=f"{info.width}x{info.height}", rate=f"{info.fps:g} frames/s",
-                    length=f"{LENGTHS[longer - 1]} to {LENGTHS[longer]} s"), info.seconds
+        length = f"length {LENGTHS[longer - 1]} to {LENGTHS[longer]} s"
+        return [f"size {info.width}x{info.height}", f"rate {info.fps:g} frames/s", length], info.seconds
 
-    rows = {}  # size, rate or length -> value -> seconds of each video
+    found = {}  # a size, rate or length -> seconds of each video
     with ThreadPool(workers) as pool:
         for values, seconds in tqdm(pool.imap(look, paths), "files", len(paths), disable=None):
-            for what, value in values.items():
-                rows.setdefault(what, {}).setdefault(value, []).append(seconds)
-    print("| | | files | share | seconds |\n|---|---|---:|---:|---:|")
-    for what, values in rows.items():
-        for value, seconds in sorted(values.items(), key=lambda row: -len(row[1])):
-            print(f"| {what} | {value} | {len(seconds)} | {len(seconds) / len(paths):.1%} | {sum(seconds):.0f} |")
+            for value in values:
+                found.setdefault(value, []).append(seconds)
+    rows = sorted(found.items(), key=lambda row: (row[0].split()[0], -len(row[1])))
+    print(markdown({value: dict(files=str(len(seconds)), share=f"{len(seconds) / len(paths):.1%}",
+                                seconds=f"{sum(seconds):.0f}") for value, seconds in rows}))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
