@@ -1,9 +1,8 @@
 """Sound to features: log-mel, MFCC, the mel steps of a video frame, voice isolation, and the audio encoder.
 
 Papers: FC-TFG (arXiv 2304.03275) section 3: 16 kHz, window 800, hop 200, 80 mel bands, encoder after Wav2Lip
-(arXiv 2008.10010), whose hparams give the mel's other numbers; SyncNet (Chung & Zisserman 2016) for the MFCC. Differs:
-the mel window of a frame is centred on the frame's middle (Wav2Lip's begins at int(3.2 k) of the first of five frames);
-the encoder's norm and last layer, see AudioEncoder.
+(arXiv 2008.10010); SyncNet (Chung & Zisserman 2016) for the MFCC. Differs: the mel window of a frame is centred on
+its middle (Wav2Lip's begins at int(3.2 k) of the first of five frames); the encoder, see AudioEncoder.
 """
 
 from functools import lru_cache
@@ -48,8 +47,8 @@ def band_corners(bands: int, low: float = MEL_LOW, high: float = MEL_HIGH) -> np
 
 @lru_cache
 def filter_bank(bands: int, n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
-    """Slaney's mel filters from low to high Hz, triangles of equal area, as a sparse (M, n_fft / 2 + 1) matrix:
-    librosa.filters.mel's default, written out because importing librosa takes 1.5 s of every start."""
+    """Slaney's mel filters, triangles of equal area, as a sparse (M, n_fft / 2 + 1) matrix: librosa.filters.mel's
+    default, written out because importing librosa takes 1.5 s of every start."""
     corners = band_corners(bands, low, high)
     bins = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft  # Hz
     return csr_array((triangles(corners, bins) * 2 / (corners[2:] - corners[:-2])[:, None]).astype(np.float32))
@@ -62,11 +61,8 @@ def triangles(corners: np.ndarray, bins: np.ndarray) -> np.ndarray:
 
 
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Log-mel of wav (n,), steps first .. stop-1 -> float32 (M, stop - first). Step s is at sample 200 s.
-
-    Any range of steps equals that part of the whole, to the bit: every step is computed alone, by the same operations in
-    the same order. So the filter bank is sparse: a dense product rounds differently for each shape.
-    """
+    """Log-mel of wav (n,), steps first .. stop-1 -> float32 (M, stop - first). Step s is at sample 200 s. Any
+    range equals that part of the whole, to the bit: the filter bank is sparse, a dense one rounds by its shape."""
     mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
     for a in range(first, stop, BLOCK):
         b = min(a + BLOCK, stop)
@@ -87,8 +83,7 @@ def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
 
 
 def log_mel(wav: np.ndarray, voice_norm: bool = False) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, S) in [-4, 4]; S = 1 + n // 200, silence -4. voice_norm: with
-    normalise_voice"""
+    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, 1 + n // 200) in [-4, 4], or normalise_voice's"""
     check_sound(wav)
     mel = mel_steps(wav, 0, 1 + len(wav) // HOP)
     return normalise_voice(mel, wav) if voice_norm else mel
@@ -99,15 +94,14 @@ def check_sound(wav: np.ndarray):
 
 
 def window_starts(frames) -> np.ndarray:
-    """First mel step of each frame's window, (T,) -> (T,): THE place that turns frame into mel indices. The middle of
-    frame k is at (k + 1/2) 3.2 steps, the middle of 16 steps from s on at s + 7.5 (a step is a point: the centre of its
-    50 ms). The nearest s is round(3.2 k - 5.9), here in integers: half a step, 6 ms, off at most."""
+    """First mel step of each frame's window, (T,) -> (T,): THE place that turns frame into mel indices. The middle
+    of frame k is at (k + 1/2) 3.2 steps, the middle of 16 steps from s on at s + 7.5. The nearest s is round(3.2 k
+    - 5.9), here in integers: half a step, 6 ms, off at most."""
     return (16 * np.asarray(frames, np.int64) - 27) // 5
 
 
 def mel_windows(mel: np.ndarray, frames, first: int = 0) -> np.ndarray:
-    """mel (M, S), T frame indices -> float32 (T, 1, M, 16), centred on the frames; outside is silence. first: number of
-    the mel's first step."""
+    """mel (M, S) from step `first` on, T frame indices -> float32 (T, 1, M, 16), centred on the frames"""
     assert mel.ndim == 2 and mel.shape[0] == N_MELS, f"mel is {mel.shape}, expected ({N_MELS}, S)"
     return take_steps(mel, window_starts(frames)[:, None] + np.arange(WINDOW) - first, SILENCE)
 
@@ -120,8 +114,7 @@ def take_steps(mel: np.ndarray, steps: np.ndarray, outside: float) -> np.ndarray
 
 
 def sound_windows(wav: np.ndarray, frames, voice_norm: bool = False) -> np.ndarray:
-    """mel_windows(log_mel(wav, voice_norm), frames), to the bit; without voice_norm, which depends on the whole sound,
-    computing only the stretch from first to last frame."""
+    """mel_windows(log_mel(wav, voice_norm), frames), to the bit; without voice_norm of that stretch alone"""
     if voice_norm:
         return mel_windows(log_mel(wav, True), frames)
     check_sound(wav)
@@ -139,9 +132,8 @@ def read_bands(mel: np.ndarray, hz: np.ndarray) -> np.ndarray:
 
 
 def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, steps: int = 3) -> np.ndarray:
-    """mel (.., M, S) -> a copy with a frequency mask of 0..bands and a time mask of 0..steps, filled with silence; all
-    leading axes get the same masks. SpecAugment (Park et al. 2019) without its time warping; its widths (27 bands, 100
-    steps) are for utterances, ours are a fifth of a window's."""
+    """mel (.., M, S) -> a copy with a frequency mask of 0..bands and a time mask of 0..steps, the same for all
+    leading axes: SpecAugment (Park et al. 2019) without its time warping. Ours: a fifth of a window each."""
     mel = mel.copy()
     M, S = mel.shape[-2:]
     height, width = rng.integers(0, min(bands, M) + 1), rng.integers(0, min(steps, S) + 1)
@@ -152,10 +144,9 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
 
 
 def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same words by another voice, nearer or farther, in a noisier room: mel (.., M, S) -> a new array. The frequency
-    axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013, has 10), the level moves by up
-    to 10 dB, the spectrum tilts by up to 5 dB to each end, and a hiss covers what is quieter in every third call (widths
-    ours). Bands that the stretch takes from beyond 7.6 kHz repeat the last one."""
+    """The same words by another voice, nearer or farther, in a noisier room: mel (.., M, S) -> a new array. The
+    frequency axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013), the level
+    moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, a hiss covers every third (widths ours)."""
     voice = read_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
     voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB; silence stays
@@ -175,8 +166,7 @@ KNEE = 4800.0                            # Hz: the axis is scaled up to here, th
 
 
 def pitch(wav: np.ndarray) -> float | None:
-    """Median fundamental frequency in Hz of a voice (n,): peaks of the autocorrelation of its loud 64 ms frames, at most
-    2,000 of them; None where nothing is periodic."""
+    """Median pitch in Hz of a voice (n,), by autocorrelation of loud 64 ms frames; None: nothing is periodic"""
     if len(wav) < 1024:
         return None
     frames = np.lib.stride_tricks.sliding_window_view(wav, 1024)[::320]
@@ -195,10 +185,10 @@ def pitch(wav: np.ndarray) -> float | None:
 
 
 def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
-    """log_mel (M, S) of a sound (n,) -> the same without the level and the vocal tract of the voice; silence is -4. Ours:
-    a network trained on few voices then follows others as well. The mean of loud speech gets one level (quieter steps
-    depend on the noise). A vocal tract is shorter where the voice is higher, so frequencies are divided by
-    (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in vocal tract length normalisation (Lee & Rose 1996)."""
+    """log_mel (M, S) of a sound (n,) -> the same without the level and the vocal tract of the voice. Ours: a
+    network trained on few voices then follows others as well. Loud speech gets one mean level. Frequencies are
+    divided by (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in vocal tract length normalisation (Lee & Rose
+    1996)."""
     level = mel.mean(0)                                                  # (S,)
     mean = max(float(mel[:, level >= np.quantile(level, 0.95) - LOUD].mean()), LEAST)
     alpha = np.clip((MEAN_PITCH / (pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)
@@ -251,14 +241,11 @@ PIECE = 60                               # seconds; ours: similar frames are loo
 
 
 def isolate_voice(wav: np.ndarray) -> np.ndarray:
-    """Speech over music or a steady noise, (n,) in [-1, 1] -> the same length with what repeats taken down.
-
-    librosa's vocal separation (Rafii & Pardo's REPET-SIM, ISMIR 2012): the background of a frame is the median of the
-    frames that are like it and far from it in time; a voice does not repeat. As in librosa's example, but for the voice's
-    margin, 5 instead of 10 (ours: read speech loses 2 to 3 dB, not 3 to 5; a chord that beats under it 17 to 22, not 18
-    to 24), and for the 2 s between frames, less where a sound is shorter than 8 s. One of less than half a second comes
-    back unchanged: nothing in it can repeat.
-    """
+    """Speech over music or a steady noise, (n,) in [-1, 1] -> the same length with what repeats taken down, by
+    librosa's vocal separation (Rafii & Pardo's REPET-SIM, ISMIR 2012): the background of a frame is the median of
+    the frames that are like it and far from it in time. As in librosa's example, but for the voice's margin, 5
+    instead of 10 (ours: read speech loses 2 to 3 dB, not 3 to 5; a chord that beats under it 17 to 22, not 18 to
+    24), and for the 2 s between frames, less where a sound is shorter than 8 s."""
     check_sound(wav)
     pieces = np.array_split(wav, -(-len(wav) // (PIECE * SAMPLE_RATE)))  # memory grows with the square of their length
     return np.concatenate([isolate_piece(piece) for piece in pieces]).astype(np.float32)
@@ -268,7 +255,7 @@ def isolate_piece(wav: np.ndarray) -> np.ndarray:
     """isolate_voice of at most PIECE seconds"""
     import librosa                       # here: it takes 1.5 s
 
-    if len(wav) < SAMPLE_RATE // 2:
+    if len(wav) < SAMPLE_RATE // 2:      # nothing in it can repeat
         return wav
     spectrum = librosa.stft(wav, n_fft=1024, hop_length=256)  # 64 ms; the example's 2048 at 22 kHz are 93
     magnitude = np.abs(spectrum)
@@ -290,9 +277,8 @@ def mfcc_filters() -> np.ndarray:
 
 
 def mfcc(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> float64 (13, S) at 100 steps a second, S = 1 + ceil((n - 400) / 160), for SyncNet v2.
-    python_speech_features' defaults on int16 samples: 25 ms rectangular windows every 10 ms, 512-point FFT, 26 filters,
-    DCT-II, lifter 22, first coefficient replaced by log energy."""
+    """Samples (n,) in [-1, 1] -> float64 (13, 1 + ceil((n - 400) / 160)), by python_speech_features' defaults on
+    int16: rectangular windows of 25 ms every 10 ms, 512-point FFT, 26 filters, DCT-II, lifter 22, log energy"""
     check_sound(wav)
     x = np.clip(np.round(wav.astype(np.float64) * 32768), -32768, 32767)
     x = np.append(x[0], x[1:] - 0.97 * x[:-1])
@@ -323,8 +309,8 @@ def lws_hann() -> np.ndarray:
 
 
 def lws_mel(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) at 16 kHz -> mel, float32 (S, 80) in [0, 1]; 0 is silence, S = ceil(n / 160) + 7. The sound is scaled
-    to r.m.s. 0.1 first. Step s covers samples 160 s - 1120 .. 160 s + 160."""
+    """Samples (n,), scaled to r.m.s. 0.1 -> mel, float32 (S, 80) in [0, 1]; 0 is silence, S = ceil(n / 160) + 7.
+    Step s covers samples 160 s - 1120 .. 160 s + 160."""
     check_sound(wav)
     scale = 0.1 / max(1e-4, float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))))
     S = -(-len(wav) // LWS_HOP) + LWS_FFT // LWS_HOP - 1
@@ -347,8 +333,8 @@ def lws_windows(mel: np.ndarray, frames) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- the encoder
 
 class WindowEncoder(nn.Sequential):
-    """Mel windows (N, 1, M, 16) in [-4, 4] -> (N, dim): two convolutions over time, all bands at once. Ours: a twelfth of
-    the multiplications of AudioEncoder, for what few clips can teach."""
+    """Mel windows (N, 1, M, 16) in [-4, 4] -> (N, dim): two convolutions over time, all bands at once. Ours: a
+    twelfth of AudioEncoder's multiplications, for what few clips can teach"""
 
     def __init__(self, dim: int):
         super().__init__(nn.Conv1d(N_MELS, dim, 5, 2, 2), nn.GELU(), nn.Conv1d(dim, dim, 3, 2, 1), nn.GELU(),
@@ -373,12 +359,9 @@ class ConvBlock(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Mel window -> audio code z_a. Wav2Lip's layer plan (FC-TFG follows it), channels scaled by `width`.
-
-    Differs from Wav2Lip: GroupNorm for BatchNorm, because the windows of a batch are neighbours in few clips: batch
-    statistics would tie them together, and differ between training and sampling, which has one clip. And the last layer
-    is linear (there: norm and ReLU), because a code has both signs.
-    """
+    """Mel window -> audio code z_a. Wav2Lip's layer plan (FC-TFG follows it), channels scaled by `width`. Differs:
+    GroupNorm for BatchNorm, because the windows of a batch are neighbours in few clips, and sampling has one; the
+    last layer is linear (there: norm and ReLU), because a code has both signs."""
 
     def __init__(self, dim: int, width: float = 1.0):
         super().__init__()

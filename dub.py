@@ -2,12 +2,11 @@
 
     landmarks of every frame                 ->  pose of the head, opening of the clip's own mouth      (Take)
     its own mouth, shut, + lip numbers       ->  where the mouth's points shall lie in each frame       (Take.target)
-    frames that open widest                  ->  a bank of what shows between the lips: teeth, tongue   (Dub.add)
-    skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame        (Dub)
+    frames that open widest                  ->  a bank of what shows between the lips: teeth, tongue   (Take.add)
+    skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame        (Take)
 
-Fields lead from the wanted points back to the source's, so nothing is inverted. The video is read four times (scenes,
-landmarks, bank, frames) and never kept. Frames without a face that can be tracked pass through unchanged. Ours, without a
-paper. Units are warp.py's: the outer corners of the eyes are 1 apart.
+Fields lead from the wanted points back to the source's, so nothing is inverted. The video is read four times
+(scenes, landmarks, bank, frames) and never kept. Ours, without a paper. Units are warp.py's.
 """
 
 import itertools
@@ -42,12 +41,20 @@ BORDER = np.array([(x, y) for x in np.linspace(0, 1, 8) for y in np.linspace(0, 
 SHOWN = 0.058  # the least opening, of the widest frames, that shows what is inside
 
 
-class Take:
-    """Consecutive frames of one face: its place in each, its own mouth, and its mouth as it would be shut.
+def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
+    """Mean colour (3,) of patches beside both corners of the mouth, above the upper and below the lower lip"""
+    at = np.r_[1.25 * points[[48, 54]] - 0.25 * points[48:68].mean(0), (points[[33, 8]] + points[[51, 57]]) / 2]
+    boxes = [box_in(frame, p + 0.06 * scale * np.array([[-1, -1], [1, 1]])) for p in at]
+    return np.mean([frame[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in boxes], 0)
 
-    first: number of its first frame; points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2) of
-    fusion.DirectMotion; fades: whether frames that pass through lie before it, and after it, in the same scene.
-    It keeps three arrays (T, 68, 2), float32: 150 MB an hour."""
+
+class Take:
+    """Consecutive frames of one face: its place in each, its own mouth, its mouth as it would be shut; and the
+    same with other lips. First `add` each of its frames to the bank, then `finish`, then call it for any frame.
+    The bank is what shows between the lips, as two canvases: fixed to the skull (upper teeth), and to the jaw.
+
+    first: number of its first frame; points: (T, 68, 2) in pixels; mean: (77, 3) shape in units; moves: (K, 68, 2)
+    of fusion.DirectMotion; fades: whether frames of the scene that pass through lie before it, and after it."""
 
     def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray, fades=(False, False)):
         self.first, self.moves, self.T, self.fades = int(first), moves, len(points), fades
@@ -73,6 +80,9 @@ class Take:
         self.middles = smooth(shift) + self.planes @ origin + mean[CORNERS[2:], 2].mean() * depths
         self.widest = float(np.sort(self.own)[-4:].mean())
         self.keys = self.shut_frames()
+        self.cells = Nodes(CANVAS, 1 / CELLS).at                       # (h, w, 2), of the bank
+        self.drop = moves[0, 66, 1]                                    # of the jaw, a unit of opening
+        self.sums, self.dark = np.zeros((2, *self.cells.shape[:2], 4)), []
 
     def place(self, t: int) -> Place:
         return Place(self.planes[t], self.middles[t])
@@ -117,37 +127,16 @@ class Take:
         full[LOWER_LINE[1:4], 1] -= short / 2
         return self.place(t).local(self.points[t]) + full - self.q[t]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pixels
-
-def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
-    """Mean colour (3,) of patches beside both corners of the mouth, above the upper and below the lower lip"""
-    at = np.r_[1.25 * points[[48, 54]] - 0.25 * points[48:68].mean(0), (points[[33, 8]] + points[[51, 57]]) / 2]
-    boxes = [box_in(frame, p + 0.06 * scale * np.array([[-1, -1], [1, 1]])) for p in at]
-    return np.mean([frame[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in boxes], 0)
-
-
-class Dub:
-    """A take with other lips. First `add` each of its frames, then `finish`, then call it for any frame.
-
-    The bank is what shows between the lips, as two canvases: fixed to the skull (upper teeth), and to the jaw."""
-
-    def __init__(self, take: Take):
-        self.take, self.cells = take, Nodes(CANVAS, 1 / CELLS).at      # (h, w, 2)
-        self.drop = take.moves[0, 66, 1]                               # of the jaw, a unit of opening
-        self.sums, self.dark = np.zeros((2, *self.cells.shape[:2], 4)), []
-
     def add(self, t: int, frame: np.ndarray):
         """A frame for the bank, if it opens far enough"""
-        take, place = self.take, self.take.place(t)
-        if take.own[t] <= max(0.03, WIDEST * take.widest):
+        place = self.place(t)
+        if self.own[t] <= max(0.03, WIDEST * self.widest):
             return
-        s, at = place.local(take.points[t]), np.stack([self.cells, self.cells + (0, self.drop * take.own[t])])
-        skin = skin_colour(frame, take.points[t], place.scale)
+        s, at = place.local(self.points[t]), np.stack([self.cells, self.cells + (0, self.drop * self.own[t])])
+        skin = skin_colour(frame, self.points[t], place.scale)
         colours = np.stack([read_photo(frame, where) for where in place.pixels(at)]) / skin
         inside = np.stack([np.minimum(*inner_lips(s, v)) for v in at])  # (2, h, w)
-        weight = smoothstep((inside - 0.013) / 0.019)[..., None] * (take.own[t] / take.widest) ** 10
+        weight = smoothstep((inside - 0.013) / 0.019)[..., None] * (self.own[t] / self.widest) ** 10
         self.sums += np.concatenate([weight * colours, weight], -1)
         if (inside[0] > 0.015).any():
             self.dark.append(np.percentile(colours[0][inside[0] > 0.015], 15, axis=0))
@@ -162,7 +151,7 @@ class Dub:
 
     def inside(self, v, q, d, e, opening: float) -> np.ndarray:
         """Places v (h, w, 2), `d` below the upper and `e` above the lower lip of points q -> (h, w, 3), skin is 1"""
-        if not self.dark or self.take.widest < SHOWN:                  # the clip never showed it: painted teeth
+        if not self.dark or self.widest < SHOWN:                       # the clip never showed it: painted teeth
             half = (q[64, 0] - q[60, 0]) / 2
             x = v[..., 0] / half
             tall = 0.16 * half * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
@@ -177,21 +166,20 @@ class Dub:
         return colour * shade[..., None] * light ** np.array([1, 1.3, 1.25])
 
     def __call__(self, t: int, frame: np.ndarray, keys: list, opening: float, shape: np.ndarray) -> np.ndarray:
-        """Frame t of the take, uint8 (H, W, 3) -> the same with lips open by `opening`, in units, of shape (K - 1,)
-
-        keys: (number in the take, weight, frame) of the nearest shut frames"""
-        take, place = self.take, self.take.place(t)
-        s, g = take.source(t), take.target(t, opening, shape)
+        """Frame t of the take, uint8 (H, W, 3) -> the same with lips open by `opening`, of shape (K - 1,). keys:
+        (number in the take, weight, frame) of the nearest shut frames"""
+        place = self.place(t)
+        s, g = self.source(t), self.target(t, opening, shape)
         top, low = np.array([-REGION[0], s[33, 1] - REGION[1]]), np.array([REGION[0], max(s[8, 1], 0.7) + REGION[2]])
         border = top + (low - top) * BORDER                            # nothing beyond it changes
         lips = (g[48:60].max(0) + g[48:60].min(0)) / 2, np.ptp(g[48:60], axis=0) / 2 + 0.03  # an ellipse: middle, radii
         around = (lips[0] + RIM[1] * lips[1] * (2 * BORDER - 1)).clip(top, low)
         skin_nodes, lip_nodes = (Nodes(box_in(frame, place.pixels(p)), spacing * place.scale)
                                  for p, spacing in ((border, SKIN_NODE), (around, LIP_NODE)))
-        at, mouth_at = (place.local(nodes.flat()) for nodes in (skin_nodes, lip_nodes))  # (n, 2), (m, 2)
+        at, mouth_at = (place.local(nodes.flat) for nodes in (skin_nodes, lip_nodes))  # (n, 2), (m, 2)
 
         # fields from the wanted points back to those of this frame and of the keys, for what hangs on either lip
-        moves = np.stack([source - g for source in (s, *(take.source(k) for k, _, _ in keys))], 1)  # (68, 1 + keys, 2)
+        moves = np.stack([source - g for source in (s, *(self.source(k) for k, _, _ in keys))], 1)  # (68, 1 + keys, 2)
         fields = lip_surfaces(g, moves, np.r_[border, s[STILL]], np.r_[at, mouth_at])
         upper, lower = (field[: len(at), 0] for field in fields)
         sources = np.stack([field[len(at) :, 1:] for field in fields]) + mouth_at[:, None]  # (2, m, keys, 2)
@@ -202,21 +190,20 @@ class Dub:
         (a0, b0, a1, b1), (x0, y0, x1, y1) = lip_nodes.box, skin_nodes.box
         part = slice(b0 - y0, b1 - y0), slice(a0 - x0, a1 - x0)
         out[part] = self.mouth(t, frame, keys, out[part], lip_nodes, sources, g, lips, opening)
-        steps = [step for step, fades in zip((t + 1, take.T - t), take.fades) if fades]
+        steps = [step for step, fades in zip((t + 1, self.T - t), self.fades) if fades]
         w = smoothstep(np.float64(min([FADE + 1, *steps]) / (FADE + 1)))  # beside frames that pass through
         result, old = frame.copy(), frame[y0:y1, x0:x1]
         result[y0:y1, x0:x1] = to_bytes(old + w * (out - old))
         return result
 
     def mouth(self, t, frame, keys, skin, nodes, sources, g, lips, opening) -> np.ndarray:
-        """skin (h, w, 3) in the box of `nodes` -> the same with the keys' lips, read at sources (2, m, keys, 2), local,
-        and the bank between them"""
-        take, place = self.take, self.take.place(t)
-        light, layers = skin_colour(frame, take.points[t], place.scale), 0
+        """skin (h, w, 3) at `nodes` -> the same with the keys' lips, from sources (2, m, keys, 2), and the bank"""
+        place = self.place(t)
+        light, layers = skin_colour(frame, self.points[t], place.scale), 0
         for i, (k, weight, key) in enumerate(keys):
-            there = take.place(k)
-            gain = weight * light / skin_colour(key, take.points[k], there.scale)
-            moved = (nodes.flat() - there.pixels(at) for at in sources[:, :, i])
+            there = self.place(k)
+            gain = weight * light / skin_colour(key, self.points[k], there.scale)
+            moved = (nodes.flat - there.pixels(at) for at in sources[:, :, i])
             layers = layers + gain * np.stack([read_photo(key, nodes.came_from(nodes.field(m))) for m in moved])
         upper, lower = layers
         v = place.local(centres(nodes.box))
@@ -237,12 +224,11 @@ class Dub:
         return skin + rim * (patch - skin)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole clip
+# ------------------------------------------------------------------------------------------------------ the whole clip
 
 def scene_landmarks(net, frames, number: int) -> np.ndarray:
-    """Frames of one scene -> landmarks (n, 68, 2) in pixels of the face that is the number-th largest where so many are
-    first detected; NaN in frames without it"""
+    """Frames of one scene -> landmarks (n, 68, 2), pixels, of the number-th largest face; NaN in frames without
+    it"""
     frames, missed = iter(frames), deque(maxlen=DETECT_EVERY)
     for k, frame in enumerate(frames):
         faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()
@@ -257,7 +243,7 @@ def scene_landmarks(net, frames, number: int) -> np.ndarray:
 
 
 def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[int, list[Take]]:
-    """Of the first n frames of a video: how many there are, and its takes. Raises InputError: no face can be followed."""
+    """Of the first n frames of a video: how many there are, and its takes. InputError: no face can be followed"""
     info, mean = probe(path), net.solid.double().numpy()
     scene = scenes(itertools.islice(read_video(path, 16), n))
     small = zip(scene, read_video(path, min(info.height, POINTS_HEIGHT)))
@@ -284,28 +270,27 @@ def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
 
 
 def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):
-    """Functions without arguments that return the frames, uint8 (H, W, 3), of a video of `count` frames with other lips:
-    opening (T,), shape (T, K - 1). Each holds what it reads. A video that is shorter is shown again."""
-    dubs = [Dub(take) for take in takes]
-    of_frame = {dub.take.first + t: (dub, t) for dub in dubs for t in range(dub.take.T)}
+    """Functions without arguments that return the frames, uint8 (H, W, 3), of a video of `count` frames with other
+    lips: opening (T,), shape (T, K - 1). A video that is shorter is shown again."""
+    of_frame = {take.first + t: (take, t) for take in takes for t in range(take.T)}
     for k, frame in enumerate(itertools.islice(read_video(path), count)):
         if k in of_frame:
-            dub, t = of_frame[k]
-            dub.add(t, frame)
-    for dub in dubs:
-        dub.finish()
+            take, t = of_frame[k]
+            take.add(t, frame)
+    for take in takes:
+        take.finish()
     for begin in range(0, len(opening), count):
         ahead, held = enumerate(read_video(path)), {}                  # a second reader, for the shut frames to come
         for k, frame in enumerate(itertools.islice(read_video(path), min(count, len(opening) - begin))):
             if k not in of_frame:
                 yield lambda frame=frame: frame
                 continue
-            dub, t = of_frame[k]
-            first, near = dub.take.first, dub.take.near_keys(t)
+            take, t = of_frame[k]
+            first, near = take.first, take.near_keys(t)
             while first + near[-1][0] not in held:
                 at, later = next(ahead)
-                if at - first in dub.take.keys:
+                if at - first in take.keys:
                     held[at] = later
             held = {at: later for at, later in held.items() if at >= first + near[0][0]}
             keys = [(key, weight, held[first + key]) for key, weight in near]
-            yield partial(dub, t, frame, keys, float(opening[begin + k]), shape[begin + k])
+            yield partial(take, t, frame, keys, float(opening[begin + k]), shape[begin + k])

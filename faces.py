@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import correlate1d  # scipy.signal takes a second to import
 
-from checkpoint import PUBLISHED, fetch, refusing
+from checkpoint import fetch, refusing
 from media import InputError, check_file
 
-# ---------------------------------------------------------------------------------------------------------------------
-# crops: a square of an image in which eyes and mouth lie where the template says
-
+# ------------------------------------- crops: a square of an image in which eyes and mouth lie where the template says
 
 @dataclass(frozen=True)
 class Template:
@@ -70,8 +68,7 @@ def middle_square(image: np.ndarray) -> tuple:
 
 
 def square_at(points, wanted) -> tuple[float, float, float]:
-    """x, y, side of the square in which `wanted`, (K, 2) as fractions of it, lie nearest to points (K, 2): least squares,
-    no rotation."""
+    """x, y, side of the square in which `wanted`, (K, 2) as fractions of it, lie nearest to points (K, 2)"""
     points, wanted = np.asarray(points, float), np.asarray(wanted, float)
     centred = wanted - wanted.mean(0)
     side = (centred * points).sum() / (centred**2).sum()
@@ -85,8 +82,8 @@ def square_within(template: str, wanted: str) -> tuple[float, float, float]:
 
 
 def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
-    """Faces of detect_faces -> the square crop (x0, y0, x1, y1) of face `number`, 1 the largest, in which its points lie
-    nearest to the template's, three times as exact as by the detector's box; without points by that."""
+    """Faces of detect_faces -> the square crop (x0, y0, x1, y1) of face `number`, 1 the largest, by its points
+    (three times as exact), without points by the detector's box"""
     if not 1 <= number <= len(faces):
         raise InputError(f"--face {number}: the number of faces found is {len(faces)}")
     x0, y0, x1, y1 = faces[number - 1][:4]
@@ -100,8 +97,7 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
 
 
 def parse_box(text: str, width: int, height: int, scale: float = 1.0) -> tuple:
-    """--box "x0,y0,x1,y1" in pixels of a width x height image -> the square around it, in pixels of that image shown
-    at `scale`. InputError: not four numbers, or not inside the image."""
+    """--box "x0,y0,x1,y1" in pixels of a width x height image -> the square around it in that image at `scale`"""
     try:
         x0, y0, x1, y1 = (float(v) for v in text.split(","))
     except ValueError:
@@ -153,17 +149,15 @@ def box_slices(box: tuple, H: int, W: int) -> tuple[slice, slice]:
 
 
 def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torch.Tensor:
-    """frames (.., 3, H, W) -> a copy with a grey (0) box: THE place that makes lips come from sound. part: "mouth" with
-    jaw and cheeks, for driving frames; "lips", for sources."""
+    """frames (.., 3, H, W) -> a copy with a grey (0) box: THE place that makes lips come from sound"""
     rows, cols = box_slices(getattr(TEMPLATES[template], part), *frames.shape[-2:])
     frames = frames.clone()
     frames[..., rows, cols] = 0
     return frames
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# face detection by blazeface. A face is x0, y0, x1, y1, score, then x, y of the eye on the left of the image, of the
-# other eye and of the mouth's middle, in pixels
+# ----------------------------------------------------------------------------------------- face detection by blazeface
+# a face: x0, y0, x1, y1, score, then x, y of the eye on the image's left, the other eye and the mouth, in pixels
 
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
 SAME_FACE = 0.3  # overlap (intersection over union) of two boxes of one face; ours
@@ -173,7 +167,7 @@ NEAR = 2.0  # box sides: the square of `redetect` (ours: there key points scatte
 
 @lru_cache
 def face_detectors() -> list:
-    """Both models of blazeface, that for near faces first, loaded once a process (1 MB, fetched if need be); else []."""
+    """Both models of blazeface (1 MB), that for near faces first, loaded once; [] where they cannot be fetched"""
     from face_alignment.detection.blazeface import FaceDetector  # here: the import takes seconds
 
     try:
@@ -221,8 +215,7 @@ def detect(detector, images: list, squares: list) -> list[list[np.ndarray]]:
 
 
 def redetect(images: list, faces: list) -> list[np.ndarray]:
-    """A face of each image, detected once more in the middle of a square of NEAR times its size, where key points are
-    most exact; it stays as it is where that finds nothing."""
+    """A face of each image, detected once more in a square of NEAR times its size, where that finds it"""
     squares = []
     for x0, y0, x1, y1 in (face[:4] for face in faces):
         side = max(8, round(NEAR * max(x1 - x0, y1 - y0)))
@@ -240,8 +233,7 @@ def overlap(a, b) -> float:
 
 
 def upright(face) -> bool:
-    """Whether a face's points lie less than 40 degrees off upright: blazeface also finds faces that lie or stand on their
-    head, which a crop without rotation cannot bring to the template."""
+    """Whether a face's points lie less than 40 degrees off upright: crops are not rotated"""
     eye, other, mouth = np.reshape(face[5:11], (3, 2))
     across, down = other - eye, mouth - (eye + other) / 2
     return bool(across[0] > 1.2 * abs(across[1]) and down[1] > 1.2 * abs(down[0]))
@@ -252,12 +244,10 @@ def largest_first(faces) -> list[tuple]:
 
 
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple]:
-    """uint8 (H, W, 3) -> its faces, the largest first. Raises InputError: no detector's weights are at hand.
-
-    A single detection is not reliable: a dog can score .82 and a woman .55. So both models search the image inside
-    wider and wider margins. A face is what a third of the searches find with a mean score of MIN_SCORE, and `redetect`
-    finds upright with that score (a cup seen from above has .7 from afar and .5 from near). Its box is the mean.
-    """
+    """uint8 (H, W, 3) -> its faces, the largest first. A single detection is not reliable: a dog can score .82 and
+    a woman .55. So both models search the image inside wider and wider margins. A face is what a third of the
+    searches find with a mean score of MIN_SCORE, and `redetect` finds upright with that score (a cup seen from
+    above has .7 from afar and .5 from near). Its box is the mean."""
     detectors, groups = need_detector(), []  # one list of detections a face
     for detector, margin in itertools.product(detectors, margins):
         for face in detect(detector, [image], [whole_square(image, margin)])[0]:
@@ -270,8 +260,8 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
 
 
 def find_faces(frames: list) -> list[list[tuple]]:
-    """Frames of one video, uint8 (H, W, 3) -> for each what detect_faces gives, by one or two detections in place of
-    eight: `face_tracks` tolerates a wrong one. The model for far faces searches frames where the first finds nothing."""
+    """Frames of one video, uint8 (H, W, 3) -> for each what detect_faces gives, by one or two detections in place
+    of eight: `face_tracks` tolerates a wrong one."""
     found = [[] for _ in frames]
     for detector in need_detector():
         blank = [i for i, faces in enumerate(found) if not faces]
@@ -283,8 +273,8 @@ def find_faces(frames: list) -> list[list[tuple]]:
 
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
-    """A photo, uint8 (H, W, 3), that may lie on its side or stand on its head -> the same turned so that a face in it is
-    upright, what detect_faces finds there, and how it was turned in words; unchanged where no way shows a face."""
+    """A photo, uint8 (H, W, 3) -> the same turned so that a face in it is upright, what detect_faces finds there,
+    and how it was turned in words; unchanged where no way shows a face."""
     for k, how in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
         turned = np.ascontiguousarray(np.rot90(image, k))
         if faces := detect_faces(turned):
@@ -292,8 +282,7 @@ def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
     return image, [], ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# clips: stretches of a video in which one box holds one face
+# --------------------------------------------------------- clips: stretches of a video in which one box holds one face
 
 DETECT_EVERY = 5  # frames (ours: a fifth of a second)
 MAX_GAP = 3  # detections; ours: a face that is gone for longer, .6 s, ends its clip
@@ -320,8 +309,7 @@ def scenes(frames) -> np.ndarray:
 
 
 def face_tracks(found: list[list[tuple]], scene: np.ndarray) -> list[dict]:
-    """Faces of find_faces, and the scene of each of its frames -> tracks, {number of the frame: face}: one face followed
-    through one scene, missed by no more than MAX_GAP - 1 frames in a row."""
+    """Faces of find_faces, and the scene of each of its frames -> tracks: one face's {frame: face}"""
     tracks = []
     for i, faces in enumerate(found):
         open_tracks = [t for t in tracks if i - max(t) <= MAX_GAP and scene[max(t)] == scene[i]]
@@ -336,8 +324,7 @@ def face_tracks(found: list[list[tuple]], scene: np.ndarray) -> list[dict]:
 
 
 def steady_parts(track: dict, begin: int, end: int, template: str) -> list[tuple]:
-    """A track in frames begin .. end-1 -> [(begin, end, box, "")]: itself with the median of its boxes, or, where that
-    does not hold the face, its halves' parts."""
+    """A track in frames begin .. end-1 -> [(begin, end, median box, "")], its halves' if that does not hold it"""
     boxes = np.array([face_box([face], template) for face in track.values()])  # (n, 4)
     box = np.median(boxes, 0)
     if np.percentile(np.abs(boxes - box).max(1), 90) <= STEADY * (box[2] - box[0]):
@@ -349,10 +336,9 @@ def steady_parts(track: dict, begin: int, end: int, template: str) -> list[tuple
 
 
 def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
-    """Frames of a stretch of video -> [(begin, end, box or None, reason)], which cover it: a clip has one box, the median
-    of its detections, so that its crop does not wobble; what is not a clip has a reason. A clip ends where the scene
-    ends, the face is gone, or one box would not hold it. Of several faces the largest for the longest time is taken.
-    """
+    """Frames of a stretch of video -> [(begin, end, box or None, reason)], which cover it: a clip has one box, so
+    that its crop does not wobble; what is not a clip has a reason. A clip ends where the scene ends, the face is
+    gone, or one box would not hold it. Of several faces the largest for the longest time is taken."""
     scene, found = scenes(frames), find_faces(frames[::DETECT_EVERY])
     tracks = face_tracks(found, scene[::DETECT_EVERY])
     tracks.sort(key=lambda track: -sum((f[2] - f[0]) * (f[3] - f[1]) for f in track.values()))
@@ -375,16 +361,14 @@ def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
 
 
 def segment_box(frames: list[np.ndarray]) -> tuple:
-    """The box of the longest clip in a few seconds' frames, uint8 (H, W, 3). Raises InputError, without the file's name:
-    no clip, or one shorter than half of the frames."""
+    """The box of the longest clip in a few seconds' frames. InputError, without the file's name: less than half"""
     begin, end, box, reason = max(segments(frames), key=lambda s: (s[2] is not None, s[1] - s[0]))
     if box is None or 2 * (end - begin) < len(frames):
         raise InputError(reason or "a face that stays for less than half of the time")
     return box
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# points
+# -------------------------------------------------------------------------------------------------------------- points
 
 K = 68  # iBUG's landmarks
 EYES = 36, 45  # outer corners
@@ -396,18 +380,16 @@ def to_complex(points: np.ndarray) -> np.ndarray:
 
 
 def similarity(points: np.ndarray, target: np.ndarray):
-    """The similarity transform a p + b that brings points (K,) nearest to target (.., K), by least squares -> a, b (..).
-
-    All are complex, x + iy; |a| is the scale, arg a the rotation."""
+    """The similarity transform a p + b that brings points (K,) nearest to target (.., K), by least squares -> a, b
+    (..), all complex, x + iy: |a| is the scale, arg a the rotation"""
     centred = points - points.mean()
     a = (target * centred.conj()).sum(-1) / (np.abs(centred) ** 2).sum()
     return a, target.mean(-1) - a * points.mean()
 
 
 def warp_face(image: np.ndarray, a: complex, b: complex, size: int) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (size, size, 3): point u of the result shows point a u + b of the image, black beyond it.
-    A large face is shrunk first, as the transform has no prefilter."""
-    shrink = max(1, int(abs(a)))
+    """uint8 (H, W, 3) -> uint8 (size, size, 3): point u shows point a u + b of the image, black beyond it"""
+    shrink = max(1, int(abs(a)))  # first, as the transform has no prefilter
     a, b = a / shrink, b / shrink
     to_source = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
     image = Image.fromarray(image).reduce(shrink)
@@ -432,8 +414,7 @@ def align_frames(frames, points: np.ndarray, size: int, box: tuple = SEEN):
         yield warp_face(frame, len(frame) * step, len(frame) * (mouth + corner), size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# landmark detectors of others
+# ---------------------------------------------------------------------------------------- landmark detectors of others
 
 FAN_SCORE = 0.2  # ours: mean height of FAN's 68 heat maps below which there is no face
 VIEW_MARGIN, VIEW_SIDE = 0.25, 256  # MediaPipe and dlib get the crop with this margin on each side, in pixels; ours
@@ -448,13 +429,11 @@ FROM_478 = [127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 
 
 
 @contextmanager
-def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
+def landmark_detector(spec: str, template: str = "face", device="cpu"):
     """A landmark detector as a function: image uint8 (H, W, 3), box -> (68, 2) in pixels of the image, or None.
 
-    spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: where the crop of `template` lies in the image, x0, y0, x1, y1 in
-    pixels; None: all of the image is that crop. template None, MediaPipe only: it searches all of the image.
-    The function's `name` is for reports. Raises InputError: a package or weights are missing, a file of another kind.
-    """
+    spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: where the crop of `template` lies in the image, x0, y0, x1,
+    y1 in pixels; None: all of the image. InputError: a package or weights are missing, a file of another kind."""
     kind, _, file = spec.partition(":")
     make = dict(mediapipe=mediapipe_landmarks, dlib=dlib_landmarks, fan=fan_landmarks).get(kind)
     if make is None or bool(file) != (kind != "fan"):
@@ -466,8 +445,6 @@ def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
         raise InputError(f"--landmarks {spec} needs a package: pip install {package} ({error})") from None
 
     def landmarks(image, box=None):
-        if template is None:
-            return detect(image)
         x0, y0, x1, y1 = (0, 0, image.shape[1], image.shape[0]) if box is None else box
         if kind == "fan":
             return detect(image, (x0, y0, x1, y1))
@@ -476,7 +453,6 @@ def landmark_detector(spec: str, template: str | None = "face", device="cpu"):
         scale = (x1 - x0 + 2 * margin) / VIEW_SIDE
         return None if points is None else points * scale + (x0 - margin, y0 - margin)
 
-    landmarks.name = f"{kind} {Path(file).name or PUBLISHED['fan'].file}"
     try:
         yield landmarks
     finally:
@@ -527,8 +503,8 @@ def dlib_landmarks(path: Path, template: str, *_):
 
 
 def fan_landmarks(_, template: str, device):
-    """face-alignment's FAN (Bulat & Tzimiropoulos 2017): a function, image uint8 (H, W, 3), box of the template's crop in
-    it -> (68, 2) in pixels or None. The box that FAN expects follows from the template; .7 s a frame on a CPU."""
+    """face-alignment's FAN (Bulat & Tzimiropoulos 2017): a function, image uint8 (H, W, 3), box of the template's
+    crop in it -> (68, 2) in pixels or None; .7 s a frame on a CPU"""
     fetch("fan")  # to where face-alignment looks for it
     from face_alignment import FaceAlignment, LandmarksType
 
@@ -546,9 +522,9 @@ def fan_landmarks(_, template: str, device):
     return detect
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# landmarks of a pack, in a folder: points.bin, float32 (all frames, 68, 2) in pixels of the crop, NaN where a clip was
-# dropped; clips.jsonl, first the detector and the pack, then a line for each clip, written after its points
+# ------------------------------------------------------------------------------------ landmarks of a pack, in a folder
+# points.bin: float32 (all frames, 68, 2) in pixels of the crop, NaN where a clip was dropped; clips.jsonl: first
+# the detector and the pack, then a line for each clip, written after its points
 
 LONGEST_GAP = 5  # frames, ours: a fifth of a second is filled; a mouth may open and shut in more
 MOST_MISSING = 0.2  # of a clip
@@ -556,8 +532,8 @@ STRAY = 0.3  # landmarks whose eye distance is so far off the clip's median are 
 
 
 def interpolate_gaps(found: list) -> tuple[np.ndarray, int]:
-    """Landmarks of a clip, (68, 2) or None a frame -> float32 (T, 68, 2), gaps and strays filled linearly, at the ends by
-    the nearest frame; and how many frames were. Raises InputError, without the clip's name: too many, too long a gap."""
+    """Landmarks of a clip, (68, 2) or None a frame -> float32 (T, 68, 2), gaps and strays filled, and how many
+    frames were. InputError, without the clip's name: too many, too long a gap."""
     there = np.array([p is not None for p in found])
     points = np.stack([np.full((K, 2), np.nan, np.float32) if p is None else np.float32(p) for p in found])  # (T, 68, 2)
     if there.any():
@@ -570,14 +546,18 @@ def interpolate_gaps(found: list) -> tuple[np.ndarray, int]:
     longest = int(np.diff(np.concatenate(([-1], at, [len(found)]))).max()) - 1
     if longest > LONGEST_GAP:
         raise InputError(f"no face in {longest} frames in a row")
-    flat = points[at].reshape(len(at), -1)
-    filled = np.stack([np.interp(np.arange(len(found)), at, column) for column in flat.T], 1)
-    return filled.reshape(-1, K, 2).astype(np.float32), missing
+    return interpolated(points, there).astype(np.float32), missing
+
+
+def interpolated(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """values (T, ..), those of frames not `seen` (T,) interpolated linearly, at the ends the nearest"""
+    frames, flat = np.arange(len(values)), values.reshape(len(values), -1)
+    return np.stack([np.interp(frames, frames[seen], column[seen]) for column in flat.T], 1).reshape(values.shape)
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
-    """(T, ..): a parabola through five frames (Savitzky & Golay 1964). It removes a detector's jitter and keeps a short
-    closure of the lips, which a running mean of the same length would halve."""
+    """(T, ..): a parabola through five frames (Savitzky & Golay 1964), which keeps a short closure of the lips: a
+    running mean of the same length would halve it"""
     weights = np.array([-3, 12, 17, 12, -3]) / 35
     return correlate1d(points, weights, axis=0, mode="nearest") if len(points) >= 5 else points
 
@@ -587,27 +567,25 @@ def landmarks_header(pack, detector: str) -> dict:
 
 
 class Landmarks:
-    """Landmarks of a pack, or of several read as one, each in landmarks/ beside its pack. kept: the clips that have
-    some; detectors: of each pack.
-    Of an unfinished run those that it finished, with a line on stderr. Raises InputError: missing, of another pack, not
-    one clip."""
+    """Landmarks of a pack, or of several read as one, each in landmarks/ beside its pack. kept: the clips that
+    have some; detectors: of each pack. InputError: missing, of another pack, not one clip."""
 
     def __init__(self, pack):
         self.pack, self.points, self.detectors, kept, before = pack, [], [], [], 0
         for part in pack.packs:
             folder = part.folder / "landmarks"
             try:
-                lines = [json.loads(line) for line in whole_lines(folder / "clips.jsonl")]
-                done = int(part.frame_start[min(len(lines), len(part) + 1) - 1]) if lines else 0
+                header, *clips = map(json.loads, whole_lines(folder / "clips.jsonl"))
+                done = int(part.frame_start[min(len(clips), len(part))])
                 self.points.append(np.memmap(folder / "points.bin", "<f4", "r", shape=(done, K, 2)) if done else None)
             except (OSError, ValueError) as error:
                 raise InputError(f"{folder}: no landmarks ({error}): python keypoints.py extract {part.folder}") from None
-            if not lines or lines[0] != landmarks_header(part, lines[0].get("detector")):
+            if header != landmarks_header(part, header.get("detector")):
                 raise InputError(f"{folder}: landmarks of another pack than {part.folder}")
-            if len(lines) < len(part) + 1:
-                print(f"{folder}: unfinished, {len(lines) - 1} of {len(part)} clips so far", file=sys.stderr)
-            self.detectors.append(lines[0]["detector"])
-            kept += [before + i for i, line in enumerate(lines[1:]) if "reason" not in line]
+            if len(clips) < len(part):
+                print(f"{folder}: unfinished, {len(clips)} of {len(part)} clips so far", file=sys.stderr)
+            self.detectors.append(header["detector"])
+            kept += [before + i for i, line in enumerate(clips) if "reason" not in line]
             before += len(part)
         self.kept = np.array(kept, int)
         if not len(self.kept):

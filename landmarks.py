@@ -13,9 +13,7 @@ Axes: n samples, T frames, K = 68 points, S pixels of a crop. What is not marked
 
 import itertools
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +28,7 @@ from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, named_clips, split
 from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
-from media import InputError, Parser, check_output, refused, run
+from media import InputError, Parser, by_processes, check_output, refused, run
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -539,10 +537,9 @@ def extract(args):
         os.truncate(folder / "points.bin", int(pack.frame_start[done]) * K * 2 * 4)
         chunks = [range(first, min(first + CHUNK, len(pack))) for first in range(done, len(pack), CHUNK)]
         job = partial(detect_clips, pack=pack, spec=args.landmarks, wanted=wanted)
-        with (ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
-              open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out):
-            results = (pool.map if args.workers > 1 else map)(job, chunks)
-            for clips, found in zip(tqdm(chunks, f"{CHUNK} clips", disable=None), results):
+        results = tqdm(by_processes(job, chunks, args.workers), f"{CHUNK} clips", len(chunks), disable=None)
+        with open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out:
+            for found, clips in zip(results, chunks):
                 for c, line in zip(clips, found):
                     out.write(line.pop("points").astype("<f4").tobytes())
                     log.write(json.dumps(dict(source=pack.source(c)) | line).encode() + b"\n")

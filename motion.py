@@ -13,6 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 from scipy.signal import butter, sosfilt
 
+from faces import interpolated
 from landmarks import MIRROR
 from media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from warp import LOWER_LINE, RIGID, UPPER_LINE, Pose, angles, fit_pose, smoothstep
@@ -93,12 +94,6 @@ def idle(n: int, active: np.ndarray, seed: int, head: bool = True) -> Motion:
         poses -= poses[:1]
         poses *= smoothstep(np.arange(n) / FPS)[:, None]
     return Motion(poses, blinks[:n], np.zeros(n))
-
-
-def interpolated(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """values (T, ..), those of frames not `seen` (T,) interpolated linearly from the others"""
-    frames, flat = np.arange(len(values)), values.reshape(len(values), -1)
-    return np.stack([np.interp(frames, frames[seen], column[seen]) for column in flat.T], 1).reshape(values.shape)
 
 
 def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, room: tuple) -> Motion:

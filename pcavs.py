@@ -40,15 +40,15 @@ from checkpoint import (
     save_run, update_ema, write_log)
 from data import Pack, batches, drawn_clips, open_packs, split, split_options
 from faces import (
-    ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, mask_mouth,
-    middle_square, similarity)
+    ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, interpolated,
+    mask_mouth, middle_square, similarity)
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, is_grey, load_audio, load_photo, make_folder,
     probe, read_video, run, to_tensor, to_uint8, write_video)
-from motion import interpolated, there_and_back
+from motion import there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour
 from stylegan2 import Discriminator, StyledConv, ToRGB
@@ -271,12 +271,14 @@ class FaceGenerator(nn.Module):
 
 class PCAVS(nn.Module):
     kind = "pcavs"
+    NETWORKS = dict(V=IdentityEncoder, E=NonIdentityEncoder, A=SpeechEncoder, G=FaceGenerator)
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, **networks):
+        """networks: those that are made already"""
         super().__init__()
         self.config = config
-        self.V, self.E = IdentityEncoder(config), NonIdentityEncoder(config)
-        self.A, self.G = SpeechEncoder(config), FaceGenerator(config)
+        for name, make in self.NETWORKS.items():
+            setattr(self, name, networks.get(name) or make(config))
 
     def masked(self, frames):
         """E's input for a pose code: frames without a mouth where the config says so"""
@@ -318,15 +320,13 @@ class PCAVS(nn.Module):
 
 def load_published(folder: Path, config: Config | None = None, device="cpu") -> PCAVS:
     """The networks in the authors' bare state_dicts, by every key and shape. InputError: one line names the file."""
-    config = config or Config()
-    with torch.device("meta"):
-        model = PCAVS(config)
+    config, networks = config or Config(), {}
     for net, (name, unused) in PUBLISHED.items():
         state = {key.removeprefix("module."): v for key, v in read_weights(folder / name).items()}
         state = {key: v.flatten() if key.endswith("activate.bias") and torch.is_tensor(v) else v
                  for key, v in state.items() if not key.startswith(unused)}     # (1, C, 1, 1) there, (C,) here
-        setattr(model, net, load_frozen(partial(type(getattr(model, net)), config), state, folder / name, device))
-    return model.eval()
+        networks[net] = load_frozen(partial(PCAVS.NETWORKS[net], config), state, folder / name, device)
+    return PCAVS(config, **networks).eval()
 
 
 def load_pcavs(path: str | Path, device="cpu") -> PCAVS:

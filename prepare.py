@@ -7,30 +7,23 @@
     python prepare.py videos/ out/packs --shard 0/8  # every 8th file: a pack, out/packs/0-of-8, on one of 8 machines
     python prepare.py videos/ --census               # sizes, frame rates and lengths; nothing is written
 
-Each file is a job. Several processes do the jobs, one writes the results in the order of the files.
+Several processes read the files, one writes the results in their order.
 """
 
 import bisect
 import json
 import math
-import multiprocessing.connection
 import os
 import re
 import shutil
 import tempfile
-import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -39,8 +32,8 @@ from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import (
     HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
 from media import (
-    InputError, Parser, load_audio, load_photo, probe, read_video, refused, run, set_level, to_int16)
-from report import image_grid
+    InputError, Parser, by_processes, load_audio, load_photo, probe, read_video, refused, run, set_level, to_int16)
+from report import image_grid, markdown
 from syncnet import SPAN, best_offset, by_shift, embed, load_sync
 
 sync_expert = lru_cache(1)(load_sync)  # loaded once a process
@@ -53,12 +46,9 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def prepare_video(path: Path, size: int, template: str, expert: Path | None = None, isolate: bool = False,
                   lag: int = 0):
-    """One video, decoded once -> (segment, JPEGs, int16 samples) in order. segment is a dict for the manifest: begin and
-    number of frames, outcome, reason; a skipped one has no JPEGs. lag: by how many frames its sound is late.
-
-    InputError: not a video, no sound, damaged. Sound is read first, so most such files leave nothing in the pack; a video
-    whose pictures break off leaves what came before.
-    """
+    """One video, decoded once -> (segment, JPEGs, int16 samples) in order. segment is a dict for the manifest:
+    begin and number of frames, outcome, reason; a skipped one has no JPEGs. lag: by how many frames its sound is
+    late. InputError: not a video, no sound, damaged (only pictures that break off leave what came before)."""
     info, wav = probe(path), load_audio(path)
     wav = set_level(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
     wav = cut_sound(wav, lag, lag + n_frames(len(wav))) if lag else wav
@@ -85,8 +75,8 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
 
 
 def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
-    """By how many frames the sound of a clip is late, measured by the sync expert in the file `path`; 0 within its
-    tolerance. Adds the measurement to the segment, and a reason to skip it where mouth and sound fit at no offset."""
+    """By how many frames a clip's sound is late, by the sync expert in the file `path`; 0 within its tolerance.
+    Adds that to the segment, and a reason to skip it where mouth and sound fit at no offset."""
     expert, size = sync_expert(path, "cpu"), len(crops[0])
     x, y, side = (size * v for v in square_within(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
@@ -99,39 +89,21 @@ def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndar
     return late if abs(late) > OFFSET_TOLERANCE else 0
 
 
-def prepare_photo(path: Path, size: int, template: str):
-    """prepare_video for a photo: one frame without sound. Raises InputError: not a picture, no face."""
+def prepare_photo(path: Path, size: int, template: str, **_):
+    """prepare_video for a photo: one frame without sound, around its largest face; the whole of a square photo
+    that is cropped so. InputError: not a picture, no upright face, or one cut off by the picture's edge"""
     image = load_photo(path)
-    box = photo_box(image, template)
-    segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
-    yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
-
-
-def photo_box(image: np.ndarray, template: str) -> tuple:
-    """The crop of a photo, uint8 (H, W, 3): around its largest face; the whole of a square photo that is cropped so
-    already. Raises InputError, without the file's name: no upright face, or one cut off by the picture's edge."""
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
     if not faces:
         raise InputError("no face that is upright was found")
     box = face_box(faces, template)
     if H == W and np.abs(np.subtract(box, (0, 0, W, H))).max() < MAX_CROP_ERROR * W:
-        return (0.0, 0.0, float(W), float(H))
-    if max(-box[0], -box[1], box[2] - W, box[3] - H) > MAX_CROP_ERROR * (box[2] - box[0]):
+        box = (0.0, 0.0, float(W), float(H))
+    elif max(-box[0], -box[1], box[2] - W, box[3] - H) > MAX_CROP_ERROR * (box[2] - box[0]):
         raise InputError("the face is cut off by the edge of the picture")
-    return box
-
-
-@dataclass(frozen=True)
-class Job:
-    """One file to prepare. name: for the manifest; spool: the job's output, all JPEGs of each clip, then its samples;
-    options: of prepare_video or prepare_photo."""
-
-    path: Path
-    name: str
-    photo: bool
-    spool: Path
-    options: dict
+    segment = dict(begin=0, frames=1, outcome="packed", reason="", box=[round(v, 2) for v in box], fps=0.0)
+    yield segment, [encode_jpeg(crop_face(image, box, size), size)], np.zeros(0, "<i2")
 
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
@@ -139,95 +111,49 @@ def list_files(folder: Path, out: Path | None = None) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
 
 
-def list_jobs(folder: Path, out: Path, spools: Path, done: set, shard: tuple[int, int], options: dict) -> list[Job]:
-    """The jobs of shard i of n in the order of the files' names, without the files in `done`.
-
-    A folder in which more than half of the files are named as pictures holds photos."""
-    i, n = shard
-    paths = list_files(folder, out)
-    photos = 2 * sum(p.suffix.lower() in PHOTO_SUFFIXES for p in paths) > len(paths)
-    options = {k: options[k] for k in ("size", "template")} if photos else options
-    return [Job(path, name, photos, spools / str(k), options)
-            for k, path in enumerate(paths[i::n]) if (name := str(path.relative_to(folder))) not in done]
-
-
-def do_job(job: Job) -> dict:
-    """Does a job, in any process -> its line of the manifest. A packed segment also has the lengths of its JPEGs and the
-    number of its samples; their bytes are in the job's spool, so memory does not grow with a video's length. An error
-    becomes the reason in the line: the other files go on."""
-    line = dict(path=job.name, segments=[])
-    with open(job.spool, "wb") as spool:
+def read_file(job: tuple[Path, Path], folder: Path, read) -> dict:
+    """A file and its spool, in any process -> its line of the manifest. read: prepare_video or prepare_photo. A
+    packed segment also has the lengths of its JPEGs and the number of its samples. Their bytes, all JPEGs of a
+    clip, then its samples, are in the spool: memory does not grow with a video's length."""
+    path, line = job[0], dict(path=str(job[0].relative_to(folder)), segments=[])
+    with open(job[1], "wb") as spool:
         try:
-            for segment, jpegs, samples in (prepare_photo if job.photo else prepare_video)(job.path, **job.options):
+            for segment, jpegs, samples in read(path):
                 if jpegs:
                     segment |= dict(jpegs=list(map(spool.write, jpegs)), n_samples=len(samples))
                     spool.write(samples.tobytes())
                 line["segments"].append(segment)
         except InputError as error:
             line["reason"] = str(error)
-        except Exception as error:  # a bug: it must not end a run of days. The type marks it as one
+        except Exception as error:  # a bug, marked by its type: it must not end a run of days
             line["reason"] = f"{type(error).__name__}: {error}"
     return line
 
 
-def start_worker():
-    """A worker process: one thread; it exits when its parent does, even by SIGKILL."""
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-
-    def exit_with_parent():
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def in_order(jobs: list[Job], workers: int):
-    """(job, its line) in the order of the jobs, done in parallel. InputError: a worker died."""
-    if workers <= 1:
-        yield from ((job, do_job(job)) for job in jobs)
-        return
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
-    waiting, rest = deque(), iter(jobs)
-    try:  # a few jobs ahead: behind a long video the output of the next ones waits on disk
-        while True:
-            waiting += [(job, pool.submit(do_job, job)) for job in islice(rest, 4 * workers - len(waiting))]
-            if not waiting:
-                return
-            job, future = waiting.popleft()
-            yield job, future.result()
-    except BrokenProcessPool:
-        raise InputError("a worker process died (out of memory?): run it again, with fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def write_job(job: Job, line: dict, pack: PackWriter, log, person: str | None):
-    """The clips of a finished job -> the pack, then its line -> the manifest; the spool is deleted."""
-    parts = Path(job.name).parts
-    identity = person or (parts[0] if len(parts) > 1 else Path(job.name).stem)  # the folder, or the file by itself
-    with open(job.spool, "rb") as spool:
+def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, log, person: str | None, photo: bool):
+    """The clips of a file that was read -> the pack, then its line -> the manifest; the spool is deleted."""
+    parts = Path(line["path"]).parts
+    identity = person or (parts[0] if len(parts) > 1 else path.stem)  # the folder, or the file by itself
+    with open(spool, "rb") as content:
         for segment in line["segments"]:
             if segment["outcome"] == "packed":
-                jpegs = [spool.read(length) for length in segment.pop("jpegs")]
-                samples = np.frombuffer(spool.read(2 * segment.pop("n_samples")), "<i2")
-                source = str(job.path) if job.photo else f"{job.path}#{segment['begin']}"
+                jpegs = [content.read(length) for length in segment.pop("jpegs")]
+                samples = np.frombuffer(content.read(2 * segment.pop("n_samples")), "<i2")
+                source = str(path) if photo else f"{path}#{segment['begin']}"
                 pack.add(jpegs, samples, identity, source, segment["box"], segment["fps"])
     log.write(json.dumps(line).encode() + b"\n")
     log.flush()
-    job.spool.unlink()
+    spool.unlink()
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
             shard: tuple[int, int] = (0, 1), template: str = "face", **options) -> list[dict]:
-    """All files below `folder`, videos or photos -> a pack at `out`. Returns the lines of out/manifest.jsonl, one a file.
-    The pack does not depend on the number of workers. A killed run continues after the last file in the manifest.
+    """All files below `folder`, videos or photos -> a pack at `out`, the same for any number of workers. Returns
+    the lines of out/manifest.jsonl, one a file; a killed run continues after the last of them.
 
-    person: the identity of all files; None: each folder in `folder` is one. shard: (i, n), file i and every n-th after
-    it, into a pack whose people are those of the other shards (data.Packs). options: see prepare_video.
-    InputError: no detector; not one clip; `out` cannot be written or holds a pack.
-    """
+    person: the identity of all files; None: each folder in `folder` is one. shard: (i, n), file i and every n-th
+    after it, into a pack whose people are those of the other shards (data.Packs). options: see prepare_video.
+    InputError: no detector; not one clip; `out` cannot be written or holds a pack."""
     need_detector()
     manifest = out / "manifest.jsonl"
     lines = whole_lines(manifest) if manifest.exists() else []
@@ -239,12 +165,15 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
         for left in out.glob(".spool-*"):  # a killed run's; PackWriter holds the lock of this folder
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
-            done = {outcome["path"] for outcome in outcomes}
-            jobs = list_jobs(folder, out.parent if shard_of else out, Path(spools), done, shard,
-                             dict(size=size, template=template, **options))
-            for job, found in tqdm(in_order(jobs, workers), "files", len(jobs), disable=None):
-                write_job(job, found, pack, log, person)
-                outcomes.append(found)
+            paths, (i, n) = list_files(folder, out.parent if shard_of else out), shard
+            photos = 2 * sum(path.suffix.lower() in PHOTO_SUFFIXES for path in paths) > len(paths)  # more than half
+            read = partial(prepare_photo if photos else prepare_video, size=size, template=template, **options)
+            done = {folder / outcome["path"] for outcome in outcomes}
+            jobs = [(path, Path(spools) / str(k)) for k, path in enumerate(paths[i::n]) if path not in done]
+            results = by_processes(partial(read_file, folder=folder, read=read), jobs, workers)
+            for line, job in zip(tqdm(results, "files", len(jobs), disable=None), jobs):
+                write_file(*job, line, pack, log, person, photos)
+                outcomes.append(line)
         if not pack.sources:
             raise InputError(f"{folder}: no clip in {len(outcomes)} files, {manifest} says why")
     return outcomes
@@ -276,26 +205,24 @@ LENGTHS = (0, 1, 2, 3, 5, 10, 20, 60, 600, math.inf)  # seconds: rows of the cen
 
 
 def census(paths: list[Path], workers: int):
-    """Prints a table: how many videos, which share of the files and how many seconds have which size, frame rate and
-    length. Only the files' heads are read."""
+    """Prints how many videos, which share of the files and how many seconds have which size, rate and length"""
     def look(path):
         try:
             info = probe(path)
         except InputError:
-            return {"not a video": ""}, 0.0
+            return ["not a video"], 0.0
         longer = bisect.bisect(LENGTHS, info.seconds)
-        return dict(size=f"{info.width}x{info.height}", rate=f"{info.fps:g} frames/s",
-                    length=f"{LENGTHS[longer - 1]} to {LENGTHS[longer]} s"), info.seconds
+        length = f"length {LENGTHS[longer - 1]} to {LENGTHS[longer]} s"
+        return [f"size {info.width}x{info.height}", f"rate {info.fps:g} frames/s", length], info.seconds
 
-    rows = {}  # size, rate or length -> value -> seconds of each video
+    found = {}  # a size, rate or length -> seconds of each video
     with ThreadPool(workers) as pool:
         for values, seconds in tqdm(pool.imap(look, paths), "files", len(paths), disable=None):
-            for what, value in values.items():
-                rows.setdefault(what, {}).setdefault(value, []).append(seconds)
-    print("| | | files | share | seconds |\n|---|---|---:|---:|---:|")
-    for what, values in rows.items():
-        for value, seconds in sorted(values.items(), key=lambda row: -len(row[1])):
-            print(f"| {what} | {value} | {len(seconds)} | {len(seconds) / len(paths):.1%} | {sum(seconds):.0f} |")
+            for value in values:
+                found.setdefault(value, []).append(seconds)
+    rows = sorted(found.items(), key=lambda row: (row[0].split()[0], -len(row[1])))
+    print(markdown({value: dict(files=str(len(seconds)), share=f"{len(seconds) / len(paths):.1%}",
+                                seconds=f"{sum(seconds):.0f}") for value, seconds in rows}))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

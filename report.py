@@ -27,7 +27,7 @@ TOGETHER = (("real", "fake"), ("in_sync", "shifted", "other"))  # curves of one 
 COLOURS = ("#3b82f6", "#ef6c4d", "#2fa36b", "#a974d8", "#d9960a", "#808890", "#17a2a2")  # read on white and on black
 MOST_LINES = 500   # of a log that are read: a page of a long run takes no longer
 # of losses in the logs of train.py and pcavs.py, which are times their weights, and other columns
-HEALTHY = dict.fromkeys("feat vgg lpips arcface l2 velocity moving position".split(), "Falls throughout.") | dict(
+HEALTHY = dict.fromkeys("feat vgg lpips arcface l2 velocity position".split(), "Falls throughout.") | dict(
     rec="Reconstruction: falls throughout, ever more slowly.",
     id="Identity: close to 0 after a quarter of the run.",
     preserve="Another mouth leaves the rest of the face as it is: falls.",
@@ -66,12 +66,11 @@ td,th{padding:3px 10px 3px 4px;text-align:left;vertical-align:top;border-bottom:
 .bar{height:4px;background:#3b82f6;margin-top:2px}"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a folder of logs -> its page
+# ---------------------------------------------------------------------------------------- a folder of logs -> its page
 
 def write_report(folder: str | Path) -> Path:
-    """FOLDER/report.html from its logs, the latest first, and the image of each: stage1.png of log_stage1.jsonl. A page
-    that cannot be written (a full disk, a browser's lock) does not end a run."""
+    """FOLDER/report.html from its logs, the latest first, and the image of each: stage1.png of log_stage1.jsonl. A
+    page that cannot be written (a full disk, a browser's lock) does not end a run."""
     page = Path(folder).absolute() / "report.html"
     with contextlib.suppress(OSError, InputError):
         logs = sorted(page.parent.glob("log_*.jsonl"), key=lambda log: (-log.stat().st_mtime, log.name))
@@ -146,8 +145,7 @@ def machine() -> str:
     return f"{names[0]}, threads: {torch.get_num_threads()}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# parts of a page
+# ----------------------------------------------------------------------------------------------------- parts of a page
 
 def text(value) -> str:
     """Any value, for HTML"""
@@ -199,8 +197,7 @@ def markdown(rows: dict) -> str:
 
 
 def image_grid(rows: list, words: list, edge: int) -> Image.Image:
-    """Rows of images, uint8 (H, W, 3), drawn `edge` pixels wide, pixels square, each row below its words: a list of one
-    text for each image, or a text"""
+    """Rows of images, uint8 (H, W, 3), `edge` pixels wide, each below its words: a text, or one for each image"""
     height, width = round(edge * rows[0][0].shape[0] / rows[0][0].shape[1]), edge * max(map(len, rows))
     grid = Image.new("RGB", (width, (height + 18) * len(rows)), "#181a22")
     for j, (images, names) in enumerate(zip(rows, words)):
@@ -227,8 +224,7 @@ def embed(image: Image.Image | Path) -> str:
 
 
 def write_page(path: Path, title: str, sections: list[str]):
-    """At any moment `path` is the old page or the whole new one. Browsers read it again every 30 s, as long as time is
-    left to a run. InputError: it cannot be written."""
+    """Browsers read the page again every 30 s, while time is left to a run. InputError: it cannot be written"""
     again = "<meta http-equiv=refresh content=30>" * any("min left<" in section for section in sections)
     content = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
                f"{again}<title>{text(title)}</title><style>{STYLE}</style><h1>{text(title)}</h1>{''.join(sections)}"
@@ -237,12 +233,11 @@ def write_page(path: Path, title: str, sections: list[str]):
         draft.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pages of evaluate.py, beside its JSON
+# ------------------------------------------------------------------------------- pages of evaluate.py, beside its JSON
 
 def pairs_page(path: Path, report: dict, files: dict):
-    """`evaluate.py pair`: the table, each pair's values, and frames of the pairs whose mean rank over the metrics is best
-    and worst. report: the content of the JSON `path`; files: {name of a pair: (real, fake)}"""
+    """`evaluate.py pair`: the table, each pair's values, frames of the pairs of the best and the worst mean rank.
+    report: the content of the JSON `path`; files: {name of a pair: (real, fake)}"""
     pairs = {pair["name"]: pair for pair in report["pairs"] if "fake" in pair}
     rank = dict.fromkeys(pairs, 0)
     for metric, column in report["columns"].items():

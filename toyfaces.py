@@ -1,9 +1,8 @@
-"""The toy world: drawn faces and synthesised speech with ground truth. Ours: training, tests and metrics run anywhere,
-and control (change one input: what else moves?) can be measured.
+"""The toy world: drawn faces and synthesised speech with ground truth. Ours: training, tests and metrics run
+anywhere, and control (change one input: what else moves?) can be measured.
 
-A person is a set of flat colours and shapes on a head that turns in 2.5-D. The voice is a small formant synthesiser
-(source and filter, as in Klatt, JASA 1980). The mouth opens with the first formant and widens with the second; m b p
-and silence shut it. Head pose, gaze, blinks, brows and smile have a random stream of their own.
+A person is a set of flat colours and shapes on a head that turns in 2.5-D. The voice is a small formant
+synthesiser (source and filter, as in Klatt, JASA 1980). Head and eyes have a random stream of their own.
 
     python toyfaces.py --out out               # out/toys.png and out/toy.mp4                     (5 s)
     python toyfaces.py --pack out/toy32 --size 32 --people 300     # a pack to train on          (1 min)
@@ -12,11 +11,8 @@ Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half 
 z towards the viewer, origin in the middle of the head.
 """
 
-import contextlib
 import json
-import multiprocessing
 import os
-import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +23,8 @@ from tqdm import tqdm
 
 from audio import n_frames
 from data import Pack, PackWriter
-from media import FPS, SAMPLE_RATE, InputError, Parser, check_output, make_folder, refused, run, write_video
+from media import (
+    FPS, SAMPLE_RATE, InputError, Parser, by_processes, check_output, make_folder, refused, run, write_video)
 from report import image_grid
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
@@ -193,8 +190,7 @@ class Head:
         return self.surface(x, 0.275 + 0.055 * (1 - t**2), 0.10)
 
     def mouth_curves(self):
-        """Half the mouth's width, and heights at U: where the lips meet, inner edge of the upper and the lower lip, outer
-        edge of both"""
+        """Half the mouth's width, and heights at U: where the lips meet, inner edges of both lips, outer edges"""
         who, gap, wide, f = self.who, self.state["open"], self.state["wide"], self.feature
         half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
         y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
@@ -221,8 +217,7 @@ def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
 
 
 def landmarks(who, state: dict, size: int) -> np.ndarray:
-    """The 68 points of iBUG's annotation in draw(who, state, size), float32 (68, 2): x, y in pixels. Eyes and lips lie
-    on the curves that are drawn; the nose's ridge, which is not drawn on its whole length, lies above its stroke."""
+    """iBUG's 68 points in draw(who, state, size), float32 (68, 2): x, y in pixels, on the curves that are drawn"""
     head = Head(who, {**REST, **state}, size, 1)
     jaw = head.outline(*head.face_edge(np.pi - np.arange(17) * np.pi / 16))
     x, y = head.brow_curve(np.linspace(1, -1, 5))  # from temple to nose
@@ -446,8 +441,7 @@ def controls(spoken: list[tuple], K: int) -> dict:
 
 
 def lips(c: dict):
-    """The lips that belong to the sound: opening follows F1, width follows F2; m b p and silence shut the mouth.
-    -> open, wide (K,)"""
+    """-> open, wide (K,): the opening of the lips follows F1, their width F2; m b p and silence shut the mouth"""
     F1, F2 = c["formants"][:, 0], c["formants"][:, 1]
     gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)  # an ee keeps a slit
     gap = gap * (1 - np.clip(1.25 * c["closed"], 0, 1)) * c["speaking"]
@@ -493,8 +487,7 @@ def voice(rng, c: dict, who, n: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------- motion
 
 def sway(rng, T: int, seconds: float, reach: float):
-    """A smooth curve that changes direction every so many seconds: each clip uses much of the range, its mean stays
-    near 0. -> (T,) in +-reach"""
+    """A smooth curve (T,) in +-reach that changes direction every so many seconds: a clip uses much of the range"""
     turns = int(T / FPS / seconds) + 3
     knots = rng.choice(SIDES) * (-1) ** np.arange(turns) * rng.uniform(0.15, 1.0, turns) * reach
     at = np.arange(T) / FPS / seconds + rng.random()
@@ -526,8 +519,7 @@ def motion(rng, T: int) -> dict:
 # ------------------------------------------------------------------------------------------------------ clips and packs
 
 def clip_truth(seed: int, seconds: float, who):
-    """A clip before it is drawn: wav float32 (n,) at 16 kHz in [-1, 1], truth float32 (T, 10) in the order of FACTORS,
-    T = round(25 seconds). Sound and motion have separate random streams."""
+    """A clip before it is drawn: wav float32 (n,) at 16 kHz in [-1, 1], truth float32 (T, 10), of FACTORS"""
     assert seconds >= 0.04, f"a clip of {seconds} s is shorter than a frame"
     rng, n = np.random.default_rng([seed, 2]), round(seconds * SAMPLE_RATE)
     c = controls(syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
@@ -564,18 +556,14 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
     elif any(folder.iterdir()):
         raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
     workers = min(people, os.cpu_count() if workers is None else workers)
-    make = partial(toy_clip, seconds=seconds, size=size)
-    with refused(folder, "written"), contextlib.ExitStack() as stack:
+    clips = by_processes(partial(toy_clip, seconds=seconds, size=size), seeds, workers)
+    with refused(folder, "written"):
         note.write_text(json.dumps(recipe))
-        clips = map(make, seeds)
-        if workers > 1:  # spawn: fork is not safe once torch has threads. The parent handles Ctrl-C
-            pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-            clips = stack.enter_context(pool).imap(make, seeds, chunksize=2)
-        pack = stack.enter_context(PackWriter(folder, size, "toy"))
-        for seed, (frames, wav, truth) in zip(seeds, tqdm(clips, "toy clips", people, disable=None)):
-            pack.add(frames, wav, f"toy{seed}", f"toyfaces seed {seed}")
-            truths.append(truth)
-        np.save(folder / "truth.npy", np.concatenate(truths))
+        with PackWriter(folder, size, "toy") as pack:
+            for (frames, wav, truth), seed in zip(tqdm(clips, "toy clips", people, disable=None), seeds):
+                pack.add(frames, wav, f"toy{seed}", f"toyfaces seed {seed}")
+                truths.append(truth)
+            np.save(folder / "truth.npy", np.concatenate(truths))
 
 
 # ----------------------------------------------------------------------------------------------------------- the script

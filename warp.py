@@ -1,21 +1,21 @@
 """A photo that talks, blinks and turns its head: its own pixels are moved, at its own resolution.
 
-    68 landmarks                      ->  the lips in the plane of the face                               (Mouth)
-    lip numbers predicted from sound  ->  displacements of landmarks -> smooth fields on a grid of nodes  (lip_fields)
+    68 landmarks                      ->  the lips in the plane of the face                               (Lips)
+    lip numbers predicted from sound  ->  displacements of landmarks -> smooth fields on a grid of nodes  (Lips)
     one field for the upper lip, one for the lower  ->  two layers of the photo, cut between the lips     (lip_layers)
-    the gap between both layers       ->  the photo's own teeth, or painted ones, tongue and cavity       (paint_inside)
+    the gap between both layers       ->  the photo's own teeth, or painted ones, tongue and cavity       (lip_layers)
     skin that slides over the eye     ->  a blink                                                         (Lids)
     a mean 3-D shape, turned          ->  one more field, applied last                                    (Head)
 
-Fields are chained as coordinates, so that every pixel of a frame is read from the photo once. Where nothing moves the
-photo stays as it is, bit for bit. Ours: the paper paints every frame with its generator instead.
+Fields are chained as coordinates, so that every pixel of a frame is read from the photo once; where nothing moves
+it stays, bit for bit. Ours: the paper paints every frame with its generator instead.
 
     face = Face(photo, landmarks, mean_shape)        # once a photo
     warp = Warp(face, moves)
     frame = warp(opening=0.08, shape=numbers, blink=0.3, pose=Pose(yaw=5))
 
-Units: the outer corners of the eyes are 1 apart, seen from the front. x points right, y down, z away from the viewer.
-Angles are degrees: yaw > 0 turns to the picture's right, pitch > 0 lifts the chin, roll > 0 is clockwise.
+Units: the outer corners of the eyes are 1 apart, seen from the front. x points right, y down, z away from the
+viewer. Angles are degrees: yaw > 0 turns to the picture's right, pitch > 0 lifts the chin, roll > 0 is clockwise.
 """
 
 from dataclasses import dataclass
@@ -62,9 +62,7 @@ def smoothstep(x):
     return x * x * (3 - 2 * x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the head in the photo
-
+# ----------------------------------------------------------------------------------------------- the head in the photo
 
 @dataclass
 class Pose:
@@ -88,10 +86,8 @@ def angles(R: np.ndarray) -> np.ndarray:
 
 
 def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[float, np.ndarray, np.ndarray]:
-    """points (68, 2) ~ scale (mean R^T)[:, :2] + shift, weak perspective by least squares over the points `used`.
-
-    mean: (>= 68, 3) in units. Returns scale in pixels a unit, R (3, 3), shift (2,) in pixels: where mean's origin lies.
-    """
+    """points (68, 2) ~ scale (mean R^T)[:, :2] + shift, weak perspective by least squares over the points `used`;
+    mean (>= 68, 3) in units -> scale in pixels a unit, R (3, 3), shift (2,) in pixels: where mean's origin lies"""
     x, p = mean[used] - mean[used].mean(0), points[used] - points[used].mean(0)
     U, _, V = np.linalg.svd(np.linalg.lstsq(x, p, rcond=None)[0].T, full_matrices=False)
     R = np.stack([*(U @ V), np.cross(*(U @ V))])
@@ -119,10 +115,8 @@ def enlarge(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np
 class Face:
     """A photo with its landmarks and the pose of its head.
 
-    photo: uint8 (H, W, 3); points: (68, 2) iBUG, in pixels; mean: (77, 3) in units, 68 landmarks and 9 of the hairline;
-    sharpest: size of the original photo over that of this one, where it was enlarged.
-    Raises ValueError, with the reason: points that are not finite, not those of an upright face, or too turned.
-    """
+    photo: uint8 (H, W, 3); points: (68, 2) iBUG, in pixels; mean: (77, 3) in units, 68 landmarks and 9 of the
+    hairline; sharpest: size of the original photo over this one's. ValueError: points of no upright face."""
 
     def __init__(self, photo: np.ndarray, points: np.ndarray, mean: np.ndarray, sharpest: float = 1.0):
         points = np.asarray(points, np.float64)
@@ -150,9 +144,7 @@ class Face:
         return cv2.cvtColor(colours, cv2.COLOR_RGBA2RGB)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# fields
-
+# -------------------------------------------------------------------------------------------------------------- fields
 
 @dataclass
 class Place:
@@ -181,9 +173,8 @@ def read_photo(photo: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def half_pixels(photo: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> (2 H - 1, 2 W - 1, 3): a photo and what lies between its pixels. Read linearly it takes a sixth
-    of the time of bicubic reading and is exact at the photo's own pixels. BETWEEN sharpens by as much as reading softens,
-    or grain would come and go."""
+    """uint8 (H, W, 3) -> (2 H - 1, 2 W - 1, 3): a photo and what lies between its pixels. Read linearly it takes a
+    sixth of the time of bicubic reading. BETWEEN sharpens as much as that softens, or grain would come and go."""
     H, W, _ = photo.shape
     doubled = np.empty((2 * H - 1, 2 * W - 1, 3), np.uint8)
     doubled[::2, ::2] = photo
@@ -193,8 +184,7 @@ def half_pixels(photo: np.ndarray) -> np.ndarray:
 
 
 def read(values: np.ndarray, where: np.ndarray, box) -> np.ndarray:
-    """float32 (rows, columns, C), C > 1, that cover a box evenly, at where (h, w, 2) in pixels -> (h, w, C), bilinear;
-    beyond the box the edge's"""
+    """float32 (rows, columns, C > 1) that cover a box evenly, at where (h, w, 2) in pixels -> (h, w, C), bilinear"""
     (rows, columns, _), (x0, y0, x1, y1) = values.shape, box
     x, y = ((np.asarray(where[..., k], np.float32) - low) * np.float32(n / (high - low)) - np.float32(0.5)
             for k, n, low, high in ((0, columns, x0, x1), (1, rows, y0, y1)))
@@ -203,17 +193,14 @@ def read(values: np.ndarray, where: np.ndarray, box) -> np.ndarray:
 
 
 class Nodes:
-    """A grid of nodes, the middles of cells `spacing` pixels large, over a box of the photo, x0, y0, x1, y1 in whole
-    pixels. Displacements are kept on it, for they are smooth."""
+    """A grid of nodes, the middles of cells `spacing` pixels large, over a box of the photo in whole pixels. It holds
+    displacements, for they are smooth. at: (gh, gw, 2) in pixels; flat: the same, (gh * gw, 2)"""
 
     def __init__(self, box, spacing: float):
         x0, y0, x1, y1 = self.box = box
         columns, rows = (max(4, round(side / spacing)) for side in (x1 - x0, y1 - y0))
         self.at = np.float32(centres((0, 0, columns, rows)) * ((x1 - x0) / columns, (y1 - y0) / rows) + (x0, y0))
-
-    def flat(self) -> np.ndarray:
-        """(gh * gw, 2), pixels"""
-        return self.at.reshape(-1, 2).astype(np.float64)
+        self.flat = self.at.reshape(-1, 2).astype(np.float64)
 
     def field(self, values: np.ndarray) -> np.ndarray:
         """(gh * gw, .., C) -> float32 (.., gh, gw, C)"""
@@ -266,8 +253,7 @@ def part_of(box, where: np.ndarray, stride: int = 4) -> tuple[slice, slice] | No
 
 
 def curve(points: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Height at x of a line through points (n, 2), left to right, level beyond its ends. Piecewise cubic: it
-    does not overshoot where points crowd on the far side of a turned face."""
+    """Height at x of a line through points (n, 2), left to right, level beyond its ends; it does not overshoot"""
     ends = np.maximum.accumulate(points[:, 0]) + 1e-4 * np.arange(len(points))
     return PchipInterpolator(ends, points[:, 1])(np.clip(x, ends[0], ends[-1]))
 
@@ -282,9 +268,7 @@ def to_bytes(colours: np.ndarray) -> np.ndarray:
     return (colours + 0.5).clip(0, 255).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# lips: landmarks -> displacements of points -> smooth fields -> two layers -> what shows between them
-
+# ------------------------------------ lips: points that move -> smooth fields -> two layers -> what shows between them
 
 def inner_lips(q: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks q (68, 2) and places (h, w, 2), local -> distance below the upper, above the lower inner lip (h, w)"""
@@ -293,8 +277,8 @@ def inner_lips(q: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lip_surfaces(q: np.ndarray, moves: np.ndarray, fixed: np.ndarray, at: np.ndarray) -> list[np.ndarray]:
-    """Displacements (68, n, 2) of landmarks q (68, 2), none at points `fixed` (m, 2) -> two smooth fields (k, n, 2) at
-    places (k, 2), all local: of what hangs on the upper lip, on the lower one. Beside the mouth they are one."""
+    """Displacements (68, n, 2) of landmarks q (68, 2), none at points `fixed` (m, 2), all local -> two smooth
+    fields (k, n, 2) at places (k, 2): for the upper lip and for the lower one. Beside the mouth they are one."""
     fields = []
     for line, lip in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
         used = np.r_[JAW, CORNERS, lip, line[1:4]]
@@ -306,30 +290,48 @@ def lip_surfaces(q: np.ndarray, moves: np.ndarray, fixed: np.ndarray, at: np.nda
     return fields
 
 
-class Mouth(Place):
-    """The lips of a photo.
+class Lips(Place):
+    """A photo's lips, and how they move: all below the eyes follows them, smoothly, nothing outside the face does.
 
-    q: the landmarks (68, 2), local; half: half the width of the lips; centre: x of their middle; gaps: (5,) between the
-    inner lips, 0 at the corners; own: their mean, the photo's opening; jaw: (17, 2), its outline about the nose's tip.
-    """
+    q: the landmarks (68, 2), local; half: half the width of the lips; centre: x of their middle; gaps: (5,) between
+    the inner lips, 0 at the corners; own: their mean, the photo's opening; jaw: (17, 2), its outline about the
+    nose's tip. moves: (K, 68, 2), how landmarks move, in the face's plane: moves[0] for each unit that the lips
+    open, the others for each unit of a shape number (motion.fit_moves)."""
 
-    def __init__(self, face: Face):
+    def __init__(self, face: Face, moves: np.ndarray):
         super().__init__(face.plane, face.points[CORNERS[2:]].mean(0))
-        self.face, q = face, self.local(face.points)
-        self.q = q
+        self.face, self.q = face, self.local(face.points)
+        q = self.q
         self.half, self.centre = (q[64, 0] - q[60, 0]) / 2, (q[64, 0] + q[60, 0]) / 2
         self.gaps = q[LOWER_LINE, 1] - q[UPPER_LINE, 1]
         self.own = max(0.0, self.gaps[1:4].mean())
         self.jaw = q[:17] - q[30]
 
-    def box(self, x, y):
+        # fields (2, 1 + K, gh, gw, 2) in pixels, of the upper and the lower lip; eyes, nose, a ring around the jaw stay
+        ring = q[30] + OVAL[1] * self.jaw
+        lids = q[[40, 41, 46, 47], 1].min()
+        self.box = self.box_of((ring[:, 0].min(), ring[:, 0].max()), (lids, ring[:, 1].max()))
+        self.nodes = Nodes(self.box, LIP_NODE * face.scale)
+        at = self.local(self.nodes.flat)                               # (n, 2)
+        moves = np.stack([moves[0], self.closing(moves[0]), *moves[1:]], 1)  # (68, 1 + K, 2)
+        fields = np.stack(lip_surfaces(q, moves, np.r_[q[STILL], ring], at), 1)
+        self.fields = self.nodes.field(fields * self.fade(at)[:, None, None, None] @ face.plane.T)
+
+        # between these two heights the upper field turns into the lower one, inside the box of the lips
+        top, bottom = q[UPPER_LIP, 1].min() - 0.10, max(q[LOWER_LIP, 1].max(), q[66, 1] + self.own + WIDEST) + 0.12
+        self.blend = self.nodes.field(smoothstep((at[:, 1:] - top) / (bottom - top)))  # (gh, gw, 1)
+        reach = BESIDE * self.half
+        self.lips_box = self.box_of((self.centre - reach, self.centre + reach), (top, bottom))
+        self.masks, self.teeth, self.red = lip_layers(self, self.lips_box)
+
+    def box_of(self, x, y):
         """The box of whole pixels around four corners: x, y are pairs, in units"""
         return box_in(self.face.photo, self.pixels(np.array([(a, b) for a in x for b in y])))
 
     def closing(self, opens: np.ndarray) -> np.ndarray:
-        """How the points move for each unit that an open mouth closes, downwards as `opens`: (68, 2). Each of the three
-        gaps closes by its own size, so that the lips meet all along. A smile that shuts also gets narrower and its
-        corners drop, as far as it is wider than the mean face's mouth: the cheeks follow."""
+        """How the points move for each unit that an open mouth closes, downwards as `opens`: (68, 2). Each of the
+        three gaps closes by its own size, so that the lips meet all along. A smile, as far as it is wider than the
+        mean face's mouth, also gets narrower and its corners drop."""
         if not self.own:
             return opens
         q, mean, closes = self.q, self.face.mean, opens.copy()
@@ -354,100 +356,9 @@ class Mouth(Place):
         inside = 1 - smoothstep((out - OVAL[0]) / (OVAL[1] - OVAL[0]))
         return inside * smoothstep((at[:, 1] - under - UNDER_EYES[0]) / (UNDER_EYES[1] - UNDER_EYES[0]))
 
-
-def lip_fields(mouth: Mouth, moves: np.ndarray) -> tuple[Nodes, np.ndarray]:
-    """Displacements of landmarks (1 + K, 68, 2) -> nodes, and fields (2, 1 + K, gh, gw, 2) on them in pixels: for what
-    follows the upper lip, for what follows the lower one. Eyes, nose and a ring around the jaw stay in place."""
-    q, plane = mouth.q, mouth.face.plane
-    ring = q[30] + OVAL[1] * mouth.jaw
-    box = mouth.box((ring[:, 0].min(), ring[:, 0].max()), (q[[40, 41, 46, 47], 1].min(), ring[:, 1].max()))
-    nodes = Nodes(box, LIP_NODE * mouth.face.scale)
-    at = mouth.local(nodes.flat())                                     # (n, 2)
-    fields = lip_surfaces(q, moves.transpose(1, 0, 2), np.r_[q[STILL], ring], at)  # (n, 1 + K, 2) each
-    return nodes, nodes.field(np.stack(fields, 1) * mouth.fade(at)[:, None, None, None] @ plane.T)
-
-
-def edge_width(grey: np.ndarray) -> float:
-    """Width of the edges in a picture (H, W), in pixels: root of the power of gradients over that of Laplacians"""
-    slopes = np.gradient(grey)
-    laplacian = sum(np.gradient(g, axis=k) for k, g in enumerate(slopes))
-    return float(np.sqrt(sum((g**2).mean() for g in slopes) / max((laplacian**2).mean(), 1e-6)))
-
-
-def lip_layers(mouth: Mouth, box):
-    """What both layers show near the lips, over a box of the photo, of h x w pixels.
-
-    Returns two (h, w, 2): where the upper layer hides what is behind, and where its teeth are seen; where the lower layer
-    is skin and lip, and how bright the inside is. Painted teeth (h, w, 3), None: the photo's own. The colour (3, 1, 1) of
-    the inside at brightness 1.
-    """
-    face, q, (x0, y0, x1, y1) = mouth.face, mouth.q, box
-    region = face.photo[y0:y1, x0:x1].astype(np.float64)               # (h, w, 3)
-    v = mouth.local(centres(box))                                      # (h, w, 2)
-    x, y = (v[..., 0] - mouth.centre) / mouth.half, v[..., 1]          # x: -1 .. 1 between the corners
-    d, e = inner_lips(q, v)                                            # below the upper lip's edge, above the lower one's
-    edge = max(1.5 / face.sharpest, BLUR * edge_width(region @ GREY))  # pixels
-    soft = max(FEATHER, edge / face.scale)
-    cover = smoothstep(0.5 - d / soft)                                 # the upper lip and all above it: 1
-    inside = np.abs(x) < 1.02
-    ground = 1 - inside * smoothstep(e / soft + 0.5)                   # the lower lip and all below it: 1
-    near = region[np.abs(x) < 1]
-    lips = (np.abs(x) < 0.6) & (((y > q[51, 1]) & (d < 0)) | ((e < 0) & (y < q[57, 1])))
-    front = 1 - smoothstep((np.abs(x) - 0.25) / 0.6)                   # the corners of the mouth lie in the dark
-    shade, red = paint_inside(mouth, x, e, front, near, region[lips])
-    if mouth.own > max(SHOWS, 4 / face.scale):
-        teeth, seen = None, smoothstep(2 * e / soft)
-    else:
-        teeth, seen = paint_teeth(mouth, x, d, front, near, soft)
-    return (stack(cover, seen), stack(ground, shade)), teeth, np.float32(red)[:, None, None]
-
-
-def paint_inside(mouth: Mouth, x, e, front, near, lips):
-    """Cavity and tongue: brightness (h, w), and the colour (3,) that it is times. e: height over the lower lip; near
-    (n, 3), lips (m, 3): colours of the photo around the mouth, of the lips"""
-    light, black = np.percentile(near @ GREY, (90, 1))
-    red = lips.mean(0) if len(lips) else near.mean(0)
-    red = red @ GREY + 1.7 * (red - red @ GREY)                        # flesh is redder inside; a grey photo stays grey
-    red = np.maximum(red, 0) * (0.6 * light / max(red @ GREY, 1))
-    dark = max(0.16, 0.6 * black / max(red.max(), 1)) * (0.6 + 0.4 * front)
-    tongue = smoothstep((0.42 - e / mouth.half) / 0.4) * smoothstep((0.8 - np.abs(x)) / 0.5)
-    return dark + tongue * np.maximum(0.62 * (0.3 + 0.7 * front) - dark, 0), red
-
-
-def paint_teeth(mouth: Mouth, x, d, front, near, soft):
-    """Upper teeth: colours (h, w, 3), and how far they are seen (h, w). d: depth under the upper lip; soft: an edge"""
-    light, skin, half = np.percentile(near @ GREY, 90), near.mean(0), mouth.half
-    tall = 0.15 * half * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
-    fine = smoothstep(half * mouth.face.scale * mouth.face.sharpest / 40 - 0.25)  # few pixels: a strip without gaps
-    gaps = fine * np.exp(-((np.abs(np.abs(x)[..., None] - (0, 0.30, 0.54, 0.74)).min(-1) / 0.03) ** 2))
-    bright = (0.65 + 0.35 * smoothstep(d / (0.5 * tall))) * (0.35 + 0.65 * front) * (1 - 0.14 * gaps)
-    teeth = 0.85 * light * bright[..., None] * (1 + 0.4 * (skin / max(skin @ GREY, 1) - 1))
-    seen = smoothstep((tall * (1 - 0.2 * gaps) - d) / np.maximum(0.3 * tall, soft) + 0.5)
-    return stack(teeth), seen * (np.abs(x) < 0.95)
-
-
-class Lips:
-    """A photo's lips in motion: all below the eyes follows them, smoothly, and nothing outside the face does.
-
-    moves: (K, 68, 2), how the landmarks of a talking face move: moves[0] for each unit that the lips open, the others for
-    each unit of a shape number (motion.fit_moves). They were learned on frontal faces: here they lie in the face's plane.
-    """
-
-    def __init__(self, face: Face, moves: np.ndarray):
-        mouth = self.mouth = Mouth(face)
-        self.face, self.own, q = face, mouth.own, mouth.q
-        self.nodes, self.fields = lip_fields(mouth, np.stack([moves[0], mouth.closing(moves[0]), *moves[1:]]))
-        self.box = self.nodes.box
-        # between these two heights the upper field turns into the lower one, inside the box of the lips
-        top, bottom = q[UPPER_LIP, 1].min() - 0.10, max(q[LOWER_LIP, 1].max(), q[66, 1] + self.own + WIDEST) + 0.12
-        height = mouth.local(self.nodes.flat())[:, 1:]
-        self.blend = self.nodes.field(smoothstep((height - top) / (bottom - top)))  # (gh, gw, 1)
-        reach = BESIDE * mouth.half
-        self.lips_box = mouth.box((mouth.centre - reach, mouth.centre + reach), (top, bottom))
-        self.masks, self.teeth, self.red = lip_layers(mouth, self.lips_box)
-
     def displace(self, opening: float, shape):
-        """opening in units, at least 0; shape: K - 1 numbers -> what `shift` and `render` need; None: nothing moves"""
+        """opening in units, at least 0; shape: K - 1 numbers -> on the nodes, displacements (gh, gw, 4) of both
+        layers and (gh, gw, 2) outside the lips' box; light on the teeth. None: nothing moves"""
         beyond = opening - self.own
         amount = np.float32([max(beyond, 0.0), min(beyond, 0.0), *shape])
         if np.abs(amount).max() < 1e-6:
@@ -455,10 +366,6 @@ class Lips:
         upper, lower = map(self.nodes.invert, np.tensordot(amount, self.fields, (0, 1)))  # (gh, gw, 2) each
         light = 0.25 + 0.75 * float(smoothstep(np.float64(opening / 0.10)))  # little of it falls into a narrow gap
         return stack(upper, lower), upper + self.blend * (lower - upper), light
-
-    def shift(self, where, moved):
-        """where (h, w, 2) in the talking photo, outside the lips' box -> (h, w, 2): the pixel came from where - shift"""
-        return read(moved[1], where, self.box)
 
     def render(self, where, moved):
         """where (h, w, 2), inside the lips' box -> uint8 (h, w, 3): the upper layer, the lower one, the inside where
@@ -478,15 +385,58 @@ class Lips:
         return to_bytes(cv2.merge(list(out)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# lids
+def edge_width(grey: np.ndarray) -> float:
+    """Width of the edges in a picture (H, W), in pixels: root of the power of gradients over that of Laplacians"""
+    slopes = np.gradient(grey)
+    laplacian = sum(np.gradient(g, axis=k) for k, g in enumerate(slopes))
+    return float(np.sqrt(sum((g**2).mean() for g in slopes) / max((laplacian**2).mean(), 1e-6)))
 
+
+def lip_layers(mouth: Lips, box):
+    """What both layers show near the lips, over a box of h x w pixels: two (h, w, 2), where the upper layer hides
+    what is behind, and where its teeth are seen; where the lower layer is skin and lip, and how bright the inside
+    is. Painted teeth (h, w, 3), None: the photo's own. The colour (3, 1, 1) of a bright inside."""
+    face, q, half, (x0, y0, x1, y1) = mouth.face, mouth.q, mouth.half, box
+    region = face.photo[y0:y1, x0:x1].astype(np.float64)               # (h, w, 3)
+    v = mouth.local(centres(box))                                      # (h, w, 2)
+    x, y = (v[..., 0] - mouth.centre) / half, v[..., 1]                # x: -1 .. 1 between the corners
+    d, e = inner_lips(q, v)                                            # below the upper lip's edge, above the lower one's
+    edge = max(1.5 / face.sharpest, BLUR * edge_width(region @ GREY))  # pixels
+    soft = max(FEATHER, edge / face.scale)
+    cover = smoothstep(0.5 - d / soft)                                 # the upper lip and all above it: 1
+    ground = 1 - (np.abs(x) < 1.02) * smoothstep(e / soft + 0.5)       # the lower lip and all below it: 1
+    front = 1 - smoothstep((np.abs(x) - 0.25) / 0.6)                   # the corners of the mouth lie in the dark
+    near = region[np.abs(x) < 1]                                       # (n, 3), of all around the mouth
+    lips = region[(np.abs(x) < 0.6) & (((y > q[51, 1]) & (d < 0)) | ((e < 0) & (y < q[57, 1])))]
+    light, black = np.percentile(near @ GREY, (90, 1))
+
+    # cavity and tongue: brightness (h, w), and the colour (3,) that it is times
+    red = lips.mean(0) if len(lips) else near.mean(0)
+    red = red @ GREY + 1.7 * (red - red @ GREY)                        # flesh is redder inside; a grey photo stays grey
+    red = np.maximum(red, 0) * (0.6 * light / max(red @ GREY, 1))
+    dark = max(0.16, 0.6 * black / max(red.max(), 1)) * (0.6 + 0.4 * front)
+    tongue = smoothstep((0.42 - e / half) / 0.4) * smoothstep((0.8 - np.abs(x)) / 0.5)
+    ground = stack(ground, dark + tongue * np.maximum(0.62 * (0.3 + 0.7 * front) - dark, 0))
+    red = np.float32(red)[:, None, None]
+    if mouth.own > max(SHOWS, 4 / face.scale):
+        return (stack(cover, smoothstep(2 * e / soft)), ground), None, red
+
+    # upper teeth: colours (h, w, 3), and how far they are seen (h, w)
+    skin, tall = near.mean(0), 0.15 * half * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
+    fine = smoothstep(half * face.scale * face.sharpest / 40 - 0.25)   # few pixels: a strip without gaps
+    gaps = fine * np.exp(-((np.abs(np.abs(x)[..., None] - (0, 0.30, 0.54, 0.74)).min(-1) / 0.03) ** 2))
+    bright = (0.65 + 0.35 * smoothstep(d / (0.5 * tall))) * (0.35 + 0.65 * front) * (1 - 0.14 * gaps)
+    teeth = 0.85 * light * bright[..., None] * (1 + 0.4 * (skin / max(skin @ GREY, 1) - 1))
+    seen = smoothstep((tall * (1 - 0.2 * gaps) - d) / np.maximum(0.3 * tall, soft) + 0.5)
+    return (stack(cover, seen * (np.abs(x) < 0.95)), ground), stack(teeth), red
+
+
+# ---------------------------------------------------------------------------------------------------------------- lids
 
 class Lids:
     """One eye of a photo: the skin between lid and brow slides down over it, the lower lid rises a little.
 
-    eye: 6 landmarks, corner to corner over the upper lid and back; brow: 5. Lengths are widths of this eye.
-    """
+    eye: 6 landmarks, corner to corner over the upper lid and back; brow: 5. Lengths are widths of this eye."""
 
     RISE, SEAL, LASH = 0.20, 0.07, 0.06  # share of the gap that the lower lid closes; overlap of both lids; lashes
     SKIN, LINE = 0.7, 0.35  # share of the skin below the eye in the colour of a shut lid; darkness of its lash line
@@ -526,16 +476,12 @@ class Lids:
         return to_bytes(under + (smoothstep(edge) * smoothstep(fall / 0.02))[..., None] * (skin - under))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the head
-
+# ------------------------------------------------------------------------------------------------------------ the head
 
 class Head:
-    """A field for any pose: each node has a depth, from the mean shape below the landmarks.
-
-    The head's outline lies in the plane of the neck's joint, like a ball's: it hardly moves when the head turns, so
-    that the background does not tear. `room`: degrees of yaw and of pitch that look right, from the steepest depth.
-    """
+    """A field for any pose: each node has a depth, from the mean shape below the landmarks. The head's outline
+    lies in the plane of the neck's joint: it hardly moves in a turn, so that the background does not tear. `room`:
+    degrees of yaw and of pitch that look right, from the steepest depth."""
 
     DEPTH = 1.15  # MediaPipe's depths are too flat by so much: measured turns against asked ones
     PIVOT = np.array([0, 0.60, 0.50])  # the neck's joint, in the mean's frame
@@ -555,7 +501,7 @@ class Head:
         reach = self.AXES + self.AIR
         self.box = box_in(face.photo, np.stack([middle - reach, middle + reach + (0, 0.3)]) * scale + shift)
         self.nodes, self.scale = Nodes(self.box, HEAD_NODE * scale), scale
-        nodes = (self.nodes.flat() - shift) / scale                    # (n, 2)
+        nodes = (self.nodes.flat - shift) / scale                      # (n, 2)
         v = (nodes - middle) @ upright.T
         out = np.hypot(*(v / self.AXES).T) - 1                         # 0 on the outline
 
@@ -573,21 +519,16 @@ class Head:
 
         # how much of a turn, of a shift and of raised brows each node follows
         chin = ((place[8, :2] - middle) @ upright.T)[1]
-        turns = (1 - smoothstep((v[:, 1] - chin) / self.NECK)) * self.inside(nodes, face.photo.shape)
+        (x0, y0, x1, y1), (H, W) = self.box, face.photo.shape[:2]      # edges stay, but for the picture's own
+        distances = zip((*(nodes - nodes.min(0)).T, *(nodes.max(0) - nodes).T), (x0 > 0, y0 > 0, x1 < W, y1 < H))
+        inside = np.prod([smoothstep(distance / 0.25) for distance, edge in distances if edge], 0)
+        turns = (1 - smoothstep((v[:, 1] - chin) / self.NECK)) * inside
         shifts = turns * (1 - smoothstep(out * self.AXES[0] / self.AIR))
         still = np.r_[0:17, 27:48, 68:len(mean)]
         brows = np.r_[np.ones(10), np.zeros(len(still) + len(ring))]
         lift = thin_plate(np.r_[place[17:27, :2], place[still, :2], ring], brows, nodes) * turns * (out < 0.2)
         fields = np.c_[nodes - pivot[:2], z, turns, shifts, np.outer(lift, -upright[1])]
         self.fields = self.nodes.field(fields)                         # (gh, gw, 7)
-
-    def inside(self, nodes: np.ndarray, shape) -> np.ndarray:
-        """nodes (n, 2), units -> (n,): 0 at the region's edges, which stay in place, but for those of the picture"""
-        H, W = shape[:2]
-        x0, y0, x1, y1 = self.box
-        lo, hi = nodes.min(0), nodes.max(0)
-        distances = zip((*(nodes - lo).T, *(hi - nodes).T), (x0 > 0, y0 > 0, x1 < W, y1 < H))
-        return np.prod([smoothstep(distance / 0.25) for distance, edge in distances if edge], 0)
 
     def back(self, pose: Pose, brows: float) -> np.ndarray:
         """(gh, gw, 2), pixels: what arrives at the nodes came from there minus this"""
@@ -599,15 +540,10 @@ class Head:
         return self.nodes.invert(np.float32(self.scale * (turns * bent + shifts * rigid + brows * lift)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole
-
+# ----------------------------------------------------------------------------------------------------------- the whole
 
 class Warp:
-    """Frames of a photo. warp(opening, shape, blink, brows, pose) -> uint8 (H, W, 3), each read once from the photo.
-
-    At rest (`opening` the photo's own, `shape` 0, no blink, no pose) it is the photo, bit for bit.
-    """
+    """Frames of a photo, uint8 (H, W, 3). own: the photo's opening; room: see Head"""
 
     def __init__(self, face: Face, moves: np.ndarray):
         self.face, self.lips, self.head = face, Lips(face, moves), Head(face)
@@ -616,16 +552,16 @@ class Warp:
         self.own, self.room = self.lips.own, self.head.room
 
     def __call__(self, opening=None, shape=None, blink: float = 0.0, brows: float = 0.0, pose: Pose | None = None):
-        """opening: of the lips, in units, None: the photo's; shape: (K - 1,) numbers of `moves`; blink: 0 to 1; brows:
-        raised by so much; pose: of the head."""
+        """opening, brows: in units, None: the photo's; shape: (K - 1,) numbers of `moves`; blink: 0 to 1"""
         lips, frame = self.lips, self.face.photo.copy()
         shape = np.zeros(lips.fields.shape[1] - 2) if shape is None else shape
         moved = lips.displace(lips.own if opening is None else max(0.0, float(opening)), shape)
         layers = self.layers(moved, min(float(blink), 1.0))
         if brows or pose not in (None, Pose()):
-            parts = self.turned(moved, layers, self.head.back(pose or Pose(), brows))
+            parts = [self.turned(moved, layers, self.head.back(pose or Pose(), brows))]
         else:
-            parts = self.still(moved, layers)
+            parts = [(lips.box, self.face.read(lips.nodes.came_from(moved[1])))] if moved else []
+            parts += [(box, layer(centres(box))) for box, layer in layers]
         for (x0, y0, x1, y1), colours in parts:
             frame[y0:y1, x0:x1] = colours
         return frame
@@ -635,25 +571,18 @@ class Warp:
         lips, photo, layers = self.lips, self.face.read, []
         if moved:
             layers.append((lips.lips_box, partial(lips.render, moved=moved)))
-            photo = lambda at: self.face.read(at - lips.shift(at, moved))  # noqa: E731
+            photo = lambda at: self.face.read(at - read(moved[1], at, lips.box))  # noqa: E731
         for eye in self.eyes if blink > 0 else ():
             layers.append((eye.box, partial(eye.render, blink=blink, photo=photo)))
         return layers
 
-    def still(self, moved, layers):
-        """Boxes and colours, uint8 (h, w, 3), one over the other, of a head that keeps its pose"""
-        if moved:
-            yield self.lips.box, self.face.read(self.lips.nodes.came_from(moved[1]))
-        for box, layer in layers:
-            yield box, layer(centres(box))
-
     def turned(self, moved, layers, back):
-        """The head's box and its colours. back: of Head. Lips and lids lie on the head as it is before it turns."""
+        """The head's box and its colours. back: of Head. Lips and lids lie on the head before it turns."""
         lips, where = self.lips, self.head.nodes.came_from(back)       # (h, w, 2)
         layers = [(part, layer, where[part].copy()) for box, layer in layers if (part := part_of(box, where))]
         if moved and (part := part_of(lips.box, where)):
-            where[part] -= lips.shift(where[part], moved)
+            where[part] -= read(moved[1], where[part], lips.box)
         out = self.face.read(where)
         for part, layer, at in layers:
             out[part] = layer(at)
-        yield self.head.box, out
+        return self.head.box, out

@@ -1,5 +1,23 @@
-"""Tests share the machine: threads of OpenMP that wait for each other sleep. Before torch loads."""
+"""What makes the tests faster."""
 
+import gc
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: threads that wait for each other sleep
+
+
+def pytest_collection_finish():
+    """The garbage collector searches what tests make, and no longer what they import"""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    """Five toy people at 16 px, 20 frames each"""
+    from toyfaces import make_pack
+    folder = tmp_path_factory.mktemp("pack") / "toys"
+    make_pack(folder, 16, people=5, seconds=0.8, first_seed=50, workers=0)
+    return folder

@@ -10,7 +10,7 @@ import dub
 import sample
 from fusion import load_model
 from landmarks import find_landmarks, load_landmarks, track_landmarks
-from media import InputError, VideoWriter, load_photo, read_video, write_wav
+from media import InputError, load_photo, read_video, write_video, write_wav
 from motion import lip_opening
 from sample import EXAMPLE, FACE, in_order
 from warp import Face, Warp
@@ -38,9 +38,7 @@ def clip(tmp_path_factory, net, moves):
     photo = np.array(Image.fromarray(load_photo(EXAMPLE)).resize((256, 256), Image.Resampling.LANCZOS))
     warp = Warp(Face(photo, find_landmarks(net, photo, BOX), net.solid.double().numpy()), moves)
     path = tmp_path_factory.mktemp("dub") / "clip.mp4"
-    with VideoWriter(path, 256, 256, np.zeros(640 * T, np.float32)) as video:
-        for opening in OWN:
-            video.write(warp(opening))
+    write_video(path, map(warp, OWN), T, np.zeros(640 * T, np.float32))
     return path
 
 
@@ -101,9 +99,7 @@ def test_a_clip_that_is_shorter_than_the_sound_starts_again(clip, net, moves):
 def test_frames_of_a_scene_without_a_face_pass_through(clip, net, moves, tmp_path, monkeypatch):
     frames, path = list(read_video(clip)), tmp_path / "cut.mp4"
     blank = np.full((256, 256, 3), 230, np.uint8)
-    with VideoWriter(path, 256, 256, np.zeros(640 * 60, np.float32)) as video:
-        for frame in [*frames[:20], *[blank] * 20, *frames[20:]]:
-            video.write(frame)
+    write_video(path, iter([*frames[:20], *[blank] * 20, *frames[20:]]), 60, np.zeros(640 * 60, np.float32))
     monkeypatch.setattr(dub, "detect_faces", lambda frame, margins: [(*BOX, 0.9)] if frame.std() > 10 else [])
     takes, out = dubbed(path, net, moves, np.zeros(60))
     assert [(int(take.first), take.T) for take in takes] == [(0, 20), (40, 20)]

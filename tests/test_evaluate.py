@@ -20,7 +20,7 @@ from audio import mfcc
 from evaluate import (
     METRICS, Clip, align_face, frechet_distance, head_pose, l1, landmark_distance, lip_sync_error, measure,
     mouth_distance, psnr, ssim_and_ms_ssim)
-from media import InputError, VideoWriter, read_video, run
+from media import InputError, read_video, run, write_video
 
 CPU = torch.device("cpu")
 NO_NETWORKS = dict(device=CPU, skip={}, sync=None, landmarks=None, lpips=None, arcface=None, syncnet=None, inception=None)
@@ -299,9 +299,7 @@ def cells(line):
 
 
 def film(path, frames, wav=None):
-    with VideoWriter(path, *frames.shape[1:3], wav) as video:
-        for frame in frames:
-            video.write(frame)
+    write_video(path, iter(frames), len(frames), wav)
     return str(path)
 
 

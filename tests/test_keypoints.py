@@ -190,7 +190,7 @@ def test_clips_of_a_list_alone_get_landmarks(bare, tmp_path, monkeypatch):
 
 def test_two_workers_find_what_one_finds(bare, tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks, "landmark_detector", bright)
-    monkeypatch.setattr(landmarks, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr("media.ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     monkeypatch.setattr(landmarks, "CHUNK", 3)
     other = shutil.copytree(bare, tmp_path / "other")
     for folder, workers in ((bare, "1"), (other, "2")):

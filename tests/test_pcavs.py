@@ -26,7 +26,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
 from media import InputError, load_audio, read_video, run, to_tensor, write_video
 from pcavs import PCAVS, Config
-from toyfaces import make_pack, toy_clip
+from toyfaces import toy_clip
 
 RATE = 16000
 NAMES = {letter: name for letter, (name, _) in pcavs.PUBLISHED.items()}  # of the four files
@@ -264,11 +264,17 @@ def published_state(net, letter):
     return state | {prefix + "weight": torch.zeros(7, 3) for prefix in pcavs.PUBLISHED[letter][1]}
 
 
-@pytest.fixture
-def four(narrow, tmp_path):
+@pytest.fixture(scope="module")
+def saved(narrow, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
     for letter, name in NAMES.items():
-        torch.save(published_state(getattr(narrow, letter), letter), tmp_path / name)
-    return tmp_path
+        torch.save(published_state(getattr(narrow, letter), letter), folder / name)
+    return folder
+
+
+@pytest.fixture
+def four(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "four")
 
 
 def test_four_published_files_load_and_what_is_unused_is_not_kept(narrow, four):
@@ -278,8 +284,9 @@ def test_four_published_files_load_and_what_is_unused_is_not_kept(narrow, four):
         model = pcavs.load_published(four, NARROW)
         for letter in "GVEA":
             net, ours = getattr(model, letter), getattr(narrow, letter).state_dict()
-            assert net.state_dict().keys() == ours.keys()
-            assert all(torch.equal(net.state_dict()[k], ours[k]) for k in ours)
+            found = net.state_dict()
+            assert found.keys() == ours.keys()
+            assert all(torch.equal(found[k], ours[k]) for k in ours)
             assert not any(p.requires_grad for p in net.parameters()) and not net.training
 
 
@@ -775,16 +782,11 @@ def test_the_pose_augmentation_changes_colours_and_size_and_rotates_nothing():
 # training
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pack") / "toys"
-    make_pack(path, 16, people=5, seconds=0.8, first_seed=50, workers=0)
-    return path
-
-
-@pytest.fixture
-def narrow_discriminator(monkeypatch):
+def narrow_discriminator():
     """An eighth of the channels; its own tests are in test_stylegan2.py"""
-    monkeypatch.setattr(pcavs, "Discriminator", lambda size, base: stylegan2.Discriminator(size, base // 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pcavs, "Discriminator", lambda size, base: stylegan2.Discriminator(size, base // 8))
+        yield
 
 
 def learn(pack, out, *more, steps=4):
@@ -836,37 +838,49 @@ def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
         np.testing.assert_array_equal(item["mel"], lws_windows(mel, at[1:]))
 
 
-def test_two_steps_are_one_and_one_more_bit_for_bit(pack, tmp_path, monkeypatch, narrow_discriminator):
-    monkeypatch.setattr(pcavs, "LOG_EVERY", 1)
-    monkeypatch.setattr(pcavs, "TEACHER_SHARE", 0)                              # a share of the steps
+@pytest.fixture(scope="module")
+def two_steps(pack, tmp_path_factory, narrow_discriminator):
+    """A run of two steps with the adversary"""
+    out = tmp_path_factory.mktemp("run") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pcavs, "LOG_EVERY", 1)
+        patch.setattr(pcavs, "TEACHER_SHARE", 0)                                # a share of the steps
+        learn(pack, out, "--w-adv", "1", steps=2)
+    return out
+
+
+def test_two_steps_are_one_and_one_more_bit_for_bit(pack, two_steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(pcavs, "TEACHER_SHARE", 0)
     lr = pcavs.cosine_warmup
     monkeypatch.setattr(pcavs, "cosine_warmup", lambda step, steps: lr(step, 2))  # although one of them stops at one
-    learn(pack, tmp_path / "a", "--w-adv", "1", steps=2)
-    learn(pack, tmp_path / "b", "--w-adv", "1", steps=1)
+    learn(pack, tmp_path, "--w-adv", "1", steps=1)
     with pytest.raises(InputError, match="was trained with other options .no 'D' in it"):
-        learn(pack, tmp_path / "b", "--resume", steps=2)
-    learn(pack, tmp_path / "b", "--resume", "--w-adv", "1", steps=2)
-    a, b = (load_checkpoint(tmp_path / k / "pcavs.pt", "pcavs-train") for k in "ab")
+        learn(pack, tmp_path, "--resume", steps=2)
+    learn(pack, tmp_path, "--resume", "--w-adv", "1", steps=2)
+    a, b = (load_checkpoint(folder / "pcavs.pt", "pcavs-train") for folder in (two_steps, tmp_path))
     for part in ("model", "ema", "people", "teacher", "D"):
         for key, value in a["networks"][part].items():
             assert torch.equal(value, b["networks"][part][key]), (part, key)
-    lines = [json.loads(line) for line in open(tmp_path / "a" / "log_pcavs.jsonl")]
+    lines = [json.loads(line) for line in open(two_steps / "log_pcavs.jsonl")]
     assert "args" in lines[0] and [line["step"] for line in lines[1:]] == [0, 1]
-    assert Image.open(tmp_path / "a" / "pcavs.png").size == (8 * 128, 4 * (128 + 18))       # a line of words a row
-    model = pcavs.load_pcavs(tmp_path / "a" / "weights.pt")
+    assert Image.open(two_steps / "pcavs.png").size == (8 * 128, 4 * (128 + 18))             # a line of words a row
+    model = pcavs.load_pcavs(two_steps / "weights.pt")
     assert model.config == Config.at(16)
     with pytest.raises(InputError, match="--resume continues it"):
-        learn(pack, tmp_path / "a")
+        learn(pack, two_steps)
 
 
-def test_a_resumed_run_continues_at_the_new_rate_and_refuses_another_pack(pack, tmp_path):
-    learn(pack, tmp_path / "out", steps=1)
-    learn(pack, tmp_path / "out", "--resume", "--lr", "0.0005", steps=2)
+def test_a_resumed_run_continues_at_the_new_rate_and_refuses_another_pack(pack, two_steps, tmp_path):
+    more = ["--resume", "--w-adv", "1"]
+    shutil.copytree(two_steps, tmp_path / "out")
+    learn(pack, tmp_path / "out", *more, "--lr", "0.0005", steps=3)
     groups = load_checkpoint(tmp_path / "out" / "pcavs.pt", "pcavs-train")["optimisers"]["g"]["param_groups"]
     assert [group["initial_lr"] for group in groups] == [0.0005, 0.0025]
-    make_pack(tmp_path / "others", 16, people=4, seconds=0.8, first_seed=50, workers=0)
+    with PackWriter(tmp_path / "others", 16, "toy") as writer:                   # fewer people
+        for c in range(4):
+            writer.add(Pack(pack).frames(c, range(20)), Pack(pack).sound(c), str(c), str(c))
     with pytest.raises(InputError, match="pcavs.pt: was trained with other options"):
-        learn(tmp_path / "others", tmp_path / "out", "--resume", steps=3)
+        learn(tmp_path / "others", tmp_path / "out", *more, steps=4)
 
 
 class MovingPatterns:
@@ -915,9 +929,15 @@ def step_of(pack, *options):
     return nets, opts, next(pcavs.batches(pcavs.ClipFrames(pack, 2, 0, range(5)), 3)), args
 
 
+@pytest.fixture(scope="module")
+def first_step(pack):
+    return step_of(pack)
+
+
 @pytest.mark.parametrize("step", [0, 2000])  # G's pose input is the teacher's code, and E's
-def test_every_term_counts_and_every_parameter_of_inference_learns(pack, step):
-    nets, _, batch, args = step_of(pack)
+def test_every_term_counts_and_every_parameter_of_inference_learns(first_step, step):
+    nets, opts, batch, args = first_step
+    opts["g"].zero_grad()
     terms, _, _ = pcavs.loss_terms(nets, batch, step, args)
     assert set(terms) == set(pcavs.WEIGHTS) - {"feat"} and all(float(v.detach()) != 0 for v in terms.values())
     sum(pcavs.WEIGHTS[k] * v for k, v in terms.items()).backward()
@@ -927,9 +947,9 @@ def test_every_term_counts_and_every_parameter_of_inference_learns(pack, step):
 
 
 def test_one_batch_can_be_over_fitted(pack):
-    nets, opts, batch, args = step_of(pack)
+    nets, opts, batch, args = step_of(pack, "--lr", "0.004")
     curve = []
-    for _ in range(40):
+    for _ in range(20):
         terms, _, _ = pcavs.loss_terms(nets, batch, 49, args)
         opts["g"].zero_grad()
         sum(pcavs.WEIGHTS[k] * v for k, v in terms.items()).backward()

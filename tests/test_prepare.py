@@ -18,7 +18,7 @@ import media
 import prepare
 from data import Clips, Frames, Pack, open_packs
 from faces import TEMPLATES
-from media import InputError, VideoWriter
+from media import InputError, write_video
 from tests.test_data import brightness, drawn, noise
 
 ROOT = Path(prepare.__file__).parent
@@ -50,9 +50,7 @@ def recorded(tmp_path_factory):
         ("brief.mp4", drawn(5, 64, 90.0), noise(5, 2)),
         ("mute.mp4", drawn(20, 64, 90.0), None),
     ):
-        with VideoWriter(folder / name, 64, 64, wav) as video:
-            for frame in frames:
-                video.write(frame)
+        write_video(folder / name, iter(frames), len(frames), wav)
     (folder / "notes.txt").write_text("nothing to see")
     (folder / "empty.mp4").touch()
     (folder / "cut.mp4").write_bytes((folder / "bob.mkv").read_bytes()[:900])
@@ -72,6 +70,13 @@ def speakers(videos):
     for path in [*videos.glob("*.mp4"), videos / "notes.txt"]:
         path.unlink()
     return videos
+
+
+@pytest.fixture
+def speaker(speakers):
+    """Bob's video alone"""
+    shutil.rmtree(speakers / "anna")
+    return speakers
 
 
 def manifest(out):
@@ -104,7 +109,7 @@ def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, 
 
 def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypatch):
     fork = multiprocessing.get_context("fork")  # inherits the stand-in for the detector
-    monkeypatch.setattr(prepare.multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     prepare.prepare(videos, tmp_path / "one", 32, person="anna")
     prepare.prepare(videos, tmp_path / "three", 32, workers=3, person="anna")
     assert Pack(tmp_path / "three").identities == ["anna"]
@@ -143,9 +148,10 @@ def test_the_census_counts_sizes_frame_rates_and_lengths(videos, capsys):
     (videos / "cut.mp4").unlink()
     prepare.census(prepare.list_files(videos), 2)
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert ["| size", "64x64", "5", "71.4%", "4 |"] in lines and ["| rate", "25 frames/s", "5", "71.4%", "4 |"] in lines
-    assert [line[1:3] for line in lines if "length" in line[0]] == [["0 to 1 s", "4"], ["1 to 2 s", "1"]]
-    assert ["| not a video", "", "2", "28.6%", "0 |"] in lines
+    assert ["| size 64x64", "5", "71.4%", "4 |"] in lines and ["| rate 25 frames/s", "5", "71.4%", "4 |"] in lines
+    lengths = [line[:2] for line in lines if "length" in line[0]]
+    assert lengths == [["| length 0 to 1 s", "4"], ["| length 1 to 2 s", "1"]]
+    assert ["| not a video", "2", "28.6%", "0 |"] in lines
 
 
 def test_a_bug_in_one_file_is_a_line_of_the_manifest_and_the_others_are_packed(speakers, tmp_path, monkeypatch):
@@ -157,6 +163,7 @@ def test_a_bug_in_one_file_is_a_line_of_the_manifest_and_the_others_are_packed(s
 
 
 def test_a_lag_moves_the_sound_against_the_frames(speakers, tmp_path):
+    (speakers / "bob.mkv").unlink()
     for lag in (0, 2, -3):
         prepare.prepare(speakers, tmp_path / str(lag), 32, lag=lag)
     (asis, late, early), step = (Pack(tmp_path / str(lag)).sound(0) for lag in (0, 2, -3)), 16000 // 25
@@ -166,16 +173,16 @@ def test_a_lag_moves_the_sound_against_the_frames(speakers, tmp_path):
     assert not late[-2 * step :].any() and not early[: 3 * step].any() and asis.any()
 
 
-def test_isolate_packs_the_voice_alone(speakers, tmp_path, monkeypatch):
+def test_isolate_packs_the_voice_alone(speaker, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "isolate_voice", lambda wav: 0.25 * wav)
     for isolate in (False, True):
-        prepare.prepare(speakers, tmp_path / str(isolate), 32, isolate=isolate)
+        prepare.prepare(speaker, tmp_path / str(isolate), 32, isolate=isolate)
     whole, voice = (Pack(tmp_path / name).sound(0) for name in ("False", "True"))
     assert np.abs(whole).max() > 0.01 and np.abs(voice - 0.25 * whole).max() < 2 / 32768
 
 
-def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(speakers, tmp_path):
-    prepare.prepare(speakers, tmp_path / "out", 32)
+def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(speaker, tmp_path):
+    prepare.prepare(speaker, tmp_path / "out", 32)
     box = Pack(tmp_path / "out").box[0]
     assert np.allclose(box, faces.face_box([(64 * 0.3, 64 * 0.2, 64 * 0.7, 64 * 0.8, 0.9)], "face"), atol=0.02)
 
@@ -203,15 +210,14 @@ def photos(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_pack_is_cropped_by_the_template_that_it_records(speakers, tmp_path):
+def test_a_pack_is_cropped_by_the_template_that_it_records(speaker, tmp_path):
     for template in ("face", "ffhq"):
-        out = tmp_path / f"{speakers.name}-{template}"
-        prepare.prepare(speakers, out, 32, template=template)
-        assert Pack(out).template == template
-    small, large = (Pack(tmp_path / f"{speakers.name}-{template}").box[0] for template in ("face", "ffhq"))
+        prepare.prepare(speaker, tmp_path / template, 32, template=template)
+        assert Pack(tmp_path / template).template == template
+    small, large = (Pack(tmp_path / template).box[0] for template in ("face", "ffhq"))
     assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # as the distance of the eyes
     with pytest.raises(InputError, match="holds a pack|other options"):
-        prepare.prepare(speakers, tmp_path / f"{speakers.name}-ffhq", 32, template="face")
+        prepare.prepare(speaker, tmp_path / "ffhq", 32, template="face")
 
 
 def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
@@ -250,6 +256,8 @@ def killed_after(lives: int, videos, out):
 
 @needs_fork
 def test_a_run_killed_twice_and_continued_writes_the_same_pack(videos, tmp_path, monkeypatch):
+    for name in ("brief.mp4", "mute.mp4", "empty.mp4", "cut.mp4"):
+        (videos / name).unlink()
     monkeypatch.setattr(prepare, "SEGMENT", 12)
     prepare.prepare(videos, tmp_path / "whole", 32)
     assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
@@ -275,13 +283,12 @@ def slow(job):
 @needs_fork
 def test_workers_die_with_a_killed_parent(monkeypatch):
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(prepare.multiprocessing, "get_context", lambda method: fork)
-    monkeypatch.setattr(prepare, "do_job", slow)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     PIPE[:] = os.pipe()
     pid = os.fork()
     if not pid:
         try:
-            list(prepare.in_order([1, 2], 2))
+            list(media.by_processes(slow, [1, 2], 2))
         finally:
             os._exit(1)
     os.close(PIPE[1])
@@ -299,19 +306,19 @@ class SyncExpert:
 
 
 @pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])
-def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(speakers, tmp_path, monkeypatch, late, fit):
+def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(speaker, tmp_path, monkeypatch, late, fit):
     monkeypatch.setattr(prepare, "sync_expert", lambda path, device: SyncExpert())
     monkeypatch.setattr(prepare, "embed", lambda expert, crops, mel, device: (len(crops), mel))
     monkeypatch.setattr(prepare, "by_shift", lambda expert, face, sound: None)
     monkeypatch.setattr(prepare, "best_offset", lambda table: (late, 3.0, fit))
     if fit < 0:
-        with pytest.raises(InputError, match="no clip in 2 files"):
-            prepare.prepare(speakers, tmp_path / "out", 32, expert=Path("sync.pt"))
+        with pytest.raises(InputError, match="no clip in 1 files"):
+            prepare.prepare(speaker, tmp_path / "out", 32, expert=Path("sync.pt"))
         assert reason(manifest(tmp_path / "out")["bob.mkv"]) == "mouth and sound do not fit"
         return
-    prepare.prepare(speakers, tmp_path / "out", 32, expert=Path("sync.pt"))
-    pack, whole = Pack(tmp_path / "out"), media.load_audio(speakers / "bob.mkv")
-    moved = pack.sound(1)
+    prepare.prepare(speaker, tmp_path / "out", 32, expert=Path("sync.pt"))
+    pack, whole = Pack(tmp_path / "out"), media.load_audio(speaker / "bob.mkv")
+    moved = pack.sound(0)
     assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late and len(moved) == 20 * 640
     begin = 640 * late * (abs(late) > 1)  # what was heard at frame k + late is heard at k; one frame is its error
     expected = np.pad(whole, 20 * 640)[20 * 640 + begin : 40 * 640 + begin]

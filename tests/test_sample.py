@@ -1,6 +1,7 @@
 """The sampler: right length, sound and picture in step, every refusal in one line before anything slow."""
 
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -77,11 +78,11 @@ def test_the_video_has_25_frames_a_second_of_speech(folder, weights, n, frames):
     assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
 
 
-def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights):
+def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights, capsys, monkeypatch):
     files = ["face.png", "speech.wav", "--weights", str(weights), "--out", "a.mp4"]
-    done = subprocess.run([sys.executable, sample.__file__, *files, "--device", "cpu"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", [sample.__file__, *files, "--device", "cpu"])
+    runpy.run_path(sample.__file__, run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
     assert shape_of("a.mp4")[0] == 21 and "a.mp4" in last and "21 frames" in last and "0.84 s" in last
 
 
@@ -140,9 +141,7 @@ def test_awkward_file_names(folder, weights, name):
 def test_speech_may_come_inside_a_video_and_the_photo_may_be_of_any_kind(folder, weights):
     picture = Image.open("face.png").resize((64, 62)).convert("LA")  # nearly square, grey, with alpha
     picture.save("odd.png")
-    with media.VideoWriter("clip.mp4", 32, 32, noise(9000) / 32768) as video:
-        for _ in range(14):
-            video.write(np.zeros((32, 32, 3), np.uint8))
+    media.write_video("clip.mp4", iter(np.zeros((14, 32, 32, 3), np.uint8)), 14, noise(9000) / 32768)
     talk(weights=weights, face="odd.png", speech="clip.mp4")
     assert 14 <= shape_of("talk.mp4")[0] <= 16
 
@@ -198,8 +197,8 @@ def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_thin
 
 
 def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeypatch):
-    written, write = [], media.VideoWriter.write
-    monkeypatch.setattr(media.VideoWriter, "write", lambda self, frame: written.append(frame) or write(self, frame))
+    written = []
+    monkeypatch.setattr(sample, "write_video", lambda out, frames, *args: written.extend(frames))
     Image.open("face.png").resize((40, 40)).save("face.png")  # larger than the network's picture
     Image.open("face.png").convert("L").save("grey.png")
     for how, face, colour in ((["--crop"], "grey.png", False), ([], "grey.png", False), ([], "face.png", True)):
@@ -429,9 +428,7 @@ def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeyp
         return [(70 * scale, 40 * scale, 90 * scale, 60 * scale, 0.9)]
 
     monkeypatch.setattr(sample, "detect_faces", look)
-    with media.VideoWriter("d.mp4", 80, 120) as video:
-        for frame in frames:
-            video.write(frame)
+    media.write_video("d.mp4", iter(frames), len(frames))
     crops = torch.stack(list(sample.driving_frames("d.mp4", 6, 16, "face")))
     assert crops.shape == (6, 3, 16, 16) and crops[..., 2:-2, 2:-2].min() > 0.8
     monkeypatch.setattr(sample, "detect_faces", lambda image, margins: [])
@@ -452,9 +449,7 @@ def test_a_grid_shows_the_photo_the_driving_clip_there_and_back_and_the_result(f
 
 
 def test_a_driving_video_moves_the_face_and_the_length_stays_the_speechs(folder, weights):
-    with media.VideoWriter("d.mp4", 40, 40) as video:
-        for k in range(8):
-            video.write(np.random.default_rng(k).integers(0, 255, (40, 40, 3), np.uint8))
+    media.write_video("d.mp4", iter(np.random.default_rng(0).integers(0, 255, (8, 40, 40, 3), np.uint8)), 8)
     talk("--driving", "d.mp4", weights=weights)
     assert shape_of("talk.mp4") == (21, 32, 32, 3)
 
@@ -496,9 +491,7 @@ def bad_inputs(folder):
     scipy.io.wavfile.write("zero.wav", RATE, np.zeros(0, np.int16))
     for name, value in (("nan", np.nan), ("inf", np.inf)):
         scipy.io.wavfile.write(f"{name}.wav", RATE, np.array([0, value, 0.5, 0] * 99, np.float32))
-    with media.VideoWriter("mute.mp4", 32, 32) as video:
-        for k in range(40):
-            video.write(np.random.default_rng(k).integers(0, 255, (32, 32, 3), np.uint8))
+    media.write_video("mute.mp4", iter(np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), np.uint8)), 40)
     whole = Path("mute.mp4").read_bytes()
     Path("cut.mp4").write_bytes(whole[: len(whole) // 3])
     anything = [("missing", "no such file"), ("directory", "directory"), ("empty", "empty")]
@@ -605,8 +598,9 @@ def example(*args):
 
 
 def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_keeps_still(short, monkeypatch):
-    frames, writer = [], media.VideoWriter.write
-    monkeypatch.setattr(media.VideoWriter, "write", lambda self, frame: (frames.append(frame), writer(self, frame)))
+    frames, write = [], sample.write_video
+    monkeypatch.setattr(sample, "write_video",
+                        lambda out, made, *args: frames.extend(made) or write(out, iter(frames), *args))
     example("--still", "--blink", 0, "--out", "a.mp4")
     photo = media.load_photo(sample.EXAMPLE)
     changed = np.any([(frame != photo).any(-1) for frame in frames], 0)
@@ -626,10 +620,8 @@ def test_a_head_sways_or_follows_a_driving_clip_by_its_own_landmarks(short, monk
     more = []
     if driven:
         photo = media.load_photo(sample.EXAMPLE)
-        with media.VideoWriter("drive.mp4", 512, 512) as video:
-            for k in range(12):
-                turned = Image.fromarray(photo).rotate(-k, Image.Resampling.BICUBIC, center=(255, 255))
-                video.write(np.array(turned))
+        turned = (Image.fromarray(photo).rotate(-k, Image.Resampling.BICUBIC, center=(255, 255)) for k in range(12))
+        media.write_video("drive.mp4", map(np.array, turned), 12)
         monkeypatch.setattr(sample, "driving_box", lambda *a: (12, (134.5, 130.1, 381.7, 377.3), 512))
         more = ["--driving", "drive.mp4"]
     example("--out", "a.mp4", *more)

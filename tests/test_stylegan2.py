@@ -154,7 +154,8 @@ def test_equalised_layer_scales_by_he_and_learning_rate():
 
 
 def test_published_widths_and_parameter_count():
-    G, D = Generator(256), Discriminator(256)
+    with torch.device("meta"):
+        G, D = Generator(256), Discriminator(256)
     assert n_styles(256) == 14 and G.L == 14
     assert [layer.conv.weight.shape[1] for layer in G.styled_convs()] == [512] * 9 + [256] * 2 + [128] * 2
     assert sum(p.numel() for p in G.parameters()) == 30_034_338

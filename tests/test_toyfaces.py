@@ -268,7 +268,7 @@ def test_a_pack_holds_the_clips_and_their_truth(tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: kinds.append(kind) or get_context("fork"))
     toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE, workers=2)
     pack, truth = Pack(folder), np.load(folder / "truth.npy")
-    assert kinds == ["spawn"] and len(pack) == 3 and pack.size == 32 and pack.template == "toy"
+    assert kinds == ["forkserver"] and len(pack) == 3 and pack.size == 32 and pack.template == "toy"
     assert truth.shape == (45, 10) and truth.dtype == np.float32
     for i in range(3):
         frames, wav, expected = toy.toy_clip(toy.TUNE + i, 0.6, 32)

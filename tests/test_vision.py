@@ -1,5 +1,6 @@
 """Networks that look at images: the published forms against float64 references, and their files."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def listed(name, part=""):
     return {key.removeprefix(part): shape for key, shape in shapes.items() if key.startswith(part)}
 
 
+@functools.cache
 def published_forms():
     """Each network in its published widths, without storage: name -> (network, key list, prefix there, parameters)"""
     with torch.device("meta"):
@@ -114,10 +116,11 @@ def enlarged(x):
     return weight @ x @ weight.t()
 
 
-def test_psps_encoder_is_the_published_one():
+def test_psps_encoder_is_the_published_one(monkeypatch):
+    monkeypatch.setattr(vision, "at_256", lambda x: x)                         # a quarter of the pixels
     torch.manual_seed(0)
     encoder, s = lively(vision.GradualStyleEncoder(10, dim=24, width=16))
-    x = torch.rand(2, 3, 256, 256) * 2 - 1
+    x = torch.rand(2, 3, 128, 128) * 2 - 1
     maps = trunk_maps(s, x.double())
     coarse = maps[23]
     middle = enlarged(coarse) + conv(s, "latlayer1", maps[20], padding=0)
@@ -210,6 +213,10 @@ def test_pictures_of_other_sizes_are_brought_to_256_and_small_ones_stay_small_fo
     for size in (512, 64):
         network(x[..., :size, :size], x[..., :size, :size])
     assert seen == [(16, 16), (4, 4)]
+    encoder = vision.GradualStyleEncoder(1, dim=4, width=16).eval()
+    encoder.input_layer.register_forward_hook(lambda module, given, made: seen.append(made.shape[2:]))
+    encoder(x[:1, ..., :8, :8])
+    assert seen[2:] == [(256, 256)]
 
 
 def psp_file(path, L=10, **more):
@@ -221,8 +228,9 @@ def psp_file(path, L=10, **more):
     return encoder
 
 
-def test_a_psp_file_loads_and_a_larger_one_gives_its_first_styles(tmp_path):
-    x, path = torch.rand(1, 3, 256, 256) * 2 - 1, tmp_path / "psp.pt"
+def test_a_psp_file_loads_and_a_larger_one_gives_its_first_styles(tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "at_256", lambda x: x)                         # a sixteenth of the pixels
+    x, path = torch.rand(1, 3, 64, 64) * 2 - 1, tmp_path / "psp.pt"
     author = psp_file(path)
     assert torch.equal(vision.load_encoder(path, 10).eval()(x), author(x))
     assert torch.equal(vision.load_encoder(path, 8).eval()(x), author(x)[:, :8])

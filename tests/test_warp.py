@@ -116,7 +116,7 @@ def arrives(warp, opening, shape=(0.0, 0.0)):
     """Where the landmarks of both layers go, in units: (2, 68, 2) upper layer, lower layer"""
     lips = warp.lips
     back = lips.displace(opening, shape)[0]
-    return lips.mouth.local(np.stack([forwards(lips.face.points, back[..., k : k + 2], lips.box) for k in (0, 2)]))
+    return lips.local(np.stack([forwards(lips.face.points, back[..., k : k + 2], lips.box) for k in (0, 2)]))
 
 
 def forwards(points, back, box):
@@ -141,7 +141,7 @@ def test_the_gap_between_the_lips_is_the_opening(gap):
 def test_shape_numbers_move_the_corners():
     warp = Warp(face(), moves())
     upper, _ = arrives(warp, 0.0, (1.0, 0.0))
-    assert upper[54, 0] - upper[48, 0] > 1.07 * (warp.lips.mouth.q[54, 0] - warp.lips.mouth.q[48, 0])
+    assert upper[54, 0] - upper[48, 0] > 1.07 * (warp.lips.q[54, 0] - warp.lips.q[48, 0])
 
 
 def test_a_turned_face_moves_in_its_own_plane():
