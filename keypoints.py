@@ -34,7 +34,7 @@ from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
     pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
 from control import correlation, partial_correlation
-from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
+from data import USES, batches, clips_used, drawn_clips, fingerprints, open_packs, split, split_options
 from faces import EYES, K, Landmarks, to_complex
 from fusion import REACH, SpeechContext
 from landmarks import extract, to_real
@@ -209,8 +209,7 @@ def open_source(args, checkpoints=None):
     source = PackSource(args.data, args.words)
     parts = dict.fromkeys(USES, np.arange(len(source.pack))) if checkpoints else split(source.pack, args)
     for path, saved in (checkpoints or {}).items():
-        for part, prints in clips_used(saved, source.pack, path).items():
-            used = find_clips(source.pack, prints)
+        for part, used in clips_used(saved, source.pack, path).items():
             parts[part], parts["test"] = np.intersect1d(parts[part], used), np.setdiff1d(parts["test"], used)
     parts = {part: np.intersect1d(clips, source.landmarks.kept) for part, clips in parts.items()}
     for part in ("test",) if checkpoints else ("train", "valid"):
@@ -381,8 +380,7 @@ class Wav2KP(Network):
 
 
 class Block(nn.Module):
-    """A Transformer layer with attention to `reach` frames on each side. Positions: a learned bias for each distance and
-    head (T5), so the result does not depend on a frame's place or the length of the sound."""
+    """A Transformer layer that attends to `reach` frames on each side, with a learned bias a distance (T5)"""
 
     def __init__(self, width: int, heads: int, reach: int, dropout: float):
         super().__init__()
@@ -444,8 +442,7 @@ class Humans(Network):
 
 
 class Context(Network):
-    """Ours, the form that FC-TFG has for real faces: a window encoder and two residual blocks of convolutions over time.
-    Of many people's voices it learns more than the Transformer (docs/keypoints.md)."""
+    """Ours, FC-TFG's form for real faces, which learns more of many people's voices than Humans does"""
 
     kind = "context"
     reach = 2 * REACH
@@ -473,8 +470,7 @@ def predict(model, wav: np.ndarray, device, chunk: int = 500) -> np.ndarray:
 
 
 def load_keypoints(path, device, which: str | None = None):
-    """A trained network and its Mouth; which: "last", "best" or "average", by default the average where there is one.
-    InputError: what load_checkpoint refuses; parts that do not fit"""
+    """A trained network, its "last", "best" or "average", by default the average where there is one; its Mouth"""
     saved = load_checkpoint(path, "keypoints")
     which = which or ("average" if "average" in saved.get("networks", {}) else "best")
     with refusing(path, "its networks do not fit this version"):

@@ -40,7 +40,7 @@ from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_strictly, millions,
     open_log, pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
-from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
+from data import Pack, batches, clips_used, drawn_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, parse_box, segment_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
@@ -170,12 +170,11 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 def expert_loss(logits, clip, k, apart: int = NEAR, others: bool = True) -> dict:
-    """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the loss.
-
-    Pairwise sigmoid, absent where the batch has no such pair: in_sync (the diagonal); shifted (same clip, `apart` frames
-    or more apart); other (another clip; not without `others`). loss: of these, half for the positive pairs, half for the
-    negative ones; ln 2 at zero logits. contrast: -log softmax of the true sound among the sounds and of the true face
-    among the faces (CLIP), of these pairs. InputError: no pair is negative."""
+    """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the
+    loss. Pairwise sigmoid, absent where the batch has no such pair: in_sync (the diagonal); shifted (same clip,
+    `apart` frames or more apart); other (another clip; not without `others`). loss: of these, half for the
+    positive pairs, half for the negative ones; ln 2 at zero logits. contrast: -log softmax of the true sound among
+    the sounds and of the true face among the faces (CLIP), of these pairs. InputError: no pair is negative."""
     N = len(clip)
     assert logits.shape == (N, N), f"logits are {tuple(logits.shape)}, expected {(N, N)}"
     same, own = clip[:, None] == clip[None], torch.arange(N, device=logits.device)
@@ -222,8 +221,7 @@ class Windows(Dataset):
 
 
 def vary_lips(x, other, rng):
-    """Augments windows of one clip (K, 5, 50), all alike but for the noise: the mean shape moves towards that of another
-    clip (T, 50); more or less motion; mirrored, turned, stretched, moved. The widths are ours."""
+    """Augments windows of one clip (K, 5, 50), alike but for noise. other (T, 50): another clip. Widths: ours"""
     mean = x.mean((0, 1))
     to_other = rng.uniform(0, 0.8) * (rng.random() < 0.7) * (other.mean(0) - mean)
     x = (mean + to_other + np.exp(rng.normal(0, 0.15)) * (x - mean)).unflatten(-1, (-1, 2))  # (K, 5, 25, 2)
@@ -236,8 +234,7 @@ def vary_lips(x, other, rng):
 
 
 def vary(frames, rng):
-    """Augments windows of one clip (K, 5, 3, H, H), the five frames of each alike: all mirrored or none; turned, zoomed,
-    moved, lit otherwise, every third blurred to half its size, as young generators do. Widths are ours."""
+    """Augments windows of one clip (K, 5, 3, H, H), five frames alike, all mirrored or none. Widths: ours"""
     K, H = len(frames), frames.shape[-1]
     turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
@@ -246,7 +243,7 @@ def vary(frames, rng):
     theta[:, :, 2] = rng.uniform(-0.1, 0.1, (K, 2))  # of half the edge
     grid = F.affine_grid(torch.from_numpy(theta).float(), (K, 1, H, H), align_corners=False)
     x = F.grid_sample(frames.flatten(1, 2), grid, padding_mode="border", align_corners=False)  # (K, 15, H, W)
-    soft = torch.from_numpy(rng.random(K) < 1 / 3)
+    soft = torch.from_numpy(rng.random(K) < 1 / 3)  # as images of young generators are
     if soft.any():
         x[soft] = F.interpolate(F.avg_pool2d(x[soft], 2), (H, H), mode="bilinear")
     light = rng.uniform(0.7, 1.3, (K, 1, 1, 1, 1)) * rng.uniform(0.9, 1.1, (K, 1, 3, 1, 1))
@@ -472,7 +469,7 @@ def held_out_clips(data: list | None, expert, path) -> tuple:
     pack = open_packs(data) if data else toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
     clips, what = np.arange(len(pack)), " ".join(data) if data else "toy people and speech held out for good"
     if data and isinstance(expert, SyncNet):
-        used = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
+        used = np.concatenate([*clips_used(load_checkpoint(path, "syncnet"), pack, path).values()])
         clips = np.setdiff1d(clips, used)
         what += ", the clips held out from training and validation" * (used.size > 0)
         if not len(clips):
@@ -563,14 +560,11 @@ def parse(argv=None):
     p.add_argument("--width", type=float, help="channels, 1 is Wav2Lip's; default: .25 up to 32 px, else .5")
     p.add_argument("--windows", type=int, default=4, help="windows of each of the clips in a batch")
     p.add_argument("--cosine", action="store_true", help="Wav2Lip's loss: the cosine after a ReLU is the probability")
-    p.add_argument("--negatives", type=float, default=NEAR / FPS,
-                   help="seconds from which on sound of the same clip counts as wrong")
+    p.add_argument("--negatives", type=float, default=NEAR / FPS, help="seconds apart, sound of a clip is wrong")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
-    t.add_argument("--data", nargs="+", help="packs; of those that the expert was trained on, the held-out clips; "
-                   "default: toy people and speech held out for good, drawn beside --expert")
+    t.add_argument("--data", nargs="+", help="packs: their held-out clips; default: toy people held out for good")
     t.add_argument("--out", metavar="PNG", help="a picture of how far off the offsets are")
-    t.add_argument("--expert", help="checkpoint, wav2lip, or a copy of that (.pth); default: with --data the shipped "
-                   f"weights/sync.pt, without {TOY}")
+    t.add_argument("--expert", help=f"as of offset; default: weights/sync.pt with --data, without it {TOY}")
     o.add_argument("clip", help="video with sound")
     o.add_argument("--expert", default=SHIPPED, help="checkpoint, wav2lip, or a copy of that (.pth)")
     o.add_argument("--box", help="box around the face, x0,y0,x1,y1 in pixels")
