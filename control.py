@@ -180,8 +180,7 @@ def retrieval(queries, gallery) -> float:
 
 
 def table_row(read, speech, driving, wrong, identity: float) -> dict:
-    """Readings of clips against the ground truth of the clips that gave the sound and the driving frames, and of clips
-    that gave nothing, all (n, T, 10) -> {column: number}; correlations are over all frames of all clips."""
+    """Readings, and the truth of clips that gave sound, driving frames, nothing, (n, T, 10) each -> a row"""
     def r(name, truth):
         return correlation(read[..., COLUMN[name]], truth[..., COLUMN[name]])
 

@@ -178,8 +178,7 @@ def head_pose(points) -> np.ndarray:
 
 
 def align_face(image, points) -> np.ndarray:
-    """uint8 (H, W, 3) and its landmarks (68, 2) -> uint8 (112, 112, 3), by the similarity transform that brings eyes,
-    tip of the nose and corners of the mouth nearest to ARCFACE_POINTS"""
+    """uint8 (H, W, 3), landmarks (68, 2) -> uint8 (112, 112, 3): eyes, nose, mouth nearest to ARCFACE_POINTS"""
     five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
     return warp_face(image, *similarity(to_complex(ARCFACE_POINTS), to_complex(five)), 112)
 
@@ -228,8 +227,7 @@ def dynamics(points) -> float:
 
 
 def motion_metrics(points, wav, height: int) -> dict:
-    """Landmarks of a clip (T, 68, 2), NaN where there are none, its sound or None, the height of its frames -> {metric:
-    value}. Those of silence and of speech need as many such frames as a pause has."""
+    """Landmarks (T, 68, 2), NaN where there are none, sound or None, height of frames -> {metric: value}"""
     seen = np.isfinite(points).all((1, 2))
     p = points[seen]
     values = {"lip dynamics": dynamics(p[:, MOUTH]) * 256 / height, "brow dynamics": dynamics(p[:, BROWS]) * 256 / height,
@@ -268,8 +266,7 @@ def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
 # ------------------------------------------------------------------------------------------------- the networks at hand
 
 def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
-    """Networks that measure, None where they are missing, and {metric: why it is left out}. stack: the ExitStack that
-    closes the landmark detector. Raises InputError: an option that names no metric, or a file of another kind."""
+    """Networks that measure, None where missing, and {metric: why it is left out}. stack closes the detector"""
     missing = {name.strip(): "--skip" for name in args.skip.split(",") if name.strip()}
     for name in missing.keys() - METRICS.keys():
         raise InputError(f"--skip {name}: not a metric; there are {', '.join(METRICS)}")
@@ -384,8 +381,7 @@ class Clip:
         return dict(zip(SYNC, lip_sync_error(face[:K], sound[:K], pad=False)))
 
     def lse(self) -> dict:
-        """By SyncNet v2. Window k of the sound is MFCC steps 4 k .. 4 k + 19. As in its script: the crop is by the box
-        alone, and there is one window fewer than would fit."""
+        """By SyncNet v2, as its script: crops by the box alone, one window less than would fit. 4 MFCC a frame"""
         net, K = self.networks.syncnet, self.windows(len(self.wav) // SAMPLES_PER_FRAME, 1)
         crops = [crop_face(f, face_box([d[:5]], "syncnet"), 224) for f, d in zip(self.frames, self.detections)]
         parts = (to_tensor(np.stack(crops[a : a + 63 + SPAN])).to(self.networks.device) for a in range(0, K, 64))

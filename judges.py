@@ -309,8 +309,7 @@ class Inception:
 # ------------------------------------------------------------------------------------------------------- their weights
 
 def load_published(name: str, make, device, path=None, weights=lambda content: content):
-    """Fetches PUBLISHED[name], or takes the user's copy at `path` -> the network that make() builds, frozen, with the
-    file's weights; weights: the file's content -> them. InputError: see fetch, load_strictly."""
+    """make()'s network, frozen, with the weights of PUBLISHED[name], fetched, or of the user's copy at `path`"""
     path = fetch(name, path)
     content = read_weights(path)
     with refusing(path, f"not the weights of {name}"):

@@ -254,8 +254,7 @@ def read_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def track_landmarks(net: LandmarkNet, frames, box) -> np.ndarray:
-    """Frames, uint8 (H, W, 3), from any iterable, and the box of the face in the first -> landmarks (T, 68, 2) in
-    pixels, float32; NaN in frames where the face is lost."""
+    """Frames uint8 (H, W, 3), box of the first's face -> float32 (T, 68, 2) in pixels, NaN where it is lost"""
     faces, found = follow_face(net, frames, box), [np.zeros((0, K, 2), np.float32)]
     for batch in iter(lambda: list(itertools.islice(faces, BATCH)), []):
         found.append(to_real(read_parts(net, *zip(*batch))))
@@ -303,8 +302,7 @@ def read_lips(net: LandmarkNet, images):
 
 
 def lip_shape(points):
-    """Landmarks, complex (.., 68) -> (.., 50): those of lips and chin, x and y, from the middle between the eyes, in
-    distances of the eyes and upright"""
+    """Landmarks, complex (.., 68) -> lips and chin (.., 50): x, y; eyes level, 1 apart, origin between them"""
     left, right = points[..., 36:42].mean(-1, keepdim=True), points[..., 42:48].mean(-1, keepdim=True)
     return torch.view_as_real((points[..., LIP_POINTS] - (left + right) / 2) / (right - left)).flatten(-2)
 
@@ -327,8 +325,7 @@ def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) 
 
 
 def mean_shape(points: np.ndarray) -> np.ndarray:
-    """Shapes (n, K) in units of upright crops -> their mean without shift, scale and rotation (Procrustes), symmetric,
-    placed as the median crop places it: (K,)"""
+    """Shapes (n, K) in units of upright crops -> Procrustes mean (K,), symmetric, placed as by the median crop"""
     mean = place = np.median(points.real, 0) + 1j * np.median(points.imag, 0)
     for _ in range(3):
         a, b = similarity(mean, points)
@@ -418,8 +415,7 @@ def seal_lips(images: torch.Tensor, points: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- training
 
 def train(network: nn.Module, draw, weight, steps: int, peak: float, name: str):
-    """Trains on `steps` batches of draw(): crops, complex points in units of the crops. Loss: mean distance of the
-    points, not squared (landmarks err), times `weight`"""
+    """Trains on batches of draw(): crops, points in them. Loss: mean distance, not squared, since landmarks err"""
     network.to(memory_format=torch.channels_last)  # a third faster on a CPU
     weight = torch.tensor(weight / np.mean(weight), dtype=torch.float32)
     opt = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
