@@ -125,10 +125,7 @@ class ToyTest(NamedTuple):
 
 
 def toy_test(size: int, people: int, cache: str | Path, device) -> ToyTest:
-    """Probe and held-out clips at this size, made in the folder `cache` on first use. Raises InputError: too few people,
-    or the folder cannot be made."""
-    if people < 6:
-        raise InputError(f"--people {people}: at least 6, because a trial takes 3 and is compared with another's")
+    """Probe and held-out clips at this size, made in the folder `cache` on first use"""
     folder = make_folder(cache)
     probe, toys = train_probe(size, folder, device), folder / f"test_toys{size}_{people}"
     make_pack(toys, size, people, 3.0, TEST)
@@ -171,8 +168,7 @@ def correlation(a, b) -> float:
 
 
 def partial_correlation(a, b, profile) -> float:
-    """Partial correlation of two curves (T,), without the mean profile of all clips: where every clip is silence, words,
-    silence, the profile alone correlates with every clip."""
+    """Of two curves (T,) without the mean profile of all clips (silence, words, silence), which both may have."""
     n = min(len(a), len(profile))
     ab, ap, bp = (correlation(x[:n], y[:n]) for x, y in ((a, b), (a, profile), (b, profile)))
     return (ab - ap * bp) / max(np.sqrt(max(0, (1 - ap**2) * (1 - bp**2))), 1e-9)
@@ -184,21 +180,19 @@ def retrieval(queries, gallery) -> float:
 
 
 def table_row(read, speech, driving, wrong, identity: float) -> dict:
-    """Readings of clips against the ground truth of the clips that gave the sound and the driving frames, and of clips
-    that gave nothing, all (n, T, 10) -> {column: number}; correlations are over all frames of all clips."""
+    """Readings, and the truth of clips that gave sound, driving frames, nothing, (n, T, 10) each -> a row"""
     def r(name, truth):
         return correlation(read[..., COLUMN[name]], truth[..., COLUMN[name]])
 
-    row = dict(open=r("open", speech), wide=r("wide", speech))
-    row |= {"wrong sound": r("open", wrong), "driving mouth": r("open", driving)}
-    row |= {name: r(name, driving) for name in ("yaw", "pitch", "roll", "blink")}
-    row |= {"gaze": (r("gaze_x", driving) + r("gaze_y", driving)) / 2, "identity": identity}
-    return row | {"open range": float(read[..., COLUMN["open"]].std() / speech[..., COLUMN["open"]].std())}
+    opening = COLUMN["open"]
+    return {"open": r("open", speech), "wide": r("wide", speech), "wrong sound": r("open", wrong),
+            "driving mouth": r("open", driving), **{name: r(name, driving) for name in (*GROUPS["pose"], "blink")},
+            "gaze": (r("gaze_x", driving) + r("gaze_y", driving)) / 2, "identity": identity,
+            "open range": float(read[..., opening].std() / speech[..., opening].std())}
 
 
 def control_table(animate, test: ToyTest) -> dict:
-    """The row of a network, given as `animator` returns it: in trial a, person a has the face, a + 1 the sound, and a +
-    2 the driving frames, so every clip plays each part once."""
+    """The row of a network, an `animator`: in a trial person a has the face, a + 1 the sound, a + 2 the head."""
     n, pack, readings = len(test.pack), test.pack, []
     for a in tqdm(range(n), desc="trials", leave=False, disable=None):
         c = (a + 2) % n
@@ -237,12 +231,12 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
     deviation = truth.reshape(-1, truth.shape[-1]).std(0)
 
     def difference(a, b):
-        """r.m.s. of each column of MOVED, in units of the factors' deviation"""
+        """r.m.s. of each column of MOVED (3,), in units of the factors' deviation"""
         squares = np.square((a - b) / deviation)
-        return {name: np.sqrt(squares[:, [COLUMN[k] for k in names]].mean()) for name, names in MOVED.items()}
+        return np.sqrt([squares[:, [COLUMN[k] for k in names]].mean() for names in MOVED.values()])
 
     unrelated = [difference(truth[c, :T], truth[(c + 5) % n, :T]) for c in range(n)]
-    scale = {name: np.sqrt(np.mean([row[name] ** 2 for row in unrelated])) for name in MOVED}
+    scale = np.sqrt(np.square(unrelated).mean(0))
     real = torch.stack([test.read_real(c, slice(0, 50, 10))[1] for c in range(n)])
     apart = float(1 - (real * real.roll(-5, 0)).sum(1).mean())  # cosine distance of two people
     rows = {name: [] for name in ("face", "sound", *GROUPS)}
@@ -255,10 +249,8 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
         before, e_before = test.read(animate(face, sound, driving))
         for name, inputs in variants.items():
             after, e_after = test.read(animate(*inputs))
-            row = {column: value / scale[column] for column, value in difference(after, before).items()}
-            rows[name].append(row | dict(identity=(1 - float(e_before @ e_after)) / apart))
-    return {name: {column: float(np.mean([row[column] for row in found])) for column in found[0]}
-            for name, found in rows.items()}
+            rows[name].append([*difference(after, before) / scale, (1 - float(e_before @ e_after)) / apart])
+    return {name: dict(zip((*MOVED, "identity"), np.mean(found, 0).tolist())) for name, found in rows.items()}
 
 
 def toy_report(args, device):

@@ -368,18 +368,13 @@ def fingerprints(sounds) -> torch.Tensor:
 
 
 def clips_used(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
-    """-> dict(train, valid): fingerprints of the clips that trained and that chose a checkpoint. A file without them
-    counts as trained on this pack by the rule of `split`."""
-    used = checkpoint.get("clips")
-    if isinstance(used, dict) and all(torch.is_tensor(used.get(part)) for part in ("train", "valid")):
-        return used
+    """-> dict(train, valid): numbers of a pack's clips that trained and that chose a checkpoint, by fingerprints.
+    A file without them counts as trained on this pack by the rule of `split`."""
+    used, parts = checkpoint.get("clips"), ("train", "valid")
+    if isinstance(used, dict) and all(torch.is_tensor(used.get(part)) for part in parts):
+        return {part: np.flatnonzero(torch.isin(pack.fingerprints, used[part]).numpy()) for part in parts}
     print(f"{path}: does not list its training clips; only the test part of {pack.folder} is used", file=sys.stderr)
-    return {part: pack.fingerprints[clips] for part, clips in split(pack).items() if part != "test"}
-
-
-def find_clips(pack: Pack, *prints: torch.Tensor) -> np.ndarray:
-    """Numbers of the clips whose fingerprint is among these"""
-    return np.flatnonzero(torch.isin(pack.fingerprints, torch.cat(prints)).numpy())
+    return {part: split(pack)[part] for part in parts}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

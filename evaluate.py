@@ -41,7 +41,7 @@ from landmarks import load_landmarks, read_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
 from report import markdown, pairs_page
-from syncnet import MAX_OFFSET, SPAN, embed, embed_sound, load_sync
+from syncnet import MAX_OFFSET, SPAN, best_offset, by_shift, embed, embed_sound, load_sync
 from warp import angles, fit_pose
 
 MOST = 1 << 31  # bytes of a clip in memory: 7 minutes at 256 px, 14 s at 1920x1080; of a longer one the beginning counts
@@ -178,8 +178,7 @@ def head_pose(points) -> np.ndarray:
 
 
 def align_face(image, points) -> np.ndarray:
-    """uint8 (H, W, 3) and its landmarks (68, 2) -> uint8 (112, 112, 3), by the similarity transform that brings eyes,
-    tip of the nose and corners of the mouth nearest to ARCFACE_POINTS"""
+    """uint8 (H, W, 3), landmarks (68, 2) -> uint8 (112, 112, 3): eyes, nose, mouth nearest to ARCFACE_POINTS"""
     five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
     return warp_face(image, *similarity(to_complex(ARCFACE_POINTS), to_complex(five)), 112)
 
@@ -228,8 +227,7 @@ def dynamics(points) -> float:
 
 
 def motion_metrics(points, wav, height: int) -> dict:
-    """Landmarks of a clip (T, 68, 2), NaN where there are none, its sound or None, the height of its frames -> {metric:
-    value}. Those of silence and of speech need as many such frames as a pause has."""
+    """Landmarks (T, 68, 2), NaN where there are none, sound or None, height of frames -> {metric: value}"""
     seen = np.isfinite(points).all((1, 2))
     p = points[seen]
     values = {"lip dynamics": dynamics(p[:, MOUTH]) * 256 / height, "brow dynamics": dynamics(p[:, BROWS]) * 256 / height,
@@ -256,24 +254,19 @@ def closeness(real: dict, fake: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------- lip sync
 
 def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
-    """Embeddings (K, E) of windows of frames and of sound -> D, C, and by how many frames the sound is late: at each
-    offset d, the mean over k of the distance of face k to sound k + d; D is the least, C the median less D. SyncNet
-    (Chung and Zisserman 2016); Wav2Lip (Prajwal et al. 2020) calls them LSE-D and LSE-C. pad: as published, sound beyond
-    either end is zeros; else such pairs do not count, nor offsets that fewer than half of the windows have."""
-    K, face = len(face), face.float()
-    padded = F.pad(sound.float(), (0, 0, reach, reach), value=0.0 if pad else torch.nan)
-    distances = torch.stack([F.pairwise_distance(face, padded[d : d + K]) for d in range(2 * reach + 1)], 1)  # (K, S)
-    means = distances.nanmean(0)
-    means[2 * distances.isfinite().sum(0) < K] = torch.nan
-    best = int(means.nan_to_num(torch.inf).argmin())
-    return float(means[best]), float(means.nanmedian()) - float(means[best]), best - reach
+    """Embeddings (K, E) of windows of frames and of sound -> D, C, and by how many frames the sound is late. D is
+    the least mean distance at an offset, C their median less D: SyncNet's (2016), LSE-D and LSE-C of Wav2Lip
+    (Prajwal et al. 2020). pad: as published, sound beyond either end is zeros; else see best_offset."""
+    distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    table = -by_shift(distance, face.float(), sound.float(), reach, 0.0 if pad else math.nan)  # (K, S): as logits
+    late, confidence, _ = best_offset(table)
+    return -float(np.nanmean(table[:, reach + late])), confidence, late
 
 
 # ------------------------------------------------------------------------------------------------- the networks at hand
 
 def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
-    """Networks that measure, None where they are missing, and {metric: why it is left out}. stack: the ExitStack that
-    closes the landmark detector. Raises InputError: an option that names no metric, or a file of another kind."""
+    """Networks that measure, None where missing, and {metric: why it is left out}. stack closes the detector"""
     missing = {name.strip(): "--skip" for name in args.skip.split(",") if name.strip()}
     for name in missing.keys() - METRICS.keys():
         raise InputError(f"--skip {name}: not a metric; there are {', '.join(METRICS)}")
@@ -388,12 +381,11 @@ class Clip:
         return dict(zip(SYNC, lip_sync_error(face[:K], sound[:K], pad=False)))
 
     def lse(self) -> dict:
-        """By SyncNet v2. Window k of the sound is MFCC steps 4 k .. 4 k + 19. As in its script: the crop is by the box
-        alone, and there is one window fewer than would fit."""
+        """By SyncNet v2, as its script: crops by the box alone, one window less than would fit. 4 MFCC a frame"""
         net, K = self.networks.syncnet, self.windows(len(self.wav) // SAMPLES_PER_FRAME, 1)
         crops = [crop_face(f, face_box([d[:5]], "syncnet"), 224) for f, d in zip(self.frames, self.detections)]
         parts = (to_tensor(np.stack(crops[a : a + 63 + SPAN])).to(self.networks.device) for a in range(0, K, 64))
-        face = torch.cat([net.face(part[None])[0] for part in parts])[:K]
+        face = torch.cat([net.windows(part[None])[0] for part in parts])[:K]
         sound = sliding_window_view(mfcc(self.wav), 20, 1)[:, ::4].swapaxes(0, 1)[:K]  # (K, 13, 20)
         return dict(zip(LSE, lip_sync_error(face, embed_sound(net, sound.astype(np.float32)))))
 
@@ -413,9 +405,8 @@ def gather(**parts) -> tuple[dict, dict]:
 
 @torch.inference_mode()
 def measure(real, fake, networks) -> dict:
-    """One pair of clips -> dict(real=values, fake=values, frames, notes, features of the two). As many frames are
-    compared as both have, a fake of another size after resizing. InputError: a file cannot be read, another aspect
-    ratio."""
+    """A pair -> dict(real=values, fake=values, frames, notes, features). As many frames are compared as both have,
+    a fake of another size after resizing. InputError: a file cannot be read, another aspect ratio."""
     a, b, notes = Clip(real, networks), Clip(fake, networks), []
     T, (H, W), (h, w) = min(len(a.frames), len(b.frames)), a.frames.shape[1:3], b.frames.shape[1:3]
     if len(a.frames) != len(b.frames):
@@ -595,7 +586,7 @@ def parse(argv=None):
     for command in (pair, toy):
         command.add_argument("--json", help="write the numbers to this .json, and a page beside it (.html)")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    return p.parse_args(argv)
+    return p.parse_args(argv, people=(6, 10**6))  # a trial takes three, and is compared with another's
 
 
 def main(argv=None):

@@ -381,9 +381,9 @@ def to_complex(points: np.ndarray) -> np.ndarray:
 
 def similarity(points: np.ndarray, target: np.ndarray):
     """The similarity transform a p + b that brings points (K,) nearest to target (.., K), by least squares -> a, b
-    (..), all complex, x + iy: |a| is the scale, arg a the rotation"""
+    (..), all complex, x + iy, of NumPy or torch: |a| is the scale, arg a the rotation"""
     centred = points - points.mean()
-    a = (target * centred.conj()).sum(-1) / (np.abs(centred) ** 2).sum()
+    a = (target * centred.conj()).sum(-1) / (abs(centred) ** 2).sum()
     return a, target.mean(-1) - a * points.mean()
 
 

@@ -216,7 +216,7 @@ def sync_expert(args, device):
         path = "wav2lip"
     if path == "syncnet_v2" or path.endswith(".model"):
         print("SyncNet v2 is the judge: evaluate.py's LSE, computed by it, is no independent measure of this network")
-        return judges.SyncNetV2Expert(judges.syncnet_v2(device, None if path == "syncnet_v2" else path))
+        return judges.syncnet_v2(device, None if path == "syncnet_v2" else path)
     return load_sync(path, device, args.size)
 
 

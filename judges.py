@@ -6,7 +6,6 @@ IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav
 """
 
 import functools
-import re
 from collections import OrderedDict
 from operator import itemgetter
 from pathlib import Path
@@ -156,8 +155,12 @@ def normed(batch_norm, *layers) -> nn.Sequential:
 
 
 class SyncNetV2(nn.Module):
-    """SyncNet (Chung & Zisserman 2016): embeddings (N, 1024), not of unit length, whose Euclidean distance is small where
-    lips and sound agree. Frames f..f+4 belong to the 20 MFCC steps from 4 f."""
+    """SyncNet (Chung & Zisserman 2016): embeddings (B, 1024), not of unit length; their Euclidean distance is
+    small where lips and sound agree. Frames f..f+4 belong to the 20 MFCC steps from 4 f. Ours, to take
+    syncnet.SyncNet's place: it was trained with a margin on the distance, so the logit is that margin less the
+    distance. In sync embeddings are about 7 apart, else about 14: 10 lies between."""
+
+    uses_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
 
     def __init__(self):
         super().__init__()
@@ -175,7 +178,7 @@ class SyncNetV2(nn.Module):
             nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),            # 6 x 6
             nn.Conv3d(256, 512, (1, 6, 6)))                                                # (B, 512, T-4, 1, 1)
 
-    def face(self, frames):
+    def windows(self, frames):
         """Whole face crops (B, T, 3, H, W) in [-1, 1] RGB, T >= 5 -> (B, T-4, 1024), one for each five frames. The
         authors' input is BGR in [0, 255] at 224 px."""
         assert frames.ndim == 5 and frames.shape[1] >= 5 and frames.shape[2] == 3, \
@@ -185,30 +188,17 @@ class SyncNetV2(nn.Module):
         x = self.netcnnlip(x.transpose(1, 2)).flatten(2).transpose(1, 2)                   # (B, T-4, 512)
         return self.netfclip(x.flatten(0, 1)).unflatten(0, (B, T - 4))
 
+    def face(self, frames):
+        """(B, 5, 3, H, W) in [-1, 1] -> (B, 1024)"""
+        return self.windows(frames)[:, 0]
+
     def sound(self, mfcc):
-        """MFCC windows (N, 13, 20) of audio.mfcc -> (N, 1024)"""
-        assert mfcc.shape[1:] == (13, 20), f"MFCC windows are {tuple(mfcc.shape)}, expected (N, 13, 20)"
+        """MFCC windows (B, 13, 20) of audio.mfcc -> (B, 1024)"""
+        assert mfcc.shape[1:] == (13, 20), f"MFCC windows are {tuple(mfcc.shape)}, expected (B, 13, 20)"
         return self.netfcaud(self.netcnnaud(mfcc[:, None]).flatten(1))
 
-
-class SyncNetV2Expert(nn.Module):
-    """SyncNet v2 in a syncnet.SyncNet's place, to train against; its sound is MFCC windows (B, 13, 20). Ours: it was
-    trained with a margin on the distance, so the logit is that margin less the distance. In sync embeddings are about 7
-    apart, else about 14: 10 lies between."""
-
-    uses_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
-
-    def __init__(self, network: SyncNetV2):
-        super().__init__()
-        self.network = network
-
-    def face(self, frames):  # (B, 5, 3, H, W) in [-1, 1] -> (B, 1024)
-        return self.network.face(frames)[:, 0]
-
-    def sound(self, mfcc):  # (B, 13, 20) -> (B, 1024)
-        return self.network.sound(mfcc)
-
-    def logits(self, face, sound):  # (B, 1024), (B2, 1024) -> (B, B2)
+    def logits(self, face, sound):
+        """(B, 1024), (B2, 1024) -> (B, B2)"""
         return self.MARGIN - torch.cdist(face, sound)
 
 
@@ -319,8 +309,7 @@ class Inception:
 # ------------------------------------------------------------------------------------------------------- their weights
 
 def load_published(name: str, make, device, path=None, weights=lambda content: content):
-    """Fetches PUBLISHED[name], or takes the user's copy at `path` -> the network that make() builds, frozen, with the
-    file's weights; weights: the file's content -> them. InputError: see fetch, load_strictly."""
+    """make()'s network, frozen, with the weights of PUBLISHED[name], fetched, or of the user's copy at `path`"""
     path = fetch(name, path)
     content = read_weights(path)
     with refusing(path, f"not the weights of {name}"):
@@ -351,9 +340,8 @@ def lpips(device, path: str | Path | None = None, heads: str | Path | None = Non
     def weights(content):
         state = {f"scaling_layer.{k}": torch.tensor(v)[None, :, None, None] for k, v in LPIPS.SCALING.items()}
         for key, value in features_of(content).items():
-            if index := re.match(r"features\.(\d{1,2})\.", key):
-                key = key.replace("features.", f"net.slice{1 + sum(int(index[1]) >= end for end in LPIPS.ENDS)}.")
-            state[key] = value
+            _, index, kind = key.split(".")                                                # features.0.weight ..
+            state[f"net.slice{1 + sum(int(index) >= end for end in LPIPS.ENDS)}.{index}.{kind}"] = value
         for key, value in read_weights(heads).items():                                     # lin0.model.1.weight ..
             state |= {key: value, key.replace("lin", "lins.", 1): value}
         return state

@@ -1,16 +1,15 @@
 """Audio -> facial keypoints: how far does plain regression from sound to landmarks go, before any GAN?
 
 Models after "Humans" (--model transformer: mel windows, a Transformer, optionally autoregressive) and "WAV2KP" (lstm:
-MFCC in a sliding window of 40 steps, keypoints at the audio rate), and FC-TFG's own form (context). They predict
-principal components of the mouth, as Suwajanakorn et al. (SIGGRAPH 2017). Ours: what has no source beside it.
+MFCC in a sliding window of 40 steps, keypoints at the audio rate), and FC-TFG's own form (context).
 
     python keypoints.py train                    # out/toy_kp.pt: the toy world from nothing    (1.5 min, two cores)
     python keypoints.py evaluate out/toy_kp.pt   # the table, on people and speech not trained on    (15 s)
     python keypoints.py sample speech.wav        # keypoints.mp4, keypoints.npy by weights/keypoints.pt    (3 s)
 
-The mouth's 20 points, centred, become D principal components: the codes that the networks predict; with --face, E more
-hold what these leave of all 68 points. Lengths are in distances between the outer corners of the eyes, MSE in (per cent
-of that)^2, a coordinate.
+The networks predict codes: D principal components of the mouth's 20 centred points (Suwajanakorn et al., SIGGRAPH
+2017); with --face, E more hold what these leave of all 68 points. Lengths are in distances between the eyes' outer
+corners, MSE in (per cent of that)^2, a coordinate.
 Axes: B clips, T frames, J steps of 10 ms, D (+ E) codes, W width, P moments of a word.
 """
 
@@ -35,16 +34,16 @@ from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
     pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
 from control import correlation, partial_correlation
-from data import USES, batches, clips_used, drawn_clips, find_clips, fingerprints, open_packs, split, split_options
+from data import USES, batches, clips_used, drawn_clips, fingerprints, open_packs, split, split_options
 from faces import EYES, K, Landmarks, to_complex
 from fusion import REACH, SpeechContext
-from landmarks import extract
+from landmarks import extract, to_real
 from media import (
     FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, load_audio, load_photo, run,
     write_video)
 from motion import activity, lip_opening
 from report import image_grid, markdown
-from syncnet import SyncNet, load_sync, sound_only
+from syncnet import SyncNet, load_sync
 
 MOUTH = slice(48, 68)  # of iBUG's 68
 TOY_SECONDS = 3.0
@@ -59,8 +58,7 @@ def normalise(points: np.ndarray) -> np.ndarray:
     middle. Unit: the clip's median of their distance, since a detector's jitter and turns of the head change it."""
     z = to_complex(points)  # (T, 68)
     left, right = z[:, EYES[0], None], z[:, EYES[1], None]
-    z = (z - (left + right) / 2) * abs(right - left) / (right - left) / np.median(abs(right - left))
-    return np.stack((z.real, z.imag), -1).astype(np.float32)
+    return to_real((z - (left + right) / 2) * abs(right - left) / (right - left) / np.median(abs(right - left)))
 
 
 @dataclass
@@ -107,8 +105,7 @@ class Mouth:
         return (self.face[0] + codes @ self.face[1:]).reshape(-1, K, 2).astype(np.float32)
 
     def moves(self) -> np.ndarray:
-        """(1 + D + E, 68, 2) for warp.Warp: how landmarks move for each unit that the lips open, by least squares over
-        the codes, and for each unit of a code what that leaves"""
+        """(1 + D + E, 68, 2) for warp.Warp: how landmarks move with the opening (least squares), and each code"""
         face, power = self.face[1:].reshape(-1, K, 2), self.scale**2
         opens = lip_opening(face)  # (D + E,)
         first = np.tensordot(power * opens, face, 1) / (power * opens**2).sum()
@@ -179,12 +176,12 @@ class PackSource:
     def people(self) -> dict:
         """{person: (mean of the tenth of frames with the smallest opening (68, 2), deviation of the opening)}. clip gives
         all people one of both (ours): sound tells neither, and a regression would guess them by the voice."""
-        faces, found = {}, {}
-        for c in self.landmarks.kept:
-            faces.setdefault(self.pack.identity[c], []).append(normalise(self.landmarks.clip(c)))
-        for person, own in faces.items():
-            own, opening = np.concatenate(own), Mouth.opening(np.concatenate(own))
-            found[person] = own[opening <= np.quantile(opening, 0.1)].mean(0), opening.std()
+        found, kept = {}, self.landmarks.kept
+        for person in dict.fromkeys(self.pack.identity[kept]):
+            clips = kept[self.pack.identity[kept] == person]
+            faces = np.concatenate([normalise(self.landmarks.clip(c)) for c in clips])
+            opening = Mouth.opening(faces)
+            found[person] = faces[opening <= np.quantile(opening, 0.1)].mean(0), opening.std()
         return found
 
     def view(self, c):
@@ -204,17 +201,15 @@ class PackSource:
 
 
 def open_source(args, checkpoints=None):
-    """The clips of the pack --data or of the toy world, and dict(train, valid, test) of their numbers. checkpoints {path:
-    content}: test has the clips that none of them used, train and valid those that all of them used so. InputError: no
-    clip is left."""
+    """The clips of --data or the toy world, and dict(train, valid, test) of their numbers; with checkpoints {path:
+    content} test has those that none used, train and valid those that all used so. InputError: no clip is left."""
     if not args.data:
         split((), args)  # refuses lists of clips
         return ToySource(), TOY_PARTS
-    source = PackSource(args.data, getattr(args, "words", None))
+    source = PackSource(args.data, args.words)
     parts = dict.fromkeys(USES, np.arange(len(source.pack))) if checkpoints else split(source.pack, args)
     for path, saved in (checkpoints or {}).items():
-        for part, prints in clips_used(saved, source.pack, path).items():
-            used = find_clips(source.pack, prints)
+        for part, used in clips_used(saved, source.pack, path).items():
             parts[part], parts["test"] = np.intersect1d(parts[part], used), np.setdiff1d(parts["test"], used)
     parts = {part: np.intersect1d(clips, source.landmarks.kept) for part, clips in parts.items()}
     for part in ("test",) if checkpoints else ("train", "valid"):
@@ -252,10 +247,9 @@ def interpolate(values: np.ndarray, positions) -> np.ndarray:
 
 
 class KeypointDataset(Dataset):
-    """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D), NaN behind a clip's end. Item n
-    depends on (seed, n) alone. words {name: number}: also labels (T or 4 T,), each moment's word or phone, or UNKNOWN.
-    Augmentation (ours): loudness, SpecAugment on the mel; SILENT of the items are not speech, and a mouth at rest; with
-    voice_norm NOISY are in a room with echo and noise."""
+    """Windows of T frames: sound (T, 1, 80, 16) or (4 T, 40, 13), codes (T or 4 T, D), NaN behind a clip's end;
+    with words {name: number} labels (T or 4 T,), or UNKNOWN. Item n depends on (seed, n) alone. Ours: SpecAugment,
+    loudness; SILENT items are a mouth at rest without speech; with voice_norm NOISY have a room."""
 
     SILENT, NOISY = 0.08, 0.3
 
@@ -311,25 +305,23 @@ MAP_REACH = 4  # deviations of its point from a map's middle to the middles of i
 
 class Network(nn.Module):
     """What the networks share: encode(sound) -> (B, T, W), decode -> codes (B, T, D); of an LSTM J = 4 T in place of T.
-
     target, of the last layer: components, the codes; displacements, their change from the frame before, from a mouth at
     rest on; heatmaps, for each of the mouth's 20 points a map, whose centre of mass is the point.
     words: the number of words or phones that a second head tells apart, in training only."""
 
     reach = 0  # frames to each side that a code depends on, beyond its own window
 
-    def __init__(self, config: dict):
+    def __init__(self, codes: int, width: int = 128, target: str = TARGETS[0], words: int = 0, **more):
         super().__init__()
-        self.config, codes, width = config, config["codes"], config["width"]
-        self.target = config["target"]
+        self.config, self.target = dict(codes=codes, width=width, target=target, words=words, **more), target
         self.register_buffer("scale", torch.ones(codes))  # the codes' deviation, so that outputs are of order 1
-        self.out = nn.Linear(width, 20 * MAP**2 if self.target == "heatmaps" else codes)
-        if self.target != "components":
+        self.out = nn.Linear(width, 20 * MAP**2 if target == "heatmaps" else codes)
+        if target != "components":
             self.register_buffer("rest", torch.zeros(codes))
             self.register_buffer("basis", torch.zeros(codes, 40))
             self.register_buffer("spacing", torch.ones(20, 2))  # of the cells of a map, in eye distances
-        if config["words"]:
-            self.words = nn.Linear(width, config["words"])
+        if words:
+            self.words = nn.Linear(width, words)
 
     def decode(self, h):
         if self.target == "displacements":
@@ -347,8 +339,7 @@ class Network(nn.Module):
         return self.decode(self.encode(sound))
 
     def losses(self, batch: dict) -> dict:
-        """Terms of a batch: those of keypoint_loss; maps: cross-entropy of heat maps with bells around the true points,
-        one cell wide; words: cross-entropy of the second head."""
+        """keypoint_loss; cross-entropy of maps with bells one cell wide at true points, and of the second head"""
         h, rate, terms = self.encode(batch["sound"]), RATE[self.kind], {}
         codes = self.decode(h)
         true = batch["codes"].where(~batch["codes"].isnan(), codes.detach())
@@ -376,8 +367,8 @@ class Wav2KP(Network):
 
     kind = "lstm"
 
-    def __init__(self, codes: int, width: int = 128, layers: int = 1, target: str = TARGETS[0], words: int = 0):
-        super().__init__(dict(codes=codes, width=width, layers=layers, target=target, words=words))
+    def __init__(self, codes: int, width: int = 128, layers: int = 1, **more):
+        super().__init__(codes, width, layers=layers, **more)
         self.register_buffer("mean", torch.zeros(13))  # of the MFCC of training clips
         self.register_buffer("deviation", torch.ones(13))
         self.lstm = nn.LSTM(13, width, layers, batch_first=True)
@@ -388,25 +379,8 @@ class Wav2KP(Network):
         return self.lstm(x.flatten(0, 1))[0][:, -1].unflatten(0, sound.shape[:2])  # (B, J, W)
 
 
-class AudioFront(nn.Module):
-    """Mel window -> (N, W): a window encoder; or what a sync expert hears (tower: its config) and a linear layer"""
-
-    def __init__(self, width: int, tower: dict | None):
-        super().__init__()
-        if tower:
-            self.tower, self.out = sound_only(SyncNet(**tower)), nn.Linear(tower["dim"], width)
-        else:
-            self.body = WindowEncoder(width)
-
-    def forward(self, mel):  # (N, 1, 80, 16)
-        if hasattr(self, "body"):
-            return self.body(mel)
-        return self.out(self.tower.sound(mel) * math.sqrt(self.out.in_features))  # elements of order 1
-
-
 class Block(nn.Module):
-    """A Transformer layer with attention to `reach` frames on each side. Positions: a learned bias for each distance and
-    head (T5), so the result does not depend on a frame's place or the length of the sound."""
+    """A Transformer layer that attends to `reach` frames on each side, with a learned bias a distance (T5)"""
 
     def __init__(self, width: int, heads: int, reach: int, dropout: float):
         super().__init__()
@@ -428,24 +402,33 @@ class Block(nn.Module):
 
 
 class Humans(Network):
-    """Humans: an audio encoder (tower: see AudioFront) and a Transformer, whose blocks attend to `look` frames on each
-    side. autoregressive: a GRU takes the last frame's codes beside the Transformer's output, in training its own."""
+    """Humans: an audio encoder, of windows or a sync expert's (tower: its config) with a linear layer, and a
+    Transformer, whose blocks attend to `look` frames on each side. autoregressive: a GRU takes the last frame's
+    codes beside the Transformer's output, in training its own."""
 
     kind = "transformer"
 
     def __init__(self, codes: int, width: int = 128, layers: int = 3, heads: int = 4, look: int = 8,
-                 autoregressive: bool = False, tower: dict | None = None, dropout: float = 0.1,
-                 target: str = TARGETS[0], words: int = 0, voice_norm: bool = False):
-        super().__init__(dict(codes=codes, width=width, layers=layers, heads=heads, look=look, target=target, words=words,
-                              autoregressive=autoregressive, tower=tower, dropout=dropout, voice_norm=voice_norm))
+                 dropout: float = 0.1, autoregressive: bool = False, tower: dict | None = None, **more):
+        super().__init__(codes, width, layers=layers, heads=heads, look=look, dropout=dropout,
+                         autoregressive=autoregressive, tower=tower, **more)
         self.reach = layers * look
-        self.front = AudioFront(width, tower)
+        self.front = nn.ModuleDict(dict(tower=SyncNet(**tower), out=nn.Linear(tower["dim"], width)) if tower else
+                                   dict(body=WindowEncoder(width)))
+        if tower:  # without what SyncNet.sound does not need
+            expert = self.front.tower
+            expert.face_tower = expert.log_scale = expert.bias = expert.landmarks = None
         self.blocks = nn.Sequential(*(Block(width, heads, look, dropout) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.cell = nn.GRUCell(width + codes, width) if autoregressive else None
 
     def encode(self, sound):  # (B, T, 1, 80, 16)
-        return self.norm(self.blocks(self.front(sound.flatten(0, 1)).unflatten(0, sound.shape[:2])))  # (B, T, W)
+        front, mel = self.front, sound.flatten(0, 1)
+        if self.config["tower"]:
+            x = front.out(front.tower.sound(mel) * math.sqrt(front.out.in_features))  # elements of order 1
+        else:
+            x = front.body(mel)
+        return self.norm(self.blocks(x.unflatten(0, sound.shape[:2])))  # (B, T, W)
 
     def decode(self, h):  # (B, T, W)
         if self.cell is None:
@@ -459,14 +442,13 @@ class Humans(Network):
 
 
 class Context(Network):
-    """Ours, the form that FC-TFG has for real faces: a window encoder and two residual blocks of convolutions over time.
-    Of many people's voices it learns more than the Transformer (docs/keypoints.md)."""
+    """Ours, FC-TFG's form for real faces, which learns more of many people's voices than Humans does"""
 
     kind = "context"
+    reach = 2 * REACH
 
-    def __init__(self, codes: int, width: int = 128, target: str = TARGETS[0], words: int = 0, voice_norm: bool = False):
-        super().__init__(dict(codes=codes, width=width, target=target, words=words, voice_norm=voice_norm))
-        self.reach = 2 * REACH
+    def __init__(self, codes: int, width: int = 128, **more):
+        super().__init__(codes, width, **more)
         self.front, self.context = WindowEncoder(width), SpeechContext(width)
 
     def encode(self, sound):  # (B, T, 1, 80, 16)
@@ -488,8 +470,7 @@ def predict(model, wav: np.ndarray, device, chunk: int = 500) -> np.ndarray:
 
 
 def load_keypoints(path, device, which: str | None = None):
-    """A trained network and its Mouth; which: "last", "best" or "average", by default the average where there is one.
-    InputError: what load_checkpoint refuses; parts that do not fit"""
+    """A trained network, its "last", "best" or "average", by default the average where there is one; its Mouth"""
     saved = load_checkpoint(path, "keypoints")
     which = which or ("average" if "average" in saved.get("networks", {}) else "best")
     with refusing(path, "its networks do not fit this version"):
@@ -510,23 +491,22 @@ VALIDATE_EVERY, SAVE_EVERY = 15, 60  # steps
 def new_model(args, source, clips, words: int):
     """(network, mouth) with their statistics from training clips, and with the sound tower of --expert"""
     mouth = Mouth.fit(source, clips, args.codes, 8 if args.face else 0)  # ours: as many as of the mouth
-    codes, options = len(mouth.scale), dict(target=args.target, words=words)
+    options = dict(codes=len(mouth.scale), width=args.width, target=args.target, words=words)
     if args.model == "lstm":
-        model, some = Wav2KP(codes, args.width, **options), clips[:: max(1, len(clips) // 100)]
+        model, some = Wav2KP(**options), clips[:: max(1, len(clips) // 100)]
         features = np.concatenate([audio_features("lstm", source.clip(c)[0]) for c in some])  # (S, 13)
         model.mean.copy_(torch.from_numpy(features.mean(0)))
         model.deviation.copy_(torch.from_numpy(features.std(0) + 1e-3))
     elif args.model == "context":
-        model = Context(codes, args.width, voice_norm=bool(args.data), **options)
+        model = Context(**options, voice_norm=bool(args.data))
     else:
         tower = load_sync(args.expert, "cpu") if args.expert else None
         with refusing(args.expert, "its sound tower is another than syncnet.py's"):
             config = tower.config if tower else None
         voice_norm = bool(args.data) and not tower  # the sync expert has heard voices as they are
-        model = Humans(codes, args.width, autoregressive=args.autoregressive, tower=config, voice_norm=voice_norm,
-                       **options)
+        model = Humans(**options, autoregressive=args.autoregressive, tower=config, voice_norm=voice_norm)
         if tower:
-            model.front.tower.load_state_dict(sound_only(tower).state_dict())
+            model.front.tower.load_state_dict(tower.state_dict(), strict=False)
     deviations = mouth.scale[: len(mouth.basis), None] * mouth.basis  # (D, 40)
     known = vars(mouth) | dict(spacing=2 * MAP_REACH / (MAP - 1) * np.hypot.reduce(deviations).reshape(20, 2))
     for name in {"scale", "rest", "basis", "spacing"} & dict(model.named_buffers()).keys():
@@ -536,11 +516,11 @@ def new_model(args, source, clips, words: int):
 
 def optimiser(model, args):
     """AdamW; a fine-tuned sound tower learns at a tenth of the rate (ours), a frozen one not at all"""
-    tower = [p for name, p in model.named_parameters() if name.startswith("front.tower.")]
-    rest = [p for name, p in model.named_parameters() if not name.startswith("front.tower.")]
-    for p in tower:
-        p.requires_grad_(args.finetune)
-    groups = [dict(params=rest, initial_lr=args.lr), dict(params=tower, initial_lr=0.1 * args.lr)]
+    groups = [dict(params=[], initial_lr=args.lr), dict(params=[], initial_lr=0.1 * args.lr)]
+    for name, p in model.named_parameters():
+        in_tower = name.startswith("front.tower.")
+        p.requires_grad_(args.finetune or not in_tower)
+        groups[in_tower]["params"].append(p)
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
 
@@ -601,9 +581,8 @@ def train(args):
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 def score(pairs: list, profile=None) -> dict:
-    """Predicted and true faces of clips [(predicted, true (T, 68, 2)), ..] -> means over clips: mse of the mouth;
-    relative, over the mean square of its centred coordinates; r of the opening; residual, its partial r; jaw, brows, r
-    of their height."""
+    """[(predicted, true faces (T, 68, 2)), ..] -> means over clips: mse of the mouth; relative, over the mean
+    square of its centred coordinates; r of the opening; residual, its partial r; jaw, brows, r of their height."""
     rows = []
     for made, true in pairs:
         mouth, curves = Mouth.shapes(true), (Mouth.opening(made), Mouth.opening(true))
@@ -722,8 +701,7 @@ LINES = [range(0, 17), range(17, 22), range(22, 27), range(27, 31), range(31, 36
 
 
 def draw_face(points: np.ndarray, size: int, frame=None) -> np.ndarray:
-    """Landmarks (68, 2) as lines, (size, size, 3): normalised ones, or those of a frame (H, W, 3) in its pixels, on
-    it"""
+    """Landmarks (68, 2) as lines, (size, size, 3): normalised ones, or those of a frame (H, W, 3), on it"""
     edge = size * FINE
     image = Image.new("RGB", (edge, edge), DARK) if frame is None else Image.fromarray(frame).resize((edge, edge))
     xy = edge * (points * 0.42 + (0.5, 0.32) if frame is None else points / len(frame))

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
-from data import Pack, named_clips, split
+from data import Pack, named_clips, open_packs, split
 from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
 from media import InputError, Parser, by_processes, check_output, refused, run
@@ -67,8 +67,7 @@ DLIB_LOW = 0.004
 SHUT, SEARCH = 0.016, 0.025
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the network
+# ----------------------------------------------------------------------------------------------------- the network
 
 def trunk(widths: list[int]) -> list[nn.Module]:
     """Convolutions that halve a grey crop once a width"""
@@ -129,8 +128,7 @@ def load_landmarks(path: str | Path = WEIGHTS) -> LandmarkNet:
     return load_frozen(lambda: LandmarkNet(**checkpoint["config"]), checkpoint.get("net"), path, "cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# points and crops
+# ------------------------------------------------------------------------------------------------ points and crops
 
 def to_real(points: np.ndarray) -> np.ndarray:
     """complex (..) -> float32 (.., 2)"""
@@ -151,7 +149,7 @@ def box_crop(box) -> tuple[float, complex]:
 
 def part_crops(part: Part, a, points: np.ndarray):
     """a (..) of face crops and their points (.., K) -> a (..), b (.., 2) of the crops of a part"""
-    a = part.side * np.asarray(a)
+    a = part.side * a
     return a, points[..., part.points[:, part.first :]].mean(-1) - a[..., None] * part.place
 
 
@@ -161,10 +159,10 @@ def unit_square(size: int) -> np.ndarray:
     return t + 1j * t[:, None]
 
 
-def sample(grey: torch.Tensor, at: np.ndarray) -> torch.Tensor:
+def sample(grey: torch.Tensor, at) -> torch.Tensor:
     """Grey images (n or 1, 1, H, W), pixels x + iy (n, S, S) -> (n, 1, S, S), bilinear; the border is repeated"""
-    size = torch.tensor([grey.shape[-1], grey.shape[-2]])
-    grid = torch.view_as_real(torch.from_numpy(at.astype(np.complex64))) * 2 / size - 1
+    size = torch.tensor([grey.shape[-1], grey.shape[-2]], device=grey.device)
+    grid = torch.view_as_real(torch.as_tensor(at, dtype=torch.complex64)) * 2 / size - 1
     return F.grid_sample(grey.expand(len(at), -1, -1, -1), grid, padding_mode="border", align_corners=False)
 
 
@@ -185,26 +183,27 @@ def grey_part(photo: np.ndarray, a: complex, b: complex) -> tuple[torch.Tensor, 
     return (torch.from_numpy(np.array(photo[y0:y1, x0:x1])).float() @ GREY)[None, None], complex(x0, y0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# detection
+# ------------------------------------------------------------------------------------------------------- detection
+
+def both_sides(net, crops: torch.Tensor, mirrored: np.ndarray) -> torch.Tensor:
+    """Crops (n, 1, S, S) -> a network's points (2, n, k), complex: those of each crop, and of its mirror image"""
+    points, others = torch.view_as_complex(net(torch.cat([crops, crops.flip(-1)]))).chunk(2)
+    return torch.stack([points, 1 - others[:, mirrored].conj()])
+
 
 def read_face(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, shifts=(0,)) -> np.ndarray:
-    """The crop a, b of a photo, uint8 (H, W, 3), shifted by sides -> points in pixels (2, len(shifts), K): those of
-    each crop, and of its mirror image"""
+    """The crop a, b of a photo, uint8 (H, W, 3), shifted by sides -> both_sides (2, len(shifts), K) in pixels"""
     grey, corner = grey_part(photo, a, b)
     b = b + a * np.array(shifts)
     crops = sample_crops(grey, np.full(len(b), a), b - corner, FACE_SIZE)
-    points = to_complex(net(torch.cat([crops, crops.flip(-1)])).numpy()).reshape(2, len(b), K)
-    points[1] = mirror(points[1])
-    return a * points + b[:, None]
+    return a * both_sides(net, crops, MIRROR).numpy() + b[:, None]
 
 
 def read_parts(net: LandmarkNet, views, a, points) -> np.ndarray:
-    """Of n faces: their grey_part, the scale a of the crop that fits them, and points (K,) in pixels -> points (n, K)
-    with eyes, brows and mouth from their own crops"""
+    """Of n faces grey_part, scale of the crop, points (K,) in pixels -> (n, K), eyes and mouth from own crops"""
     points = np.array(points)
     for network, part in ((net.eye, EYE), (net.mouth, MOUTH)):
-        side, b = part_crops(part, a, points)  # (n,), (n, 2)
+        side, b = part_crops(part, np.array(a), points)  # (n,), (n, 2)
         crops = torch.cat([sample_crops(grey, [s, s], at - corner, part.size)
                            for (grey, corner), s, at in zip(views, side, b)])  # (2n, 1, S, S): left and right of each
         crops[1::2] = crops[1::2].flip(-1)
@@ -255,8 +254,7 @@ def read_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def track_landmarks(net: LandmarkNet, frames, box) -> np.ndarray:
-    """Frames, uint8 (H, W, 3), from any iterable, and the box of the face in the first -> landmarks (T, 68, 2) in
-    pixels, float32; NaN in frames where the face is lost."""
+    """Frames uint8 (H, W, 3), box of the first's face -> float32 (T, 68, 2) in pixels, NaN where it is lost"""
     faces, found = follow_face(net, frames, box), [np.zeros((0, K, 2), np.float32)]
     for batch in iter(lambda: list(itertools.islice(faces, BATCH)), []):
         found.append(to_real(read_parts(net, *zip(*batch))))
@@ -264,9 +262,8 @@ def track_landmarks(net: LandmarkNet, frames, box) -> np.ndarray:
 
 
 def follow_face(net: LandmarkNet, frames, box):
-    """Of each frame the arguments of read_parts, points NaN where the face is lost. The crop follows the points: one
-    pass a frame, two where it moves. The face is lost where crop and mirror image disagree or the crop jumps. It is then
-    searched where it was last."""
+    """Of each frame the arguments of read_parts. The crop follows the points: a pass a frame, two where it moves.
+    Points are NaN where crop and mirror image disagree or the crop jumps: it stays where the face was last."""
     seen, passes, (a, b) = False, 3, box_crop(box)
     for frame in frames:
         last, searched = (a, b), passes > 1
@@ -284,8 +281,7 @@ def follow_face(net: LandmarkNet, frames, box):
         yield grey_part(frame, a, b), a, points
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the shape of the lips, differentiable: what the sync expert gets of a face
+# -------------------------------------- the shape of the lips, differentiable: what the sync expert gets of a face
 
 LIP_POINTS = np.r_[48:68, 6:11]  # lips and chin
 LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]
@@ -296,44 +292,28 @@ def read_lips(net: LandmarkNet, images):
     mirror image. Differentiable in the pixels around the mouth alone: no eye or head must move for the lips."""
     grey = (((images.float() + 1) * 127.5).movedim(1, -1) @ GREY.to(images.device))[:, None]  # (n, 1, 64, 64)
     with torch.no_grad():
-        face = both_sides(net, grey, MIRROR)  # (n, 68) in units of the crop
-        # the square that fits the landmarks, as in part_crops: point u of it is point a u + b of the crop
-        mean = torch.view_as_complex(net.mean)
-        centred = mean - mean.mean()
-        a = MOUTH.side * (face * centred.conj()).sum(1) / centred.abs().square().sum()  # (n,)
-        b = face[:, 48:].mean(1) - MOUTH.place * a
-        shift = a * (1 + 1j) + 2 * b - (1 + 1j)  # of affine_grid, where -1 .. 1 is the crop
-        theta = torch.view_as_real(torch.stack([a, 1j * a, shift], 1)).mT  # (n, 2, 3)
-        grid = F.affine_grid(theta, (len(a), 1, MOUTH.size, MOUTH.size), align_corners=False)
-    crops = F.grid_sample(grey, grid, padding_mode="border", align_corners=False)
-    lips = a[:, None] * both_sides(net.mouth, crops, MIRROR[LIPS] - 48) + b[:, None]  # (n, 20)
+        face = both_sides(net, grey, MIRROR).mean(0)  # (n, 68) in units of the image
+        a, b = part_crops(MOUTH, similarity(torch.view_as_complex(net.mean), face)[0], face)
+        a, b = a[:, None], b[:, :1]  # (n, 1)
+        at = a[..., None] * torch.from_numpy(unit_square(MOUTH.size)).to(a) + b[..., None]
+    crops = sample(grey, images.shape[-1] * at)
+    lips = a * both_sides(net.mouth, crops, MIRROR[LIPS] - 48).mean(0) + b  # (n, 20)
     return lip_shape(torch.cat([face[:, :48], lips], 1))
 
 
-def both_sides(net, crops, mirror):
-    """Points (n, k) of crops, complex: the mean of those of each crop and of its mirror image"""
-    points, mirrored = torch.view_as_complex(net(torch.cat([crops, crops.flip(-1)]))).chunk(2)
-    return (points + 1 - mirrored[:, mirror].conj()) / 2
-
-
 def lip_shape(points):
-    """Landmarks, complex (.., 68) -> (.., 50): those of lips and chin, x and y, from the middle between the eyes, in
-    distances of the eyes and upright"""
+    """Landmarks, complex (.., 68) -> lips and chin (.., 50): x, y; eyes level, 1 apart, origin between them"""
     left, right = points[..., 36:42].mean(-1, keepdim=True), points[..., 42:48].mean(-1, keepdim=True)
     return torch.view_as_real((points[..., LIP_POINTS] - (left + right) / 2) / (right - left)).flatten(-2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training data
+# --------------------------------------------------------------------------------------------------- training data
 
 def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) -> tuple[torch.Tensor, np.ndarray]:
     """Packs with landmarks beside them -> grey frames, uint8 (n, 1, S, S), up to `most` a pack, evenly from its clips for
     training; points (n, K) in units of the crop. Raises InputError: no pack, no landmarks, packs of several sizes."""
-    packs = [Pack(folder) for folder in folders]
-    if len({pack.size for pack in packs}) > 1:
-        raise InputError("packs of several sizes: " + ", ".join(f"{pack.folder} {pack.size}" for pack in packs))
     images, points = [], []
-    for pack, found in [(pack, Landmarks(pack)) for pack in packs]:
+    for pack, found in [(pack, Landmarks(pack)) for pack in open_packs(folders).packs]:
         clips, shift = np.intersect1d(split(pack)["train"], found.kept), DLIB_LOW * (found.detectors[0] == "dlib")
         for c in tqdm(rng.permutation(clips)[:most], desc=pack.folder.name, leave=False, disable=None):
             for k in rng.permutation(pack.n_frames[c])[: -(-most // len(clips))]:
@@ -345,8 +325,7 @@ def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) 
 
 
 def mean_shape(points: np.ndarray) -> np.ndarray:
-    """Shapes (n, K) in units of upright crops -> their mean without shift, scale and rotation (Procrustes), symmetric,
-    placed as the median crop places it: (K,)"""
+    """Shapes (n, K) in units of upright crops -> Procrustes mean (K,), symmetric, placed as by the median crop"""
     mean = place = np.median(points.real, 0) + 1j * np.median(points.imag, 0)
     for _ in range(3):
         a, b = similarity(mean, points)
@@ -372,10 +351,8 @@ def degrade(x: torch.Tensor) -> torch.Tensor:
 
 def shut_eyes(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
     """Shuts eyes by moving their own lids: dlib's points hardly follow lids that shut, so they cannot teach blinks.
-
-    v (n, S, S): where pixels lie in the right crops of eyes, y (n, 11): the points there, share (n,) of the gap that
-    closes -> where each pixel is taken from, the moved points. The skin between brow and lid is stretched.
-    """
+    Places of pixels in the right crops v (n, S, S), points there y (n, 11), share (n,) of the gap that closes ->
+    where each pixel is taken from, the moved points. The skin between brow and lid is stretched."""
     corner, far = y[:, 5, None], y[:, 8, None]
 
     def line(z):
@@ -435,12 +412,10 @@ def seal_lips(images: torch.Tensor, points: np.ndarray) -> np.ndarray:
     return points
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# -------------------------------------------------------------------------------------------------------- training
 
 def train(network: nn.Module, draw, weight, steps: int, peak: float, name: str):
-    """Trains on `steps` batches of draw(): crops, complex points in units of the crops. Loss: mean distance of the
-    points, not squared (landmarks err), times `weight`"""
+    """Trains on batches of draw(): crops, points in them. Loss: mean distance, not squared, since landmarks err"""
     network.to(memory_format=torch.channels_last)  # a third faster on a CPU
     weight = torch.tensor(weight / np.mean(weight), dtype=torch.float32)
     opt = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
@@ -504,8 +479,7 @@ def eye_or_mouth_crops(net: LandmarkNet, network: PartNet, part: Part, images: t
     return draw
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# landmarks of a pack by another detector: keypoints.py extract
+# --------------------------------------------------- landmarks of a pack by another detector: keypoints.py extract
 
 CHUNK = 10  # clips for which a process opens its detector once (ours)
 
@@ -546,8 +520,7 @@ def extract(args):
     print(f"{folder}: {len(Landmarks(pack).kept)} of {len(pack)} clips have landmarks ({args.landmarks})")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the script
+# ------------------------------------------------------------------------------------------------------ the script
 
 def main(argv=None):
     p = Parser(description="Weights of the landmark network, from packs of prepare.py with dlib's landmarks beside them.")

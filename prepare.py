@@ -82,7 +82,7 @@ def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndar
     if (x, y, side) != (0, 0, expert.size):
         crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
     assert len(crops) >= SPAN, "a clip is longer than a window"
-    late, confidence, fit = best_offset(by_shift(expert, *embed(expert, crops, log_mel(wav), "cpu")))
+    late, confidence, fit = best_offset(by_shift(expert.logits, *embed(expert, crops, log_mel(wav), "cpu")))
     segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
     if fit <= 0:
         segment["reason"] = "mouth and sound do not fit"

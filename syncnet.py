@@ -24,6 +24,7 @@ import re
 import subprocess
 import tempfile
 from collections import OrderedDict
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_strictly, millions,
     open_log, pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
-from data import Pack, batches, clips_used, drawn_clips, find_clips, open_packs, split, split_options
+from data import Pack, batches, clips_used, drawn_clips, open_packs, split, split_options
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, parse_box, segment_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
@@ -148,12 +149,6 @@ class SyncNet(nn.Module):
         return torch.logit(cosine, eps=1e-4) if self.cosine else self.log_scale.exp() * cosine + self.bias
 
 
-def sound_only(expert: SyncNet) -> SyncNet:
-    """Without what SyncNet.sound does not need"""
-    expert.face_tower = expert.log_scale = expert.bias = expert.landmarks = None
-    return expert
-
-
 def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
     """A trained expert, frozen, for images of this size. path "wav2lip" is Wav2Lip's published expert, downloaded on
     first use; *.pth is a copy of that. InputError: as load_checkpoint; made for larger images; cannot be downloaded."""
@@ -175,12 +170,11 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 def expert_loss(logits, clip, k, apart: int = NEAR, others: bool = True) -> dict:
-    """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the loss.
-
-    Pairwise sigmoid, absent where the batch has no such pair: in_sync (the diagonal); shifted (same clip, `apart` frames
-    or more apart); other (another clip; not without `others`). loss: of these, half for the positive pairs, half for the
-    negative ones; ln 2 at zero logits. contrast: -log softmax of the true sound among the sounds and of the true face
-    among the faces (CLIP), of these pairs. InputError: no pair is negative."""
+    """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the
+    loss. Pairwise sigmoid, absent where the batch has no such pair: in_sync (the diagonal); shifted (same clip,
+    `apart` frames or more apart); other (another clip; not without `others`). loss: of these, half for the
+    positive pairs, half for the negative ones; ln 2 at zero logits. contrast: -log softmax of the true sound among
+    the sounds and of the true face among the faces (CLIP), of these pairs. InputError: no pair is negative."""
     N = len(clip)
     assert logits.shape == (N, N), f"logits are {tuple(logits.shape)}, expected {(N, N)}"
     same, own = clip[:, None] == clip[None], torch.arange(N, device=logits.device)
@@ -202,8 +196,8 @@ class Windows(Dataset):
     What the expert's `read` gives of the images and the mel are kept in memory. augment: vary faces and voices."""
 
     def __init__(self, pack: Pack, clips, expert, windows: int = 0, seed: int = 0, augment: bool = True):
-        self.pack, self.clips, self.expert = pack, np.asarray(clips), expert
-        self.windows, self.seed, self.augment, self.cache = windows, seed, augment, {}
+        self.pack, self.clips, self.expert, self.read = pack, np.asarray(clips), expert, cache(self.read)
+        self.windows, self.seed, self.augment = windows, seed, augment
 
     def __getitem__(self, n: int) -> dict:
         """-> frames (windows, 5, ..), mel (windows, 1, 80, 16), clip (windows,), k (windows,): middle frames"""
@@ -221,16 +215,13 @@ class Windows(Dataset):
     @torch.no_grad()
     def read(self, c: int):
         """Clip c -> what the expert's `read` gives of its frames (T, ..), mel (80, S)"""
-        if c not in self.cache:
-            images = to_tensor(self.pack.frames(c, range(self.pack.n_frames[c])))
-            device = next(self.expert.parameters()).device
-            self.cache[c] = self.expert.read(images.to(device)).cpu(), log_mel(self.pack.sound(c))
-        return self.cache[c]
+        images = to_tensor(self.pack.frames(c, range(self.pack.n_frames[c])))
+        images = images.to(next(self.expert.parameters()).device)
+        return self.expert.read(images).cpu(), log_mel(self.pack.sound(c))
 
 
 def vary_lips(x, other, rng):
-    """Augments windows of one clip (K, 5, 50), all alike but for the noise: the mean shape moves towards that of another
-    clip (T, 50); more or less motion; mirrored, turned, stretched, moved. The widths are ours."""
+    """Augments windows of one clip (K, 5, 50), alike but for noise. other (T, 50): another clip. Widths: ours"""
     mean = x.mean((0, 1))
     to_other = rng.uniform(0, 0.8) * (rng.random() < 0.7) * (other.mean(0) - mean)
     x = (mean + to_other + np.exp(rng.normal(0, 0.15)) * (x - mean)).unflatten(-1, (-1, 2))  # (K, 5, 25, 2)
@@ -243,8 +234,7 @@ def vary_lips(x, other, rng):
 
 
 def vary(frames, rng):
-    """Augments windows of one clip (K, 5, 3, H, H), the five frames of each alike: all mirrored or none; turned, zoomed,
-    moved, lit otherwise, every third blurred to half its size, as young generators do. Widths are ours."""
+    """Augments windows of one clip (K, 5, 3, H, H), five frames alike, all mirrored or none. Widths: ours"""
     K, H = len(frames), frames.shape[-1]
     turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
@@ -253,7 +243,7 @@ def vary(frames, rng):
     theta[:, :, 2] = rng.uniform(-0.1, 0.1, (K, 2))  # of half the edge
     grid = F.affine_grid(torch.from_numpy(theta).float(), (K, 1, H, H), align_corners=False)
     x = F.grid_sample(frames.flatten(1, 2), grid, padding_mode="border", align_corners=False)  # (K, 15, H, W)
-    soft = torch.from_numpy(rng.random(K) < 1 / 3)
+    soft = torch.from_numpy(rng.random(K) < 1 / 3)  # as images of young generators are
     if soft.any():
         x[soft] = F.interpolate(F.avg_pool2d(x[soft], 2), (H, H), mode="bilinear")
     light = rng.uniform(0.7, 1.3, (K, 1, 1, 1, 1)) * rng.uniform(0.9, 1.1, (K, 1, 3, 1, 1))
@@ -289,12 +279,12 @@ def embed_sound(expert, windows: np.ndarray):
 
 
 @torch.no_grad()
-def by_shift(expert, face, sound, reach: int = MAX_OFFSET):
-    """Each window with its own sound and the sounds up to `reach` frames away: face, sound (K, E) -> (K, S) logits.
-    Column reach + d has face k with sound k + d, NaN beyond the clip; S = 2 reach + 1."""
-    rows, sound = [], F.pad(sound, (0, 0, reach, reach), value=math.nan)
+def by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: float = math.nan):
+    """An expert's `logits`, face and sound embeddings (K, E) -> (K, S): each window with the sounds up to `reach`
+    frames away, S = 2 reach + 1. Column reach + d has face k with sound k + d, outside the clip `beyond`."""
+    rows, sound = [], F.pad(sound, (0, 0, reach, reach), value=beyond)
     for a in range(0, len(face), 256):  # a block of windows at once
-        logits = expert.logits(face[a : a + 256], sound[a : a + 256 + 2 * reach])  # (b, b + 2 reach)
+        logits = logits_of(face[a : a + 256], sound[a : a + 256 + 2 * reach])  # (b, b + 2 reach)
         rows.append(torch.stack([logits.diagonal(d) for d in range(2 * reach + 1)], 1))
     return torch.cat(rows).cpu().numpy()
 
@@ -312,20 +302,20 @@ def best_offset(table):
 
 @torch.no_grad()
 def measure(expert, windows: Windows, clips) -> list[dict]:
-    """-> for each clip: clip, its number; table (K, S) of by_shift; offset_1s, offset_3s, offset_clip: offsets found of
-    pieces of that length, less the true ones."""
+    """-> of each clip number, table (K, S) of by_shift; offset_1s, _3s, _clip: found of pieces less true ones"""
     found, device = [], next(expert.parameters()).device
     for c in clips:
         x, mel = windows.read(c)
         face = embed_frames(expert, x.to(device))
         sound = embed_sound(expert, mel_windows(mel, HALF + np.arange(len(face))))
-        table = by_shift(expert, face, sound)
+        table = by_shift(expert.logits, face, sound)
         result = dict(clip=c, table=table, offset_clip=[best_offset(table)[0]])
         for name, seconds in PIECES.items():  # sound as it is, or moved by five frames
             K = seconds * FPS - SPAN + 1
             at = np.arange(0, len(face) - K + 1, FAR)
             at = [(a, b) for a in at for b in (a - FAR, a, a + FAR) if 0 <= b <= len(face) - K]
-            result[name] = [best_offset(by_shift(expert, face[a : a + K], sound[b : b + K]))[0] - (a - b) for a, b in at]
+            tables = [by_shift(expert.logits, face[a : a + K], sound[b : b + K]) for a, b in at]
+            result[name] = [best_offset(piece)[0] - (a - b) for piece, (a, b) in zip(tables, at)]
         found.append(result)
     return found
 
@@ -359,8 +349,7 @@ def accuracy_by_shift(table):
 # ---------------------------------------------------------------------------------------------------------------- train
 
 def train(args):
-    """Writes --out, the weights with the least loss on held-out clips, and OUT_last.pt for --resume, which continues
-    bit for bit on a CPU."""
+    """Writes --out, the weights of least held-out loss, and OUT_last.pt for --resume, bit for bit on a CPU."""
     device, out = pick_device(args.device), claim_output(args.out, args)
     last = out.with_stem(f"{out.stem}_last")
     expert, opt, start, best = start_run(args, last, device)
@@ -413,10 +402,10 @@ def start_run(args, path: Path, device) -> tuple:
         raise InputError(f"{path}: an expert for images of {expert.size} px, --size is {args.size}")
     if lips and not args.resume:
         expert.landmarks = load_landmarks()
-    expert = expert.to(device).train()
+    expert = expert.to(device).train().requires_grad_(True)
+    if lips:
+        expert.landmarks.requires_grad_(False)
     towers, scale = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()], [expert.log_scale, expert.bias]
-    for parameter in towers + scale:
-        parameter.requires_grad_(True)
     groups = [dict(params=towers, initial_lr=args.lr),
               dict(params=scale, weight_decay=0.0, initial_lr=10 * args.lr)]  # ours: 10, it has to go from 5 to 40
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
@@ -428,8 +417,7 @@ def start_run(args, path: Path, device) -> tuple:
 
 
 def load_data(args, folder: Path):
-    """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs in the folder, drawn on first
-    use. InputError: images smaller than --size; see split."""
+    """-> pack, clips to train on; pack, clips to validate on: toy ones, drawn in the folder, without --data"""
     if not args.data:
         pack, val = toy_pack(folder, args.size, args.people, 3.0), toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
         return pack, split(pack, args)["train"], val, np.arange(len(val))
@@ -446,7 +434,7 @@ def test(args):
     """Prints `summary` of held-out clips by shift and by person; --out is a picture of how far off the offsets are."""
     out, device = args.out and check_output(args.out, True, (".png",)), pick_device(args.device)
     path = args.expert or (SHIPPED if args.data else TOY)
-    expert = load_sync(path, device)
+    expert = load_sync(path, device, open_packs(args.data).size if args.data else None)
     pack, clips, what = held_out_clips(args.data, expert, path)
     clips = measure(expert, Windows(pack, [], expert), tqdm(clips, "clips", disable=None))
     found, columns = summary(clips), dict(accuracy="accuracy, windows of 0.2 s", second="of seconds")
@@ -475,15 +463,13 @@ def test(args):
 
 def held_out_clips(data: list | None, expert, path) -> tuple:
     """-> pack, the numbers of its clips that the expert was neither trained nor chosen on, and a description of them.
-    data: packs, or None for toy people and speech that no training uses. InputError: no such clip; the wrong images."""
+    data: packs, or None for toy people and speech that no training uses. InputError: no such clip."""
     if not data and expert.template != "toy":
         raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
     pack = open_packs(data) if data else toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
     clips, what = np.arange(len(pack)), " ".join(data) if data else "toy people and speech held out for good"
     if data and isinstance(expert, SyncNet):
-        if pack.size < expert.size:
-            raise InputError(f"{pack.folder}: images of {pack.size} px, the expert's are at least {expert.size}")
-        used = find_clips(pack, *clips_used(load_checkpoint(path, "syncnet"), pack, path).values())
+        used = np.concatenate([*clips_used(load_checkpoint(path, "syncnet"), pack, path).values()])
         clips = np.setdiff1d(clips, used)
         what += ", the clips held out from training and validation" * (used.size > 0)
         if not len(clips):
@@ -513,7 +499,7 @@ def clip_offset(expert, path: Path, device, box: str | None = None):
     first = list(islice(crops, SPAN + 1))
     if len(first) < SPAN + 1:
         raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {SPAN + 1}")
-    table = by_shift(expert, *embed(expert, tqdm(chain(first, crops), "frames", disable=None), mel, device))
+    table = by_shift(expert.logits, *embed(expert, tqdm(chain(first, crops), "frames", disable=None), mel, device))
     return *best_offset(table), len(table)
 
 
@@ -527,21 +513,16 @@ def face_crops(path: Path, expert, box: str | None = None):
     where = parse_box(box, source.width, source.height, height / source.height) if box else None
     while part := list(islice(frames, SEGMENT)):
         if not box:
-            where = middle_square(part[0]) if expert.template == "toy" else detect_box(path, part, where)
+            H, W = part[0].shape[:2]
+            try:
+                where = middle_square(part[0]) if expert.template == "toy" else segment_box(part)
+            except InputError as error:
+                if not where and H != W:
+                    raise InputError(f"{path}: {error}; give --box x0,y0,x1,y1") from None
+                where = where or (0, 0, W, H)
+            if H == W and where[2] - where[0] > 0.8 * W:  # ours: .8
+                where = (0, 0, W, H)
         yield from (crop_face(frame, where, expert.size) for frame in part)
-
-
-def detect_box(path: Path, frames: list, last: tuple | None) -> tuple:
-    """Where the detector finds the face in these frames; see face_crops."""
-    H, W = frames[0].shape[:2]
-    whole = (0, 0, W, H)
-    try:
-        box = segment_box(frames)
-    except InputError as error:
-        if last or H == W:
-            return last or whole
-        raise InputError(f"{path}: {error}; give --box x0,y0,x1,y1") from None
-    return whole if H == W and box[2] - box[0] > 0.8 * W else box  # ours: .8
 
 
 def write_shifted(path: Path, late: int, out: Path):
@@ -579,14 +560,11 @@ def parse(argv=None):
     p.add_argument("--width", type=float, help="channels, 1 is Wav2Lip's; default: .25 up to 32 px, else .5")
     p.add_argument("--windows", type=int, default=4, help="windows of each of the clips in a batch")
     p.add_argument("--cosine", action="store_true", help="Wav2Lip's loss: the cosine after a ReLU is the probability")
-    p.add_argument("--negatives", type=float, default=NEAR / FPS,
-                   help="seconds from which on sound of the same clip counts as wrong")
+    p.add_argument("--negatives", type=float, default=NEAR / FPS, help="seconds apart, sound of a clip is wrong")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
-    t.add_argument("--data", nargs="+", help="packs; of those that the expert was trained on, the held-out clips; "
-                   "default: toy people and speech held out for good, drawn beside --expert")
+    t.add_argument("--data", nargs="+", help="packs: their held-out clips; default: toy people held out for good")
     t.add_argument("--out", metavar="PNG", help="a picture of how far off the offsets are")
-    t.add_argument("--expert", help="checkpoint, wav2lip, or a copy of that (.pth); default: with --data the shipped "
-                   f"weights/sync.pt, without {TOY}")
+    t.add_argument("--expert", help=f"as of offset; default: weights/sync.pt with --data, without it {TOY}")
     o.add_argument("clip", help="video with sound")
     o.add_argument("--expert", default=SHIPPED, help="checkpoint, wav2lip, or a copy of that (.pth)")
     o.add_argument("--box", help="box around the face, x0,y0,x1,y1 in pixels")

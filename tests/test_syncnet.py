@@ -23,7 +23,7 @@ import toyfaces
 from audio import log_mel, mel_windows
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
-from judges import SyncNetV2Expert, Wav2LipExpert
+from judges import SyncNetV2, Wav2LipExpert
 from landmarks import load_landmarks
 from losses import sync_loss
 from media import InputError, load_audio, read_video, to_tensor, write_video
@@ -447,7 +447,7 @@ def test_scores_by_shift_are_those_of_a_naive_loop_over_more_than_one_block():
     net, K, reach = small(), 300, 4
     g = torch.Generator().manual_seed(3)
     face, sound = (F.normalize(torch.randn(K, 20, generator=g), dim=1) for _ in range(2))
-    table = by_shift(net, face, sound, reach)
+    table = by_shift(net.logits, face, sound, reach)
     expected = np.full((K, 9), np.nan)
     logits = net.logits(face, sound).detach().numpy()
     for k in range(K):
@@ -462,7 +462,7 @@ def test_the_offset_is_the_shift_of_a_constructed_clip(late):
     g = torch.Generator().manual_seed(3)
     own = F.normalize(torch.randn(75, 20, generator=g), dim=1)
     face, sound = own[20:55], own[20 - late : 55 - late]  # sound k + late belongs to picture k
-    found, confidence, fit = best_offset(by_shift(small(), face, sound))
+    found, confidence, fit = best_offset(by_shift(small().logits, face, sound))
     assert found == late and 3 < confidence < 7  # scale 5, cosine 1 and about 0
     assert fit == pytest.approx(5 - syncnet.SURE * (75 / 31) ** 0.5, abs=0.2)  # of a clip shorter than 3 s
 
@@ -940,9 +940,8 @@ def test_as_a_script_it_ends_with_status_2_and_without_a_traceback(tmp_path, cap
 
 
 def test_syncnet_v2s_logit_is_a_margin_less_the_distance():
-    expert = SyncNetV2Expert(torch.nn.Identity())
     face, sound = torch.tensor([[0.0, 0], [6, 8]], requires_grad=True), torch.tensor([[3.0, 4], [0, 0], [6, 8]])
-    logits = expert.logits(face, sound)
-    assert torch.allclose(logits, expert.MARGIN - torch.tensor([[5.0, 0, 10], [5, 10, 0]]), atol=1e-5)
+    logits = SyncNetV2.logits(SyncNetV2, face, sound)  # no weights take part
+    assert torch.allclose(logits, SyncNetV2.MARGIN - torch.tensor([[5.0, 0, 10], [5, 10, 0]]), atol=1e-5)
     torch.nn.functional.softplus(-logits[:, 0]).sum().backward()
     assert (face.grad[0] < 0).all() and (face.grad[1] > 0).all()  # both are drawn to the sound
