@@ -590,8 +590,9 @@ def test_inception_is_tensorflows_of_2015_under_torchvisions_names(monkeypatch):
         return [conv(x, f"{name}a", 384, (1, 3), 1, (0, 1)), conv(x, f"{name}b", 384, (3, 1), 1, (1, 0))]
 
     row, column = (1, 7), (7, 1)
-    image = torch.rand(1, 3, 90, 75) * 2 - 1
-    x = F.interpolate(image, (299, 299), mode="bilinear", align_corners=False)
+    image, sizes, resized = torch.rand(1, 3, 90, 75) * 2 - 1, [], judges.resized
+    monkeypatch.setattr(judges, "resized", lambda x, size: sizes.append(size) or resized(x, 139))  # in place of 299 px
+    x = F.interpolate(image, (139, 139), mode="bilinear", align_corners=False)
     x = conv(conv(conv(x, "Conv2d_1a_3x3", 32, 3, 2), "Conv2d_2a_3x3", 32, 3), "Conv2d_2b_3x3", 64, 3, 1, 1)
     x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1", 80, 1), "Conv2d_4a_3x3", 192, 3)
     x = F.max_pool2d(x, 3, 2)
@@ -613,10 +614,11 @@ def test_inception_is_tensorflows_of_2015_under_torchvisions_names(monkeypatch):
         x = torch.cat([conv(x, m + "1x1", 320, 1), *fork(conv(x, m + "3x3_1", 384, 1), m + "3x3_2"),
                        *fork(chain(x, m + "3x3dbl", (448, 1), (384, 3)), m + "3x3dbl_3"),
                        conv(pooled, m + "_pool", 192, 1)], 1)
-    assert x.shape == (1, 2048, 8, 8) and len(w) == 5 * 94
+    assert x.shape == (1, 2048, 3, 3) and len(w) == 5 * 94
     monkeypatch.setattr(judges, "read_weights", lambda path: w)
     network = judges.Inception(CPU, __file__)
     torch.testing.assert_close(network(image), x.mean((2, 3)), rtol=1e-4, atol=1e-4)
+    assert set(sizes) == {299}
     w["Mixed_7c.branch_pool.conv.weight"] = torch.zeros(192, 7, 1, 1)
     with pytest.raises(InputError, match="not the weights of Inception"):
         judges.Inception(CPU, __file__)

@@ -418,9 +418,9 @@ def test_a_published_file_loads_into_a_frozen_judge_with_its_very_weights(frozen
     monkeypatch.setattr(judges, "fetch", lambda name, path: name)
     monkeypatch.setattr(judges, "read_weights", lambda path: files_of(name, frozen)[path])
     make = {"syncnet": judges.syncnet_v2, "wav2lip": judges.wav2lip_expert}.get(name) or getattr(judges, name)
-    judge = make("cpu")
-    counts = {k for k in judge.state_dict() if k.endswith("num_batches_tracked")}
-    assert all(torch.equal(v, frozen[name].state_dict()[k]) for k, v in judge.state_dict().items() if k not in counts)
+    judge, expected = make("cpu"), frozen[name].state_dict()
+    counts = {k for k in expected if k.endswith("num_batches_tracked")}
+    assert all(torch.equal(v, expected[k]) for k, v in judge.state_dict().items() if k not in counts)
     assert not any(p.requires_grad for p in judge.parameters()) and not judge.training
 
 

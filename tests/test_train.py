@@ -72,6 +72,13 @@ def stages(pack, narrow_networks, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def saved(stages):
+    """What they wrote"""
+    return {name: load_checkpoint(stages / f"{name}.pt", name[:6])
+            for name in ("stage1", "stage2", "stage2_hyper", "stage3")}
+
+
 @pytest.fixture(autouse=True)
 def one_short_judge(monkeypatch):
     """.. and no images or pages, which `stages` writes"""
@@ -121,7 +128,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_hyper", "stage3"])
-def test_four_steps_are_two_and_resume_and_two(name, pack, stages, tmp_path, monkeypatch):
+def test_four_steps_are_two_and_resume_and_two(name, pack, stages, saved, tmp_path, monkeypatch):
     stage, before = int(name[5]), dict(stage2="stage1", stage2_hyper="stage2", stage3="stage2_hyper").get(name)
     more = ["--part", "hyper"] if name == "stage2_hyper" else []
     more += ["--init", str(stages / f"{before}.pt")] if before else []
@@ -138,9 +145,8 @@ def test_four_steps_are_two_and_resume_and_two(name, pack, stages, tmp_path, mon
         go(pack, tmp_path, stage, *more)
     torch.manual_seed(99)  # whatever happened in between
     go(pack, tmp_path, stage, "--resume", *more)
-    straight, broken = (load_checkpoint(str(folder / f"{name}.pt"), f"stage{stage}") for folder in (stages, tmp_path))
-    assert straight["step"] == 4
-    equal(straight, broken)
+    assert saved[name]["step"] == 4
+    equal(saved[name], load_checkpoint(tmp_path / f"{name}.pt", f"stage{stage}"))
 
 
 def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack, stages, tmp_path, capsys):
@@ -272,9 +278,8 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
     assert changed("hyper", hyper) and changed("generator", G) and changed("encoder", encoder)
 
 
-def test_each_stage_trains_what_is_its_own(stages):
-    one, two, hyper, three = (load_checkpoint(str(stages / f"{name}.pt"), name[:6])
-                              for name in ("stage1", "stage2", "stage2_hyper", "stage3"))
+def test_each_stage_trains_what_is_its_own(saved):
+    one, two, hyper, three = saved.values()
 
     def moved(a, b, part):
         x, y = a["networks"]["model"], b["networks"]["model"]
@@ -588,8 +593,8 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
     targets = torch.cat(initialise.lip_shapes(model, toys, landmarks, np.arange(len(toys)), "cpu"))[:, 0].numpy()
     assert abs(targets.mean() - read.mean()) < 0.5 * read.std() and np.corrcoef(targets, true)[0, 1] > 0.6
     go(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
-    mine = load_model(str(tmp_path / "mine/weights.pt"))
-    changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
+    before, mine = model.state_dict(), load_model(str(tmp_path / "mine/weights.pt"))
+    changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, before[k])}
     assert {"audio.0", "audio.5", "motion.fusion.convs.0", "motion.lips.0"} <= changed     # nothing that draws
     assert all(k.startswith(("audio", "motion.fusion", "motion.lips")) or k == "motion" for k in changed)
     with pytest.raises(InputError, match="landmarks"):
