@@ -73,6 +73,7 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     if path.exists():
         state = load_checkpoint(path, "probe")["networks"]["probe"]
         return load_frozen(lambda: Probe(size), state, path, device).to(memory_format=torch.channels_last)
+    torch.manual_seed(1)
     probe, toys = Probe(size).to(device, memory_format=torch.channels_last), folder / f"probe_toys{size}"
     make_pack(toys, size, people, 0.8, PROBE_PEOPLE)
     pack, truth = Pack(toys), torch.from_numpy(np.load(toys / "truth.npy"))
@@ -81,7 +82,6 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
     probe.std.copy_(truth.std(0))
     truth = (truth - truth.mean(0)) / truth.std(0)
     per_clip = len(images) // len(pack)
-    torch.manual_seed(1)
     opt = torch.optim.Adam(probe.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="probe", leave=False, disable=None):
