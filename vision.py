@@ -90,8 +90,11 @@ class VisualEncoder(nn.Module):
 
 
 def float64(x):
-    """x in float64, on the CPU where its device has none (Apple's chips)"""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    """x in float64, on the CPU where its device has none, as Apple's chips"""
+    try:
+        return x.double()
+    except TypeError:
+        return x.cpu().double()
 
 
 def small_picture(x):

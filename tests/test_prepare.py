@@ -302,7 +302,7 @@ def test_workers_die_with_a_killed_parent(monkeypatch):
 class SyncExpert:
     """A sync expert's stand-in : pack of 32 px crops."""
 
-    size, template = 32, "face"
+    size, template, logits = 32, "face", None
 
 
 @pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])
