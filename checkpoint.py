@@ -42,8 +42,7 @@ FREE_NUMBERS = 1 << 26       # numbers (256 MB) that any network may have beside
 LARGEST_SIZE = 1 << 16       # ours: more than any size in a network's config; StyleGAN2's channels start at half of it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading: nothing in a file is trusted, and what is wrong with it is one line
+# ------------------------------------ reading: nothing in a file is trusted, and what is wrong with it is one line
 
 @contextlib.contextmanager
 def refusing(source, what: str):
@@ -157,8 +156,7 @@ def load_frozen(make, state: dict, source, device) -> nn.Module:
     return freeze(load_strictly(make, state, source)).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# ----------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
     """Writes plain dicts, tensors, numbers and strings. At any moment `path` is the old file or the whole new one.
@@ -224,8 +222,7 @@ def half(network: nn.Module) -> dict:
     return copy.deepcopy(network).half().state_dict()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# published files, fetched on first use
+# --------------------------------------------------------------------------- published files, fetched on first use
 
 class Published(NamedTuple):
     file: str               # its name in the cache
@@ -298,8 +295,7 @@ def fetch(name: str, path: str | Path | None = None) -> Path:
                      f"({'; '.join(failures)}): download {pin.urls[0]} and save it as {target}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# devices
+# --------------------------------------------------------------------------------------------------------- devices
 
 def pick_device(name: str) -> torch.device:
     """The device of --device: "auto" is cuda, else mps, else cpu"""
@@ -334,8 +330,7 @@ def memory_gib(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# around a training loop: train, syncnet, keypoints, landmarks and pcavs
+# ------------------------------------------ around a training loop: train, syncnet, keypoints, landmarks and pcavs
 
 def claim_output(path: str | Path, args) -> Path:
     """Absolute path of the checkpoint that a run writes, its folder made. InputError: it exists and neither --resume nor
@@ -458,8 +453,7 @@ def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
     torch._foreach_copy_(list(ema.buffers()), list(model.buffers()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# several processes of one run: torchrun --nproc-per-node 8 train.py ..
+# ------------------------------------------- several processes of one run: torchrun --nproc-per-node 8 train.py ..
 
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 together = functools.partial(refusing, "torchrun", "another process of this run has ended")

@@ -28,8 +28,7 @@ from checkpoint import FORMAT, refusing
 from faces import TEMPLATES
 from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, refused, to_int16, to_tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
-# packs
+# ----------------------------------------------------------------------------------------------------------- packs
 
 # the index: one number a clip, except jpeg_start (a frame) and box (four); *_start have one more, the end
 INDEX = dict(
@@ -46,13 +45,11 @@ def encode_jpeg(frame: np.ndarray, size: int) -> bytes:
 
 
 class PackWriter:
-    """Writes a pack clip by clip. meta.json is written last and makes the directory a pack.
-
-    size: edge of the frames in pixels. template: of faces.TEMPLATES. keep: continue an unfinished pack behind its first
-    `keep` clips, by journal.jsonl, which has a line for each clip, written after it. shard_of: the folder of which this
-    pack has a part (see Packs). InputError: the folder holds a pack, cannot be written, is in use, or was begun with
-    another size.
-    """
+    """Writes a pack clip by clip. meta.json is written last and makes the directory a pack. size: edge of the
+    frames in pixels. template: of faces.TEMPLATES. keep: continue an unfinished pack behind its first `keep`
+    clips, by journal.jsonl, which has a line for each clip, written after it. shard_of: the folder of which this
+    pack has a part (see Packs). InputError: the folder holds a pack, cannot be written, is in use, or was begun
+    with another size."""
 
     def __init__(self, folder: str | Path, size: int, template: str, keep: int = 0, shard_of: str | None = None):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
@@ -96,12 +93,9 @@ class PackWriter:
         self.jpeg_start.extend(self.jpeg_start[-1] + np.cumsum(clip["jpegs"]))
 
     def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0):
-        """Adds a clip.
-
-        frames: iterable of uint8 (size, size, 3), or of JPEGs by encode_jpeg. wav: (n,) at 16 kHz, float in [-1, 1] or
-        int16. identity, source: names of the person and of the file. box: x0, y0, x1, y1 of the crop in the source
-        picture. fps: of the source.
-        """
+        """Adds a clip. frames: iterable of uint8 (size, size, 3), or of JPEGs by encode_jpeg. wav: (n,) at 16 kHz,
+        float in [-1, 1] or int16. identity, source: names of the person and of the file. box: of the crop in the
+        source picture."""
         to_frames, to_sound, journal = self.files.values()
         samples = wav if wav.dtype == np.int16 else to_int16(wav)
         jpegs = (frame if isinstance(frame, bytes) else encode_jpeg(frame, self.size) for frame in frames)
@@ -146,12 +140,9 @@ class PackWriter:
 
 
 class Pack:
-    """A pack, open for reading. Everything is memory-mapped.
-
-    .size, .template, .identities (names), and for each clip c: .n_frames[c], .identity[c] (its place in .identities),
-    .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source). .packs: itself, see Packs.
-    InputError: no pack there, or one with missing or damaged files.
-    """
+    """A pack, open for reading, memory-mapped: .size, .template, .identities (names), and for each clip c:
+    .n_frames[c], .identity[c] (its place in .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c]
+    (of the source). .packs: itself, see Packs. InputError: no pack there, or one with missing or damaged files."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.packs = Path(folder).absolute(), [self]
@@ -236,11 +227,9 @@ def check_alike(packs: list):
 
 
 class Packs(Pack):
-    """Several packs, read as one: clips, frames and people are numbered on from pack to pack.
-
-    People of different packs are different, also if their names are equal; those of shards of one folder are not.
-    .packs: the packs; .box, .fps and the index of JPEGs are theirs alone. InputError: see check_alike; one named twice.
-    """
+    """Several packs, read as one: clips, frames and people are numbered on from pack to pack. People of different
+    packs are different, also if their names are equal; those of shards of one folder are not. .packs: the packs;
+    .box, .fps and the index of JPEGs are theirs alone. InputError: see check_alike; one named twice."""
 
     def __init__(self, folders):
         self.packs = packs = [Pack(folder) for folder in folders]
@@ -278,8 +267,7 @@ def cut_sound(wav: np.ndarray, begin: int, end: int) -> np.ndarray:
     return np.pad(wav[max(0, begin) : max(0, end)], (before, min(after, end - begin)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the held-out clips: one rule for everything that is trained
+# ----------------------------------------------------- the held-out clips: one rule for everything that is trained
 
 USES = dict(train="train on", valid="validate on", test="test on")
 MIN_PEOPLE = 10  # ours: in packs of fewer people single clips are held out, not people
@@ -298,11 +286,10 @@ def split(pack: Pack, args=None) -> dict:
     """-> dict(train, valid, test) of clip numbers, each clip in one part at most; test may be empty.
 
     Every tenth person is held out, or every tenth clip where there are fewer than MIN_PEOPLE people; of fewer than
-    twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test.
-    args: has data and the lists of split_options, which replace the rule; beside a train list all else is held out.
-    Without data (the toy world, whose held-out people are in other packs) all clips are in all parts.
-    InputError: a name that fits no clip, or several files; a clip in two lists; too few clips.
-    """
+    twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test. args: has data and
+    the lists of split_options, which replace the rule; beside a train list all else is held out. Without data (the
+    toy world) all clips are in all parts. InputError: a name that fits no clip, or several files; a clip in two
+    lists; too few clips."""
     lists = {part: path for part in USES if (path := getattr(args, part, None))}
     if args is not None and not args.data:
         if lists:
@@ -377,17 +364,15 @@ def clips_used(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
     return {part: split(pack)[part] for part in parts}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# endless datasets: item n depends on (seed, n) alone, in any process, so a resumed run continues exactly
+# --------- endless datasets: item n depends on (seed, n) alone, in any process, so a resumed run continues exactly
 
 class Clips(Dataset):
     """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then windows within the clip.
 
-    clips: numbers of the clips to draw from, default all; photos (clips of one frame) are left out. A clip shorter than
-    T repeats its last frame. flip: half of the items are mirrored, each as a whole. context: mel windows beyond the
-    frames on each side, for a temporal convolution. voice_norm: of mel, see audio.py. mfcc: for SyncNet v2. With either,
-    sync_sound is a sync expert's sound of the middle frame: (13, 20), or a plain (1, 80, 16).
-    """
+    clips: numbers of the clips to draw from, default all; photos are left out. A clip shorter than T repeats its
+    last frame. flip: half of the items are mirrored. context: mel windows beyond the frames on each side.
+    voice_norm: of mel, see audio.py. mfcc: for SyncNet v2. With either, sync_sound is a sync expert's sound of the
+    middle frame: (13, 20), or a plain (1, 80, 16)."""
 
     def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None,
                  voice_norm: bool = False, mfcc: bool = False):
@@ -427,10 +412,8 @@ def mirrored(images: np.ndarray, flip: bool) -> torch.Tensor:
 
 
 class Frames(Dataset):
-    """Single images for stages 1 and 2: a person uniformly, then one of their clips, then a frame.
-
-    Item: image (3, H, W) in [-1, 1], identity. clips: numbers of the clips to draw from, default all.
-    """
+    """Single images for stages 1 and 2: a person uniformly, then one of their clips, then a frame. Item: image (3,
+    H, W) in [-1, 1], identity. clips: numbers of the clips to draw from, default all."""
 
     def __init__(self, pack: Pack, seed: int, flip: bool = True, clips=None):
         self.pack, self.seed, self.flip = pack, seed, flip

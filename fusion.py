@@ -15,8 +15,7 @@ B clips, T consecutive frames, N = B * T, L style layers, D latent width, P widt
 code, K of its numbers are the shape of the lips.
 
 What differs from the paper (docs/differences.md says why):
-- `Config.motion`: "direct", the default, is a linear map of each driving frame's code and an MLP of the sound alone.
-  "paper" is a three-layer MLP over the fused modalities, its weights shared by the style layers.
+- `Config.motion`: "direct", the default, or "paper": see DirectMotion and PaperMotion.
 - IdentityMaps: the code also feeds the generator's coarse features and, for real faces, a coarse RGB image.
 - Mouth code, for real faces: M numbers hold the lips, which are masked in the encoder's input. See DirectMotion.
 """
@@ -33,7 +32,7 @@ from audio import AudioEncoder, WindowEncoder
 from checkpoint import load_checkpoint, load_strictly, refusing
 from faces import mask_mouth
 from media import InputError
-from stylegan2 import Generator, generator_shape, load_rosinality, n_styles
+from stylegan2 import Generator, load_rosinality, n_styles, shape_of
 from vision import (
     GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zeroed)
 
@@ -78,31 +77,24 @@ class Config:
         return 2 if self.audio_width else 2 * REACH
 
     @classmethod
-    def saved(cls, fields: dict) -> "Config":
-        """A checkpoint's, without the fields of an earlier version"""
-        return cls(**{k: v for k, v in fields.items() if k not in ("hyper_rank", "hyper_from")})
-
-    @classmethod
     def at(cls, size: int, **changes) -> "Config":
         """The dial: 32 and 64 for a CPU, 128 for an hour of a GPU, 256 as in the paper."""
         assert size in (16, 32, 64, 128, 256), f"size is {size}, expected one of 16, 32, 64, 128, 256"
-        real = changes.get("template", "toy") != "toy"
-        small = dict(encoder="slim", encoder_width=32, n_mlp=4, noise=False, refine=2)
-        if size == 256:
-            dial = {}
-        elif real:  # ours: real faces are harder than drawn ones
-            dial = dict(small, dim=256, base=64 * size, cap=256, linear=1000, map_code=1024, map_channels=(),
-                        coarse_rgb=min(32, size), audio_width=0.5, hyper_width=32)
-            if changes.get("motion") != "paper":
-                dial |= dict(mouth_dim=24, shape_dim=6, audio_width=0)
-            if size == 16:
-                dial |= dict(linear=200, map_code=224)
-        elif size == 128:
-            dial = dict(small, n_mlp=8, noise=True, encoder_width=48, dim=256, base=8192, cap=256, map_code=256,
-                        audio_width=0.5, hyper_width=32)
-        else:
-            dial = dict(small, dim=128, base=32 * size, cap=128, linear=128, map_code=96, map_channels=(128, 64, 16, 4),
-                        audio_width=0.25, hyper_width=16)
+        real, dial = changes.get("template", "toy") != "toy", {}
+        if size < 256:
+            dial = dict(encoder="slim", encoder_width=32, n_mlp=4, noise=False, refine=2, dim=128, base=32 * size,
+                        cap=128, linear=128, map_code=96, map_channels=(128, 64, 16, 4), audio_width=0.25,
+                        hyper_width=16)
+            if real or size == 128:
+                dial |= dict(dim=256, base=64 * size, cap=256, audio_width=0.5, hyper_width=32)
+            if real:  # ours: real faces are harder than drawn ones
+                codes = dict(linear=200, map_code=224) if size == 16 else dict(linear=1000, map_code=1024)
+                dial |= codes | dict(map_channels=(), coarse_rgb=min(32, size))
+                if changes.get("motion") != "paper":
+                    dial |= dict(mouth_dim=24, shape_dim=6, audio_width=0)
+            elif size == 128:
+                dial |= dict(n_mlp=8, noise=True, encoder_width=48, linear=256, map_code=256,
+                             map_channels=(256, 64, 16, 4))
         return cls(**(dict(size=size, voice_norm=real) | dial | changes))
 
 
@@ -137,8 +129,8 @@ class CanonicalEncoder(nn.Module):
 
 
 class TemporalFusion(nn.Module):
-    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach two frames. The
-    "direct" form has none for driving frames: it would let the mouth's rhythm into the pose."""
+    """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach two frames.
+    None for driving frames in "direct": it would let the mouth's rhythm into the pose."""
 
     def __init__(self, dim: int, visual: bool):
         super().__init__()
@@ -257,10 +249,9 @@ class DirectMotion(nn.Module):
 
 
 class IdentityMaps(nn.Module):
-    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image (N, 3, h, h)
-    to add to its RGB, or None. Ours; PC-AVS's generator starts from an identity map. Linear in z_s2d: maps of the
-    source's own code would bypass the motion space. The coarse image, for real faces, is in closed form
-    (initialise.fit_coarse_rgb); the generator gets it at each resolution and learns what is missing."""
+    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image (N, 3,
+    h, h) to add to its RGB, or None. Ours. Linear in z_s2d: maps of the source's own code would bypass the motion
+    space. The coarse image, for real faces, is in closed form (initialise.fit_coarse_rgb)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -319,15 +310,15 @@ class FCTFG(nn.Module):
         return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, coarse)
 
     def refine(self, source, z_s, deltas=None):
-        """One of HyperStyle's refinements: source (B, 3, H, W), its code z_s (B, L, D), the deltas so far -> new deltas,
-        as in Generator.forward. Gradients reach the hypernetwork through this change alone."""
+        """One refinement: source (B, 3, H, W), its code z_s (B, L, D), the deltas so far -> new deltas, as in
+        Generator.forward. Gradients reach the hypernetwork through this change alone."""
         with torch.no_grad():
             y_hat = self.decode(z_s, deltas)
         changes = [change.float() for change in self.hyper(source, y_hat)]        # small ones add up
         return changes if deltas is None else [c + d.detach() for c, d in zip(changes, deltas)]
 
     def weight_changes(self, source, z_s):
-        """source (B, 3, H, W), z_s (B, L, D) -> deltas summed over config.refine refinements (HyperStyle, section 3.3),
+        """source (B, 3, H, W), z_s (B, L, D) -> deltas after config.refine refinements (HyperStyle, section 3.3),
         the last with gradients; None without any"""
         n, deltas = self.config.refine if self.hyper else 0, None
         if n and self.mouth:
@@ -371,8 +362,7 @@ class FCTFG(nn.Module):
 
         source: (B, 3, H, W) in [-1, 1]. driving: (B, T', 3, H, W), T' = T + 2 context, or T if "direct".
         mel: (B, T', 1, 80, 16). context: frames at both ends that the convolution over time reads, not decoded.
-        mouth: (B, T, M), with a mouth code: replaces what the sound predicts, except where it is NaN.
-        """
+        mouth: (B, T, M), with a mouth code: replaces what the sound predicts, except where it is NaN."""
         T = mel.shape[1] - 2 * context
         assert driving.shape[1] in (T, mel.shape[1]), (
             f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}")
@@ -414,12 +404,10 @@ class FCTFG(nn.Module):
 
     @torch.inference_mode()
     def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
-        """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
-
-        source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of pieces of it.
-        driving: n frames (3, H, W), any iterable; None: the photo's own pose with idle motion. sway: it moves the head as
-        well; without, only blinks. batch: frames decoded at a time; memory does not grow with n.
-        """
+        """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all. source: (3, H, W) in [-1, 1].
+        mel: (n, 1, 80, 16), one window a frame, or an iterable of pieces of it. driving: n frames (3, H, W), any
+        iterable; None: the photo's own pose with idle motion. sway: it moves the head as well; without, only
+        blinks. batch: frames decoded at a time; memory does not grow with n."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
         deltas, z_a = self.weight_changes(source, z_s), self.all_sound(mel)
@@ -456,17 +444,17 @@ def middle(x, T: int):
 
 
 def idle_pose(idle, lo: int, hi: int):
-    """idle (n, T, P) -> frames lo .. hi - 1 of endless idle motion, (hi - lo, P): the clips in turn, each played forward
-    and back. Each starts at deviation zero (initialise.collect_idle), so the joints are continuous as well."""
+    """idle (n, T, P) -> frames lo .. hi - 1 of endless idle motion, (hi - lo, P): the clips in turn, forward and
+    back, each from deviation zero on"""
     n, T, _ = idle.shape
     clip, t = np.divmod(np.arange(lo, hi), 2 * T)
     return idle[clip % n, np.minimum(t, 2 * T - 1 - t)]
 
 
 def blinks(idle, reach: int = 6):
-    """idle (n, T, P) -> its brief deviations, zero elsewhere: blinks without sway. A blink lasts 3-7 frames, a sway
-    longer: a running median of 13 frames is subtracted, then what is small is cut off. Ours: in the toy world's codes
-    blinks stand 3.5 to 5 times above the median of the remainder, the rest below 2.5."""
+    """idle (n, T, P) -> its brief deviations, zero elsewhere: blinks without sway. A blink lasts 3-7 frames: a
+    running median of 13 is subtracted, then what is small is cut off. Ours: in the toy world blinks stand 3.5 to 5
+    times above the median of the remainder, the rest below 2.5."""
     around = F.pad(idle.transpose(1, 2), (reach, reach), mode="replicate")
     brief = idle - around.unfold(2, 2 * reach + 1, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)
@@ -476,20 +464,16 @@ def blinks(idle, reach: int = 6):
 @torch.no_grad()
 def mean_w(generator: Generator, n: int = 4096):
     """The mean of n mapped z, (D,): where an encoder's codes start from"""
-    device = generator.input.input.device
-    return generator.mapping(torch.randn(n, generator.dim, device=device)).mean(0)
+    return generator.mapping(torch.randn(n, generator.dim, device=generator.input.input.device)).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
-    """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px -> (overrides of Config's fields,
-    {"generator", "D", "encoder", "hyper": network}, those that the files have).
-
-    generator: checkpoint of rosinality's StyleGAN2 (g_ema, else g; and d). encoder: of pSp, or ArcFace's IR-SE50, the
-    trunk that pSp starts from. hyper: of HyperStyle, for this generator. encoder.latent_avg is NaN where no file has one.
-    InputError: a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together.
-    """
+    """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px -> (overrides of Config's
+    fields, {"generator", "D", "encoder", "hyper": network}, those that the files have). generator: rosinality's
+    StyleGAN2; encoder: pSp's or ArcFace's, see load_encoder; hyper: HyperStyle's, for this generator. InputError:
+    a file that is missing, damaged, hostile, of another kind or size; networks that do not fit together."""
     networks, overrides, dim = {}, {}, Config.at(size).dim
     if generator:
         found = load_rosinality(generator, size)
@@ -497,7 +481,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
         if G is None:
             raise InputError(f"{generator}: no generator in it")
         networks, dim = dict(generator=G) | ({"D": found["d"]} if "d" in found else {}), G.dim
-        overrides = generator_shape(G.state_dict(), generator) | dict(noise=True, map_code=0)
+        overrides = shape_of(Generator, G.state_dict(), generator) | dict(noise=True, map_code=0)
     if encoder:
         networks["encoder"] = load_encoder(encoder, n_styles(size), dim)
         overrides |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
@@ -517,6 +501,6 @@ def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) ->
     checkpoint = load_checkpoint(path, kinds)
     with refusing(path, "not a network of this version"):
         state = checkpoint["networks" if checkpoint["kind"] == "weights" else "ema"]["model"]
-        model = load_strictly(lambda: FCTFG(Config.saved(checkpoint["config"])), state, path)
+        model = load_strictly(lambda: FCTFG(Config(**checkpoint["config"])), state, path)
     model.kind = checkpoint["kind"]
     return model.to(device).eval()

@@ -64,8 +64,7 @@ def stage(args, model, D, data, networks, device) -> dict:
     return frozen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
+# ------------------------------------------------------------------------------------------------------------ data
 
 def load_data(args) -> dict:
     """pack and photos (or None); clips: numbers of the clips to train on; images: frames of these, and photos; landmarks:
@@ -120,8 +119,7 @@ def stage3_clips(pack, T, config, seed, **options):
     return Clips(pack, T + 2 * extra, seed, context=config.context - extra, voice_norm=config.voice_norm, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# networks
+# -------------------------------------------------------------------------------------------------------- networks
 
 def build_networks(args, data, ckpt, device):
     """-> model, D, and state dicts of the other networks of the checkpoint or of the stage before"""
@@ -131,7 +129,7 @@ def build_networks(args, data, ckpt, device):
             encoder = fetch("arcface", args.path.get("arcface"))                       # pSp starts from its trunk
         overrides, files = published(args.size, args.generator, encoder, args.hyper)
         previous = load_previous(args, files)
-    config = Config.saved(ckpt["config"]) if ckpt else make_config(args, data["pack"], previous, overrides)
+    config = Config(**ckpt["config"]) if ckpt else make_config(args, data["pack"], previous, overrides)
     if config.mouth_dim and not data["landmarks"]:
         text = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
         if args.stage > 1:
@@ -174,7 +172,7 @@ def make_config(args, pack, previous, overrides) -> Config:
     """The dial's Config, or that of the stage before (`previous`: its checkpoint), with the overrides that published
     files demand. A hypernetwork is in it from --part hyper on."""
     dial = Config.at(args.size, template=pack.template, motion=args.motion)
-    config = Config.saved(previous["config"]) if previous else dial
+    config = Config(**previous["config"]) if previous else dial
     config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
     if not config.map_code or config.encoder != "slim":                                # published networks have none
         config.coarse_rgb = 0
@@ -235,8 +233,7 @@ def own_judges(args, D, data, networks, device) -> dict:
     return {name: freeze(network) for name, network in frozen.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# optimisers
+# ------------------------------------------------------------------------------------------------------ optimisers
 
 def optimizers(model, D, args):
     """Adam for the trained parts, rates from `rates`; D's betas and rate corrected for lazy R1 (StyleGAN2)"""
@@ -282,8 +279,7 @@ def rates(args, config) -> dict:
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# stage 2: the encoder, and what reads the lips
+# ------------------------------------------------------------------- stage 2: the encoder, and what reads the lips
 
 def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
     """Adam on loss_of(step), with a progress bar and a line that says how long it takes -> running mean of the loss"""
@@ -452,8 +448,7 @@ def train_judge(data, device, seed, steps, batch=48):
     return judge
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# stage 3: motion
+# ------------------------------------------------------------------------------------------------- stage 3: motion
 
 @torch.no_grad()
 def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02):
@@ -612,8 +607,7 @@ def collect_idle(model, pack, chosen, device):
         model.motion.idle[i] = 0.7 * walk                                              # ours: a little less than speech
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# least squares in float64
+# ---------------------------------------------------------------------------------------- least squares in float64
 
 def ridge_regression(x, y, ridge):
     """x (n, i), y (n, o) -> (i, o): y ~ x @ it"""

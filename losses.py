@@ -23,26 +23,18 @@ from faces import TEMPLATES, box_slices, mask_mouth, recrop
 
 SYNC_FRAMES = 5  # frames of a window for the sync loss: the expert's 0.2 s
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the six terms
-
+# --------------------------------------------------------------------------------------------------- the six terms
 
 def orthogonality_loss(z_s2c, z_c2d):
     """Squared cosine between canonical and motion code, z_s2c (B, L, D) and z_c2d (B, T, L, D): a mean in [0, 1].
-
-    The paper drives the inner product of each style layer to 0. Ours is its square over the lengths: the bare inner
-    product also falls when both codes shrink.
-    """
+    The paper has the inner product of each style layer, which also falls when both codes shrink."""
     return F.cosine_similarity(z_s2c[:, None], z_c2d, dim=-1, eps=1e-6).square().mean()
 
 
 def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
-    """L1 of the image, of some boxes again, and of the image at half and a quarter of its size.
-
-    boxes: ((x0, y0, x1, y1) as fractions of the image, weight) pairs. Ours: mouth and eyes are a hundredth of the pixels
-        and most of what a viewer looks at.
-    pyramid: weight of the smaller images (ours: colour and place settle before edges do).
-    """
+    """L1 of the image, of some boxes again, and of the image at half and a quarter of its size. boxes: ((x0, y0,
+    x1, y1) as fractions, weight) pairs; ours: mouth and eyes are few of the pixels and most of what a viewer looks
+    at. pyramid: weight of the smaller images; ours: colour and place settle before edges do."""
     loss = (fake - real).abs().mean()
     for box, weight in boxes:
         rows, cols = box_slices(box, *fake.shape[-2:])
@@ -65,14 +57,13 @@ def identity_loss(fake_embedding, real_embedding):
 
 
 def sync_loss(expert, frames, mel):
-    """The mouth fits the sound, by a frozen SyncNet or another network with its face, sound and logits; a scalar.
+    """The mouth fits the sound, by a frozen SyncNet or another network with its face, sound and logits: frames
+    (B, 5, 3, H, W) in [-1, 1], with gradient; mel (B, 1, 80, 16), the window of each middle frame.
 
-    frames (B, 5, 3, H, W) in [-1, 1], with gradient; mel (B, 1, 80, 16), the window of each middle frame.
-
-    (-log sigmoid of the logit - log softmax among the sounds of the batch) / scale. The first term vanishes where the
-    expert is convinced, so the mouth need not exaggerate. The second (StyleTalker's contrast, which the paper cites) asks
-    that this sound fits better than the others of the batch. scale (ours): an expert's logits grow all its training; at
-    45 the gradient at a still mouth was 2800 times that of an L1 loss, divided by it 60 times."""
+    (-log sigmoid of the logit - log softmax among the sounds of the batch) / scale. The first term vanishes where
+    the expert is convinced. The second, StyleTalker's contrast, asks that this sound fits better than others.
+    scale (ours): an expert's logits grow all its training; at 45 the gradient was 2800 times an L1 loss's, divided
+    by it 60 times."""
     assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
     with torch.no_grad():
         sound = expert.sound(mel.float())
@@ -83,8 +74,7 @@ def sync_loss(expert, frames, mel):
     return (absolute + contrast) / scale
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# two terms of ours, for faces that get the mouth of another: they move the lips of people known from one photo
+# --- two terms of ours, for faces that get the mouth of another: they move the lips of people known from one photo
 
 def preserve_loss(swapped, real, template: str):
     """L1 outside the mouth of a crop template, and of the hue of the whole at 16 px"""
@@ -101,8 +91,7 @@ def mouth_cycle_loss(read, target):
     return (wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the GAN terms: scores are (N, 1) logits
+# ------------------------------------------------------------------------- the GAN terms: scores are (N, 1) logits
 
 def discriminator_loss(real_score, fake_score):
     """-log D(real) - log(1 - D(fake)); 2 ln 2 where D answers 1/2"""
@@ -121,12 +110,10 @@ def r1_penalty(real, score):
 
 
 def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01):
-    """E (|J^T y| - a)^2, StyleGAN2 section 3.2, J the Jacobian of the image by w, a the running mean of the length.
-
-    fake: (N, 3, H, W) made from w_plus (N, L, D), which requires a gradient. mean_path: a before this step, a scalar.
-    noise: y (N, 3, H, W) ~ N(0, 1), drawn where None. Divided by sqrt(H W), so that the length is one of a pixel.
-    Returns (penalty, a after this step, detached).
-    """
+    """E (|J^T y| - a)^2, StyleGAN2 section 3.2, J the Jacobian of the image by w, a the running mean of the
+    length. fake (N, 3, H, W) made from w_plus (N, L, D), which requires a gradient; mean_path: a; noise: y (N, 3,
+    H, W) ~ N(0, 1), drawn where None, divided by sqrt(H W): the length of a pixel. -> penalty, the next a,
+    detached"""
     noise = torch.randn_like(fake) if noise is None else noise
     y = noise / math.sqrt(fake.shape[2] * fake.shape[3])
     grad, = torch.autograd.grad((fake * y).sum(), w_plus, create_graph=True)
@@ -139,10 +126,7 @@ def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01
 class Augment:
     """Augmentation of the discriminator's input, for small data: DiffAugment's operations (Zhao et al. 2020), each drawn
     for each image with probability p, and ADA's controller for p (Karras et al. 2020, section 3: E sign D(real) = 0.6).
-
-    ADA's full pipeline warps and filters at three times the generator's cost on a CPU. Flips, shifts, colour and cutout
-    give most of its gain, and are differentiable.
-    """
+    ADA's own pipeline costs three times the generator on a CPU, for little more."""
 
     def __init__(self, p: float = 0.0, target: float = 0.6, kimg: float = 500.0):
         self.p, self.target, self.kimg = p, target, kimg
@@ -177,13 +161,10 @@ class Augment:
         return x * (1 - hole * (rows & cols)[:, None].to(x.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# all terms of a stage but the adversarial one: what train.py's forward pass of the stage gave -> terms without weights
-
+# --- all terms of a stage but the adversarial one: train.py's forward pass of the stage -> terms without weights
 
 def stage2(model, frozen, out, w):
     """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code.
-
     frozen: networks by name; w: weights of terms by name, those that are 0 are not computed"""
     template = TEMPLATES[model.config.template]
     boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))

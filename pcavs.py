@@ -38,7 +38,7 @@ from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_frozen, load_strictly,
     millions, open_log, pick_device, progress, read_weights, refusing, restore_run, run_options, save_checkpoint,
     save_run, update_ema, write_log)
-from data import Pack, batches, drawn_clips, open_packs, split, split_options
+from data import Pack, batches, drawn_clips, mirrored, open_packs, split, split_options
 from faces import (
     ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, interpolated,
     mask_mouth, middle_square, similarity)
@@ -51,8 +51,9 @@ from media import (
 from motion import there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour
-from stylegan2 import Discriminator, StyledConv, ToRGB
+from stylegan2 import Discriminator, StyledLayers
 from toyfaces import toy_pack
+from vision import conv_norm, shortcut
 
 # the authors' files, and what inference does not use of them: heads of training, G's mapping and constant
 PUBLISHED = {"G": ("latest_net_G.pth", ("style.", "input.", "noises.")), "V": ("latest_net_V.pth", ("fc.", "model.fc.")),
@@ -102,13 +103,6 @@ class Config:
 
 # ----------------- the four networks. V, identity: ResNeXt50 32x4d (Xie et al. 2017), its last map brought to G's width
 
-def shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
-    """Beside a residual block: 1x1 convolution and BatchNorm where channels or size change, else the identity"""
-    if stride == 1 and c_in == c_out:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
-
-
 def stages(block, c_in: int, widths, counts) -> dict:
     """layer1, layer2, .. of a ResNet: `counts` blocks each, the first of all but layer1 with stride 2"""
     layers = {}
@@ -124,9 +118,9 @@ class Bottleneck(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int, groups: int):
         super().__init__()
         width = c_out // 2                                                      # 32x4d: twice ResNet's
-        self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv1, self.bn1 = conv_norm(c_in, width, 1)
+        self.conv2, self.bn2 = conv_norm(width, width, 3, stride, groups)
+        self.conv3, self.bn3 = conv_norm(width, c_out, 1)
         self.downsample = shortcut(c_in, c_out, stride)
 
     def forward(self, x):
@@ -204,8 +198,8 @@ class SEBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv1, self.bn1 = conv_norm(c_in, c_out, 3, stride)
+        self.conv2, self.bn2 = conv_norm(c_out, c_out, 3)
         gate = nn.Sequential(nn.Linear(c_out, c_out // 8), nn.ReLU(), nn.Linear(c_out // 8, c_out), nn.Sigmoid())
         self.se = nn.ModuleDict(dict(fc=gate))                                  # se.fc: the published name
         self.downsample = shortcut(c_in, c_out, stride)
@@ -236,19 +230,14 @@ class SpeechEncoder(nn.Module):
         return m.fc((x * m.attention(x)).sum(2))
 
 
-class FaceGenerator(nn.Module):
+class FaceGenerator(StyledLayers):
     """G: StyleGAN2's layers from the identity map up, one style for all of them"""
 
     def __init__(self, c: Config):
         super().__init__()
-        ch, self.start = c.channels, c.size // (8 * c.v_stem)                   # edge of the identity map, 7 of 224 px
+        self.start = c.size // (8 * c.v_stem)               # edge of the identity map, 7 of 224 px
         self.dim = 32 * c.v_base + c.mouth + c.pose                             # D: identity, mouth and pose; 2560
-        self.conv1 = StyledConv(ch[0], ch[0], self.dim)
-        self.to_rgb1 = ToRGB(ch[0], self.dim, up=False)
-        self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
-        for c_in, c_out in zip(ch, ch[1:]):
-            self.convs += [StyledConv(c_in, c_out, self.dim, up=True), StyledConv(c_out, c_out, self.dim)]
-            self.to_rgbs.append(ToRGB(c_out, self.dim))
+        self.add_layers(c.channels, self.dim)
 
     def draw_noise(self, generator=None) -> list:
         """One map (1, 1, H, W) for each 3x3 layer, coarse to fine"""
@@ -259,14 +248,7 @@ class FaceGenerator(nn.Module):
         """style (N, D), identity_map (N, C, start, start), noise: a list of maps, "random" or "off" -> (N, 3, size,
         size) in (-1, 1)"""
         assert style.shape[1] == self.dim, f"style is {tuple(style.shape)}, expected (N, {self.dim})"
-        noise = [noise] * (len(self.convs) + 1) if isinstance(noise, str) else noise
-        x = self.conv1(identity_map, style, noise[0])
-        rgb = self.to_rgb1(x, style)
-        for i, to_rgb in enumerate(self.to_rgbs):
-            x = self.convs[2 * i](x, style, noise[2 * i + 1])
-            x = self.convs[2 * i + 1](x, style, noise[2 * i + 2])
-            rgb = to_rgb(x, style, rgb)
-        return torch.tanh(rgb)
+        return torch.tanh(self.synthesise(identity_map, [style] * (len(self.convs) + 2), noise))
 
 
 class PCAVS(nn.Module):
@@ -525,10 +507,7 @@ class ClipFrames(Dataset):
         c = int(self.clips[rng.integers(len(self.clips))])
         length = int(self.pack.n_frames[c])
         chosen = rng.choice(length, self.K + 1, replace=length <= self.K)
-        images = self.pack.frames(c, chosen)                                    # (1 + K, H, W, 3)
-        if self.flip and rng.random() < 0.5:
-            images = images[:, :, ::-1]
-        images = to_tensor(np.ascontiguousarray(images))
+        images = mirrored(self.pack.frames(c, chosen), self.flip and rng.random() < 0.5)  # (1 + K, 3, H, W)
         mel = torch.from_numpy(lws_windows(self.mel(c), chosen[1:]))
         return dict(source=images[0], frames=images[1:], mel=mel, person=int(self.pack.identity[c]))
 

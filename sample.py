@@ -97,9 +97,7 @@ def is_video(path) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------
-# which network, and which part of the photo is the face
-
+# ---------------------------------------------------------- which network, and which part of the photo is the face
 
 def square_box(image: np.ndarray) -> tuple | None:
     """The box of a picture that is square already, as near as makes no difference; None otherwise."""
@@ -130,8 +128,8 @@ def pick_weights(photo: np.ndarray | None, args) -> Path:
 
 
 def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
-    """The photo, turned where the face in it lies, the square of it that the network gets, and why: --box, else all of a
-    square drawn portrait, else the face found."""
+    """The photo, turned upright, the square that the network gets, and why: --box, else all of a square drawn
+    portrait, else the face found"""
     if args.box:  # in pixels of the file, which load_photo may have shrunk
         width, height = photo_size(args.face)
         return photo, parse_box(args.box, width, height, photo.shape[1] / width), "the face is in --box"
@@ -162,15 +160,11 @@ def limit(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
     return photo, (x0 * w / W, y0 * h / H, x1 * w / W, y1 * h / H)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the driving video
-
+# ----------------------------------------------------------------------------------------------- the driving video
 
 def driving_box(path, n: int, template: str) -> tuple[int, tuple, int]:
-    """Reads the first n frames of a driving video, small, to find the face in it, or damage, before the network starts.
-
-    Returns how many there are, one box for all, and the height of the video in whose pixels the box is.
-    """
+    """The first n frames of a driving video, read small to find a face, or damage, before the network starts ->
+    how many there are, one box for all, the height of the video in whose pixels the box is"""
     height = min(probe(path).height, LOOK_HEIGHT)
     looks, count = [], 0
     for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
@@ -205,8 +199,7 @@ def driving_frames(path, n: int, size: int, template: str):
 
 
 def side_by_side(photo, frames, n: int, args):
-    """photo | driving clip, where there is one | result: n frames of one height. A video that is dubbed (photo: None)
-    stands in the photo's place."""
+    """photo, or the video that is dubbed (photo: None) | driving clip, if any | result: n frames of one height"""
     first = next(frames)
     height = len(first)
     if photo is None:  # starts again where the sound is longer
@@ -220,13 +213,11 @@ def side_by_side(photo, frames, n: int, args):
     yield from map(np.hstack, zip(*columns, itertools.chain([first], frames)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# a photo that moves
-
+# ---------------------------------------------------------------------------------------------- a photo that moves
 
 def photo_landmarks(net, photo, box, args) -> np.ndarray:
-    """Landmarks (68, 2) of the face in a box, by the small network or by the detector of --landmarks. A line says where
-    they are doubtful. Raises InputError: that detector is not at hand, or finds no face."""
+    """Landmarks (68, 2) of the face in a box, by the small network or --landmarks. A line says where they are
+    doubtful. InputError: that detector is not at hand, or finds no face."""
     if not args.landmarks:
         points = find_landmarks(net, photo, box)
         if doubt(net, photo, points) > DOUBT:
@@ -241,11 +232,9 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
 
 
 def talking_photo(model, photo, box, mel, active, args):
-    """A photo that talks -> iterator over T frames, uint8 (H, W, 3). mel: pieces (n, 1, 80, 16); active: (T,)
-
-    The network turns the sound into the shape of lips, warp.py moves the photo's pixels. Raises InputError: its landmarks
-    are not those of a face that can be moved.
-    """
+    """A photo that talks -> iterator over T frames, uint8 (H, W, 3): the network turns the sound into the shape of
+    lips, warp.py moves the photo's pixels. mel: pieces (n, 1, 80, 16); active: (T,). InputError: no face that can
+    be moved."""
     net, T = load_landmarks(), len(active)
     mean = net.solid.double().numpy()
     try:
@@ -288,8 +277,8 @@ def moves_pixels(model) -> bool:
 
 
 def in_order(jobs, workers: int = 2):
-    """Results of functions without arguments, in order, computed ahead by a few threads: PyTorch releases the
-    interpreter's lock"""
+    """Results of functions without arguments, in order, computed ahead by threads: PyTorch releases Python's
+    lock"""
     torch.set_num_threads(1)  # a frame each: threads within an operation would only wait for each other
     jobs = iter(jobs)
     with ThreadPoolExecutor(workers) as pool:
@@ -300,9 +289,7 @@ def in_order(jobs, workers: int = 2):
             yield frame
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the network's own frames, alone or pasted into the photo
-
+# -------------------------------------------------------- the network's own frames, alone or pasted into the photo
 
 def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
     """The network's own frames of the crop, or pasted back into the photo (`whole`) -> iterator over n frames"""
@@ -327,12 +314,11 @@ class Paste:
 
         out = photo + mask (frame - still) - mask new (photo - still - colour)
 
-    The first term adds the change. The second takes the photo's detail away where the change is large (`new`, 1 for a
-    head that turns), or teeth would shine through shut lips. `colour`, the smoothed difference of crop and still, keeps
-    the tone of the skin.
-
-    photo: uint8 (H, W, 3); box: x0, y0, x1, y1 of the crop in it, in pixels; source: (3, S, S) the crop itself;
-    still: (3, S, S) the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the head moves.
+    The first term adds the change. The second removes the photo's detail where the change is large (`new`, 1 for a
+    head that turns), or teeth would shine through shut lips. `colour`, the smoothed difference of source and
+    still, keeps the tone of the skin. photo: uint8 (H, W, 3); box: of the crop in it, in pixels; source: (3, S,
+    S), the crop; still: (3, S, S), the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the
+    head moves.
     """
 
     def __init__(self, photo, box, source, still, mask, turning: bool):
@@ -379,11 +365,9 @@ def oval(size: int):
 
 
 def still_of(model, source, device, turning: bool):
-    """What stands still in the frames of a photo: (still (3, S, S), mask (S, S) of what may move in it).
-
-    In the mouth: the best fit to the photo between the face at rest (in silence) and the photo's inversion. A smile is
-    closed by the change, a closed mouth stays. Elsewhere: the face at rest. A head that turns is replaced as a whole.
-    """
+    """What stands still in the frames of a photo (3, S, S), and a mask (S, S) of what may move in it: all of a
+    head that turns. Else the face at rest (in silence), in its mouth the best fit to the photo between that and
+    the photo's inversion: a smile is closed by the change, a closed mouth stays."""
     S, template = source.shape[-1], TEMPLATES[model.config.template]
     own = model.still(source.to(device)).cpu()
     if turning:
@@ -420,7 +404,9 @@ def main(argv=None):
     torch.set_num_threads(threads)
 
     sound, T = (args.speech, len(wav)), n_frames(len(wav))
-    mel, active = mel_pieces(wav, model, device), activity(wav, T)
+    spectrogram, active = log_mel(wav, model.config.voice_norm), activity(wav, T)  # (80, S), (T,)
+    pieces = np.array_split(np.arange(T), -(-T // PIECE))
+    mel = (torch.from_numpy(mel_windows(spectrogram, k)).to(device) for k in pieces)  # (k, 1, 80, 16), one a frame
     del wav  # 4 MB a minute
     torch.manual_seed(args.seed)
     whole = photo is not None and not args.crop and max(photo.shape[:2]) > model.config.size
@@ -439,14 +425,6 @@ def main(argv=None):
     except FloatingPointError as error:
         raise InputError(f"{weights}: the network fails, {error}") from None
     print(f"{out}: {T} frames, {T / FPS:.2f} s; {T / (time.perf_counter() - begin):.0f} frames/s end to end")
-
-
-def mel_pieces(wav, model, device):
-    """A sound (n,) -> its mel windows (k, 1, 80, 16) in pieces, one window a frame"""
-    mel = log_mel(wav, model.config.voice_norm)  # (80, S)
-    frames = np.arange(n_frames(len(wav)))
-    pieces = np.array_split(frames, -(-len(frames) // PIECE))
-    return (torch.from_numpy(mel_windows(mel, k)).to(device) for k in pieces)
 
 
 if __name__ == "__main__":

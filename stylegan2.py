@@ -3,11 +3,10 @@
 Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020 (arXiv 1912.04958), sections 2-4.
 Layer names and parameter shapes are those of the public rosinality checkpoints, so that a published `g_ema` loads.
 
-What differs from the public code: no CUDA extension. Modulation scales the activations and demodulation the result, the
-same product in another order, so one convolution with shared weights serves the whole batch. Tensors are channels_last:
-on a CPU the depthwise blur is ten times faster there. Demodulation, gain, noise and bias act after the blur, in few
-passes over the image. Generator.forward also takes `deltas` (HyperStyle's relative weight changes, one set a clip),
-`maps` and `picture` (ours, see fusion.py). Minibatch standard deviation accepts every batch size.
+What differs from the public code: no CUDA extension. One convolution with shared weights serves the whole batch, see
+ModulatedConv2d. Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain,
+noise and bias act after the blur, in few passes. Generator.forward also takes `deltas` (HyperStyle's), `maps` and
+`picture` (ours, see fusion.py). Minibatch standard deviation accepts every batch size.
 """
 
 import functools
@@ -23,7 +22,7 @@ from media import InputError
 
 
 def n_styles(size: int) -> int:
-    """L, the number of style vectors of a generator of that size: 8 at 32 px, 10 at 64, 14 at 256."""
+    """L, the number of style vectors of a generator: 8 at 32 px, 10 at 64, 14 at 256."""
     return 2 * int(math.log2(size)) - 2
 
 
@@ -115,10 +114,8 @@ class Upsample(nn.Module):
 
 class ModulatedConv2d(nn.Module):
     """3x3 convolution whose input channels are scaled by a style, with the output brought back to unit variance.
-
-    Paper, section 2.2: w'_oik = s_i w_oik, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + eps). As s does not depend on k,
-    conv(x, w'') = conv(s x, w) / sqrt(..): the weights are shared by the batch.
-    """
+    Paper, section 2.2: w'_oik = s_i w_oik, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + eps). As s does not depend on
+    k, conv(x, w'') = conv(s x, w) / sqrt(..): the weights are shared by the batch."""
 
     def __init__(self, c_in: int, c_out: int, dim: int, up: bool = False):
         super().__init__()
@@ -147,11 +144,9 @@ class ModulatedConv2d(nn.Module):
         return self.convolve(x, weight).unflatten(1, (len(weight), -1)).transpose(0, 1).flatten(0, 1)
 
     def forward(self, x, style, delta=None):
-        """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, 3, 3) or None -> the result before demodulation
-        (N, O, H', W'), and the factors that demodulate it (N, O), in fp32.
-
-        delta is HyperStyle's relative change of the weights, W (1 + delta), of B clips of N / B frames each.
-        """
+        """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, 3, 3) or None -> the result before
+        demodulation (N, O, H', W'), and the factors that demodulate it (N, O), in fp32. delta is HyperStyle's
+        relative change of the weights, W (1 + delta), of B clips of N / B frames each."""
         with torch.autocast(x.device.type, enabled=False):
             s = self.modulation(style.to(self.weight.dtype))                    # (N, I)
             weight = self.weight[0]                                             # (O, I, 3, 3)
@@ -249,7 +244,40 @@ class MappingNetwork(nn.Sequential):
             return super().forward(z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8))
 
 
-class Generator(nn.Module):
+class StyledLayers(nn.Module):
+    """The layers of a StyleGAN2 generator from its first map up; PC-AVS's generator has them as well"""
+
+    def add_layers(self, ch: list, dim: int):
+        """ch: channels, at the first size and at each doubled one; dim: width of a style"""
+        self.conv1, self.to_rgb1 = StyledConv(ch[0], ch[0], dim), ToRGB(ch[0], dim, up=False)
+        self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
+        for c_in, c_out in zip(ch, ch[1:]):
+            self.convs += [StyledConv(c_in, c_out, dim, up=True), StyledConv(c_out, c_out, dim)]
+            self.to_rgbs.append(ToRGB(c_out, dim))
+
+    def styled_convs(self):
+        """The 3x3 layers from coarse to fine, in the order of noise maps and of `deltas`."""
+        return [self.conv1, *self.convs]
+
+    def synthesise(self, x, w, noise, maps=(), deltas=None, picture=None):
+        """x (N, C, H, W) -> image. w: a style (N, D) for each 3x3 layer and one more; others: see
+        Generator.forward"""
+        n_convs = len(self.convs) + 1
+        noise = [noise] * n_convs if isinstance(noise, str) else noise
+        deltas = deltas or [None] * n_convs
+        x = self.conv1(add_map(x, maps, 0), w[0], noise[0], deltas[0])                # (N, C, H, W)
+        rgb = self.to_rgb1(x, w[1])
+        for i, to_rgb in enumerate(self.to_rgbs):
+            a, b = 2 * i + 1, 2 * i + 2                                               # the two layers of this size
+            x = self.convs[2 * i](x, w[a], noise[a], deltas[a])                       # (N, C, 2H, 2W)
+            x = self.convs[2 * i + 1](add_map(x, maps, i + 1), w[b], noise[b], deltas[b])
+            rgb = to_rgb(x, w[b + 1], rgb)
+            if picture is not None and rgb.shape == picture.shape:
+                rgb = rgb + picture
+        return rgb
+
+
+class Generator(StyledLayers):
     """W+ code -> image of size x size pixels, a power of two from 8. dim: D, width of a style vector; n_mlp: layers of
     the mapping network; base, cap: channels, see `channels_at`."""
 
@@ -260,22 +288,14 @@ class Generator(nn.Module):
         ch = [channels_at(res, base, cap) for res in self.resolutions]
         self.style = MappingNetwork(dim, n_mlp)
         self.input = nn.ParameterDict(dict(input=torch.randn(1, ch[0], 4, 4)))
-        self.conv1 = StyledConv(ch[0], ch[0], dim)
-        self.to_rgb1 = ToRGB(ch[0], dim, up=False)
-        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
-        for c_in, c_out in zip(ch, ch[1:]):
-            self.convs += [StyledConv(c_in, c_out, dim, up=True), StyledConv(c_out, c_out, dim)]
-            self.to_rgbs.append(ToRGB(c_out, dim))
+        self.add_layers(ch, dim)
+        self.noises = nn.Module()
         for i in range(self.L - 1):  # one noise map for each 3x3 layer: 4x4, then two of each size
             res = self.resolutions[(i + 1) // 2]
             self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, res, res))
 
     def mapping(self, z):  # (N, D) -> w (N, D)
         return self.style(z)
-
-    def styled_convs(self):
-        """The 3x3 layers from coarse to fine, in the order of noise maps and of `deltas`."""
-        return [self.conv1, *self.convs]
 
     def forward(self, w_plus, noise="fixed", maps=(), deltas=None, picture=None):
         """w_plus (N, L, D) -> image (N, 3, size, size), about [-1, 1], unclamped.
@@ -284,28 +304,12 @@ class Generator(nn.Module):
             list of L - 1 maps (1 or N, 1, H, W).
         maps: (N, C', H, W) each, to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
         deltas: for each layer of `styled_convs` a relative weight change (B, O, I) or (B, O, I, 3, 3), or None.
-        picture: (N, 3, H, H) to add to the RGB of H px, or None; ours, see there.
-        """
+        picture: (N, 3, H, H) to add to the RGB of H px, or None; ours, see there."""
         assert w_plus.shape[1:] == (self.L, self.dim), f"W+ is {tuple(w_plus.shape)}, expected (N, {self.L}, {self.dim})"
-        n_convs = self.L - 1
         if noise == "fixed":
-            noise = [getattr(self.noises, f"noise_{i}") for i in range(n_convs)]
-        elif isinstance(noise, str):
-            noise = [noise] * n_convs
-        deltas = deltas or [None] * n_convs
-        w = w_plus.unbind(1)
-
-        x = self.input.input.to(memory_format=torch.channels_last).expand(len(w_plus), -1, -1, -1)
-        x = self.conv1(add_map(x, maps, 0), w[0], noise[0], deltas[0])                # (N, C, 4, 4)
-        rgb = self.to_rgb1(x, w[1])
-        for i, to_rgb in enumerate(self.to_rgbs):
-            a, b = 2 * i + 1, 2 * i + 2                                               # the two layers of this size
-            x = self.convs[2 * i](x, w[a], noise[a], deltas[a])                       # (N, C, 2H, 2W)
-            x = self.convs[2 * i + 1](add_map(x, maps, i + 1), w[b], noise[b], deltas[b])
-            rgb = to_rgb(x, w[b + 1], rgb)
-            if picture is not None and rgb.shape == picture.shape:
-                rgb = rgb + picture
-        return rgb
+            noise = [*self.noises.buffers()]
+        x = self.input.input.to(memory_format=torch.channels_last).expand(len(w_plus), -1, -1, -1)  # (N, C, 4, 4)
+        return self.synthesise(x, w_plus.unbind(1), noise, maps, deltas, picture)
 
 
 def add_map(x, maps, i):
@@ -354,9 +358,8 @@ class ResBlock(nn.Module):
 
 
 def minibatch_stddev(x, group: int = 4):
-    """Append one map with the deviation over groups of images: (N, C, H, W) -> (N, C + 1, H, W). Groups are strided as in
-    the published networks. Where 4 does not divide N, groups of 3 or 2, else the whole batch (ours: the public code fails
-    there)."""
+    """Append one map with the deviation over groups of images: (N, C, H, W) -> (N, C + 1, H, W). Groups are
+    strided, as published. Where 4 does not divide N, groups of 3 or 2, else the whole batch (ours)."""
     N, _, H, W = x.shape
     group = next(g for g in (group, 3, 2, N) if N % g == 0)
     y = x.float().unflatten(0, (group, N // group))                                   # (g, N/g, C, H, W)
@@ -395,38 +398,31 @@ class Discriminator(nn.Module):
             return self.final_linear(self.final_conv(minibatch_stddev(x.float())).flatten(1))
 
 
-def generator_shape(state: dict, source) -> dict:
-    """The arguments of `Generator` that fit rosinality's state dict. InputError: none do."""
-    with refusing(source, "not the weights of a StyleGAN2 generator"):
-        pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
-        layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
-        widths = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
-        dim, n_mlp = state["style.1.weight"].shape[1], sum(f"style.{i}.weight" in state for i in range(1, 100))
-    return dict(dim=dim, n_mlp=n_mlp) | channel_shape(widths, source)
-
-
-def discriminator_shape(state: dict, source) -> dict:
-    """The same for `Discriminator`"""
-    with refusing(source, "not the weights of a StyleGAN2 discriminator"):
-        blocks = sum(key.endswith(".skip.1.weight") for key in state)
-        widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
-        widths = [state["final_linear.1.weight"].shape[1], *widths]
-    return channel_shape(widths, source)
-
-
-def channel_shape(widths: list, source) -> dict:
-    """Channels at 4, 8, .. px -> size, and base and cap of `channels_at`"""
+def shape_of(network: type, state: dict, source) -> dict:
+    """The arguments of Generator or Discriminator that fit rosinality's state dict. InputError: none do."""
+    shape = {}
+    with refusing(source, f"not the weights of a StyleGAN2 {network.__name__.lower()}"):
+        if network is Discriminator:
+            blocks = sum(key.endswith(".skip.1.weight") for key in state)
+            widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
+            widths = [state["final_linear.1.weight"].shape[1], *widths]               # channels at 4, 8, .. px
+        else:
+            pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
+            layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
+            widths = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
+            n_mlp = sum(f"style.{i}.weight" in state for i in range(1, 100))
+            shape = dict(dim=state["style.1.weight"].shape[1], n_mlp=n_mlp)
     size, cap = 2 ** (len(widths) + 1), max(widths)
     base = widths[-1] * size
     if widths != [channels_at(2 ** (i + 2), base, cap) for i in range(len(widths))]:
         raise InputError(f"{source}: its channels {widths} at 4, 8, .. {size} px are not StyleGAN2's")
-    return dict(size=size, base=base, cap=cap)
+    return shape | dict(size=size, base=base, cap=cap)
 
 
 def load_rosinality(path: str | Path, size: int | None = None) -> dict:
-    """The networks in a checkpoint of rosinality's stylegan2-pytorch: {"g": Generator, "g_ema": Generator, "d":
-    Discriminator}, those that are in the file, of its sizes. size: the images wanted, in pixels; None: whatever is there.
-    InputError: missing, damaged, hostile or truncated file; not StyleGAN2; another size."""
+    """The networks in a checkpoint of rosinality's stylegan2-pytorch, by name: g and g_ema, Generators, and d.
+    size: of the images wanted; None: whatever is there. InputError: see read_weights; not StyleGAN2; another
+    size."""
     content = read_weights(path)
     states = {name: content[name] for name in ("g", "g_ema", "d") if isinstance(content.get(name), dict)}
     if not states:
@@ -434,7 +430,7 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
     networks = {}
     for name, state in states.items():
         source, network = f"{path}, '{name}'", Discriminator if name == "d" else Generator
-        shape = (discriminator_shape if name == "d" else generator_shape)(state, source)
+        shape = shape_of(network, state, source)
         if size not in (None, shape["size"]):
             raise InputError(f"{source}: a network for {shape['size']} px, these are {size} px")
         networks[name] = load_strictly(functools.partial(network, **shape), state, source)

@@ -105,9 +105,9 @@ def small_picture(x):
 
 
 class MouthEncoder(nn.Module):
-    """The mouth of an image -> M numbers, what `mask_mouth` removes from the VisualEncoder's input. Ours. The first K are
-    the shape of the lips, by the `reader`, trained on landmarks (initialise.train_reader): the opening, the width, a
-    smile, the same on every face. The other M - K, linear in the pixels: colour, teeth, a beard."""
+    """The mouth of an image -> M numbers, what `mask_mouth` removes from the VisualEncoder's input. Ours. The
+    first K are the shape of the lips, the same on every face, by the `reader` (initialise.train_reader). The other
+    M - K, linear in the pixels: colour, teeth, a beard."""
 
     def __init__(self, template: str, M: int, K: int, width: int = 32):
         super().__init__()
@@ -157,9 +157,16 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
-def conv_norm(c_in: int, c_out: int, kernel: int, stride: int = 1):
+def conv_norm(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1):
     """A convolution without bias, which keeps the size but for its stride, and BatchNorm"""
-    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out)
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return conv, nn.BatchNorm2d(c_out)
+
+
+def shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
+    """Beside a residual block: 1x1 convolution and BatchNorm where channels or size change, else the identity"""
+    same = stride == 1 and c_in == c_out
+    return nn.Identity() if same else nn.Sequential(*conv_norm(c_in, c_out, 1, stride))
 
 
 class BlockIRSE(nn.Module):
@@ -245,7 +252,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv_norm(c_in, c_out, 3, stride)
         self.conv2, self.bn2 = conv_norm(c_out, c_out, 3)
-        self.downsample = nn.Identity() if c_in == c_out else nn.Sequential(*conv_norm(c_in, c_out, 1, stride))
+        self.downsample = shortcut(c_in, c_out, stride)
 
     def forward(self, x):
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -253,9 +260,9 @@ class BasicBlock(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """HyperStyle's head for all the widest layers: a code (B, Z) -> changes (B, O, I, 3, 3), O = I = Z, by two linear
-    maps, the first to a code an input channel (Ha et al. 2017, "HyperNetworks"). The authors view the product
-    (B, I, O 3 3) as (B, O, I, 3, 3) without a transpose; so do we, for their weights."""
+    """HyperStyle's head for all the widest layers: a code (B, Z) -> changes (B, O, I, 3, 3), O = I = Z, by two
+    linear maps (Ha et al. 2017, "HyperNetworks"). (B, I, O 3 3) is viewed as (B, O, I, 3, 3) without a transpose,
+    as theirs."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -312,18 +319,18 @@ class SeparableKernel(nn.Module):
 
 
 class HyperStyleNet(nn.Module):
-    """HyperStyle's hypernetwork, section 3.2: a photo and what the generator makes of its code -> relative changes of the
-    generator's 3x3 layers. A ResNet-34 on six channels, without its first pool, and a block for each layer; the widest
-    layers share a head. The others have one of two forms: "shared" gives a number a channel pair (the authors'
-    SharedWeightsHyperNetResNet), "separable" a number a tap from an outer product (..Separable). Ours: the last layers
-    start at zero, and images below 256 px are read at their own size."""
+    """HyperStyle's hypernetwork, section 3.2: a photo and what the generator makes of its code -> relative changes
+    of the generator's 3x3 layers. A ResNet-34 on six channels, without its first pool, and a block for each layer:
+    SharedBlock for the widest, for others LayerBlock ("shared": the authors' SharedWeightsHyperNetResNet,
+    "separable": ..Separable). Ours: the last layers start at zero, and images below 256 px are read at their own
+    size."""
 
     def __init__(self, layers: list, form: str, width: int = 64):
         """layers: (O, I) of each 3x3 layer of the generator, in the order of Generator.styled_convs()"""
         super().__init__()
         assert form in ("shared", "separable"), f"form is {form}, expected shared or separable"
         C = 8 * width
-        self.conv1, self.bn1 = nn.Conv2d(6, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = conv_norm(6, width, 7, 2)
         self.relu = nn.PReLU(width)
         ch = [width, *(f * width for f, count in ((1, 3), (2, 4), (4, 6), (8, 3)) for _ in range(count))]
         self.body = nn.Sequential(*(BasicBlock(a, b, 1 if a == b else 2) for a, b in zip(ch, ch[1:])))
@@ -361,10 +368,10 @@ def part_of(path: str | Path, part: str) -> tuple[dict, dict]:
 
 
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
-    """pSp's encoder for L styles from its authors' file. Of one with more styles (1024 px: 18) the first L are taken,
-    which are the same layers' of a smaller generator. Of ArcFace's IR-SE50 the trunk is taken, from which pSp's training
-    starts, with new heads for codes of `dim` numbers. encoder.latent_avg is NaN where the file has none: estimate it.
-    InputError: no such file; damaged, hostile or of another kind; fewer than L styles."""
+    """pSp's encoder for L styles from its authors' file; of one with more styles (1024 px: 18) the first L. Of
+    ArcFace's IR-SE50 the trunk, from which pSp's training starts, with new heads for codes of `dim` numbers.
+    latent_avg is NaN where the file has none: estimate it. InputError: see read_weights; of another kind; fewer
+    than L styles."""
     beside, state = part_of(path, "encoder")
     with refusing(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
