@@ -92,8 +92,8 @@ def items(content):
 
 
 def is_dense(value) -> bool:
-    """Whether this is a plain tensor that holds all its numbers. A sparse or meta tensor, or one number seen many
-    times or not at all (stride or size 0), takes a few bytes in a file and asks for any size in memory."""
+    """Whether this is a plain tensor that holds all its numbers. Others (sparse, meta, of stride or size 0) take a
+    few bytes in a file and ask for any size in memory."""
     return (isinstance(value, torch.Tensor) and value.layout == torch.strided
             and not (value.is_nested or value.is_quantized or value.is_meta)
             and value.numel() >= max(value.shape, default=0)
@@ -101,8 +101,7 @@ def is_dense(value) -> bool:
 
 
 class Budget(TorchFunctionMode):
-    """Within it at most `left` numbers are made, else ValueError. (The meta device would serve as well, but its first
-    operation imports a compiler, two seconds.)"""
+    """Within it at most `left` numbers are made, else ValueError. (The meta device imports for 2 s.)"""
 
     FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
 
@@ -159,8 +158,8 @@ def load_frozen(make, state: dict, source, device) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
-    """Writes plain dicts, tensors, numbers and strings. At any moment `path` is the old file or the whole new one.
-    checkpoint needs "kind" (what it is) and "format" (1). InputError: the disk is full, or cannot be written."""
+    """Writes plain dicts, tensors, numbers and strings, among them "kind" and "format". At any moment `path` is
+    the old file or the whole new one. InputError: the disk is full, or cannot be written."""
     assert {"kind", "format"} <= set(checkpoint), "a checkpoint says its kind and format"
     path = Path(path).absolute()
     try:
@@ -176,7 +175,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
 
 
 def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
-    """Reads a file of save_checkpoint, to the CPU. kind: the expected one, or a tuple of accepted ones. InputError: as
+    """A file of save_checkpoint, on the CPU. kind: the expected one, or a tuple of them. InputError: as
     read_weights; another kind or format. The caller checks what is inside."""
     kinds = (kind,) if isinstance(kind, str) else kind
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
@@ -269,9 +268,8 @@ def checkpoints_dir() -> Path:
 
 
 def fetch(name: str, path: str | Path | None = None) -> Path:
-    """Where the file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, fetched where it is missing.
-    A cached file is checked by SHA256 every time (a second for 500 MB). A download gets its name when its hash is right.
-    InputError: path is not a file; or the download failed, with its URL and where to save it by hand."""
+    """Where the file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, checked by SHA256 every
+    time, fetched where it is missing. InputError: no file there; the download failed, with its URL"""
     if path is not None:
         return check_file(path)
     pin = PUBLISHED[name]
@@ -314,8 +312,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_memory():
-    """glibc keeps freed memory for the next tensor. By default a tensor above 32 MB is mapped anew each time, and the
-    kernel zeroes its pages: at 256 px that costs an elementwise operation twice the time of its work."""
+    """glibc keeps freed memory for the next tensor. Else a tensor above 32 MB is mapped and zeroed anew each time:
+    at 256 px that costs an elementwise operation twice the time of its work."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no mapping for one tensor
@@ -409,8 +407,7 @@ def millions(network: nn.Module) -> str:
 
 @contextlib.contextmanager
 def descent(opt, rate: float):
-    """A step of an optimiser, at `rate` times the rates that it began with, down the gradients that this block leaves:
-    their means over all processes"""
+    """An optimiser's step at `rate` times its first rates, by this block's gradients, averaged over processes"""
     opt.zero_grad(set_to_none=True)
     yield
     for group in opt.param_groups:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from audio import mfcc, sound_windows
 from checkpoint import FORMAT, refusing
@@ -48,8 +48,7 @@ class PackWriter:
     """Writes a pack clip by clip. meta.json is written last and makes the directory a pack. size: edge of the
     frames in pixels. template: of faces.TEMPLATES. keep: continue an unfinished pack behind its first `keep`
     clips, by journal.jsonl, which has a line for each clip, written after it. shard_of: the folder of which this
-    pack has a part (see Packs). InputError: the folder holds a pack, cannot be written, is in use, or was begun
-    with another size."""
+    pack has a part. InputError: the folder holds a pack, cannot be written, is in use, or has another size."""
 
     def __init__(self, folder: str | Path, size: int, template: str, keep: int = 0, shard_of: str | None = None):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
@@ -94,8 +93,7 @@ class PackWriter:
 
     def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0):
         """Adds a clip. frames: iterable of uint8 (size, size, 3), or of JPEGs by encode_jpeg. wav: (n,) at 16 kHz,
-        float in [-1, 1] or int16. identity, source: names of the person and of the file. box: of the crop in the
-        source picture."""
+        float in [-1, 1] or int16. identity, source: names of person and file. box: of the crop in the source."""
         to_frames, to_sound, journal = self.files.values()
         samples = wav if wav.dtype == np.int16 else to_int16(wav)
         jpegs = (frame if isinstance(frame, bytes) else encode_jpeg(frame, self.size) for frame in frames)
@@ -172,8 +170,8 @@ class Pack:
     def __len__(self):
         return len(self.n_frames)
 
-    def __reduce__(self):  # a worker process gets the path and maps the files itself
-        return Pack, (self.folder,)
+    def __reduce__(self):  # a worker process gets the paths and maps the files itself
+        return open_packs, ([pack.folder for pack in self.packs],)
 
     def find(self, c: int) -> tuple[int, int]:
         """Clip c -> number of its pack in .packs, its number there"""
@@ -246,9 +244,6 @@ class Packs(Pack):
         self.frame_start = np.append(0, np.cumsum(self.n_frames, dtype=np.int64))
         self.first = np.cumsum([0, *map(len, packs)]).tolist()  # number of each pack's first clip
 
-    def __reduce__(self):
-        return Packs, ([pack.folder for pack in self.packs],)
-
     def find(self, c: int) -> tuple[int, int]:
         i = bisect.bisect(self.first, c) - 1
         return i, c - self.first[i]
@@ -288,8 +283,7 @@ def split(pack: Pack, args=None) -> dict:
     Every tenth person is held out, or every tenth clip where there are fewer than MIN_PEOPLE people; of fewer than
     twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test. args: has data and
     the lists of split_options, which replace the rule; beside a train list all else is held out. Without data (the
-    toy world) all clips are in all parts. InputError: a name that fits no clip, or several files; a clip in two
-    lists; too few clips."""
+    toy world) all clips are in all parts. InputError: see named_clips; a clip in two lists; too few clips."""
     lists = {part: path for part in USES if (path := getattr(args, part, None))}
     if args is not None and not args.data:
         if lists:
@@ -329,7 +323,7 @@ def drawn_clips(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
 
 def named_clips(pack: Pack, path: str | Path) -> np.ndarray:
     """Numbers of the clips in a list. A line is a person, or the end of a file's path, with or without its suffix.
-    Raises InputError: see split."""
+    InputError: a name that fits no clip, or several files"""
     lines = check_file(path).read_text(errors="replace").splitlines()
     found = {name: {} for line in lines if (name := line.strip())}  # name -> {clip: its file}
     for c in range(len(pack)):
@@ -445,8 +439,6 @@ def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0,
     """Endless iterator of collated batches, from that of step start_step on. Of `world` processes this one, `rank`, takes
     every world-th item, as a batch of all would be dealt."""
     numbers = itertools.count(start_step * batch * world + rank, world)
-    if not workers:
-        while True:
-            yield default_collate([dataset[n] for n in itertools.islice(numbers, batch)])
-    yield from DataLoader(dataset, batch, sampler=numbers, num_workers=workers, prefetch_factor=4,
-                          pin_memory=torch.cuda.is_available())
+    generator = torch.Generator()  # its own: the loader's draw for its workers must not change a run's
+    ahead = dict(prefetch_factor=4, pin_memory=torch.cuda.is_available()) if workers else {}
+    yield from DataLoader(dataset, batch, sampler=numbers, num_workers=workers, generator=generator, **ahead)

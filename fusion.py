@@ -132,24 +132,17 @@ class TemporalFusion(nn.Module):
     """One 1-D convolution over time for each modality (paper, section 3.3), added to its input; reach two frames.
     None for driving frames in "direct": it would let the mouth's rhythm into the pose."""
 
-    def __init__(self, dim: int, visual: bool):
+    def __init__(self, dim: int, modalities: tuple = ("audio",)):
         super().__init__()
-        self.audio = nn.Conv1d(dim, dim, 5, padding=2)
-        self.visual = nn.Conv1d(dim, dim, 5, padding=2) if visual else None
+        for name in modalities:
+            self.add_module(name, nn.Conv1d(dim, dim, 5, padding=2))
 
-    def forward(self, z_a, z_v=None):
-        """z_a (B, T, D) and, where `visual`, z_v (B, T, L, D) -> the same shapes"""
-        z_a = z_a + self.audio(z_a.transpose(1, 2)).transpose(1, 2)              # time is the last axis inside
-        if self.visual is None:
-            return z_a
-        B, _, L, _ = z_v.shape
-        x = z_v.permute(0, 2, 3, 1).flatten(0, 1)                                 # (B * L, D, T)
-        return z_a, z_v + self.visual(x).unflatten(0, (B, L)).permute(0, 3, 1, 2)
+    def forward(self, z, name: str = "audio"):  # (N, T, D) -> the same shape
+        return z + self.get_submodule(name)(z.transpose(1, 2)).transpose(1, 2)
 
 
 class SpeechContext(nn.Module):
-    """Ours, in place of TemporalFusion where sound has voices of many people: two residual blocks that see half a second
-    to each side. z_a (B, T, D) -> (B, T, D)"""
+    """Ours, in TemporalFusion's place for many people's voices: two residual blocks, half a second to each side"""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -157,7 +150,7 @@ class SpeechContext(nn.Module):
         self.convs = nn.ModuleList(nn.Conv1d(dim, dim, 2 * REACH + 1, padding=REACH) for _ in range(2))
         self.mix = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
 
-    def forward(self, z_a):
+    def forward(self, z_a):  # (B, T, D) -> (B, T, D)
         for norm, conv, mix in zip(self.norms, self.convs, self.mix):
             z_a = z_a + mix(F.gelu(conv(norm(z_a).transpose(1, 2)).transpose(1, 2)))
         return self.norms[2](z_a)
@@ -171,7 +164,7 @@ class PaperMotion(nn.Module):
         super().__init__()
         L, D = config.L, config.dim
         self.whiten = Whiten(L, D)
-        self.fusion = TemporalFusion(D, visual=True)
+        self.fusion = TemporalFusion(D, ("audio", "visual"))
         self.layer = nn.Parameter(0.1 * torch.randn(L, D))
         self.mlp = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LeakyReLU(0.2), nn.Linear(2 * D, 2 * D), nn.LeakyReLU(0.2),
                                  nn.Linear(2 * D, D))
@@ -179,8 +172,10 @@ class PaperMotion(nn.Module):
         nn.init.zeros_(self.mlp[4].bias)
 
     def forward(self, z_a, z_v, context=0, mouth=None):  # (B, T, D), (B, T, L, D) -> (B, T - 2 context, L, D)
-        z_v = self.whiten(z_v).unflatten(-1, z_v.shape[-2:])
-        z_a, z_v = (z[:, context:z.shape[1] - context] for z in self.fusion(z_a, z_v))
+        B, T, L, _ = z_v.shape
+        z_v = self.whiten(z_v).unflatten(-1, (L, -1)).transpose(1, 2).flatten(0, 1)          # (B * L, T, D)
+        z_v = self.fusion(z_v, "visual").unflatten(0, (B, L)).transpose(1, 2)
+        z_a, z_v = (z[:, context:T - context] for z in (self.fusion(z_a), z_v))
         z_a, layer = z_a[:, :, None].expand_as(z_v), self.layer.expand_as(z_v)
         return self.mlp(torch.cat([z_v, z_a, layer], -1))
 
@@ -191,8 +186,7 @@ class DirectMotion(nn.Module):
 
     With a mouth code (ours, real faces) sound predicts its first K numbers, the shape of the lips. The first of these,
     the opening, replaces the source's own, within `opening_limits`; the other K - 1 are added to the source's: a wide
-    mouth or a smile stays. The remaining M - K (colour, teeth, a beard) are the source's appearance.
-    """
+    mouth or a smile stays. The remaining M - K (colour, teeth, a beard) are the source's appearance."""
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
@@ -200,7 +194,7 @@ class DirectMotion(nn.Module):
         self.shape, self.M = (L, D), M
         self.whiten = Whiten(L, D)
         A = D if config.audio_width else SPEECH_DIM                               # width of z_a
-        self.fusion = TemporalFusion(A, visual=False) if config.audio_width else SpeechContext(A)
+        self.fusion = TemporalFusion(A) if config.audio_width else SpeechContext(A)
         self.pose_down, self.pose_up = nn.Linear(L * D, P), nn.Linear(P, L * D, bias=False)
         self.lips = nn.Sequential(nn.Linear(A, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
                                   nn.Linear(hidden, K or L * D))
@@ -318,8 +312,7 @@ class FCTFG(nn.Module):
         return changes if deltas is None else [c + d.detach() for c, d in zip(changes, deltas)]
 
     def weight_changes(self, source, z_s):
-        """source (B, 3, H, W), z_s (B, L, D) -> deltas after config.refine refinements (HyperStyle, section 3.3),
-        the last with gradients; None without any"""
+        """source (B, 3, H, W), z_s (B, L, D) -> deltas of config.refine steps, the last with gradients, or None"""
         n, deltas = self.config.refine if self.hyper else 0, None
         if n and self.mouth:
             z_s = self.invert(source)                                             # the code with its mouth
@@ -341,8 +334,7 @@ class FCTFG(nn.Module):
         return self.encoder(mask_mouth(source, self.config.template, "lips") if self.mouth else source)
 
     def invert(self, images, mouth=None):
-        """images (N, 3, H, W) -> W+ codes (N, L, D) that decode to them; mouth (N, M): another mouth code, of an image or
-        from sound, in place of the images' own"""
+        """images (N, 3, H, W) -> W+ codes (N, L, D) that decode to them; mouth (N, M): other mouth codes"""
         if not self.mouth:
             return self.encoder(images)
         mouth = self.mouth(images) if mouth is None else mouth
@@ -444,8 +436,7 @@ def middle(x, T: int):
 
 
 def idle_pose(idle, lo: int, hi: int):
-    """idle (n, T, P) -> frames lo .. hi - 1 of endless idle motion, (hi - lo, P): the clips in turn, forward and
-    back, each from deviation zero on"""
+    """idle (n, T, P) -> frames lo .. hi - 1 of endless motion, (hi - lo, P): the clips in turn, there and back"""
     n, T, _ = idle.shape
     clip, t = np.divmod(np.arange(lo, hi), 2 * T)
     return idle[clip % n, np.minimum(t, 2 * T - 1 - t)]

@@ -190,11 +190,11 @@ def make_config(args, pack, previous, overrides) -> Config:
 def load_judges(args, device) -> dict:
     """The frozen networks that a loss weight asks for: published ones, fetched on first use, and stage 3's sync expert"""
     own, frozen = args.path, {}
-    makers = dict(sync=lambda: sync_expert(args, device),
-                  vgg=lambda: judges.vgg19(device, own.get("vgg19")),
-                  lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
-                  arcface=lambda: judges.arcface(device, own.get("arcface"),
-                                                 open_packs(args.data).template if args.data else "toy"))
+    makers = dict(
+        sync=lambda: sync_expert(args, device), vgg=lambda: judges.vgg19(device, own.get("vgg19")),
+        lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
+        arcface=lambda: judges.arcface(
+            device, own.get("arcface"), open_packs(args.data).template if args.data else "toy"))
     for name in [name for name in makers if args.w.get(name)]:
         try:
             frozen[name] = makers[name]()
@@ -354,14 +354,11 @@ def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
     maps.coarse_rgb.bias.copy_((centre - drawn[0]).flatten())
 
 
-MIRRORED = np.array(MIRROR[48:]) - 48  # the same mouth in a mirror: which of its 20 points stands for which
-
-
 def mouth_shape(points: np.ndarray) -> np.ndarray:
     """Landmarks (n, 68, 2) -> (n, 42): how far the lips are open, the distance from nose to chin, and the mouth's 20
     points about their middle, averaged with their mirror image, all in the landmarks' unit. Upright heads."""
     mouth = points[:, 48:68] - points[:, 48:68].mean(1, keepdims=True)                 # (n, 20, 2)
-    mouth = (mouth + mouth[:, MIRRORED] * (-1, 1)) / 2
+    mouth = (mouth + mouth[:, np.array(MIRROR[48:]) - 48] * (-1, 1)) / 2               # and the same in a mirror
     jaw = points[:, 8, 1] - points[:, 33, 1]
     return np.concatenate([lip_opening(points)[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
 

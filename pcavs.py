@@ -245,8 +245,7 @@ class FaceGenerator(StyledLayers):
         return [torch.randn(1, 1, s, s, generator=generator) for s in sizes]
 
     def forward(self, style, identity_map, noise="random"):
-        """style (N, D), identity_map (N, C, start, start), noise: a list of maps, "random" or "off" -> (N, 3, size,
-        size) in (-1, 1)"""
+        """style (N, D), identity_map (N, C, start, start), noise: maps, "random" or "off" -> (N, 3, H, W)"""
         assert style.shape[1] == self.dim, f"style is {tuple(style.shape)}, expected (N, {self.dim})"
         return torch.tanh(self.synthesise(identity_map, [style] * (len(self.convs) + 2), noise))
 
@@ -337,8 +336,7 @@ def clip_frames(path: Path, n: int | None, height: int | None = None):
 
 
 def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
-    """align_frames of a clip's first n frames, read twice, as the mean comes before its first frame. Raises InputError:
-    no face detector; no face, or one in less than half of the frames."""
+    """align_frames of a clip's first n frames, read twice. InputError: no detector; a face in less than half"""
     frames = clip_frames(path, n, LOOK_HEIGHT)
     for before, frame in enumerate(frames):  # noqa: B007
         if faces := detect_faces(frame, margins=(1.2, 1.5)):
@@ -357,9 +355,8 @@ def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
 
 
 def clip_crops(path: str | Path, n: int, config: Config, aligned: bool = False):
-    """The first n frames of a video, or of an image or a folder of images, which are aligned already, as the networks'
-    input: a stream of uint8 (size, size, 3). aligned: for published weights, so is the video. InputError, no face: before
-    the stream begins."""
+    """The first n frames of a video, or of images, which are aligned already, as the networks' input: a stream of
+    uint8 (size, size, 3). aligned: for published weights, so is the video. InputError, at once: no face"""
     path, size, published = Path(path), config.size, config.template not in TEMPLATES
 
     def crop_aligned(frame):
@@ -392,8 +389,7 @@ def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
 
 
 def align(args):
-    """Writes CLIP_cropped/000000.jpg ..: the aligned frames, 224 px, as the authors' preparation does, and their file of
-    pairs for read_pairs: a line for each video, which drives itself"""
+    """Writes CLIP_cropped/000000.jpg ..: aligned frames, 224 px, and a file of pairs: each video drives itself"""
     pairs, pairs_file = [], args.csv and check_output(args.csv, args.overwrite)
     for path in map(Path, args.clips):
         out = path.with_name(f"{path.stem}_cropped")
@@ -513,8 +509,8 @@ class ClipFrames(Dataset):
 
 
 def pose_augment(frames):
-    """The paper's augmentation of E's input: another shape, other colours, the same head pose. (N, 3, H, W) -> the same.
-    Width and height +-10 % each, shift +-5 %, no rotation, as that is pose; colours mixed and shifted. Numbers: ours."""
+    """The paper's augmentation of E's input (N, 3, H, W), which keeps the head's pose: width and height +-10 %,
+    shift +-5 %, colours mixed and shifted. Numbers: ours."""
     N, dev = len(frames), frames.device
     theta = torch.zeros(N, 2, 3, device=dev)
     theta[:, (0, 1), (0, 1)] = 1 + 0.1 * (2 * torch.rand(N, 2, device=dev) - 1)
@@ -540,9 +536,8 @@ def small_frames(frames, template: str):
 
 @torch.no_grad()
 def fit_pose_teacher(teacher: nn.Linear, pack: Pack, clips, per_clip: int = 16, ridge: float = 0.1):
-    """Ours. A linear pose code in closed form: the target of E's pose code, and G's pose input in the first steps. A
-    frame minus its clip's mean is motion. A linear map that predicts it from the frame alone, fitted over many people,
-    cannot use directions in which people differ. People never seen, 32 px: yaw r .91, pitch .83, roll .88."""
+    """Ours. A linear pose code in closed form, as by initialise.fit_motion_space: the target of E's pose code, and
+    G's pose input in the first steps. People never seen, 32 px: yaw r .91, pitch .83, roll .88."""
     rng, codes = np.random.default_rng(2), []
     for c in rng.permutation(clips)[:400]:
         length = int(pack.n_frames[c])

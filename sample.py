@@ -128,8 +128,7 @@ def pick_weights(photo: np.ndarray | None, args) -> Path:
 
 
 def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
-    """The photo, turned upright, the square that the network gets, and why: --box, else all of a square drawn
-    portrait, else the face found"""
+    """The photo, turned upright, the square that the network gets, and why: --box, a drawn portrait, a face"""
     if args.box:  # in pixels of the file, which load_photo may have shrunk
         width, height = photo_size(args.face)
         return photo, parse_box(args.box, width, height, photo.shape[1] / width), "the face is in --box"
@@ -155,9 +154,8 @@ def limit(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
     if max(H, W) <= LONGEST:
         return photo, box
     h, w = (2 * round(side * LONGEST / max(H, W) / 2) for side in (H, W))
-    x0, y0, x1, y1 = box
     photo = np.array(Image.fromarray(photo).resize((w, h), Image.Resampling.LANCZOS))
-    return photo, (x0 * w / W, y0 * h / H, x1 * w / W, y1 * h / H)
+    return photo, tuple(v * new / old for v, new, old in zip(box, (w, h, w, h), (W, H, W, H)))
 
 
 # ----------------------------------------------------------------------------------------------- the driving video
@@ -233,8 +231,7 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
 
 def talking_photo(model, photo, box, mel, active, args):
     """A photo that talks -> iterator over T frames, uint8 (H, W, 3): the network turns the sound into the shape of
-    lips, warp.py moves the photo's pixels. mel: pieces (n, 1, 80, 16); active: (T,). InputError: no face that can
-    be moved."""
+    lips, warp.py moves the photo's pixels. mel: pieces (n, 1, 80, 16); active: (T,). InputError: not a face"""
     net, T = load_landmarks(), len(active)
     mean = net.solid.double().numpy()
     try:
@@ -277,8 +274,7 @@ def moves_pixels(model) -> bool:
 
 
 def in_order(jobs, workers: int = 2):
-    """Results of functions without arguments, in order, computed ahead by threads: PyTorch releases Python's
-    lock"""
+    """Results of functions without arguments, in order, computed ahead by threads: PyTorch releases the lock"""
     torch.set_num_threads(1)  # a frame each: threads within an operation would only wait for each other
     jobs = iter(jobs)
     with ThreadPoolExecutor(workers) as pool:
@@ -317,9 +313,7 @@ class Paste:
     The first term adds the change. The second removes the photo's detail where the change is large (`new`, 1 for a
     head that turns), or teeth would shine through shut lips. `colour`, the smoothed difference of source and
     still, keeps the tone of the skin. photo: uint8 (H, W, 3); box: of the crop in it, in pixels; source: (3, S,
-    S), the crop; still: (3, S, S), the generated frame that stands for it; mask: (S, S) in [0, 1]; turning: the
-    head moves.
-    """
+    S), the crop; still: (3, S, S), generated in its place; mask: (S, S) in [0, 1]; turning: the head moves."""
 
     def __init__(self, photo, box, source, still, mask, turning: bool):
         (H, W), S, (x0, y0, x1, y1) = photo.shape[:2], source.shape[-1], (round(v) for v in box)
@@ -358,20 +352,15 @@ def soft_box(size: int, box: tuple):
     return y[:, None] * x
 
 
-def oval(size: int):
-    """(size, size): 1 in the middle of the crop, falling to 0 towards its circle: a head that turns keeps its outline"""
-    t = (torch.arange(size) + 0.5) / size * 2 - 1
-    return smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
-
-
 def still_of(model, source, device, turning: bool):
     """What stands still in the frames of a photo (3, S, S), and a mask (S, S) of what may move in it: all of a
     head that turns. Else the face at rest (in silence), in its mouth the best fit to the photo between that and
     the photo's inversion: a smile is closed by the change, a closed mouth stays."""
     S, template = source.shape[-1], TEMPLATES[model.config.template]
     own = model.still(source.to(device)).cpu()
-    if turning:
-        return own, oval(S)
+    if turning:  # 1 in the middle, 0 from the circle on: the head keeps its outline
+        t = (torch.arange(S) + 0.5) / S * 2 - 1
+        return own, smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
     silence = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=device)
     rest = next(model.animate(source.to(device), silence, sway=False))[2].cpu()
     mouth = soft_box(S, template.lips if model.mouth else template.mouth)  # a mouth code decides the lips' box only

@@ -3,10 +3,10 @@
 Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020 (arXiv 1912.04958), sections 2-4.
 Layer names and parameter shapes are those of the public rosinality checkpoints, so that a published `g_ema` loads.
 
-What differs from the public code: no CUDA extension. One convolution with shared weights serves the whole batch, see
-ModulatedConv2d. Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation, gain,
-noise and bias act after the blur, in few passes. Generator.forward also takes `deltas` (HyperStyle's), `maps` and
-`picture` (ours, see fusion.py). Minibatch standard deviation accepts every batch size.
+What differs from the public code: no CUDA extension. One convolution with shared weights serves the whole batch,
+see ModulatedConv2d. Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation,
+gain, noise and bias act after the blur, in few passes. Generator.forward also takes `deltas` (HyperStyle's), `maps`
+and `picture` (ours, see fusion.py). Minibatch standard deviation accepts every batch size.
 """
 
 import functools
@@ -136,8 +136,7 @@ class ModulatedConv2d(nn.Module):
         return F.conv2d(x, weight.flatten(0, 1), padding=1, groups=len(weight))
 
     def convolve_clips(self, x, weight, grouped: bool):
-        """x (B T, I, H, W), weight (B, O, I, 3, 3), one a clip -> (B T, O, H', W'). One grouped convolution is what a GPU
-        is fast at, a CPU at one after the other."""
+        """x (B T, I, H, W), weight (B, O, I, 3, 3), one a clip -> (B T, O, H', W'); grouped: for a GPU"""
         if not grouped:
             return torch.cat([self.convolve(x_b, w_b[None]) for x_b, w_b in zip(x.chunk(len(weight)), weight)])
         x = x.unflatten(0, (len(weight), -1)).transpose(0, 1).flatten(1, 2)     # (T, B I, H, W)
@@ -167,8 +166,7 @@ class ModulatedConv2d(nn.Module):
 
 
 class ModulatedPixels(nn.Module):
-    """1x1 convolution to three channels, modulated and not demodulated. To scale the weights for each image is cheaper
-    than to scale all its pixels."""
+    """1x1 convolution to three channels, modulated and not demodulated; scales the few weights, not the pixels"""
 
     def __init__(self, c_in: int, c_out: int, dim: int):
         super().__init__()
@@ -260,8 +258,7 @@ class StyledLayers(nn.Module):
         return [self.conv1, *self.convs]
 
     def synthesise(self, x, w, noise, maps=(), deltas=None, picture=None):
-        """x (N, C, H, W) -> image. w: a style (N, D) for each 3x3 layer and one more; others: see
-        Generator.forward"""
+        """x (N, C, H, W) -> image. w: a style (N, D) for each 3x3 layer and one more. Others: as in Generator"""
         n_convs = len(self.convs) + 1
         noise = [noise] * n_convs if isinstance(noise, str) else noise
         deltas = deltas or [None] * n_convs
@@ -421,8 +418,7 @@ def shape_of(network: type, state: dict, source) -> dict:
 
 def load_rosinality(path: str | Path, size: int | None = None) -> dict:
     """The networks in a checkpoint of rosinality's stylegan2-pytorch, by name: g and g_ema, Generators, and d.
-    size: of the images wanted; None: whatever is there. InputError: see read_weights; not StyleGAN2; another
-    size."""
+    size: of the images wanted; None: any. InputError: see read_weights; not StyleGAN2; another size."""
     content = read_weights(path)
     states = {name: content[name] for name in ("g", "g_ema", "d") if isinstance(content.get(name), dict)}
     if not states:

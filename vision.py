@@ -208,11 +208,11 @@ def head_convolutions(c_in: int, inner: int, c_out: int, strides: tuple) -> nn.S
 
 
 class StyleHead(nn.Module):
-    """pSp's map2style: (N, C, s, s) -> (N, D), halved by convolutions down to one place, then an equalised layer"""
+    """pSp's map2style: (N, C, s, s) -> (N, D), by convolutions down to one place, then an equalised layer"""
 
-    def __init__(self, channels: int, dim: int, spatial: int):
+    def __init__(self, channels: int, inner: int, dim: int, strides: tuple):
         super().__init__()
-        self.convs = head_convolutions(channels, dim, dim, (2,) * int(math.log2(spatial)))
+        self.convs = head_convolutions(channels, inner, dim, strides)
         self.linear = EqualLinear(dim, dim)
 
     def forward(self, x):
@@ -228,7 +228,8 @@ class GradualStyleEncoder(nn.Module):
     def __init__(self, L: int, dim: int = 512, width: int = 64):
         super().__init__()
         self.input_layer, self.body = trunk_ir_se50(width)
-        self.styles = nn.ModuleList(StyleHead(8 * width, dim, 16 if i < 3 else 32 if i < 7 else 64) for i in range(L))
+        halvings = (4 if i < 3 else 5 if i < 7 else 6 for i in range(L))       # of maps at 16x16, 32x32, 64x64
+        self.styles = nn.ModuleList(StyleHead(8 * width, dim, dim, (2,) * n) for n in halvings)
         self.latlayer1, self.latlayer2 = (nn.Conv2d(c * width, 8 * width, 1) for c in (4, 2))
         self.register_buffer("latent_avg", torch.zeros(L, dim))
 
@@ -261,8 +262,7 @@ class BasicBlock(nn.Module):
 
 class SharedHead(nn.Module):
     """HyperStyle's head for all the widest layers: a code (B, Z) -> changes (B, O, I, 3, 3), O = I = Z, by two
-    linear maps (Ha et al. 2017, "HyperNetworks"). (B, I, O 3 3) is viewed as (B, O, I, 3, 3) without a transpose,
-    as theirs."""
+    linear maps (Ha et al. 2017). (B, I, O 3 3) is viewed as (B, O, I, 3, 3) without a transpose, as theirs."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -275,22 +275,19 @@ class SharedHead(nn.Module):
         return (h @ self.w1 + self.b1).view(B, dim, dim, 3, 3)
 
 
-class SharedBlock(nn.Module):
+class SharedBlock(StyleHead):
     """Feature map (B, C, 16, 16) -> the code of one layer -> SharedHead, which every such block holds as `hypernet`"""
 
     def __init__(self, channels: int, head: SharedHead):
-        super().__init__()
-        self.convs = head_convolutions(channels, channels // 4, channels, (1, 2, 2, 2, 2))
-        self.linear = EqualLinear(channels, channels)
+        super().__init__(channels, channels // 4, channels, (1, 2, 2, 2, 2))
         self.hypernet = head
 
     def forward(self, x):
-        return self.hypernet(self.linear(self.convs(x).flatten(1)))
+        return self.hypernet(super().forward(x))
 
 
 class LayerBlock(nn.Module):
-    """Feature map (B, C, 16, 16) -> changes of one layer: "shared" (B, O, I), one number a pair of channels; "separable"
-    (B, O, I, 3, 3)"""
+    """Feature map (B, C, 16, 16) -> changes of a layer (B, O, I, 3, 3), or, "shared" by its taps, (B, O, I)"""
 
     def __init__(self, channels: int, O: int, I: int, form: str):
         super().__init__()
@@ -322,8 +319,7 @@ class HyperStyleNet(nn.Module):
     """HyperStyle's hypernetwork, section 3.2: a photo and what the generator makes of its code -> relative changes
     of the generator's 3x3 layers. A ResNet-34 on six channels, without its first pool, and a block for each layer:
     SharedBlock for the widest, for others LayerBlock ("shared": the authors' SharedWeightsHyperNetResNet,
-    "separable": ..Separable). Ours: the last layers start at zero, and images below 256 px are read at their own
-    size."""
+    "separable": ..Separable). Ours: the last layers start at zero, images below 256 px keep their size."""
 
     def __init__(self, layers: list, form: str, width: int = 64):
         """layers: (O, I) of each 3x3 layer of the generator, in the order of Generator.styled_convs()"""
@@ -370,8 +366,7 @@ def part_of(path: str | Path, part: str) -> tuple[dict, dict]:
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
     """pSp's encoder for L styles from its authors' file; of one with more styles (1024 px: 18) the first L. Of
     ArcFace's IR-SE50 the trunk, from which pSp's training starts, with new heads for codes of `dim` numbers.
-    latent_avg is NaN where the file has none: estimate it. InputError: see read_weights; of another kind; fewer
-    than L styles."""
+    latent_avg is NaN where the file has none. InputError: see read_weights; another kind; fewer than L styles."""
     beside, state = part_of(path, "encoder")
     with refusing(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])

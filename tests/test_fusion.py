@@ -11,7 +11,7 @@ import vision
 from checkpoint import pick_device, save_checkpoint
 from faces import TEMPLATES
 from fusion import (
-    FCTFG, CanonicalEncoder, Config, IdentityMaps, TemporalFusion, Whiten, changed_layers, idle_pose,
+    FCTFG, CanonicalEncoder, Config, IdentityMaps, PaperMotion, TemporalFusion, Whiten, changed_layers, idle_pose,
     load_model, mean_w, published)
 from media import InputError
 from stylegan2 import Discriminator, Generator
@@ -51,9 +51,9 @@ def test_shapes_for_odd_batches(motion, B):
 
 def test_the_fusion_sees_two_frames_on_each_side_of_time_and_no_other_axis():
     torch.manual_seed(0)
-    fusion = TemporalFusion(7, visual=True)
+    motion = PaperMotion(Config.at(16, dim=7, motion="paper"))
     z_a, z_v = torch.randn(2, 11, 7), torch.randn(2, 11, 6, 7, requires_grad=True)
-    _, out = fusion(z_a, z_v)
+    out = motion(z_a, z_v)
     grad, = torch.autograd.grad(out[0, 5, 3].sum(), z_v)  # clip 0, frame 5, style layer 3
     touched = grad.abs().sum(-1) > 0                      # (B, T, L)
     want = torch.zeros_like(touched)
@@ -63,7 +63,7 @@ def test_the_fusion_sees_two_frames_on_each_side_of_time_and_no_other_axis():
 
 def test_the_sound_of_a_frame_reaches_two_frames_and_one_clip():
     torch.manual_seed(0)
-    fusion = TemporalFusion(7, visual=False)
+    fusion = TemporalFusion(7)
     z_a = torch.randn(2, 11, 7, requires_grad=True)
     out = fusion(z_a)
     grad, = torch.autograd.grad(out[1, 5].sum(), z_a)

@@ -240,7 +240,7 @@ def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or
     assert b[0] == pytest.approx(np.mean([wide[0, k, 1] - wide[0, j, 1] for j, k in ((61, 67), (62, 66), (63, 65))]))
     assert a.shape == (42,) and b[0] > a[0] + 3
     np.testing.assert_allclose(initialise.mouth_shape(wide + (5, -7))[0], b, atol=1e-4)
-    mirror = wide[:, [*range(48), *(48 + np.array(initialise.MIRRORED)), ]] * (-1, 1)
+    mirror = wide[:, [*range(48), *initialise.MIRROR[48:]]] * (-1, 1)
     np.testing.assert_allclose(initialise.mouth_shape(mirror)[0], b, atol=1e-4)
     crooked = wide.copy()
     crooked[0, 48] += (-4, 2)                                                   # one corner: half of it is seen
