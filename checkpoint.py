@@ -331,8 +331,7 @@ def memory_gib(device) -> float:
 # ------------------------------------------ around a training loop: train, syncnet, keypoints, landmarks and pcavs
 
 def claim_output(path: str | Path, args) -> Path:
-    """Absolute path of the checkpoint that a run writes, its folder made. InputError: it exists and neither --resume nor
-    --overwrite is given, or its folder cannot be made or written."""
+    """Absolute path of the checkpoint that a run writes, its folder made. InputError: it exists already"""
     path = make_folder(Path(path).parent) / Path(path).name
     if path.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{path} exists: --resume continues it, --overwrite starts anew")

@@ -436,8 +436,7 @@ class Mixed(Dataset):
 
 
 def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1):
-    """Endless iterator of collated batches, from that of step start_step on. Of `world` processes this one, `rank`, takes
-    every world-th item, as a batch of all would be dealt."""
+    """Endless iterator of collated batches, from step start_step on. Process `rank` takes every world-th item."""
     numbers = itertools.count(start_step * batch * world + rank, world)
     generator = torch.Generator()  # its own: the loader's draw for its workers must not change a run's
     ahead = dict(prefetch_factor=4, pin_memory=torch.cuda.is_available()) if workers else {}

@@ -487,8 +487,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
 
 
 def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) -> FCTFG:
-    """The EMA network of a file of one of these kinds, in eval mode; `model.kind` is the file's. InputError: missing,
-    truncated, hostile or wrong-kind file; a network of another shape."""
+    """The EMA network of a file, in eval mode; `model.kind` is the file's. InputError: see load_checkpoint"""
     checkpoint = load_checkpoint(path, kinds)
     with refusing(path, "not a network of this version"):
         state = checkpoint["networks" if checkpoint["kind"] == "weights" else "ema"]["model"]

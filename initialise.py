@@ -44,9 +44,7 @@ bar = functools.partial(tqdm, leave=False, disable=None)
 
 
 def stage(args, model, D, data, networks, device) -> dict:
-    """What a stage starts with, once (--resume needs no start) -> its frozen networks, see own_judges.
-
-    networks: those of build_networks, which are in `model` and D already."""
+    """What a stage starts with, once -> its frozen networks, see own_judges. networks: those of build_networks"""
     if args.stage == 1:
         return {}
     new = not args.resume
@@ -169,8 +167,7 @@ def load_previous(args, files) -> dict | None:
 
 
 def make_config(args, pack, previous, overrides) -> Config:
-    """The dial's Config, or that of the stage before (`previous`: its checkpoint), with the overrides that published
-    files demand. A hypernetwork is in it from --part hyper on."""
+    """The dial's Config, or that of the stage before (`previous`), with published files' overrides"""
     dial = Config.at(args.size, template=pack.template, motion=args.motion)
     config = Config(**previous["config"]) if previous else dial
     config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
@@ -219,8 +216,7 @@ def sync_expert(args, device):
 
 
 def own_judges(args, D, data, networks, device) -> dict:
-    """Frozen networks without a download: feature_net, stage 1's discriminator, and judge, a small face recogniser; from
-    state dicts, where they are among the known networks"""
+    """Frozen networks without a download: feature_net, stage 1's discriminator, and judge, a small recogniser"""
     frozen = {}
     if features := networks.get("feature_net", networks.get("D")):
         frozen["feature_net"] = copy.deepcopy(D)
@@ -255,8 +251,7 @@ def optimizers(model, D, args):
 
 
 def rates(args, config) -> dict:
-    """{beginning of a parameter's name: share of --lr-gan for the generator, of --lr for the others}. Of several
-    beginnings the longest counts; 0 or none: not trained."""
+    """{beginning of a parameter's name: share of --lr, of the generator's: --lr-gan}; the longest counts"""
     if args.stage == 1:
         return {"generator": 4 / 5}                                                    # lazy path length
     small, joint = config.encoder == "slim", args.stage == 3                           # else 1e-4: pSp's, HyperStyle's
@@ -449,10 +444,9 @@ def train_judge(data, device, seed, steps, batch=48):
 
 @torch.no_grad()
 def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02):
-    """A closed-form start of canonical encoder and pose path, ours. In a clip the person is constant, so a code minus the
-    clip's mean is motion. A linear map that predicts it from one frame's code, over many people, can use no direction in
-    which people differ. From the whole image's code it gives what the canonical encoder removes, from the mouth-masked
-    one's the pose. Photos are faces that keep still."""
+    """A closed-form start of canonical encoder and pose path, ours. A code minus its clip's mean is motion. A
+    linear map that predicts it from one frame's code, over many people, can use no direction in which people
+    differ. It gives the canonical encoder what to remove, by the mouth-masked image's code the pose."""
     rng = np.random.default_rng(2)
     chosen = rng.permutation(chosen)[:clips]
     print(f"before the first step: motion space in closed form from {len(chosen)} clips" + ", and photos" * bool(photos))
@@ -566,8 +560,7 @@ def one_scale(shapes: list, people) -> list:
 
 
 def fit_warp(model, data, clips=200):
-    """For warp.py: how the landmarks of a face move with the shape of the lips, and the opening that its first number
-    stands for. Least squares over training clips, a minute on a CPU. Ours."""
+    """For warp.py, least squares over training clips, ours: how landmarks move with the lips' numbers"""
     pack, landmarks, motion = data["pack"], data["landmarks"][0], model.motion
     mean, moving, predicted, real = load_landmarks().solid.double().numpy(), [], [], []
     chosen = np.sort(np.random.default_rng(4).permutation(np.unique(data["marked"]))[:clips])  # of all people

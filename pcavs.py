@@ -435,8 +435,7 @@ def sample(args):
 
 
 def read_pairs(path: Path) -> list[list]:
-    """The authors' csv -> photo, pose or None, speech, real frames or None of each line: its fields 0, 2, 4 and 5, files
-    or folders, relative to the working directory or the csv."""
+    """The authors' csv -> photo, pose or None, speech, real frames or None of each line: fields 0, 2, 4, 5"""
     jobs = []
     for i, line in enumerate(check_file(path).read_text(errors="replace").splitlines(), start=1):
         fields = line.split()

@@ -214,8 +214,7 @@ def side_by_side(photo, frames, n: int, args):
 # ---------------------------------------------------------------------------------------------- a photo that moves
 
 def photo_landmarks(net, photo, box, args) -> np.ndarray:
-    """Landmarks (68, 2) of the face in a box, by the small network or --landmarks. A line says where they are
-    doubtful. InputError: that detector is not at hand, or finds no face."""
+    """Landmarks (68, 2) of the face in a box, by the small network or --landmarks. InputError: no face"""
     if not args.landmarks:
         points = find_landmarks(net, photo, box)
         if doubt(net, photo, points) > DOUBT:

@@ -106,8 +106,8 @@ def small_picture(x):
 
 class MouthEncoder(nn.Module):
     """The mouth of an image -> M numbers, what `mask_mouth` removes from the VisualEncoder's input. Ours. The
-    first K are the shape of the lips, the same on every face, by the `reader` (initialise.train_reader). The other
-    M - K, linear in the pixels: colour, teeth, a beard."""
+    first K: the shape of the lips, the same on every face. The others, linear in the pixels: colour, teeth, a
+    beard."""
 
     def __init__(self, template: str, M: int, K: int, width: int = 32):
         super().__init__()
