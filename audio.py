@@ -165,7 +165,7 @@ MEAN_PITCH, LOWEST, HIGHEST = 108.0, 70, 400  # Hz: of GRID's speaker 1, the fir
 KNEE = 4800.0                            # Hz: the axis is scaled up to here, then a line leads to the last band
 
 
-def pitch(wav: np.ndarray) -> float | None:
+def estimate_pitch(wav: np.ndarray) -> float | None:
     """Median pitch in Hz of a voice (n,), by autocorrelation of loud 64 ms frames; None: nothing is periodic"""
     if len(wav) < 1024:
         return None
@@ -191,7 +191,7 @@ def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
     1996)."""
     level = mel.mean(0)                                                  # (S,)
     mean = max(float(mel[:, level >= np.quantile(level, 0.95) - LOUD].mean()), LEAST)
-    alpha = np.clip((MEAN_PITCH / (pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)
+    alpha = np.clip((MEAN_PITCH / (estimate_pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)
     knee = KNEE * min(1, 1 / alpha)                                      # Hz of the sound
     hz = np.interp(band_corners(N_MELS)[1:-1], (0, alpha * knee, MEL_HIGH), (0, knee, MEL_HIGH))
     return np.interp(read_bands(mel, hz) - mean, (-BELOW, ABOVE), (SILENCE, -SILENCE)).astype(np.float32)
@@ -206,7 +206,7 @@ def coloured_noise(n: int, rng: np.random.Generator) -> np.ndarray:
     return noise / noise.std()
 
 
-def add_room(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def add_echo_and_noise(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A voice (n,) -> with an echo, which falls by 60 dB in .1 to .7 s, and a noise 5 to 35 dB below it"""
     t = np.arange(int(SAMPLE_RATE * rng.uniform(0.1, 0.7)))
     echo = rng.standard_normal(len(t)) * 10 ** (-3 * t / len(t))
@@ -218,7 +218,7 @@ def add_room(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(wav + noise, -1, 1).astype(np.float32)
 
 
-def not_speech(n: int, rng: np.random.Generator) -> np.ndarray:
+def make_non_speech(n: int, rng: np.random.Generator) -> np.ndarray:
     """(n,) of a quiet room, noise, breath (noise that swells), or chords that fade, at any level: lips are shut"""
     t, wav = np.arange(n) / SAMPLE_RATE, coloured_noise(n, rng)
     kind = rng.integers(4)

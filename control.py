@@ -26,7 +26,7 @@ from fusion import load_model
 from judges import same_person_loss
 from media import InputError, check_output, make_folder, to_tensor
 from report import markdown, toy_page
-from toyfaces import FACTORS, TEST, WORLD, draw, make_pack, person
+from toyfaces import FACTORS, TEST_SEED, WORLD_VERSION, draw, make_pack, make_person
 
 COLUMN = {name: i for i, name in enumerate(FACTORS)}
 GROUPS = dict(pose=("yaw", "pitch", "roll"), eyes=("blink", "gaze_x", "gaze_y"), mouth=("open", "wide", "smile"))
@@ -35,7 +35,7 @@ MOVED = dict(lips=("open", "wide"), pose=GROUPS["pose"], eyes=GROUPS["eyes"])  #
 
 # ------------------------------------------------------------------------------------------------------------ the probe
 
-PROBE_PEOPLE = 4_000_000  # first person of the probe's training set: apart from TRAIN, TUNE and TEST
+PROBE_PEOPLE = 4_000_000  # first person of the probe's training set: apart from TRAIN_SEED, TUNE_SEED and TEST_SEED
 
 
 class Probe(nn.Module):
@@ -69,7 +69,7 @@ class Probe(nn.Module):
 
 def train_probe(size: int, folder: Path, device, people: int = 800, steps: int = 1800, batch: int = 32) -> Probe:
     """The probe kept in the folder, or a new one, trained on drawn frames and kept there. About a minute."""
-    path = folder / f"probe{size}_world{WORLD}.pt"
+    path = folder / f"probe{size}_world{WORLD_VERSION}.pt"
     if path.exists():
         state = load_checkpoint(path, "probe")["networks"]["probe"]
         return load_frozen(lambda: Probe(size), state, path, device).to(memory_format=torch.channels_last)
@@ -128,7 +128,7 @@ def toy_test(size: int, people: int, cache: str | Path, device) -> ToyTest:
     """Probe and held-out clips at this size, made in the folder `cache` on first use"""
     folder = make_folder(cache)
     probe, toys = train_probe(size, folder, device), folder / f"test_toys{size}_{people}"
-    make_pack(toys, size, people, 3.0, TEST)
+    make_pack(toys, size, people, 3.0, TEST_SEED)
     return ToyTest(probe, Pack(toys), np.load(toys / "truth.npy").reshape(people, -1, 10), device)
 
 
@@ -217,7 +217,7 @@ def probe_row(test: ToyTest) -> dict:
 
 def driving_frames(test: ToyTest, c: int, T: int, group: str = "", other: int = 0) -> np.ndarray:
     """Clip c drawn again, with one group of factors of clip `other` -> uint8 (T, H, W, 3)"""
-    states, who = test.truth[c, :T].copy(), person(TEST + c)
+    states, who = test.truth[c, :T].copy(), make_person(TEST_SEED + c)
     for name in GROUPS.get(group, ()):
         states[:, COLUMN[name]] = test.truth[other, :T, COLUMN[name]]
     return np.stack([draw(who, dict(zip(FACTORS, map(float, state))), test.pack.size) for state in states])

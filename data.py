@@ -173,13 +173,13 @@ class Pack:
     def __reduce__(self):  # a worker process gets the paths and maps the files itself
         return open_packs, ([pack.folder for pack in self.packs],)
 
-    def find(self, c: int) -> tuple[int, int]:
+    def locate(self, c: int) -> tuple[int, int]:
         """Clip c -> number of its pack in .packs, its number there"""
         return 0, c
 
     def at(self, c: int) -> tuple:
         """Clip c -> its pack, its number there"""
-        i, c = self.find(c)
+        i, c = self.locate(c)
         return self.packs[i], c
 
     def frame(self, c: int, k: int) -> np.ndarray:
@@ -206,8 +206,8 @@ class Pack:
 
     @cached_property
     def fingerprints(self) -> torch.Tensor:
-        """int64 (clips,): see the function `fingerprints`. Reads all sound, once."""
-        return fingerprints(map(self.sound, range(len(self))))
+        """int64 (clips,): see hash_sounds. Reads all sound, once."""
+        return hash_sounds(map(self.sound, range(len(self))))
 
     def source(self, c: int) -> str:
         """The file that clip c comes from"""
@@ -216,7 +216,7 @@ class Pack:
         return name.decode("utf-8", "surrogateescape")
 
 
-def check_alike(packs: list):
+def check_same_format(packs: list):
     """InputError: packs of different sizes or templates"""
     for pack in packs[1:]:
         if (pack.size, pack.template) != (packs[0].size, packs[0].template):
@@ -227,11 +227,11 @@ def check_alike(packs: list):
 class Packs(Pack):
     """Several packs, read as one: clips, frames and people are numbered on from pack to pack. People of different
     packs are different, also if their names are equal; those of shards of one folder are not. .packs: the packs;
-    .box, .fps and the index of JPEGs are theirs alone. InputError: see check_alike; one named twice."""
+    .box, .fps and the index of JPEGs are theirs alone. InputError: see check_same_format; one named twice."""
 
     def __init__(self, folders):
         self.packs = packs = [Pack(folder) for folder in folders]
-        check_alike(packs)
+        check_same_format(packs)
         if len({pack.folder for pack in packs}) < len(packs):
             raise InputError(f"{' '.join(map(str, folders))}: a pack is named twice")
         self.size, self.template, self.folder = packs[0].size, packs[0].template, " ".join(map(str, folders))
@@ -244,7 +244,7 @@ class Packs(Pack):
         self.frame_start = np.append(0, np.cumsum(self.n_frames, dtype=np.int64))
         self.first = np.cumsum([0, *map(len, packs)]).tolist()  # number of each pack's first clip
 
-    def find(self, c: int) -> tuple[int, int]:
+    def locate(self, c: int) -> tuple[int, int]:
         i = bisect.bisect(self.first, c) - 1
         return i, c - self.first[i]
 
@@ -264,15 +264,15 @@ def cut_sound(wav: np.ndarray, begin: int, end: int) -> np.ndarray:
 
 # ----------------------------------------------------- the held-out clips: one rule for everything that is trained
 
-USES = dict(train="train on", valid="validate on", test="test on")
+PART_PURPOSES = dict(train="train on", valid="validate on", test="test on")
 MIN_PEOPLE = 10  # ours: in packs of fewer people single clips are held out, not people
-MOST_DRAWN = 2**24  # numbers of drawn_clips: 128 MB
+MOST_DRAWN = 2**24  # numbers of balance_people: 128 MB
 
 
-def split_options(p: Parser):
-    """The options that `split` and `drawn_clips` read"""
+def add_split_options(p: Parser):
+    """The options that `split` and `balance_people` read"""
     p.add_argument("--by-person", action="store_true", help="train on every person as often, not on every clip of --data")
-    for part, use in USES.items():
+    for part, use in PART_PURPOSES.items():
         text = f"list of clips or people of --data to {use}, one name a line; default: every tenth is held out"
         p.add_argument(f"--{part}", metavar="FILE", help=text)
 
@@ -282,14 +282,14 @@ def split(pack: Pack, args=None) -> dict:
 
     Every tenth person is held out, or every tenth clip where there are fewer than MIN_PEOPLE people; of fewer than
     twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test. args: has data and
-    the lists of split_options, which replace the rule; beside a train list all else is held out. Without data (the
-    toy world) all clips are in all parts. InputError: see named_clips; a clip in two lists; too few clips."""
-    lists = {part: path for part in USES if (path := getattr(args, part, None))}
+    the lists of add_split_options, which replace the rule; beside a train list all else is held out. Without data (the
+    toy world) all clips are in all parts. InputError: see read_clip_list; a clip in two lists; too few clips."""
+    lists = {part: path for part in PART_PURPOSES if (path := getattr(args, part, None))}
     if args is not None and not args.data:
         if lists:
             raise InputError(f"--{next(iter(lists))} lists clips of --data, which is not given")
-        return dict.fromkeys(USES, np.arange(len(pack)))
-    parts = {part: named_clips(pack, path) for part, path in lists.items()}
+        return dict.fromkeys(PART_PURPOSES, np.arange(len(pack)))
+    parts = {part: read_clip_list(pack, path) for part, path in lists.items()}
     taken, count = np.unique(np.concatenate([np.zeros(0, int), *parts.values()]), return_counts=True)
     if (count > 1).any():
         raise InputError(f"{', '.join(lists.values())}: {pack.source(taken[count > 1][0])} is in two of them")
@@ -303,11 +303,11 @@ def split(pack: Pack, args=None) -> dict:
     parts.setdefault("train", np.setdiff1d(free, np.concatenate(list(parts.values()))))
     for part in ("train", "valid"):
         if not len(parts[part]):
-            raise InputError(f"{pack.folder}: {len(pack)} clips leave none to {USES[part]}")
-    return {part: parts[part] for part in USES}
+            raise InputError(f"{pack.folder}: {len(pack)} clips leave none to {PART_PURPOSES[part]}")
+    return {part: parts[part] for part in PART_PURPOSES}
 
 
-def drawn_clips(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
+def balance_people(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
     """Clips to train on -> numbers of which each is to be drawn alike. With --by-person clips of the people who have few
     are repeated, person by person in turn (of people who have very many, the last are left out)."""
     if not getattr(args, "by_person", False):
@@ -321,7 +321,7 @@ def drawn_clips(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
     return np.stack([np.resize(c, rows) for c in own], 1).ravel()  # (rows * people,)
 
 
-def named_clips(pack: Pack, path: str | Path) -> np.ndarray:
+def read_clip_list(pack: Pack, path: str | Path) -> np.ndarray:
     """Numbers of the clips in a list. A line is a person, or the end of a file's path, with or without its suffix.
     InputError: a name that fits no clip, or several files"""
     lines = check_file(path).read_text(errors="replace").splitlines()
@@ -342,13 +342,13 @@ def named_clips(pack: Pack, path: str | Path) -> np.ndarray:
     return np.array(sorted({c for files in found.values() for c in files}), int)
 
 
-def fingerprints(sounds) -> torch.Tensor:
+def hash_sounds(sounds) -> torch.Tensor:
     """Sounds of clips (n,) -> int64 hashes, which identify a clip in any pack and at any size of picture"""
     digests = (hashlib.blake2b(to_int16(wav).tobytes(), digest_size=8).digest() for wav in sounds)
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
 
 
-def clips_used(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
+def find_used_clips(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
     """-> dict(train, valid): numbers of a pack's clips that trained and that chose a checkpoint, by fingerprints.
     A file without them counts as trained on this pack by the rule of `split`."""
     used, parts = checkpoint.get("clips"), ("train", "valid")
@@ -387,7 +387,8 @@ class Clips(Dataset):
         driving = np.arange(first, first + self.T).clip(max=length - 1)
         others = np.setdiff1d(np.arange(length), driving)
         source = rng.choice(others) if len(others) else first
-        images = mirrored(self.pack.frames(c, [source, *driving]), self.flip and rng.random() < 0.5)  # (1 + T, 3, H, W)
+        frames = self.pack.frames(c, [source, *driving])
+        images = to_flipped_tensor(frames, self.flip and rng.random() < 0.5)  # (1 + T, 3, H, W)
         mel = self.pack.windows(c, np.arange(first - self.context, first + self.T + self.context), self.voice_norm)
         item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel),
                     identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(driving))
@@ -400,7 +401,7 @@ class Clips(Dataset):
         return item
 
 
-def mirrored(images: np.ndarray, flip: bool) -> torch.Tensor:
+def to_flipped_tensor(images: np.ndarray, flip: bool) -> torch.Tensor:
     """uint8 (.., H, W, 3) -> float (.., 3, H, W) in [-1, 1], mirrored or not"""
     return to_tensor(np.ascontiguousarray(images[..., ::-1, :]) if flip else images)
 
@@ -422,7 +423,7 @@ class Frames(Dataset):
         person = int(rng.integers(len(self.people)))
         c = int(self.order[rng.integers(self.first[person], self.first[person + 1])])
         image = self.pack.frame(c, int(rng.integers(self.pack.n_frames[c])))
-        return dict(image=mirrored(image, self.flip and rng.random() < 0.5), identity=int(self.people[person]))
+        return dict(image=to_flipped_tensor(image, self.flip and rng.random() < 0.5), identity=int(self.people[person]))
 
 
 class Mixed(Dataset):

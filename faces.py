@@ -593,7 +593,7 @@ class Landmarks:
 
     def clip(self, c: int) -> np.ndarray:
         """float32 (T, 68, 2) in pixels of the crop; NaN where the clip was dropped"""
-        i, c = self.pack.find(c)
+        i, c = self.pack.locate(c)
         first, end = self.pack.packs[i].frame_start[c : c + 2]
         return np.array(self.points[i][first:end])
 

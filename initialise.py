@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import judges
-from audio import add_room, log_mel, mel_windows, not_speech, spec_augment
+from audio import add_echo_and_noise, log_mel, make_non_speech, mel_windows, spec_augment
 from checkpoint import RANK, WORLD, fetch, freeze, load_checkpoint
-from data import Clips, Frames, Mixed, Pack, batches, check_alike, drawn_clips, open_packs, split
+from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
 from faces import Landmarks, mask_mouth
 from fusion import FCTFG, Config, mean_w, published
 from landmarks import load_landmarks
@@ -70,16 +70,16 @@ def load_data(args) -> dict:
     if args.data:
         pack = open_packs(args.data)
     else:
-        from toyfaces import toy_pack  # drawn on first use
-        pack = toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
+        from toyfaces import open_toy_pack  # drawn on first use
+        pack = open_toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
     if pack.size != args.size and args.part != "lips":
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts, packs = split(pack, args), [pack]
-    data = dict(pack=pack, photos=None, clips=drawn_clips(pack, parts["train"], args), landmarks=None,
+    data = dict(pack=pack, photos=None, clips=balance_people(pack, parts["train"], args), landmarks=None,
                 held_out=np.union1d(parts["valid"], parts["test"]), images=Frames(pack, args.seed, clips=parts["train"]))
     if args.photos:
         photos = Pack(args.photos)
-        check_alike([pack, photos])
+        check_same_format([pack, photos])
         parts = split(photos)
         data |= dict(held_out_photos=np.union1d(parts["valid"], parts["test"]),
                      photos=Frames(photos, args.seed + 1, clips=parts["train"]))
@@ -499,8 +499,8 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     def mel(i, noisy):
         """Of a clip; for i < 0 of what is not speech"""
         draw = np.random.default_rng([args.seed, 5, abs(i)])
-        wav = not_speech(5 * span * SAMPLES_PER_FRAME, draw) if i < 0 else pack.sound(chosen[i])
-        return log_mel(add_room(wav, draw) if noisy else wav, model.config.voice_norm)
+        wav = make_non_speech(5 * span * SAMPLES_PER_FRAME, draw) if i < 0 else pack.sound(chosen[i])
+        return log_mel(add_echo_and_noise(wav, draw) if noisy else wav, model.config.voice_norm)
 
     def stretch(i, clean):
         """`span` frames of clip i, or of no speech -> windows of their sound and `reach` more, shape of their lips"""
@@ -571,7 +571,7 @@ def fit_warp(model, data, clips=200):
         mel = torch.from_numpy(pack.windows(c, range(len(points)), model.config.voice_norm)).to(shape.device)
         predicted.append(model.lip_shape(mel)[:, 0].cpu().numpy())
         real.append(lip_opening(held_still(points, mean)))
-        if landmarks.detectors[pack.find(c)[0]] == "mediapipe":                        # fit_opening expects dlib's
+        if landmarks.detectors[pack.locate(c)[0]] == "mediapipe":                        # fit_opening expects dlib's
             real[-1] /= OPENER
     if not motion.moves.any():                                                         # --init may have them
         motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))

@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 import sample as photos
 import toyfaces
-from audio import WindowEncoder, add_room, log_mel, mel_windows, mfcc, n_frames, not_speech, spec_augment
+from audio import WindowEncoder, add_echo_and_noise, log_mel, make_non_speech, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
     pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
 from control import correlation, partial_correlation
-from data import USES, batches, clips_used, drawn_clips, fingerprints, open_packs, split, split_options
+from data import (
+    PART_PURPOSES, add_split_options, balance_people, batches, find_used_clips, hash_sounds, open_packs, split)
 from faces import EYES, K, Landmarks, to_complex
 from fusion import REACH, SpeechContext
 from landmarks import extract, to_real
@@ -47,8 +48,9 @@ from syncnet import SyncNet, load_sync
 
 MOUTH = slice(48, 68)  # of iBUG's 68
 TOY_SECONDS = 3.0
-TOY_PARTS = dict(train=range(toyfaces.TRAIN, toyfaces.TRAIN + 200), valid=range(toyfaces.TUNE, toyfaces.TUNE + 30),
-                 test=range(toyfaces.TEST, toyfaces.TEST + 40))  # seeds of the toy people
+TOY_PARTS = dict(train=range(toyfaces.TRAIN_SEED, toyfaces.TRAIN_SEED + 200),
+                 valid=range(toyfaces.TUNE_SEED, toyfaces.TUNE_SEED + 30),
+                 test=range(toyfaces.TEST_SEED, toyfaces.TEST_SEED + 40))  # seeds of the toy people
 
 
 # ------------------------------------------------------------------------------------------------ the shape of a mouth
@@ -130,7 +132,7 @@ def principal_components(rows: np.ndarray, n: int) -> np.ndarray:
 
 def toy_points(who, truth: np.ndarray, size: int) -> np.ndarray:
     """True landmarks of a drawn clip: factors (T, 10) -> float32 (T, 68, 2) in pixels"""
-    return np.stack([toyfaces.landmarks(who, dict(zip(toyfaces.FACTORS, row)), size) for row in truth.tolist()])
+    return np.stack([toyfaces.compute_landmarks(who, dict(zip(toyfaces.FACTORS, row)), size) for row in truth.tolist()])
 
 
 class ToySource:
@@ -139,18 +141,18 @@ class ToySource:
     @staticmethod
     @lru_cache(None)
     def clip(c):  # nothing is drawn: 50 ms
-        who = toyfaces.person(c)
-        wav, truth = toyfaces.clip_truth(c, TOY_SECONDS, who)
+        who = toyfaces.make_person(c)
+        wav, truth = toyfaces.make_clip_truth(c, TOY_SECONDS, who)
         return wav, normalise(toy_points(who, truth, 128))
 
     def view(self, c):
-        frames, _, truth = toyfaces.toy_clip(c, TOY_SECONDS, 128)
-        return f"toy{c}", frames, toy_points(toyfaces.person(c), truth, 128)
+        frames, _, truth = toyfaces.make_toy_clip(c, TOY_SECONDS, 128)
+        return f"toy{c}", frames, toy_points(toyfaces.make_person(c), truth, 128)
 
     def alignment(self, c) -> list[tuple]:
         """Consonants, vowels, and "sil" in the pauses"""
         times, now = [], 0.0
-        syllables = toyfaces.syllables(np.random.default_rng([c, 2]), TOY_SECONDS)  # the sound's own stream
+        syllables = toyfaces.sample_syllables(np.random.default_rng([c, 2]), TOY_SECONDS)  # the sound's own stream
         for start, onset, length, consonant, vowel, _ in syllables:
             end = start + onset + length
             times += [(now, start, "sil"), (start, start + onset, consonant), (start + onset, end, vowel)]
@@ -207,14 +209,14 @@ def open_source(args, checkpoints=None):
         split((), args)  # refuses lists of clips
         return ToySource(), TOY_PARTS
     source = PackSource(args.data, args.words)
-    parts = dict.fromkeys(USES, np.arange(len(source.pack))) if checkpoints else split(source.pack, args)
+    parts = dict.fromkeys(PART_PURPOSES, np.arange(len(source.pack))) if checkpoints else split(source.pack, args)
     for path, saved in (checkpoints or {}).items():
-        for part, used in clips_used(saved, source.pack, path).items():
+        for part, used in find_used_clips(saved, source.pack, path).items():
             parts[part], parts["test"] = np.intersect1d(parts[part], used), np.setdiff1d(parts["test"], used)
     parts = {part: np.intersect1d(clips, source.landmarks.kept) for part, clips in parts.items()}
     for part in ("test",) if checkpoints else ("train", "valid"):
         if not len(parts[part]):
-            raise InputError(f"{source.pack.folder}: no clip with landmarks is left to {USES[part]}")
+            raise InputError(f"{source.pack.folder}: no clip with landmarks is left to {PART_PURPOSES[part]}")
     return source, parts
 
 
@@ -265,7 +267,7 @@ class KeypointDataset(Dataset):
         labels = np.full(len(at), UNKNOWN)
         for start, end, name in self.source.alignment(c) if self.words else ():
             labels[(at + 0.5 >= start * FPS) & (at + 0.5 < end * FPS)] = self.words.get(name, UNKNOWN)
-        wav = add_room(wav, np.random.default_rng([self.seed, c])) if noisy else wav
+        wav = add_echo_and_noise(wav, np.random.default_rng([self.seed, c])) if noisy else wav
         codes = interpolate(self.mouth.encode(faces), at).astype(np.float32)
         return audio_features(self.kind, wav, self.voice_norm), codes, labels
 
@@ -273,7 +275,7 @@ class KeypointDataset(Dataset):
         rng, rate = np.random.default_rng([self.seed, n]), RATE[self.kind]
         silent = rng.random() < self.SILENT
         if silent:
-            features = audio_features(self.kind, not_speech(self.T * SAMPLES_PER_FRAME, rng), self.voice_norm)
+            features = audio_features(self.kind, make_non_speech(self.T * SAMPLES_PER_FRAME, rng), self.voice_norm)
             codes = np.tile(self.mouth.rest, (self.T * rate, 1))
             labels = np.full(len(codes), self.words.get("sil", UNKNOWN))
         else:
@@ -540,14 +542,14 @@ def train(args):
     if saved:
         restore_run(last, saved, dict(adamw=opt))
         start, top = saved["step"], saved["top"]
-    used = {part: fingerprints(source.clip(c)[0] for c in parts[part]) for part in ("train", "valid")}
+    used = {part: hash_sounds(source.clip(c)[0] for c in parts[part]) for part in ("train", "valid")}
     if args.expert:  # clips that trained or chose it do not test this network
         used["train"] = torch.cat([used["train"], *load_checkpoint(args.expert, "syncnet").get("clips", {}).values()])
     still = baselines(mouth, {}, source, parts["valid"])["mean mouth"]["mse"]
     print(f"{model.kind} on {device}: {len(parts['train'])} clips to train on, {len(parts['valid'])} to validate, "
           f"{millions(model)}; MSE of the mean mouth {still:.3g}")
 
-    clips = drawn_clips(getattr(source, "pack", None), parts["train"], args)
+    clips = balance_people(getattr(source, "pack", None), parts["train"], args)
     dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed, words,
                               model.config.get("voice_norm"))
     data, timer = batches(dataset, args.batch, start), StepTimer(device)
@@ -777,7 +779,7 @@ def parse(argv=None):
     e.add_argument("--list", metavar="FILE", help="of clips or people, a name a line; default: all")
     e.add_argument("--workers", type=int, default=1, help="processes, each with a detector of its own")
     run_options(t, "out/toy_kp.pt", steps=600, batch=16, lr=1e-3, of="windows")
-    split_options(t)
+    add_split_options(t)
     t.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans', WAV2KP's or ours")
     t.add_argument("--target", default=TARGETS[0], choices=TARGETS, help="what the network outputs for the lips")
     t.add_argument("--face", action="store_true", help="predict all 68 points: 8 codes for what the mouth's leave")

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
-from data import Pack, named_clips, open_packs, split
+from data import Pack, open_packs, read_clip_list, split
 from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
 from media import InputError, Parser, by_processes, check_output, refused, run
@@ -502,7 +502,7 @@ def detect_clips(clips, pack: Pack, spec: str, wanted) -> list[dict]:
 def extract(args):
     """Landmarks of the clips of a pack, written beside it. A killed run continues after its last finished clip."""
     pack = Pack(args.pack)
-    folder, wanted = pack.folder / "landmarks", set(named_clips(pack, args.list) if args.list else range(len(pack)))
+    folder, wanted = pack.folder / "landmarks", set(read_clip_list(pack, args.list) if args.list else range(len(pack)))
     with refused(folder, "written"):
         folder.mkdir(exist_ok=True)
         lines = open_landmarks(folder, landmarks_header(pack, args.landmarks.partition(":")[0]), args.overwrite)

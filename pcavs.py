@@ -38,7 +38,7 @@ from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_frozen, load_strictly,
     millions, open_log, pick_device, progress, read_weights, refusing, restore_run, run_options, save_checkpoint,
     save_run, update_ema, write_log)
-from data import Pack, batches, drawn_clips, mirrored, open_packs, split, split_options
+from data import Pack, add_split_options, balance_people, batches, open_packs, split, to_flipped_tensor
 from faces import (
     ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, interpolated,
     mask_mouth, middle_square, similarity)
@@ -52,7 +52,7 @@ from motion import there_and_back
 from report import image_grid, write_report
 from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour
 from stylegan2 import Discriminator, StyledLayers
-from toyfaces import toy_pack
+from toyfaces import open_toy_pack
 from vision import conv_norm, shortcut
 
 # the authors' files, and what inference does not use of them: heads of training, G's mapping and constant
@@ -502,7 +502,7 @@ class ClipFrames(Dataset):
         c = int(self.clips[rng.integers(len(self.clips))])
         length = int(self.pack.n_frames[c])
         chosen = rng.choice(length, self.K + 1, replace=length <= self.K)
-        images = mirrored(self.pack.frames(c, chosen), self.flip and rng.random() < 0.5)  # (1 + K, 3, H, W)
+        images = to_flipped_tensor(self.pack.frames(c, chosen), self.flip and rng.random() < 0.5)  # (1 + K, 3, H, W)
         mel = torch.from_numpy(lws_windows(self.mel(c), chosen[1:]))
         return dict(source=images[0], frames=images[1:], mel=mel, person=int(self.pack.identity[c]))
 
@@ -612,7 +612,7 @@ def build(args, pack, device):
 def train(args):
     device, path = pick_device(args.device), claim_output(Path(args.out) / "pcavs.pt", args)
     saved = load_checkpoint(path, "pcavs-train") if args.resume else dict(step=0)
-    pack = open_packs(args.data) if args.data else toy_pack(path.parent, args.size, args.people, 3.0)
+    pack = open_packs(args.data) if args.data else open_toy_pack(path.parent, args.size, args.people, 3.0)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts = split(pack, args)
@@ -627,7 +627,7 @@ def train(args):
     else:
         fit_pose_teacher(nets["teacher"], pack, parts["train"])
     vgg = dict(vgg=judges.vgg19(device)) if args.w_vgg else {}
-    clips = ClipFrames(pack, FRAMES, args.seed, drawn_clips(pack, parts["train"], args))
+    clips = ClipFrames(pack, FRAMES, args.seed, balance_people(pack, parts["train"], args))
     stream = batches(clips, args.batch // FRAMES, saved["step"])
     print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, "
           f"{millions(model)}")
@@ -691,7 +691,7 @@ def parse(argv=None):
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     run_options(learn, "out/pcavs32", steps=2000, batch=32, lr=2e-3, of=f"images, {FRAMES} of each clip,")
     learn.add_argument("--data", nargs="+", help="packs of prepare.py; default: the toy world, drawn into --out")
-    split_options(learn)
+    add_split_options(learn)
     learn.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the images: the dial")
     learn.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
     learn.add_argument("--w-adv", type=float, default=0.0, help="weight of the adversary; published 1")

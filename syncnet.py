@@ -40,7 +40,7 @@ from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel
 from checkpoint import (
     StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_strictly, millions,
     open_log, pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
-from data import Pack, batches, clips_used, drawn_clips, open_packs, split, split_options
+from data import Pack, add_split_options, balance_people, batches, find_used_clips, open_packs, split
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, parse_box, segment_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
@@ -48,7 +48,7 @@ from media import (
     FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe, last_error,
     load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
 from report import image_grid, markdown
-from toyfaces import toy_pack
+from toyfaces import open_toy_pack
 
 SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
 HALF = SPAN // 2
@@ -358,7 +358,7 @@ def train(args):
           f"{millions(expert)}; chance is a loss of {CHANCE:.3f}")
 
     used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
-    stream = batches(Windows(pack, drawn_clips(pack, clips, args), expert, args.windows, args.seed), args.batch, start)
+    stream = batches(Windows(pack, balance_people(pack, clips, args), expert, args.windows, args.seed), args.batch, start)
     val_windows, average = Windows(val, val_clips, expert), math.nan
     log, timer = open_log(out.with_name(f"log_{out.stem}.jsonl"), args), StepTimer(device)
     apart, validate_every = round(args.negatives * FPS), max(1, min(1000, args.steps // 4))
@@ -419,7 +419,8 @@ def start_run(args, path: Path, device) -> tuple:
 def load_data(args, folder: Path):
     """-> pack, clips to train on; pack, clips to validate on: toy ones, drawn in the folder, without --data"""
     if not args.data:
-        pack, val = toy_pack(folder, args.size, args.people, 3.0), toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
+        pack = open_toy_pack(folder, args.size, args.people, 3.0)
+        val = open_toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
         return pack, split(pack, args)["train"], val, np.arange(len(val))
     pack = open_packs(args.data)
     if pack.size < args.size:
@@ -466,10 +467,10 @@ def held_out_clips(data: list | None, expert, path) -> tuple:
     data: packs, or None for toy people and speech that no training uses. InputError: no such clip."""
     if not data and expert.template != "toy":
         raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
-    pack = open_packs(data) if data else toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
+    pack = open_packs(data) if data else open_toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
     clips, what = np.arange(len(pack)), " ".join(data) if data else "toy people and speech held out for good"
     if data and isinstance(expert, SyncNet):
-        used = np.concatenate([*clips_used(load_checkpoint(path, "syncnet"), pack, path).values()])
+        used = np.concatenate([*find_used_clips(load_checkpoint(path, "syncnet"), pack, path).values()])
         clips = np.setdiff1d(clips, used)
         what += ", the clips held out from training and validation" * (used.size > 0)
         if not len(clips):
@@ -551,7 +552,7 @@ def parse(argv=None):
     p, t, o = parser.commands(train="train an expert", test="accuracy by shift on held-out clips",
                               offset="the audio-video offset of a clip")
     p.add_argument("--data", nargs="+", help="packs; default: the toy world, drawn beside --out")
-    split_options(p)
+    add_split_options(p)
     run_options(p, out=TOY, steps=1000, batch=16, lr=2e-3)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
                    help="edge of the drawn faces that it looks at, larger ones are shrunk to it; real faces: 64")

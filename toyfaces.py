@@ -30,9 +30,9 @@ from report import image_grid
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a friendly closed mouth
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees; ours: farther, features leave the silhouette
-TRAIN, TUNE, TEST = 0, 1_000_000, 2_000_000  # first person of each split; no two splits overlap
-EXAMPLE = TEST + 500_002  # the person of examples/face.png, at rest, and of examples/speech.wav
-WORLD = 1  # version: goes up when the drawing or the sound changes, so that older packs are not taken for new ones
+TRAIN_SEED, TUNE_SEED, TEST_SEED = 0, 1_000_000, 2_000_000  # first person of each split; no two splits overlap
+EXAMPLE_SEED = TEST_SEED + 500_002  # the person of examples/face.png, at rest, and of examples/speech.wav
+WORLD_VERSION = 1  # goes up when the drawing or the sound changes, so that older packs are not taken for new ones
 
 # --------------------------------------------------------------------------------------------------------------- people
 
@@ -62,7 +62,7 @@ STYLES = dict(
 )
 
 
-def person(seed: int) -> SimpleNamespace:
+def make_person(seed: int) -> SimpleNamespace:
     """The person of a seed (int >= 0), the same on every machine: RGB colours in 0..255, lengths in head units."""
     rng = np.random.default_rng([seed, 1])
 
@@ -216,7 +216,7 @@ def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
     return np.asarray(head.image.reduce(supersample))
 
 
-def landmarks(who, state: dict, size: int) -> np.ndarray:
+def compute_landmarks(who, state: dict, size: int) -> np.ndarray:
     """iBUG's 68 points in draw(who, state, size), float32 (68, 2): x, y in pixels, on the curves that are drawn"""
     head = Head(who, {**REST, **state}, size, 1)
     jaw = head.outline(*head.face_edge(np.pi - np.arange(17) * np.pi / 16))
@@ -396,7 +396,7 @@ VOICED = {"m": 0.35, "n": 0.35, "l": 0.5, "b": 0.12, "": 1.0}  # strength of the
 PAUSE = 0.14  # chance of a pause before a syllable
 
 
-def syllables(rng, seconds: float) -> list[tuple]:
+def sample_syllables(rng, seconds: float) -> list[tuple]:
     """Random speech: (start, length of the consonant, of the vowel in seconds, consonant, vowel, stress) in order"""
     spoken, now = [], rng.uniform(0, 0.25)
     while now < seconds:
@@ -418,7 +418,7 @@ def smooth(x, steps: int):
     return np.apply_along_axis(np.convolve, 0, np.pad(x, ends, "edge"), kernel / kernel.sum(), "valid")
 
 
-def controls(spoken: list[tuple], K: int) -> dict:
+def make_controls(spoken: list[tuple], K: int) -> dict:
     """Syllables -> controls of the synthesiser: formants (K, 3) in Hz and, each (K,) in 0..1, voice (glottis), hiss,
     nasal, closed (lips), speaking (within a syllable); stress (K,) around 1."""
     formants, stress = np.full((K, 3), (500.0, 1500.0, 2500.0)), np.ones(K)  # of the neutral tube
@@ -440,7 +440,7 @@ def controls(spoken: list[tuple], K: int) -> dict:
                 voice=smooth(voice, 7), hiss=smooth(hiss, 5), nasal=smooth(nasal, 7), closed=smooth(closed, 9))
 
 
-def lips(c: dict):
+def move_lips(c: dict):
     """-> open, wide (K,): the opening of the lips follows F1, their width F2; m b p and silence shut the mouth"""
     F1, F2 = c["formants"][:, 0], c["formants"][:, 1]
     gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)  # an ee keeps a slit
@@ -449,7 +449,7 @@ def lips(c: dict):
     return gap, blend(0.5, wide, c["speaking"])
 
 
-def voice(rng, c: dict, who, n: int) -> np.ndarray:
+def synthesise_voice(rng, c: dict, who, n: int) -> np.ndarray:
     """Source and filter: a glottal saw-tooth and noise, shaped every 5 ms by the formants. -> float32 (n,)"""
     K, hop = len(c["stress"]), round(STEP * SAMPLE_RATE)
     size, at = 4 * hop, np.arange(n) / SAMPLE_RATE
@@ -495,7 +495,7 @@ def sway(rng, T: int, seconds: float, reach: float):
     return blend(knots[i], knots[i + 1], 0.5 - 0.5 * np.cos(np.pi * (at - i)))
 
 
-def motion(rng, T: int) -> dict:
+def sample_motion(rng, T: int) -> dict:
     """All factors but the lips, each (T,): degrees for yaw, pitch, roll; blink 0..1; the rest -1..1"""
     gaze, blink, t = np.zeros((T, 2)), np.zeros(T), 0
     while t < T:  # a new target every 0.3 to 1.2 s, straight ahead two times in five
@@ -518,37 +518,38 @@ def motion(rng, T: int) -> dict:
 
 # ------------------------------------------------------------------------------------------------------ clips and packs
 
-def clip_truth(seed: int, seconds: float, who):
+def make_clip_truth(seed: int, seconds: float, who):
     """A clip before it is drawn: wav float32 (n,) at 16 kHz in [-1, 1], truth float32 (T, 10), of FACTORS"""
     assert seconds >= 0.04, f"a clip of {seconds} s is shorter than a frame"
     rng, n = np.random.default_rng([seed, 2]), round(seconds * SAMPLE_RATE)
-    c = controls(syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
-    wav, middles = voice(rng, c, who, n), (np.arange(n_frames(n)) + 0.5) / FPS
-    gap, wide = (np.interp(middles, np.arange(len(x)) * STEP, x) for x in lips(c))
-    factors = dict(motion(np.random.default_rng([seed, 3]), len(gap)), open=gap, wide=wide)
+    c = make_controls(sample_syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
+    wav, middles = synthesise_voice(rng, c, who, n), (np.arange(n_frames(n)) + 0.5) / FPS
+    gap, wide = (np.interp(middles, np.arange(len(x)) * STEP, x) for x in move_lips(c))
+    factors = dict(sample_motion(np.random.default_rng([seed, 3]), len(gap)), open=gap, wide=wide)
     return wav, np.stack([factors[name] for name in FACTORS], 1).astype(np.float32)
 
 
-def toy_clip(seed: int, seconds: float = 3, size: int = 64):
-    """A clip of person(seed) -> frames uint8 (T, size, size, 3), wav and truth of clip_truth; always the same bytes"""
-    who = person(seed)
-    wav, truth = clip_truth(seed, seconds, who)
+def make_toy_clip(seed: int, seconds: float = 3, size: int = 64):
+    """A clip of make_person(seed) -> frames uint8 (T, size, size, 3), wav and truth of make_clip_truth"""
+    who = make_person(seed)
+    wav, truth = make_clip_truth(seed, seconds, who)
     return np.stack([draw(who, dict(zip(FACTORS, row)), size) for row in truth.tolist()]), wav, truth
 
 
-def toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
+def open_toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
     """The pack of a split ("train", "tune" or "test") in `folder`, drawn on first use"""
     path = folder / ("toys" if part == "train" else f"toys_{part}")
-    make_pack(path, size, people, seconds, dict(train=TRAIN, tune=TUNE, test=TEST)[part])
+    make_pack(path, size, people, seconds, dict(train=TRAIN_SEED, tune=TUNE_SEED, test=TEST_SEED)[part])
     return Pack(path)
 
 
-def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN, workers: int | None = None):
-    """A pack of one clip of each person, toy_clip(first_seed + i), and in it truth.npy, float32 (all frames, 10).
+def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN_SEED,
+              workers: int | None = None):
+    """A pack of one clip of each person, make_toy_clip(first_seed + i), and in it truth.npy, float32 (all frames, 10).
     workers: processes, 0 none but this; default all cores. A folder made with the same arguments is left as it is, an
     unfinished one drawn anew. Raises InputError: the folder holds something else, or cannot be written."""
     folder, seeds, truths = make_folder(folder), range(first_seed, first_seed + people), []
-    recipe = dict(world=WORLD, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
+    recipe = dict(world=WORLD_VERSION, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
     note = folder / "toy.json"
     if note.is_file() and json.loads(note.read_text()) == recipe:
         if (folder / "meta.json").is_file():
@@ -556,7 +557,7 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
     elif any(folder.iterdir()):
         raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
     workers = min(people, os.cpu_count() if workers is None else workers)
-    clips = by_processes(partial(toy_clip, seconds=seconds, size=size), seeds, workers)
+    clips = by_processes(partial(make_toy_clip, seconds=seconds, size=size), seeds, workers)
     with refused(folder, "written"):
         note.write_text(json.dumps(recipe))
         with PackWriter(folder, size, "toy") as pack:
@@ -575,8 +576,8 @@ def main():
     p.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
     p.add_argument("--people", type=int, default=300, help="clips in the pack, one a person (default 300)")
     p.add_argument("--seconds", type=float, default=3.0, help="length of a clip (default 3)")
-    p.add_argument("--seed", type=int, default=TRAIN,
-                   help=f"first person; training {TRAIN}, tuning {TUNE}, held out {TEST} (default {TRAIN})")
+    p.add_argument("--seed", type=int, default=TRAIN_SEED,
+                   help=f"first person (default {TRAIN_SEED}: training; tuning {TUNE_SEED}, held out {TEST_SEED})")
     p.add_argument("--overwrite", action="store_true", help="replace pictures and video that are there")
     args = p.parse_args(size=(16, 1024))
     if args.pack:
@@ -587,10 +588,10 @@ def main():
     toys, video = (check_output(out / name, args.overwrite) for name in ("toys.png", "toy.mp4"))
     rows, names = [], np.arange(args.seed, args.seed + 32).reshape(4, 8).tolist()  # 32 people, each at a moment
     for seeds in names:
-        truths = [clip_truth(k, 3, person(k))[1][[10, 26, 42, 58][k % 4]].tolist() for k in seeds]
-        rows.append([draw(person(k), dict(zip(FACTORS, truth)), args.size) for k, truth in zip(seeds, truths)])
+        truths = [make_clip_truth(k, 3, make_person(k))[1][[10, 26, 42, 58][k % 4]].tolist() for k in seeds]
+        rows.append([draw(make_person(k), dict(zip(FACTORS, truth)), args.size) for k, truth in zip(seeds, truths)])
     image_grid(rows, [[f"toy{k}" for k in seeds] for seeds in names], max(128, args.size)).save(toys)
-    frames, wav, _ = toy_clip(args.seed, args.seconds, args.size)
+    frames, wav, _ = make_toy_clip(args.seed, args.seconds, args.size)
     write_video(video, iter(frames), len(frames), wav, args.overwrite)
     print(f"wrote {toys} and {video} ({len(frames)} frames, person {args.seed})")
 

@@ -32,7 +32,7 @@ import losses
 from checkpoint import (
     RANK, WORLD, StepTimer, check_finite, claim_output, cosine_warmup, descent, half, join_run, load_checkpoint, meet,
     millions, open_log, progress, refusing, restore_run, run_options, save_checkpoint, save_run, update_ema, write_log)
-from data import split_options
+from data import add_split_options
 from fusion import middle
 from media import InputError, Parser, run, to_tensor, to_uint8
 from report import image_grid, write_report
@@ -73,7 +73,7 @@ def parse(argv=None, saved=None):
         "stage 3: of weights --init the lips from sound alone, from --data of any size")
     run_options(p, "out/toy32", steps=None, batch=16, lr=1e-3, of="images")
     add("--data", nargs="+", help="packs of clips by prepare.py; default: the toy world, drawn into --out on first use")
-    split_options(p)
+    add_split_options(p)
     add("--photos", help="pack of photos: identities, for clips of few people; in stage 3 with the mouth code alone")
     add("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the images: the dial")
     add("--motion", default="direct", choices=("direct", "paper"), help="the motion encoder, see fusion.py")

@@ -325,12 +325,12 @@ def voice(hz, formant, seconds=2.0):
 
 @pytest.mark.parametrize("hz", [87, 150, 211, 320])
 def test_the_pitch_of_a_pulse_train_is_found(hz):
-    assert audio.pitch(voice(hz, 900)) == pytest.approx(hz, rel=0.02)
+    assert audio.estimate_pitch(voice(hz, 900)) == pytest.approx(hz, rel=0.02)
 
 
 @pytest.mark.parametrize("wav", [np.zeros(9000, np.float32), noise(9000), noise(500), np.cumsum(noise(9000)) / 100])
 def test_noise_and_silence_have_no_pitch(wav):
-    assert audio.pitch(wav) is None
+    assert audio.estimate_pitch(wav) is None
 
 
 def test_the_mel_of_a_voice_does_not_depend_on_its_level():
@@ -366,16 +366,16 @@ def test_a_room_adds_a_tail_and_noise_and_keeps_the_voice_first():
     click = np.zeros(RATE, np.float32)
     click[4000] = 0.9
     for seed in range(4):
-        wet = audio.add_room(click, np.random.default_rng(seed))
+        wet = audio.add_echo_and_noise(click, np.random.default_rng(seed))
         assert abs(wet).argmax() == 4000 and wet.shape == click.shape and wet.dtype == np.float32
         assert abs(wet[4001:6000]).mean() > abs(wet[12000:]).mean() * 1.05
-    levels = [audio.add_room(voice(120, 900), np.random.default_rng(k)) - voice(120, 900) for k in range(9)]
+    levels = [audio.add_echo_and_noise(voice(120, 900), np.random.default_rng(k)) - voice(120, 900) for k in range(9)]
     assert min(x.std() for x in levels) > 0
 
 
 def test_what_is_not_speech_comes_in_four_kinds_at_many_levels():
-    sounds = [audio.not_speech(8000, np.random.default_rng(k)) for k in range(40)]
+    sounds = [audio.make_non_speech(8000, np.random.default_rng(k)) for k in range(40)]
     assert all(x.shape == (8000,) and x.dtype == np.float32 and np.abs(x).max() <= 1 for x in sounds)
     peaks = np.array([abs(x).max() for x in sounds])
     assert (peaks == 0).any() and (peaks > 0.1).any() and ((peaks > 1e-3) & (peaks < 0.05)).any()
-    assert any(audio.pitch(x) for x in sounds) and not all(audio.pitch(x) for x in sounds)
+    assert any(audio.estimate_pitch(x) for x in sounds) and not all(audio.estimate_pitch(x) for x in sounds)

@@ -16,7 +16,7 @@ from audio import log_mel, mel_windows
 from control import (
     Probe, ToyTest, animator, change_matrix, control_table, correlation, load_network, markdown, probe_row, retrieval)
 from media import run, to_tensor, to_uint8
-from toyfaces import FACTORS, TEST, person
+from toyfaces import FACTORS, TEST_SEED, make_person
 
 LIPS = [FACTORS.index("open"), FACTORS.index("wide")]
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ class World:
         key = (who.seed, *state.values())
         if key not in self.drawn:
             picture = self.drawn[key] = toyfaces.draw(who, state, size).copy()
-            self.states_of[picture.tobytes()] = who.seed - TEST, np.array([state[k] for k in FACTORS])
+            self.states_of[picture.tobytes()] = who.seed - TEST_SEED, np.array([state[k] for k in FACTORS])
         return self.drawn[key]
 
     def states(self, picture):
@@ -139,7 +139,7 @@ class World:
         return self.people
 
     def frame(self, c, k):
-        return self.draw(person(TEST + c), dict(zip(FACTORS, map(float, self.truth[c, k]))), self.size)
+        return self.draw(make_person(TEST_SEED + c), dict(zip(FACTORS, map(float, self.truth[c, k]))), self.size)
 
     def frames(self, c, ks):
         return np.stack([self.frame(c, k) for k in ks])
@@ -170,7 +170,7 @@ class Network:
             state[:] = rest
         if "sound" not in self.ignores:
             state[:, LIPS] = world.truth[speaker, : len(mel), LIPS].T
-        who = person(TEST + (0 if "face" in self.ignores else face))
+        who = make_person(TEST_SEED + (0 if "face" in self.ignores else face))
         frames = np.stack([world.draw(who, dict(zip(FACTORS, map(float, s))), world.size) for s in state])
         yield from to_tensor(frames).split(16)
 
@@ -313,6 +313,6 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(toy_world, tmp_path, c
 
 def test_pc_avs_is_measured_by_the_same_table():
     model = load_network(ROOT / "weights" / "pcavs_toy.pt", "cpu")
-    frames, wav, _ = toyfaces.toy_clip(3, 0.28, 32)
+    frames, wav, _ = toyfaces.make_toy_clip(3, 0.28, 32)
     clip = animator(model, "cpu")(frames[0], wav, frames)
     assert clip.shape == (7, 3, 32, 32) and clip.dtype == torch.float32 and (clip - to_tensor(frames)).abs().mean() < 0.2

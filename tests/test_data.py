@@ -14,7 +14,7 @@ import torch
 import audio
 import data
 from audio import log_mel, mel_windows
-from data import Clips, Frames, Mixed, Pack, PackWriter, Packs, batches, drawn_clips, open_packs, split
+from data import Clips, Frames, Mixed, Pack, PackWriter, Packs, balance_people, batches, open_packs, split
 from media import InputError, to_tensor
 
 SIZE = 24
@@ -275,13 +275,13 @@ def test_people_are_held_out_over_all_packs(three, tmp_path):
 
 def test_by_person_draws_people_alike_and_every_clip_of_each(three):
     whole, train = open_packs(three), split(open_packs(three))["train"]
-    assert drawn_clips(whole, train, asked()) is train
-    drawn = drawn_clips(whole, train, asked(by_person=True))
+    assert balance_people(whole, train, asked()) is train
+    drawn = balance_people(whole, train, asked(by_person=True))
     people, count = np.unique(whole.identity[drawn], return_counts=True)
     assert len(people) == 8 and len(set(count)) == 1 and set(drawn) == set(train)
     assert len(set(whole.identity[drawn[:8]])) == 8  # in turn
     with pytest.raises(InputError, match="--by-person chooses clips of --data"):
-        drawn_clips(whole, train, argparse.Namespace(data=None, by_person=True))
+        balance_people(whole, train, argparse.Namespace(data=None, by_person=True))
 
 
 def test_clips_of_any_length_are_drawn_and_short_ones_are_used_whole(tmp_path):
@@ -339,7 +339,8 @@ def test_lists_of_clips_and_people_replace_the_parts_of_the_rule(tmp_path):
     assert len(trained["valid"]) == len(trained["test"]) == 10  # everybody else
     (tmp_path / "two").write_text("p2")
     (tmp_path / "one").write_text("p3/00000")
-    three = split(pack, asked(**{part: str(tmp_path / name) for part, name in zip(data.USES, ("train", "two", "one"))}))
+    lists = dict(train=str(tmp_path / "train"), valid=str(tmp_path / "two"), test=str(tmp_path / "one"))
+    three = split(pack, asked(**lists))
     assert three["test"].tolist() == [3] and len(three["valid"]) == 10 and len(three["train"]) == 20  # p3's rest: unused
 
 
@@ -365,10 +366,10 @@ def test_clips_are_found_by_their_sound_in_another_pack_at_another_size_and_plac
             writer.add(drawn(2, 16), noise(2, i), "x", f"{i}.mp4")
     parts = split(first)
     checkpoint = dict(clips={part: first.fingerprints[parts[part]] for part in ("train", "valid")})
-    used = data.clips_used(checkpoint, Pack(second), "net.pt")
+    used = data.find_used_clips(checkpoint, Pack(second), "net.pt")
     assert sorted(np.concatenate([*used.values()])) == [1, 2]
     assert capsys.readouterr().err == ""
-    used = data.clips_used(dict(clips=12345), first, "old.pt")  # of before
+    used = data.find_used_clips(dict(clips=12345), first, "old.pt")  # of before
     assert sorted(np.concatenate([*used.values()])) == sorted({*range(30)} - {*parts["test"].tolist()})
     assert "old.pt: does not list its training clips" in capsys.readouterr().err
 

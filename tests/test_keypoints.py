@@ -63,7 +63,7 @@ def landmarks_beside(folder, points=None):
     (folder / "landmarks" / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if points is None:
         shake = np.random.default_rng(0).normal(0, 0.02 * pack.size, (int(pack.frame_start[-1]), 68, 2))
-        points = toyfaces.landmarks(toyfaces.person(1), {}, pack.size) + shake
+        points = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, pack.size) + shake
     points.astype("<f4").tofile(folder / "landmarks" / "points.bin")
     return folder
 
@@ -74,17 +74,17 @@ def pack(tmp_path_factory):
     folder, points = tmp_path_factory.mktemp("toys") / "pack", []
     with PackWriter(folder, 16, "toy") as writer:
         for seed in range(700, 720):
-            wav, truth = toyfaces.clip_truth(seed, 1.0, toyfaces.person(seed))
+            wav, truth = toyfaces.make_clip_truth(seed, 1.0, toyfaces.make_person(seed))
             colours = np.random.default_rng(seed).integers(0, 256, (25, 1, 1, 3), np.uint8)
             writer.add(colours.repeat(16, 1).repeat(16, 2), wav, f"toy{seed}", f"toyfaces seed {seed}")
-            points.append(kp.toy_points(toyfaces.person(seed), truth, 16))
+            points.append(kp.toy_points(toyfaces.make_person(seed), truth, 16))
     return landmarks_beside(folder, np.concatenate(points))
 
 
 @contextmanager
 def bright(spec, template):
     """A detector: a face that lies as far to the right as the image is bright"""
-    yield lambda frame: toyfaces.landmarks(toyfaces.person(1), {}, 16) + (frame.mean() / 255, 0)
+    yield lambda frame: toyfaces.compute_landmarks(toyfaces.make_person(1), {}, 16) + (frame.mean() / 255, 0)
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def wave(frames, seed=0):
 
 @pytest.mark.parametrize("size", [90, 200])
 def test_toy_landmarks_lie_on_the_edges_of_the_lips_that_are_drawn(size):
-    who, state = toyfaces.person(4), dict(open=0.9, wide=0.6)
-    picture, points = toyfaces.draw(who, state, size).astype(int), toyfaces.landmarks(who, state, size)
+    who, state = toyfaces.make_person(4), dict(open=0.9, wide=0.6)
+    picture, points = toyfaces.draw(who, state, size).astype(int), toyfaces.compute_landmarks(who, state, size)
     red = toyfaces.blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
     y, x = np.nonzero(np.abs(picture - red).max(-1) < 25)
     lips = points[48:60]
@@ -132,20 +132,20 @@ def test_toy_landmarks_lie_on_the_edges_of_the_lips_that_are_drawn(size):
 
 
 def test_each_factor_moves_its_own_toy_landmarks():
-    who, still = toyfaces.person(7), toyfaces.landmarks(toyfaces.person(7), {}, 64)
+    who, still = toyfaces.make_person(7), toyfaces.compute_landmarks(toyfaces.make_person(7), {}, 64)
     assert still.shape == (68, 2) and still.dtype == np.float32
     parts = dict(open=[*range(17), *range(48, 68)], blink=range(36, 48), brow=range(17, 27), wide=range(48, 68))
     for factor, own in parts.items():
         value = 0.0 if factor == "wide" else 1.0
-        moved = np.abs(toyfaces.landmarks(who, {factor: value}, 64) - still).max(1) > 1e-4
+        moved = np.abs(toyfaces.compute_landmarks(who, {factor: value}, 64) - still).max(1) > 1e-4
         assert moved.any() and not moved[np.setdiff1d(np.arange(68), list(own))].any(), factor
-    turned = toyfaces.landmarks(who, dict(roll=13.0), 64)
+    turned = toyfaces.compute_landmarks(who, dict(roll=13.0), 64)
     eyes = turned[45] - turned[36]
     assert math.degrees(math.atan2(eyes[1], eyes[0])) == pytest.approx(13, abs=1.0)
 
 
 def test_the_landmarks_run_from_left_to_right_and_lips_clockwise():
-    p = toyfaces.landmarks(toyfaces.person(3), dict(open=0.8), 100)
+    p = toyfaces.compute_landmarks(toyfaces.make_person(3), dict(open=0.8), 100)
     assert (np.diff(p[:17, 0]) > 0).all() and p[8, 1] == p[:17, 1].max()
     assert (np.diff(p[17:27, 0]) > 0).all() and (np.diff(p[31:36, 0]) > 0).all()
     for start, n in ((36, 6), (42, 6), (48, 12), (60, 8)):  # clockwise in a picture: the shoelace sum is positive
@@ -169,7 +169,7 @@ def test_extract_finds_landmarks_of_every_frame_and_continues_where_it_was_kille
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
     found = faces.Landmarks(opened)
     assert len(found.kept) == 20 and found.detectors == ["fan"] and len(lines) == 21
-    expected = toyfaces.landmarks(toyfaces.person(1), {}, 16) + (opened.frame(3, 7).mean() / 255, 0)
+    expected = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, 16) + (opened.frame(3, 7).mean() / 255, 0)
     np.testing.assert_allclose(found.clip(3)[7], expected, atol=1e-5)
     (folder / "clips.jsonl").write_bytes(b"".join(lines[:8]) + lines[8][:11])  # killed in the middle of a line
     (folder / "points.bin").write_bytes(whole[: int(opened.frame_start[8]) * 544 + 99])
@@ -201,7 +201,7 @@ def test_two_workers_find_what_one_finds(bare, tmp_path, monkeypatch):
 
 def test_a_clip_without_a_face_is_dropped_with_its_reason(bare, monkeypatch):
     folder, opened = bare, Pack(bare)
-    face = toyfaces.landmarks(toyfaces.person(1), {}, 16)
+    face = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, 16)
     blind = {opened.frame(2, k).tobytes() for k in (0, 1)} | {opened.frame(5, k).tobytes() for k in range(25)}
 
     @contextmanager
@@ -235,7 +235,7 @@ def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
 
 
 def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or_side():
-    shut, wide = (toyfaces.landmarks(toyfaces.person(2), dict(open=v), 100)[None] for v in (0.0, 1.0))
+    shut, wide = (toyfaces.compute_landmarks(toyfaces.make_person(2), dict(open=v), 100)[None] for v in (0.0, 1.0))
     a, b = initialise.mouth_shape(shut)[0], initialise.mouth_shape(wide)[0]
     assert b[0] == pytest.approx(np.mean([wide[0, k, 1] - wide[0, j, 1] for j, k in ((61, 67), (62, 66), (63, 65))]))
     assert a.shape == (42,) and b[0] > a[0] + 3
@@ -588,7 +588,7 @@ def test_the_alignment_of_a_toy_clip_fits_its_mouth():
     times = kp.ToySource().alignment(9)
     assert times[0][0] == 0 and times[-1][1] >= 3.0
     assert all(a[1] == pytest.approx(b[0]) for a, b in zip(times, times[1:]))
-    opening = toyfaces.clip_truth(9, 3.0, toyfaces.person(9))[1][:, toyfaces.FACTORS.index("open")]
+    opening = toyfaces.make_clip_truth(9, 3.0, toyfaces.make_person(9))[1][:, toyfaces.FACTORS.index("open")]
     long = [row for row in times if row[2] in ("a", "sil") and row[1] - row[0] > 0.15 and row[1] < 3]
     assert {"a", "sil"} == {name for *_, name in long}
     for start, end, name in long:

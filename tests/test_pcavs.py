@@ -26,7 +26,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
 from media import InputError, load_audio, read_video, run, to_tensor, write_video
 from pcavs import PCAVS, Config
-from toyfaces import toy_clip
+from toyfaces import make_toy_clip
 
 RATE = 16000
 NAMES = {letter: name for letter, (name, _) in pcavs.PUBLISHED.items()}  # of the four files
@@ -573,7 +573,7 @@ def weights(tiny, tmp_path_factory):
 def media(tmp_path_factory):
     """A drawn face, 0.84 s of noise, and a pose clip of 7 frames"""
     path = tmp_path_factory.mktemp("media")
-    frames, wav, _ = toy_clip(3, 0.28, 64)
+    frames, wav, _ = make_toy_clip(3, 0.28, 64)
     Image.fromarray(frames[0]).save(path / "face.png")
     scipy.io.wavfile.write(path / "speech.wav", RATE, noise(13440))
     write_video(path / "pose.mp4", iter(frames), 7, wav)
@@ -795,7 +795,7 @@ def learn(pack, out, *more, steps=4):
 
 
 def test_every_tenth_clip_is_held_out_from_networks_teacher_and_samples(tmp_path, monkeypatch):
-    frames, wav, _ = toy_clip(3, 0.28, 16)
+    frames, wav, _ = make_toy_clip(3, 0.28, 16)
     with PackWriter(tmp_path / "pack", 16, "toy") as writer:
         for i in range(20):
             writer.add(frames, wav, f"p{i % 3}", str(i))
@@ -818,7 +818,7 @@ def test_every_tenth_clip_is_held_out_from_networks_teacher_and_samples(tmp_path
 
 
 def test_lists_of_clips_need_a_pack(tmp_path, monkeypatch):
-    monkeypatch.setattr(pcavs, "toy_pack", lambda *_: types.SimpleNamespace(size=32))
+    monkeypatch.setattr(pcavs, "open_toy_pack", lambda *_: types.SimpleNamespace(size=32))
     monkeypatch.setattr(pcavs, "ClipFrames", None)  # nothing is trained
     with pytest.raises(InputError, match="--test lists clips of --data"):
         pcavs.main(["train", "--out", str(tmp_path / "out"), "--test", "list"])

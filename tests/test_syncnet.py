@@ -842,11 +842,11 @@ def test_without_data_it_trains_on_the_toy_world_that_train_py_uses(tmp_path, mo
     monkeypatch.setattr(toyfaces, "make_pack", draw)
     out = tmp_path / "new" / "sync.pt"
     syncnet.main(["train", "--out", str(out), "--device", "cpu", *"--steps 1 --batch 2 --windows 2 --width 0.05".split()])
-    assert drawn == [("toys", 32, 400, 3.0, toyfaces.TRAIN), ("toys_tune", 32, 40, 3.0, toyfaces.TUNE)]
+    assert drawn == [("toys", 32, 400, 3.0, toyfaces.TRAIN_SEED), ("toys_tune", 32, 40, 3.0, toyfaces.TUNE_SEED)]
     expert = load_sync(out, "cpu", size=32)
     assert expert.template == "toy" and expert.config["size"] == 32
     syncnet.main(["test", "--expert", str(out), "--device", "cpu"])
-    assert drawn[2] == ("toys_test", 32, 40, 3.0, toyfaces.TEST)
+    assert drawn[2] == ("toys_test", 32, 40, 3.0, toyfaces.TEST_SEED)
 
 
 # ------------------------------------------------------------------------------------------------------------

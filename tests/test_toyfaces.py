@@ -23,14 +23,14 @@ POSES = [dict(yaw=yaw, pitch=pitch, roll=roll) for yaw in (-22, 0, 22) for pitch
 
 def deep_voice():
     """The person of the lowest pitch, which samples the spectrum most densely: formants can be measured best."""
-    return min((toy.person(seed) for seed in range(40)), key=lambda who: who.f0)
+    return min((toy.make_person(seed) for seed in range(40)), key=lambda who: who.f0)
 
 
 def held_vowel(vowel, who, seconds=1.0):
     """-> wav of a held vowel without a consonant, and the lips (open, wide) in its middle"""
-    c = toy.controls([(0.0, 0.0, seconds, "", vowel, 1.0)], round(seconds / toy.STEP))
-    wav = toy.voice(np.random.default_rng(0), c, who, round(seconds * 16000))
-    gap, wide = toy.lips(c)
+    c = toy.make_controls([(0.0, 0.0, seconds, "", vowel, 1.0)], round(seconds / toy.STEP))
+    wav = toy.synthesise_voice(np.random.default_rng(0), c, who, round(seconds * 16000))
+    gap, wide = toy.move_lips(c)
     return wav, gap[len(gap) // 2], wide[len(wide) // 2]
 
 
@@ -67,17 +67,17 @@ def inside(mask, box, slack):
 
 def test_the_same_seed_gives_the_same_bytes():
     """In another process as well: see the test of the shipped example"""
-    clip, again = toy.toy_clip(7, 0.4, 32), toy.toy_clip(7, 0.4, 32)
+    clip, again = toy.make_toy_clip(7, 0.4, 32), toy.make_toy_clip(7, 0.4, 32)
     assert all(np.array_equal(a, b) for a, b in zip(clip, again)) and clip[0].shape == (10, 32, 32, 3)
 
 
 def test_another_seed_gives_another_sound_and_motion_of_the_same_person():
-    (wav, truth), (other_wav, other_truth) = (toy.clip_truth(seed, 0.4, toy.person(3)) for seed in (1, 2))
+    (wav, truth), (other_wav, other_truth) = (toy.make_clip_truth(seed, 0.4, toy.make_person(3)) for seed in (1, 2))
     assert not np.array_equal(wav, other_wav) and not np.isclose(truth[:, :3], other_truth[:, :3]).any()
 
 
 def test_people_differ_from_each_other():
-    portraits = {toy.draw(toy.person(seed), {}, 32).tobytes() for seed in range(60)}
+    portraits = {toy.draw(toy.make_person(seed), {}, 32).tobytes() for seed in range(60)}
     assert len(portraits) == 60
 
 
@@ -108,7 +108,7 @@ def test_in_running_speech_formants_and_lips_correlate():
     formants, lips = [], []
     who = deep_voice()
     for seed in range(4):
-        wav, truth = toy.clip_truth(seed, 4, who)
+        wav, truth = toy.make_clip_truth(seed, 4, who)
         for t in range(1, len(truth) - 1):
             piece = wav[640 * t - 120 : 640 * (t + 1) + 120]
             found = resonances(piece)
@@ -124,8 +124,8 @@ def test_in_running_speech_formants_and_lips_correlate():
 
 def test_closures_shut_the_lips_and_other_consonants_do_not():
     for consonant in toy.CONSONANTS:
-        c = toy.controls([(0.1, 0.08, 0.2, consonant, "a", 1.0)], 80)
-        during = toy.lips(c)[0][round(0.1 / toy.STEP) : round(0.18 / toy.STEP)]
+        c = toy.make_controls([(0.1, 0.08, 0.2, consonant, "a", 1.0)], 80)
+        during = toy.move_lips(c)[0][round(0.1 / toy.STEP) : round(0.18 / toy.STEP)]
         shut = consonant != "" and consonant in toy.CLOSURES
         assert (during.min() < 0.02) == shut, f"{consonant!r}: {during.min()}"
 
@@ -133,21 +133,21 @@ def test_closures_shut_the_lips_and_other_consonants_do_not():
 def test_silence_shuts_the_mouth_and_an_open_mouth_is_loud():
     level, gap = [], []
     for seed in range(12):
-        wav, truth = toy.clip_truth(seed, 3, toy.person(seed))
+        wav, truth = toy.make_clip_truth(seed, 3, toy.make_person(seed))
         level.append(np.sqrt((wav.reshape(-1, 640) ** 2).mean(1)))
         gap.append(truth[:, OPEN])
     level, gap = np.concatenate(level), np.concatenate(gap)
     quiet = level < 0.003
     assert quiet.sum() > 20 and np.mean(gap[quiet] < 0.15) > 0.95  # lips close while the last sound dies
     assert np.mean(level[gap > 0.5] > 0.01) > 0.97
-    c = toy.controls([], 60)  # no syllable
-    wav = toy.voice(np.random.default_rng(0), c, toy.person(1), 4800)
-    assert toy.lips(c)[0].max() == 0 and np.abs(wav).max() < 0.01
+    c = toy.make_controls([], 60)  # no syllable
+    wav = toy.synthesise_voice(np.random.default_rng(0), c, toy.make_person(1), 4800)
+    assert toy.move_lips(c)[0].max() == 0 and np.abs(wav).max() < 0.01
 
 
 @pytest.mark.parametrize("seconds", (0.2, 1.0, 2.37, 3.0))
 def test_sound_and_truth_last_as_long_as_asked(seconds):
-    wav, truth = toy.clip_truth(5, seconds, toy.person(5))
+    wav, truth = toy.make_clip_truth(5, seconds, toy.make_person(5))
     assert wav.shape == (round(16000 * seconds),) and wav.dtype == np.float32
     assert truth.shape == (round(25 * seconds), 10) and truth.dtype == np.float32
     assert np.abs(wav).max() <= 1 and np.isfinite(truth).all()
@@ -159,27 +159,27 @@ def test_sound_and_truth_last_as_long_as_asked(seconds):
 @pytest.fixture
 def mute(monkeypatch):
     """Clips without a synthesised voice, which their truth does not need"""
-    monkeypatch.setattr(toy, "voice", lambda rng, c, who, n: np.zeros(n, np.float32))
+    monkeypatch.setattr(toy, "synthesise_voice", lambda rng, c, who, n: np.zeros(n, np.float32))
 
 
 def test_pose_gaze_and_blinks_do_not_correlate_with_the_lips(mute):
-    truths = np.stack([toy.clip_truth(seed, 3, toy.person(seed))[1] for seed in range(90)])  # (90, 75, 10)
+    truths = np.stack([toy.make_clip_truth(seed, 3, toy.make_person(seed))[1] for seed in range(90)])  # (90, 75, 10)
     within = (truths - truths.mean(1, keepdims=True)).reshape(-1, 10)
     r = np.corrcoef(within.T)[:OPEN, OPEN:]
     assert np.abs(r).max() < 0.08, dict(zip(toy.FACTORS, r.round(3).tolist()))
-    wav_only = [toy.clip_truth(3, 2, toy.person(seed))[1] for seed in (0, 1)]  # other voice, same motion
+    wav_only = [toy.make_clip_truth(3, 2, toy.make_person(seed))[1] for seed in (0, 1)]  # other voice, same motion
     assert np.array_equal(wav_only[0][:, :OPEN], wav_only[1][:, :OPEN])
 
 
 def test_sound_motion_and_looks_never_share_a_random_stream(monkeypatch):
     asked, original = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: asked.append(tuple(seed)) or original(seed))
-    toy.clip_truth(11, 0.4, toy.person(11))
+    toy.make_clip_truth(11, 0.4, toy.make_person(11))
     assert len(asked) == 3 == len(set(asked))
 
 
 def test_heads_move_through_much_of_their_range_and_clip_means_vary_little(mute):
-    truths = np.stack([toy.clip_truth(seed, 3, toy.person(seed))[1] for seed in range(60)])
+    truths = np.stack([toy.make_clip_truth(seed, 3, toy.make_person(seed))[1] for seed in range(60)])
     for i, limit in enumerate((toy.MAX_YAW, toy.MAX_PITCH, toy.MAX_ROLL)):
         angle = truths[:, :, i]
         assert np.abs(angle).max() <= limit
@@ -189,7 +189,7 @@ def test_heads_move_through_much_of_their_range_and_clip_means_vary_little(mute)
 
 
 def test_a_blink_comes_every_one_and_a_half_to_four_seconds():
-    blink = toy.motion(np.random.default_rng(1), 25 * 120)["blink"]
+    blink = toy.sample_motion(np.random.default_rng(1), 25 * 120)["blink"]
     starts = np.flatnonzero((blink[1:] > 0) & (blink[:-1] == 0))
     assert np.diff(starts).min() >= 37 and np.diff(starts).max() <= 101 and blink.max() == 1
 
@@ -202,14 +202,14 @@ def test_opening_and_widening_change_only_the_mouth_box(size):
     pixel = 1.01 / size
     for seed in range(7):
         for state in (dict(open=1), dict(open=1, wide=0), dict(open=1, wide=1), dict(wide=1), dict(wide=0)):
-            mask = changed(toy.person(seed), {}, dict(open=0, wide=0.5), state, size)
+            mask = changed(toy.make_person(seed), {}, dict(open=0, wide=0.5), state, size)
             assert inside(mask, TEMPLATES["toy"].mouth, pixel), f"person {seed}, {state}: {extent(mask)}"
 
 
 def test_blinks_and_gaze_change_only_the_eyes():
     for seed in range(7):
         for state in (dict(blink=1), dict(gaze_x=1), dict(gaze_y=-1), dict(blink=0.5)):
-            mask = changed(toy.person(seed), {}, dict(blink=0, gaze_x=0), state)
+            mask = changed(toy.make_person(seed), {}, dict(blink=0, gaze_x=0), state)
             assert mask.sum() > 8, f"person {seed}: {state} changes nothing"
             assert inside(mask, TEMPLATES["toy"].eyes, 0), f"person {seed}, {state}: {extent(mask)}"
 
@@ -218,7 +218,7 @@ def test_blinks_and_gaze_change_only_the_eyes():
 def test_mouth_and_eyes_stay_near_their_boxes_at_the_extremes_of_pose(size):
     template = TEMPLATES["toy"]  # near: two pixels of 32
     for seed in range(3) if size == 32 else range(2, 5):
-        who = toy.person(seed)
+        who = toy.make_person(seed)
         for pose in POSES:
             lips = changed(who, pose, dict(open=0, wide=0.5), dict(open=1, wide=1), size)
             eyes = changed(who, pose, dict(blink=1), dict(blink=0), size)
@@ -231,7 +231,7 @@ def test_mouth_and_eyes_stay_near_their_boxes_at_the_extremes_of_pose(size):
 def test_the_mouth_opens_step_by_step_and_a_closed_one_is_a_dark_line():
     dark = np.array((0.3, 0.4, 0.3))
     for seed in (0, 2, 8, 16):
-        who = toy.person(seed)
+        who = toy.make_person(seed)
         rest = toy.draw(who, dict(open=0), 64).astype(float)
         moved = [np.abs(toy.draw(who, dict(open=gap), 64) - rest).sum() for gap in (0.15, 0.35, 0.6, 1.0)]
         assert np.all(np.diff([0.0, *moved]) > 0)
@@ -240,7 +240,7 @@ def test_the_mouth_opens_step_by_step_and_a_closed_one_is_a_dark_line():
 
 
 def test_a_turn_moves_the_face_to_the_right_and_a_nod_moves_it_down():
-    who = toy.person(0)
+    who = toy.make_person(0)
 
     def middle_of_the_eyes(**pose):
         y, x = np.nonzero(changed(who, pose, dict(blink=1), dict(blink=0)))
@@ -253,10 +253,10 @@ def test_a_turn_moves_the_face_to_the_right_and_a_nod_moves_it_down():
 
 def test_every_size_gives_a_square_picture_and_unknown_factors_are_refused():
     for size in (16, 32, 50, 256):
-        picture = toy.draw(toy.person(4), dict(yaw=10), size)
+        picture = toy.draw(toy.make_person(4), dict(yaw=10), size)
         assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
     with pytest.raises(AssertionError, match="nostril"):
-        toy.draw(toy.person(4), dict(nostril=1), 32)
+        toy.draw(toy.make_person(4), dict(nostril=1), 32)
 
 
 # --- packs and the script
@@ -266,21 +266,21 @@ def test_a_pack_holds_the_clips_and_their_truth(tmp_path, monkeypatch):
     """By two processes, which are forked here: spawned ones take seconds to import"""
     folder, get_context, kinds = tmp_path / "pack", multiprocessing.get_context, []
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: kinds.append(kind) or get_context("fork"))
-    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE, workers=2)
+    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE_SEED, workers=2)
     pack, truth = Pack(folder), np.load(folder / "truth.npy")
     assert kinds == ["forkserver"] and len(pack) == 3 and pack.size == 32 and pack.template == "toy"
     assert truth.shape == (45, 10) and truth.dtype == np.float32
     for i in range(3):
-        frames, wav, expected = toy.toy_clip(toy.TUNE + i, 0.6, 32)
-        assert pack.identities[pack.identity[i]] == f"toy{toy.TUNE + i}" and pack.n_frames[i] == 15
+        frames, wav, expected = toy.make_toy_clip(toy.TUNE_SEED + i, 0.6, 32)
+        assert pack.identities[pack.identity[i]] == f"toy{toy.TUNE_SEED + i}" and pack.n_frames[i] == 15
         assert np.array_equal(truth[15 * i : 15 * (i + 1)], expected)
         assert np.abs(pack.sound(i) - wav).max() < 1e-4
         assert np.abs(pack.frame(i, 14).astype(int) - frames[14]).mean() < 4  # JPEG
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE, workers=0)  # is there: nothing to do
+    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE_SEED, workers=0)  # is there: nothing to do
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(InputError, match="something else"):
-        toy.make_pack(folder, 32, people=4, seconds=0.6, first_seed=toy.TUNE, workers=0)
+        toy.make_pack(folder, 32, people=4, seconds=0.6, first_seed=toy.TUNE_SEED, workers=0)
     assert json.loads((folder / "toy.json").read_text())["people"] == 3
 
 
@@ -306,7 +306,8 @@ def test_a_pack_that_fails_halfway_is_none_and_is_drawn_anew(tmp_path, monkeypat
 
 def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", f"toyfaces.py --out {tmp_path / 'new'} --seconds 1 --size 32".split())
-    monkeypatch.setattr(toy, "voice", lambda rng, c, who, n: np.sin(np.arange(n, dtype=np.float32) / 9))  # of 33 people
+    sine = np.sin(np.arange(48000, dtype=np.float32) / 9)  # synthesised voices of 33 people take longer
+    monkeypatch.setattr(toy, "synthesise_voice", lambda rng, c, who, n: sine[:n])
     toy.main()
     assert load_photo(tmp_path / "new/toys.png").shape == (4 * (128 + 18), 8 * 128, 3)
     assert sum(1 for _ in read_video(tmp_path / "new/toy.mp4")) == 25
@@ -316,9 +317,10 @@ def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_ther
 
 
 def test_the_shipped_example_is_a_person_and_speech_of_this_world():
-    who = toy.person(toy.EXAMPLE)
+    who = toy.make_person(toy.EXAMPLE_SEED)
     assert np.array_equal(np.array(Image.open(ROOT / "examples/face.png")), toy.draw(who, toy.REST, 256))
-    spoken, shipped = toy.clip_truth(toy.EXAMPLE, 4, who)[0], load_audio(ROOT / "examples/speech.wav", level=False)
+    spoken = toy.make_clip_truth(toy.EXAMPLE_SEED, 4, who)[0]
+    shipped = load_audio(ROOT / "examples/speech.wav", level=False)
     assert np.abs(shipped - spoken).max() < 1e-4
 
 

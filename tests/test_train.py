@@ -484,7 +484,7 @@ def marked_packs(real_packs, pack, tmp_path_factory):
         for c in range(len(here)):
             photo = source.name == "photos"
             first, k = (toys.frame_start[c % 5] + c, 1) if photo else (toys.frame_start[c], here.n_frames[c])
-            who = toyfaces.person(int(toys.identities[toys.identity[c % 5]].removeprefix("toy")))
+            who = toyfaces.make_person(int(toys.identities[toys.identity[c % 5]].removeprefix("toy")))
             points.append(keypoints.toy_points(who, truth[first:first + k], here.size))
         (folder / "landmarks").mkdir()
         (folder / "landmarks" / "points.bin").write_bytes(np.concatenate(points).astype("<f4").tobytes())
