@@ -41,7 +41,7 @@ from landmarks import load_landmarks, read_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
 from report import markdown, pairs_page
-from syncnet import MAX_OFFSET, SPAN, best_offset, by_shift, embed, embed_sound, load_sync
+from syncnet import MAX_OFFSET, WINDOW_FRAMES, best_offset, embed_clip, embed_sound, load_sync, logits_by_shift
 from warp import angles, fit_pose
 
 MOST = 1 << 31  # bytes of a clip in memory: 7 minutes at 256 px, 14 s at 1920x1080; of a longer one the beginning counts
@@ -258,7 +258,7 @@ def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
     the least mean distance at an offset, C their median less D: SyncNet's (2016), LSE-D and LSE-C of Wav2Lip
     (Prajwal et al. 2020). pad: as published, sound beyond either end is zeros; else see best_offset."""
     distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    table = -by_shift(distance, face.float(), sound.float(), reach, 0.0 if pad else math.nan)  # (K, S): as logits
+    table = -logits_by_shift(distance, face.float(), sound.float(), reach, 0.0 if pad else math.nan)  # (K, S): as logits
     late, confidence, _ = best_offset(table)
     return -float(np.nanmean(table[:, reach + late])), confidence, late
 
@@ -367,7 +367,7 @@ class Clip:
 
     def windows(self, sound: int, less: int) -> int:
         """How many windows of five frames, but `less`, picture and `sound` frames of sound have"""
-        K = min(len(self.frames), sound) - SPAN + 1 - less
+        K = min(len(self.frames), sound) - WINDOW_FRAMES + 1 - less
         if K <= 0:
             raise InputError(f"too short: {len(self.frames)} frames, {len(self.wav) / SAMPLES_PER_FRAME:.1f} of sound")
         return K
@@ -377,14 +377,14 @@ class Clip:
         drawn = net.template == "toy"  # such clips are crops already
         boxes = map(middle_square, self.frames) if drawn else (face_box([d], "face") for d in self.detections)
         crops = (crop_face(frame, box, net.size) for frame, box in zip(self.frames, boxes))
-        face, sound = embed(net, crops, log_mel(self.wav), self.networks.device)
+        face, sound = embed_clip(net, crops, log_mel(self.wav), self.networks.device)
         return dict(zip(SYNC, lip_sync_error(face[:K], sound[:K], pad=False)))
 
     def lse(self) -> dict:
         """By SyncNet v2, as its script: crops by the box alone, one window less than would fit. 4 MFCC a frame"""
         net, K = self.networks.syncnet, self.windows(len(self.wav) // SAMPLES_PER_FRAME, 1)
         crops = [crop_face(f, face_box([d[:5]], "syncnet"), 224) for f, d in zip(self.frames, self.detections)]
-        parts = (to_tensor(np.stack(crops[a : a + 63 + SPAN])).to(self.networks.device) for a in range(0, K, 64))
+        parts = (to_tensor(np.stack(crops[a : a + 63 + WINDOW_FRAMES])).to(self.networks.device) for a in range(0, K, 64))
         face = torch.cat([net.windows(part[None])[0] for part in parts])[:K]
         sound = sliding_window_view(mfcc(self.wav), 20, 1)[:, ::4].swapaxes(0, 1)[:K]  # (K, 13, 20)
         return dict(zip(LSE, lip_sync_error(face, embed_sound(net, sound.astype(np.float32)))))

@@ -130,7 +130,7 @@ def principal_components(rows: np.ndarray, n: int) -> np.ndarray:
 # clip: sound (n,), normalised landmarks (T, 68, 2). view: name, frames (T, H, W, 3), landmarks in pixels.
 # alignment: [(start, end in seconds, word or phone), ..]
 
-def toy_points(who, truth: np.ndarray, size: int) -> np.ndarray:
+def toy_landmarks(who, truth: np.ndarray, size: int) -> np.ndarray:
     """True landmarks of a drawn clip: factors (T, 10) -> float32 (T, 68, 2) in pixels"""
     return np.stack([toyfaces.compute_landmarks(who, dict(zip(toyfaces.FACTORS, row)), size) for row in truth.tolist()])
 
@@ -143,11 +143,11 @@ class ToySource:
     def clip(c):  # nothing is drawn: 50 ms
         who = toyfaces.make_person(c)
         wav, truth = toyfaces.make_clip_truth(c, TOY_SECONDS, who)
-        return wav, normalise(toy_points(who, truth, 128))
+        return wav, normalise(toy_landmarks(who, truth, 128))
 
     def view(self, c):
         frames, _, truth = toyfaces.make_toy_clip(c, TOY_SECONDS, 128)
-        return f"toy{c}", frames, toy_points(toyfaces.make_person(c), truth, 128)
+        return f"toy{c}", frames, toy_landmarks(toyfaces.make_person(c), truth, 128)
 
     def alignment(self, c) -> list[tuple]:
         """Consonants, vowels, and "sil" in the pauses"""

@@ -34,7 +34,7 @@ from faces import (
 from media import (
     InputError, Parser, by_processes, load_audio, load_photo, probe, read_video, refused, run, set_level, to_int16)
 from report import image_grid, markdown
-from syncnet import SPAN, best_offset, by_shift, embed, load_sync
+from syncnet import WINDOW_FRAMES, best_offset, embed_clip, load_sync, logits_by_shift
 
 sync_expert = lru_cache(1)(load_sync)  # loaded once a process
 
@@ -81,8 +81,8 @@ def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndar
     x, y, side = (size * v for v in square_within(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
         crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
-    assert len(crops) >= SPAN, "a clip is longer than a window"
-    late, confidence, fit = best_offset(by_shift(expert.logits, *embed(expert, crops, log_mel(wav), "cpu")))
+    assert len(crops) >= WINDOW_FRAMES, "a clip is longer than a window"
+    late, confidence, fit = best_offset(logits_by_shift(expert.logits, *embed_clip(expert, crops, log_mel(wav), "cpu")))
     segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
     if fit <= 0:
         segment["reason"] = "mouth and sound do not fit"

@@ -50,10 +50,10 @@ from media import (
 from report import image_grid, markdown
 from toyfaces import open_toy_pack
 
-SPAN = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
-HALF = SPAN // 2
+WINDOW_FRAMES = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
+HALF = WINDOW_FRAMES // 2
 NEAR = 4  # frames; ours: sounds nearer than this are too alike to be a negative pair
-FAR = SPAN  # frames: from this shift on two windows share no frame
+FAR = WINDOW_FRAMES  # frames: from this shift on two windows share no frame
 MAX_OFFSET = 15  # frames: offsets are searched in -15 .. 15, as SyncNet does
 TOY_VALID = 40  # toy people who choose the checkpoint, and as many others for the test
 LIP_SCALE = 0.07  # ours: deviation of their coordinates, in distances of the eyes
@@ -81,7 +81,8 @@ def time_tower(c_in: int, steps: int, strides: tuple, dim: int, channels: int = 
 def pixel_tower(size: int, dim: int, width: float) -> nn.Sequential:
     """Lower half of five images (B, 15, size / 2, size) -> (B, dim). Wav2Lip's layout: to a square, then halvings"""
     c = [max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512)]
-    layers = [ConvBlock(3 * SPAN, c[0]), ConvBlock(c[0], c[1], stride=(1, 2)), ConvBlock(c[1], c[1], residual=True)]
+    layers = [ConvBlock(3 * WINDOW_FRAMES, c[0]), ConvBlock(c[0], c[1], stride=(1, 2)),
+              ConvBlock(c[1], c[1], residual=True)]
     rows, level = size // 2, 1  # (B, c1, rows, rows) so far
     while rows > 4:  # 96 px: 48, 24, 12, 6, 3; 32 px: 16, 8, 4
         a, b = c[min(level, 4)], c[min(level + 1, 4)]
@@ -103,7 +104,7 @@ class SyncNet(nn.Module):
         self.size, self.lips, self.cosine = size, lips, cosine
         if lips:
             self.landmarks = LandmarkNet().requires_grad_(False)
-            self.face_tower = time_tower(4 * len(LIP_POINTS), SPAN, (1, 1), dim)
+            self.face_tower = time_tower(4 * len(LIP_POINTS), WINDOW_FRAMES, (1, 1), dim)
             self.sound_tower = time_tower(N_MELS, WINDOW, (1, 2, 2), dim)
         else:
             self.face_tower, self.sound_tower = pixel_tower(size, dim, width), AudioEncoder(dim, width)
@@ -133,8 +134,8 @@ class SyncNet(nn.Module):
 
     def face(self, frames):
         """Whole crops (B, 5, 3, H, H) in [-1, 1] -> (B, E) of unit length"""
-        assert frames.shape[1] == SPAN, f"frames are {tuple(frames.shape)}, expected (B, {SPAN}, 3, H, H)"
-        return self.embed(self.read(frames.flatten(0, 1)).unflatten(0, (-1, SPAN)))
+        assert frames.shape[1] == WINDOW_FRAMES, f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, H)"
+        return self.embed(self.read(frames.flatten(0, 1)).unflatten(0, (-1, WINDOW_FRAMES)))
 
     def sound(self, mel):
         """Mel windows (B, 1, 80, 16) of the middle frames -> (B, E) of unit length"""
@@ -204,7 +205,7 @@ class Windows(Dataset):
         rng = np.random.default_rng([self.seed, n])
         c, other = (int(v) for v in rng.choice(self.clips, 2))
         x, mel = self.read(c)
-        K = len(x) - SPAN + 1
+        K = len(x) - WINDOW_FRAMES + 1
         k = HALF + np.sort(rng.choice(K, self.windows, replace=K < self.windows))  # (windows,)
         x, mel = x[torch.from_numpy(k[:, None] + np.arange(-HALF, HALF + 1))], mel_windows(mel, k)
         if self.augment:
@@ -254,14 +255,14 @@ def vary(frames, rng):
 # ------------------------------------------------------------------------------- logits of clips, by shift of the sound
 
 @torch.no_grad()
-def embed(expert, images, mel, device, batch: int = 128):
+def embed_clip(expert, images, mel, device, batch: int = 128):
     """All windows of a clip: iterable of uint8 (H, H, 3), mel (80, S) -> face (K, E), sound (K, E); window i of the
     K = frames - 4 has frames i .. i+4. Images are streamed: at most batch are in memory."""
     images, kept, faces = iter(images), [], []
     while new := list(islice(images, batch)):
         x = torch.cat([*kept, expert.read(to_tensor(np.stack(new)).to(device))])
-        faces += [embed_frames(expert, x)] if len(x) >= SPAN else []
-        kept = [x[1 - SPAN :]]  # windows overlap by four frames
+        faces += [embed_frames(expert, x)] if len(x) >= WINDOW_FRAMES else []
+        kept = [x[1 - WINDOW_FRAMES :]]  # windows overlap by four frames
     assert faces, "a clip of fewer than five frames has no window"
     face = torch.cat(faces)
     return face, embed_sound(expert, mel_windows(mel, HALF + np.arange(len(face))))
@@ -269,7 +270,7 @@ def embed(expert, images, mel, device, batch: int = 128):
 
 def embed_frames(expert, x):
     """What expert.read gives of n images -> embeddings (n - 4, E) of every five in a row"""
-    return expert.embed(x.unfold(0, SPAN, 1).movedim(-1, 1))
+    return expert.embed(x.unfold(0, WINDOW_FRAMES, 1).movedim(-1, 1))
 
 
 def embed_sound(expert, windows: np.ndarray):
@@ -279,7 +280,7 @@ def embed_sound(expert, windows: np.ndarray):
 
 
 @torch.no_grad()
-def by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: float = math.nan):
+def logits_by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: float = math.nan):
     """An expert's `logits`, face and sound embeddings (K, E) -> (K, S): each window with the sounds up to `reach`
     frames away, S = 2 reach + 1. Column reach + d has face k with sound k + d, outside the clip `beyond`."""
     rows, sound = [], F.pad(sound, (0, 0, reach, reach), value=beyond)
@@ -290,9 +291,11 @@ def by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: float = ma
 
 
 def best_offset(table):
-    """(K, S) of by_shift -> frames by which the sound is late; confidence, the mean logit there less the median over the
-    offsets (SyncNet's, with logits for distances); fit, that mean less SURE, or more for clips shorter than 3 s: above 0
-    mouth and sound belong together. Offsets that fewer than half of the windows have are left out."""
+    """(K, S) of logits_by_shift -> frames by which the sound is late; confidence; fit.
+
+    confidence: mean logit at that offset less the median over the offsets (SyncNet's, with logits for distances). fit:
+    that mean less SURE, or more for clips shorter than 3 s; above 0 mouth and sound belong together. Offsets that
+    fewer than half of the windows have are left out."""
     counts = np.isfinite(table).sum(0)
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
     best = int(np.nanargmax(means))
@@ -302,19 +305,19 @@ def best_offset(table):
 
 @torch.no_grad()
 def measure(expert, windows: Windows, clips) -> list[dict]:
-    """-> of each clip number, table (K, S) of by_shift; offset_1s, _3s, _clip: found of pieces less true ones"""
+    """-> of each clip number, table (K, S) of logits_by_shift; offset_1s, _3s, _clip: found of pieces less true ones"""
     found, device = [], next(expert.parameters()).device
     for c in clips:
         x, mel = windows.read(c)
         face = embed_frames(expert, x.to(device))
         sound = embed_sound(expert, mel_windows(mel, HALF + np.arange(len(face))))
-        table = by_shift(expert.logits, face, sound)
+        table = logits_by_shift(expert.logits, face, sound)
         result = dict(clip=c, table=table, offset_clip=[best_offset(table)[0]])
         for name, seconds in PIECES.items():  # sound as it is, or moved by five frames
-            K = seconds * FPS - SPAN + 1
+            K = seconds * FPS - WINDOW_FRAMES + 1
             at = np.arange(0, len(face) - K + 1, FAR)
             at = [(a, b) for a in at for b in (a - FAR, a, a + FAR) if 0 <= b <= len(face) - K]
-            tables = [by_shift(expert.logits, face[a : a + K], sound[b : b + K]) for a, b in at]
+            tables = [logits_by_shift(expert.logits, face[a : a + K], sound[b : b + K]) for a, b in at]
             result[name] = [best_offset(piece)[0] - (a - b) for piece, (a, b) in zip(tables, at)]
         found.append(result)
     return found
@@ -325,7 +328,7 @@ def summary(found: list[dict]) -> dict:
     second: that of the mean logit of each second; by_shift: both for each shift 0 .. MAX_OFFSET. loss: in sync and
     shifted by FAR or more, half and half. offset_window, _1s, _3s, _clip: share found within one frame."""
     table = np.concatenate([f["table"] for f in found])  # (windows, S)
-    second = [sliding_window_view(f["table"], min(FPS - SPAN + 1, len(f["table"])), 0).mean(-1) for f in found]
+    second = [sliding_window_view(f["table"], min(FPS - WINDOW_FRAMES + 1, len(f["table"])), 0).mean(-1) for f in found]
     rates = dict(accuracy=accuracy_by_shift(table), second=accuracy_by_shift(np.concatenate(second)))
     own, wrong = table[:, MAX_OFFSET], np.delete(table, range(MAX_OFFSET - FAR + 1, MAX_OFFSET + FAR), 1)
     wrong = np.logaddexp(0, wrong[np.isfinite(wrong)])
@@ -338,7 +341,7 @@ def summary(found: list[dict]) -> dict:
 
 
 def accuracy_by_shift(table):
-    """(K, S) of by_shift -> (S // 2 + 1,) by size of the shift; NaN where no window has it"""
+    """(K, S) of logits_by_shift -> (S // 2 + 1,) by size of the shift; NaN where no window has it"""
     middle = table.shape[1] // 2
     logits = np.concatenate([table[:, middle::-1], table[:, middle:]])  # (2 K, S // 2 + 1)
     with np.errstate(invalid="ignore"):
@@ -425,7 +428,7 @@ def load_data(args, folder: Path):
     pack = open_packs(args.data)
     if pack.size < args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
-    train, valid, _ = (clips[pack.n_frames[clips] >= SPAN] for clips in split(pack, args).values())
+    train, valid, _ = (clips[pack.n_frames[clips] >= WINDOW_FRAMES] for clips in split(pack, args).values())
     return pack, train, pack, valid
 
 
@@ -497,10 +500,11 @@ def offset(args):
 def clip_offset(expert, path: Path, device, box: str | None = None):
     """-> frames by which the sound is late, confidence, fit (see best_offset), windows. Memory grows by 8 kB a frame."""
     mel, crops = log_mel(load_audio(path)), face_crops(path, expert, box)
-    first = list(islice(crops, SPAN + 1))
-    if len(first) < SPAN + 1:
-        raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {SPAN + 1}")
-    table = by_shift(expert.logits, *embed(expert, tqdm(chain(first, crops), "frames", disable=None), mel, device))
+    first = list(islice(crops, WINDOW_FRAMES + 1))
+    if len(first) < WINDOW_FRAMES + 1:
+        raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {WINDOW_FRAMES + 1}")
+    face, sound = embed_clip(expert, tqdm(chain(first, crops), "frames", disable=None), mel, device)
+    table = logits_by_shift(expert.logits, face, sound)
     return *best_offset(table), len(table)
 
 

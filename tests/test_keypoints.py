@@ -77,7 +77,7 @@ def pack(tmp_path_factory):
             wav, truth = toyfaces.make_clip_truth(seed, 1.0, toyfaces.make_person(seed))
             colours = np.random.default_rng(seed).integers(0, 256, (25, 1, 1, 3), np.uint8)
             writer.add(colours.repeat(16, 1).repeat(16, 2), wav, f"toy{seed}", f"toyfaces seed {seed}")
-            points.append(kp.toy_points(toyfaces.make_person(seed), truth, 16))
+            points.append(kp.toy_landmarks(toyfaces.make_person(seed), truth, 16))
     return landmarks_beside(folder, np.concatenate(points))
 
 

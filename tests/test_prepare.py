@@ -308,8 +308,8 @@ class SyncExpert:
 @pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])
 def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(speaker, tmp_path, monkeypatch, late, fit):
     monkeypatch.setattr(prepare, "sync_expert", lambda path, device: SyncExpert())
-    monkeypatch.setattr(prepare, "embed", lambda expert, crops, mel, device: (len(crops), mel))
-    monkeypatch.setattr(prepare, "by_shift", lambda expert, face, sound: None)
+    monkeypatch.setattr(prepare, "embed_clip", lambda expert, crops, mel, device: (len(crops), mel))
+    monkeypatch.setattr(prepare, "logits_by_shift", lambda expert, face, sound: None)
     monkeypatch.setattr(prepare, "best_offset", lambda table: (late, 3.0, fit))
     if fit < 0:
         with pytest.raises(InputError, match="no clip in 1 files"):

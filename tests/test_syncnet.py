@@ -27,7 +27,7 @@ from judges import SyncNetV2, Wav2LipExpert
 from landmarks import load_landmarks
 from losses import sync_loss
 from media import InputError, load_audio, read_video, to_tensor, write_video
-from syncnet import SyncNet, Windows, best_offset, by_shift, embed, expert_loss, load_sync
+from syncnet import SyncNet, Windows, best_offset, embed_clip, expert_loss, load_sync, logits_by_shift
 
 LN2 = math.log(2)
 CLIP = torch.tensor([7, 7, 7, 3, 3, 9])
@@ -423,7 +423,7 @@ def test_images_larger_than_the_experts_are_shrunk_alike_in_training_and_in_vali
     plain = Windows(Pack(world[0]), [4], net, 3, seed=2, augment=False)[0]
     assert item["frames"].shape == (3, 5, 3, 16, 16)
     assert (item["frames"] - plain["frames"]).abs().mean() < 0.06  # the filter softens edges
-    face, _ = embed(net, (big(4, k) for k in range(60)), log_mel(pack.sound(4)), "cpu")
+    face, _ = embed_clip(net, (big(4, k) for k in range(60)), log_mel(pack.sound(4)), "cpu")
     with torch.no_grad():
         alike = (net.face(item["frames"]) * face[item["k"] - 2]).sum(1)  # cosines; uint8 in between
         unlike = (net.face(item["frames"]) * face[(item["k"] + 18) % 50]).sum(1)
@@ -447,7 +447,7 @@ def test_scores_by_shift_are_those_of_a_naive_loop_over_more_than_one_block():
     net, K, reach = small(), 300, 4
     g = torch.Generator().manual_seed(3)
     face, sound = (F.normalize(torch.randn(K, 20, generator=g), dim=1) for _ in range(2))
-    table = by_shift(net.logits, face, sound, reach)
+    table = logits_by_shift(net.logits, face, sound, reach)
     expected = np.full((K, 9), np.nan)
     logits = net.logits(face, sound).detach().numpy()
     for k in range(K):
@@ -462,7 +462,7 @@ def test_the_offset_is_the_shift_of_a_constructed_clip(late):
     g = torch.Generator().manual_seed(3)
     own = F.normalize(torch.randn(75, 20, generator=g), dim=1)
     face, sound = own[20:55], own[20 - late : 55 - late]  # sound k + late belongs to picture k
-    found, confidence, fit = best_offset(by_shift(small().logits, face, sound))
+    found, confidence, fit = best_offset(logits_by_shift(small().logits, face, sound))
     assert found == late and 3 < confidence < 7  # scale 5, cosine 1 and about 0
     assert fit == pytest.approx(5 - syncnet.SURE * (75 / 31) ** 0.5, abs=0.2)  # of a clip shorter than 3 s
 
@@ -479,7 +479,7 @@ def test_an_offset_that_few_windows_have_is_not_chosen():
 def test_a_streamed_clip_has_the_embeddings_of_its_windows():
     net, (frames, wav) = small(size=16), bar_clip(5, T=23)
     mel = log_mel(wav)
-    face, sound = embed(net, iter(frames), mel, "cpu", batch=4)  # 19 windows: not a multiple of 4
+    face, sound = embed_clip(net, iter(frames), mel, "cpu", batch=4)  # 19 windows: not a multiple of 4
     x = to_tensor(frames)
     with torch.no_grad():
         for k in range(2, 21):

@@ -485,7 +485,7 @@ def marked_packs(real_packs, pack, tmp_path_factory):
             photo = source.name == "photos"
             first, k = (toys.frame_start[c % 5] + c, 1) if photo else (toys.frame_start[c], here.n_frames[c])
             who = toyfaces.make_person(int(toys.identities[toys.identity[c % 5]].removeprefix("toy")))
-            points.append(keypoints.toy_points(who, truth[first:first + k], here.size))
+            points.append(keypoints.toy_landmarks(who, truth[first:first + k], here.size))
         (folder / "landmarks").mkdir()
         (folder / "landmarks" / "points.bin").write_bytes(np.concatenate(points).astype("<f4").tobytes())
         lines = [faces.landmarks_header(here, "truth")] + [{}] * len(here)
