@@ -33,8 +33,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from media import InputError, check_file, check_output, make_folder, replacing
-from report import PACE, machine, pace, write_report
+from media import InputError, atomic_write, check_file, check_output, make_folder
+from report import PACE_KEYS, describe_pace, machine_name, write_report
 
 FORMAT = 1                   # of packs and checkpoints
 STALE = 3600                 # seconds; ours: no save takes an hour, an older temporary file is a killed run's
@@ -45,7 +45,7 @@ LARGEST_SIZE = 1 << 16       # ours: more than any size in a network's config; S
 # ------------------------------------ reading: nothing in a file is trusted, and what is wrong with it is one line
 
 @contextlib.contextmanager
-def refusing(source, what: str):
+def wrap_errors(source, what: str):
     """For a block that reads a file's content: any exception in it becomes an InputError, one line"""
     try:
         yield
@@ -75,12 +75,12 @@ def read_weights(path: str | Path) -> dict:
         raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of names and weights")
-    if not all(is_dense(item) for item in items(content) if isinstance(item, torch.Tensor)):
+    if not all(is_dense(item) for item in iterate_nested(content) if isinstance(item, torch.Tensor)):
         raise InputError(f"{path}: holds a tensor that is sparse or lacks its numbers, expected dense ones")
     return content
 
 
-def items(content):
+def iterate_nested(content):
     """Everything in nested dicts, lists and tuples, each once: a file may hold a list that holds itself"""
     todo, seen = [content], set()
     while todo:
@@ -100,7 +100,7 @@ def is_dense(value) -> bool:
             and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
-class Budget(TorchFunctionMode):
+class AllocationLimit(TorchFunctionMode):
     """Within it at most `left` numbers are made, else ValueError. (The meta device imports for 2 s.)"""
 
     FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
@@ -126,8 +126,9 @@ def load_strictly(make, state: dict, source) -> nn.Module:
             return "no dense tensor"
         return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
 
-    numbers = sum(value.numel() for value in items(state) if is_dense(value))
-    with refusing(source, "its sizes do not fit a network of this version"), Budget(2 * numbers + FREE_NUMBERS):
+    numbers = sum(value.numel() for value in iterate_nested(state) if is_dense(value))
+    limit = AllocationLimit(2 * numbers + FREE_NUMBERS)
+    with wrap_errors(source, "its sizes do not fit a network of this version"), limit:
         network = make()
     name = type(network).__name__
     if not isinstance(state, dict):
@@ -163,7 +164,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
     assert {"kind", "format"} <= set(checkpoint), "a checkpoint says its kind and format"
     path = Path(path).absolute()
     try:
-        with replacing(path) as draft, open(draft, "wb") as file:
+        with atomic_write(path) as draft, open(draft, "wb") as file:
             for old in path.parent.glob(f".{path.name}-*"):
                 if time.time() - old.stat().st_mtime > STALE:
                     old.unlink()
@@ -190,7 +191,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
         raise InputError(f"{path}: is a '{found[:40]}' checkpoint; {expected}")
     if checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: has format {checkpoint.get('format')}, this version reads format {FORMAT}")
-    sizes = [v for v in items(checkpoint.get("config")) if isinstance(v, (int, float))]
+    sizes = [v for v in iterate_nested(checkpoint.get("config")) if isinstance(v, (int, float))]
     if not all(abs(size) <= LARGEST_SIZE for size in sizes):
         raise InputError(f"{path}: its config asks for more than any network here has; {expected}")
     return checkpoint
@@ -206,7 +207,7 @@ def save_run(path: str | Path, checkpoint: dict, args, networks: dict, optimiser
 
 def restore_run(path: str | Path, saved: dict, optimisers: dict):
     """Adam's moments and the random state as save_run saved them, at the rates of today's options"""
-    with refusing(path, "not a run of this version"):
+    with wrap_errors(path, "not a run of this version"):
         for name, opt in optimisers.items():
             state, groups = saved["optimisers"][name], opt.state_dict()["param_groups"]
             groups = [now | dict(params=then["params"]) for now, then in zip(groups, state["param_groups"], strict=True)]
@@ -216,7 +217,7 @@ def restore_run(path: str | Path, saved: dict, optimisers: dict):
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
 
 
-def half(network: nn.Module) -> dict:
+def fp16_state_dict(network: nn.Module) -> dict:
     """A network's weights in fp16, for a file to sample with. A weight that two layers share stays one"""
     return copy.deepcopy(network).half().state_dict()
 
@@ -304,14 +305,14 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     if device.type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")         # TF32, which its convolutions use by default
         torch.backends.cudnn.benchmark = True              # the shapes of a run are few
     return device
 
 
-def keep_memory():
+def keep_freed_memory():
     """glibc keeps freed memory for the next tensor. Else a tensor above 32 MB is mapped and zeroed anew each time:
     at 256 px that costs an elementwise operation twice the time of its work."""
     libc = ctypes.CDLL(None)
@@ -320,7 +321,7 @@ def keep_memory():
         libc.mallopt(-1, 2 ** 31 - 1)                      # M_TRIM_THRESHOLD: give nothing back
 
 
-def memory_gib(device) -> float:
+def peak_memory_gib(device) -> float:
     """The most memory used so far: the device's on a GPU, else the process's"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
@@ -338,7 +339,7 @@ def claim_output(path: str | Path, args) -> Path:
     return check_output(path, overwrite=True)
 
 
-def revision() -> str | None:
+def git_revision() -> str | None:
     """The git commit of this folder, where there is one"""
     with contextlib.suppress(OSError):
         command = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
@@ -348,8 +349,8 @@ def revision() -> str | None:
 def open_log(path: str | Path, args):
     """A log of JSON lines, continued with --resume; the first line has the revision, versions and options"""
     log = open(path, "a" if args.resume else "w", 1)                                  # each line is written at once
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, machine=machine())
-    log.write(json.dumps(dict(revision=revision(), **versions, args=vars(args)), default=str) + "\n")
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, machine=machine_name())
+    log.write(json.dumps(dict(revision=git_revision(), **versions, args=vars(args)), default=str) + "\n")
     return log
 
 
@@ -357,8 +358,8 @@ def write_log(log, bar, line: dict, steps: int | None = None):
     """One line of the log: as JSON, in report.html, and above the progress bar, `name value` pairs | the pace"""
     log.write(json.dumps(line) + "\n")
     write_report(Path(log.name).parent)
-    text = f"{line['step']:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in PACE)
-    bar.write(text + (f"  | {pace(line, steps)}" if "ms" in line else ""))
+    text = f"{line['step']:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in PACE_KEYS)
+    bar.write(text + (f"  | {describe_pace(line, steps)}" if "ms" in line else ""))
 
 
 class StepTimer:
@@ -378,16 +379,16 @@ class StepTimer:
         """For the log, with `batch` images a step; the clock starts anew"""
         seconds = time.perf_counter() - self.start
         pace = dict(ms=round(1000 * seconds / self.steps, 1), images_s=round(batch * self.steps / seconds, 1),
-                    waiting=round(self.waited / seconds, 3), gib=round(memory_gib(self.device), 2))
+                    waiting=round(self.waited / seconds, 3), gib=round(peak_memory_gib(self.device), 2))
         self.waited, self.steps, self.start = 0.0, 0, time.perf_counter()
         return pace
 
 
-def run_options(p, out: str, steps: int, batch: int, lr: float, of: str = "clips"):
-    """Options of every script that trains; of: what a batch holds"""
+def add_run_options(p, out: str, steps: int, batch: int, lr: float, batch_of: str = "clips"):
+    """Options of every script that trains; batch_of: what a batch holds"""
     p.add_argument("--out", default=out, help="what is written")
     p.add_argument("--steps", type=int, default=steps, help="steps in all; the learning rate falls towards the last")
-    p.add_argument("--batch", type=int, default=batch, help=f"{of} at once")
+    p.add_argument("--batch", type=int, default=batch, help=f"{batch_of} at once")
     p.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
     p.add_argument("--seed", type=int, default=0, help="of whatever is random")
     p.add_argument("--resume", action="store_true", help="continue what --out holds")
@@ -395,29 +396,29 @@ def run_options(p, out: str, steps: int, batch: int, lr: float, of: str = "clips
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
 
 
-def progress(name: str, start: int, steps: int):
+def progress_bar(name: str, start: int, steps: int):
     """A progress bar over the numbers of the steps that are left"""
     return tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=True if RANK else None)
 
 
-def millions(network: nn.Module) -> str:
+def count_parameters(network: nn.Module) -> str:
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
 
 
 @contextlib.contextmanager
-def descent(opt, rate: float):
+def optimiser_step(opt, rate: float):
     """An optimiser's step at `rate` times its first rates, by this block's gradients, averaged over processes"""
     opt.zero_grad(set_to_none=True)
     yield
     for group in opt.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
-    average([q.grad for group in opt.param_groups for q in group["params"] if q.grad is not None])
+    all_reduce_mean([q.grad for group in opt.param_groups for q in group["params"] if q.grad is not None])
     opt.step()
 
 
-def descend(opt, loss, rate: float):
+def minimise(opt, loss, rate: float):
     """`descent` by one loss"""
-    with descent(opt, rate):
+    with optimiser_step(opt, rate):
         loss.backward()
 
 
@@ -426,11 +427,11 @@ def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
     return min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
-def check_finite(terms: dict, step: int) -> dict:
+def terms_to_floats(terms: dict, step: int) -> dict:
     """Scalars -> their means over all processes, as floats: the one time that a step waits for the device.
     InputError: one of them is NaN or infinite, in any process; it is named"""
     values = torch.stack([value.detach().float() for value in terms.values()])
-    average([values])
+    all_reduce_mean([values])
     values = dict(zip(terms, values.tolist()))
     bad = [f"'{name}' is {value:g}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
@@ -451,17 +452,17 @@ def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
 
 # ------------------------------------------- several processes of one run: torchrun --nproc-per-node 8 train.py ..
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-together = functools.partial(refusing, "torchrun", "another process of this run has ended")
+RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+wrap_peer_errors = functools.partial(wrap_errors, "torchrun", "another process of this run has ended")
 
 
-def join_run(name: str) -> torch.device:
+def init_distributed(name: str) -> torch.device:
     """pick_device's, but each process of torchrun has a GPU of its own, and the first alone prints"""
-    if WORLD > 1 and torch.cuda.is_available():
+    if WORLD_SIZE > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(name)
-    if WORLD > 1 and not dist.is_initialized():
-        with together():                                   # 4 h: the others wait while the first draws, fetches and fits
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        with wrap_peer_errors():                           # 4 h: the others wait while the first draws, fetches and fits
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
         atexit.register(dist.destroy_process_group)
     if RANK:
@@ -469,21 +470,21 @@ def join_run(name: str) -> torch.device:
     return device
 
 
-def meet():
+def barrier():
     """Waits until every process is here"""
-    if WORLD > 1:
-        with together():
+    if WORLD_SIZE > 1:
+        with wrap_peer_errors():
             dist.barrier()
 
 
-def average(tensors: list):
+def all_reduce_mean(tensors: list):
     """Tensors of one kind become their means over all processes, by one all_reduce of a flat buffer. (The hooks of
     DistributedDataParallel expect one backward pass a step. Here are several, some through graphs by create_graph.)"""
-    if WORLD > 1 and tensors:
+    if WORLD_SIZE > 1 and tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with together():
+        with wrap_peer_errors():
             dist.all_reduce(flat)
-        parts = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
@@ -493,7 +494,7 @@ class MeanOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
-        average([x])
+        all_reduce_mean([x])
         return x
 
     backward = forward

@@ -25,7 +25,7 @@ from data import Pack
 from fusion import load_model
 from judges import same_person_loss
 from media import InputError, check_output, make_folder, to_tensor
-from report import markdown, toy_page
+from report import markdown_table, write_toy_page
 from toyfaces import FACTORS, TEST_SEED, WORLD_VERSION, draw, make_pack, make_person
 
 COLUMN = {name: i for i, name in enumerate(FACTORS)}
@@ -262,11 +262,11 @@ def toy_report(args, device):
         animators = {path: animator(m, device) for path, m in models.items() if m.config.size == size}
         rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(test)}
         rows |= {path: control_table(animate, test) for path, animate in animators.items()}
-        print(markdown(rows))
+        print(markdown_table(rows))
         report |= rows
         for path, animate in animators.items():
             matrix = report[f"{path} matrix"] = change_matrix(animate, test)
-            print(f"\n{path}: change one input (row), see what moves (column)\n{markdown(matrix)}\n")
+            print(f"\n{path}: change one input (row), see what moves (column)\n{markdown_table(matrix)}\n")
     if page:
         page.write_text(json.dumps(report, indent=1))
-        toy_page(page, report, args.weights)
+        write_toy_page(page, report, args.weights)

@@ -24,9 +24,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from audio import mfcc, sound_windows
-from checkpoint import FORMAT, refusing
+from checkpoint import FORMAT, wrap_errors
 from faces import TEMPLATES
-from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, refused, to_int16, to_tensor
+from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, to_int16, to_tensor, wrap_os_errors
 
 # ----------------------------------------------------------------------------------------------------------- packs
 
@@ -59,7 +59,7 @@ class PackWriter:
         self.identities, self.sources = {}, []
         if (self.folder / "meta.json").exists():
             raise InputError(f"{folder}: holds a pack already, name another directory")
-        with refused(folder, "written"):
+        with wrap_os_errors(folder, "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.open(keep)
 
@@ -148,7 +148,7 @@ class Pack:
             raise InputError(f"{folder}: no such directory, expected a pack written by prepare.py")
         if not (self.folder / "meta.json").is_file():
             raise InputError(f"{folder}: not a pack, or an unfinished one (meta.json is missing)")
-        with refusing(folder, "a damaged pack"):
+        with wrap_errors(folder, "a damaged pack"):
             meta = json.loads((self.folder / "meta.json").read_text())
             self.size, self.template, self.identities = meta["size"], meta["template"], meta["identities"]
             self.source_folder = meta.get("shard_of", str(self.folder))  # shards of one folder share its people
@@ -187,7 +187,7 @@ class Pack:
         assert 0 <= k < self.n_frames[c], f"frame {k} of clip {c}, which has {self.n_frames[c]}"
         pack, c = self.at(c)
         i = pack.frame_start[c] + k
-        with refusing(pack.folder, f"frame {k} of clip {c} is damaged"):
+        with wrap_errors(pack.folder, f"frame {k} of clip {c} is damaged"):
             jpeg = io.BytesIO(pack.jpegs[pack.jpeg_start[i] : pack.jpeg_start[i + 1]])
             return np.array(Image.open(jpeg, formats=("JPEG",)))
 

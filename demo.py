@@ -24,7 +24,7 @@ def make_video(folder: str, face, speech, driving, mouth: float, part: str) -> s
     """The page's files and settings -> path of the video, in `folder`. InputError: as sample.py; none, or long speech"""
     if not (face and speech):
         raise InputError("a photo or a video, and speech are needed")
-    seconds = len(load_audio(speech, level=False)) / SAMPLE_RATE
+    seconds = len(load_audio(speech, normalise=False)) / SAMPLE_RATE
     if seconds > LONGEST:
         raise InputError(f"the speech has {seconds:.0f} seconds, at most {LONGEST} are allowed")
     out = f"{folder}/talk.mp4"

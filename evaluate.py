@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import judges as published
 from audio import log_mel, mfcc, n_frames
-from checkpoint import PUBLISHED, checkpoints_dir, pick_device, revision
+from checkpoint import PUBLISHED, checkpoints_dir, git_revision, pick_device
 from control import toy_report
 from faces import (
     ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, need_detector, similarity,
@@ -40,7 +40,7 @@ from faces import (
 from landmarks import load_landmarks, read_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
-from report import markdown, pairs_page
+from report import markdown_table, write_pairs_page
 from syncnet import MAX_OFFSET, WINDOW_FRAMES, best_offset, embed_clip, embed_sound, load_sync, logits_by_shift
 from warp import angles, fit_pose
 
@@ -321,7 +321,7 @@ class Clip:
     @functools.cached_property
     def wav(self):
         try:
-            return load_audio(self.path, level=False)  # as published
+            return load_audio(self.path, normalise=False)  # as published
         except InputError as error:
             raise InputError(str(error).removeprefix(f"{Path(self.path).absolute()}: ")) from None
 
@@ -523,19 +523,19 @@ def measure_pairs(args, device):
         rows["closeness of these means"] = near
     rows = {row: {name: values.get(name) for name in order} for row, values in rows.items()}
     seconds, frames = time.perf_counter() - begin, sum(pair["frames"] for pair in measured)
-    print(markdown({row: {METRICS[name].heading(name): "–" if value is None else f"{value:.{METRICS[name].digits}f}"
+    print(markdown_table({row: {METRICS[name].heading(name): "–" if value is None else f"{value:.{METRICS[name].digits}f}"
                           for name, value in values.items()} for row, values in rows.items()}))
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
     notes = legend(args, networks, order, len(features[0]) if features else 0) + problems(missing, reports, alone)
     print("\n".join(notes))
     if page:
-        versions = dict(revision=revision(), torch=torch.__version__, numpy=np.__version__)
+        versions = dict(revision=git_revision(), torch=torch.__version__, numpy=np.__version__)
         columns = {name: METRICS[name]._asdict() for name in order}
         report = dict(rows=rows, columns=columns, pairs=reports, frames=frames, seconds=seconds, left_out=missing,
                       alone=alone, notes=notes, versions=versions, device=str(device))
         report = json.loads(json.dumps(report), parse_constant=str)  # JSON has no infinity: the string "Infinity"
         page.write_text(json.dumps(report, indent=1))
-        pairs_page(page, report, {name: files for name, *files in pairs})
+        write_pairs_page(page, report, {name: files for name, *files in pairs})
 
 
 def legend(args, networks, order, n: int) -> list[str]:

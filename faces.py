@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import correlate1d  # scipy.signal takes a second to import
 
-from checkpoint import fetch, refusing
+from checkpoint import fetch, wrap_errors
 from media import InputError, check_file
 
 # ------------------------------------- crops: a square of an image in which eyes and mouth lie where the template says
@@ -467,7 +467,7 @@ def mediapipe_landmarks(path: Path, *_):
     from mediapipe.tasks.python import BaseOptions, vision
 
     options = vision.FaceLandmarkerOptions(base_options=BaseOptions(model_asset_path=str(path)), num_faces=1)
-    with refusing(path, "not a face landmarker of MediaPipe"):
+    with wrap_errors(path, "not a face landmarker of MediaPipe"):
         network = vision.FaceLandmarker.create_from_options(options)
 
     def detect(image):  # one by one: its video mode lags
@@ -484,7 +484,7 @@ def dlib_landmarks(path: Path, template: str, *_):
     the mean from five boxes (ours: its trees jitter with the box that they start from)."""
     import dlib
 
-    with refusing(path, "not a shape predictor of dlib"):
+    with wrap_errors(path, "not a shape predictor of dlib"):
         network = dlib.shape_predictor(str(path))
     if template not in DLIB_BOX:
         raise InputError(f"--landmarks dlib: for real faces, not for crops of the template {template}")

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from audio import AudioEncoder, WindowEncoder
-from checkpoint import load_checkpoint, load_strictly, refusing
+from checkpoint import load_checkpoint, load_strictly, wrap_errors
 from faces import mask_mouth
 from media import InputError
 from stylegan2 import Generator, load_rosinality, n_styles, shape_of
@@ -489,7 +489,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
 def load_model(path: str, device="cpu", kinds: tuple = ("weights", "stage3")) -> FCTFG:
     """The EMA network of a file, in eval mode; `model.kind` is the file's. InputError: see load_checkpoint"""
     checkpoint = load_checkpoint(path, kinds)
-    with refusing(path, "not a network of this version"):
+    with wrap_errors(path, "not a network of this version"):
         state = checkpoint["networks" if checkpoint["kind"] == "weights" else "ema"]["model"]
         model = load_strictly(lambda: FCTFG(Config(**checkpoint["config"])), state, path)
     model.kind = checkpoint["kind"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import judges
 from audio import add_echo_and_noise, log_mel, make_non_speech, mel_windows, spec_augment
-from checkpoint import RANK, WORLD, fetch, freeze, load_checkpoint
+from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
 from faces import Landmarks, mask_mouth
 from fusion import FCTFG, Config, mean_w, published
@@ -95,7 +95,7 @@ def load_batches(args, data, config, mfcc: bool, start: int):
     """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
     loss, else and on odd steps many clips of one frame; with a mouth code half of them are photos, if there are any"""
     def load(dataset, batch, first):
-        return batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD)
+        return batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD_SIZE)
 
     if args.stage < 3:
         yield from load(data["images"], args.batch, start)

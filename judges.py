@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import fetch, load_frozen, read_weights, refusing
+from checkpoint import fetch, load_frozen, read_weights, wrap_errors
 from faces import ARCFACE_POINTS, TEMPLATES, resized, square_at, window
 from vision import trunk_ir_se50
 
@@ -260,7 +260,7 @@ class Inception:
     def __init__(self, device, path: str | Path | None = None):
         """path: your copy of pytorch-fid's file; None fetches it. Raises InputError."""
         path = fetch("inception", path)
-        with refusing(path, "not the weights of Inception"):
+        with wrap_errors(path, "not the weights of Inception"):
             self.weights = {name: value.float().to(device) for name, value in read_weights(path).items()}
             self(torch.zeros(1, 3, 299, 299, device=device))
 
@@ -312,7 +312,7 @@ def load_published(name: str, make, device, path=None, weights=lambda content: c
     """make()'s network, frozen, with the weights of PUBLISHED[name], fetched, or of the user's copy at `path`"""
     path = fetch(name, path)
     content = read_weights(path)
-    with refusing(path, f"not the weights of {name}"):
+    with wrap_errors(path, f"not the weights of {name}"):
         state = weights(content)
     return load_frozen(make, state, path, device)
 

@@ -31,8 +31,9 @@ import sample as photos
 import toyfaces
 from audio import WindowEncoder, add_echo_and_noise, log_mel, make_non_speech, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
-    StepTimer, check_finite, claim_output, cosine_warmup, descend, load_checkpoint, load_strictly, millions, open_log,
-    pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
+    StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, load_checkpoint, load_strictly, minimise,
+    open_log, pick_device, progress_bar, restore_run, save_checkpoint, save_run, terms_to_floats, wrap_errors,
+    write_log)
 from control import correlation, partial_correlation
 from data import (
     PART_PURPOSES, add_split_options, balance_people, batches, find_used_clips, hash_sounds, open_packs, split)
@@ -43,7 +44,7 @@ from media import (
     FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, load_audio, load_photo, run,
     write_video)
 from motion import activity, lip_opening
-from report import image_grid, markdown
+from report import image_grid, markdown_table
 from syncnet import SyncNet, load_sync
 
 MOUTH = slice(48, 68)  # of iBUG's 68
@@ -196,7 +197,7 @@ class PackSource:
         if not begin.isdecimal():
             raise InputError(f"{self.pack.folder}: clip '{begin}' is not cut from a video, --words has no times for it")
         path, first = check_file(Path(self.words) / f"{Path(video).stem}.align"), int(begin) / FPS
-        with refusing(path, "expected lines of start, end and word"):
+        with wrap_errors(path, "expected lines of start, end and word"):
             rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
             times = [(int(a) / 25000 - first, int(b) / 25000 - first, word) for a, b, word in rows]
         return [(a, b, word) for a, b, word in times if b > 0 and a < self.pack.n_frames[c] / FPS]
@@ -475,7 +476,7 @@ def load_keypoints(path, device, which: str | None = None):
     """A trained network, its "last", "best" or "average", by default the average where there is one; its Mouth"""
     saved = load_checkpoint(path, "keypoints")
     which = which or ("average" if "average" in saved.get("networks", {}) else "best")
-    with refusing(path, "its networks do not fit this version"):
+    with wrap_errors(path, "its networks do not fit this version"):
         network = dict(lstm=Wav2KP, transformer=Humans, context=Context)[saved["config"]["kind"]]
         net = saved["config"]["net"]
         model = load_strictly(lambda: network(**net), saved["networks"][which], path)
@@ -503,7 +504,7 @@ def new_model(args, source, clips, words: int):
         model = Context(**options, voice_norm=bool(args.data))
     else:
         tower = load_sync(args.expert, "cpu") if args.expert else None
-        with refusing(args.expert, "its sound tower is another than syncnet.py's"):
+        with wrap_errors(args.expert, "its sound tower is another than syncnet.py's"):
             config = tower.config if tower else None
         voice_norm = bool(args.data) and not tower  # the sync expert has heard voices as they are
         model = Humans(**options, autoregressive=args.autoregressive, tower=config, voice_norm=voice_norm)
@@ -547,19 +548,19 @@ def train(args):
         used["train"] = torch.cat([used["train"], *load_checkpoint(args.expert, "syncnet").get("clips", {}).values()])
     still = baselines(mouth, {}, source, parts["valid"])["mean mouth"]["mse"]
     print(f"{model.kind} on {device}: {len(parts['train'])} clips to train on, {len(parts['valid'])} to validate, "
-          f"{millions(model)}; MSE of the mean mouth {still:.3g}")
+          f"{count_parameters(model)}; MSE of the mean mouth {still:.3g}")
 
     clips = balance_people(getattr(source, "pack", None), parts["train"], args)
     dataset = KeypointDataset(source, clips, mouth, model.kind, FRAMES[model.kind], args.seed, words,
                               model.config.get("voice_norm"))
     data, timer = batches(dataset, args.batch, start), StepTimer(device)
     log = open_log(out.with_name(f"log_{out.stem}.jsonl"), args)
-    for step in (bar := progress(model.kind, start, args.steps)):
-        batch = timer.next(data)  # sound (B, T, 1, 80, 16), an LSTM's (B, 4 T, 40, 13); codes (B, T or 4 T, D)
+    for step in (bar := progress_bar(model.kind, start, args.steps)):
+        batch = timer.next_batch(data)  # sound (B, T, 1, 80, 16), an LSTM's (B, 4 T, 40, 13); codes (B, T or 4 T, D)
         terms = model.train().losses(batch)
-        values = check_finite(terms, step)
+        values = terms_to_floats(terms, step)
         loss = sum(WEIGHTS[name] * value for name, value in terms.items())
-        descend(opt, loss, cosine_warmup(step, args.steps))
+        minimise(opt, loss, cosine_warmup(step, args.steps))
 
         done, end = step + 1, step + 1 == args.steps
         if done % VALIDATE_EVERY == 0 or end:
@@ -637,7 +638,7 @@ def evaluate(args):
     name = source.pack.folder if args.data else "toy world"
     print(f"{name}: {len(test)} test clips; mse in (% of the eye distance)^2 a coordinate; relative: over the mouth's "
           f"mean square; silence: opening in %, in clips {100 * profile.mean():.1f} on average\n")
-    print(markdown({name: {key: format(row[key], form) if key in row else "" for key, form in columns.items()}
+    print(markdown_table({name: {key: format(row[key], form) if key in row else "" for key, form in columns.items()}
                     for name, row in rows.items()}))
 
 
@@ -760,7 +761,7 @@ def sample(args):
         animator = SimpleNamespace(lips=lambda mel: lips, motion=SimpleNamespace(moves=torch.from_numpy(mouth.moves())))
         frames = photos.talking_photo(animator, photo, box, None, activity(wav, len(codes)), options)
     write_video(out, iter(frames), len(faces), (args.speech, len(wav)), args.overwrite)
-    with refusing(numbers, "cannot be written"):
+    with wrap_errors(numbers, "cannot be written"):
         np.save(numbers, faces)
     print(f"{out}, {numbers}: {len(faces)} frames, {len(faces) / FPS:.2f} s")
 
@@ -778,7 +779,7 @@ def parse(argv=None):
     e.add_argument("--landmarks", default="fan", help="mediapipe:FILE, dlib:FILE or fan")
     e.add_argument("--list", metavar="FILE", help="of clips or people, a name a line; default: all")
     e.add_argument("--workers", type=int, default=1, help="processes, each with a detector of its own")
-    run_options(t, "out/toy_kp.pt", steps=600, batch=16, lr=1e-3, of="windows")
+    add_run_options(t, "out/toy_kp.pt", steps=600, batch=16, lr=1e-3, batch_of="windows")
     add_split_options(t)
     t.add_argument("--model", default="transformer", choices=tuple(RATE), help="Humans', WAV2KP's or ours")
     t.add_argument("--target", default=TARGETS[0], choices=TARGETS, help="what the network outputs for the lips")

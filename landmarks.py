@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import half, load_checkpoint, load_frozen, save_checkpoint
+from checkpoint import fp16_state_dict, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, open_packs, read_clip_list, split
 from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
-from media import InputError, Parser, by_processes, check_output, refused, run
+from media import InputError, Parser, check_output, parallel_map, run, wrap_os_errors
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -503,7 +503,7 @@ def extract(args):
     """Landmarks of the clips of a pack, written beside it. A killed run continues after its last finished clip."""
     pack = Pack(args.pack)
     folder, wanted = pack.folder / "landmarks", set(read_clip_list(pack, args.list) if args.list else range(len(pack)))
-    with refused(folder, "written"):
+    with wrap_os_errors(folder, "written"):
         folder.mkdir(exist_ok=True)
         lines = open_landmarks(folder, landmarks_header(pack, args.landmarks.partition(":")[0]), args.overwrite)
         (folder / "clips.jsonl").write_bytes(b"".join(lines))  # without a torn last line
@@ -511,7 +511,7 @@ def extract(args):
         os.truncate(folder / "points.bin", int(pack.frame_start[done]) * K * 2 * 4)
         chunks = [range(first, min(first + CHUNK, len(pack))) for first in range(done, len(pack), CHUNK)]
         job = partial(detect_clips, pack=pack, spec=args.landmarks, wanted=wanted)
-        results = tqdm(by_processes(job, chunks, args.workers), f"{CHUNK} clips", len(chunks), disable=None)
+        results = tqdm(parallel_map(job, chunks, args.workers), f"{CHUNK} clips", len(chunks), disable=None)
         with open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out:
             for found, clips in zip(results, chunks):
                 for c, line in zip(clips, found):
@@ -540,7 +540,7 @@ def main(argv=None):
     train(net, face_crops(net, images, points, rng), weight, args.steps, 3e-3, "landmarks")
     for name, network, part in (("eyes", net.eye, EYE), ("mouth", net.mouth, MOUTH)):
         train(network, eye_or_mouth_crops(net, network, part, images, points, rng), part.weight, args.steps, 5e-3, name)
-    save_checkpoint(out, dict(kind="landmarks", format=1, config=net.config, net=half(net)))
+    save_checkpoint(out, dict(kind="landmarks", format=1, config=net.config, net=fp16_state_dict(net)))
     print(f"{out}: trained on {len(points)} frames")
 
 

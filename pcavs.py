@@ -35,9 +35,9 @@ from tqdm import tqdm
 import judges
 from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
-    StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_frozen, load_strictly,
-    millions, open_log, pick_device, progress, read_weights, refusing, restore_run, run_options, save_checkpoint,
-    save_run, update_ema, write_log)
+    StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
+    load_frozen, load_strictly, minimise, open_log, pick_device, progress_bar, read_weights, restore_run,
+    save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, open_packs, split, to_flipped_tensor
 from faces import (
     ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, interpolated,
@@ -315,7 +315,7 @@ def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
     if Path(path).is_dir():
         return load_published(Path(path), device=device)
     checkpoint = load_checkpoint(path, "pcavs")
-    with refusing(path, "not a network of this version"):
+    with wrap_errors(path, "not a network of this version"):
         model = load_strictly(lambda: PCAVS(Config(**checkpoint["config"])), checkpoint["networks"]["model"], path)
     return model.to(device).eval()
 
@@ -412,7 +412,7 @@ def render(model, crop, wav, pose, args, device):
     noise = [x.to(device) for x in model.G.draw_noise(torch.Generator().manual_seed(args.seed))]
     noise, photo, n = noise if model.config.noise else "off", to_tensor(crop).to(device), n_frames(len(wav))
     for frames in model.animate(photo, lws_mel(wav), n, map(to_tensor, pose), noise, args.bf16):
-        with refusing(args.weights, "the networks fail"):
+        with wrap_errors(args.weights, "the networks fail"):
             frames = to_uint8(frames)                                           # (b, size, size, 3)
         yield from frames
 
@@ -620,7 +620,7 @@ def train(args):
     nets, opts = build(args, pack, device)
     model, ema = nets["model"], nets["ema"]
     if args.resume:
-        with refusing(path, "was trained with other options"):
+        with wrap_errors(path, "was trained with other options"):
             for name, state in saved["networks"].items():
                 nets[name].load_state_dict(state)
         restore_run(path, saved, opts)
@@ -630,19 +630,19 @@ def train(args):
     clips = ClipFrames(pack, FRAMES, args.seed, balance_people(pack, parts["train"], args))
     stream = batches(clips, args.batch // FRAMES, saved["step"])
     print(f"PC-AVS on {device}: {len(parts['train'])} clips to train on, {len(pack.identities)} people, "
-          f"{millions(model)}")
+          f"{count_parameters(model)}")
     weight = WEIGHTS | dict(vgg=args.w_vgg, adv=args.w_adv)
     log, timer = open_log(path.with_name("log_pcavs.jsonl"), args), StepTimer(device)
-    for step in (bar := progress("PC-AVS", saved["step"], args.steps)):
-        batch = timer.next(stream)
+    for step in (bar := progress_bar("PC-AVS", saved["step"], args.steps)):
+        batch = timer.next_batch(stream)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             terms, real, fake = loss_terms(nets | vgg, batch, step, args)
             terms = {k: weight[k] * v for k, v in terms.items()}
             d_terms = discriminator_terms(nets["D"], real, fake, step) if args.w_adv else {}
         line = dict(step=step)
         for opt, losses in zip(opts.values(), (terms, d_terms)):
-            line |= check_finite(losses, step)
-            descend(opt, sum(losses.values()), cosine_warmup(step, args.steps))
+            line |= terms_to_floats(losses, step)
+            minimise(opt, sum(losses.values()), cosine_warmup(step, args.steps))
         update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
         last = step + 1 == args.steps
@@ -653,7 +653,7 @@ def train(args):
             save_run(path, dict(kind="pcavs-train", config=vars(ema.config), step=step + 1), args, nets, opts)
     write_report(path.parent)  # with the last image
     save_checkpoint(path.with_name("weights.pt"), dict(
-        kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=half(ema))))
+        kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=fp16_state_dict(ema))))
     print(f"{path.with_name('weights.pt')}: for pcavs.py --weights")
 
 
@@ -689,7 +689,7 @@ def parse(argv=None):
         command.add_argument("--aligned", action="store_true", help="published weights: images are aligned already")
         command.add_argument("--seed", type=int, default=0, help="of the generator's noise")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    run_options(learn, "out/pcavs32", steps=2000, batch=32, lr=2e-3, of=f"images, {FRAMES} of each clip,")
+    add_run_options(learn, "out/pcavs32", steps=2000, batch=32, lr=2e-3, batch_of=f"images, {FRAMES} of each clip,")
     learn.add_argument("--data", nargs="+", help="packs of prepare.py; default: the toy world, drawn into --out")
     add_split_options(learn)
     learn.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the images: the dial")

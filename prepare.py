@@ -32,8 +32,9 @@ from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import (
     HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
 from media import (
-    InputError, Parser, by_processes, load_audio, load_photo, probe, read_video, refused, run, set_level, to_int16)
-from report import image_grid, markdown
+    InputError, Parser, load_audio, load_photo, normalise_loudness, parallel_map, probe, read_video, run, to_int16,
+    wrap_os_errors)
+from report import image_grid, markdown_table
 from syncnet import WINDOW_FRAMES, best_offset, embed_clip, load_sync, logits_by_shift
 
 sync_expert = lru_cache(1)(load_sync)  # loaded once a process
@@ -50,7 +51,7 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
     begin and number of frames, outcome, reason; a skipped one has no JPEGs. lag: by how many frames its sound is
     late. InputError: not a video, no sound, damaged (only pictures that break off leave what came before)."""
     info, wav = probe(path), load_audio(path)
-    wav = set_level(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
+    wav = normalise_loudness(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
     wav = cut_sound(wav, lag, lag + n_frames(len(wav))) if lag else wav
     height, total, at = min(info.height, HIGHEST), n_frames(len(wav)), 0
     length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
@@ -170,7 +171,7 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
             read = partial(prepare_photo if photos else prepare_video, size=size, template=template, **options)
             done = {folder / outcome["path"] for outcome in outcomes}
             jobs = [(path, Path(spools) / str(k)) for k, path in enumerate(paths[i::n]) if path not in done]
-            results = by_processes(partial(read_file, folder=folder, read=read), jobs, workers)
+            results = parallel_map(partial(read_file, folder=folder, read=read), jobs, workers)
             for line, job in zip(tqdm(results, "files", len(jobs), disable=None), jobs):
                 write_file(*job, line, pack, log, person, photos)
                 outcomes.append(line)
@@ -221,7 +222,7 @@ def census(paths: list[Path], workers: int):
             for value in values:
                 found.setdefault(value, []).append(seconds)
     rows = sorted(found.items(), key=lambda row: (row[0].split()[0], -len(row[1])))
-    print(markdown({value: dict(files=str(len(seconds)), share=f"{len(seconds) / len(paths):.1%}",
+    print(markdown_table({value: dict(files=str(len(seconds)), share=f"{len(seconds) / len(paths):.1%}",
                                 seconds=f"{sum(seconds):.0f}") for value, seconds in rows}))
 
 
@@ -268,7 +269,7 @@ def main():
     if args.check_sync:
         sync_expert(args.check_sync, "cpu")  # an error now, not in every worker
     start, person = time.time(), args.videos.absolute().name if args.one_person else None
-    with refused(args.out, "written"):  # an input that cannot be read is a line of the manifest
+    with wrap_os_errors(args.out, "written"):  # an input that cannot be read is a line of the manifest
         outcomes = prepare(args.videos, args.out, args.size, args.workers, person, shard, args.template,
                            expert=args.check_sync, isolate=args.isolate_voice, lag=args.lag)
         pack = Pack(args.out)

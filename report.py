@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from media import InputError, Parser, read_video, replacing, run
+from media import InputError, Parser, atomic_write, read_video, run
 
-PACE = ("step", "ms", "images_s", "waiting", "gib")  # of a log line; the rest are curves
-TOGETHER = (("real", "fake"), ("in_sync", "shifted", "other"))  # curves of one chart
+PACE_KEYS = ("step", "ms", "images_s", "waiting", "gib")  # of a log line; the rest are curves
+SHARED_CHARTS = (("real", "fake"), ("in_sync", "shifted", "other"))  # curves of one chart
 COLOURS = ("#3b82f6", "#ef6c4d", "#2fa36b", "#a974d8", "#d9960a", "#808890", "#17a2a2")  # read on white and on black
-MOST_LINES = 500   # of a log that are read: a page of a long run takes no longer
+MAX_LOG_LINES = 500   # of a log that are read: a page of a long run takes no longer
 # of losses in the logs of train.py and pcavs.py, which are times their weights, and other columns
 HEALTHY = dict.fromkeys("feat vgg lpips arcface l2 velocity position".split(), "Falls throughout.") | dict(
     rec="Reconstruction: falls throughout, ever more slowly.",
@@ -82,62 +82,62 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
     """-> the last header, and lines by rising steps: a resumed run writes some again. A torn line is left out"""
     header, lines, rows = {}, [], path.read_text(errors="replace").splitlines()
     for k, row in enumerate(rows):
-        if k % (1 + len(rows) // MOST_LINES) and '"ms"' in row and k + 1 < len(rows):
+        if k % (1 + len(rows) // MAX_LOG_LINES) and '"ms"' in row and k + 1 < len(rows):
             continue
         with contextlib.suppress(ValueError):
             line = json.loads(row)
             if isinstance(line, dict) and isinstance(line.get("args"), dict):
                 header = line
-            elif isinstance(line, dict) and finite(line.get("step")):
+            elif isinstance(line, dict) and is_finite(line.get("step")):
                 while lines and lines[-1]["step"] > line["step"]:
                     lines.pop()
                 lines.append(line)
     return header, lines
 
 
-def finite(value) -> bool:
+def is_finite(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def log_section(path: Path, header: dict, lines: list[dict]) -> str:
     """Where a run is, its curves, its image, its options"""
     name, args, charts = path.stem.removeprefix("log_"), header.get("args", {}), {}
-    for key in dict.fromkeys(key for line in lines for key in line if key not in PACE):
-        points = [(line["step"], line[key]) for line in lines if finite(line.get(key))]
+    for key in dict.fromkeys(key for line in lines for key in line if key not in PACE_KEYS):
+        points = [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
         if points:
-            group = next((names[0] for names in TOGETHER if key in names), key)
+            group = next((names[0] for names in SHARED_CHARTS if key in names), key)
             charts.setdefault(group, {})[key] = points
     figures = ""
     for group, series in charts.items():
-        now = ", ".join(f"<b>{text(key)}</b> {points[-1][1]:.3g}" for key, points in series.items())
-        figures += (f"<figure>{now}{chart(series, 300, 130)}"
-                    f"<figcaption>{text(HEALTHY.get(group, ''))}</figcaption></figure>")
+        now = ", ".join(f"<b>{escape(key)}</b> {points[-1][1]:.3g}" for key, points in series.items())
+        figures += (f"<figure>{now}{line_chart(series, 300, 130)}"
+                    f"<figcaption>{escape(HEALTHY.get(group, ''))}</figcaption></figure>")
     options = {k: v for k, v in (header | args).items() if k != "args" and v is not None}
-    rows = "".join(f"<tr><th>{text(k)}<td>{text(v)}" for k, v in options.items())
-    return (f"<h2>{text(name)}</h2><p>{text(progress(lines, args.get('steps')))}<br><small>"
-            f"{text(header.get('machine', ''))}</small>"
-            f"<div class=charts>{figures}</div>{embed(path.with_name(f'{name}.png'))}"
+    rows = "".join(f"<tr><th>{escape(k)}<td>{escape(v)}" for k, v in options.items())
+    return (f"<h2>{escape(name)}</h2><p>{escape(describe_progress(lines, args.get('steps')))}<br><small>"
+            f"{escape(header.get('machine', ''))}</small>"
+            f"<div class=charts>{figures}</div>{embed_image(path.with_name(f'{name}.png'))}"
             f"<details><summary>Options and versions</summary><div class=wide><table>{rows}</table></div></details>")
 
 
-def progress(lines: list[dict], steps: int | None) -> str:
+def describe_progress(lines: list[dict], steps: int | None) -> str:
     """The step, the time so far, the pace of the last line"""
-    paced = [line for line in lines if all(finite(line.get(key)) for key in PACE)]
+    paced = [line for line in lines if all(is_finite(line.get(key)) for key in PACE_KEYS)]
     if not paced:
         return "no line yet"
     last, before = paced[-1], [0] + [line["step"] for line in paced]
     spent = sum(line["ms"] * (line["step"] - step) for line, step in zip(paced, before)) / 60000
-    return f"step {last['step']:,} of {steps or last['step']:,}, {spent:.1f} min so far, {pace(last, steps)}"
+    return f"step {last['step']:,} of {steps or last['step']:,}, {spent:.1f} min so far, {describe_pace(last, steps)}"
 
 
-def pace(line: dict, steps: int | None) -> str:
+def describe_pace(line: dict, steps: int | None) -> str:
     """Of a line of a log: the time of a step, images a second, the share of waiting for data, memory, time left"""
     left = ((steps or 0) - 1 - line["step"]) * line["ms"] / 60000
     return (f"{line['ms']:.0f} ms, {line['images_s']:.0f} images/s, {100 * line['waiting']:.0f} % waiting, "
             f"{line['gib']:.1f} GiB") + f", {left:.1f} min left" * (left > 0)
 
 
-def machine() -> str:
+def machine_name() -> str:
     """For the header of a log: the GPU's name, else the processor's"""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -147,12 +147,12 @@ def machine() -> str:
 
 # ----------------------------------------------------------------------------------------------------- parts of a page
 
-def text(value) -> str:
+def escape(value) -> str:
     """Any value, for HTML"""
     return html.escape(", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
 
 
-def chart(series: dict, w: float, h: float) -> str:
+def line_chart(series: dict, w: float, h: float) -> str:
     """Curves {name: [(step, value), ..]} in an SVG of w x h; a logarithmic axis where positive values differ 30 times"""
     values = [v for points in series.values() for _, v in points]
     scale = math.log10 if min(values) > 0 and max(values) > 30 * min(values) else float
@@ -170,23 +170,24 @@ def chart(series: dict, w: float, h: float) -> str:
         svg += f'<polyline points="{" ".join(xy)}" fill="none" stroke="{colour}" stroke-width="1.6" ' \
                'stroke-linecap="round"/>'
         if len(series) > 1:
-            svg += f'<text font-size="11" fill="{colour}" x="{left + 58 * k}" y="{h - 5}">{text(name)}</text>'
+            svg += f'<text font-size="11" fill="{colour}" x="{left + 58 * k}" y="{h - 5}">{escape(name)}</text>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}">{svg}</svg>'
 
 
-def table(rows: dict, full: float | None = None) -> str:
+def html_table(rows: dict, full: float | None = None) -> str:
     """{row: {column: number or text}}; a bar under each number, of full width for `full`, else the column's largest"""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    most = {c: full or max([abs(row[c]) for row in rows.values() if finite(row.get(c))], default=0) or 1 for c in columns}
-    lines = ["<tr><th>" + "".join(f"<th>{text(c)}" for c in columns)]
+    most = {c: full or max([abs(row[c]) for row in rows.values() if is_finite(row.get(c))], default=0) or 1
+            for c in columns}
+    lines = ["<tr><th>" + "".join(f"<th>{escape(c)}" for c in columns)]
     for name, row in rows.items():
         cells = [f"{row[c]:.3f}<div class=bar style='width:{min(100, 100 * abs(row[c]) / most[c]):.0f}%'></div>"
-                 if finite(row.get(c)) else text(row.get(c) or "") for c in columns]
-        lines.append(f"<tr><th>{text(name)}" + "".join(f"<td>{cell}" for cell in cells))
+                 if is_finite(row.get(c)) else escape(row.get(c) or "") for c in columns]
+        lines.append(f"<tr><th>{escape(name)}" + "".join(f"<td>{cell}" for cell in cells))
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
-def markdown(rows: dict) -> str:
+def markdown_table(rows: dict) -> str:
     """{row: {column: number, text or None}} -> a table in Markdown"""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -211,7 +212,7 @@ def image_grid(rows: list, words: list, edge: int) -> Image.Image:
     return grid
 
 
-def embed(image: Image.Image | Path) -> str:
+def embed_image(image: Image.Image | Path) -> str:
     """An image, or a file's; nothing where it cannot be read"""
     data = io.BytesIO()
     with contextlib.suppress(OSError):
@@ -227,15 +228,15 @@ def write_page(path: Path, title: str, sections: list[str]):
     """Browsers read the page again every 30 s, while time is left to a run. InputError: it cannot be written"""
     again = "<meta http-equiv=refresh content=30>" * any("min left<" in section for section in sections)
     content = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-               f"{again}<title>{text(title)}</title><style>{STYLE}</style><h1>{text(title)}</h1>{''.join(sections)}"
+               f"{again}<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>{''.join(sections)}"
                f"<p><small>written {time.strftime('%Y-%m-%d %H:%M:%S')}</small></html>\n")
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 # ------------------------------------------------------------------------------- pages of evaluate.py, beside its JSON
 
-def pairs_page(path: Path, report: dict, files: dict):
+def write_pairs_page(path: Path, report: dict, files: dict):
     """`evaluate.py pair`: the table, each pair's values, frames of the pairs of the best and the worst mean rank.
     report: the content of the JSON `path`; files: {name of a pair: (real, fake)}"""
     pairs = {pair["name"]: pair for pair in report["pairs"] if "fake" in pair}
@@ -249,27 +250,28 @@ def pairs_page(path: Path, report: dict, files: dict):
             rank[name] += k
     order = sorted(rank, key=rank.get)
     heads = {k: f"{k} {dict(higher='↑', lower='↓').get(column['better'], '')}" for k, column in report["columns"].items()}
-    tables = [table({row: {head: values.get(k) for k, head in heads.items()} for row, values in rows.items()})
+    tables = [html_table({row: {head: values.get(k) for k, head in heads.items()} for row, values in rows.items()})
               for rows in (report["rows"], {name: pairs[name]["fake"] for name in order})]
     sections = [tables[0], "<h2>Each pair, the best first</h2>", tables[1]]
     for which, name in (("best", order[0]), ("worst", order[-1]))[:len(order)]:
         count = pairs[name]["frames"]
         spread = [int((i + 0.5) * count / 6) for i in range(6)]
         rows = [[frame for k, frame in enumerate(islice(read_video(file), count)) if k in spread] for file in files[name]]
-        sections += [f"<h2>The {which}: {text(name)}</h2>", embed(image_grid(rows, [*map(str, files[name])], 170))]
+        sections += [f"<h2>The {which}: {escape(name)}</h2>",
+                     embed_image(image_grid(rows, [*map(str, files[name])], 170))]
     notes = report["notes"] + [f"{name}: {column['what']}" for name, column in report["columns"].items()]
-    write_page(path.with_suffix(".html"), path.stem, sections + [f"<p><small>{text(note)}</small>" for note in notes])
+    write_page(path.with_suffix(".html"), path.stem, sections + [f"<p><small>{escape(note)}</small>" for note in notes])
 
 
-def toy_page(path: Path, report: dict, weights: list):
+def write_toy_page(path: Path, report: dict, weights: list):
     """`evaluate.py toy`: the control table, what one change moves, stage 3's image beside each file of weights"""
     tables = {name: rows for name, rows in report.items() if isinstance(next(iter(rows.values())), dict)}
     main = {name: row for name, row in report.items() if name not in tables}
     sections = ["<p>Correlations with the truth: 1 is perfect. The first row is the probe on real frames: nothing "
                 "generated can be read better. Wrong sound and driving mouth belong near 0. A matrix: change one input "
-                "(row), see what moves (column).", *[table(main, 1)] * bool(main)]
-    sections += [f"<h2>{text(name)}</h2>{table(rows, 1)}" for name, rows in tables.items()]
-    sections += map(embed, dict.fromkeys(Path(file).with_name("stage3.png") for file in weights))
+                "(row), see what moves (column).", *[html_table(main, 1)] * bool(main)]
+    sections += [f"<h2>{escape(name)}</h2>{html_table(rows, 1)}" for name, rows in tables.items()]
+    sections += map(embed_image, dict.fromkeys(Path(file).with_name("stage3.png") for file in weights))
     write_page(path.with_suffix(".html"), path.stem, sections)
 
 

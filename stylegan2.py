@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_strictly, read_weights, refusing
+from checkpoint import load_strictly, read_weights, wrap_errors
 from media import InputError
 
 
@@ -398,7 +398,7 @@ class Discriminator(nn.Module):
 def shape_of(network: type, state: dict, source) -> dict:
     """The arguments of Generator or Discriminator that fit rosinality's state dict. InputError: none do."""
     shape = {}
-    with refusing(source, f"not the weights of a StyleGAN2 {network.__name__.lower()}"):
+    with wrap_errors(source, f"not the weights of a StyleGAN2 {network.__name__.lower()}"):
         if network is Discriminator:
             blocks = sum(key.endswith(".skip.1.weight") for key in state)
             widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]

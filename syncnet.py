@@ -38,16 +38,17 @@ from tqdm import tqdm
 
 from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
-    StepTimer, check_finite, claim_output, cosine_warmup, descend, half, load_checkpoint, load_strictly, millions,
-    open_log, pick_device, progress, refusing, restore_run, run_options, save_checkpoint, save_run, write_log)
+    StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
+    load_strictly, minimise, open_log, pick_device, progress_bar, restore_run, save_checkpoint, save_run,
+    terms_to_floats, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, find_used_clips, open_packs, split
 from faces import HIGHEST, SEGMENT, crop_face, middle_square, parse_box, segment_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
 from media import (
-    FPS, READ_ALL, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decoder, describe, last_error,
-    load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
-from report import image_grid, markdown
+    FPS, READ_ALL_STREAMS, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decode_command, describe_media,
+    last_error, load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
+from report import image_grid, markdown_table
 from toyfaces import open_toy_pack
 
 WINDOW_FRAMES = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
@@ -159,7 +160,7 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
         expert.read, expert.embed = nn.Identity(), expert.face
         return expert
     checkpoint = load_checkpoint(path, "syncnet")
-    with refusing(path, "its networks do not fit this version"):
+    with wrap_errors(path, "its networks do not fit this version"):
         config = checkpoint["config"]
         expert = load_strictly(lambda: SyncNet(**config["net"]), checkpoint["networks"]["expert"], path)
         expert.template = config["template"]
@@ -358,21 +359,21 @@ def train(args):
     expert, opt, start, best = start_run(args, last, device)
     pack, clips, val, val_clips = load_data(args, out.parent)
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
-          f"{millions(expert)}; chance is a loss of {CHANCE:.3f}")
+          f"{count_parameters(expert)}; chance is a loss of {CHANCE:.3f}")
 
     used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
     stream = batches(Windows(pack, balance_people(pack, clips, args), expert, args.windows, args.seed), args.batch, start)
     val_windows, average = Windows(val, val_clips, expert), math.nan
     log, timer = open_log(out.with_name(f"log_{out.stem}.jsonl"), args), StepTimer(device)
     apart, validate_every = round(args.negatives * FPS), max(1, min(1000, args.steps // 4))
-    for step in (bar := progress("sync expert", start, args.steps)):
-        batch = {name: x.flatten(0, 1) for name, x in timer.next(stream).items()}  # (N, ..)
+    for step in (bar := progress_bar("sync expert", start, args.steps)):
+        batch = {name: x.flatten(0, 1) for name, x in timer.next_batch(stream).items()}  # (N, ..)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             face, sound = expert.embed(batch["frames"]), expert.sound(batch["mel"])  # (N, E)
         terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"], apart, others=not expert.lips)
-        line = check_finite(terms, step)
+        line = terms_to_floats(terms, step)
         loss = terms["loss"] + (0 if args.cosine else 0.5 * terms["contrast"])  # ours: .5
-        descend(opt, loss, cosine_warmup(step, args.steps))
+        minimise(opt, loss, cosine_warmup(step, args.steps))
         sigmoid = terms["loss"].detach()
         average = sigmoid if step == start else average.lerp(sigmoid, 1 / LOG_EVERY)
 
@@ -388,7 +389,7 @@ def train(args):
                               step=done, clips=used, val=found)
             if found["loss"] < best:
                 best = found["loss"]
-                save_checkpoint(out, checkpoint | dict(networks=dict(expert=half(expert))))
+                save_checkpoint(out, checkpoint | dict(networks=dict(expert=fp16_state_dict(expert))))
             save_run(last, checkpoint | dict(best=best), args, dict(expert=expert), dict(adam=opt))
             timer = StepTimer(device)  # validation is not a step
     print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --expert {args.out}")
@@ -446,14 +447,14 @@ def test(args):
                 for d in range(MAX_OFFSET + 1)}
     by_shift[f"{FAR} to {MAX_OFFSET}"] = {text: f"{found[name]:.3f}" for name, text in columns.items()}
     print(f"{what}: {len(clips)} clips, {found['windows']} windows; loss {found['loss']:.3f} (chance {CHANCE:.3f})\n\n"
-          f"{markdown(by_shift)}\n")
+          f"{markdown_table(by_shift)}\n")
     columns = dict(second="in sync or not, of 1 s", offset_window="offset within one frame: of 0.2 s",
                    offset_1s="of 1 s", offset_3s="of 3 s", offset_clip="of clips")
     person, rows = [pack.identities[pack.identity[clip["clip"]]] for clip in clips], {}
     for name in [*sorted(set(person)), "all"]:
         own = [clip for clip, p in zip(clips, person) if name in (p, "all")]
         rows[name] = dict(clips=str(len(own))) | {text: summary(own)[key] for key, text in columns.items()}
-    print(markdown(rows))
+    print(markdown_table(rows))
     images, words = [], []
     for name, seconds in PIECES.items() if out else ():  # bars for -15 .. 15 and beyond
         late = np.array([v for clip in clips for v in clip[name]], int).clip(-MAX_OFFSET, MAX_OFFSET)
@@ -533,7 +534,7 @@ def face_crops(path: Path, expert, box: str | None = None):
 def write_shifted(path: Path, late: int, out: Path):
     """The video with its sound moved `late` frames towards the beginning, silence in what is missing. H.264 is copied
     where possible, else encoded; so is an MP4 that goes into a .mkv, which would show what an edit list hides."""
-    text = describe(path)
+    text = describe_media(path)
     # scale: where the size changes in the middle; players want even sizes
     ways = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
              "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]]
@@ -544,8 +545,9 @@ def write_shifted(path: Path, late: int, out: Path):
         write_original_sound(path, sound, len(load_audio(path)), late / FPS)
         for pictures in ways:
             options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k",
-                       "-movflags", "+faststart", "-y", str(draft), *READ_ALL]
-            done = subprocess.run(decoder(path, *options, before=("-reinit_filter", "0")), capture_output=True)
+                       "-movflags", "+faststart", "-y", str(draft), *READ_ALL_STREAMS]
+            command = decode_command(path, *options, input_options=("-reinit_filter", "0"))
+            done = subprocess.run(command, capture_output=True)
             if not done.returncode:
                 return move_into_place(draft, out)
         raise InputError(f"{out}: could not be written ({last_error(done.stderr.decode(errors='replace'))})")
@@ -557,7 +559,7 @@ def parse(argv=None):
                               offset="the audio-video offset of a clip")
     p.add_argument("--data", nargs="+", help="packs; default: the toy world, drawn beside --out")
     add_split_options(p)
-    run_options(p, out=TOY, steps=1000, batch=16, lr=2e-3)
+    add_run_options(p, out=TOY, steps=1000, batch=16, lr=2e-3)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
                    help="edge of the drawn faces that it looks at, larger ones are shrunk to it; real faces: 64")
     p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from audio import n_frames
 from data import Pack, PackWriter
 from media import (
-    FPS, SAMPLE_RATE, InputError, Parser, by_processes, check_output, make_folder, refused, run, write_video)
+    FPS, SAMPLE_RATE, InputError, Parser, check_output, make_folder, parallel_map, run, wrap_os_errors, write_video)
 from report import image_grid
 
 FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile", "open", "wide")
@@ -557,8 +557,8 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
     elif any(folder.iterdir()):
         raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
     workers = min(people, os.cpu_count() if workers is None else workers)
-    clips = by_processes(partial(make_toy_clip, seconds=seconds, size=size), seeds, workers)
-    with refused(folder, "written"):
+    clips = parallel_map(partial(make_toy_clip, seconds=seconds, size=size), seeds, workers)
+    with wrap_os_errors(folder, "written"):
         note.write_text(json.dumps(recipe))
         with PackWriter(folder, size, "toy") as pack:
             for (frames, wav, truth), seed in zip(tqdm(clips, "toy clips", people, disable=None), seeds):

@@ -30,8 +30,9 @@ from torch.utils.data import default_collate
 import initialise
 import losses
 from checkpoint import (
-    RANK, WORLD, StepTimer, check_finite, claim_output, cosine_warmup, descent, half, join_run, load_checkpoint, meet,
-    millions, open_log, progress, refusing, restore_run, run_options, save_checkpoint, save_run, update_ema, write_log)
+    RANK, WORLD_SIZE, StepTimer, add_run_options, barrier, claim_output, cosine_warmup, count_parameters,
+    fp16_state_dict, init_distributed, load_checkpoint, open_log, optimiser_step, progress_bar, restore_run,
+    save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
 from data import add_split_options
 from fusion import middle
 from media import InputError, Parser, run, to_tensor, to_uint8
@@ -71,7 +72,7 @@ def parse(argv=None, saved=None):
         help="1 StyleGAN2, 2 inversion, 3 end to end; by default of %s, %s and %s steps" % tuple(STEPS.values()))
     add("--part", choices=("encoder", "hyper", "lips"), help="stage 2: encoder (default) or, on stage2.pt, hypernetwork; "
         "stage 3: of weights --init the lips from sound alone, from --data of any size")
-    run_options(p, "out/toy32", steps=None, batch=16, lr=1e-3, of="images")
+    add_run_options(p, "out/toy32", steps=None, batch=16, lr=1e-3, batch_of="images")
     add("--data", nargs="+", help="packs of clips by prepare.py; default: the toy world, drawn into --out on first use")
     add_split_options(p)
     add("--photos", help="pack of photos: identities, for clips of few people; in stage 3 with the mouth code alone")
@@ -101,7 +102,7 @@ def parse(argv=None, saved=None):
     if args.part and args.stage != (3 if args.part == "lips" else 2):
         p.error("--part encoder and hyper are of --stage 2, lips is of --stage 3")
     args.part = args.part or ("encoder" if args.stage == 2 else None)
-    args.path, args.w, args.world = dict(args.path or ()), loss_weights(args, dict(args.w or ())), WORLD
+    args.path, args.w, args.world = dict(args.path or ()), loss_weights(args, dict(args.w or ())), WORLD_SIZE
     if args.steps is None and saved:                                                   # as many images in all
         args.steps = round(saved["steps"] * images_a_step(saved) / images_a_step(vars(args)))
     elif args.steps is None:
@@ -251,12 +252,12 @@ def main(argv=None):
     args = parse(argv)
     name = f"stage{args.stage}" + "_hyper" * (args.part == "hyper")
     path = os.path.join(args.out, f"{name}.pt")
-    device = join_run(args.device)
+    device = init_distributed(args.device)
     if RANK:                                                                           # of several processes the first
-        meet()                                                                         # fetches, draws and fits,
+        barrier()                                                                      # fetches, draws and fits,
         args.resume = True                                                             # others load what it saved
     ckpt = load_checkpoint(path, f"stage{args.stage}") if args.resume else None        # to the CPU
-    with refusing(path, "not a run of this version"):
+    with wrap_errors(path, "not a run of this version"):
         args = resume_options(argv, args, ckpt["args"], path) if ckpt else args
     w, images = args.w, images_a_step(vars(args))
     claim_output(path, args)
@@ -285,12 +286,13 @@ def main(argv=None):
                             ema=dict(model=ema.state_dict()), augment_p=augment.p, mean_path=mean_path),
                  args, dict(model=model, D=D) | kept, dict(g=opt_g, d=opt_d))
 
-    if WORLD > 1 and not RANK:
+    if WORLD_SIZE > 1 and not RANK:
         save(step0)
-        meet()
+        barrier()
     trained = sum(q.numel() for q in model.parameters() if q.requires_grad) / 1e6
-    print(f"stage {args.stage} on {WORLD} x {device}: {len(data['pack'])} clips, {trained:.2f} of {millions(model)} "
-          "trained; loss weights " + " ".join(f"{k}={v:g}" for k, v in w.items()))
+    print(f"stage {args.stage} on {WORLD_SIZE} x {device}: {len(data['pack'])} clips, "
+          f"{trained:.2f} of {count_parameters(model)} trained; loss weights "
+          + " ".join(f"{k}={v:g}" for k, v in w.items()))
     forward, losses_of = STAGES[name]
     refinements = model.config.refine if args.part == "hyper" else 1
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
@@ -303,9 +305,9 @@ def main(argv=None):
     log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
     stream = initialise.load_batches(args, data, model.config, getattr(frozen.get("sync"), "uses_mfcc", False), step0)
     timer, shown = StepTimer(device), {}                                               # the last value of each term
-    for step in (bar := progress(name, step0, args.steps)):
+    for step in (bar := progress_bar(name, step0, args.steps)):
         last = step + 1 == args.steps
-        batch = timer.next(stream)                                                     # images (N, 3, H, W), see data.py
+        batch = timer.next_batch(stream)                                                # images (N, 3, H, W), see data.py
         micro = [{k: v[i::args.accumulate] for k, v in batch.items()} for i in range(args.accumulate)]
         rate = 1.0 if args.stage == 1 else cosine_warmup(step, args.steps, 100)        # slow: keep what is learned
         # no adversary on windows: five frames of one clip are nearly one sample
@@ -314,7 +316,7 @@ def main(argv=None):
 
         if adversarial:                                                                # discriminator: logistic loss
             D.requires_grad_(True)
-            with descent(opt_d, rate):
+            with optimiser_step(opt_d, rate):
                 for part in micro:
                     with bf16():
                         with torch.set_grad_enabled(args.accumulate == 1):             # no graphs of several
@@ -326,7 +328,7 @@ def main(argv=None):
                     part["out"] = out if args.accumulate == 1 else None
 
         D.requires_grad_(False)                                                        # generator, and all before it
-        with descent(opt_g, rate):
+        with optimiser_step(opt_g, rate):
             for part in micro:
                 for _ in range(refinements):                                           # 1, but of the hypernetwork
                     with bf16():
@@ -344,21 +346,21 @@ def main(argv=None):
         # lazy regularisation, in fp32: R1 every 16th step of D, path length every 4th, on half a batch
         if adversarial and step // (2 if w.get("sync") else 1) % 16 == 0:
             D.requires_grad_(True)
-            with descent(opt_d, rate), eager():
+            with optimiser_step(opt_d, rate), eager():
                 for real in reals:
                     real = augment(real).detach().requires_grad_(True)
                     penalty = w["r1"] / 2 * losses.r1_penalty(real, D(real))
                     (16 * penalty / len(reals)).backward()
                     collect(of_d, r1=penalty)
         if w.get("path") and step % 4 == 0:
-            with descent(opt_g, rate), eager():
+            with optimiser_step(opt_g, rate), eager():
                 for real in reals:
                     out = forward(model, dict(image=real[:max(1, args.batch // 2)]))
                     penalty, mean = losses.path_length_penalty(out["fake"], out["w_plus"], mean_path)
                     (4 * w["path"] * penalty / len(reals)).backward()
                     collect(of_d, path=w["path"] * penalty, mean_path=mean)
         terms = {name: sum(found) / len(found) for name, found in (of_g | of_d).items()}
-        terms = check_finite(terms, step)                                              # floats, over all processes
+        terms = terms_to_floats(terms, step)                                           # floats, over all processes
         mean_path, sign = terms.pop("mean_path", mean_path), terms.pop("sign", None)
         if adversarial and args.augment >= 0:
             augment.update(sign, images)
@@ -387,7 +389,7 @@ def export(model, data, args):
         initialise.fit_warp(model, data)
     weights = os.path.join(args.out, "weights.pt")
     save_checkpoint(weights, dict(kind="weights", format=1, config=vars(model.config), args=vars(args),
-                                  networks=dict(model=half(model))))
+                                  networks=dict(model=fp16_state_dict(model))))
     print(f"{weights}: for sample.py --weights")
 
 

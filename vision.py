@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_strictly, one_line, read_weights, refusing
+from checkpoint import load_strictly, one_line, read_weights, wrap_errors
 from faces import TEMPLATES, box_slices, resized
 from media import InputError
 from stylegan2 import EqualLinear
@@ -368,7 +368,7 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
     ArcFace's IR-SE50 the trunk, from which pSp's training starts, with new heads for codes of `dim` numbers.
     latent_avg is NaN where the file has none. InputError: see read_weights; another kind; fewer than L styles."""
     beside, state = part_of(path, "encoder")
-    with refusing(path, "not pSp's encoder, nor ArcFace"):
+    with wrap_errors(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
         if "output_layer.3.weight" in state:
             trunk = {key: value for key, value in state.items() if not key.startswith("output_layer.")}
@@ -391,7 +391,7 @@ def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str]:
     """HyperStyle's hypernetwork from its authors' file -> (network, its form). layers: (O, I) of each 3x3 layer of the
     generator. InputError: as load_encoder; made for another generator."""
     _, state = part_of(path, "hypernet")
-    with refusing(path, "not a HyperStyle checkpoint"):
+    with wrap_errors(path, "not a HyperStyle checkpoint"):
         width = len(state["conv1.weight"])
         form = "separable" if any("make_kernel_in" in key for key in state) else "shared"
     return load_strictly(lambda: HyperStyleNet(layers, form, width), state, path), form

@@ -18,7 +18,7 @@ import control
 import fusion
 import train
 from media import to_uint8
-from report import image_grid, markdown
+from report import image_grid, markdown_table
 
 STEPS, PEOPLE, COLUMNS = "150", 12, 8
 
@@ -79,7 +79,7 @@ def main(run32: Path):
     for name in EXPERIMENTS:
         table[name], rows[name] = run(name, run32, test)
     image_grid([row[:COLUMNS] for row in rows.values()], list(rows), 128).save(Path(__file__).parent / "experiments.png")
-    print(markdown({name: {key: f"{value:.2f}" for key, value in row.items()} for name, row in table.items()}))
+    print(markdown_table({name: {key: f"{value:.2f}" for key, value in row.items()} for name, row in table.items()}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 import sys
 from pathlib import Path
 
-from report import chart, read_log
+from report import line_chart, read_log
 
 HERE = Path(__file__).resolve().parent
 COLOURS = dict(data="#fff3d6", net="#dbe9ff", ours="#e2f5df", loss="#fde2e2")
@@ -82,7 +82,7 @@ def curves(folder: Path) -> str:
         x, y, (_, lines) = 10 + 560 * (k % 2), 40 + 270 * (k // 2), read_log(folder / name)
         series = {term: [(line["step"], line[term]) for line in lines if term in line] for term in terms}
         place = f'<svg x="{x}" y="{y}" width="530" height="220" '
-        charts += [text(x + 56, y - 6, title, 13, weight="bold"), chart(series, 530, 220).replace("<svg ", place, 1)]
+        charts += [text(x + 56, y - 6, title, 13, weight="bold"), line_chart(series, 530, 220).replace("<svg ", place, 1)]
     return page(1120, 560, *charts)
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from audio import log_mel# noqa: E402
-from checkpoint import keep_memory# noqa: E402
+from checkpoint import keep_freed_memory  # noqa: E402
 from losses import discriminator_loss, generator_loss, path_length_penalty, r1_penalty# noqa: E402
 from stylegan2 import Blur, Discriminator, Generator, channels_at# noqa: E402
 
@@ -357,7 +357,7 @@ def main():
     if unknown:
         p.error(f"{' '.join(sorted(unknown))}: expected some of {' '.join(BENCHES)}")
     torch.set_num_threads(args.threads)
-    keep_memory()
+    keep_freed_memory()
     if args.steps:
         return time_steps()
     print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}", flush=True)

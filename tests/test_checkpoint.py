@@ -23,7 +23,7 @@ import torch
 import checkpoint
 import judges
 import vision
-from checkpoint import items, load_checkpoint, read_weights, save_checkpoint
+from checkpoint import iterate_nested, load_checkpoint, read_weights, save_checkpoint
 from fusion import FCTFG, Config, load_model, published
 from media import InputError
 from stylegan2 import Discriminator, Generator, load_rosinality
@@ -280,7 +280,8 @@ def copied(content):
 def spoiled(content, what, rng):
     """A copy of content with one tensor wrong"""
     copy = copied(content)
-    states = [d for d in items(copy) if isinstance(d, dict) and sum(isinstance(v, torch.Tensor) for v in d.values()) > 1]
+    dicts = [d for d in iterate_nested(copy) if isinstance(d, dict)]
+    states = [d for d in dicts if sum(isinstance(v, torch.Tensor) for v in d.values()) > 1]
     state = rng.choice(states)
     key = rng.choice([k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim])
     if what == "surplus":
@@ -295,7 +296,8 @@ def spoiled(content, what, rng):
 def resized(content, k):
     """A copy whose config has the k-th wrong size; None where it has no config"""
     copy = copied(content)
-    sizes = [(d, key) for d in items(copy) if isinstance(d, dict) for key in d if key in ("size", "dim", "n_mlp", "base")]
+    dicts = [d for d in iterate_nested(copy) if isinstance(d, dict)]
+    sizes = [(d, key) for d in dicts for key in d if key in ("size", "dim", "n_mlp", "base")]
     if sizes:
         config, key = sizes[k % len(sizes)]
         config[key] = SIZES[k]
@@ -530,7 +532,7 @@ def test_memory_is_counted_in_bytes_on_macos(monkeypatch):
     monkeypatch.setattr(checkpoint, "resource", fake)
     for system, gib in (("linux", 3), ("darwin", 3 / 1024)):
         monkeypatch.setattr(sys, "platform", system)
-        assert checkpoint.memory_gib(cpu) == gib
+        assert checkpoint.peak_memory_gib(cpu) == gib
 
 
 def options(**more):
@@ -567,18 +569,18 @@ def test_the_timer_counts_steps_images_and_waiting(monkeypatch):
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: next(clock))
     timer = checkpoint.StepTimer(torch.device("cpu"))
     stream = iter([dict(x=torch.ones(3))] * 2)
-    assert timer.next(stream)["x"].shape == (3,)  # from 1 to 1.5 s
-    timer.next(stream)  # from 3 to 3.5 s
+    assert timer.next_batch(stream)["x"].shape == (3,)  # from 1 to 1.5 s
+    timer.next_batch(stream)  # from 3 to 3.5 s
     pace = timer.pace(batch=6)  # at 4 s
     assert (pace["ms"], pace["images_s"], pace["waiting"]) == (2000, 3, 0.25) and timer.steps == 0
 
 
 def test_a_term_that_is_not_a_number_is_named():
     good = dict(a=torch.tensor(1.0))
-    checkpoint.check_finite(good, 3)
+    checkpoint.terms_to_floats(good, 3)
     for value in (math.nan, math.inf):
         with pytest.raises(InputError, match=f"step 7: the loss term 'b' is {value}"):
-            checkpoint.check_finite(good | dict(b=torch.tensor(value)), 7)
+            checkpoint.terms_to_floats(good | dict(b=torch.tensor(value)), 7)
 
 
 def test_the_rate_rises_for_the_warmup_and_falls_to_a_twentieth():
@@ -590,7 +592,7 @@ def test_the_rate_rises_for_the_warmup_and_falls_to_a_twentieth():
 def test_halved_weights_keep_shared_tensors_shared_and_whole_numbers_whole():
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     network[1].weight = network[0].weight
-    state = checkpoint.half(network)
+    state = checkpoint.fp16_state_dict(network)
     assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr() and state["0.weight"].dtype == torch.float16
     assert state["2.num_batches_tracked"].dtype == torch.int64
 
@@ -599,7 +601,7 @@ def test_a_file_that_asks_for_far_more_numbers_than_it_holds_costs_no_memory():
     def make():
         return torch.nn.Linear(1 << 16, 1 << 14)  # 4 GiB
 
-    before = checkpoint.memory_gib(torch.device("cpu"))
+    before = checkpoint.peak_memory_gib(torch.device("cpu"))
     with pytest.raises(InputError, match="w.pt: its sizes do not fit a network.*more numbers"):
         checkpoint.load_strictly(make, {"weight": torch.ones(3)}, "w.pt")
-    assert checkpoint.memory_gib(torch.device("cpu")) < before + 1
+    assert checkpoint.peak_memory_gib(torch.device("cpu")) < before + 1

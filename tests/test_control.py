@@ -14,7 +14,8 @@ import evaluate
 import toyfaces
 from audio import log_mel, mel_windows
 from control import (
-    Probe, ToyTest, animator, change_matrix, control_table, correlation, load_network, markdown, probe_row, retrieval)
+    Probe, ToyTest, animator, change_matrix, control_table, correlation, load_network, markdown_table, probe_row,
+    retrieval)
 from media import run, to_tensor, to_uint8
 from toyfaces import FACTORS, TEST_SEED, make_person
 
@@ -43,7 +44,7 @@ def test_retrieval_is_the_share_of_queries_whose_nearest_neighbour_is_their_own_
 
 
 def test_the_table_in_markdown_has_a_row_each_and_two_decimals():
-    table = markdown({"real": dict(open=0.987, yaw=1), "out/a.pt": dict(yaw=-0.004, open=0.5)})
+    table = markdown_table({"real": dict(open=0.987, yaw=1), "out/a.pt": dict(yaw=-0.004, open=0.5)})
     assert table.splitlines() == [
         "| | open | yaw |",
         "|---|---|---|",

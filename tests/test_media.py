@@ -205,7 +205,7 @@ def test_avif_is_read_and_heic_is_refused_with_the_command_to_convert_it(tmp_pat
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "CMYK"])
 def test_a_large_photo_is_shrunk_while_it_is_read_and_its_size_is_known(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(media, "LARGEST", 60)
+    monkeypatch.setattr(media, "MAX_PHOTO_SIDE", 60)
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.fromarray(picture(100, 150))
@@ -519,9 +519,9 @@ def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
     scipy.io.wavfile.write(tmp_path / "a.wav", rate, sound.astype(np.float32))
     frames = drawn_frames(20, 32, 32)  # shorter than the sound
     write(tmp_path / "a.mp4", frames, (tmp_path / "a.wav", 640 * 20))
-    _, found, hz = media.sound_track(tmp_path / "a.mp4")
+    _, found, hz = media.find_sound_track(tmp_path / "a.mp4")
     assert (found, hz) == (channels, rate)
-    wav = load_audio(tmp_path / "a.mp4", level=False)
+    wav = load_audio(tmp_path / "a.mp4", normalise=False)
     assert abs(len(wav) - 640 * 20) <= 2048 * 16000 / rate and abs(abs(wav[3000:9000]).max() - 0.3) < 0.03
 
 
@@ -636,7 +636,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_file(scratch, monkeyp
 def test_a_written_video_says_that_it_was_generated(scratch, suffix):
     path = scratch / f"out/marked{suffix}"
     write(path, drawn_frames(2, 32, 32))
-    assert media.MARK in media.describe(path)
+    assert media.GENERATED_COMMENT in media.describe_media(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are Unix's")
@@ -921,14 +921,14 @@ def channels_of(voice, kind):
                                   "hiss on the other"])
 def test_a_voice_sounds_the_same_in_whichever_channels_it_is(tmp_path, kind):
     soundfile.write(tmp_path / "a.wav", np.stack(channels_of(syllables(), kind), 1), RATE, subtype="FLOAT")
-    wav = load_audio(tmp_path / "a.wav", level=False)
+    wav = load_audio(tmp_path / "a.wav", normalise=False)
     np.testing.assert_allclose(wav, syllables(), atol=0.002)
 
 
 def mixed(samples):
     """(n, C) -> (n,), by media.mix"""
     blocks = [samples[a : a + media.MIX_BLOCK] for a in range(0, len(samples), media.MIX_BLOCK)]
-    return np.concatenate(list(media.mix("x", lambda: blocks)))[:, 0]
+    return np.concatenate(list(media.mix_channels("x", lambda: blocks)))[:, 0]
 
 
 def test_two_speakers_on_two_channels_are_both_kept():
@@ -951,19 +951,19 @@ def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
         levels.append(load_audio(tmp_path / "a.wav").std())
     assert np.ptp(levels) < 0.01 * levels[0]
     for still in (np.zeros(RATE, np.float32), 0.001 * noise(RATE), 1e-5 * syllables(), noise(RATE)):
-        np.testing.assert_array_equal(media.set_level(still.copy()), still)
+        np.testing.assert_array_equal(media.normalise_loudness(still.copy()), still)
 
 
 def test_an_offset_is_taken_out_before_speech_is_made_louder():
     late = np.concatenate([np.zeros(3 * RATE, np.float32), 0.05 * syllables() + 0.4])
-    wav = media.set_level(late)  # in place
+    wav = media.normalise_loudness(late)  # in place
     assert abs(wav).max() < 1 and abs(wav[3 * RATE :].mean()) < 0.01 and not wav[: 3 * RATE].any()
 
 
 def test_speech_at_the_loudness_that_was_trained_on_stays_as_it_is():
     wav = syllables(4 * RATE)
     wav *= 10 ** (media.LOUDNESS / 20) / wav[abs(wav) > 0].std()
-    gain = media.set_level(wav.copy()).std() / wav.std()
+    gain = media.normalise_loudness(wav.copy()).std() / wav.std()
     assert abs(20 * np.log10(gain)) < 1
 
 

@@ -288,7 +288,7 @@ def test_workers_die_with_a_killed_parent(monkeypatch):
     pid = os.fork()
     if not pid:
         try:
-            list(media.by_processes(slow, [1, 2], 2))
+            list(media.parallel_map(slow, [1, 2], 2))
         finally:
             os._exit(1)
     os.close(PIPE[1])

@@ -20,7 +20,7 @@ import initialise  # noqa: E402
 import judges  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
-from checkpoint import RANK, WORLD, load_checkpoint, save_checkpoint  # noqa: E402
+from checkpoint import RANK, WORLD_SIZE, load_checkpoint, save_checkpoint  # noqa: E402
 from data import batches  # noqa: E402
 from fusion import FCTFG, Config  # noqa: E402
 from media import InputError, run  # noqa: E402
@@ -49,10 +49,10 @@ def few_channels(size, **changes):
 def process(folder: Path, cases: list, patch: pytest.MonkeyPatch):
     """Trains every stage. All that is drawn in the loop is a row of a draw for the whole batch."""
     now = dict(step=0, call=0)
-    check, penalty = train.check_finite, losses.path_length_penalty
+    check, penalty = train.terms_to_floats, losses.path_length_penalty
 
     def rows(*shape, **_):
-        n, draws = WORLD * now["micro"], torch.Generator().manual_seed(now["step"])
+        n, draws = WORLD_SIZE * now["micro"], torch.Generator().manual_seed(now["step"])
         return torch.empty(shape[0] * n, *shape[1:]).normal_(generator=draws)[now["first"]::n]
 
     def drawn(forward):
@@ -60,7 +60,7 @@ def process(folder: Path, cases: list, patch: pytest.MonkeyPatch):
             if now["call"] == now["step"] == 0:
                 (folder / now["case"] / f"seed{RANK}").write_text(str(torch.initial_seed()))
             torch.manual_seed(now["step"])
-            now.update(call=now["call"] + 1, first=RANK + WORLD * (now["call"] % now["micro"]))
+            now.update(call=now["call"] + 1, first=RANK + WORLD_SIZE * (now["call"] % now["micro"]))
             with pytest.MonkeyPatch.context() as inside:
                 inside.setattr(torch, "randn", rows)
                 return forward(model, batch)
@@ -74,7 +74,7 @@ def process(folder: Path, cases: list, patch: pytest.MonkeyPatch):
             terms["d"] = terms["d"] * torch.nan
         return check(terms, step)
 
-    patch.setattr(train, "check_finite", checked)
+    patch.setattr(train, "terms_to_floats", checked)
     patch.setattr(train, "STAGES", {k: (drawn(forward), terms) for k, (forward, terms) in train.STAGES.items()})
     patch.setattr(train, "LOG_EVERY", 1)
     for room, name in ((train, "save_examples"), (train, "write_report"), (checkpoint, "write_report")):

@@ -90,18 +90,18 @@ def test_a_finished_run_has_no_time_left_and_its_time_is_the_sum_of_its_steps(tm
 
 
 def test_a_curve_goes_from_the_first_value_to_the_last_on_the_axis_that_its_labels_say():
-    svg = report.chart(dict(a=[(0, 1.0), (50, 2.0), (100, 3.0)]), 300, 130)
+    svg = report.line_chart(dict(a=[(0, 1.0), (50, 2.0), (100, 3.0)]), 300, 130)
     xy = np.array([p.split(",") for p in re.search(r'points="([^"]+)"', svg).group(1).split()], float)[:3]
     assert np.allclose(np.diff(xy[:, 0]), xy[1, 0] - xy[0, 0]) and np.allclose(np.diff(xy[:, 1]), xy[1, 1] - xy[0, 1])
     assert xy[2, 1] < xy[0, 1] and re.findall(r">([\d.]+)</text>", svg) == ["1", "2", "3"]
-    svg = report.chart(dict(a=[(0, 100.0), (1, 10.0), (2, 1.0)]), 300, 130)                # 100 times: logarithmic
+    svg = report.line_chart(dict(a=[(0, 100.0), (1, 10.0), (2, 1.0)]), 300, 130)                # 100 times: logarithmic
     y = [float(p.split(",")[1]) for p in re.search(r'points="([^"]+)"', svg).group(1).split()]
     assert abs(y[0] - 2 * y[1] + y[2]) < 0.11 and re.findall(r">([\d.]+)</text>", svg) == ["1", "10", "100"]
 
 
 def test_one_point_or_one_value_is_in_the_middle():
     for points in ([(0, 5.0)], [(0, 5.0), (10, 5.0)]):
-        svg = report.chart(dict(a=points), 300, 130)
+        svg = report.line_chart(dict(a=points), 300, 130)
         assert {p.split(",")[1] for p in re.search(r'points="([^"]+)"', svg).group(1).split()} == {"58.0"}
 
 
@@ -156,7 +156,7 @@ def test_all_text_is_escaped(tmp_path):
                                           + json.dumps({"step": 1, evil: 2.0, **PACE}) + "\n")
     tags = check_whole(page_of(folder))
     assert "".join(tags.shown).count(evil) == 5 and "a <b> & 'c'" in tags.shown
-    assert html.escape(evil) in report.table({evil: {evil: evil}})
+    assert html.escape(evil) in report.html_table({evil: {evil: evil}})
 
 
 def test_a_page_is_whole_at_any_moment_and_a_failed_one_ends_no_run(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_page_is_whole_at_any_moment_and_a_failed_one_ends_no_run(tmp_path, mo
     assert not list(tmp_path.glob(".*"))                   # nor a draft
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(report.InputError, match="folder.html: cannot be written"):
-        report.toy_page(tmp_path / "folder.json", dict(a=dict(open=1.0)), [])
+        report.write_toy_page(tmp_path / "folder.json", dict(a=dict(open=1.0)), [])
 
 
 def test_training_renews_the_page_with_each_line_of_its_log(tmp_path):
@@ -223,7 +223,7 @@ def test_the_page_of_pairs_has_the_table_and_the_frames_of_the_best_and_the_wors
     frames = [np.zeros((20, 30, 3), np.uint8)] * 9
     monkeypatch.setattr(report, "read_video", lambda path: shown.append(path) or iter(frames))
     files = {k: (f"{k}/real.mp4", f"{k}/fake.mp4") for k in ("middle", "good", "bad")}
-    report.pairs_page(tmp_path / "n.json", content, files)
+    report.write_pairs_page(tmp_path / "n.json", content, files)
     tags = check_whole((tmp_path / "n.html").read_text())
     assert shown == ["good/real.mp4", "good/fake.mp4", "bad/real.mp4", "bad/fake.mp4"]
     words = [word for word in tags.shown if word in ("good", "middle", "bad", "The best: good", "The worst: bad")]
@@ -234,7 +234,7 @@ def test_the_page_of_pairs_has_the_table_and_the_frames_of_the_best_and_the_wors
 def test_the_page_of_the_control_table_has_the_matrix_and_the_stages_image(tmp_path):
     write_run(tmp_path)
     numbers = {"real frames": dict(open=0.98), "w.pt": dict(open=0.97), "w.pt matrix": dict(face=dict(lips=0.15))}
-    report.toy_page(tmp_path / "table.json", numbers, [tmp_path / "w.pt", tmp_path / "v.pt"])
+    report.write_toy_page(tmp_path / "table.json", numbers, [tmp_path / "w.pt", tmp_path / "v.pt"])
     text = (tmp_path / "table.html").read_text()
     check_whole(text)
     assert text.count("<table") == 2 and text.count("<img") == 1 and "0.150<div class=bar style='width:15%'>" in text

@@ -539,7 +539,7 @@ def test_pictures_that_are_not_h264_are_encoded_and_the_sound_keeps_its_rate_and
     args += ["-ac", "2", "-ar", "44100", "-c:a", "mp2"]
     subprocess.run([media.ffmpeg_path(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
     syncnet.write_shifted(tmp_path / "old.mpg", 3, tmp_path / "new.mkv")
-    text = subprocess.run(media.decoder(tmp_path / "new.mkv"), capture_output=True, text=True).stderr
+    text = subprocess.run(media.decode_command(tmp_path / "new.mkv"), capture_output=True, text=True).stderr
     assert "Video: h264" in text and "44100 Hz, stereo" in text and "64x48" in text
     moved, old = load_audio(tmp_path / "new.mkv"), load_audio(tmp_path / "old.mpg")
     assert np.corrcoef(moved[5000:25000], old[5000 + 3 * 640 : 25000 + 3 * 640])[0, 1] > 0.9
@@ -568,7 +568,7 @@ def test_a_flash_stays_within_a_frame_of_its_click_in_a_clip_written_in_sync(tmp
 def flash_and_click(path):
     """Frames from the brightest picture to the loudest sound, how many pictures"""
     light = [frame.mean() for frame in read_video(path)]
-    wav = abs(load_audio(path, level=False))
+    wav = abs(load_audio(path, normalise=False))
     return np.argmax(wav > wav.max() / 2) / 640 - np.argmax(light), len(light)
 
 

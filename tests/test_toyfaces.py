@@ -320,7 +320,7 @@ def test_the_shipped_example_is_a_person_and_speech_of_this_world():
     who = toy.make_person(toy.EXAMPLE_SEED)
     assert np.array_equal(np.array(Image.open(ROOT / "examples/face.png")), toy.draw(who, toy.REST, 256))
     spoken = toy.make_clip_truth(toy.EXAMPLE_SEED, 4, who)[0]
-    shipped = load_audio(ROOT / "examples/speech.wav", level=False)
+    shipped = load_audio(ROOT / "examples/speech.wav", normalise=False)
     assert np.abs(shipped - spoken).max() < 1e-4
 
 
