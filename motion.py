@@ -10,8 +10,8 @@ Ours: the paper moves codes of a generator instead. Units and signs are warp.py'
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.fft import irfft, rfft, rfftfreq  # scipy.signal takes a second to import
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
-from scipy.signal import butter, sosfilt
 
 from faces import interpolated
 from landmarks import MIRROR
@@ -21,7 +21,7 @@ from warp import LOWER_LINE, RIGID, UPPER_LINE, Pose, angles, fit_pose, smoothst
 # constants are ours
 QUIET = 30.0  # dB below the level of speech (95th percentile): silence; breath lies lower, and GRID's noise floor at 40
 STEADY = 6.0  # dB above the quietest tenth: noise alone varies less, speech under noise of its own level more
-VOICE_BAND = butter(2, (300, 3400), "bandpass", fs=SAMPLE_RATE, output="sos")  # where noise of any colour is steady
+VOICE_BAND = 250, 3400  # Hz, in which noise of any colour is steady
 PAUSE = 25  # frames: in shorter pauses the lips stay shut, in longer ones the photo gets its own mouth back
 BLINK = (0.35, 0.85, 1.0, 0.85, 0.5, 0.2)  # of a lid, frame by frame: .24 s, faster down than up
 BLINK_EVERY = 2.5, 6.0  # seconds between two blinks: 14 a minute on average
@@ -64,7 +64,9 @@ def activity(wav: np.ndarray, n: int) -> np.ndarray:
         power = [np.square(x[k * SAMPLES_PER_FRAME : (k + 1) * SAMPLES_PER_FRAME]).sum() for k in range(n)]
         return 10 * np.log10(np.array(power) / SAMPLES_PER_FRAME + 1e-10)
 
-    loud, voice = level(wav), level(sosfilt(VOICE_BAND, wav))
+    spectrum, hz = rfft(wav), rfftfreq(len(wav), 1 / SAMPLE_RATE)
+    spectrum[(hz < VOICE_BAND[0]) | (hz > VOICE_BAND[1])] = 0
+    loud, voice = level(wav), level(irfft(spectrum, len(wav)))
     speaks = (loud > max(np.percentile(loud, 95), -60.0) - QUIET) & (voice > np.percentile(voice, 10) + STEADY)
     return gaussian_filter1d(maximum_filter1d(speaks.astype(float), 2 * PAUSE + 1), 3.0)
 
