@@ -54,7 +54,7 @@ def page(gr, folder: str):
             with gr.Column():
                 button = gr.Button("Talk", variant="primary")
                 video = gr.Video(label=f"Result, {FPS} frames a second", autoplay=True)
-        gr.Examples([[str(sample.EXAMPLE), str(sample.SPEECH)]], [face, speech])
+        gr.Examples([[str(sample.EXAMPLE_PHOTO), str(sample.EXAMPLE_SPEECH)]], [face, speech])
         button.click(talk, [face, speech, driving, mouth, part], video, concurrency_limit=1)
     return blocks
 

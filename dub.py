@@ -16,13 +16,14 @@ from functools import partial
 import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter1d
 
-from faces import DETECT_EVERY, detect_faces, face_box, scenes, smooth
+from faces import DETECT_EVERY, detect_faces, face_box, label_scenes, smooth
 from landmarks import track_landmarks
 from media import InputError, probe, read_video
 from motion import lip_opening
 from warp import (
-    CORNERS, LOWER_LINE, LOWER_LIP, MISFIT, STILL, UPPER_LINE, UPPER_LIP, Nodes, Place, angles, box_in, centres, fit_pose,
-    inner_lips, lip_surfaces, misfit, read, read_photo, smoothstep, to_bytes)
+    CORNERS, FIXED, LOWER_INNER, LOWER_OUTER, MAX_SHAPE_ERROR, UPPER_INNER, UPPER_OUTER, FacePlane, Nodes, angles,
+    bounding_box, fit_pose, inner_lips, lip_surfaces, pixel_centres, read_grid, read_photo, shape_error, smoothstep,
+    to_bytes)
 
 # all constants are ours, chosen by looking at frames; lengths in units
 POINTS_HEIGHT = 480  # pixels of the copy on which landmarks are found
@@ -44,7 +45,7 @@ SHOWN = 0.058  # the least opening, of the widest frames, that shows what is ins
 def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
     """Mean colour (3,) of patches beside both corners of the mouth, above the upper and below the lower lip"""
     at = np.r_[1.25 * points[[48, 54]] - 0.25 * points[48:68].mean(0), (points[[33, 8]] + points[[51, 57]]) / 2]
-    boxes = [box_in(frame, p + 0.06 * scale * np.array([[-1, -1], [1, 1]])) for p in at]
+    boxes = [bounding_box(frame, p + 0.06 * scale * np.array([[-1, -1], [1, 1]])) for p in at]
     return np.mean([frame[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in boxes], 0)
 
 
@@ -63,7 +64,7 @@ class Take:
         self.planes, depths = smooth(scale[:, None, None] * R[:, :2, :2]), smooth(scale[:, None] * R[:, :2, 2])
         self.q = np.empty_like(points)                                 # from the front, head at rest, in units
         for t, plane in enumerate(self.planes):
-            self.q[t] = Place(plane, shift[t]).local(points[t] - np.outer(mean[:68, 2], depths[t]))
+            self.q[t] = FacePlane(plane, shift[t]).local(points[t] - np.outer(mean[:68, 2], depths[t]))
         self.own = np.maximum(0, lip_opening(self.q))
         slow = self.own[:, None, None] * -moves[0].astype(np.float32)
         slow += self.q                                                 # without its opening
@@ -71,7 +72,7 @@ class Take:
         shut = np.einsum("t,tpi->pi", weight / weight.sum(), slow, dtype=np.float64)
         slow -= shut.astype(np.float32)
         gaussian_filter1d(slow, SLOW, axis=0, mode="nearest", output=slow)
-        inner = np.stack([UPPER_LINE[1:4], LOWER_LINE[1:4]])
+        inner = np.stack([UPPER_INNER[1:4], LOWER_INNER[1:4]])
         slow[:, inner, 1] = slow[:, inner, 1].mean(1, keepdims=True)   # this does not open lips
         share = moves[0, 62, 1] / (moves[0, 62, 1] - moves[0, 66, 1])  # of a gap that the upper lip closes
         shut[inner, 1] = shut[inner[0], 1] + share * (shut[inner[1], 1] - shut[inner[0], 1])
@@ -84,13 +85,13 @@ class Take:
         self.drop = moves[0, 66, 1]                                    # of the jaw, a unit of opening
         self.sums, self.dark = np.zeros((2, *self.cells.shape[:2], 4)), []
 
-    def place(self, t: int) -> Place:
-        return Place(self.planes[t], self.middles[t])
+    def place(self, t: int) -> FacePlane:
+        return FacePlane(self.planes[t], self.middles[t])
 
     def shut_frames(self) -> np.ndarray:
         """Frames whose lips are as good as shut: the least open for three frames to either side, and low for this take.
         Pressed lips count as open by what they are thinner than usual."""
-        thick = self.q[:, LOWER_LIP[1:4], 1].mean(1) - self.q[:, UPPER_LIP[1:4], 1].mean(1) - self.own
+        thick = self.q[:, LOWER_OUTER[1:4], 1].mean(1) - self.q[:, UPPER_OUTER[1:4], 1].mean(1) - self.own
         cost = self.own + np.maximum(0, np.median(thick) - thick)
         low = max(SHUT, cost.min() + 0.12 * self.widest)
         least, near, keys = minimum_filter1d(cost, 7), np.zeros(self.T, bool), []
@@ -113,7 +114,7 @@ class Take:
         """The frame's own points (68, 2), local; the seam of lips that are not quite shut lies inside the lips"""
         s = self.place(t).local(self.points[t])
         inset = INSET * smoothstep(self.own[t] / 0.04)
-        for inner, outer in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
+        for inner, outer in ((UPPER_INNER, UPPER_OUTER), (LOWER_INNER, LOWER_OUTER)):
             way = s[outer[1:4]] - s[inner[1:4]]
             far = np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-4)
             s[inner[1:4]] += way * np.minimum(0.3, inset / far)
@@ -122,9 +123,9 @@ class Take:
     def target(self, t: int, opening: float, shape: np.ndarray) -> np.ndarray:
         """Where the points shall lie, (68, 2) local: the mouth shut, opened by `opening` and formed by shape (K - 1,)"""
         full = self.shut + self.slow[t] + opening * self.moves[0] + np.einsum("k,kpi->pi", shape, self.moves[1:])
-        short = np.minimum(full[LOWER_LINE[1:4], 1] - full[UPPER_LINE[1:4], 1] - 0.15 * opening, 0)
-        full[UPPER_LINE[1:4], 1] += short / 2                          # lips do not cross
-        full[LOWER_LINE[1:4], 1] -= short / 2
+        short = np.minimum(full[LOWER_INNER[1:4], 1] - full[UPPER_INNER[1:4], 1] - 0.15 * opening, 0)
+        full[UPPER_INNER[1:4], 1] += short / 2                          # lips do not cross
+        full[LOWER_INNER[1:4], 1] -= short / 2
         return self.place(t).local(self.points[t]) + full - self.q[t]
 
     def add(self, t: int, frame: np.ndarray):
@@ -159,7 +160,7 @@ class Take:
             seen = smoothstep((tall - d) / (0.3 * tall + 0.008) + 0.5)
             seen = seen * (0.25 + 0.75 * smoothstep(np.float64(opening / 0.1)))
             return self.cavity + (seen * (0.25 + 0.65 * front))[..., None] * (0.95 - self.cavity)
-        skull, jaw = (read(canvas, at, CANVAS) for canvas, at in zip(self.canvas, (v, v - (0, self.drop * opening))))
+        skull, jaw = (read_grid(canvas, at, CANVAS) for canvas, at in zip(self.canvas, (v, v - (0, self.drop * opening))))
         colour = jaw + smoothstep((e - d) / np.maximum(d + e, 0.02) + 0.5)[..., None] * (skull - jaw)
         shade = 0.72 + 0.28 * smoothstep(np.minimum(d, 0.6 * e + 0.02) / 0.038)  # darker under the lip
         light = 0.35 + 0.65 * smoothstep(np.float64(opening / SHOWN))  # a narrow gap is dark, and red
@@ -174,13 +175,13 @@ class Take:
         border = top + (low - top) * BORDER                            # nothing beyond it changes
         lips = (g[48:60].max(0) + g[48:60].min(0)) / 2, np.ptp(g[48:60], axis=0) / 2 + 0.03  # an ellipse: middle, radii
         around = (lips[0] + RIM[1] * lips[1] * (2 * BORDER - 1)).clip(top, low)
-        skin_nodes, lip_nodes = (Nodes(box_in(frame, place.pixels(p)), spacing * place.scale)
+        skin_nodes, lip_nodes = (Nodes(bounding_box(frame, place.pixels(p)), spacing * place.scale)
                                  for p, spacing in ((border, SKIN_NODE), (around, LIP_NODE)))
         at, mouth_at = (place.local(nodes.flat) for nodes in (skin_nodes, lip_nodes))  # (n, 2), (m, 2)
 
         # fields from the wanted points back to those of this frame and of the keys, for what hangs on either lip
         moves = np.stack([source - g for source in (s, *(self.source(k) for k, _, _ in keys))], 1)  # (68, 1 + keys, 2)
-        fields = lip_surfaces(g, moves, np.r_[border, s[STILL]], np.r_[at, mouth_at])
+        fields = lip_surfaces(g, moves, np.r_[border, s[FIXED]], np.r_[at, mouth_at])
         upper, lower = (field[: len(at), 0] for field in fields)
         sources = np.stack([field[len(at) :, 1:] for field in fields]) + mouth_at[:, None]  # (2, m, keys, 2)
         below = smoothstep((at[:, 1:] - g[[60, 62, 64, 66], 1].mean()) / 0.1 + 0.5)
@@ -206,7 +207,7 @@ class Take:
             moved = (nodes.flat - there.pixels(at) for at in sources[:, :, i])
             layers = layers + gain * np.stack([read_photo(key, nodes.came_from(nodes.field(m))) for m in moved])
         upper, lower = layers
-        v = place.local(centres(nodes.box))
+        v = place.local(pixel_centres(nodes.box))
         d, e = inner_lips(g, v)
         within = (np.abs(v[..., 0] - (g[64, 0] + g[60, 0]) / 2) < (g[64, 0] - g[60, 0]) / 2)[..., None]
         soft = max(0.015, 1.5 / place.scale)
@@ -245,7 +246,7 @@ def scene_landmarks(net, frames, number: int) -> np.ndarray:
 def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[int, list[Take]]:
     """Of the first n frames of a video: how many there are, and its takes. InputError: no face can be followed"""
     info, mean = probe(path), net.solid.double().numpy()
-    scene = scenes(itertools.islice(read_video(path, 16), n))
+    scene = label_scenes(itertools.islice(read_video(path, 16), n))
     small = zip(scene, read_video(path, min(info.height, POINTS_HEIGHT)))
     points = np.concatenate([scene_landmarks(net, (frame for _, frame in group), number)
                              for _, group in itertools.groupby(small, key=lambda pair: pair[0])])
@@ -266,7 +267,8 @@ def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
         return False
     scale, R, shift = fit_pose(points, mean)
     yaw, pitch, _ = angles(R)
-    return abs(yaw) < TURNED[0] and abs(pitch) < TURNED[1] and misfit(points, mean, scale, R, shift) < MISFIT
+    is_turned = abs(yaw) >= TURNED[0] or abs(pitch) >= TURNED[1]
+    return not is_turned and shape_error(points, mean, scale, R, shift) < MAX_SHAPE_ERROR
 
 
 def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):

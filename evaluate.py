@@ -35,9 +35,9 @@ from audio import log_mel, mfcc, n_frames
 from checkpoint import PUBLISHED, checkpoints_dir, git_revision, pick_device
 from control import toy_report
 from faces import (
-    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, need_detector, similarity,
+    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, require_detectors, similarity,
     to_complex, warp_face)
-from landmarks import load_landmarks, read_eyes, track_landmarks
+from landmarks import load_landmarks, measure_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
 from report import markdown_table, write_pairs_page
@@ -297,7 +297,7 @@ def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
                     raise InputError(f"{file} is not in {checkpoints_dir()} (--fetch downloads what is missing)")
             network = load()
             if name in ("sync", "syncnet", "landmarks") and getattr(network, "template", "") != "toy":
-                need_detector()  # drawn clips are crops already
+                require_detectors()  # drawn clips are crops already
             setattr(networks, name, network)
         except InputError as error:
             if named:
@@ -449,7 +449,7 @@ def face_metrics(real: Clip, fake: Clip) -> dict:
         raise InputError(f"a face in {len(both)} of {len(a)} frames of both")
     few, a, b = both[both % EVERY == 0], a[both], b[both]
     found = {"LMD": landmark_distance(a, b) / unit, "mouth LMD": mouth_distance(a, b) / unit,
-             "pose": np.abs(head_pose(a) - head_pose(b)), "blink": np.abs(read_eyes(a)[0] - read_eyes(b)[0])}
+             "pose": np.abs(head_pose(a) - head_pose(b)), "blink": np.abs(measure_eyes(a)[0] - measure_eyes(b)[0])}
     if arcface and len(few):
         x, y = (clip.through(arcface.embed, [align_face(clip.frames[k], clip.points[k]) for k in few])
                 for clip in (real, fake))

@@ -67,7 +67,7 @@ def middle_square(image: np.ndarray) -> tuple:
     return square_around(W / 2, H / 2, min(H, W))
 
 
-def square_at(points, wanted) -> tuple[float, float, float]:
+def fit_square(points, wanted) -> tuple[float, float, float]:
     """x, y, side of the square in which `wanted`, (K, 2) as fractions of it, lie nearest to points (K, 2)"""
     points, wanted = np.asarray(points, float), np.asarray(wanted, float)
     centred = wanted - wanted.mean(0)
@@ -75,10 +75,10 @@ def square_at(points, wanted) -> tuple[float, float, float]:
     return (*(points.mean(0) - side * wanted.mean(0)), side)
 
 
-def square_within(template: str, wanted: str) -> tuple[float, float, float]:
+def square_in_crop(template: str, wanted: str) -> tuple[float, float, float]:
     """x, y, side of the crop `wanted` as fractions of the crop `template`; all of it where one of them has no points"""
     a, b = TEMPLATES[template].points, TEMPLATES[wanted].points
-    return square_at(a, b) if a and b else (0.0, 0.0, 1.0)
+    return fit_square(a, b) if a and b else (0.0, 0.0, 1.0)
 
 
 def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
@@ -89,7 +89,7 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
     x0, y0, x1, y1 = faces[number - 1][:4]
     t, points = TEMPLATES[template], np.reshape(faces[number - 1][5:], (-1, 2))
     if len(points) and t.points:
-        x, y, side = map(float, square_at(points, t.points))
+        x, y, side = map(float, fit_square(points, t.points))
         if side > 0:
             return (x, y, x + side, y + side)
     unit = max(x1 - x0, y1 - y0)
@@ -120,14 +120,14 @@ def crop_face(image: np.ndarray, box: tuple, size: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box))
 
 
-def resized(x, size: int):
+def resize_square(x, size: int):
     """(N, 3, H, W) -> (N, 3, size, size), bilinear without prefilter: OpenCV's default, which the experts were fed"""
     if x.shape[-2:] == (size, size):
         return x
     return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
-def window(x: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
+def cut_square(x: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
     """(.., H, W) -> (.., side, side), from column `left` and row `top` on; the border is repeated beyond x"""
     rows, columns = ((first + torch.arange(side)).clamp(0, edge - 1) for first, edge in zip((top, left), x.shape[-2:]))
     return x[..., rows[:, None], columns]
@@ -136,10 +136,10 @@ def window(x: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
 def recrop(frames: torch.Tensor, template: str, wanted: str) -> torch.Tensor:
     """Crops (.., 3, H, H) of one template -> the crop `wanted` of the same faces, at the same size."""
     H = frames.shape[-1]
-    left, top, side = (round(H * v) for v in square_within(template, wanted))
+    left, top, side = (round(H * v) for v in square_in_crop(template, wanted))
     if (left, top, side) == (0, 0, H):
         return frames
-    return resized(window(frames, left, top, side).flatten(0, -4), H).unflatten(0, frames.shape[:-3])
+    return resize_square(cut_square(frames, left, top, side).flatten(0, -4), H).unflatten(0, frames.shape[:-3])
 
 
 def box_slices(box: tuple, H: int, W: int) -> tuple[slice, slice]:
@@ -178,7 +178,7 @@ def face_detectors() -> list:
     return [FaceDetector(path_to_detector=path, back_model=path == far, **options) for path in (near, far)]
 
 
-def need_detector() -> list:
+def require_detectors() -> list:
     """face_detectors. Raises InputError: there are none"""
     if not face_detectors():
         raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
@@ -232,7 +232,7 @@ def overlap(a, b) -> float:
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
-def upright(face) -> bool:
+def is_upright(face) -> bool:
     """Whether a face's points lie less than 40 degrees off upright: crops are not rotated"""
     eye, other, mouth = np.reshape(face[5:11], (3, 2))
     across, down = other - eye, mouth - (eye + other) / 2
@@ -248,7 +248,7 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
     a woman .55. So both models search the image inside wider and wider margins. A face is what a third of the
     searches find with a mean score of MIN_SCORE, and `redetect` finds upright with that score (a cup seen from
     above has .7 from afar and .5 from near). Its box is the mean."""
-    detectors, groups = need_detector(), []  # one list of detections a face
+    detectors, groups = require_detectors(), []  # one list of detections a face
     for detector, margin in itertools.product(detectors, margins):
         for face in detect(detector, [image], [whole_square(image, margin)])[0]:
             group = next((g for g in groups if overlap(g[0], face) > SAME_FACE), None)
@@ -256,20 +256,20 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
     faces = [np.mean(g, 0) for g in groups if 3 * len(g) >= len(margins) * len(detectors)]
     faces = [face for face in faces if face[4] >= MIN_SCORE]
     near = redetect([image] * len(faces), faces)
-    return largest_first(face for face, seen in zip(faces, near) if upright(seen) and seen[4] >= MIN_SCORE)
+    return largest_first(face for face, seen in zip(faces, near) if is_upright(seen) and seen[4] >= MIN_SCORE)
 
 
 def find_faces(frames: list) -> list[list[tuple]]:
     """Frames of one video, uint8 (H, W, 3) -> for each what detect_faces gives, by one or two detections in place
     of eight: `face_tracks` tolerates a wrong one."""
     found = [[] for _ in frames]
-    for detector in need_detector():
+    for detector in require_detectors():
         blank = [i for i, faces in enumerate(found) if not faces]
         images = [frames[i] for i in blank]
         for i, faces in zip(blank, detect(detector, images, [whole_square(image, MARGIN) for image in images])):
             found[i] = [face for face in faces if face[4] >= MIN_SCORE]
     near = iter(redetect([frame for frame, faces in zip(frames, found) for _ in faces], sum(found, [])))
-    return [largest_first(filter(upright, itertools.islice(near, len(faces)))) for faces in found]
+    return [largest_first(filter(is_upright, itertools.islice(near, len(faces)))) for faces in found]
 
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
@@ -286,14 +286,14 @@ def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
 
 DETECT_EVERY = 5  # frames (ours: a fifth of a second)
 MAX_GAP = 3  # detections; ours: a face that is gone for longer, .6 s, ends its clip
-SEGMENT = 150  # frames of a clip at most: what is held in memory while its box is found, 415 MB at 720p
+MAX_CLIP_FRAMES = 150  # frames of a clip at most: what is held in memory while its box is found, 415 MB at 720p
 SHORTEST = 10  # frames; ours: one five-frame window, and another that is not its neighbour
-HIGHEST = 720  # pixels: videos are decoded at this height at most
+MAX_HEIGHT = 720  # pixels: videos are decoded at this height at most
 STEADY = 0.35  # of the box: a face that moves farther has no box of its own in one clip
 CUT, CUT_RATIO = 20, 4  # a cut changes the mean pixel by so many of 255, and so many times as much as its neighbours
 
 
-def scenes(frames) -> np.ndarray:
+def label_scenes(frames) -> np.ndarray:
     """Frames of a video, from any iterable -> the number of the scene of each, (n,) from 0 on, by 256 pixels of each."""
     change, last = [], None  # mean difference of each frame to the one before
     for frame in frames:
@@ -308,7 +308,7 @@ def scenes(frames) -> np.ndarray:
     return np.cumsum(cut)
 
 
-def face_tracks(found: list[list[tuple]], scene: np.ndarray) -> list[dict]:
+def link_tracks(found: list[list[tuple]], scene: np.ndarray) -> list[dict]:
     """Faces of find_faces, and the scene of each of its frames -> tracks: one face's {frame: face}"""
     tracks = []
     for i, faces in enumerate(found):
@@ -335,12 +335,12 @@ def steady_parts(track: dict, begin: int, end: int, template: str) -> list[tuple
     return steady_parts(first, begin, middle, template) + steady_parts(second, middle, end, template)
 
 
-def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
+def find_clips(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
     """Frames of a stretch of video -> [(begin, end, box or None, reason)], which cover it: a clip has one box, so
     that its crop does not wobble; what is not a clip has a reason. A clip ends where the scene ends, the face is
     gone, or one box would not hold it. Of several faces the largest for the longest time is taken."""
-    scene, found = scenes(frames), find_faces(frames[::DETECT_EVERY])
-    tracks = face_tracks(found, scene[::DETECT_EVERY])
+    scene, found = label_scenes(frames), find_faces(frames[::DETECT_EVERY])
+    tracks = link_tracks(found, scene[::DETECT_EVERY])
     tracks.sort(key=lambda track: -sum((f[2] - f[0]) * (f[3] - f[1]) for f in track.values()))
     clips, taken = [], np.zeros(len(frames), bool)
     for track in tracks:
@@ -360,9 +360,9 @@ def segments(frames: list[np.ndarray], template: str = "face") -> list[tuple]:
     return sorted(clips + [(a, b, None, reason) for a, b in zip(ends[::2], ends[1::2]) if a < b])
 
 
-def segment_box(frames: list[np.ndarray]) -> tuple:
+def find_clip_box(frames: list[np.ndarray]) -> tuple:
     """The box of the longest clip in a few seconds' frames. InputError, without the file's name: less than half"""
-    begin, end, box, reason = max(segments(frames), key=lambda s: (s[2] is not None, s[1] - s[0]))
+    begin, end, box, reason = max(find_clips(frames), key=lambda s: (s[2] is not None, s[1] - s[0]))
     if box is None or 2 * (end - begin) < len(frames):
         raise InputError(reason or "a face that stays for less than half of the time")
     return box
@@ -371,7 +371,7 @@ def segment_box(frames: list[np.ndarray]) -> tuple:
 # -------------------------------------------------------------------------------------------------------------- points
 
 K = 68  # iBUG's landmarks
-EYES = 36, 45  # outer corners
+EYE_CORNERS = 36, 45  # outer corners
 
 
 def to_complex(points: np.ndarray) -> np.ndarray:
@@ -396,8 +396,10 @@ def warp_face(image: np.ndarray, a: complex, b: complex, size: int) -> np.ndarra
     return np.array(image.transform((size, size), Image.Transform.AFFINE, to_source, Image.Resampling.BILINEAR))
 
 
-ALIGNED = np.array([87 + 59j, 137 + 59j, 112 + 120j]) + 0.5 + 0.5j  # x + iy of eyes and mouth in PC-AVS's 224 px
-SEEN, WHOLE = (16, 0, 208, 192), (0, 0, 224, 224)  # x0 y0 x1 y1 of these: its networks' input; files of `pcavs.py align`
+PCAVS_POINTS = np.array([87 + 59j, 137 + 59j, 112 + 120j]) + 0.5 + 0.5j  # x + iy of eyes and mouth in PC-AVS's 224 px
+# x0, y0, x1, y1 in these 224 pixels
+PCAVS_INPUT = (16, 0, 208, 192)  # what its networks take
+PCAVS_FILE = (0, 0, 224, 224)  # what `pcavs.py align` writes
 
 
 def eyes_and_mouth(points: np.ndarray) -> np.ndarray:
@@ -405,11 +407,11 @@ def eyes_and_mouth(points: np.ndarray) -> np.ndarray:
     return np.stack([to_complex(points[..., a:b, :].mean(-2)) for a, b in ((36, 42), (42, 48), (60, 68))], -1)
 
 
-def align_frames(frames, points: np.ndarray, size: int, box: tuple = SEEN):
+def align_frames(frames, points: np.ndarray, size: int, box: tuple = PCAVS_INPUT):
     """Frames, uint8 (H, W, 3), and eyes and mouth in them, (T, 3) in units of H -> a stream of uint8 (size, size, 3), the
     box of PC-AVS's 224 px. Scale and rotation are the mean, the mouth is held in its place; black beyond a frame."""
-    scale = similarity(points.mean(0), ALIGNED)[0]
-    step, corner = (box[2] - box[0]) / size / scale, (complex(*box[:2]) - ALIGNED[2]) / scale
+    scale = similarity(points.mean(0), PCAVS_POINTS)[0]
+    step, corner = (box[2] - box[0]) / size / scale, (complex(*box[:2]) - PCAVS_POINTS[2]) / scale
     for frame, mouth in zip(frames, points[:, 2]):
         yield warp_face(frame, len(frame) * step, len(frame) * (mouth + corner), size)
 
@@ -422,7 +424,8 @@ VIEW_MARGIN, VIEW_SIDE = 0.25, 256  # MediaPipe and dlib get the crop with this 
 DLIB_BOX = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
 # of MediaPipe's 478 points those that lie nearest to iBUG's 68. Where two choices were in use, those nearer to dlib's
 # points in 155 frames of 63 clips and photos: at the 12 points in doubt 6.4 % of the eye distance off, others 8.2, 9.3
-FROM_478 = [127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 356,       # chin, left to right
+MEDIAPIPE_POINTS = [
+            127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 356,       # chin, left to right
             70, 63, 105, 66, 107, 336, 296, 334, 293, 300, 168, 197, 5, 4, 75, 97, 2, 326, 305,      # brows, nose
             33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,                               # eyes
             61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]  # lips, outer, inner
@@ -473,7 +476,7 @@ def mediapipe_landmarks(path: Path, *_):
     def detect(image):  # one by one: its video mode lags
         H, W = image.shape[:2]
         found = network.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(image))).face_landmarks
-        return np.array([(found[0][i].x * W, found[0][i].y * H) for i in FROM_478]) if found else None
+        return np.array([(found[0][i].x * W, found[0][i].y * H) for i in MEDIAPIPE_POINTS]) if found else None
 
     detect.close = network.close
     return detect
@@ -537,7 +540,7 @@ def interpolate_gaps(found: list) -> tuple[np.ndarray, int]:
     there = np.array([p is not None for p in found])
     points = np.stack([np.full((K, 2), np.nan, np.float32) if p is None else np.float32(p) for p in found])  # (T, 68, 2)
     if there.any():
-        span = np.hypot(*(points[:, EYES[1]] - points[:, EYES[0]]).T)  # (T,)
+        span = np.hypot(*(points[:, EYE_CORNERS[1]] - points[:, EYE_CORNERS[0]]).T)  # (T,)
         there &= np.abs(span / np.median(span[there]) - 1, where=there, out=np.ones(len(span))) <= STRAY
     missing = int((~there).sum())
     if missing > MOST_MISSING * len(found):
@@ -546,10 +549,10 @@ def interpolate_gaps(found: list) -> tuple[np.ndarray, int]:
     longest = int(np.diff(np.concatenate(([-1], at, [len(found)]))).max()) - 1
     if longest > LONGEST_GAP:
         raise InputError(f"no face in {longest} frames in a row")
-    return interpolated(points, there).astype(np.float32), missing
+    return fill_missing(points, there).astype(np.float32), missing
 
 
-def interpolated(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def fill_missing(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """values (T, ..), those of frames not `seen` (T,) interpolated linearly, at the ends the nearest"""
     frames, flat = np.arange(len(values)), values.reshape(len(values), -1)
     return np.stack([np.interp(frames, frames[seen], column[seen]) for column in flat.T], 1).reshape(values.shape)
@@ -575,7 +578,7 @@ class Landmarks:
         for part in pack.packs:
             folder = part.folder / "landmarks"
             try:
-                header, *clips = map(json.loads, whole_lines(folder / "clips.jsonl"))
+                header, *clips = map(json.loads, complete_lines(folder / "clips.jsonl"))
                 done = int(part.frame_start[min(len(clips), len(part))])
                 self.points.append(np.memmap(folder / "points.bin", "<f4", "r", shape=(done, K, 2)) if done else None)
             except (OSError, ValueError) as error:
@@ -587,8 +590,8 @@ class Landmarks:
             self.detectors.append(header["detector"])
             kept += [before + i for i, line in enumerate(clips) if "reason" not in line]
             before += len(part)
-        self.kept = np.array(kept, int)
-        if not len(self.kept):
+        self.usable_clips = np.array(kept, int)
+        if not len(self.usable_clips):
             raise InputError(f"{folder}: not one clip has landmarks, clips.jsonl says why")
 
     def clip(self, c: int) -> np.ndarray:
@@ -598,7 +601,7 @@ class Landmarks:
         return np.array(self.points[i][first:end])
 
 
-def whole_lines(path: Path) -> list[bytes]:
+def complete_lines(path: Path) -> list[bytes]:
     """The lines of a file that end: a killed run's last one may be torn"""
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
@@ -606,7 +609,7 @@ def whole_lines(path: Path) -> list[bytes]:
 def open_landmarks(folder: Path, header: dict, overwrite: bool) -> list[bytes]:
     """The whole lines of an earlier run's clips.jsonl; where there is none, a new one's header"""
     path, head = folder / "clips.jsonl", json.dumps(header).encode() + b"\n"
-    lines = whole_lines(path) if path.exists() and not overwrite else []
+    lines = complete_lines(path) if path.exists() and not overwrite else []
     if lines and lines[0] != head:
         raise InputError(f"{folder}: holds landmarks of another pack or detector; --overwrite replaces them")
     if not lines:

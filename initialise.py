@@ -24,10 +24,10 @@ from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
 from faces import Landmarks, mask_mouth
 from fusion import FCTFG, Config, mean_w, published
-from landmarks import load_landmarks
+from landmarks import MIRROR, load_landmarks
 from losses import SYNC_FRAMES, Augment
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
-from motion import MIRROR, OPENER, fit_moves, fit_opening, held_still, lip_opening
+from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, remove_head_motion
 from stylegan2 import Discriminator
 from syncnet import load_sync
 from vision import float64, small_picture, zeroed
@@ -87,7 +87,7 @@ def load_data(args) -> dict:
         packs.append(photos)
     if all((part.folder / "landmarks" / "clips.jsonl").exists() for p in packs for part in p.packs):
         data["landmarks"] = [Landmarks(p) for p in packs]
-        data["marked"] = data["clips"][np.isin(data["clips"], data["landmarks"][0].kept)]
+        data["marked"] = data["clips"][np.isin(data["clips"], data["landmarks"][0].usable_clips)]
     return data
 
 
@@ -391,7 +391,7 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
 
     centre, std = numbers(shape).mean(0), numbers(deviation).std(0)
     for landmarks in of_photos:
-        for c in rng.permutation(np.intersect1d(data["photos"].order, landmarks.kept))[:n_clips]:
+        for c in rng.permutation(np.intersect1d(data["photos"].order, landmarks.usable_clips))[:n_clips]:
             collect(data["photos"].pack, landmarks, c, np.arange(1))
     boxes, target = torch.cat(boxes), (numbers(np.concatenate(shapes)) - centre) / std
     target = torch.from_numpy(target).float().clamp(-8, 8).to(device)                  # landmarks have outliers
@@ -481,7 +481,7 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     pack, landmarks, steps = data["pack"], data["landmarks"][0], min(LIP_STEPS, args.steps)
     rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
     long = data["marked"][pack.n_frames[data["marked"]] >= span]                       # with --by-person clips come twice
-    held_out = np.intersect1d([c for c in data["held_out"] if pack.n_frames[c] >= span], landmarks.kept)[:50]
+    held_out = np.intersect1d([c for c in data["held_out"] if pack.n_frames[c] >= span], landmarks.usable_clips)[:50]
     if not len(long):
         raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
     chosen = rng.permutation(np.unique(long))[:most]
@@ -536,7 +536,7 @@ def lip_shapes(model, pack, landmarks, clips, device) -> list:
     landmarks that are nearest to the MouthEncoder's other numbers, since it reads single people badly."""
     mean = load_landmarks().solid.double().numpy()
     found, read = zip(*read_clips(model, pack, landmarks, clips))
-    points = [torch.from_numpy(mouth_shape(held_still(p, mean))).float().to(device) for p in found]  # (T, 42)
+    points = [torch.from_numpy(mouth_shape(remove_head_motion(p, mean))).float().to(device) for p in found]  # (T, 42)
     x, y = (torch.cat([v - v.mean(0) for v in values]).cpu().double() for values in (points, read))
     std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
     linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
@@ -570,9 +570,9 @@ def fit_warp(model, data, clips=200):
         moving.append((points, shape[:, 1:].cpu().numpy()))
         mel = torch.from_numpy(pack.windows(c, range(len(points)), model.config.voice_norm)).to(shape.device)
         predicted.append(model.lip_shape(mel)[:, 0].cpu().numpy())
-        real.append(lip_opening(held_still(points, mean)))
+        real.append(lip_opening(remove_head_motion(points, mean)))
         if landmarks.detectors[pack.locate(c)[0]] == "mediapipe":                        # fit_opening expects dlib's
-            real[-1] /= OPENER
+            real[-1] /= OPENING_GAIN
     if not motion.moves.any():                                                         # --init may have them
         motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))
     people = pack.identity[chosen]                                                     # shut lips of everybody are 0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import fetch, load_frozen, read_weights, wrap_errors
-from faces import ARCFACE_POINTS, TEMPLATES, resized, square_at, window
+from faces import ARCFACE_POINTS, TEMPLATES, cut_square, fit_square, resize_square
 from vision import trunk_ir_se50
 
 
@@ -129,7 +129,7 @@ class ArcFace(nn.Module):
     def __init__(self, template: str = "ffhq"):
         super().__init__()
         wanted = np.vstack([ARCFACE_POINTS[:2], ARCFACE_POINTS[3:].mean(0)])               # eyes, middle of the mouth
-        square = square_at(wanted, (TEMPLATES[template].points or TEMPLATES["ffhq"].points))  # drawn faces: FFHQ's (ours)
+        square = fit_square(wanted, (TEMPLATES[template].points or TEMPLATES["ffhq"].points))  # drawn: FFHQ's (ours)
         self.left, self.top, self.side = map(round, square)                                # of the crop in the 112 px
         self.input_layer, self.body = trunk_ir_se50()
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(),
@@ -138,8 +138,8 @@ class ArcFace(nn.Module):
     def forward(self, x):
         check_images(x, 1)
         assert x.shape[2] == x.shape[3], f"images are {x.shape[2]} x {x.shape[3]}, expected square crops of a face"
-        x = F.adaptive_avg_pool2d(x, self.side) if x.shape[2] > self.side else resized(x, self.side)
-        return self.embed(window(x, -self.left, -self.top, 112))
+        x = F.adaptive_avg_pool2d(x, self.side) if x.shape[2] > self.side else resize_square(x, self.side)
+        return self.embed(cut_square(x, -self.left, -self.top, 112))
 
     def embed(self, x):
         """Faces already cut, (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length"""
@@ -184,7 +184,7 @@ class SyncNetV2(nn.Module):
         assert frames.ndim == 5 and frames.shape[1] >= 5 and frames.shape[2] == 3, \
             f"frames are {tuple(frames.shape)}, expected (B, T, 3, H, W) with T >= 5"
         B, T = frames.shape[:2]
-        x = resized((frames.flip(2).flatten(0, 1) + 1) * 127.5, 224).unflatten(0, (B, T))
+        x = resize_square((frames.flip(2).flatten(0, 1) + 1) * 127.5, 224).unflatten(0, (B, T))
         x = self.netcnnlip(x.transpose(1, 2)).flatten(2).transpose(1, 2)                   # (B, T-4, 512)
         return self.netfclip(x.flatten(0, 1)).unflatten(0, (B, T - 4))
 
@@ -239,7 +239,7 @@ class Wav2LipExpert(nn.Module):
         96 px, BGR in [0, 1], the five frames as 15 channels."""
         assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), (
             f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)")
-        x = resized((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]                 # (5 B, 3, 48, 96)
+        x = resize_square((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]           # (5 B, 3, 48, 96)
         return F.normalize(self.face_encoder(x.unflatten(0, (-1, 5)).flatten(1, 2)).flatten(1), dim=1)
 
     def sound(self, mel):
@@ -285,7 +285,7 @@ class Inception:
         conv, chain, row, column = self.conv, self.chain, (0, 3), (3, 0)
         average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
         check_images(x, 1)
-        x = conv(resized(x, 299), "Conv2d_1a_3x3", 2)                                     # (N, 32, 149, 149)
+        x = conv(resize_square(x, 299), "Conv2d_1a_3x3", 2)                               # (N, 32, 149, 149)
         x = conv(conv(x, "Conv2d_2a_3x3"), "Conv2d_2b_3x3", 1, 1)                         # (N, 64, 147, 147)
         x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")           # (N, 192, 71, 71)
         x = F.max_pool2d(x, 3, 2)

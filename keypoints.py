@@ -37,13 +37,13 @@ from checkpoint import (
 from control import correlation, partial_correlation
 from data import (
     PART_PURPOSES, add_split_options, balance_people, batches, find_used_clips, hash_sounds, open_packs, split)
-from faces import EYES, K, Landmarks, to_complex
+from faces import EYE_CORNERS, K, Landmarks, to_complex
 from fusion import REACH, SpeechContext
 from landmarks import extract, to_real
 from media import (
     FPS, SAMPLES_PER_FRAME, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, load_audio, load_photo, run,
     write_video)
-from motion import activity, lip_opening
+from motion import detect_speech, lip_opening
 from report import image_grid, markdown_table
 from syncnet import SyncNet, load_sync
 
@@ -60,7 +60,7 @@ def normalise(points: np.ndarray) -> np.ndarray:
     """Landmarks of a clip in pixels (T, 68, 2) -> the same with the outer corners of the eyes level, the origin in their
     middle. Unit: the clip's median of their distance, since a detector's jitter and turns of the head change it."""
     z = to_complex(points)  # (T, 68)
-    left, right = z[:, EYES[0], None], z[:, EYES[1], None]
+    left, right = z[:, EYE_CORNERS[0], None], z[:, EYE_CORNERS[1], None]
     return to_real((z - (left + right) / 2) * abs(right - left) / (right - left) / np.median(abs(right - left)))
 
 
@@ -179,7 +179,7 @@ class PackSource:
     def people(self) -> dict:
         """{person: (mean of the tenth of frames with the smallest opening (68, 2), deviation of the opening)}. clip gives
         all people one of both (ours): sound tells neither, and a regression would guess them by the voice."""
-        found, kept = {}, self.landmarks.kept
+        found, kept = {}, self.landmarks.usable_clips
         for person in dict.fromkeys(self.pack.identity[kept]):
             clips = kept[self.pack.identity[kept] == person]
             faces = np.concatenate([normalise(self.landmarks.clip(c)) for c in clips])
@@ -214,7 +214,7 @@ def open_source(args, checkpoints=None):
     for path, saved in (checkpoints or {}).items():
         for part, used in find_used_clips(saved, source.pack, path).items():
             parts[part], parts["test"] = np.intersect1d(parts[part], used), np.setdiff1d(parts["test"], used)
-    parts = {part: np.intersect1d(clips, source.landmarks.kept) for part, clips in parts.items()}
+    parts = {part: np.intersect1d(clips, source.landmarks.usable_clips) for part, clips in parts.items()}
     for part in ("test",) if checkpoints else ("train", "valid"):
         if not len(parts[part]):
             raise InputError(f"{source.pack.folder}: no clip with landmarks is left to {PART_PURPOSES[part]}")
@@ -755,11 +755,11 @@ def sample(args):
     frames = (draw_face(face, 256) for face in faces)
     if args.photo:  # sample.py moves its pixels as by its network's lips; no network paints
         options = photos.parse([args.photo, args.speech, "--still"])
-        photo, box = photos.limit(*photos.photo_box(load_photo(args.photo), options, "face")[:2])
+        photo, box = photos.limit_size(*photos.find_photo_face(load_photo(args.photo), options, "face")[:2])
         moved = codes - mouth.rest  # (T, D + E)
         lips = moved @ lip_opening(mouth.face[1:].reshape(-1, K, 2)), moved
         animator = SimpleNamespace(lips=lambda mel: lips, motion=SimpleNamespace(moves=torch.from_numpy(mouth.moves())))
-        frames = photos.talking_photo(animator, photo, box, None, activity(wav, len(codes)), options)
+        frames = photos.talking_photo(animator, photo, box, None, detect_speech(wav, len(codes)), options)
     write_video(out, iter(frames), len(faces), (args.speech, len(wav)), args.overwrite)
     with wrap_errors(numbers, "cannot be written"):
         np.save(numbers, faces)

@@ -56,10 +56,10 @@ EYE = Part(np.stack([LEFT, RIGHT]), [1] * 5 + [3] * 6, 5, 0.5 + 0.62j, 0.38, 32)
 MOUTH = Part(np.stack([LIPS, MIRROR[LIPS]]), [1] * 12 + [3] * 8, 0, MIDDLE, 0.45, 48)
 STEADY = 0.02  # a crop that moves by more of its side between two frames is read again
 LOST = 0.04  # sides of the crop: points of crop and mirror image are further apart where there is no face
-DRAWN = 64  # crops of a training batch
+CROPS_PER_BATCH = 64  # crops of a training batch
 BATCH = 8  # frames whose eyes and mouths are read at once: a third of the time of one by one
 JUMP, SWELL = 0.35, 1.4  # sides by which a face moves at most between two frames, factor by which it grows
-DOUBT = 0.02  # see `doubt`: 99 of 100 UTKFace photos lie below; of 28 images without a face all but a dog above
+SCATTER_LIMIT = 0.02  # see `doubt`: 99 of 100 UTKFace photos lie below; of 28 images without a face all but a dog above
 # sides of the crop by which dlib's points lie too low: its line between shut lips is .0077 below the darkest row (median
 # of 431 places in UTKFace's photos). Half of that: lids and the corners of eyes and mouth are that much off
 DLIB_LOW = 0.004
@@ -173,7 +173,7 @@ def sample_crops(grey: torch.Tensor, a, b, size: int) -> torch.Tensor:
     return F.avg_pool2d(sample(grey, a * unit_square(fine * size) + b), fine)
 
 
-def grey_part(photo: np.ndarray, a: complex, b: complex) -> tuple[torch.Tensor, complex]:
+def grey_crop(photo: np.ndarray, a: complex, b: complex) -> tuple[torch.Tensor, complex]:
     """What the crop a, b covers of a photo, uint8 (H, W, 3), with a margin of a tenth -> grey (1, 1, h, w), its corner
     x + iy. All of a large photo in grey would take longer than the network."""
     corners = a * (1.2 * np.array([0, 1, 1j, 1 + 1j]) - 0.1 - 0.1j) + b
@@ -193,7 +193,7 @@ def both_sides(net, crops: torch.Tensor, mirrored: np.ndarray) -> torch.Tensor:
 
 def read_face(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, shifts=(0,)) -> np.ndarray:
     """The crop a, b of a photo, uint8 (H, W, 3), shifted by sides -> both_sides (2, len(shifts), K) in pixels"""
-    grey, corner = grey_part(photo, a, b)
+    grey, corner = grey_crop(photo, a, b)
     b = b + a * np.array(shifts)
     crops = sample_crops(grey, np.full(len(b), a), b - corner, FACE_SIZE)
     return a * both_sides(net, crops, MIRROR).numpy() + b[:, None]
@@ -226,12 +226,12 @@ def find_landmarks(net: LandmarkNet, photo: np.ndarray, box) -> np.ndarray:
         points = read_face(net, photo, a, b).mean((0, 1))
         a, b = net.crop_of(points)
     for _ in range(2):  # the second time from centred crops; a frame of a video has one
-        points = read_parts(net, [grey_part(photo, a, b)], [a], [points])[0]
+        points = read_parts(net, [grey_crop(photo, a, b)], [a], [points])[0]
     return to_real(points)
 
 
 @torch.inference_mode()
-def doubt(net: LandmarkNet, photo: np.ndarray, points: np.ndarray) -> float:
+def landmark_scatter(net: LandmarkNet, photo: np.ndarray, points: np.ndarray) -> float:
     """How far landmarks (68, 2) scatter, in sides of the crop, when the crop is shifted and mirrored. Above DOUBT they
     are not to be trusted: a profile, something before the mouth, not a face."""
     a, b = net.crop_of(to_complex(points))
@@ -239,7 +239,7 @@ def doubt(net: LandmarkNet, photo: np.ndarray, points: np.ndarray) -> float:
     return float(np.abs(found - found.mean(0)).mean() / np.abs(a))
 
 
-def read_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def measure_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks (.., 68, 2) -> eyes (.., 2): opening of the lids, left and right in the image, in widths of the eye (.3
     open, below .1 shut); brows (.., 2): height over the eye, in distances of the eyes' outer corners."""
     points = to_complex(points)
@@ -278,7 +278,7 @@ def follow_face(net: LandmarkNet, frames, box):
         seen, passes, points = True, 1, found.mean(0)
         if not (steady and np.abs(found[0] - found[1]).mean() < LOST * abs(a)):
             points, passes, (a, b) = np.full(K, complex(np.nan, np.nan)), 3, last
-        yield grey_part(frame, a, b), a, points
+        yield grey_crop(frame, a, b), a, points
 
 
 # -------------------------------------- the shape of the lips, differentiable: what the sync expert gets of a face
@@ -314,7 +314,7 @@ def read_packs(folders: list[Path], rng: np.random.Generator, most: int = 8000) 
     training; points (n, K) in units of the crop. Raises InputError: no pack, no landmarks, packs of several sizes."""
     images, points = [], []
     for pack, found in [(pack, Landmarks(pack)) for pack in open_packs(folders).packs]:
-        clips, shift = np.intersect1d(split(pack)["train"], found.kept), DLIB_LOW * (found.detectors[0] == "dlib")
+        clips, shift = np.intersect1d(split(pack)["train"], found.usable_clips), DLIB_LOW * (found.detectors[0] == "dlib")
         for c in tqdm(rng.permutation(clips)[:most], desc=pack.folder.name, leave=False, disable=None):
             for k in rng.permutation(pack.n_frames[c])[: -(-most // len(clips))]:
                 images.append((torch.from_numpy(pack.frame(c, k)).float() @ GREY).round().byte())
@@ -434,22 +434,23 @@ def train(network: nn.Module, draw, weight, steps: int, peak: float, name: str):
 def face_crops(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, rng):
     """Sets the shapes of a network from grey frames, uint8 (n, 1, S, S), and their points (n, K) in units of the frame ->
     draw() for `train`. Crops are as far off as a detector's box (every second), or as the pass before."""
-    S, wide, mean = images.shape[-1], np.arange(DRAWN) % 2 == 0, mean_shape(points)
+    S, wide, mean = images.shape[-1], np.arange(CROPS_PER_BATCH) % 2 == 0, mean_shape(points)
     right_a, right_b = similarity(mean, points)
 
     def choose():
         """Places of a batch, its crops in units of the frame, points in units of the crops"""
-        i = rng.integers(len(points), size=DRAWN)
-        a, b = random_crops(DRAWN, *np.where(wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
+        i = rng.integers(len(points), size=CROPS_PER_BATCH)
+        a, b = random_crops(CROPS_PER_BATCH, *np.where(wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
         a, b = right_a[i] * a, right_a[i] * b + right_b[i]
         return i, a, b, (points[i] - b[:, None]) / a[:, None]
 
     def draw():
         i, a, b, y = choose()
-        x, half = sample_crops(images[i].float(), S * a, S * b, FACE_SIZE), DRAWN // 2
+        x, half = sample_crops(images[i].float(), S * a, S * b, FACE_SIZE), CROPS_PER_BATCH // 2
         return torch.cat([x[:half], x[half:].flip(-1)]), np.concatenate([y[:half], mirror(y[half:])])
 
-    shapes = np.concatenate([y for _ in range(4000 // DRAWN) for y in (choose()[3], mirror(choose()[3]))]) - mean
+    batches = [y for _ in range(4000 // CROPS_PER_BATCH) for y in (choose()[3], mirror(choose()[3]))]
+    shapes = np.concatenate(batches) - mean
     _, s, v = torch.linalg.svd(torch.from_numpy(to_real(shapes)).flatten(1), full_matrices=False)
     net.mean.copy_(torch.from_numpy(to_real(mean)))
     net.basis.copy_((v * s[:, None] / len(shapes) ** 0.5)[: len(net.basis)])  # weights of deviation 1
@@ -459,7 +460,7 @@ def face_crops(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, rng):
 def eye_or_mouth_crops(net: LandmarkNet, network: PartNet, part: Part, images: torch.Tensor, points: np.ndarray, rng):
     """As face_crops, for a part's network. Of eyes only open ones, two thirds of a batch shut more or less"""
     if part is EYE:
-        is_open = (read_eyes(to_real(points))[0] > 0.2).all(1)
+        is_open = (measure_eyes(to_real(points))[0] > 0.2).all(1)
         images, points = images[torch.from_numpy(is_open)], points[is_open]
     a, b = part_crops(part, net.crop_of(points)[0], points)
     shapes, S = (points[:, part.points] - b[..., None]) / a[:, None, None], images.shape[-1]  # (n, 2, k)
@@ -467,11 +468,12 @@ def eye_or_mouth_crops(net: LandmarkNet, network: PartNet, part: Part, images: t
     network.mean.copy_(torch.from_numpy(to_real(shapes.mean((0, 1)))))
 
     def draw():
-        i, side = rng.integers(len(points), size=DRAWN), rng.integers(2, size=DRAWN)
-        turn, shift = random_crops(DRAWN, 0.08, 0.08, 0.03, rng)
+        i, side = rng.integers(len(points), size=CROPS_PER_BATCH), rng.integers(2, size=CROPS_PER_BATCH)
+        turn, shift = random_crops(CROPS_PER_BATCH, 0.08, 0.08, 0.03, rng)
         v, y = turn[:, None, None] * unit_square(part.size) + shift[:, None, None], shapes[i, side]
         if part is EYE:
-            v, y = shut_eyes(v, y, (1.5 * rng.random(DRAWN)).clip(0, 1) * (rng.random(DRAWN) > 0.33), rng)
+            share = (1.5 * rng.random(CROPS_PER_BATCH)).clip(0, 1) * (rng.random(CROPS_PER_BATCH) > 0.33)
+            v, y = shut_eyes(v, y, share, rng)
         v = np.where(side[:, None, None] == 1, 1 - v.conj(), v)
         x = sample(images[i].float(), S * (a[i, None, None] * v + b[i, side][:, None, None]))
         return x, (y - shift[:, None]) / turn[:, None]
@@ -481,7 +483,7 @@ def eye_or_mouth_crops(net: LandmarkNet, network: PartNet, part: Part, images: t
 
 # --------------------------------------------------- landmarks of a pack by another detector: keypoints.py extract
 
-CHUNK = 10  # clips for which a process opens its detector once (ours)
+CLIPS_PER_JOB = 10  # clips for which a process opens its detector once (ours)
 
 
 def detect_clips(clips, pack: Pack, spec: str, wanted) -> list[dict]:
@@ -509,15 +511,15 @@ def extract(args):
         (folder / "clips.jsonl").write_bytes(b"".join(lines))  # without a torn last line
         done = len(lines) - 1
         os.truncate(folder / "points.bin", int(pack.frame_start[done]) * K * 2 * 4)
-        chunks = [range(first, min(first + CHUNK, len(pack))) for first in range(done, len(pack), CHUNK)]
+        chunks = [range(first, min(first + CLIPS_PER_JOB, len(pack))) for first in range(done, len(pack), CLIPS_PER_JOB)]
         job = partial(detect_clips, pack=pack, spec=args.landmarks, wanted=wanted)
-        results = tqdm(parallel_map(job, chunks, args.workers), f"{CHUNK} clips", len(chunks), disable=None)
+        results = tqdm(parallel_map(job, chunks, args.workers), f"{CLIPS_PER_JOB} clips", len(chunks), disable=None)
         with open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out:
             for found, clips in zip(results, chunks):
                 for c, line in zip(clips, found):
                     out.write(line.pop("points").astype("<f4").tobytes())
                     log.write(json.dumps(dict(source=pack.source(c)) | line).encode() + b"\n")
-    print(f"{folder}: {len(Landmarks(pack).kept)} of {len(pack)} clips have landmarks ({args.landmarks})")
+    print(f"{folder}: {len(Landmarks(pack).usable_clips)} of {len(pack)} clips have landmarks ({args.landmarks})")
 
 
 # ------------------------------------------------------------------------------------------------------ the script

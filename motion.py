@@ -13,10 +13,10 @@ import numpy as np
 from scipy.fft import irfft, rfft, rfftfreq  # scipy.signal takes a second to import
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 
-from faces import interpolated
+from faces import fill_missing
 from landmarks import MIRROR
 from media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
-from warp import LOWER_LINE, RIGID, UPPER_LINE, Pose, angles, fit_pose, smoothstep
+from warp import LOWER_INNER, RIGID, UPPER_INNER, Pose, angles, fit_pose, smoothstep
 
 # constants are ours
 QUIET = 30.0  # dB below the level of speech (95th percentile): silence; breath lies lower, and GRID's noise floor at 40
@@ -29,14 +29,15 @@ SWAY = 1.3, 0.8, 0.7  # degrees of yaw, pitch, roll, standard deviation; with mo
 SWAY_SECONDS = 0.55  # sigma of the sway's smoothing
 NOD = 1.2  # degrees that the chin drops where speech starts
 DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
-OPENER = 1.4  # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 of its slope
+# dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 times the slope of dlib's
+OPENING_GAIN = 1.4
 NODDING = np.r_[27:48]  # nose and eyes: their fit follows a nod further than RIGID's, with more noise; both are averaged
 DRIVE_GAIN = 1.15, 1.2  # yaw and pitch by the small network's points are smaller than by MediaPipe's, on the same clips
 LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # of roll in degrees, shift right and down, scale, brows; see warp.Head.room
 LID_SHUT, LID_OPEN = 0.35, 0.85  # of a driver's usual opening: wholly shut (blinks reach .05 to .3), not yet a blink
 
 
-def there_and_back(k: int, count: int) -> int:
+def ping_pong(k: int, count: int) -> int:
     """Index of step k when `count` frames are played to the end and back for ever: 0 1 2 1 0 1 2 .."""
     k %= max(1, 2 * (count - 1))
     return min(k, 2 * (count - 1) - k)
@@ -52,13 +53,13 @@ class Motion:
 
     def __getitem__(self, k: int) -> dict:
         """Arguments of warp.Warp for frame k; a driving clip that is shorter is played back and forth"""
-        k = there_and_back(k, len(self.poses))
+        k = ping_pong(k, len(self.poses))
         yaw, pitch, roll, right, down, scale = self.poses[k].tolist()
         pose = Pose(yaw, pitch, roll, (right, down), 1 + scale)
         return dict(pose=pose, blink=float(self.blinks[k]), brows=float(self.brows[k]))
 
 
-def activity(wav: np.ndarray, n: int) -> np.ndarray:
+def detect_speech(wav: np.ndarray, n: int) -> np.ndarray:
     """wav (samples,) at 16 kHz -> (n,) in [0, 1]: whether frame k has speech, with soft edges. A fan's noise is none."""
     def level(x):  # of frames, in dB
         power = [np.square(x[k * SAMPLES_PER_FRAME : (k + 1) * SAMPLES_PER_FRAME]).sum() for k in range(n)]
@@ -71,7 +72,7 @@ def activity(wav: np.ndarray, n: int) -> np.ndarray:
     return gaussian_filter1d(maximum_filter1d(speaks.astype(float), 2 * PAUSE + 1), 3.0)
 
 
-def mouth(opening, shape, active, own: float, strength: float = 1.0):
+def mouth_motion(opening, shape, active, own: float, strength: float = 1.0):
     """opening (T,), shape (T, K - 1), active (T,) -> the same two for a photo whose lips are open by `own` at rest.
 
     In silence the photo keeps its own mouth, bit for bit. strength: of all movement, 1 as predicted."""
@@ -79,7 +80,7 @@ def mouth(opening, shape, active, own: float, strength: float = 1.0):
     return own + active * (opening - own), active[:, None] * shape
 
 
-def idle(n: int, active: np.ndarray, seed: int, head: bool = True) -> Motion:
+def idle_motion(n: int, active: np.ndarray, seed: int, head: bool = True) -> Motion:
     """A photo that is not driven: blinks at a person's rate, a slow sway that starts from the photo, nods with speech."""
     rng = np.random.default_rng(seed)
     blinks, k = np.zeros(n + len(BLINK)), rng.uniform(1.0, BLINK_EVERY[1])
@@ -98,7 +99,7 @@ def idle(n: int, active: np.ndarray, seed: int, head: bool = True) -> Motion:
     return Motion(poses, blinks[:n], np.zeros(n))
 
 
-def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, room: tuple) -> Motion:
+def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, room: tuple) -> Motion:
     """A driving clip -> its motion, softly limited to what looks right on the photo.
 
     points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; NaN where
@@ -109,7 +110,7 @@ def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.nda
     seen = np.isfinite(points).all((1, 2))
     if not seen.any():
         raise ValueError("no face")
-    points, lids, brows = (interpolated(x, seen) for x in (points, lids, brows))
+    points, lids, brows = (fill_missing(x, seen) for x in (points, lids, brows))
     scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))  # (T,), (T, 3, 3), (T, 2)
     nods = angles(np.array([fit_pose(p, mean, NODDING)[1] for p in points]))[:, 1]
     yaws, pitches, rolls = angles(R @ R[0].T).T
@@ -130,7 +131,7 @@ def follow(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.nda
 # once for a network: how its numbers move landmarks
 
 
-def held_still(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def remove_head_motion(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """A clip's landmarks (T, 68, 2) in pixels -> in units, seen from the front, without the head's own motion: each frame
     is mapped by the similarity that fits its rigid points to the clip's median face. Made symmetric."""
     middle = np.median(points, 0)
@@ -146,7 +147,7 @@ def held_still(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
 def lip_opening(q: np.ndarray) -> np.ndarray:
     """Landmarks (.., 68, 2), upright -> (..): the mean gap between the inner lips"""
-    return (q[..., LOWER_LINE[1:4], 1] - q[..., UPPER_LINE[1:4], 1]).mean(-1)
+    return (q[..., LOWER_INNER[1:4], 1] - q[..., UPPER_INNER[1:4], 1]).mean(-1)
 
 
 def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
@@ -154,8 +155,8 @@ def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
     least squares of the landmarks, less each clip's mean, on the opening of the lips and the other numbers."""
     x, y = [], []
     for points, shape in clips:
-        q = held_still(points, mean)
-        known = np.c_[OPENER * lip_opening(q), shape]
+        q = remove_head_motion(points, mean)
+        known = np.c_[OPENING_GAIN * lip_opening(q), shape]
         x.append(known - known.mean(0))
         y.append((q - q.mean(0)).reshape(len(q), -1))
     moves = np.linalg.lstsq(np.concatenate(x), np.concatenate(y), rcond=None)[0].reshape(-1, 68, 2)
@@ -166,8 +167,8 @@ def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
 def fit_opening(predicted: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """predicted (n,), the first number from sound, real (n,) openings -> slope, offset: max(0, slope predicted + offset)
     has the real mean and deviation. Least squares would open mouths less: a half predictable motion is predicted half as
-    far. The smallest twentieth of the openings counts as shut, see OPENER."""
-    real = OPENER * np.maximum(0, real - np.quantile(real, 0.05))
+    far. The smallest twentieth of the openings counts as shut, see OPENING_GAIN."""
+    real = OPENING_GAIN * np.maximum(0, real - np.quantile(real, 0.05))
     slope, offset = real.std() / predicted.std(), 0.0
     for _ in range(50):
         got = np.maximum(0, slope * predicted + offset)

@@ -40,17 +40,17 @@ from checkpoint import (
     save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, open_packs, split, to_flipped_tensor
 from faces import (
-    ALIGNED, SEEN, TEMPLATES, WHOLE, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box, interpolated,
-    mask_mouth, middle_square, similarity)
+    PCAVS_FILE, PCAVS_INPUT, PCAVS_POINTS, TEMPLATES, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box,
+    fill_missing, mask_mouth, middle_square, similarity)
 from initialise import reduced_rank_regression
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, is_grey, load_audio, load_photo, make_folder,
     probe, read_video, run, to_tensor, to_uint8, write_video)
-from motion import there_and_back
+from motion import ping_pong
 from report import image_grid, write_report
-from sample import LOOK_HEIGHT, driving_box, is_drawn, photo_box, without_colour
+from sample import SEARCH_HEIGHT, find_driving_face, find_photo_face, is_drawn, to_grey
 from stylegan2 import Discriminator, StyledLayers
 from toyfaces import open_toy_pack
 from vision import conv_norm, shortcut
@@ -288,7 +288,7 @@ class PCAVS(nn.Module):
             identity = self.V(photo[None])
             chunks = iter(lambda: list(itertools.islice(frames, batch)), [])
             codes = torch.cat([self.pose(torch.stack(chunk).to(photo)) for chunk in chunks])    # (T, P)
-        codes = codes[[there_and_back(k, len(codes)) for k in range(n)]]
+        codes = codes[[ping_pong(k, len(codes)) for k in range(n)]]
         for first in range(0, n, batch):
             windows = lws_windows(mel, range(first, min(first + batch, n)))
             with autocast:
@@ -335,9 +335,9 @@ def clip_frames(path: Path, n: int | None, height: int | None = None):
     return itertools.islice(read_video(path, height and min(height, probe(path).height)), n)
 
 
-def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
+def aligned_clip(path: Path, n: int | None, size: int, box: tuple = PCAVS_INPUT):
     """align_frames of a clip's first n frames, read twice. InputError: no detector; a face in less than half"""
-    frames = clip_frames(path, n, LOOK_HEIGHT)
+    frames = clip_frames(path, n, SEARCH_HEIGHT)
     for before, frame in enumerate(frames):  # noqa: B007
         if faces := detect_faces(frame, margins=(1.2, 1.5)):
             break
@@ -348,8 +348,8 @@ def aligned_clip(path: Path, n: int | None, size: int, box: tuple = SEEN):
     found = ~np.isnan(points[:, 2])                                             # (T,); points (T, 3), complex
     if 2 * found.sum() < len(found):
         raise InputError(f"{path}: a face in {found.sum()} of {len(found)} frames")
-    points = interpolated(points, found)
-    scale = abs(similarity(points.mean(0), ALIGNED)[0])
+    points = fill_missing(points, found)
+    scale = abs(similarity(points.mean(0), PCAVS_POINTS)[0])
     height = max(16, round(2 * scale * size / (box[2] - box[0])))               # twice what the crop keeps
     return align_frames(clip_frames(path, n, height), points, size, box)
 
@@ -361,14 +361,14 @@ def clip_crops(path: str | Path, n: int, config: Config, aligned: bool = False):
 
     def crop_aligned(frame):
         H, W = frame.shape[:2]
-        box = tuple(v / 224 * n for v, n in zip(SEEN, (W, H, W, H))) if published else middle_square(frame)
+        box = tuple(v / 224 * n for v, n in zip(PCAVS_INPUT, (W, H, W, H))) if published else middle_square(frame)
         return crop_face(frame, box, size)
 
     if images_in(path) or aligned and published:
         return map(crop_aligned, clip_frames(path, n))
     if published:
         return aligned_clip(path, n, size)
-    _, box, height = driving_box(path, n, config.template)
+    _, box, height = find_driving_face(path, n, config.template)
     frames = clip_frames(path, n, max(2, round(2 * size * height / (box[3] - box[1]))))  # twice what the crop keeps
     return (crop_face(frame, tuple(v * len(frame) / height for v in box), size) for frame in frames)
 
@@ -380,7 +380,7 @@ def photo_crop(photo: np.ndarray, args, config: Config) -> np.ndarray:
         return next(clip_crops(args.face, 1, config, True))
     if config.template == "toy" and not is_drawn(photo):
         print(f"{args.weights}: these weights draw the toy world only; {args.face} is another kind of picture")
-    photo, box, how = photo_box(photo, args, "face" if published else config.template)
+    photo, box, how = find_photo_face(photo, args, "face" if published else config.template)
     print(f"{args.face}: {how}")
     if not published:
         return crop_face(photo, box, config.size)
@@ -395,7 +395,7 @@ def align(args):
         out = path.with_name(f"{path.stem}_cropped")
         if out.exists() and not args.overwrite:
             raise InputError(f"{out}: exists; give --overwrite to replace its images")
-        frames = aligned_clip(path, None, 224, WHOLE)
+        frames = aligned_clip(path, None, 224, PCAVS_FILE)
         out.mkdir(exist_ok=True)
         for k, frame in enumerate(tqdm(frames, path.name, unit="frame", disable=None)):
             Image.fromarray(frame).save(out / f"{k:06d}.jpg", quality=95)
@@ -427,9 +427,9 @@ def sample(args):
     pose = list(pose) if args.grid else pose
     frames = render(model, crop, wav, pose, args, device)
     if is_grey(photo):
-        frames = map(without_colour, frames)
+        frames = map(to_grey, frames)
     if args.grid:
-        frames = (np.hstack([crop, pose[there_and_back(k, len(pose))], frame]) for k, frame in enumerate(frames))
+        frames = (np.hstack([crop, pose[ping_pong(k, len(pose))], frame]) for k, frame in enumerate(frames))
     write_video(out, frames, n, (args.speech, len(wav)), args.overwrite)
     print(f"{out}: {n} frames, {n / FPS:.2f} s; {n / (time.perf_counter() - begin):.1f} frames/s end to end")
 

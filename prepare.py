@@ -30,7 +30,8 @@ from tqdm import tqdm
 from audio import isolate_voice, log_mel, n_frames
 from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import (
-    HIGHEST, SEGMENT, crop_face, detect_faces, face_box, need_detector, segments, square_within, whole_lines)
+    MAX_CLIP_FRAMES, MAX_HEIGHT, complete_lines, crop_face, detect_faces, face_box, find_clips, require_detectors,
+    square_in_crop)
 from media import (
     InputError, Parser, load_audio, load_photo, normalise_loudness, parallel_map, probe, read_video, run, to_int16,
     wrap_os_errors)
@@ -53,11 +54,11 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
     info, wav = probe(path), load_audio(path)
     wav = normalise_loudness(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
     wav = cut_sound(wav, lag, lag + n_frames(len(wav))) if lag else wav
-    height, total, at = min(info.height, HIGHEST), n_frames(len(wav)), 0
-    length = -(-total // -(-total // SEGMENT))  # as even as can be: no rest of a few frames
+    height, total, at = min(info.height, MAX_HEIGHT), n_frames(len(wav)), 0
+    length = -(-total // -(-total // MAX_CLIP_FRAMES))  # as even as can be: no rest of a few frames
     stream = read_video(path, height=height)
     while frames := list(islice(stream, min(length, total - at))):
-        for begin, end, box, reason in segments(frames, template):
+        for begin, end, box, reason in find_clips(frames, template):
             segment = dict(begin=at + begin, frames=end - begin, outcome="skipped", reason=reason)
             jpegs, samples = [], None
             if box is not None:
@@ -79,7 +80,7 @@ def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndar
     """By how many frames a clip's sound is late, by the sync expert in the file `path`; 0 within its tolerance.
     Adds that to the segment, and a reason to skip it where mouth and sound fit at no offset."""
     expert, size = sync_expert(path, "cpu"), len(crops[0])
-    x, y, side = (size * v for v in square_within(template, expert.template))
+    x, y, side = (size * v for v in square_in_crop(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
         crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
     assert len(crops) >= WINDOW_FRAMES, "a clip is longer than a window"
@@ -155,9 +156,9 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
     person: the identity of all files; None: each folder in `folder` is one. shard: (i, n), file i and every n-th
     after it, into a pack whose people are those of the other shards (data.Packs). options: see prepare_video.
     InputError: no detector; not one clip; `out` cannot be written or holds a pack."""
-    need_detector()
+    require_detectors()
     manifest = out / "manifest.jsonl"
-    lines = whole_lines(manifest) if manifest.exists() else []
+    lines = complete_lines(manifest) if manifest.exists() else []
     outcomes = [json.loads(line) for line in lines]
     packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
     shard_of = folder.absolute() if shard[1] > 1 else None

@@ -31,22 +31,22 @@ from faces import (
     TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, middle_square, parse_box, turn_upright)
 from dub import find_takes, frame_jobs
 from fusion import load_model
-from landmarks import DOUBT, doubt, find_landmarks, load_landmarks, read_eyes, track_landmarks
+from landmarks import SCATTER_LIMIT, landmark_scatter, find_landmarks, load_landmarks, measure_eyes, track_landmarks
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_finite, check_output, is_grey, load_audio, load_photo, photo_size,
     probe, read_video, run, to_tensor, to_uint8, write_video)
-from motion import activity, follow, idle, mouth, there_and_back
-from warp import Face, Warp, enlarge, smoothstep
+from motion import detect_speech, driving_motion, idle_motion, mouth_motion, ping_pong
+from warp import Face, Warp, enlarge_small_face, smoothstep
 
 HERE = Path(__file__).resolve().parent
-EXAMPLE, SPEECH = HERE / "examples/astronaut.jpg", HERE / "examples/speech.flac"
+EXAMPLE_PHOTO, EXAMPLE_SPEECH = HERE / "examples/astronaut.jpg", HERE / "examples/speech.flac"
 EXAMPLE_BOX = "134.5,130.1,381.7,377.3"  # where blazeface finds the astronaut's face: no weights are fetched for it
-DRAWING, DRAWN_SPEECH = HERE / "examples/face.png", HERE / "examples/speech.wav"
-TOY, FACE = HERE / "weights/toy.pt", HERE / "weights/face.pt"
+TOY_PHOTO, TOY_SPEECH = HERE / "examples/face.png", HERE / "examples/speech.wav"
+TOY_WEIGHTS, FACE_WEIGHTS = HERE / "weights/toy.pt", HERE / "weights/face.pt"
 # all constants below are ours
 DRAWN = 0.12  # mean difference, of 2 from black to white: drawn portraits have up to .10, a disc .14, photos .25
 SQUARE = 0.05  # sides that differ by less than this make a square portrait
-LOOKS, LOOK_HEIGHT = 8, 360  # frames of a driving video on which the face is searched, their height in pixels
+LOOKS, SEARCH_HEIGHT = 8, 360  # frames of a driving video on which the face is searched, their height in pixels
 LONGEST = 1280  # longest side of the video in pixels; a player's window, and 25 frames/s on a CPU
 PIECE = 32  # frames whose sound is encoded at a time: larger pieces leave the CPU's cache
 # for Paste, in units of the crop
@@ -81,8 +81,8 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of whatever is random: blinks, sway")
     args = p.parse_args(argv, mouth=(0, 2), blink=(0, 1))
     if args.face is None:
-        args.face, args.box = (DRAWING, args.box) if args.toy else (EXAMPLE, args.box or EXAMPLE_BOX)
-    args.speech = args.speech or (DRAWN_SPEECH if args.toy else SPEECH)
+        args.face, args.box = (TOY_PHOTO, args.box) if args.toy else (EXAMPLE_PHOTO, args.box or EXAMPLE_BOX)
+    args.speech = args.speech or (TOY_SPEECH if args.toy else EXAMPLE_SPEECH)
     return args
 
 
@@ -104,7 +104,7 @@ def square_box(image: np.ndarray) -> tuple | None:
     return middle_square(image) if np.ptp(image.shape[:2]) <= SQUARE * max(image.shape[:2]) else None
 
 
-toy_model = functools.cache(functools.partial(load_model, TOY))
+toy_model = functools.cache(functools.partial(load_model, TOY_WEIGHTS))
 
 
 def is_drawn(photo: np.ndarray) -> bool:
@@ -123,11 +123,11 @@ def is_drawn(photo: np.ndarray) -> bool:
 def pick_weights(photo: np.ndarray | None, args) -> Path:
     """--weights, else weights/toy.pt for drawn portraits, else weights/face.pt. photo: None for a video"""
     if args.weights or photo is None:
-        return Path(args.weights or FACE)
-    return TOY if args.toy or not (args.box or args.number) and is_drawn(photo) else FACE
+        return Path(args.weights or FACE_WEIGHTS)
+    return TOY_WEIGHTS if args.toy or not (args.box or args.number) and is_drawn(photo) else FACE_WEIGHTS
 
 
-def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
+def find_photo_face(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
     """The photo, turned upright, the square that the network gets, and why: --box, a drawn portrait, a face"""
     if args.box:  # in pixels of the file, which load_photo may have shrunk
         width, height = photo_size(args.face)
@@ -148,7 +148,7 @@ def photo_box(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple
     return photo, box, how
 
 
-def limit(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
+def limit_size(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
     """A photo (H, W, 3) and a box in it -> the same, no larger than a video should be (LONGEST, even sides)."""
     H, W = photo.shape[:2]
     if max(H, W) <= LONGEST:
@@ -160,10 +160,10 @@ def limit(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
 
 # ----------------------------------------------------------------------------------------------- the driving video
 
-def driving_box(path, n: int, template: str) -> tuple[int, tuple, int]:
+def find_driving_face(path, n: int, template: str) -> tuple[int, tuple, int]:
     """The first n frames of a driving video, read small to find a face, or damage, before the network starts ->
     how many there are, one box for all, the height of the video in whose pixels the box is"""
-    height = min(probe(path).height, LOOK_HEIGHT)
+    height = min(probe(path).height, SEARCH_HEIGHT)
     looks, count = [], 0
     for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
         if (count - 1) % max(1, n // LOOKS) == 0:
@@ -184,12 +184,12 @@ def play(path, height: int, count: int, n: int):
             kept.append(frame)
         yield frame
     for k in range(count, n):
-        yield kept[there_and_back(k, count)]
+        yield kept[ping_pong(k, count)]
 
 
 def driving_frames(path, n: int, size: int, template: str):
     """n crops of the face in a driving video, (3, size, size), as a stream"""
-    count, box, height = driving_box(path, n, template)
+    count, box, height = find_driving_face(path, n, template)
     # decode no larger than twice what the crop keeps: 4K video costs a tenth
     wanted = min(probe(path).height, max(2, round(2 * size * height / (box[3] - box[1]))))
     box = tuple(v * wanted / height for v in box)
@@ -217,7 +217,7 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
     """Landmarks (68, 2) of the face in a box, by the small network or --landmarks. InputError: no face"""
     if not args.landmarks:
         points = find_landmarks(net, photo, box)
-        if doubt(net, photo, points) > DOUBT:
+        if landmark_scatter(net, photo, points) > SCATTER_LIMIT:
             print(f"{args.face}: landmarks are uncertain (a profile, something before the mouth, not a face): check "
                   "the video, or try --landmarks or --network")
         return points
@@ -234,22 +234,22 @@ def talking_photo(model, photo, box, mel, active, args):
     net, T = load_landmarks(), len(active)
     mean = net.solid.double().numpy()
     try:
-        larger, points = enlarge(photo, photo_landmarks(net, photo, box, args), mean)
+        larger, points = enlarge_small_face(photo, photo_landmarks(net, photo, box, args), mean)
         warp = Warp(Face(larger, points, mean, len(photo) / len(larger)), model.motion.moves.double().cpu().numpy())
     except ValueError as error:
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
-    opening, shape = mouth(*model.lips(mel), active, warp.own, args.mouth)
+    opening, shape = mouth_motion(*model.lips(mel), active, warp.own, args.mouth)
     if args.driving:
-        _, box, height = driving_box(args.driving, T, "face")
+        _, box, height = find_driving_face(args.driving, T, "face")
         points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), box)
         try:
-            motion = follow(points, *read_eyes(points), mean, warp.room)
+            motion = driving_motion(points, *measure_eyes(points), mean, warp.room)
         except ValueError as error:
             raise InputError(f"{args.driving}: {error} that can be followed") from None
     else:
-        motion = idle(T, active, args.seed, head=not args.still)
+        motion = idle_motion(T, active, args.seed, head=not args.still)
     motion.blinks *= args.blink
-    return in_order(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
+    return compute_ahead(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
 
 
 def dubbed_video(model, mel, active, args):
@@ -259,12 +259,12 @@ def dubbed_video(model, mel, active, args):
                          "--network or --still")
     if not moves_pixels(model):
         raise InputError(f"{args.weights}: dubbing needs a network of real faces, as weights/face.pt")
-    opening, shape = mouth(*model.lips(mel), active, 0.0, args.mouth)
+    opening, shape = mouth_motion(*model.lips(mel), active, 0.0, args.mouth)
     moves, T = model.motion.moves.double().cpu().numpy(), len(active)
     count, takes = find_takes(args.face, load_landmarks(), moves, T, args.number or 1)
     print(f"{args.face}: {sum(take.T for take in takes)} of {count} frames have a face that can be tracked"
           + ("; the sound is longer: the video starts again" if T > count else ""))
-    return in_order(frame_jobs(args.face, takes, count, opening, shape))
+    return compute_ahead(frame_jobs(args.face, takes, count, opening, shape))
 
 
 def moves_pixels(model) -> bool:
@@ -272,7 +272,7 @@ def moves_pixels(model) -> bool:
     return bool(model.mouth and model.motion.moves.any())
 
 
-def in_order(jobs, workers: int = 2):
+def compute_ahead(jobs, workers: int = 2):
     """Results of functions without arguments, in order, computed ahead by threads: PyTorch releases the lock"""
     torch.set_num_threads(1)  # a frame each: threads within an operation would only wait for each other
     jobs = iter(jobs)
@@ -293,13 +293,13 @@ def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
     driving = driving_frames(args.driving, n, size, model.config.template) if args.driving else None
     show, turning = to_uint8, driving is not None  # show: what makes a frame of the video of a frame of the network
     if whole:
-        show = Paste(photo, box, source.cpu(), *still_of(model, source, device, turning), turning)
+        show = Paste(photo, box, source.cpu(), *still_and_mask(model, source, device, turning), turning)
     crops = model.animate(source, mel, driving, sway=not (whole or args.still))
-    finish = without_colour if is_grey(photo) else lambda frame: frame
+    finish = to_grey if is_grey(photo) else lambda frame: frame
     return (finish(show(frame)) for frames in crops for frame in frames.cpu())
 
 
-def without_colour(frame: np.ndarray) -> np.ndarray:
+def to_grey(frame: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) -> the same in grey, for photos without colour: the networks know coloured skin and lips only"""
     return np.asarray(Image.fromarray(frame).convert("L"))[..., None].repeat(3, 2)
 
@@ -351,7 +351,7 @@ def soft_box(size: int, box: tuple):
     return y[:, None] * x
 
 
-def still_of(model, source, device, turning: bool):
+def still_and_mask(model, source, device, turning: bool):
     """What stands still in the frames of a photo (3, S, S), and a mask (S, S) of what may move in it: all of a
     head that turns. Else the face at rest (in silence), in its mouth the best fit to the photo between that and
     the photo's inversion: a smile is closed by the change, a closed mouth stays."""
@@ -385,21 +385,21 @@ def main(argv=None):
     if args.refine is not None:
         model.config.refine = args.refine
     if photo is not None:
-        photo, box, how = photo_box(photo, args, model.config.template)
+        photo, box, how = find_photo_face(photo, args, model.config.template)
         print(f"{args.face}: {how}; network: {weights}")
         if model.config.template == "toy" and args.weights and not is_drawn(photo):
             print(f"{weights}: trained on drawn faces, which {args.face} is not: frames will not look like it")
     torch.set_num_threads(threads)
 
     sound, T = (args.speech, len(wav)), n_frames(len(wav))
-    spectrogram, active = log_mel(wav, model.config.voice_norm), activity(wav, T)  # (80, S), (T,)
+    spectrogram, active = log_mel(wav, model.config.voice_norm), detect_speech(wav, T)  # (80, S), (T,)
     pieces = np.array_split(np.arange(T), -(-T // PIECE))
     mel = (torch.from_numpy(mel_windows(spectrogram, k)).to(device) for k in pieces)  # (k, 1, 80, 16), one a frame
     del wav  # 4 MB a minute
     torch.manual_seed(args.seed)
     whole = photo is not None and not args.crop and max(photo.shape[:2]) > model.config.size
     if whole:
-        photo, box = limit(photo, box)
+        photo, box = limit_size(photo, box)
     if photo is None:
         frames = dubbed_video(model, mel, active, args)
     elif whole and moves_pixels(model) and not args.network:

@@ -42,7 +42,7 @@ from checkpoint import (
     load_strictly, minimise, open_log, pick_device, progress_bar, restore_run, save_checkpoint, save_run,
     terms_to_floats, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, find_used_clips, open_packs, split
-from faces import HIGHEST, SEGMENT, crop_face, middle_square, parse_box, segment_box
+from faces import MAX_CLIP_FRAMES, MAX_HEIGHT, crop_face, find_clip_box, middle_square, parse_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
 from media import (
@@ -514,14 +514,14 @@ def face_crops(path: Path, expert, box: str | None = None):
     faces in the middle square; else where the detector finds it, every six seconds, or found it last. A square video
     without a detected face, or filled by it, is a crop already. InputError: no such box; no detector; no face."""
     source = probe(path)
-    height = min(source.height, HIGHEST)
+    height = min(source.height, MAX_HEIGHT)
     frames = read_video(path, height)
     where = parse_box(box, source.width, source.height, height / source.height) if box else None
-    while part := list(islice(frames, SEGMENT)):
+    while part := list(islice(frames, MAX_CLIP_FRAMES)):
         if not box:
             H, W = part[0].shape[:2]
             try:
-                where = middle_square(part[0]) if expert.template == "toy" else segment_box(part)
+                where = middle_square(part[0]) if expert.template == "toy" else find_clip_box(part)
             except InputError as error:
                 if not where and H != W:
                     raise InputError(f"{path}: {error}; give --box x0,y0,x1,y1") from None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import load_strictly, one_line, read_weights, wrap_errors
-from faces import TEMPLATES, box_slices, resized
+from faces import TEMPLATES, box_slices, resize_square
 from media import InputError
 from stylegan2 import EqualLinear
 
@@ -196,7 +196,7 @@ def trunk_ir_se50(width: int = 64) -> tuple[nn.Sequential, nn.Sequential]:
 
 def at_256(x):
     """(N, 3, H, H) -> (N, 3, 256, 256): larger images pooled, as by pSp's authors; smaller ones enlarged (ours)"""
-    return F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resized(x, 256)
+    return F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resize_square(x, 256)
 
 
 def head_convolutions(c_in: int, inner: int, c_out: int, strides: tuple) -> nn.Sequential:

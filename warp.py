@@ -30,10 +30,10 @@ from scipy.spatial.transform import Rotation
 cv2.setNumThreads(1)  # frames are computed side by side
 
 # iBUG's 68 points. Inner lips from the left corner to the right one; outer lips between the corners
-UPPER_LINE, LOWER_LINE = np.array([60, 61, 62, 63, 64]), np.array([60, 67, 66, 65, 64])
-UPPER_LIP, LOWER_LIP = np.arange(49, 54), np.arange(59, 54, -1)
+UPPER_INNER, LOWER_INNER = np.array([60, 61, 62, 63, 64]), np.array([60, 67, 66, 65, 64])
+UPPER_OUTER, LOWER_OUTER = np.arange(49, 54), np.arange(59, 54, -1)
 JAW, CORNERS = np.arange(2, 15), np.array([48, 54, 60, 64])
-STILL = np.r_[17, 21, 22, 26:48]  # ends of the brows, nose and eyes do not follow the mouth
+FIXED = np.r_[17, 21, 22, 26:48]  # ends of the brows, nose and eyes do not follow the mouth
 RIGID = np.r_[0:3, 14:17, 17:48]  # for the pose: no chin and no lips, for these talk
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
@@ -46,14 +46,14 @@ UNDER_EYES = 0.06, 0.22  # below the lower lids: the field starts, is whole
 BESIDE = 1.12  # half widths of the mouth: from here outwards both layers are one
 FEATHER, BLUR = 0.012, 3.2  # edge between two layers: at least 1.5 pixels of the original photo, and BLUR times its edges
 # (as soft as they: an edge of deviation s has a width of 1.4 s, and a smoothstep has it over 4.5 s)
-MISFIT = 0.12  # mean distance of landmarks from the fitted mean shape: 45 people and paintings had .03 to .06
+MAX_SHAPE_ERROR = 0.12  # mean distance of landmarks from the fitted mean shape: 45 people and paintings had .03 to .06
 SHOWS = 0.024  # opening from which a photo shows the inside of its mouth
 THICKER = 0.8  # outer lips follow a closing mouth by so much: lips that are pulled thin by a smile get thicker
 RELAX = 0.5  # part of a smile's extra width and of its raised corners that is lost while it is shut
 WIDEST = 0.22  # the lips open by no more beyond the photo's own opening
 BETWEEN = np.float32([[0.05, -0.25, 0.7, 0.7, -0.25, 0.05]])  # moved by parts of a pixel photos keep .8 to 1.1 of their
 # Laplacian's variance (film grain .8); with a cubic between the pixels it was .5 to .9
-LEAST_UNIT = 135  # pixels between the eyes' corners: smaller photos are enlarged first, or edges go in steps
+MIN_UNIT = 135  # pixels between the eyes' corners: smaller photos are enlarged first, or edges go in steps
 
 
 def smoothstep(x):
@@ -96,15 +96,15 @@ def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[float, n
     return float(scale), R, points[used].mean(0) - scale * R[:2] @ mean[used].mean(0)
 
 
-def misfit(points: np.ndarray, mean: np.ndarray, scale: float, R: np.ndarray, shift: np.ndarray) -> float:
+def shape_error(points: np.ndarray, mean: np.ndarray, scale: float, R: np.ndarray, shift: np.ndarray) -> float:
     """Mean distance in units of the rigid landmarks from the mean shape in the pose that fits it to them"""
     miss = (points - shift) / scale - (mean[:68] @ R.T)[:, :2]
     return float(np.hypot(*miss[RIGID].T).mean())
 
 
-def enlarge(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def enlarge_small_face(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A photo whose face has few pixels, and its points, get more pixels; others stay as they are."""
-    k = LEAST_UNIT / fit_pose(points, mean)[0]
+    k = MIN_UNIT / fit_pose(points, mean)[0]
     if k <= 1:
         return photo, points
     H, W = photo.shape[:2]
@@ -133,7 +133,7 @@ class Face:
         if abs(yaw) > 50 or abs(pitch) > 45:
             raise ValueError(f"the head is turned too far (yaw {yaw:.0f}, pitch {pitch:.0f} degrees)")
         self.plane = self.scale * self.R[:2, :2]  # the face's plane in the picture: foreshortened, in pixels a unit
-        if misfit(points, mean, self.scale, self.R, self.shift) > MISFIT:
+        if shape_error(points, mean, self.scale, self.R, self.shift) > MAX_SHAPE_ERROR:
             raise ValueError("landmarks are not those of a face")
         self.pixels = cv2.cvtColor(half_pixels(photo), cv2.COLOR_RGB2RGBA)  # four channels are read faster
 
@@ -147,7 +147,7 @@ class Face:
 # -------------------------------------------------------------------------------------------------------------- fields
 
 @dataclass
-class Place:
+class FacePlane:
     """Where a face lies in a picture: pixels = plane @ local + middle. Local: units, in the face's plane as seen from the
     front, about the middle between the inner corners of the lips."""
 
@@ -183,7 +183,7 @@ def half_pixels(photo: np.ndarray) -> np.ndarray:
     return doubled
 
 
-def read(values: np.ndarray, where: np.ndarray, box) -> np.ndarray:
+def read_grid(values: np.ndarray, where: np.ndarray, box) -> np.ndarray:
     """float32 (rows, columns, C > 1) that cover a box evenly, at where (h, w, 2) in pixels -> (h, w, C), bilinear"""
     (rows, columns, _), (x0, y0, x1, y1) = values.shape, box
     x, y = ((np.asarray(where[..., k], np.float32) - low) * np.float32(n / (high - low)) - np.float32(0.5)
@@ -199,7 +199,7 @@ class Nodes:
     def __init__(self, box, spacing: float):
         x0, y0, x1, y1 = self.box = box
         columns, rows = (max(4, round(side / spacing)) for side in (x1 - x0, y1 - y0))
-        self.at = np.float32(centres((0, 0, columns, rows)) * ((x1 - x0) / columns, (y1 - y0) / rows) + (x0, y0))
+        self.at = np.float32(pixel_centres((0, 0, columns, rows)) * ((x1 - x0) / columns, (y1 - y0) / rows) + (x0, y0))
         self.flat = self.at.reshape(-1, 2).astype(np.float64)
 
     def field(self, values: np.ndarray) -> np.ndarray:
@@ -211,12 +211,12 @@ class Nodes:
         """Displacements of what lies at the nodes, (gh, gw, 2) -> of what arrives there: p came from p - back(p)"""
         back = moved
         for _ in range(INVERSION_STEPS):
-            back = read(moved, self.at - back, self.box)
+            back = read_grid(moved, self.at - back, self.box)
         return back
 
     def came_from(self, back: np.ndarray) -> np.ndarray:
         """Displacements that arrive at the nodes, (gh, gw, 2) -> (h, w, 2): where each pixel of the box came from"""
-        pixels = centres(self.box)
+        pixels = pixel_centres(self.box)
         shifts = cv2.resize(back, pixels.shape[1::-1], interpolation=cv2.INTER_LINEAR)
         return np.subtract(pixels, shifts, out=shifts)
 
@@ -227,7 +227,7 @@ def thin_plate(points: np.ndarray, values: np.ndarray, at: np.ndarray, stiffness
     return flat.reshape(len(at), *values.shape[1:])
 
 
-def box_in(photo, points) -> tuple[int, int, int, int]:
+def bounding_box(photo, points) -> tuple[int, int, int, int]:
     """The box of whole pixels around points (n, 2), cut at the photo's edges"""
     sides = photo.shape[1::-1]
     x0, y0 = (int(min(max(v, 0), side - 4)) for v, side in zip(points.min(0), sides))
@@ -236,7 +236,7 @@ def box_in(photo, points) -> tuple[int, int, int, int]:
 
 
 @lru_cache(16)
-def centres(box) -> np.ndarray:
+def pixel_centres(box) -> np.ndarray:
     """x0, y0, x1, y1 -> float32 (h, w, 2), read-only: the pixels' centres"""
     x0, y0, x1, y1 = box
     pixels = np.stack(np.meshgrid(np.arange(x0, x1) + 0.5, np.arange(y0, y1) + 0.5), -1).astype(np.float32)
@@ -272,7 +272,7 @@ def to_bytes(colours: np.ndarray) -> np.ndarray:
 
 def inner_lips(q: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks q (68, 2) and places (h, w, 2), local -> distance below the upper, above the lower inner lip (h, w)"""
-    upper, lower = (curve(q[line], at[..., 0]) for line in (UPPER_LINE, LOWER_LINE))
+    upper, lower = (curve(q[line], at[..., 0]) for line in (UPPER_INNER, LOWER_INNER))
     return at[..., 1] - upper, np.maximum(upper, lower) - at[..., 1]
 
 
@@ -280,7 +280,7 @@ def lip_surfaces(q: np.ndarray, moves: np.ndarray, fixed: np.ndarray, at: np.nda
     """Displacements (68, n, 2) of landmarks q (68, 2), none at points `fixed` (m, 2), all local -> two smooth
     fields (k, n, 2) at places (k, 2): for the upper lip and for the lower one. Beside the mouth they are one."""
     fields = []
-    for line, lip in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
+    for line, lip in ((UPPER_INNER, UPPER_OUTER), (LOWER_INNER, LOWER_OUTER)):
         used = np.r_[JAW, CORNERS, lip, line[1:4]]
         values = np.concatenate([moves[used], np.zeros((len(fixed), *moves.shape[1:]))])
         fields.append(thin_plate(np.r_[q[used], fixed], values, at))
@@ -290,7 +290,7 @@ def lip_surfaces(q: np.ndarray, moves: np.ndarray, fixed: np.ndarray, at: np.nda
     return fields
 
 
-class Lips(Place):
+class Lips(FacePlane):
     """A photo's lips, and how they move: all below the eyes follows them, smoothly, nothing outside the face does.
 
     q: the landmarks (68, 2), local; half: half the width of the lips; centre: x of their middle; gaps: (5,) between
@@ -303,7 +303,7 @@ class Lips(Place):
         self.face, self.q = face, self.local(face.points)
         q = self.q
         self.half, self.centre = (q[64, 0] - q[60, 0]) / 2, (q[64, 0] + q[60, 0]) / 2
-        self.gaps = q[LOWER_LINE, 1] - q[UPPER_LINE, 1]
+        self.gaps = q[LOWER_INNER, 1] - q[UPPER_INNER, 1]
         self.own = max(0.0, self.gaps[1:4].mean())
         self.jaw = q[:17] - q[30]
 
@@ -314,11 +314,11 @@ class Lips(Place):
         self.nodes = Nodes(self.box, LIP_NODE * face.scale)
         at = self.local(self.nodes.flat)                               # (n, 2)
         moves = np.stack([moves[0], self.closing(moves[0]), *moves[1:]], 1)  # (68, 1 + K, 2)
-        fields = np.stack(lip_surfaces(q, moves, np.r_[q[STILL], ring], at), 1)
+        fields = np.stack(lip_surfaces(q, moves, np.r_[q[FIXED], ring], at), 1)
         self.fields = self.nodes.field(fields * self.fade(at)[:, None, None, None] @ face.plane.T)
 
         # between these two heights the upper field turns into the lower one, inside the box of the lips
-        top, bottom = q[UPPER_LIP, 1].min() - 0.10, max(q[LOWER_LIP, 1].max(), q[66, 1] + self.own + WIDEST) + 0.12
+        top, bottom = q[UPPER_OUTER, 1].min() - 0.10, max(q[LOWER_OUTER, 1].max(), q[66, 1] + self.own + WIDEST) + 0.12
         self.blend = self.nodes.field(smoothstep((at[:, 1:] - top) / (bottom - top)))  # (gh, gw, 1)
         reach = BESIDE * self.half
         self.lips_box = self.box_of((self.centre - reach, self.centre + reach), (top, bottom))
@@ -326,7 +326,7 @@ class Lips(Place):
 
     def box_of(self, x, y):
         """The box of whole pixels around four corners: x, y are pairs, in units"""
-        return box_in(self.face.photo, self.pixels(np.array([(a, b) for a in x for b in y])))
+        return bounding_box(self.face.photo, self.pixels(np.array([(a, b) for a in x for b in y])))
 
     def closing(self, opens: np.ndarray) -> np.ndarray:
         """How the points move for each unit that an open mouth closes, downwards as `opens`: (68, 2). Each of the
@@ -335,7 +335,7 @@ class Lips(Place):
         if not self.own:
             return opens
         q, mean, closes = self.q, self.face.mean, opens.copy()
-        for line, lip in ((UPPER_LINE, UPPER_LIP), (LOWER_LINE, LOWER_LIP)):
+        for line, lip in ((UPPER_INNER, UPPER_OUTER), (LOWER_INNER, LOWER_OUTER)):
             share = opens[line[2], 1] / (opens[66, 1] - opens[62, 1]) / self.own
             closes[line[1:4], 1] = share * self.gaps[1:4]
             closes[lip, 1] = THICKER * share * self.gaps[[1, 1, 2, 3, 3]]
@@ -371,14 +371,14 @@ class Lips(Place):
         """where (h, w, 2), inside the lips' box -> uint8 (h, w, 3): the upper layer, the lower one, the inside where
         neither is, which vanishes as the lips meet"""
         back, _, light = moved
-        shifts = read(back, where, self.box)                           # (h, w, 4)
+        shifts = read_grid(back, where, self.box)                           # (h, w, 4)
         upper, lower = where - shifts[..., :2], where - shifts[..., 2:]
         above, below = (np.float32(cv2.split(self.face.read(at))) for at in (upper, lower))  # (3, h, w): faster
-        cover, seen = cv2.split(read(self.masks[0], upper, self.lips_box))
-        ground, shade = cv2.split(read(self.masks[1], lower, self.lips_box))
+        cover, seen = cv2.split(read_grid(self.masks[0], upper, self.lips_box))
+        ground, shade = cv2.split(read_grid(self.masks[1], lower, self.lips_box))
         teeth = above
         if self.teeth is not None:
-            teeth, seen = np.array(cv2.split(read(self.teeth, upper, self.lips_box))), seen * light
+            teeth, seen = np.array(cv2.split(read_grid(self.teeth, upper, self.lips_box))), seen * light
         inside = shade * self.red
         inside += seen * (teeth - inside)
         out = below + cover * (above - below) + np.maximum(1 - cover - ground, 0) * (inside - below)
@@ -398,7 +398,7 @@ def lip_layers(mouth: Lips, box):
     is. Painted teeth (h, w, 3), None: the photo's own. The colour (3, 1, 1) of a bright inside."""
     face, q, half, (x0, y0, x1, y1) = mouth.face, mouth.q, mouth.half, box
     region = face.photo[y0:y1, x0:x1].astype(np.float64)               # (h, w, 3)
-    v = mouth.local(centres(box))                                      # (h, w, 2)
+    v = mouth.local(pixel_centres(box))                                      # (h, w, 2)
     x, y = (v[..., 0] - mouth.centre) / half, v[..., 1]                # x: -1 .. 1 between the corners
     d, e = inner_lips(q, v)                                            # below the upper lip's edge, above the lower one's
     edge = max(1.5 / face.sharpest, BLUR * edge_width(region @ GREY))  # pixels
@@ -449,8 +449,8 @@ class Lids:
         q, b = ((p - middle) @ axes.T / self.width for p in (eye, brow))
         far = float(np.clip(-b[:, 1].max() - 0.02, 0.2, 0.75))         # how high the skin reaches that stretches
         reach = far + 0.4
-        x0, y0, x1, y1 = self.box = box_in(face.photo, middle + reach * self.width * np.array([[-1, -1], [1, 1]]))
-        u, v = np.moveaxis((centres(self.box) - middle) @ axes.T / self.width, -1, 0)
+        x0, y0, x1, y1 = self.box = bounding_box(face.photo, middle + reach * self.width * np.array([[-1, -1], [1, 1]]))
+        u, v = np.moveaxis((pixel_centres(self.box) - middle) @ axes.T / self.width, -1, 0)
         upper, lower = (curve(q[k], u) for k in ([0, 1, 2, 3], [0, 5, 4, 3]))
         near = smoothstep((0.66 - np.abs(u)) / 0.2)                    # lashes at the corners come along
         gap = np.maximum(lower - upper, 0) * near
@@ -463,13 +463,13 @@ class Lids:
 
     def render(self, where, blink: float, photo):
         """where (h, w, 2) -> uint8 (h, w, 3): the eye shut by `blink`, 0 to 1. photo: reads colours at such places"""
-        up, low, v, gap, near, height = cv2.split(read(self.maps, where, self.box))
+        up, low, v, gap, near, height = cv2.split(read_grid(self.maps, where, self.box))
         rise, fall = blink * self.RISE * gap, blink * ((1 - self.RISE) * gap + self.SEAL * near)
         d = up + fall - v                                              # above the upper lid's edge, where that is now
         skin = where - (fall * (1 - smoothstep(d / (height + fall))))[..., None] * self.down
         under = photo(where + (rise * (1 - smoothstep((v - low + rise) / 0.4)))[..., None] * self.down)
         stretched = smoothstep((d - self.LASH) / 0.1) * smoothstep(fall / 0.15) * smoothstep(2 - 2 * d / (height + fall))
-        smooth, skin = read(self.smooth, skin, self.box), photo(skin).astype(np.float32)
+        smooth, skin = read_grid(self.smooth, skin, self.box), photo(skin).astype(np.float32)
         skin += stretched[..., None] * (smooth - skin)
         skin *= (1 - self.LINE * np.exp(-((d / 0.05) ** 2)) * near * smoothstep(fall / 0.15))[..., None]
         edge = (d + self.LASH * gap / self.tallest) / max(0.04, 1.2 / self.width) + 0.5
@@ -499,7 +499,7 @@ class Head:
         upright = np.array([[np.cos(roll), np.sin(roll)], [-np.sin(roll), np.cos(roll)]])
         pivot, middle = R @ self.PIVOT, R[:2] @ self.SKULL
         reach = self.AXES + self.AIR
-        self.box = box_in(face.photo, np.stack([middle - reach, middle + reach + (0, 0.3)]) * scale + shift)
+        self.box = bounding_box(face.photo, np.stack([middle - reach, middle + reach + (0, 0.3)]) * scale + shift)
         self.nodes, self.scale = Nodes(self.box, HEAD_NODE * scale), scale
         nodes = (self.nodes.flat - shift) / scale                      # (n, 2)
         v = (nodes - middle) @ upright.T
@@ -561,7 +561,7 @@ class Warp:
             parts = [self.turned(moved, layers, self.head.back(pose or Pose(), brows))]
         else:
             parts = [(lips.box, self.face.read(lips.nodes.came_from(moved[1])))] if moved else []
-            parts += [(box, layer(centres(box))) for box, layer in layers]
+            parts += [(box, layer(pixel_centres(box))) for box, layer in layers]
         for (x0, y0, x1, y1), colours in parts:
             frame[y0:y1, x0:x1] = colours
         return frame
@@ -571,7 +571,7 @@ class Warp:
         lips, photo, layers = self.lips, self.face.read, []
         if moved:
             layers.append((lips.lips_box, partial(lips.render, moved=moved)))
-            photo = lambda at: self.face.read(at - read(moved[1], at, lips.box))  # noqa: E731
+            photo = lambda at: self.face.read(at - read_grid(moved[1], at, lips.box))  # noqa: E731
         for eye in self.eyes if blink > 0 else ():
             layers.append((eye.box, partial(eye.render, blink=blink, photo=photo)))
         return layers
@@ -581,7 +581,7 @@ class Warp:
         lips, where = self.lips, self.head.nodes.came_from(back)       # (h, w, 2)
         layers = [(part, layer, where[part].copy()) for box, layer in layers if (part := part_of(box, where))]
         if moved and (part := part_of(lips.box, where)):
-            where[part] -= read(moved[1], where[part], lips.box)
+            where[part] -= read_grid(moved[1], where[part], lips.box)
         out = self.face.read(where)
         for part, layer, at in layers:
             out[part] = layer(at)

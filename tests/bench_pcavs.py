@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from audio import lws_mel, lws_windows  # noqa: E402
 from media import to_uint8  # noqa: E402
 from pcavs import PCAVS, Config  # noqa: E402
-from motion import there_and_back  # noqa: E402
+from motion import ping_pong  # noqa: E402
 
 
 def ours(model, photo, wav, clip, frames, noise):
@@ -33,7 +33,7 @@ def authors(model, photo, wav, clip, frames, noise, batch=16):
     for first in range(0, frames, batch):
         ks = range(first, min(first + batch, frames))
         photos = photo.expand(len(ks), -1, -1, -1)
-        heads = torch.stack([clip[there_and_back(k, len(clip))] for k in ks])
+        heads = torch.stack([clip[ping_pong(k, len(clip))] for k in ks])
         identity = model.V(photos)
         speech = model.config.mouth_gain * model.A(torch.from_numpy(lws_windows(mel, ks)))
         to_uint8(model.decode(identity, speech, model.pose(photos), noise))     # with the photo's own pose

@@ -7,7 +7,7 @@ import pytest
 
 import demo
 from media import InputError, read_video, write_wav
-from sample import DRAWING
+from sample import TOY_PHOTO
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch):
 
 
 def test_the_video_is_that_of_the_script_and_lies_in_the_folder(speech, tmp_path):
-    out = demo.make_video(str(tmp_path), str(DRAWING), speech, None, 1.0, "crop")
+    out = demo.make_video(str(tmp_path), str(TOY_PHOTO), speech, None, 1.0, "crop")
     assert out.startswith(str(tmp_path)) and len(list(read_video(out))) == 7
 
 
@@ -37,7 +37,7 @@ def test_what_is_missing_or_too_long_is_refused(speech, tmp_path, monkeypatch):
         demo.make_video(str(tmp_path), None, speech, None, 1.0, "whole")
     monkeypatch.setattr(demo, "LONGEST", 0.2)
     with pytest.raises(InputError, match="at most 0.2"):
-        demo.make_video(str(tmp_path), str(DRAWING), speech, None, 1.0, "whole")
+        demo.make_video(str(tmp_path), str(TOY_PHOTO), speech, None, 1.0, "whole")
 
 
 def test_the_page_shows_a_wrong_input_in_one_line_without_folders(speech, tmp_path):

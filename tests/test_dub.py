@@ -12,7 +12,7 @@ from fusion import load_model
 from landmarks import find_landmarks, load_landmarks, track_landmarks
 from media import InputError, load_photo, read_video, write_video, write_wav
 from motion import lip_opening
-from sample import EXAMPLE, FACE, in_order
+from sample import EXAMPLE_PHOTO, FACE_WEIGHTS, compute_ahead
 from warp import Face, Warp
 
 T = 40
@@ -27,7 +27,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def moves():
-    return load_model(FACE, torch.device("cpu")).motion.moves.double().numpy()
+    return load_model(FACE_WEIGHTS, torch.device("cpu")).motion.moves.double().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def clip(tmp_path_factory, net, moves):
     """The example photo, moved by warp.py: a clip of 256 px whose mouth opens by OWN, with its head at rest"""
     from PIL import Image
 
-    photo = np.array(Image.fromarray(load_photo(EXAMPLE)).resize((256, 256), Image.Resampling.LANCZOS))
+    photo = np.array(Image.fromarray(load_photo(EXAMPLE_PHOTO)).resize((256, 256), Image.Resampling.LANCZOS))
     warp = Warp(Face(photo, find_landmarks(net, photo, BOX), net.solid.double().numpy()), moves)
     path = tmp_path_factory.mktemp("dub") / "clip.mp4"
     write_video(path, map(warp, OWN), T, np.zeros(640 * T, np.float32))
@@ -63,7 +63,7 @@ def take(clip, net, moves):
 def dubbed(path, net, moves, opening):
     count, takes = dub.find_takes(path, net, moves, len(opening))
     jobs = dub.frame_jobs(path, takes, count, opening, np.zeros((len(opening), len(moves) - 1)))
-    return takes, list(in_order(jobs))
+    return takes, list(compute_ahead(jobs))
 
 
 def openings(net, frames):
@@ -171,4 +171,4 @@ def test_the_script_dubs_a_video_and_refuses_what_belongs_to_photos(clip, tmp_pa
         with pytest.raises(InputError, match="a video is dubbed"):
             sample.main([str(clip), str(speech), "--out", str(out), "--overwrite", *wrong])
     with pytest.raises(InputError, match="real faces"):
-        sample.main([str(clip), str(speech), "--out", str(out), "--overwrite", "--weights", str(sample.TOY)])
+        sample.main([str(clip), str(speech), "--out", str(out), "--overwrite", "--weights", str(sample.TOY_WEIGHTS)])

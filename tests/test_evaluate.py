@@ -590,8 +590,8 @@ def test_inception_is_tensorflows_of_2015_under_torchvisions_names(monkeypatch):
         return [conv(x, f"{name}a", 384, (1, 3), 1, (0, 1)), conv(x, f"{name}b", 384, (3, 1), 1, (1, 0))]
 
     row, column = (1, 7), (7, 1)
-    image, sizes, resized = torch.rand(1, 3, 90, 75) * 2 - 1, [], judges.resized
-    monkeypatch.setattr(judges, "resized", lambda x, size: sizes.append(size) or resized(x, 139))  # in place of 299 px
+    image, sizes, resize = torch.rand(1, 3, 90, 75) * 2 - 1, [], judges.resize_square
+    monkeypatch.setattr(judges, "resize_square", lambda x, size: sizes.append(size) or resize(x, 139))  # for 299 px
     x = F.interpolate(image, (139, 139), mode="bilinear", align_corners=False)
     x = conv(conv(conv(x, "Conv2d_1a_3x3", 32, 3, 2), "Conv2d_2a_3x3", 32, 3), "Conv2d_2b_3x3", 64, 3, 1, 1)
     x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1", 80, 1), "Conv2d_4a_3x3", 192, 3)

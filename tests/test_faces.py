@@ -97,7 +97,7 @@ def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_s
 
 
 def test_a_crop_becomes_another_templates_with_its_points_where_that_has_them():
-    x, y, side = faces.square_within("ffhq", "face")
+    x, y, side = faces.square_in_crop("ffhq", "face")
     there = np.array(faces.TEMPLATES["face"].points) * side + [x, y]
     np.testing.assert_allclose(there, faces.TEMPLATES["ffhq"].points, atol=0.012)
     y, x = torch.meshgrid(*[(torch.arange(100) + 0.5) / 50 - 1] * 2, indexing="ij")
@@ -119,7 +119,7 @@ def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
     for angle, expected in ((0, True), (30, True), (-30, True), (60, False), (-90, False), (180, False)):
         c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
         turned = points @ np.array([[c, s], [-s, c]])
-        assert faces.upright((0, 0, 9, 9, 0.9, *turned.ravel())) == expected, angle
+        assert faces.is_upright((0, 0, 9, 9, 0.9, *turned.ravel())) == expected, angle
 
 
 def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
@@ -408,7 +408,7 @@ def numbered(count, shade=lambda k: 100):
 def cut_up(monkeypatch, frames, boxes):
     """The clips (begin, end, left edge of the box) that faces.segments makes, and the reasons of the rest."""
     monkeypatch.setattr(faces, "find_faces", lambda views: scripted(views, boxes))
-    found = faces.segments(frames)
+    found = faces.find_clips(frames)
     assert [piece[0] for piece in found] == [0, *(piece[1] for piece in found[:-1])] and found[-1][1] == len(frames)
     left = faces.TEMPLATES["face"].side / 2 * 20 - 10  # how much wider the crop is than a box 20 pixels wide
     clips = [(a, b, round(box[0] + left)) for a, b, box, _ in found if box]
@@ -417,10 +417,10 @@ def cut_up(monkeypatch, frames, boxes):
 
 def test_scene_changes_end_clips_and_flicker_does_not(monkeypatch):
     cut = numbered(60, lambda k: 40 if k < 33 else 200)
-    assert np.flatnonzero(np.diff(faces.scenes(cut))).tolist() == [32]
-    assert faces.scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
-    assert faces.scenes(numbered(60, lambda k: 4 * k)).max() == 0
-    assert faces.scenes(numbered(1)).tolist() == [0]
+    assert np.flatnonzero(np.diff(faces.label_scenes(cut))).tolist() == [32]
+    assert faces.label_scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
+    assert faces.label_scenes(numbered(60, lambda k: 4 * k)).max() == 0
+    assert faces.label_scenes(numbered(1)).tolist() == [0]
     clips, _ = cut_up(monkeypatch, cut, lambda k: [(10, 10, 30, 30)])
     assert clips == [(0, 33, 10), (33, 60, 10)]
 
@@ -444,7 +444,7 @@ def test_of_several_faces_the_largest_for_longest_is_taken(monkeypatch):
 def test_faces_that_pass_each_other_keep_their_tracks():
     pairs = [[(2 * i, 5, 2 * i + 20, 25, 0.9), (60 - 2 * i, 40, 80 - 2 * i, 60, 0.9)] for i in range(12)]
     looks = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
-    tracks = faces.face_tracks(looks, np.zeros(12))
+    tracks = faces.link_tracks(looks, np.zeros(12))
     assert [len(track) for track in tracks] == [12, 12]
     assert all(np.ptp([face[1] for face in track.values()]) == 0 for track in tracks)
 
@@ -459,4 +459,4 @@ def test_a_face_that_moves_slowly_is_cut_into_steady_clips_and_a_fast_one_into_n
 
     monkeypatch.setattr(faces, "find_faces", lambda views: scripted(views, boxes))
     with pytest.raises(InputError, match="moves too far|less than half"):
-        faces.segment_box(numbered(40))
+        faces.find_clip_box(numbered(40))

@@ -265,7 +265,7 @@ FFHQ = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.
 def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
     with torch.device("meta"):
         judge = judges.ArcFace(template)
-    x, y, side = faces.square_within("ffhq", template)
+    x, y, side = faces.square_in_crop("ffhq", template)
     five = (FFHQ - [x, y]) / side  # in the crop of this template
     np.testing.assert_allclose(five * judge.side + [judge.left, judge.top], faces.ARCFACE_POINTS, atol=3.2)  # of 112 px
     three = np.array(faces.TEMPLATES[template].points) * judge.side + [judge.left, judge.top]

@@ -155,7 +155,7 @@ def test_the_landmarks_run_from_left_to_right_and_lips_clockwise():
 
 
 def test_the_mesh_of_mediapipe_names_68_different_vertices():
-    mesh = faces.FROM_478
+    mesh = faces.MEDIAPIPE_POINTS
     assert len(mesh) == len(set(mesh)) == 68 and max(mesh) < 468
     assert {p for line in kp.LINES for p in line} == set(range(68))
 
@@ -168,12 +168,12 @@ def test_extract_finds_landmarks_of_every_frame_and_continues_where_it_was_kille
     folder, opened = bare / "landmarks", Pack(bare)
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
     found = faces.Landmarks(opened)
-    assert len(found.kept) == 20 and found.detectors == ["fan"] and len(lines) == 21
+    assert len(found.usable_clips) == 20 and found.detectors == ["fan"] and len(lines) == 21
     expected = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, 16) + (opened.frame(3, 7).mean() / 255, 0)
     np.testing.assert_allclose(found.clip(3)[7], expected, atol=1e-5)
     (folder / "clips.jsonl").write_bytes(b"".join(lines[:8]) + lines[8][:11])  # killed in the middle of a line
     (folder / "points.bin").write_bytes(whole[: int(opened.frame_start[8]) * 544 + 99])
-    assert list(faces.Landmarks(opened).kept) == list(range(7)), "what was finished can be used"
+    assert list(faces.Landmarks(opened).usable_clips) == list(range(7)), "what was finished can be used"
     kp.main(["extract", str(bare)])
     assert (folder / "points.bin").read_bytes() == whole
     assert (folder / "clips.jsonl").read_bytes() == b"".join(lines)
@@ -184,14 +184,14 @@ def test_clips_of_a_list_alone_get_landmarks(bare, tmp_path, monkeypatch):
     names = [Pack(bare).identities[c] for c in (2, 13)]
     (tmp_path / "list").write_text("\n".join(names))
     kp.main(["extract", str(bare), "--list", str(tmp_path / "list")])
-    assert list(faces.Landmarks(Pack(bare)).kept) == [2, 13]
+    assert list(faces.Landmarks(Pack(bare)).usable_clips) == [2, 13]
     assert json.loads((bare / "landmarks" / "clips.jsonl").read_text().splitlines()[1])["reason"] == "not in --list"
 
 
 def test_two_workers_find_what_one_finds(bare, tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks, "landmark_detector", bright)
     monkeypatch.setattr("media.ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(landmarks, "CHUNK", 3)
+    monkeypatch.setattr(landmarks, "CLIPS_PER_JOB", 3)
     other = shutil.copytree(bare, tmp_path / "other")
     for folder, workers in ((bare, "1"), (other, "2")):
         kp.main(["extract", str(folder), "--workers", workers])
@@ -213,7 +213,8 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(bare, monkeypatch):
     kp.main(["extract", str(folder), "--landmarks", "fan"])
     found = faces.Landmarks(opened)
     lines = [json.loads(line) for line in open(folder / "landmarks" / "clips.jsonl")][1:]
-    assert list(found.kept) == [c for c in range(20) if c != 5] and lines[5]["reason"] == "a face in 0 of 25 frames"
+    assert list(found.usable_clips) == [c for c in range(20) if c != 5]
+    assert lines[5]["reason"] == "a face in 0 of 25 frames"
     assert lines[2]["interpolated"] == 2 and found.detectors == ["fan"]
     assert np.isnan(found.clip(5)).all()
     parts = kp.open_source(kp.parse(["train", "--data", str(folder)]))[1]

@@ -52,7 +52,7 @@ def test_the_grey_part_of_a_photo_is_all_that_its_crop_needs():
     whole = (torch.from_numpy(image).float() @ landmarks.GREY)[None, None]
     inside, over_the_edge, beyond = (40 * np.exp(0.3j), 30 + 20j), (60 + 0j, -20 - 10j), (50 + 0j, 300 + 300j)
     for a, b in (inside, over_the_edge, beyond):
-        part, corner = landmarks.grey_part(image, a, b)
+        part, corner = landmarks.grey_crop(image, a, b)
         got, wanted = sample_crops(part, [a], [b - corner], 16), sample_crops(whole, [a], [b], 16)
         assert got.isfinite().all() and torch.allclose(got, wanted, atol=0.01)
 
@@ -103,7 +103,7 @@ def test_a_part_is_put_back_where_its_crop_was_and_the_mouth_is_the_mean_of_both
         network.mean[:] = 0.5
     net.mouth.mean[0, 0] = 0.4  # the corner on the left; in the mirror image, that on the right
     with torch.inference_mode():
-        seen = landmarks.read_parts(net, [landmarks.grey_part(photo, a, 0j)], [a], [points])[0]
+        seen = landmarks.read_parts(net, [landmarks.grey_crop(photo, a, 0j)], [a], [points])[0]
     middle = points[48:].mean()
     assert np.allclose(seen[50:54], middle) and np.allclose(seen[55:], middle)
     assert np.allclose(seen[[48, 54]] - middle, 0.45 * a * np.array([-0.05, 0.05]), atol=1e-4)
@@ -118,7 +118,7 @@ def test_an_eye_has_the_opening_that_its_points_have():
     points[:, 36:48, 0] = [0, 10, 20, 30, 20, 10, 60, 70, 80, 90, 80, 70]
     points[:, 40:42, 1], points[:, 46:48, 1] = 6, 9
     points[:, 17:27, 1] = -18
-    eyes, brows = landmarks.read_eyes(points)
+    eyes, brows = landmarks.measure_eyes(points)
     assert np.allclose(eyes, [0.2, 0.3]) and np.allclose(brows, 0.2)
 
 
@@ -139,7 +139,7 @@ def test_a_face_that_vanishes_is_lost_and_found_again(net):
     image, noise = photo(), np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     frames = (frame for frame in [image, image, noise, image])
     points = landmarks.track_landmarks(net, frames, (0, 0, 128, 128))
-    eyes, brows = landmarks.read_eyes(points)
+    eyes, brows = landmarks.measure_eyes(points)
     assert points.shape == (4, 68, 2) and eyes.shape == brows.shape == (4, 2)
     assert np.isnan(points).all((1, 2)).tolist() == [False, False, True, False] == np.isnan(eyes).all(1).tolist()
     assert np.abs(points[3] - points[0]).max() < 0.1 * interocular(points[0])
@@ -150,7 +150,7 @@ def test_landmarks_of_noise_are_doubted_and_those_of_a_face_are_not(net):
     box, noise = (0, 0, 128, 128), np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     for image, doubted in ((photo(), False), (noise, True)):
         points = landmarks.find_landmarks(net, image, box)
-        assert (landmarks.doubt(net, image, points) > landmarks.DOUBT) == doubted
+        assert (landmarks.landmark_scatter(net, image, points) > landmarks.SCATTER_LIMIT) == doubted
 
 
 def test_weights_of_another_kind_are_refused_in_one_line(tmp_path):
@@ -175,7 +175,7 @@ def test_weights_learn_from_a_pack_with_landmarks_and_move_towards_them(net, tmp
     lower = landmarks.DLIB_LOW * 128
     np.testing.assert_allclose(to_real(found * 128) + (0, lower), np.stack([points] * 10), atol=0.5)
     out = tmp_path / "net.pt"
-    monkeypatch.setattr(landmarks, "DRAWN", 16)
+    monkeypatch.setattr(landmarks, "CROPS_PER_BATCH", 16)
     landmarks.main([str(tmp_path / "photos"), "--steps", "8", "--out", str(out)])
     trained = landmarks.load_landmarks(out)
     assert torch.equal(trained.solid, net.solid)

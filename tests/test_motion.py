@@ -9,7 +9,7 @@ import pytest
 
 import motion
 from media import load_audio
-from motion import Motion, activity, fit_moves, fit_opening, follow, idle, lip_opening, mouth
+from motion import Motion, detect_speech, fit_moves, fit_opening, driving_motion, idle_motion, lip_opening, mouth_motion
 from warp import Pose, rotation
 
 ROOT, RATE = Path(__file__).resolve().parents[1], 16000
@@ -22,11 +22,11 @@ def speech(seconds, seed=0):
 def test_lasting_silence_is_not_speech_and_short_pauses_belong_to_it():
     wav = np.concatenate([np.zeros(3 * RATE, np.float32), speech(1), np.zeros(RATE // 2, np.float32), speech(1),
                           np.zeros(3 * RATE, np.float32)])
-    active = activity(wav, 212)
+    active = detect_speech(wav, 212)
     assert active[:35].max() < 0.02 and active[180:].max() < 0.02
     assert active[75:137].min() > 0.98
-    assert activity(np.zeros(2 * RATE, np.float32), 50).max() == 0
-    quiet = activity(0.01 * wav, 212)
+    assert detect_speech(np.zeros(2 * RATE, np.float32), 50).max() == 0
+    quiet = detect_speech(0.01 * wav, 212)
     assert np.abs(quiet - active).max() < 1e-6
 
 
@@ -36,27 +36,27 @@ def test_the_noise_of_a_fan_is_not_speech_and_speech_in_it_is(slope):
     pitch = np.arange(len(speech) // 2 + 1) + 50.0
     noise = np.fft.irfft(np.fft.rfft(np.random.default_rng(0).standard_normal(len(speech))) / pitch**slope, len(speech))
     noise *= speech.std() / noise.std()
-    assert activity(noise, 100).max() == 0
-    assert activity(speech + noise, 100).mean() > 0.95 * activity(speech, 100).mean() > 0.9
+    assert detect_speech(noise, 100).max() == 0
+    assert detect_speech(speech + noise, 100).mean() > 0.95 * detect_speech(speech, 100).mean() > 0.9
 
 
 def test_a_mouth_at_rest_is_the_photos_own_and_strength_scales_its_motion():
     opening, shape, active = np.array([0.0, 0.1, 0.1]), np.ones((3, 2)), np.array([0.01, 0.5, 1.0])
-    got, numbers = mouth(opening, shape, active, own=0.04)
+    got, numbers = mouth_motion(opening, shape, active, own=0.04)
     assert got == pytest.approx([0.04, 0.07, 0.10]) and got[0] == 0.04
     assert (numbers[0] == 0).all() and numbers[2] == pytest.approx([1, 1])
-    assert mouth(opening, shape, active, 0.04, strength=2.0)[0][2] == pytest.approx(0.16)
+    assert mouth_motion(opening, shape, active, 0.04, strength=2.0)[0][2] == pytest.approx(0.16)
 
 
 def test_an_idle_photo_starts_as_it_is_blinks_at_a_persons_rate_and_sways_by_its_seed():
     n = 60 * motion.FPS
-    a, b = idle(n, np.ones(n), 1), idle(n, np.ones(n), 2)
+    a, b = idle_motion(n, np.ones(n), 1), idle_motion(n, np.ones(n), 2)
     starts = np.flatnonzero(np.diff(a.blinks > 0.3, prepend=False) & (a.blinks > 0.3))
     assert 10 <= len(starts) <= 20 and a.blinks.max() == 1
     assert (a.poses[0] == 0).all() and np.abs(np.diff(a.poses[:, :3], axis=0)).max() < 0.4  # degrees a frame
     assert np.all(a.poses[:, :3].std(0) > 0.4) and np.all(a.poses[:, :3].std(0) < 3)
-    assert np.array_equal(a.poses, idle(n, np.ones(n), 1).poses) and not np.array_equal(a.poses, b.poses)
-    still = idle(n, np.ones(n), 1, head=False)
+    assert np.array_equal(a.poses, idle_motion(n, np.ones(n), 1).poses) and not np.array_equal(a.poses, b.poses)
+    still = idle_motion(n, np.ones(n), 1, head=False)
     assert not still.poses.any() and still.blinks.any() and still[5]["pose"] == Pose()
 
 
@@ -78,20 +78,20 @@ def driver(T=60):
 
 def test_a_driving_clip_gives_its_turns_and_blinks():
     clip, lids, brows, yaw, pitch = driver()
-    got = follow(clip, lids, brows, mean_shape(), (20.0, 20.0))
+    got = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0))
     assert np.abs(got.poses[:, 0] - motion.DRIVE_GAIN[0] * yaw).max() < 1.0  # smoothed, softly limited
     assert np.abs(got.poses[:, 1] - motion.DRIVE_GAIN[1] * pitch).max() < 1.3
     assert (got.blinks[20:23] == 1).all() and np.delete(got.blinks, [20, 21, 22]).max() == 0
-    turned = follow(clip[15:], lids[15:], brows[15:], mean_shape(), (20.0, 20.0))  # starts at 6 degrees
+    turned = driving_motion(clip[15:], lids[15:], brows[15:], mean_shape(), (20.0, 20.0))  # starts at 6 degrees
     assert (turned.poses[0] == 0).all() and turned.poses[:, 0].min() < -8
-    tight = follow(clip, lids, brows, mean_shape(), (3.0, 3.0))
+    tight = driving_motion(clip, lids, brows, mean_shape(), (3.0, 3.0))
     assert np.abs(tight.poses[:, :2]).max() < 3.0
 
 
 def test_lids_of_a_driver_who_looks_down_stay_half_shut():
     clip, lids, brows, _, _ = driver()
     lids[40:50] = 0.19
-    blinks = follow(clip, lids, brows, mean_shape(), (20.0, 20.0)).blinks
+    blinks = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0)).blinks
     assert (blinks[20:23] == 1).all() and 0.2 < blinks[40:50].min() and blinks[40:50].max() < 0.6
 
 
@@ -100,18 +100,18 @@ def test_the_drivers_mouth_changes_nothing():
     other = clip.copy()
     other[:, 3:14] += 5.0                                              # jaw and chin
     other[:, 48:] += np.random.default_rng(1).normal(0, 8, other[:, 48:].shape)
-    a, b = (follow(c, lids, brows, mean_shape(), (20.0, 20.0)) for c in (clip, other))
+    a, b = (driving_motion(c, lids, brows, mean_shape(), (20.0, 20.0)) for c in (clip, other))
     assert np.array_equal(a.poses, b.poses) and np.array_equal(a.blinks, b.blinks)
 
 
 def test_frames_without_a_face_are_interpolated_and_a_clip_without_one_is_refused():
     clip, lids, brows, yaw, _ = driver()
-    whole = follow(clip, lids, brows, mean_shape(), (20.0, 20.0))
+    whole = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0))
     for part in (clip, lids, brows):
         part[30:33] = np.nan
-    assert np.abs(follow(clip, lids, brows, mean_shape(), (20.0, 20.0)).poses - whole.poses).max() < 0.5
+    assert np.abs(driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0)).poses - whole.poses).max() < 0.5
     with pytest.raises(ValueError, match="no face"):
-        follow(clip * np.nan, lids, brows, mean_shape(), (20.0, 20.0))
+        driving_motion(clip * np.nan, lids, brows, mean_shape(), (20.0, 20.0))
 
 
 def test_moves_are_found_again_in_clips_that_follow_them():
@@ -126,7 +126,7 @@ def test_moves_are_found_again_in_clips_that_follow_them():
     gap = lip_opening(moves()[:1])[0]
     lips = [*range(55, 60), 65, 66, 67]
     others = np.delete(np.arange(68), lips)
-    assert np.abs(found[0, others] - moves()[0, others] / gap / motion.OPENER)[:, 1].max() < 0.03
+    assert np.abs(found[0, others] - moves()[0, others] / gap / motion.OPENING_GAIN)[:, 1].max() < 0.03
     assert lip_opening(found[:1])[0] == pytest.approx(1)
     assert np.abs(found[1] - moves()[1]).max() < 0.01
 
@@ -136,5 +136,5 @@ def test_the_opening_gets_the_real_mean_and_deviation():
     real = np.maximum(0, rng.normal(0.05, 0.04, 4000)) + 0.02
     predicted = 0.3 * (real - 0.05) / 0.04 + rng.normal(0, 0.2, 4000)
     slope, offset = fit_opening(predicted, real)
-    got, wanted = np.maximum(0, slope * predicted + offset), motion.OPENER * (real - 0.02)
+    got, wanted = np.maximum(0, slope * predicted + offset), motion.OPENING_GAIN * (real - 0.02)
     assert got.mean() == pytest.approx(wanted.mean(), rel=0.02) and got.std() == pytest.approx(wanted.std(), rel=0.02)

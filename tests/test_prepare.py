@@ -35,7 +35,7 @@ def bright_faces(frames):
 
 def detect_by(monkeypatch, detector):
     monkeypatch.setattr(faces, "find_faces", detector)
-    monkeypatch.setattr(prepare, "need_detector", lambda: None)
+    monkeypatch.setattr(prepare, "require_detectors", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def reason(line):
 
 
 def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SEGMENT", 25)
+    monkeypatch.setattr(prepare, "MAX_CLIP_FRAMES", 25)
     prepare.prepare(videos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
     assert len(lines) == 8
@@ -258,7 +258,7 @@ def killed_after(lives: int, videos, out):
 def test_a_run_killed_twice_and_continued_writes_the_same_pack(videos, tmp_path, monkeypatch):
     for name in ("brief.mp4", "mute.mp4", "empty.mp4", "cut.mp4"):
         (videos / name).unlink()
-    monkeypatch.setattr(prepare, "SEGMENT", 12)
+    monkeypatch.setattr(prepare, "MAX_CLIP_FRAMES", 12)
     prepare.prepare(videos, tmp_path / "whole", 32)
     assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
     out = tmp_path / "out"

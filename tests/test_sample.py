@@ -160,7 +160,7 @@ def test_box_face_and_square_pictures(monkeypatch):
 
     def found(photo, template, faces=two, **kw):
         monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, faces, ""))
-        return sample.photo_box(photo, options(**kw), template)[1:]
+        return sample.find_photo_face(photo, options(**kw), template)[1:]
 
     monkeypatch.setattr(sample, "photo_size", lambda path: (120, 180))  # shrunk while it was read
     assert found(tall, "face", box="20,40,60,100")[0] == (5, 20, 35, 50)  # made square
@@ -180,13 +180,13 @@ def test_a_photo_that_lies_is_turned_and_said_so(monkeypatch):
     upright, face = np.ones((60, 90, 3), np.uint8), (10, 10, 40, 40, 0.9)
     monkeypatch.setattr(sample, "photo_size", lambda path: (90, 60))
     monkeypatch.setattr(sample, "turn_upright", lambda photo: (upright, [face], "by 180 degrees"))
-    photo, box, how = sample.photo_box(np.zeros((90, 60, 3), np.uint8), options(), "face")
+    photo, box, how = sample.find_photo_face(np.zeros((90, 60, 3), np.uint8), options(), "face")
     assert photo is upright and box == faces.face_box([face], "face")
     assert how.startswith("turned by 180 degrees, face at ")
 
 
 def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_things_are_not():
-    assert sample.is_drawn(media.load_photo(sample.DRAWING))
+    assert sample.is_drawn(media.load_photo(sample.TOY_PHOTO))
     y, x = np.mgrid[:90, :90] / 90
     sky = np.stack([150 * y + 60, 120 + 100 * y, 255 - 60 * y], -1)
     land = np.where((y > 0.6 + 0.1 * np.sin(9 * x))[..., None], [60, 110, 40], sky)  # a landscape
@@ -217,10 +217,10 @@ def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch
         monkeypatch.setattr(sample, "turn_upright", found)
         for image in (tall, square):
             with pytest.raises(InputError, match="--box x0,y0,x1,y1"):
-                sample.photo_box(image, options(), "face")
+                sample.find_photo_face(image, options(), "face")
     with pytest.raises(InputError, match="--face 2"):
         monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, [(1, 1, 9, 9, 0.9)], ""))
-        sample.photo_box(tall, options(number=2), "face")
+        sample.find_photo_face(tall, options(number=2), "face")
 
 
 def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(monkeypatch):
@@ -230,10 +230,10 @@ def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(monkeyp
     def picked(photo, **kw):
         return sample.pick_weights(photo, options(**dict(weights=None) | kw))
 
-    assert picked(tall) == picked(square) == picked(None) == sample.FACE
-    assert picked(drawn) == sample.TOY
-    assert picked(drawn, box="1,1,9,9") == picked(drawn, number=1) == sample.FACE
-    assert picked(square, toy=True) == sample.TOY
+    assert picked(tall) == picked(square) == picked(None) == sample.FACE_WEIGHTS
+    assert picked(drawn) == sample.TOY_WEIGHTS
+    assert picked(drawn, box="1,1,9,9") == picked(drawn, number=1) == sample.FACE_WEIGHTS
+    assert picked(square, toy=True) == sample.TOY_WEIGHTS
     assert picked(drawn, weights="my.pt") == Path("my.pt")
 
 
@@ -243,11 +243,11 @@ def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(monkeyp
 
 def test_a_large_photo_becomes_a_video_of_even_sides_and_its_box_goes_along():
     photo = np.zeros((1000, 2561, 3), np.uint8)
-    small, box = sample.limit(photo, (256.1, 100, 512.2, 200))
+    small, box = sample.limit_size(photo, (256.1, 100, 512.2, 200))
     assert small.shape == (500, 1280, 3)
     np.testing.assert_allclose(box, (128, 50, 256, 100))
-    assert sample.limit(photo[:, :1280], (1, 2, 3, 4))[0].shape == (1000, 1280, 3)
-    assert sample.limit(photo[:, :999], (1, 2, 3, 4))[0].shape == (1000, 999, 3)
+    assert sample.limit_size(photo[:, :1280], (1, 2, 3, 4))[0].shape == (1000, 1280, 3)
+    assert sample.limit_size(photo[:, :999], (1, 2, 3, 4))[0].shape == (1000, 999, 3)
 
 
 BOX = (20.5, 10.2, 84.5, 74.2)  # 64 pixels
@@ -323,20 +323,20 @@ class Smiler(LoudFrames):
 
 @pytest.mark.parametrize("photo, mouth", [(-0.5, -0.5), (0.5, 0.5), (0.2, 0.2), (0.9, 0.5), (-0.9, -0.5)])
 def test_the_still_is_the_generated_mouth_that_fits_the_photo_and_eyes_at_rest(photo, mouth):
-    still, mask = sample.still_of(Smiler(), torch.full((3, 16, 16), photo), "cpu", False)
+    still, mask = sample.still_and_mask(Smiler(), torch.full((3, 16, 16), photo), "cpu", False)
     assert mask[11, 8] == 1 and mask[6, 5] > 0.9 and mask[0].max() == 0
     torch.testing.assert_close(still[:, 11, 8], torch.full((3,), mouth))
     torch.testing.assert_close(still[:, 6, 5], torch.full((3,), -0.5))
-    still, mask = sample.still_of(Smiler(), torch.full((3, 16, 16), photo), "cpu", True)
+    still, mask = sample.still_and_mask(Smiler(), torch.full((3, 16, 16), photo), "cpu", True)
     assert (still == 0.5).all() and mask[8, 8] == 1 and mask[0].max() < 0.1 and mask[:, 0].max() < 0.1
 
 
 def test_with_a_mouth_code_only_the_box_of_the_lips_is_touched():
     model = Smiler()
     model.config = Config.at(64, template="face")
-    _, wide = sample.still_of(model, torch.zeros(3, 64, 64), "cpu", False)
+    _, wide = sample.still_and_mask(model, torch.zeros(3, 64, 64), "cpu", False)
     model.mouth = "a network"
-    _, mask = sample.still_of(model, torch.zeros(3, 64, 64), "cpu", False)
+    _, mask = sample.still_and_mask(model, torch.zeros(3, 64, 64), "cpu", False)
     x0, y0, x1, y1 = (round(64 * v) for v in TEMPLATES["face"].lips)
     below = mask[round(0.45 * 64):]  # without the eyes
     assert below[:, :x0].max() == below[:, x1:].max() == mask[y1:].max() == 0 and mask[50, 32] == 1
@@ -368,13 +368,13 @@ def test_the_video_shows_the_whole_photo_and_only_the_face_moves(folder, weights
 
 @pytest.mark.parametrize("crop", [False, True])
 def test_the_shipped_face_keeps_its_mouth_shut_in_silence_and_opens_it_to_speech(crop):
-    if not sample.TOY.exists():
+    if not sample.TOY_WEIGHTS.exists():
         pytest.skip("weights/toy.pt is not there")
-    model, photo = load_model(sample.TOY), media.load_photo(sample.DRAWING)
+    model, photo = load_model(sample.TOY_WEIGHTS), media.load_photo(sample.TOY_PHOTO)
     source = media.to_tensor(faces.crop_face(photo, (0, 0, *photo.shape[:2]), model.config.size))
     speech = load_audio(HERE.parent / "examples/speech.wav")[: 2 * RATE]
     show = media.to_uint8 if crop else sample.Paste(
-        photo, (0, 0, *photo.shape[:2]), source, *sample.still_of(model, source, "cpu", False), False)
+        photo, (0, 0, *photo.shape[:2]), source, *sample.still_and_mask(model, source, "cpu", False), False)
 
     def mouth(wav):  # how much its pixels change over the clip
         mel = torch.from_numpy(audio.sound_windows(wav, range(8, 40, 4)))
@@ -594,7 +594,8 @@ def short(tmp_path, monkeypatch):
 
 
 def example(*args):
-    sample.main([str(sample.EXAMPLE), "speech.wav", "--box", sample.EXAMPLE_BOX, "--device", "cpu", *map(str, args)])
+    photo, box = str(sample.EXAMPLE_PHOTO), sample.EXAMPLE_BOX
+    sample.main([photo, "speech.wav", "--box", box, "--device", "cpu", *map(str, args)])
 
 
 def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_keeps_still(short, monkeypatch):
@@ -602,7 +603,7 @@ def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_ke
     monkeypatch.setattr(sample, "write_video",
                         lambda out, made, *args: frames.extend(made) or write(out, iter(frames), *args))
     example("--still", "--blink", 0, "--out", "a.mp4")
-    photo = media.load_photo(sample.EXAMPLE)
+    photo = media.load_photo(sample.EXAMPLE_PHOTO)
     changed = np.any([(frame != photo).any(-1) for frame in frames], 0)
     assert len(frames) == 15 and frames[0].shape == photo.shape and changed.sum() > 1000
     assert not changed[:205].any() and len(list(read_video("a.mp4"))) == 15
@@ -619,10 +620,10 @@ def test_a_head_sways_or_follows_a_driving_clip_by_its_own_landmarks(short, monk
     monkeypatch.setattr(sample.Warp, "__call__", ask)
     more = []
     if driven:
-        photo = media.load_photo(sample.EXAMPLE)
+        photo = media.load_photo(sample.EXAMPLE_PHOTO)
         turned = (Image.fromarray(photo).rotate(-k, Image.Resampling.BICUBIC, center=(255, 255)) for k in range(12))
         media.write_video("drive.mp4", map(np.array, turned), 12)
-        monkeypatch.setattr(sample, "driving_box", lambda *a: (12, (134.5, 130.1, 381.7, 377.3), 512))
+        monkeypatch.setattr(sample, "find_driving_face", lambda *a: (12, (134.5, 130.1, 381.7, 377.3), 512))
         more = ["--driving", "drive.mp4"]
     example("--out", "a.mp4", *more)
     asked.sort(key=lambda pose: pose.roll)
@@ -636,7 +637,7 @@ def test_what_cannot_be_moved_is_one_line_with_the_way_out(short, monkeypatch):
         example("--landmarks", "fan", "--out", "a.mp4")
     with pytest.raises(InputError, match="--landmarks.*--network"):
         monkeypatch.setattr(sample, "find_landmarks", lambda *a: np.full((68, 2), np.nan))
-        monkeypatch.setattr(sample, "doubt", lambda *a: 0.0)
+        monkeypatch.setattr(sample, "landmark_scatter", lambda *a: 0.0)
         example("--out", "a.mp4")
     assert not Path("a.mp4").exists()
 
@@ -649,8 +650,8 @@ def test_lips_move_by_their_strength_and_lids_by_theirs(short, monkeypatch):
         return self.face.photo
 
     monkeypatch.setattr(sample.Warp, "__call__", ask)
-    monkeypatch.setattr(sample, "in_order", lambda jobs: (job() for job in jobs))
-    monkeypatch.setattr(sample, "idle", lambda n, *_, **__: Motion(np.zeros((n, 6)), np.full(n, 0.8), np.zeros(n)))
+    monkeypatch.setattr(sample, "compute_ahead", lambda jobs: (job() for job in jobs))
+    monkeypatch.setattr(sample, "idle_motion", lambda n, *_, **__: Motion(np.zeros((n, 6)), np.full(n, 0.8), np.zeros(n)))
     for k, (mouth, blink) in enumerate([(1, 1), (2, 0.5), (0, 0)]):
         example("--mouth", mouth, "--blink", blink, "--still", "--out", f"{k}.mp4")
     one, two, none = np.array(asked).reshape(3, 15, 3)

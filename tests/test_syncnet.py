@@ -595,7 +595,7 @@ def test_a_face_is_detected_every_six_seconds_and_the_last_box_stays_where_none_
         return (4.0 * len(parts), 0.0, 16.0, 12.0)
 
     crops = []
-    monkeypatch.setattr(syncnet, "segment_box", found)
+    monkeypatch.setattr(syncnet, "find_clip_box", found)
     monkeypatch.setattr(syncnet, "crop_face", lambda frame, box, size: crops.append(box[0]))
     list(syncnet.face_crops(tmp_path / "clip.mp4", expert))
     assert parts == [150, 150, 30] and crops == [4.0] * 300 + [12.0] * 30

@@ -81,7 +81,7 @@ def test_at_rest_a_frame_is_the_photo_bit_for_bit(gap):
     assert np.array_equal(warp(warp.own, np.zeros(2)), f.photo)
     x0, y0, x1, y1 = warp.lips.box
     for read in f.read, functools.partial(W.read_photo, f.photo):     # reading alone changes nothing either
-        assert np.array_equal(read(W.centres(warp.lips.box)), f.photo[y0:y1, x0:x1])
+        assert np.array_equal(read(W.pixel_centres(warp.lips.box)), f.photo[y0:y1, x0:x1])
 
 
 def test_grain_survives_a_move_by_parts_of_a_pixel():
@@ -90,7 +90,7 @@ def test_grain_survives_a_move_by_parts_of_a_pixel():
 
     noise = np.random.default_rng(0).integers(0, 255, photo().shape, dtype=np.uint8)
     f = Face(cv2.GaussianBlur(noise, (0, 0), 0.5), points(), mean_shape())
-    pixels = W.centres((0, 0, SIZE, SIZE))
+    pixels = W.pixel_centres((0, 0, SIZE, SIZE))
     kept = [grain(f.read(pixels + np.float32(shift))) / grain(f.photo) for shift in ((0.25, 0), (0.5, 0.25), (0.5, 0.5))]
     assert all(0.7 < k < 1.2 for k in kept), kept                      # cubic: .65, .39, .37
 
@@ -123,7 +123,7 @@ def forwards(points, back, box):
     """Where points (n, 2) arrive: p' = p + back(p')"""
     at, back = points[None], np.ascontiguousarray(back)
     for _ in range(60):
-        at = points + W.read(back, at, box)
+        at = points + W.read_grid(back, at, box)
     return at[0]
 
 
@@ -157,15 +157,15 @@ def test_a_field_is_inverted_on_its_nodes():
     x, y = nodes.at[..., 0], nodes.at[..., 1]
     moved = np.stack([6 * np.sin(y / 40), 4 * np.cos(x / 50)], -1)
     back = nodes.invert(moved)
-    again = W.read(moved, nodes.at - back, nodes.box)
+    again = W.read_grid(moved, nodes.at - back, nodes.box)
     assert np.abs(again - back)[4:-4, 4:-4].max() < 0.05                # pixels
 
 
 def test_a_linear_field_is_linear_between_its_nodes_and_at_every_pixel():
     nodes = Nodes((10, 20, 210, 183), 5.0)
-    moved, pixels = np.float32(nodes.at * (0.1, -0.2)), W.centres(nodes.box)
+    moved, pixels = np.float32(nodes.at * (0.1, -0.2)), W.pixel_centres(nodes.box)
     inside = pixels[7:-7, 9:-9] + (0.37, -0.41)
-    np.testing.assert_allclose(W.read(moved, inside, nodes.box), inside * (0.1, -0.2), atol=1e-4)
+    np.testing.assert_allclose(W.read_grid(moved, inside, nodes.box), inside * (0.1, -0.2), atol=1e-4)
     np.testing.assert_allclose(nodes.came_from(moved)[5:-5, 5:-5], (pixels * (0.9, 1.2))[5:-5, 5:-5], atol=1e-4)
 
 
@@ -223,9 +223,9 @@ def test_a_grey_photo_stays_grey():
 
 
 def test_a_small_face_gets_more_pixels_and_a_large_one_stays():
-    large, p = W.enlarge(photo(), points(), mean_shape())
-    assert large.shape[0] == 450 and abs(W.fit_pose(p, mean_shape())[0] - W.LEAST_UNIT) < 1
-    same, p = W.enlarge(large, 2 * p, mean_shape())
+    large, p = W.enlarge_small_face(photo(), points(), mean_shape())
+    assert large.shape[0] == 450 and abs(W.fit_pose(p, mean_shape())[0] - W.MIN_UNIT) < 1
+    same, p = W.enlarge_small_face(large, 2 * p, mean_shape())
     assert same is large
 
 
