@@ -368,7 +368,7 @@ class StepTimer:
     def __init__(self, device):
         self.device, self.waited, self.steps, self.start = device, 0.0, 0, time.perf_counter()
 
-    def next(self, stream) -> dict:
+    def next_batch(self, stream) -> dict:
         """The next batch of a stream, on the device"""
         before = time.perf_counter()
         batch = next(stream)

@@ -32,9 +32,9 @@ from audio import AudioEncoder, WindowEncoder
 from checkpoint import load_checkpoint, load_strictly, wrap_errors
 from faces import mask_mouth
 from media import InputError
-from stylegan2 import Generator, load_rosinality, n_styles, shape_of
+from stylegan2 import Generator, load_rosinality, n_styles, infer_arguments
 from vision import (
-    GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zeroed)
+    GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zero_init)
 
 REACH = 6  # frames on each side that a convolution of SpeechContext sees; ours
 SPEECH_DIM = 128  # numbers of its sound; ours
@@ -120,8 +120,8 @@ class CanonicalEncoder(nn.Module):
         super().__init__()
         self.L, self.dim = L, dim
         self.whiten = Whiten(L, dim)
-        self.down, self.up = nn.Linear(L * dim, rank, bias=False), zeroed(nn.Linear(rank, L * dim, bias=False))
-        self.mlp = nn.Sequential(nn.Linear(L * dim, hidden), nn.LeakyReLU(0.2), zeroed(nn.Linear(hidden, L * dim)))
+        self.down, self.up = nn.Linear(L * dim, rank, bias=False), zero_init(nn.Linear(rank, L * dim, bias=False))
+        self.mlp = nn.Sequential(nn.Linear(L * dim, hidden), nn.LeakyReLU(0.2), zero_init(nn.Linear(hidden, L * dim)))
 
     def forward(self, z_s):  # (B, L, D) -> (B, L, D)
         z = self.whiten(z_s)
@@ -211,32 +211,32 @@ class DirectMotion(nn.Module):
     def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
         return self.pose_down(self.whiten(z_v))
 
-    def lip_shape(self, z_a, context=0):
+    def predict_lip_shape(self, z_a, context=0):
         """z_a (B, T + 2 context, D) -> shape of the lips (B, T, K); without a mouth code the lips in W+, (B, T, L * D)"""
         z_a = self.fusion(z_a)
         return self.lips(z_a[:, context:z_a.shape[1] - context])
 
-    def audio_to_mouth(self, z_a, context=0):
+    def predict_mouth(self, z_a, context=0):
         """z_a (B, T + 2 context, D) -> mouth code (B, T, M), its opening limited to what the generator has learned"""
-        mouth = self.lip_shape(z_a, context)
+        mouth = self.predict_lip_shape(z_a, context)
         if not self.M:
             return mouth
         opening = mouth[..., :1].clamp(*self.opening_limits)
         return F.pad(torch.cat([opening, mouth[..., 1:]], -1), (0, self.M - mouth.shape[-1]))
 
-    def speech_part(self, mouth):
+    def keep_opening(self, mouth):
         """Mouth code (.., M) -> the part that sound replaces: the opening, zeros elsewhere"""
         return F.pad(mouth[..., :1], (0, self.M - 1))
 
-    def appearance_part(self, mouth):
+    def embed_without_opening(self, mouth):
         """Mouth code (.., M) -> the part that sound does not replace, in W+ (.., L, D)"""
-        return self.mouth_up(mouth - self.speech_part(mouth)).unflatten(-1, self.shape)
+        return self.mouth_up(mouth - self.keep_opening(mouth)).unflatten(-1, self.shape)
 
     def join(self, pose, mouth):  # (.., P), (.., M) -> (.., L, D)
         return (self.pose_up(pose) + self.mouth_up(mouth)).unflatten(-1, self.shape)
 
     def forward(self, z_a, z_v, context=0, mouth=None):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
-        pose, spoken = self.pose(z_v), self.audio_to_mouth(z_a, context)
+        pose, spoken = self.pose(z_v), self.predict_mouth(z_a, context)
         if mouth is not None:                                                     # (B, T, M), NaN where sound decides
             spoken = torch.where(mouth.isnan(), spoken, mouth.to(spoken))
         return self.join(pose, spoken)
@@ -254,9 +254,9 @@ class IdentityMaps(nn.Module):
         channels = [min(config.cap, config.base // r) for r in resolutions]
         self.shapes = [(min(c, most), r, r) for c, most, r in zip(config.map_channels, channels, resolutions)]
         self.down = nn.Linear(config.L * config.dim, config.map_code)
-        self.up = nn.ModuleList(zeroed(nn.Linear(config.map_code, math.prod(s))) for s in self.shapes)
-        self.coarse_rgb = zeroed(nn.Linear(config.map_code, 3 * edge ** 2)) if edge else None
-        self.views = nn.ModuleList(zeroed(nn.Conv2d(3, c, 3, padding=1)) for c in channels if edge)
+        self.up = nn.ModuleList(zero_init(nn.Linear(config.map_code, math.prod(s))) for s in self.shapes)
+        self.coarse_rgb = zero_init(nn.Linear(config.map_code, 3 * edge ** 2)) if edge else None
+        self.views = nn.ModuleList(zero_init(nn.Conv2d(3, c, 3, padding=1)) for c in channels if edge)
 
     def forward(self, w_plus):
         code = self.down(w_plus.flatten(1))
@@ -270,7 +270,7 @@ class IdentityMaps(nn.Module):
 
 # --------------------------------------------------------------------------------------------------- the whole network
 
-def changed_layers(generator: Generator) -> list:
+def weight_shapes(generator: Generator) -> list:
     """(O, I) of each 3x3 layer, in the order of styled_convs()"""
     return [tuple(layer.conv.weight.shape[1:3]) for layer in generator.styled_convs()]
 
@@ -291,7 +291,7 @@ class FCTFG(nn.Module):
             self.encoder = GradualStyleEncoder(c.L, c.dim, c.encoder_width)
         self.maps = IdentityMaps(c) if c.map_code else None
         if c.hyper != "none":
-            self.hyper = HyperStyleNet(changed_layers(self.generator), c.hyper, c.hyper_width)
+            self.hyper = HyperStyleNet(weight_shapes(self.generator), c.hyper, c.hyper_width)
         self.canonical = CanonicalEncoder(c.L, c.dim, hidden=c.dim // 2, rank=2 * c.pose_dim)
         self.audio = AudioEncoder(c.dim, c.audio_width) if c.audio_width else WindowEncoder(SPEECH_DIM)
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
@@ -326,7 +326,7 @@ class FCTFG(nn.Module):
         z_s = self.encode_source(source)
         z_s2c = self.canonical(z_s)
         if self.mouth:
-            z_s2c = z_s2c + self.motion.appearance_part(self.mouth(source))
+            z_s2c = z_s2c + self.motion.embed_without_opening(self.mouth(source))
         return z_s, z_s2c
 
     def encode_source(self, source):
@@ -360,7 +360,7 @@ class FCTFG(nn.Module):
             f"{driving.shape[1]} driving frames, {mel.shape[1]} mel windows, context {context}")
         z_s, z_s2c = self.canonical_code(source)
         if self.config.motion == "direct":                                        # its poses need no neighbours
-            driving = middle(driving, T)
+            driving = middle_frames(driving, T)
         z_a, z_v = self.encode_sound(mel), self.encode_driving(driving)
         z_c2d = self.motion(z_a, z_v, context, mouth)
         w_plus = (z_s2c[:, None] + z_c2d).flatten(0, 1)                           # (N, L, D)
@@ -375,23 +375,24 @@ class FCTFG(nn.Module):
             whiten.std.copy_(codes.std(0).clamp_min(0.05 * codes.std()))          # ours: constant numbers stay small
 
     @torch.inference_mode()
-    def still(self, source):
+    def reconstruct(self, source):
         """source (3, H, W) -> (3, H, W) in [-1, 1]: the reconstruction of a photo"""
         z_s = self.invert(source[None])
         return self.decode(z_s, self.weight_changes(source[None], z_s))[0].clamp(-1, 1)
 
-    def all_sound(self, mel):
+    def encode_whole_sound(self, mel):
         """mel (n, 1, 80, 16), or an iterable of pieces of it -> z_a (1, n, D)"""
         return torch.cat([self.audio(m) for m in (mel.split(256) if torch.is_tensor(mel) else mel)])[None]
 
     @torch.inference_mode()
-    def lip_shape(self, mel):
+    def predict_lip_shape(self, mel):
         """Sound -> shape of the lips (n, K), without an image; needs a mouth code. mel: as for animate"""
-        return self.motion.lip_shape(self.all_sound(mel))[0]
+        return self.motion.predict_lip_shape(self.encode_whole_sound(mel))[0]
 
-    def lips(self, mel):
-        """As lip_shape, in warp.py's units: opening (n,) in distances of the eyes' corners, shape (n, K - 1), NumPy"""
-        numbers, (slope, offset) = self.lip_shape(mel).cpu().numpy(), self.motion.opening.tolist()
+    def predict_lips(self, mel):
+        """mel, as for animate -> NumPy arrays in warp.py's units: opening (n,) in distances of the outer corners
+        of the eyes, shape (n, K - 1)"""
+        numbers, (slope, offset) = self.predict_lip_shape(mel).cpu().numpy(), self.motion.opening.tolist()
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
 
     @torch.inference_mode()
@@ -402,14 +403,14 @@ class FCTFG(nn.Module):
         blinks. batch: frames decoded at a time; memory does not grow with n."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
-        deltas, z_a = self.weight_changes(source, z_s), self.all_sound(mel)
-        for z_c2d in self.motion_stream(source, z_a, driving, sway, batch):
+        deltas, z_a = self.weight_changes(source, z_s), self.encode_whole_sound(mel)
+        for z_c2d in self.stream_motion(source, z_a, driving, sway, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
-    def motion_stream(self, source, z_a, driving, sway, batch):
+    def stream_motion(self, source, z_a, driving, sway, batch):
         """z_c2d (b, L, D) in order, each batch with the frames on both sides that the temporal convolution reaches"""
         n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
-        idle = direct and (self.motion.idle if sway else blinks(self.motion.idle))
+        idle = direct and (self.motion.idle if sway else extract_blinks(self.motion.idle))
         z_own = self.encode_driving(source[None])                                 # (1, 1, L, D)
         frames, codes, first = iter(() if driving is None else driving), z_own[:, :0], 0  # codes of frames first, ..
         for start in range(0, n, batch):
@@ -422,27 +423,27 @@ class FCTFG(nn.Module):
                 codes, first = codes[:, lo - first:], lo
                 z_c2d = self.motion(z_a[:, lo:hi], codes[:, :hi - lo])
             elif direct:
-                pose = self.motion.pose(z_own) + idle_pose(idle, lo, hi)[None]
-                z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[:, lo:hi]))
+                pose = self.motion.pose(z_own) + idle_poses(idle, lo, hi)[None]
+                z_c2d = self.motion.join(pose, self.motion.predict_mouth(z_a[:, lo:hi]))
             else:
                 z_c2d = self.motion(z_a[:, lo:hi], z_own.expand(1, hi - lo, -1, -1))
             yield z_c2d[0, start - lo:stop - lo]
 
 
-def middle(x, T: int):
+def middle_frames(x, T: int):
     """The middle T of x (B, T', ..)"""
     start = (x.shape[1] - T) // 2
     return x[:, start:start + T]
 
 
-def idle_pose(idle, lo: int, hi: int):
+def idle_poses(idle, lo: int, hi: int):
     """idle (n, T, P) -> frames lo .. hi - 1 of endless motion, (hi - lo, P): the clips in turn, there and back"""
     n, T, _ = idle.shape
     clip, t = np.divmod(np.arange(lo, hi), 2 * T)
     return idle[clip % n, np.minimum(t, 2 * T - 1 - t)]
 
 
-def blinks(idle, reach: int = 6):
+def extract_blinks(idle, reach: int = 6):
     """idle (n, T, P) -> its brief deviations, zero elsewhere: blinks without sway. A blink lasts 3-7 frames: a
     running median of 13 is subtracted, then what is small is cut off. Ours: in the toy world blinks stand 3.5 to 5
     times above the median of the remainder, the rest below 2.5."""
@@ -453,14 +454,14 @@ def blinks(idle, reach: int = 6):
 
 
 @torch.no_grad()
-def mean_w(generator: Generator, n: int = 4096):
+def estimate_mean_w(generator: Generator, n: int = 4096):
     """The mean of n mapped z, (D,): where an encoder's codes start from"""
     return generator.mapping(torch.randn(n, generator.dim, device=generator.input.input.device)).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
-def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
+def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
     """Networks from their authors' files, to stand in for stages 1 and 2 at `size` px -> (overrides of Config's
     fields, {"generator", "D", "encoder", "hyper": network}, those that the files have). generator: rosinality's
     StyleGAN2; encoder: pSp's or ArcFace's, see load_encoder; hyper: HyperStyle's, for this generator. InputError:
@@ -472,7 +473,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
         if G is None:
             raise InputError(f"{generator}: no generator in it")
         networks, dim = dict(generator=G) | ({"D": found["d"]} if "d" in found else {}), G.dim
-        overrides = shape_of(Generator, G.state_dict(), generator) | dict(noise=True, map_code=0)
+        overrides = infer_arguments(Generator, G.state_dict(), generator) | dict(noise=True, map_code=0)
     if encoder:
         networks["encoder"] = load_encoder(encoder, n_styles(size), dim)
         overrides |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
@@ -481,7 +482,7 @@ def published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict
     if hyper:
         if not generator:
             raise InputError(f"{hyper}: name its generator of {size} px with --generator")
-        networks["hyper"], form = load_hypernet(hyper, changed_layers(G))
+        networks["hyper"], form = load_hypernet(hyper, weight_shapes(G))
         overrides |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
     return overrides, networks
 

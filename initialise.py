@@ -23,14 +23,14 @@ from audio import add_echo_and_noise, log_mel, make_non_speech, mel_windows, spe
 from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
 from faces import Landmarks, mask_mouth
-from fusion import FCTFG, Config, mean_w, published
+from fusion import FCTFG, Config, estimate_mean_w, load_published
 from landmarks import MIRROR, load_landmarks
 from losses import SYNC_FRAMES, Augment
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
 from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, remove_head_motion
 from stylegan2 import Discriminator
 from syncnet import load_sync
-from vision import float64, small_picture, zeroed
+from vision import to_float64, to_small_image, zero_init
 
 PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
 TOY_PEOPLE = 400   # of the toy world, one clip each, as syncnet.py's
@@ -53,7 +53,7 @@ def stage(args, model, D, data, networks, device) -> dict:
     if new and args.part == "encoder" and "encoder" not in networks:
         fit_encoder(model, data["images"], device)
     if model.encoder.latent_avg.isnan().any():                                         # a published file without it
-        model.encoder.latent_avg.copy_(mean_w(model.generator))
+        model.encoder.latent_avg.copy_(estimate_mean_w(model.generator))
     frozen = own_judges(args, D, data, networks, device)
     if new and args.stage == 3 and "motion" not in networks:                           # --init is not a whole network
         fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
@@ -125,7 +125,7 @@ def build_networks(args, data, ckpt, device):
     if not ckpt:
         if args.part == "encoder" and not encoder and args.w["arcface"] and Config.at(args.size).encoder == "psp":
             encoder = fetch("arcface", args.path.get("arcface"))                       # pSp starts from its trunk
-        overrides, files = published(args.size, args.generator, encoder, args.hyper)
+        overrides, files = load_published(args.size, args.generator, encoder, args.hyper)
         previous = load_previous(args, files)
     config = Config(**ckpt["config"]) if ckpt else make_config(args, data["pack"], previous, overrides)
     if config.mouth_dim and not data["landmarks"]:
@@ -295,7 +295,7 @@ def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
 @torch.no_grad()
 def fit_encoder(model, images, device, most=3000):
     """Mean w of the generator, and principal components of training images for the encoder's linear path."""
-    model.encoder.latent_avg.copy_(mean_w(model.generator))
+    model.encoder.latent_avg.copy_(estimate_mean_w(model.generator))
     if model.config.encoder == "slim":
         coarse = model.config.coarse_rgb
         n = max((8 if coarse else 2) * len(model.encoder.linear_down.weight), most)
@@ -316,8 +316,8 @@ def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
     `maps.down` reads them back; coarse RGB is a ridge regression on them."""
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
     for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at zero
-        zeroed(layer)
-    codes = encoder.linear_down(small_picture(masked)).cpu()                           # (n, k), of unit variance
+        zero_init(layer)
+    codes = encoder.linear_down(to_small_image(masked)).cpu()                           # (n, k), of unit variance
     drawn, wanted = (F.adaptive_avg_pool2d(x, edge).cpu()                              # solved on the CPU: Apple's chips
                      for x in (model.decode(encoder.latent_avg[None]), seen))          # have no float64
     mean, centre = codes.mean(0), wanted.mean(0)
@@ -516,7 +516,7 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
         sound, targets = zip(*[stretch(i, clean) for i in clips])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a = model.encode_sound(torch.from_numpy(np.stack(sound)).to(device))
-            predicted = model.motion.lip_shape(z_a, reach)                             # (B, span, K)
+            predicted = model.motion.predict_lip_shape(z_a, reach)                             # (B, span, K)
         return ((predicted.float() - torch.stack(targets)).square() * weight).sum(-1).mean()
 
     trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
@@ -545,11 +545,11 @@ def lip_shapes(model, pack, landmarks, clips, device) -> list:
     linear[0, 0] = y[:, 0].std() / std[0]
     offset = torch.cat(read)[:, 0].mean() - linear[0, 0] * torch.cat(points)[:, 0].mean()
     shapes = [p @ linear for p in points]
-    return one_scale([torch.cat([s[:, :1] + offset, s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes],
+    return equalise_openings([torch.cat([s[:, :1] + offset, s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes],
                      pack.identity[clips])
 
 
-def one_scale(shapes: list, people) -> list:
+def equalise_openings(shapes: list, people) -> list:
     """Shapes of clips (T, K) and their people's numbers -> the same with one rest (5th percentile) and deviation of the
     opening for everybody: sound does not tell how far a person opens the mouth; a regression would guess it by voice."""
     of = {p: torch.cat([s for s, q in zip(shapes, people) if q == p])[:, 0] for p in np.unique(people)}
@@ -569,7 +569,7 @@ def fit_warp(model, data, clips=200):
         points = points.astype(np.float64)
         moving.append((points, shape[:, 1:].cpu().numpy()))
         mel = torch.from_numpy(pack.windows(c, range(len(points)), model.config.voice_norm)).to(shape.device)
-        predicted.append(model.lip_shape(mel)[:, 0].cpu().numpy())
+        predicted.append(model.predict_lip_shape(mel)[:, 0].cpu().numpy())
         real.append(lip_opening(remove_head_motion(points, mean)))
         if landmarks.detectors[pack.locate(c)[0]] == "mediapipe":                        # fit_opening expects dlib's
             real[-1] /= OPENING_GAIN
@@ -609,7 +609,7 @@ def ridge_regression(x, y, ridge):
 
 def reduced_rank_regression(x, y, rank, ridge):
     """x (n, i), y (n, o) -> down (rank, i), up (o, rank): y ~ x down^T up^T, with numbers of unit variance between"""
-    device, x, y = x.device, float64(x), float64(y)
+    device, x, y = x.device, to_float64(x), to_float64(y)
     full = ridge_regression(x, y, ridge)                                               # (i, o)
     fitted = x @ full
     v = torch.linalg.eigh(fitted.t() @ fitted)[1][:, -rank:].flip(1)                   # (o, rank): where most of it moves

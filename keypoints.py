@@ -758,7 +758,8 @@ def sample(args):
         photo, box = photos.limit_size(*photos.find_photo_face(load_photo(args.photo), options, "face")[:2])
         moved = codes - mouth.rest  # (T, D + E)
         lips = moved @ lip_opening(mouth.face[1:].reshape(-1, K, 2)), moved
-        animator = SimpleNamespace(lips=lambda mel: lips, motion=SimpleNamespace(moves=torch.from_numpy(mouth.moves())))
+        motion = SimpleNamespace(moves=torch.from_numpy(mouth.moves()))
+        animator = SimpleNamespace(predict_lips=lambda mel: lips, motion=motion)
         frames = photos.talking_photo(animator, photo, box, None, detect_speech(wav, len(codes)), options)
     write_video(out, iter(frames), len(faces), (args.speech, len(wav)), args.overwrite)
     with wrap_errors(numbers, "cannot be written"):

@@ -115,7 +115,7 @@ def is_drawn(photo: np.ndarray) -> bool:
     model = toy_model()
     x = to_tensor(crop_face(photo, box, model.config.size))
     with torch.inference_mode():
-        off = model.still(x) - x
+        off = model.reconstruct(x) - x
     # the second: an even picture is drawn again as well, but all its contrast is lost (drawn portraits lose up to .31)
     return bool(off.abs().mean() < DRAWN and off.square().mean() < 0.4 * x.var((1, 2)).mean())
 
@@ -238,7 +238,7 @@ def talking_photo(model, photo, box, mel, active, args):
         warp = Warp(Face(larger, points, mean, len(photo) / len(larger)), model.motion.moves.double().cpu().numpy())
     except ValueError as error:
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
-    opening, shape = mouth_motion(*model.lips(mel), active, warp.own, args.mouth)
+    opening, shape = mouth_motion(*model.predict_lips(mel), active, warp.own, args.mouth)
     if args.driving:
         _, box, height = find_driving_face(args.driving, T, "face")
         points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), box)
@@ -259,7 +259,7 @@ def dubbed_video(model, mel, active, args):
                          "--network or --still")
     if not moves_pixels(model):
         raise InputError(f"{args.weights}: dubbing needs a network of real faces, as weights/face.pt")
-    opening, shape = mouth_motion(*model.lips(mel), active, 0.0, args.mouth)
+    opening, shape = mouth_motion(*model.predict_lips(mel), active, 0.0, args.mouth)
     moves, T = model.motion.moves.double().cpu().numpy(), len(active)
     count, takes = find_takes(args.face, load_landmarks(), moves, T, args.number or 1)
     print(f"{args.face}: {sum(take.T for take in takes)} of {count} frames have a face that can be tracked"
@@ -356,7 +356,7 @@ def still_and_mask(model, source, device, turning: bool):
     head that turns. Else the face at rest (in silence), in its mouth the best fit to the photo between that and
     the photo's inversion: a smile is closed by the change, a closed mouth stays."""
     S, template = source.shape[-1], TEMPLATES[model.config.template]
-    own = model.still(source.to(device)).cpu()
+    own = model.reconstruct(source.to(device)).cpu()
     if turning:  # 1 in the middle, 0 from the circle on: the head keeps its outline
         t = (torch.arange(S) + 0.5) / S * 2 - 1
         return own, smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))

@@ -395,7 +395,7 @@ class Discriminator(nn.Module):
             return self.final_linear(self.final_conv(minibatch_stddev(x.float())).flatten(1))
 
 
-def shape_of(network: type, state: dict, source) -> dict:
+def infer_arguments(network: type, state: dict, source) -> dict:
     """The arguments of Generator or Discriminator that fit rosinality's state dict. InputError: none do."""
     shape = {}
     with wrap_errors(source, f"not the weights of a StyleGAN2 {network.__name__.lower()}"):
@@ -426,7 +426,7 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
     networks = {}
     for name, state in states.items():
         source, network = f"{path}, '{name}'", Discriminator if name == "d" else Generator
-        shape = shape_of(network, state, source)
+        shape = infer_arguments(network, state, source)
         if size not in (None, shape["size"]):
             raise InputError(f"{source}: a network for {shape['size']} px, these are {size} px")
         networks[name] = load_strictly(functools.partial(network, **shape), state, source)

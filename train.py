@@ -34,7 +34,7 @@ from checkpoint import (
     fp16_state_dict, init_distributed, load_checkpoint, open_log, optimiser_step, progress_bar, restore_run,
     save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
 from data import add_split_options
-from fusion import middle
+from fusion import middle_frames
 from media import InputError, Parser, run, to_tensor, to_uint8
 from report import image_grid, write_report
 from stylegan2 import mix_styles
@@ -207,17 +207,17 @@ def forward_stage3(model, batch):
     With a mouth code every other clip gets its true mouth (teacher forcing): sound alone is ambiguous, regression
     averages, and the generator would learn to draw half of each movement."""
     T = batch["mel"].shape[1] - 2 * model.config.context
-    real, mouth, true_mouth = middle(batch["driving"], T), None, None                  # (B, T, 3, H, W)
+    real, mouth, true_mouth = middle_frames(batch["driving"], T), None, None                  # (B, T, 3, H, W)
     if model.mouth:
         with torch.no_grad():
             of_source = model.mouth(batch["source"])                                   # (B, M)
             mouth = model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])       # (B, T, M)
-            true_mouth = mouth - (of_source - model.motion.speech_part(of_source))[:, None]  # is added to the source's
+            true_mouth = mouth - (of_source - model.motion.keep_opening(of_source))[:, None]  # is added to the source's
             true_mouth[..., model.config.shape_dim:] = 0                               # appearance
             true_mouth[1::2] = torch.nan                                               # from sound
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
     out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
-               sound=batch.get("sync_sound", middle(batch["mel"], 1)[:, 0]))                # of the middle frame
+               sound=batch.get("sync_sound", middle_frames(batch["mel"], 1)[:, 0]))                # of the middle frame
     return out | forward_photos(model, batch, out) if "photo" in batch else out
 
 
@@ -227,9 +227,9 @@ def forward_photos(model, batch, out):
     photo, motion = batch["photo"], model.motion                                       # (N, 3, H, W)
     (_, z_s2c), pose = model.canonical_code(photo), motion.pose(model.encode_driving(photo[None]))[0]
     mouth = model.mouth(photo)                                                         # (N, M)
-    own = motion.speech_part(mouth)
+    own = motion.keep_opening(mouth)
     with torch.no_grad():
-        spoken = motion.audio_to_mouth(model.encode_sound(batch["mel"]), model.config.context)[:, 0]
+        spoken = motion.predict_mouth(model.encode_sound(batch["mel"]), model.config.context)[:, 0]
         spoken = spoken[torch.arange(len(photo), device=photo.device) % len(spoken)]   # (N, M)
     fake, swapped = model.decode(torch.cat([z_s2c + motion.join(pose, m) for m in (own, spoken)])).chunk(2)
     return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped,
@@ -429,7 +429,7 @@ def save_examples(path, ema, data, args, n=8):
     elif args.stage == 3:
         driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # another person's head and sound
         rows = {f"source; {about}": source,
-                "driving frame, with its sound: the column to the left": middle(driving, 1)[:, 0],
+                "driving frame, with its sound: the column to the left": middle_frames(driving, 1)[:, 0],
                 "source, driven": ema(source, driving, mel, ema.config.context)[0][:, 0]}
     image_grid([to_uint8(row.clamp(-1, 1)) for row in rows.values()], rows, max(128, args.size)).save(path + ".tmp.png")
     os.replace(path + ".tmp.png", path)

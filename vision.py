@@ -17,7 +17,7 @@ from media import InputError
 from stylegan2 import EqualLinear
 
 
-def zeroed(layer):
+def zero_init(layer):
     """The layer, with an output of zero at first"""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
@@ -74,14 +74,14 @@ class VisualEncoder(nn.Module):
         for lateral, finer in zip(self.lateral, maps[-2::-1]):
             pyramid.append(lateral(finer) + F.interpolate(pyramid[-1], scale_factor=2, mode="nearest"))
         z = torch.cat([head(level).unflatten(1, (-1, self.dim)) for head, level in zip(self.heads, pyramid)], 1)
-        z = z + self.linear_up(self.linear_down(small_picture(x))).unflatten(1, (self.L, self.dim))
+        z = z + self.linear_up(self.linear_down(to_small_image(x))).unflatten(1, (self.L, self.dim))
         return self.latent_avg + z                                           # (N, L, D)
 
     @torch.no_grad()
     def start_linear(self, images):
         """linear_down becomes the principal components of images (n, 3, H, W), n > `linear`, with outputs of unit
         variance; linear_up zero, so that a fresh encoder is the trunk alone."""
-        x = float64(small_picture(images))
+        x = to_float64(to_small_image(images))
         x -= x.mean(0)
         power, v = torch.linalg.eigh(x.t() @ x / len(x))                   # ascending; an SVD of x takes twice as long
         power, v = (y.flip(-1)[..., :len(self.linear_down.weight)] for y in (power, v))
@@ -89,7 +89,7 @@ class VisualEncoder(nn.Module):
         self.linear_up.weight.zero_()
 
 
-def float64(x):
+def to_float64(x):
     """x in float64, on the CPU where its device has none, as Apple's chips"""
     try:
         return x.double()
@@ -97,7 +97,7 @@ def float64(x):
         return x.cpu().double()
 
 
-def small_picture(x):
+def to_small_image(x):
     """(N, 3, H, W) -> (N, 3 * 32 * 32): what the linear path sees"""
     if x.shape[-1] > 32:
         x = F.avg_pool2d(x, x.shape[-1] // 32)
@@ -194,7 +194,7 @@ def trunk_ir_se50(width: int = 64) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*conv_norm(3, width, 3), nn.PReLU(width)), nn.Sequential(*blocks)
 
 
-def at_256(x):
+def resize_to_256(x):
     """(N, 3, H, H) -> (N, 3, 256, 256): larger images pooled, as by pSp's authors; smaller ones enlarged (ours)"""
     return F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resize_square(x, 256)
 
@@ -234,7 +234,7 @@ class GradualStyleEncoder(nn.Module):
         self.register_buffer("latent_avg", torch.zeros(L, dim))
 
     def forward(self, x):  # (N, 3, H, H) in [-1, 1], brought to 256 px -> (N, L, D)
-        x, maps = self.input_layer(at_256(x).contiguous(memory_format=torch.channels_last)), []
+        x, maps = self.input_layer(resize_to_256(x).contiguous(memory_format=torch.channels_last)), []
         for i, block in enumerate(self.body):
             x = block(x)
             if i in self.TAPS:
@@ -293,7 +293,7 @@ class LayerBlock(nn.Module):
         super().__init__()
         self.convs = head_convolutions(channels, channels // 2, channels, (2,) * (3 if form == "shared" else 4))
         self.output = nn.Sequential(SeparableKernel(channels, O, I)) if form == "separable" else nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), zeroed(nn.Conv2d(channels, O * I, 1)), nn.Flatten(), nn.Unflatten(1, (O, I)))
+            nn.AdaptiveAvgPool2d(1), zero_init(nn.Conv2d(channels, O * I, 1)), nn.Flatten(), nn.Unflatten(1, (O, I)))
 
     def forward(self, x):
         return self.output(self.convs(x))
@@ -305,7 +305,7 @@ class SeparableKernel(nn.Module):
     def __init__(self, channels: int, O: int, I: int):
         super().__init__()
         self.make_kernel_in, self.make_kernel_out = nn.Linear(channels, 9 * I), nn.Linear(channels, 9 * O)
-        self.kernel_linear_in, self.kernel_linear_out = nn.Linear(I, I), zeroed(nn.Linear(O, O))
+        self.kernel_linear_in, self.kernel_linear_out = nn.Linear(I, I), zero_init(nn.Linear(O, O))
 
     def forward(self, code):
         code = code.flatten(1)
@@ -349,7 +349,7 @@ class HyperStyleNet(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- and their files
 
-def part_of(path: str | Path, part: str) -> tuple[dict, dict]:
+def read_part(path: str | Path, part: str) -> tuple[dict, dict]:
     """A checkpoint of pSp's or HyperStyle's code -> (what lies beside the weights, the state dict of its "encoder" or
     "hypernet"; all of it where keys are bare). InputError: see read_weights; weights that belong to no part."""
     content = read_weights(path)
@@ -367,7 +367,7 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
     """pSp's encoder for L styles from its authors' file; of one with more styles (1024 px: 18) the first L. Of
     ArcFace's IR-SE50 the trunk, from which pSp's training starts, with new heads for codes of `dim` numbers.
     latent_avg is NaN where the file has none. InputError: see read_weights; another kind; fewer than L styles."""
-    beside, state = part_of(path, "encoder")
+    beside, state = read_part(path, "encoder")
     with wrap_errors(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
         if "output_layer.3.weight" in state:
@@ -390,7 +390,7 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
 def load_hypernet(path: str | Path, layers: list) -> tuple[HyperStyleNet, str]:
     """HyperStyle's hypernetwork from its authors' file -> (network, its form). layers: (O, I) of each 3x3 layer of the
     generator. InputError: as load_encoder; made for another generator."""
-    _, state = part_of(path, "hypernet")
+    _, state = read_part(path, "hypernet")
     with wrap_errors(path, "not a HyperStyle checkpoint"):
         width = len(state["conv1.weight"])
         form = "separable" if any("make_kernel_in" in key for key in state) else "shared"

@@ -24,7 +24,7 @@ import checkpoint
 import judges
 import vision
 from checkpoint import iterate_nested, load_checkpoint, read_weights, save_checkpoint
-from fusion import FCTFG, Config, load_model, published
+from fusion import FCTFG, Config, load_model, load_published
 from media import InputError
 from stylegan2 import Discriminator, Generator, load_rosinality
 from syncnet import SyncNet, load_sync
@@ -238,7 +238,8 @@ def specimen(name):
             return trunk | {"output_layer.3.weight": torch.ones(9, 9)}, lambda path: vision.load_encoder(path, 6)
         del state["latent_avg"]
         state = {f"encoder.{k}": v for k, v in state.items()}
-        return dict(state_dict=state, latent_avg=torch.ones(6, 24), opts={}), lambda path: published(16, encoder=path)
+        content = dict(state_dict=state, latent_avg=torch.ones(6, 24), opts={})
+        return content, lambda path: load_published(16, encoder=path)
     if name == "hyperstyle":
         state = plain(vision.HyperStyleNet(LAYERS, "shared", width=4))
         content = dict(state_dict={f"hypernet.{k}": v for k, v in state.items()})

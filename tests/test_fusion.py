@@ -11,8 +11,8 @@ import vision
 from checkpoint import pick_device, save_checkpoint
 from faces import TEMPLATES
 from fusion import (
-    FCTFG, CanonicalEncoder, Config, IdentityMaps, PaperMotion, TemporalFusion, Whiten, changed_layers, idle_pose,
-    load_model, mean_w, published)
+    FCTFG, CanonicalEncoder, Config, IdentityMaps, PaperMotion, TemporalFusion, Whiten, weight_shapes, idle_poses,
+    estimate_mean_w, load_model, load_published)
 from media import InputError
 from stylegan2 import Discriminator, Generator
 from vision import GradualStyleEncoder, HyperStyleNet
@@ -123,7 +123,7 @@ def test_a_given_mouth_code_replaces_the_images_own():
 
 def test_sound_gives_the_shape_of_the_mouth_code_and_zeros_for_its_appearance():
     model, (x, driving, mel) = face(), window()
-    mouth = model.motion.audio_to_mouth(model.encode_sound(mel), context=2)
+    mouth = model.motion.predict_mouth(model.encode_sound(mel), context=2)
     assert mouth.shape == (2, 1, 3) and mouth[..., :2].abs().min() > 0 and mouth[..., 2].abs().max() == 0
     pose = model.motion.pose(model.encode_driving(driving[:, 2:3]))
     _, _, z_c2d = model(x, driving, mel, context=2)
@@ -134,12 +134,12 @@ def test_speech_replaces_the_opening_and_the_rest_of_a_mouth_stays_its_owners():
     model, (x, driving, mel) = face(), window()
     mouth = model.mouth(x)                                                      # (B, M)
     torch.testing.assert_close(mouth[:, :2], model.mouth.read(model.mouth.mouth_crop(x)))  # the shape
-    own = model.motion.appearance_part(mouth)                                   # (B, L, D)
+    own = model.motion.embed_without_opening(mouth)                                   # (B, L, D)
     rest = mouth * torch.tensor([0.0, 1, 1])                                    # all but the opening
     torch.testing.assert_close(model.motion.mouth_up(rest).unflatten(1, (6, 24)), own)
     opened, wider, redder = (mouth + 2 * direction for direction in torch.eye(3))
-    torch.testing.assert_close(model.motion.appearance_part(opened), own)       # an open photo starts shut
-    assert all((model.motion.appearance_part(m) - own).abs().max() > 1e-3 for m in (wider, redder))
+    torch.testing.assert_close(model.motion.embed_without_opening(opened), own)       # an open photo starts shut
+    assert all((model.motion.embed_without_opening(m) - own).abs().max() > 1e-3 for m in (wider, redder))
     z_s, z_s2c = model.canonical_code(x)
     torch.testing.assert_close(z_s2c, model.canonical(z_s) + own)
     assert own.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
@@ -147,10 +147,10 @@ def test_speech_replaces_the_opening_and_the_rest_of_a_mouth_stays_its_owners():
 
 def test_speech_opens_lips_no_wider_than_the_training_clips_did():
     model, (_, _, mel) = face(), window()
-    free = model.motion.audio_to_mouth(model.encode_sound(mel))
+    free = model.motion.predict_mouth(model.encode_sound(mel))
     low, high = free[..., 0].quantile(torch.tensor([0.2, 0.8]))
     model.motion.opening_limits.copy_(torch.stack([low, high]))
-    limited = model.motion.audio_to_mouth(model.encode_sound(mel))
+    limited = model.motion.predict_mouth(model.encode_sound(mel))
     torch.testing.assert_close(limited[..., 0], free[..., 0].clamp(low, high))
     assert (free[..., 0] - limited[..., 0]).abs().max() > 0 and torch.equal(limited[..., 1:], free[..., 1:])
 
@@ -271,9 +271,9 @@ def test_a_photo_alone_moves_only_by_sound_and_idle(motion):
 
 def test_idle_motion_never_jumps_and_never_ends():
     idle = torch.arange(1.0, 5)[None, :, None].expand(3, 4, 2)  # a ramp of four frames
-    walk = idle_pose(idle, 0, 40)[:, 0]
+    walk = idle_poses(idle, 0, 40)[:, 0]
     assert walk[:9].tolist() == [1, 2, 3, 4, 4, 3, 2, 1, 1] and (walk[1:] - walk[:-1]).abs().max() == 1
-    assert torch.equal(idle_pose(idle, 7, 19), idle_pose(idle, 0, 40)[7:19])
+    assert torch.equal(idle_poses(idle, 7, 19), idle_poses(idle, 0, 40)[7:19])
 
 
 def test_hypernetwork_starts_silent_and_then_acts_on_its_own_clip():
@@ -294,7 +294,7 @@ def test_the_hypernetwork_learns_to_repair_images():
     opt = torch.optim.Adam(model.hyper.train().parameters(), 2e-3)
     with torch.no_grad():
         z = model.encoder(window()[0])
-        deltas = [0.5 * torch.randn(2, *shape) for shape in changed_layers(model.generator)]
+        deltas = [0.5 * torch.randn(2, *shape) for shape in weight_shapes(model.generator)]
         source = model.decode(z, deltas)
     for _ in range(10):
         error = (model.decode(z, model.refine(source, z)) - source).square().mean()
@@ -340,7 +340,7 @@ PUBLISHED = dict(encoder_width=16, hyper_width=16, base=1024, cap=128, map_code=
 
 @pytest.mark.parametrize("hyper", ["shared", "separable"])
 def test_every_parameter_of_the_published_forms_gets_a_gradient(hyper, monkeypatch):
-    monkeypatch.setattr(vision, "at_256", lambda x: F.interpolate(x, 64))        # a sixteenth of the pixels
+    monkeypatch.setattr(vision, "resize_to_256", lambda x: F.interpolate(x, 64))        # a sixteenth of the pixels
     model = opened(tiny(encoder="psp", hyper=hyper, refine=2, **PUBLISHED))
     frames, *_ = model(*window(B=1, T=1))
     (frames.square().sum() + model.generator.mapping(torch.randn(2, 24)).sum()).backward()
@@ -364,7 +364,7 @@ def files(tmp_path):
     """Published files in small: a generator with its discriminator; pSp's and HyperStyle's, which hold it too"""
     torch.manual_seed(0)
     G, D = Generator(16, dim=24, n_mlp=2, base=1024, cap=128), Discriminator(16, base=1024, cap=128)
-    encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "shared", 16)
+    encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(weight_shapes(G), "shared", 16)
     decoder = {f"decoder.{k}": v for k, v in G.state_dict().items()}
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
     torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "g.pt")
@@ -376,7 +376,7 @@ def files(tmp_path):
 
 def test_published_files_build_a_network_that_fits_them(tmp_path):
     (g, psp, h, bare), G, D, encoder, hyper = files(tmp_path)
-    changes, parts = published(16, g, psp, h)
+    changes, parts = load_published(16, g, psp, h)
     assert set(parts) == {"generator", "D", "encoder", "hyper"}
     model = FCTFG(Config.at(**changes))
     for name, author in (("generator", G), ("encoder", encoder), ("hyper", hyper)):
@@ -385,10 +385,10 @@ def test_published_files_build_a_network_that_fits_them(tmp_path):
             assert torch.equal(a, b), name
     assert model.config.encoder == "psp" and model.config.hyper == "shared" and model.maps is None
     assert parts["D"].state_dict()["final_conv.0.weight"].equal(D.final_conv[0].weight)
-    changes, parts = published(16, None, bare, None)
+    changes, parts = load_published(16, None, bare, None)
     assert changes == dict(encoder="psp", encoder_width=16) and set(parts) == {"encoder"}
-    assert published(16) == ({}, {})
-    w = mean_w(G, 4096)
+    assert load_published(16) == ({}, {})
+    w = estimate_mean_w(G, 4096)
     assert w.shape == (24,) and (w - G.mapping(torch.randn(4096, 24)).mean(0)).abs().max() < 0.05 * w.std() + 0.05
 
 
@@ -402,7 +402,7 @@ def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
                              ((16, str(tmp_path / "thin.pt"), None, h), "h.pt: not the weights"),
                              ((16, g, None, bare), "not a HyperStyle"), ((16, None, None, h), "with --generator")):
         with pytest.raises(InputError, match=match):
-            published(*arguments)
+            load_published(*arguments)
 
 
 def test_every_size_of_the_dial_builds_and_the_toy_fits_its_file():

@@ -20,7 +20,7 @@ import media
 import sample
 from checkpoint import save_checkpoint
 from faces import TEMPLATES
-from fusion import FCTFG, Config, blinks, load_model
+from fusion import FCTFG, Config, extract_blinks, load_model
 from media import InputError, load_audio, read_video
 from motion import Motion
 from warp import Pose
@@ -347,7 +347,7 @@ def test_blinks_are_what_is_brief_in_idle_motion():
     t = torch.arange(75.0)
     idle = torch.stack([torch.sin(t / 12), torch.cos(t / 9), 0.02 * torch.randn(75)], -1)[None].repeat(2, 1, 1)
     idle[1, 40:45, 2] += 3
-    brief = blinks(idle)
+    brief = extract_blinks(idle)
     assert brief[0].abs().max() < 0.5 and brief[1, 41:44, 2].min() > 2
     brief[1, 40:45] = 0
     assert brief[1].abs().max() < 0.5

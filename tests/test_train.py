@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import checkpoint
 import faces
@@ -26,7 +27,7 @@ import vision
 from checkpoint import freeze, load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
 from faces import TEMPLATES, box_slices, mask_mouth
-from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, changed_layers, load_model
+from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, weight_shapes, load_model
 from media import InputError, run, to_tensor
 from stylegan2 import ConvLayer, Discriminator, Generator
 from syncnet import SyncNet
@@ -250,10 +251,10 @@ def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
 def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
     """Stage 2 trains pSp's encoder or HyperStyle's hypernetwork; stage 3 starts from files without either stage."""
     monkeypatch.setattr(initialise, "FINETUNE_GENERATOR", 0)
-    monkeypatch.setattr(vision, "at_256", lambda x: torch.nn.functional.interpolate(x, 64))  # a sixteenth of the pixels
+    monkeypatch.setattr(vision, "resize_to_256", lambda x: F.interpolate(x, 64))  # a sixteenth of the pixels
     torch.manual_seed(0)
     G, D = Generator(16, dim=24, n_mlp=2, base=256, cap=32), Discriminator(16, base=256, cap=32)
-    encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(changed_layers(G), "separable", 8)
+    encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(weight_shapes(G), "separable", 8)
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
     torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "g.pt")
     torch.save(dict(state_dict=state), tmp_path / "psp.pt")
@@ -608,13 +609,13 @@ def test_everybodys_lips_get_one_rest_and_spread_of_the_opening_and_keep_their_c
     torch.manual_seed(0)
     people = np.array([4, 9, 4])
     shapes = [torch.randn(50, 3), 1.5 * torch.randn(60, 3) + 3, torch.randn(70, 3) + 0.5]
-    made = initialise.one_scale(shapes, people)
+    made = initialise.equalise_openings(shapes, people)
     one, other = torch.cat([made[0], made[2]])[:, 0], made[1][:, 0]
     assert one.quantile(0.05).item() == pytest.approx(other.quantile(0.05).item(), abs=1e-5)
     assert one.std().item() == pytest.approx(other.std().item(), rel=1e-4)
     for a, b in zip(shapes, made):
         assert all(np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9999 for k in range(3))
-    torch.testing.assert_close(initialise.one_scale(shapes, [7, 7, 7]), shapes)               # one person stays as he is
+    torch.testing.assert_close(initialise.equalise_openings(shapes, [7, 7, 7]), shapes)     # one person: unchanged
 
 
 @pytest.mark.parametrize("coarse_rgb", [0, 16])
@@ -809,7 +810,7 @@ def test_psps_trunk_starts_from_arcface_unless_arcface_is_off(monkeypatch):
     def stop(size, generator, encoder, hyper):
         raise Killed(encoder)
 
-    monkeypatch.setattr(initialise, "published", stop)
+    monkeypatch.setattr(initialise, "load_published", stop)
     for more, expected in (([], "arcface"), (["--path", "arcface=mine.pth"], "mine.pth"), (["--w", "arcface=0"], None),
                            (["--encoder", "psp.pt"], "psp.pt"), (["--size", "128"], None)):
         with pytest.raises(Killed) as caught:

@@ -117,7 +117,7 @@ def enlarged(x):
 
 
 def test_psps_encoder_is_the_published_one(monkeypatch):
-    monkeypatch.setattr(vision, "at_256", lambda x: x)                         # a quarter of the pixels
+    monkeypatch.setattr(vision, "resize_to_256", lambda x: x)                         # a quarter of the pixels
     torch.manual_seed(0)
     encoder, s = lively(vision.GradualStyleEncoder(10, dim=24, width=16))
     x = torch.rand(2, 3, 128, 128) * 2 - 1
@@ -206,8 +206,8 @@ def test_hyperstyles_hypernetwork_is_the_published_one(form):
 
 def test_pictures_of_other_sizes_are_brought_to_256_and_small_ones_stay_small_for_the_hypernetwork():
     x = torch.rand(2, 3, 512, 512)
-    torch.testing.assert_close(vision.at_256(x), F.avg_pool2d(x, 2))
-    assert vision.at_256(x[..., :64, :64]).shape == (2, 3, 256, 256)
+    torch.testing.assert_close(vision.resize_to_256(x), F.avg_pool2d(x, 2))
+    assert vision.resize_to_256(x[..., :64, :64]).shape == (2, 3, 256, 256)
     network, seen = vision.HyperStyleNet(LAYERS, "separable", width=4).eval(), []
     network.body.register_forward_hook(lambda module, given, made: seen.append(made.shape[2:]))
     for size in (512, 64):
@@ -229,7 +229,7 @@ def psp_file(path, L=10, **more):
 
 
 def test_a_psp_file_loads_and_a_larger_one_gives_its_first_styles(tmp_path, monkeypatch):
-    monkeypatch.setattr(vision, "at_256", lambda x: x)                         # a sixteenth of the pixels
+    monkeypatch.setattr(vision, "resize_to_256", lambda x: x)                         # a sixteenth of the pixels
     x, path = torch.rand(1, 3, 64, 64) * 2 - 1, tmp_path / "psp.pt"
     author = psp_file(path)
     assert torch.equal(vision.load_encoder(path, 10).eval()(x), author(x))
