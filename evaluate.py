@@ -4,9 +4,9 @@
     python evaluate.py pair real.mp4 fake.mp4 --landmarks mediapipe:face_landmarker.task --json numbers.json
     python evaluate.py toy weights/toy.pt     # the control table of the toy world, see control.py    (3 minutes, 2 cores)
 
-METRICS lists each metric with its unit and source. One whose weights are missing is left out by name. Differs from the
-metrics' papers: the face is detected every three seconds and its box interpolated, where SyncNet's scripts detect it in
-every frame and smooth; LPIPS, CSIM and FID take every fifth frame.
+METRICS lists each metric with its unit and source. Metrics whose weights are missing are left out and listed. Differs
+from the published metrics: the face is detected every three seconds and its box is interpolated, while SyncNet's scripts
+detect it in every frame and smooth. LPIPS, CSIM and FID take every fifth frame.
 
 Axes: n images or frames, K windows of five frames, E embedding, S offsets, H W.
 """
@@ -15,7 +15,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from itertools import islice
@@ -30,13 +29,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
-import judges as published
+import judges
 from audio import log_mel, mfcc, n_frames
 from checkpoint import PUBLISHED, checkpoints_dir, git_revision, pick_device
-from control import toy_report
+from control import measure_toy
 from faces import (
-    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, require_detectors, similarity,
-    to_complex, warp_face)
+    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, require_detectors,
+    similarity, to_complex, warp_face)
 from landmarks import load_landmarks, measure_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
@@ -44,85 +43,88 @@ from report import markdown_table, write_pairs_page
 from syncnet import MAX_OFFSET, WINDOW_FRAMES, best_offset, embed_clip, embed_sound, load_sync, logits_by_shift
 from warp import angles, fit_pose
 
-MOST = 1 << 31  # bytes of a clip in memory: 7 minutes at 256 px, 14 s at 1920x1080; of a longer one the beginning counts
+MAX_CLIP_BYTES = 1 << 31  # of frames in memory: 7 minutes at 256 px, 14 s at 1920x1080; only the beginning is measured
 DETECT_EVERY = 75  # frames
-EVERY = 5  # LPIPS, CSIM and FID take every fifth frame: neighbours are nearly equal, and the networks are slow
-EXPERT = Path(__file__).parent / "weights" / "sync.pt"
-VIDEOS = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".mpg", ".mpeg", ".webm", ".gif")  # clips in a folder
+FRAME_STEP = 5  # LPIPS, CSIM and FID: neighbouring frames are nearly equal, and the networks are slow
+DEFAULT_EXPERT = Path(__file__).parent / "weights" / "sync.pt"
+CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".mpg", ".mpeg", ".webm", ".gif")
 
 
 class Metric(NamedTuple):
-    """A column of the table"""
+    """A column of the table."""
 
     unit: str
     better: str  # "higher", "lower" or "as real"
-    itself: float | None  # the value of a clip against itself; None: a property of one clip
-    digits: int  # that are printed
+    itself: float | None  # value of a clip against itself; None: the metric needs no second clip
+    digits: int  # printed decimals
     what: str  # meaning and source
     usual: str = ""  # value of real clips, where it is not obvious
 
-    def heading(self, name: str) -> str:  # as "LMD, px ↓"
+    def heading(self, name: str) -> str:  # "LMD, px ↓"
         return name + (f", {self.unit}" if self.unit else "") + dict(higher=" ↑", lower=" ↓").get(self.better, "")
+
+    def cell(self, value: float | None) -> str:
+        return "–" if value is None else f"{value:.{self.digits}f}"
 
 
 METRICS = {
     "SSIM": Metric("", "higher", 1, 3, "structural similarity, windows of 11 px, colour; Wang et al. 2004"),
-    "MS-SSIM": Metric("", "higher", 1, 3, "the same over five scales, 176 px or more; Wang et al. 2003"),
+    "MS-SSIM": Metric("", "higher", 1, 3, "SSIM over five scales, 176 px or more; Wang et al. 2003"),
     "PSNR": Metric("dB", "higher", float("inf"), 2, "peak signal-to-noise ratio, mean over frames that differ"),
     "LPIPS": Metric("", "lower", 0, 3, "distance of VGG16's features, every fifth frame; Zhang et al. 2018"),
-    "L1": Metric("", "lower", 0, 4, "mean absolute difference, white being 1"),
+    "L1": Metric("", "lower", 0, 4, "mean absolute difference; white is 1"),
     "LMD": Metric("px", "lower", 0, 2, "distance of 68 landmarks, frames scaled to a height of 256; Chen et al. 2018"),
-    "mouth LMD": Metric("px", "lower", 0, 2, "the same of the mouth's 20, both mouths centred; Chen et al. 2018"),
+    "mouth LMD": Metric("px", "lower", 0, 2, "LMD of the mouth's 20 landmarks, both mouths centred; Chen et al. 2018"),
     "pose": Metric("deg", "lower", 0, 2, "mean difference of yaw, pitch and roll; see head_pose"),
     "blink": Metric("", "lower", 0, 3, "difference of the eyes' aspect ratio (open .3, shut .1); Soukupova & Cech 2016"),
     "lip dynamics": Metric("px", "as real", None, 2, "deviation over time of distances within the mouth; THEval, 2025"),
     "silent lips": Metric("", "as real", None, 4, "deviation of the lips' gap in pauses, in eye distances; THEval"),
     "lip-sync": Metric("", "as real", None, 3, "difference of the lips' gap and loudness in speech, each 0 to 1; THEval"),
-    "brow dynamics": Metric("px", "as real", None, 2, "as lip dynamics, of the brows; THEval"),
+    "brow dynamics": Metric("px", "as real", None, 2, "lip dynamics, but of the brows; THEval"),
     "head motion": Metric("deg", "as real", None, 2, "deviation over time of yaw, pitch and roll; after THEval"),
-    "motion": Metric("", "higher", 1, 3, "mean over these five of 1 - |fake - real| / real, clip by clip; THEval"),
+    "motion": Metric("", "higher", 1, 3, "mean of 1 - |fake - real| / real over the five above, clip by clip; THEval"),
     "CSIM": Metric("", "higher", 1, 3, "cosine of ArcFace's identity embeddings, every fifth frame"),
     "FID": Metric("", "lower", 0, 2, "Frechet distance of Inception's features, every fifth frame; Heusel et al. 2017"),
     "LSE-D": Metric("", "lower", None, 3, "distance of lips and sound at the best offset, SyncNet v2; Wav2Lip, 2020",
                     "6.7 to 7.0 (Wav2Lip's table: LRW, LRS2, LRS3)"),
-    "LSE-C": Metric("", "higher", None, 3, "median over the offsets less that distance, SyncNet v2; Wav2Lip, 2020",
+    "LSE-C": Metric("", "higher", None, 3, "median distance over the offsets minus LSE-D, SyncNet v2; Wav2Lip, 2020",
                     "6.9 to 7.8 (Wav2Lip's table: LRW, LRS2, LRS3)"),
-    "LSE offset": Metric("frames", "lower", None, 2, "size of that offset, which LSE itself does not punish"),
-    "Sync-D": Metric("", "lower", None, 3, "as LSE-D, by our expert, whose embeddings have unit length",
+    "LSE offset": Metric("frames", "lower", None, 2, "absolute value of the best offset, which LSE does not penalise"),
+    "Sync-D": Metric("", "lower", None, 3, "LSE-D by our expert, whose embeddings have unit length",
                      "1.15 to 1.19 (GRID, seven speakers)"),
-    "Sync-C": Metric("", "higher", None, 3, "as LSE-C, by our expert", "0.15 to 0.21 (GRID, seven speakers)"),
-    "Sync offset": Metric("frames", "lower", None, 2, "size of that offset"),
+    "Sync-C": Metric("", "higher", None, 3, "LSE-C by our expert", "0.15 to 0.21 (GRID, seven speakers)"),
+    "Sync offset": Metric("frames", "lower", None, 2, "absolute value of the best offset by our expert"),
 }  # fmt: skip
-MOTION = ("lip dynamics", "silent lips", "lip-sync", "brow dynamics", "head motion")
-LANDMARKS = ("LMD", "mouth LMD", "pose", "blink", *MOTION, "motion")
-LSE, SYNC = ("LSE-D", "LSE-C", "LSE offset"), tuple(METRICS)[-3:]
+MOTION_METRICS = ("lip dynamics", "silent lips", "lip-sync", "brow dynamics", "head motion")
+LANDMARK_METRICS = ("LMD", "mouth LMD", "pose", "blink", *MOTION_METRICS, "motion")
+LSE_METRICS, SYNC_METRICS = ("LSE-D", "LSE-C", "LSE offset"), ("Sync-D", "Sync-C", "Sync offset")
 
 
-# ------------------------------------------------------------------------ image metrics: of two images, uint8 (H, W, 3)
+# --------------------------------------------------------------------- image metrics: two images, uint8 (H, W, 3)
 
 def l1(a, b) -> float:
-    """Mean absolute difference in [0, 1]; 0 is equal"""
+    """Mean absolute difference in [0, 1]. Equal images give 0."""
     return np.abs(a.astype(np.int16) - b).mean() / 255
 
 
 def psnr(a, b) -> float:
-    """Peak signal-to-noise ratio in dB; inf is equal, above 30 is close"""
+    """Peak signal-to-noise ratio in dB. Equal images give inf."""
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255**2 / np.square(a.astype(np.int16) - b, dtype=np.int32).mean())
 
 
-WINDOW = torch.exp(-torch.arange(-5.0, 6).square() / (2 * 1.5**2))  # Wang et al. 2004: 11 pixels, deviation 1.5
-WINDOW = (WINDOW / WINDOW.sum()).view(1, 1, 11, 1).repeat(12, 1, 1, 1)
-SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, measured on people, fine to coarse
+SSIM_WINDOW = torch.exp(-torch.arange(-5.0, 6).square() / (2 * 1.5**2))  # Wang et al. 2004: 11 pixels, deviation 1.5
+SSIM_WINDOW = (SSIM_WINDOW / SSIM_WINDOW.sum()).view(1, 1, 11, 1).repeat(12, 1, 1, 1)
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, measured on people, fine to coarse
 
 
 def ssim_and_cs(x, y):
-    """Images (1, 3, H, W) of 0..255, H, W >= 11 -> SSIM of each channel (3,), and its contrast-structure part (3,). By
-    x + y and x - y, so that small differences keep their digits: 4 cov = var(x + y) - var(x - y), and so for means."""
+    """Images (1, 3, H, W) of 0..255, H, W >= 11 -> SSIM of each channel (3,), its contrast-structure factor (3,). Ours:
+    by x + y and x - y, so that small differences keep their digits: 4 cov = var(x + y) - var(x - y)."""
     c1, c2 = 2 * (0.01 * 255) ** 2, 2 * (0.03 * 255) ** 2
     maps = torch.cat([x + y, x - y], 1)
-    maps = torch.cat([maps, maps.square()], 1)  # a group each: the fastest convolution on a CPU
-    means = F.conv2d(F.conv2d(maps, WINDOW, groups=12), WINDOW.mT, groups=12)
+    maps = torch.cat([maps, maps.square()], 1)  # (1, 12, H, W)
+    means = F.conv2d(F.conv2d(maps, SSIM_WINDOW, groups=12), SSIM_WINDOW.mT, groups=12)  # one group each is fastest
     mean_sum, mean_diff, square_sum, square_diff = means[0].unflatten(0, (4, 3))
     mean_sum, mean_diff = mean_sum.square(), mean_diff.square()
     var_sum, var_diff = square_sum - mean_sum, square_diff - mean_diff
@@ -131,67 +133,67 @@ def ssim_and_cs(x, y):
 
 
 def ssim_and_ms_ssim(a, b) -> tuple[float, float]:
-    """SSIM and MS-SSIM, means over the channels; 1 is equal; NaN where a side has less than 11, 176 px. MS-SSIM is the
-    product of the contrast-structure of each scale and the SSIM of the last, each to the power of its weight."""
+    """SSIM and MS-SSIM, means over the channels. Equal images give 1. NaN if a side is shorter than 11 and 176 px.
+    MS-SSIM is the product of the contrast-structure of all scales but the last, and the SSIM of the last."""
     x, y = (torch.from_numpy(image).permute(2, 0, 1)[None].float() for image in (a, b))
     scales = []
-    while len(scales) < len(SCALES) and min(x.shape[2:]) >= 11:
+    while len(scales) < len(SCALE_WEIGHTS) and min(x.shape[2:]) >= 11:
         scales.append(ssim_and_cs(x, y))
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    if not scales:
-        return math.nan, math.nan
+    ssim = float(scales[0][0].mean()) if scales else math.nan
+    if len(scales) < len(SCALE_WEIGHTS):
+        return ssim, math.nan
     terms = [cs for _, cs in scales[:-1]] + [scales[-1][0]]
-    product = math.prod(term.clamp_min(0) ** weight for term, weight in zip(terms, SCALES)).mean()
-    return float(scales[0][0].mean()), float(product) if len(scales) == len(SCALES) else math.nan
+    return ssim, float(math.prod(term.clamp_min(0) ** weight for term, weight in zip(terms, SCALE_WEIGHTS)).mean())
 
 
 def frechet_distance(a, b) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of two sets of features (n, E); 0 is equal. Heusel et al. 2017.
-    With C = R^T R, the trace of the root is the sum of the singular values of R_a R_b^T."""
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of two sets of features (n, E) (Heusel et al. 2017). Equal sets
+    give 0. With C = R^T R, the trace of the root is the sum of the singular values of R_a R_b^T."""
     a, b = a.double(), b.double()
     root_a, root_b = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
-    apart = (a.mean(0) - b.mean(0)).square().sum() + root_a.square().sum() + root_b.square().sum()
-    return max(0.0, float(apart - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()))
+    distance = (a.mean(0) - b.mean(0)).square().sum() + root_a.square().sum() + root_b.square().sum()
+    return max(0.0, float(distance - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()))
 
 
-# -------------------------------------- landmark metrics: iBUG's 68 points (n, 68, 2) in pixels, x to the right, y down
+# ---------------------------------------- landmark metrics: iBUG's 68 points (n, 68, 2) in pixels, x right, y down
 
 MOUTH, BROWS = slice(48, 68), slice(17, 27)
 
 
 def landmark_distance(a, b) -> np.ndarray:
-    """Mean distance of corresponding landmarks, (n, L, 2) twice -> (n,) in their unit; 0 is equal"""
+    """Mean distance of corresponding landmarks: (n, L, 2) twice -> (n,)."""
     return np.linalg.norm(a - b, axis=-1).mean(-1)
 
 
 def mouth_distance(a, b) -> np.ndarray:
-    """Landmark distance of two mouths, each about its own centre: (n, 68, 2) twice -> (n,); 0 is the same shape"""
+    """Landmark distance of two mouths, each relative to its own centre: (n, 68, 2) twice -> (n,)."""
     a, b = (p[:, MOUTH] - p[:, MOUTH].mean(1, keepdims=True) for p in (a, b))
     return landmark_distance(a, b)
 
 
 def head_pose(points) -> np.ndarray:
-    """Landmarks (n, 68, 2) -> yaw, pitch, roll (n, 3) in degrees: towards the image's right, chin up, clockwise; see
-    warp.fit_pose. A face unlike the mean shape has a constant error, which cancels between two clips of one person."""
+    """Landmarks (n, 68, 2) -> yaw, pitch, roll (n, 3) in degrees: towards the image's right, chin up, clockwise. A face
+    unlike the mean shape has a constant error, which cancels between two clips of one person. See warp.fit_pose."""
     mean = load_landmarks().solid.double().numpy()
     return np.array([angles(fit_pose(p, mean)[1]) for p in points])
 
 
 def align_face(image, points) -> np.ndarray:
-    """uint8 (H, W, 3), landmarks (68, 2) -> uint8 (112, 112, 3): eyes, nose, mouth nearest to ARCFACE_POINTS"""
+    """uint8 (H, W, 3), landmarks (68, 2) -> uint8 (112, 112, 3) with eyes, nose and mouth at ARCFACE_POINTS."""
     five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
     return warp_face(image, *similarity(to_complex(ARCFACE_POINTS), to_complex(five)), 112)
 
 
-# --------------------------- motion and silence, after THEval (CVPR 2026, arXiv 2511.04520), whose mesh has more points
+# ------------------------ motion and silence, after THEval (CVPR 2026, arXiv 2511.04520), which has a mesh of points
 
-GATE = 30  # dB below a clip's loudest twentieth: silence where there is no voice detector (ours)
-PAUSE = 8  # frames: a shorter silence is speech (THEval: .3 s)
+SILENCE_DB = 30  # below a clip's loudest twentieth, if there is no voice detector (ours)
+MIN_PAUSE = 8  # frames; shorter pauses count as speech (THEval: .3 s)
 
 
 @functools.cache
 def voice_detector():
-    """Silero's network, where its package is installed, else None"""
+    """Silero's network, or None if its package is not installed."""
     try:
         import silero_vad
     except ImportError:
@@ -200,122 +202,125 @@ def voice_detector():
 
 
 def loudness(wav, T: int) -> np.ndarray:
-    """Sound (n,) -> (T,) root mean square of 50 ms about the middle of each frame"""
+    """Sound (n,) -> root mean square of the 50 ms around the middle of each frame (T,)."""
     wav = np.pad(wav, (80, max(80, T * SAMPLES_PER_FRAME + 80 - len(wav))))
     windows = sliding_window_view(wav, 800)[::SAMPLES_PER_FRAME][:T]
     return np.sqrt(np.square(windows, dtype=float).mean(1))
 
 
 def speech_frames(wav, T: int) -> np.ndarray:
-    """Sound (n,) -> (T,) whether a frame lies in speech: by Silero's detector or, without it, louder than GATE"""
-    speech = np.zeros(T, bool)
-    if detector := voice_detector():
-        for part in detector(torch.from_numpy(wav)):
-            speech[part["start"] // SAMPLES_PER_FRAME : -(-part["end"] // SAMPLES_PER_FRAME)] = True
-    else:
-        level = loudness(wav, T)
-        speech = level > np.percentile(level, 95) * 10 ** (-GATE / 20)
-    for begin, end in np.flatnonzero(np.diff(speech, prepend=True, append=True)).reshape(-1, 2):
-        speech[begin:end] |= end - begin < PAUSE
+    """Sound (n,) -> True for frames with speech (T,), by Silero's detector or else by loudness."""
+    detect, level = voice_detector(), loudness(wav, T)
+    speech = level > np.percentile(level, 95) * 10 ** (-SILENCE_DB / 20)
+    if detect:
+        speech[:] = False
+        for segment in detect(torch.from_numpy(wav)):
+            speech[segment["start"] // SAMPLES_PER_FRAME : -(-segment["end"] // SAMPLES_PER_FRAME)] = True
+    pauses = np.flatnonzero(np.diff(speech, prepend=True, append=True)).reshape(-1, 2)
+    for begin, end in pauses:
+        if end - begin < MIN_PAUSE:
+            speech[begin:end] = True
     return speech
 
 
 def dynamics(points) -> float:
-    """Points (T, k, 2) -> mean over all pairs of points of the deviation over time of their distance"""
+    """Points (T, k, 2) -> deviation over time of the distance of two points, mean over all pairs."""
     i, j = np.triu_indices(points.shape[1], 1)
     return float(np.linalg.norm(points[:, i] - points[:, j], axis=-1).std(0).mean())
 
 
 def motion_metrics(points, wav, height: int) -> dict:
-    """Landmarks (T, 68, 2), NaN where there are none, sound or None, height of frames -> {metric: value}"""
-    seen = np.isfinite(points).all((1, 2))
-    p = points[seen]
+    """Landmarks (T, 68, 2), NaN where no face was found, sound (n,) or None, height of the frames -> {metric: value}."""
+    detected = np.isfinite(points).all((1, 2))
+    p = points[detected]
     values = {"lip dynamics": dynamics(p[:, MOUTH]) * 256 / height, "brow dynamics": dynamics(p[:, BROWS]) * 256 / height,
               "head motion": float(head_pose(p).std(0).mean())}
     if wav is None:
         return values
-    speech, level = speech_frames(wav, len(points))[seen], loudness(wav, len(points))[seen]
+    speech, level = speech_frames(wav, len(points))[detected], loudness(wav, len(points))[detected]
     gap = np.linalg.norm(p[:, [67, 66, 65]] - p[:, [61, 62, 63]], axis=-1).mean(1)  # between the inner lips
     gap /= np.linalg.norm(p[:, 45] - p[:, 36], axis=-1)  # in distances of the eyes' outer corners
-    if (~speech).sum() >= PAUSE:
+    if (~speech).sum() >= MIN_PAUSE:
         values["silent lips"] = float(np.median(np.abs(gap[~speech] - gap[~speech].mean())))
-    if speech.sum() >= PAUSE:
-        scaled = [(x[speech] - x[speech].min()) / max(np.ptp(x[speech]), 1e-9) for x in (gap, level)]
-        values["lip-sync"] = float(np.abs(scaled[0] - scaled[1]).mean())
+    if speech.sum() >= MIN_PAUSE:
+        gap, level = ((x[speech] - x[speech].min()) / max(np.ptp(x[speech]), 1e-9) for x in (gap, level))
+        values["lip-sync"] = float(np.abs(gap - level).mean())
     return values
 
 
 def closeness(real: dict, fake: dict) -> dict:
-    """Values of MOTION -> 1 - |fake - real| / real of each, and "motion", their mean"""
-    found = {k: 1 - abs(fake[k] - real[k]) / max(real[k], 1e-9) for k in MOTION if k in fake and real.get(k) is not None}
-    return found | (dict(motion=float(np.mean(list(found.values())))) if found else {})
+    """Values of MOTION_METRICS -> 1 - |fake - real| / real of each, and their mean as "motion"."""
+    names = [name for name in MOTION_METRICS if fake.get(name) is not None and real.get(name) is not None]
+    values = {name: 1 - abs(fake[name] - real[name]) / max(real[name], 1e-9) for name in names}
+    return values | dict(motion=float(np.mean(list(values.values())))) if values else {}
 
 
 # ------------------------------------------------------------------------------------------------------------- lip sync
 
 def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
-    """Embeddings (K, E) of windows of frames and of sound -> D, C, and by how many frames the sound is late. D is
-    the least mean distance at an offset, C their median less D: SyncNet's (2016), LSE-D and LSE-C of Wav2Lip
-    (Prajwal et al. 2020). pad: as published, sound beyond either end is zeros; else see best_offset."""
+    """Embeddings (K, E) of face and sound windows -> D, C, and the number of frames by which the sound is late. D is the
+    smallest mean distance over the offsets, C the median over the offsets minus D: SyncNet's (2016), LSE-D and LSE-C of
+    Wav2Lip (Prajwal et al. 2020). pad: as published, the sound is zero beyond its ends; else see best_offset."""
     distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    table = -logits_by_shift(distance, face.float(), sound.float(), reach, 0.0 if pad else math.nan)  # (K, S): as logits
-    late, confidence, _ = best_offset(table)
-    return -float(np.nanmean(table[:, reach + late])), confidence, late
+    logits = -logits_by_shift(distance, face.float(), sound.float(), reach, 0.0 if pad else math.nan)  # (K, S)
+    late, confidence, _ = best_offset(logits)
+    return -float(np.nanmean(logits[:, reach + late])), confidence, late
 
 
-# ------------------------------------------------------------------------------------------------- the networks at hand
+# ------------------------------------------------------------------------------------------------------- the networks
 
-def load_networks(args, device, stack) -> tuple[SimpleNamespace, dict]:
-    """Networks that measure, None where missing, and {metric: why it is left out}. stack closes the detector"""
-    missing = {name.strip(): "--skip" for name in args.skip.split(",") if name.strip()}
-    for name in missing.keys() - METRICS.keys():
-        raise InputError(f"--skip {name}: not a metric; there are {', '.join(METRICS)}")
+def load_networks(args, device, stack) -> SimpleNamespace:
+    """The networks of the metrics, None if missing. left_out: {metric: reason}. stack closes the landmark detector."""
+    left_out = {name.strip(): "--skip" for name in args.skip.split(",") if name.strip()}
+    for name in left_out.keys() - METRICS.keys():
+        raise InputError(f"--skip {name}: not a metric; the metrics are {', '.join(METRICS)}")
+    networks = SimpleNamespace(device=device, left_out=left_out, sync=None, syncnet=None, landmarks=None, arcface=None,
+                               lpips=None, inception=None)
 
-    def landmarks():
-        """A function: frames (n, H, W, 3), n boxes -> points (68, 2) or None of each"""
-        if args.landmarks:
-            detector = stack.enter_context(landmark_detector(args.landmarks, "face", device))
-            return lambda frames, boxes: map(detector, frames, boxes)
-        net = load_landmarks()
-        return lambda frames, boxes: track_landmarks(net, frames, boxes[0])
-
-    fan = args.landmarks == "fan"
-    wanted = dict(  # network: its metrics, files that may be absent, how it is loaded, whether an option names it
-        sync=(SYNC, (), lambda: load_sync(args.expert or EXPERT, device), args.expert),
-        syncnet=(LSE, ("syncnet_v2",), lambda: published.syncnet_v2(device), False),
-        landmarks=((*LANDMARKS, "CSIM"), ("fan",) * fan, landmarks, args.landmarks and not fan),
-        arcface=(("CSIM",), ("arcface",), lambda: published.arcface(device), False),
-        lpips=(("LPIPS",), ("vgg16", "lpips_heads"), lambda: published.lpips(device), False),
-        inception=(("FID",), ("inception",), lambda: published.Inception(device), False))
-    networks = SimpleNamespace(device=device, skip=missing.copy(), **dict.fromkeys(wanted))
-    for name, (metrics, files, load, named) in wanted.items():
-        if missing.keys() >= set(metrics):
-            continue
+    def load(name, metrics, make_network, files=(), required=False):
+        """Sets networks.NAME, or the reason why its metrics are left out. required: it is named by an option."""
+        if left_out.keys() >= set(metrics):
+            return
         try:
-            for file in (PUBLISHED[file].file for file in files):
-                if not (args.fetch or (checkpoints_dir() / file).is_file()):
-                    raise InputError(f"{file} is not in {checkpoints_dir()} (--fetch downloads what is missing)")
-            network = load()
-            if name in ("sync", "syncnet", "landmarks") and getattr(network, "template", "") != "toy":
-                require_detectors()  # drawn clips are crops already
+            for file in files:
+                if not args.fetch and not (checkpoints_dir() / PUBLISHED[file].file).is_file():
+                    raise InputError(f"{PUBLISHED[file].file} is not in {checkpoints_dir()} (--fetch downloads it)")
+            network = make_network()
+            if name in ("sync", "syncnet", "landmarks") and getattr(network, "template", None) != "toy":
+                require_detectors()  # clips of the toy world are face crops already
             setattr(networks, name, network)
         except InputError as error:
-            if named:
+            if required:
                 raise
-            missing |= {metric: str(error) for metric in metrics if metric not in missing}
-    return networks, missing
+            left_out.update({metric: str(error) for metric in metrics if metric not in left_out})
+
+    def landmarks():
+        """A function: frames (n, H, W, 3), n boxes -> (68, 2) or None for each frame."""
+        if args.landmarks:
+            detect = stack.enter_context(landmark_detector(args.landmarks, "face", device))
+            return lambda frames, boxes: map(detect, frames, boxes)
+        network = load_landmarks()
+        return lambda frames, boxes: track_landmarks(network, frames, boxes[0])
+
+    load("sync", SYNC_METRICS, lambda: load_sync(args.expert or DEFAULT_EXPERT, device), required=args.expert)
+    load("syncnet", LSE_METRICS, lambda: judges.syncnet_v2(device), ["syncnet_v2"])
+    fan = args.landmarks == "fan"
+    load("landmarks", (*LANDMARK_METRICS, "CSIM"), landmarks, ["fan"] * fan, required=args.landmarks and not fan)
+    load("arcface", ["CSIM"], lambda: judges.arcface(device), ["arcface"])
+    load("lpips", ["LPIPS"], lambda: judges.lpips(device), ["vgg16", "lpips_heads"])
+    load("inception", ["FID"], lambda: judges.Inception(device), ["inception"])
+    return networks
 
 
 # ------------------------------------------------------------------------------------------------------------- one clip
 
 class Clip:
-    """A clip, and what the networks find in it when it is asked for. InputError, without the file's name: nothing"""
+    """A clip in memory. Sound, faces and landmarks are computed on first use. InputError without the path: none found."""
 
     def __init__(self, path, networks):
         self.path, self.networks, stream = path, networks, read_video(path)
-        frames = list(islice(stream, 1))
-        frames += islice(stream, MOST // frames[0].nbytes)
-        self.frames = np.stack(frames)  # (T, H, W, 3)
+        first = next(stream)
+        self.frames = np.stack([first, *islice(stream, MAX_CLIP_BYTES // first.nbytes)])  # (T, H, W, 3)
         self.is_cut = next(stream, None) is not None
 
     @functools.cached_property
@@ -327,37 +332,38 @@ class Clip:
 
     @functools.cached_property
     def detections(self):
-        """(T, 4 or more): box, score and points of the face, see faces.face_box"""
+        """The face in each frame, (T, 4 or more): box, score and points, see faces.face_box."""
         T = len(self.frames)
-        at = np.unique(np.r_[0, DETECT_EVERY - 1 : T : DETECT_EVERY, T - 1])
+        sampled = np.unique(np.r_[0, DETECT_EVERY - 1 : T : DETECT_EVERY, T - 1])
         with torch.autocast(self.networks.device.type, enabled=False):  # the detector needs fp32
-            found = {k: faces[0] for k in at if (faces := detect_faces(self.frames[k], margins=(1.2,)))}
-        if 2 * len(found) < len(at):
-            raise InputError(f"a face in {len(found)} of {len(at)} frames looked at")
-        return np.stack([np.interp(range(T), list(found), column) for column in zip(*found.values())], 1)
+            faces = {k: detect_faces(self.frames[k], margins=(1.2,)) for k in sampled}
+        faces = {k: found[0] for k, found in faces.items() if found}
+        if 2 * len(faces) < len(sampled):
+            raise InputError(f"a face in {len(faces)} of {len(sampled)} sampled frames")
+        return np.stack([np.interp(range(T), list(faces), column) for column in zip(*faces.values())], 1)
 
     @functools.cached_property
     def points(self):
-        """Landmarks (T, 68, 2), NaN where there are none"""
-        boxes, points = [face_box([d], "face") for d in self.detections], []
-        for a in range(0, len(self.frames), DETECT_EVERY):
-            part = slice(a, a + DETECT_EVERY)
-            points.extend(self.networks.landmarks(self.frames[part], boxes[part]))
+        """Landmarks (T, 68, 2), NaN where no face was found."""
+        boxes, points = [face_box([face], "face") for face in self.detections], []
+        for start in range(0, len(self.frames), DETECT_EVERY):
+            block = slice(start, start + DETECT_EVERY)
+            points.extend(self.networks.landmarks(self.frames[block], boxes[block]))
         points = np.stack([np.full((68, 2), np.nan) if p is None else p for p in points])
-        there = np.isfinite(points).all((1, 2)).sum()
-        if 2 * there < len(points):
-            raise InputError(f"a face in {there} of {len(points)} frames")
+        n_found = np.isfinite(points).all((1, 2)).sum()
+        if 2 * n_found < len(points):
+            raise InputError(f"a face in {n_found} of {len(points)} frames")
         return points
 
-    def through(self, network, images):
-        """Images, uint8 (n, H, W, 3) -> what a network gives of them, (n, ..)"""
-        parts = (to_tensor(np.stack(images[i : i + 16])).to(self.networks.device) for i in range(0, len(images), 16))
-        return torch.cat([network(part).float().cpu() for part in parts])
+    def apply(self, network, images):
+        """A network's outputs (n, ..) for images, uint8 (n, H, W, 3)."""
+        batches = (to_tensor(np.stack(images[i : i + 16])).to(self.networks.device) for i in range(0, len(images), 16))
+        return torch.cat([network(batch).float().cpu() for batch in batches])
 
-    def alone(self) -> tuple[dict, dict]:
-        """{metric: value} of the clip alone, {what is left out: why}"""
+    def metrics(self) -> tuple[dict, dict]:
+        """{metric: value} of the metrics that need no second clip, {name: reason} for the missing ones."""
         nets = self.networks
-        return gather(Sync=nets.sync and self.sync, LSE=nets.syncnet and self.lse, motion=nets.landmarks and self.motion)
+        return collect(Sync=nets.sync and self.sync, LSE=nets.syncnet and self.lse, motion=nets.landmarks and self.motion)
 
     def motion(self) -> dict:
         wav = None
@@ -365,130 +371,150 @@ class Clip:
             wav = self.wav
         return motion_metrics(self.points, wav, self.frames.shape[1])
 
-    def windows(self, sound: int, less: int) -> int:
-        """How many windows of five frames, but `less`, picture and `sound` frames of sound have"""
-        K = min(len(self.frames), sound) - WINDOW_FRAMES + 1 - less
+    def n_windows(self, sound_frames: int, unused: int = 0) -> int:
+        """The number of five-frame windows with both picture and sound, without the `unused` last ones."""
+        K = min(len(self.frames), sound_frames) - WINDOW_FRAMES + 1 - unused
         if K <= 0:
             raise InputError(f"too short: {len(self.frames)} frames, {len(self.wav) / SAMPLES_PER_FRAME:.1f} of sound")
         return K
 
     def sync(self) -> dict:
-        net, K = self.networks.sync, self.windows(n_frames(len(self.wav)), 0)
-        drawn = net.template == "toy"  # such clips are crops already
-        boxes = map(middle_square, self.frames) if drawn else (face_box([d], "face") for d in self.detections)
+        """By our expert, or that of --expert."""
+        net, K = self.networks.sync, self.n_windows(n_frames(len(self.wav)))
+        if net.template == "toy":  # such clips are face crops already
+            boxes = map(middle_square, self.frames)
+        else:
+            boxes = (face_box([face], "face") for face in self.detections)
         crops = (crop_face(frame, box, net.size) for frame, box in zip(self.frames, boxes))
         face, sound = embed_clip(net, crops, log_mel(self.wav), self.networks.device)
-        return dict(zip(SYNC, lip_sync_error(face[:K], sound[:K], pad=False)))
+        return dict(zip(SYNC_METRICS, lip_sync_error(face[:K], sound[:K], pad=False)))
 
     def lse(self) -> dict:
-        """By SyncNet v2, as its script: crops by the box alone, one window less than would fit. 4 MFCC a frame"""
-        net, K = self.networks.syncnet, self.windows(len(self.wav) // SAMPLES_PER_FRAME, 1)
-        crops = [crop_face(f, face_box([d[:5]], "syncnet"), 224) for f, d in zip(self.frames, self.detections)]
-        parts = (to_tensor(np.stack(crops[a : a + 63 + WINDOW_FRAMES])).to(self.networks.device) for a in range(0, K, 64))
-        face = torch.cat([net.windows(part[None])[0] for part in parts])[:K]
+        """By SyncNet v2, as in its script: crops by the box alone, without the last window; 4 MFCC steps a frame."""
+        net, K = self.networks.syncnet, self.n_windows(len(self.wav) // SAMPLES_PER_FRAME, unused=1)
+        boxes = (face_box([face[:5]], "syncnet") for face in self.detections)
+        crops = [crop_face(frame, box, 224) for frame, box in zip(self.frames, boxes)]
+        face = []
+        for i in range(0, K, 64):
+            block = to_tensor(np.stack(crops[i : i + 63 + WINDOW_FRAMES])).to(self.networks.device)
+            face.append(net.windows(block[None])[0])
+        face = torch.cat(face)[:K]
         sound = sliding_window_view(mfcc(self.wav), 20, 1)[:, ::4].swapaxes(0, 1)[:K]  # (K, 13, 20)
-        return dict(zip(LSE, lip_sync_error(face, embed_sound(net, sound.astype(np.float32)))))
+        return dict(zip(LSE_METRICS, lip_sync_error(face, embed_sound(net, sound.astype(np.float32)))))
 
 
-def gather(**parts) -> tuple[dict, dict]:
-    """name=function, or None -> the values that they give, and why others give none"""
-    values, why = {}, {}
-    for name, part in parts.items():
+def collect(**functions) -> tuple[dict, dict]:
+    """NAME=function or None -> {metric: value} of all functions, {NAME: reason} of those that raise InputError."""
+    values, reasons = {}, {}
+    for name, measure in functions.items():
         try:
-            values |= part() if part else {}
+            values |= measure() if measure else {}
         except InputError as error:
-            why[name] = str(error)
-    return values, why
+            reasons[name] = str(error)
+    return values, reasons
 
 
 # ------------------------------------------------------------------------------------------------------- pairs of clips
 
 @torch.inference_mode()
-def measure(real, fake, networks) -> dict:
-    """A pair -> dict(real=values, fake=values, frames, notes, features). As many frames are compared as both have,
-    a fake of another size after resizing. InputError: a file cannot be read, another aspect ratio."""
-    a, b, notes = Clip(real, networks), Clip(fake, networks), []
-    T, (H, W), (h, w) = min(len(a.frames), len(b.frames)), a.frames.shape[1:3], b.frames.shape[1:3]
-    if len(a.frames) != len(b.frames):
-        notes.append(f"{len(b.frames)} frames, the real clip has {len(a.frames)}: {T} compared")
-    notes += ["longer than memory allows: its beginning is measured"] * (a.is_cut or b.is_cut)
-    a.frames, b.frames = a.frames[:T], b.frames[:T]
+def measure_pair(real_path, fake_path, networks) -> dict:
+    """-> dict(real=values, fake=values, frames, notes, features). The longer clip is cut to the shorter one. A fake of
+    another size is resized. InputError: a file cannot be read, or the aspect ratios differ."""
+    real, fake, notes = Clip(real_path, networks), Clip(fake_path, networks), []
+    T = min(len(real.frames), len(fake.frames))
+    if len(real.frames) != len(fake.frames):
+        notes.append(f"{len(fake.frames)} frames, the real clip has {len(real.frames)}: {T} compared")
+    if real.is_cut or fake.is_cut:
+        notes.append("too long for memory: only the beginning is measured")
+    real.frames, fake.frames = real.frames[:T], fake.frames[:T]
+    (H, W), (h, w) = real.frames.shape[1:3], fake.frames.shape[1:3]
     if (h, w) != (H, W):
-        if abs(np.log(w * H / (h * W))) > 0.02:  # ours: 2 % is what rounding a small side makes
-            raise InputError(f"{fake}: frames are {w}x{h}, those of the real clip are {W}x{H}")
-        b.frames = np.stack([Image.fromarray(f).resize((W, H), Image.Resampling.LANCZOS) for f in b.frames])
+        if abs(np.log(w * H / (h * W))) > 0.02:  # ours: rounding a small side changes the ratio by up to 2 %
+            raise InputError(f"{fake_path}: frames are {w}x{h}, those of the real clip are {W}x{H}")
+        fake.frames = np.stack([Image.fromarray(f).resize((W, H), Image.Resampling.LANCZOS) for f in fake.frames])
         notes.append(f"resized from {w}x{h} to {W}x{H}")
-    values, why = gather(images=lambda: image_metrics(a, b),
-                         landmarks=networks.landmarks and (lambda: face_metrics(a, b)))
-    why |= {name: f"{W}x{H} px are too few" for name, v in values.items() if np.isnan(v)}
-    (own, not_own), (fakes, not_fakes) = a.alone(), b.alone()
-    notes += [f"{name}: {reason}" for name, reason in (why | not_fakes).items()]
-    notes += [f"{name} of the real clip: {reason}" for name, reason in not_own.items()]
-    near = {name: v for name, v in closeness(own, fakes).items() if name == "motion"}
-    values = {name: v for name, v in (values | fakes | near).items() if name not in why}
-    features = [clip.through(networks.inception, clip.frames[::EVERY]) for clip in (a, b) if networks.inception]
-    return dict(real=own, fake=values, frames=T, notes=notes, features=features)
+    values, reasons = collect(images=lambda: image_metrics(real, fake),
+                              landmarks=networks.landmarks and (lambda: face_metrics(real, fake)))
+    reasons |= {name: f"{W}x{H} px are too few" for name, value in values.items() if np.isnan(value)}
+    (real_values, real_reasons), (fake_values, fake_reasons) = real.metrics(), fake.metrics()
+    notes += [f"{name}: {reason}" for name, reason in (reasons | fake_reasons).items()]
+    notes += [f"{name} of the real clip: {reason}" for name, reason in real_reasons.items()]
+    values |= fake_values
+    if near := closeness(real_values, fake_values):
+        values["motion"] = near["motion"]
+    values = {name: value for name, value in values.items() if name not in reasons}
+    features = [clip.apply(networks.inception, clip.frames[::FRAME_STEP]) for clip in (real, fake) if networks.inception]
+    return dict(real=real_values, fake=values, frames=T, notes=notes, features=features)
 
 
 def image_metrics(real: Clip, fake: Clip) -> dict:
-    """Means over the frames; NaN: too small"""
-    nets, pairs = real.networks, list(zip(real.frames, fake.frames))
-    rows = dict(PSNR=[psnr(*pair) for pair in pairs], L1=[l1(*pair) for pair in pairs])
-    if not nets.skip.keys() >= {"SSIM", "MS-SSIM"}:
-        rows["SSIM"], rows["MS-SSIM"] = zip(*(ssim_and_ms_ssim(*pair) for pair in pairs))
-    if nets.lpips:
-        beside = np.concatenate([real.frames[::EVERY], fake.frames[::EVERY]], 2)
-        rows["LPIPS"] = real.through(lambda x: nets.lpips(*x.chunk(2, -1)), beside)
-    return {name: finite_mean(values) for name, values in rows.items()}
+    """Means over the frames, NaN if the frames are too small."""
+    networks, pairs = real.networks, list(zip(real.frames, fake.frames))
+    values = dict(PSNR=[psnr(*pair) for pair in pairs], L1=[l1(*pair) for pair in pairs])
+    if not networks.left_out.keys() >= {"SSIM", "MS-SSIM"}:
+        values["SSIM"], values["MS-SSIM"] = zip(*(ssim_and_ms_ssim(*pair) for pair in pairs))
+    if networks.lpips:
+        side_by_side = np.concatenate([real.frames[::FRAME_STEP], fake.frames[::FRAME_STEP]], 2)
+        values["LPIPS"] = real.apply(lambda x: networks.lpips(*x.chunk(2, -1)), side_by_side)
+    return {name: finite_mean(x) for name, x in values.items()}
 
 
 def face_metrics(real: Clip, fake: Clip) -> dict:
+    """Means over the frames with a face in both clips. InputError: these are fewer than half."""
     a, b, unit, arcface = real.points, fake.points, real.frames.shape[1] / 256, real.networks.arcface
-    both = np.flatnonzero(np.isfinite(a).all((1, 2)) & np.isfinite(b).all((1, 2)))
-    if 2 * len(both) < len(a):
-        raise InputError(f"a face in {len(both)} of {len(a)} frames of both")
-    few, a, b = both[both % EVERY == 0], a[both], b[both]
-    found = {"LMD": landmark_distance(a, b) / unit, "mouth LMD": mouth_distance(a, b) / unit,
-             "pose": np.abs(head_pose(a) - head_pose(b)), "blink": np.abs(measure_eyes(a)[0] - measure_eyes(b)[0])}
-    if arcface and len(few):
-        x, y = (clip.through(arcface.embed, [align_face(clip.frames[k], clip.points[k]) for k in few])
+    frames = np.flatnonzero(np.isfinite(a).all((1, 2)) & np.isfinite(b).all((1, 2)))
+    if 2 * len(frames) < len(a):
+        raise InputError(f"a face in {len(frames)} of {len(a)} frames of both")
+    a, b = a[frames], b[frames]
+    values = {"LMD": landmark_distance(a, b) / unit, "mouth LMD": mouth_distance(a, b) / unit,
+              "pose": np.abs(head_pose(a) - head_pose(b)), "blink": np.abs(measure_eyes(a)[0] - measure_eyes(b)[0])}
+    frames = frames[frames % FRAME_STEP == 0]
+    if arcface and len(frames):
+        x, y = (clip.apply(arcface.embed, [align_face(clip.frames[k], clip.points[k]) for k in frames])
                 for clip in (real, fake))
-        found["CSIM"] = (x * y).sum(1)
-    return {name: float(v.mean()) for name, v in found.items()}
+        values["CSIM"] = (x * y).sum(1)
+    return {name: float(x.mean()) for name, x in values.items()}
 
 
-def pairs_of(real: Path, fake: Path) -> tuple[list, list]:
-    """Two files, or two folders -> [(name, real file, fake file)], clips without a partner. InputError: no pair."""
+def pair_clips(real: Path, fake: Path) -> tuple[list, list]:
+    """Two files or two folders -> [(name, real file, fake file)], clips without a partner. InputError: no pair."""
     if real.is_dir() != fake.is_dir():
         raise InputError(f"{real} and {fake}: one is a directory, one is not")
     if not real.is_dir():
         return [(fake.name, check_file(real), check_file(fake))], []
-    sides = {}, {}
-    for folder, clips in zip((real, fake), sides):
-        for path in sorted(folder.rglob("[!.]*")):
-            if path.suffix.lower() in VIDEOS and path.is_file():
-                other = clips.setdefault(str(path.relative_to(folder).with_suffix("")), path)
-                if other != path:
-                    raise InputError(f"{path}: {other.name} beside it has the same name")
-    names = sorted(sides[0].keys() & sides[1].keys())
+    real_clips, fake_clips = find_clips(real), find_clips(fake)
+    names = sorted(real_clips.keys() & fake_clips.keys())
     if not names:
-        raise InputError(f"{real} and {fake}: no clip here has the name of one there")
-    alone = [str(side[name]) for side in sides for name in sorted(side) if name not in names]
-    return [(name, sides[0][name], sides[1][name]) for name in names], alone
+        raise InputError(f"{real} and {fake}: no clip has the same name in both")
+    unpaired = [str(clips[name]) for clips in (real_clips, fake_clips) for name in sorted(clips) if name not in names]
+    return [(name, real_clips[name], fake_clips[name]) for name in names], unpaired
+
+
+def find_clips(folder: Path) -> dict:
+    """{path below the folder without its suffix: file}. InputError: two clips of one name."""
+    clips = {}
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.suffix.lower() in CLIP_SUFFIXES and path.is_file():
+            name = str(path.relative_to(folder).with_suffix(""))
+            if name in clips:
+                raise InputError(f"{path}: {clips[name].name} beside it has the same name")
+            clips[name] = path
+    return clips
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
 def finite_mean(values) -> float:
-    """Mean without infinite values (the PSNR of an equal frame), unless all are"""
+    """Mean without infinite values (the PSNR of equal frames), unless all are infinite."""
     values = np.asarray(values, float)
-    return float(values[~np.isinf(values)].mean() if not np.isinf(values).all() else values.mean())
+    finite = values[~np.isinf(values)]
+    return float(finite.mean() if len(finite) else values.mean())
 
 
-def mean_rows(pairs: list[dict]) -> tuple[dict, dict]:
-    """Measured pairs -> the row of the real clips, each against itself, and that of the fakes: means over the pairs"""
+def mean_rows(reports: list[dict]) -> tuple[dict, dict]:
+    """Reports of pairs -> the row of the real clips against themselves, the row of the fakes: means over the pairs."""
     def mean(side, name):
-        values = [pair[side][name] for pair in pairs if name in pair[side]]
+        values = [report[side][name] for report in reports if name in report[side]]
         return finite_mean(np.abs(values) if "offset" in name else values) if values else None
 
     fake = {name: value for name in METRICS if (value := mean("fake", name)) is not None}
@@ -497,76 +523,79 @@ def mean_rows(pairs: list[dict]) -> tuple[dict, dict]:
 
 
 def measure_pairs(args, device):
-    """`python evaluate.py pair REAL FAKE`"""
-    begin, page = time.perf_counter(), args.json and check_output(args.json, True, (".json",))  # before minutes of work
-    (pairs, alone), reports = pairs_of(Path(args.real), Path(args.fake)), []
+    """`python evaluate.py pair REAL FAKE`: prints the table and writes --json."""
+    start, reports = time.perf_counter(), []
+    page = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
+    pairs, unpaired = pair_clips(Path(args.real), Path(args.fake))
     with contextlib.ExitStack() as stack:
-        networks, missing = load_networks(args, device, stack)
+        networks = load_networks(args, device, stack)
         for name, real, fake in tqdm(pairs, "pairs", disable=None):
             try:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                    reports.append(dict(name=name) | measure(real, fake, networks))
+                    reports.append(dict(name=name) | measure_pair(real, fake, networks))
             except InputError as error:
-                if len(pairs) == 1:
-                    raise
                 reports.append(dict(name=name, error=str(error)))
     measured = [report for report in reports if "error" not in report]
     if not measured:
-        raise InputError(f"none of {len(pairs)} pairs could be measured; the first: {reports[0]['error']}")
-    features = [torch.cat(side) for side in zip(*(pair.pop("features") for pair in measured))]
+        raise InputError(f"{reports[0]['error']} (no pair could be measured, this is the first of {len(pairs)})")
     real, fake = mean_rows(measured)
-    if features and len(features[0]) > 1:
+    features = [torch.cat(side) for side in zip(*(report.pop("features") for report in measured))]  # real, fake; or []
+    n_features = len(features[0]) if features else 0
+    if n_features > 1:
         real["FID"], fake["FID"] = METRICS["FID"].itself, frechet_distance(*features)
-    order = [name for name in METRICS if name in fake and name not in missing]
-    rows = {"real, against itself": real, os.path.basename(os.path.abspath(args.fake)): fake}
-    if near := closeness(real, fake):  # THEval's: of means over the clips
+    names = [name for name in METRICS if name in fake and name not in networks.left_out]
+    rows = {"real, against itself": real, Path(args.fake).absolute().name: fake}
+    if near := closeness(real, fake):  # of the means over the clips, as in THEval
         rows["closeness of these means"] = near
-    rows = {row: {name: values.get(name) for name in order} for row, values in rows.items()}
-    seconds, frames = time.perf_counter() - begin, sum(pair["frames"] for pair in measured)
-    print(markdown_table({row: {METRICS[name].heading(name): "–" if value is None else f"{value:.{METRICS[name].digits}f}"
-                          for name, value in values.items()} for row, values in rows.items()}))
+    rows = {row: {name: values.get(name) for name in names} for row, values in rows.items()}
+    seconds, frames = time.perf_counter() - start, sum(report["frames"] for report in measured)
+    table = {row: {METRICS[name].heading(name): METRICS[name].cell(value) for name, value in values.items()}
+             for row, values in rows.items()}
+    print(markdown_table(table))
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
-    notes = legend(args, networks, order, len(features[0]) if features else 0) + problems(missing, reports, alone)
+    notes = explain(args, networks, names, n_features) + list_problems(networks.left_out, reports, unpaired)
     print("\n".join(notes))
     if page:
         versions = dict(revision=git_revision(), torch=torch.__version__, numpy=np.__version__)
-        columns = {name: METRICS[name]._asdict() for name in order}
-        report = dict(rows=rows, columns=columns, pairs=reports, frames=frames, seconds=seconds, left_out=missing,
-                      alone=alone, notes=notes, versions=versions, device=str(device))
+        columns = {name: METRICS[name]._asdict() for name in names}
+        report = dict(rows=rows, columns=columns, pairs=reports, frames=frames, seconds=seconds,
+                      left_out=networks.left_out, alone=unpaired, notes=notes, versions=versions, device=str(device))
         report = json.loads(json.dumps(report), parse_constant=str)  # JSON has no infinity: the string "Infinity"
         page.write_text(json.dumps(report, indent=1))
         write_pairs_page(page, report, {name: files for name, *files in pairs})
 
 
-def legend(args, networks, order, n: int) -> list[str]:
-    """Lines under the table: which networks scored, usual values, and what makes a number doubtful"""
+def explain(args, networks, names, n_features: int) -> list[str]:
+    """Lines under the table: the networks that measured, usual values, and doubts about a number."""
     lines = [f"LSE scored by SyncNet v2, as published: {PUBLISHED['syncnet_v2'].file}"] if networks.syncnet else []
     if networks.sync:
-        lines.append(f"Sync scored by our expert: {args.expert or EXPERT.name}; one that trained the fakes flatters them")
-    for name in order:
-        if METRICS[name].usual and not (name in SYNC and args.expert):  # of another expert they are unknown
+        expert = args.expert or DEFAULT_EXPERT.name
+        lines.append(f"Sync scored by our expert: {expert}; fakes trained with it get better scores than they deserve")
+    for name in names:
+        if METRICS[name].usual and not (name in SYNC_METRICS and args.expert):  # unknown for other experts
             lines.append(f"{name} of real clips is usually {METRICS[name].usual}")
     if networks.landmarks:
         lines.append(f"landmarks by {args.landmarks or 'weights/landmarks.pt'}")
-        voice = "Silero's detector" if voice_detector() else f"loudness, {GATE} dB below a clip's loudest (no silero-vad)"
-        lines.append(f"speech and silence by {voice}; closeness: 1 - |fake - real| / real")
-    if "FID" in order and n < 2048:
-        lines.append(f"FID is from {n} frames a side: with fewer than the 2048 features it comes out too high")
+        loud = f"loudness, {SILENCE_DB} dB below a clip's loudest (no silero-vad)"
+        detector = "Silero's detector" if voice_detector() else loud
+        lines.append(f"speech and silence by {detector}; closeness: 1 - |fake - real| / real")
+    if "FID" in names and n_features < 2048:
+        lines.append(f"FID is from {n_features} frames a side: with fewer than its 2048 features it is too high")
     return lines
 
 
-def problems(missing, reports, alone) -> list[str]:
-    """Lines under the table: metrics and clips that are left out, and the notes of pairs"""
-    reasons, notes = defaultdict(list), defaultdict(list)
-    for name, reason in missing.items():
-        reasons[reason].append(name)
-    for pair in reports:
-        for note in [f"left out: {pair['error']}"] if "error" in pair else pair["notes"]:
-            notes[note].append(pair["name"])
-    lines = [f"left out: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    for note, names in notes.items():  # one line for many pairs
-        lines += [f"{name}: {note}" for name in names] if len(names) <= 3 else [f"{len(names)} pairs: {note}"]
-    return lines + [f"without a partner: {path}" for path in alone]
+def list_problems(left_out, reports, unpaired) -> list[str]:
+    """Lines under the table: metrics and clips that are left out, and the notes of pairs."""
+    metrics_of, pairs_of = defaultdict(list), defaultdict(list)  # reason -> metrics, note -> pairs
+    for metric, reason in left_out.items():
+        metrics_of[reason].append(metric)
+    for report in reports:
+        for note in [f"left out: {report['error']}"] if "error" in report else report["notes"]:
+            pairs_of[note].append(report["name"])
+    lines = [f"left out: {', '.join(metrics)}: {reason}" for reason, metrics in metrics_of.items()]
+    for note, pairs in pairs_of.items():
+        lines += [f"{name}: {note}" for name in pairs] if len(pairs) <= 3 else [f"{len(pairs)} pairs: {note}"]
+    return lines + [f"without a partner: {path}" for path in unpaired]
 
 
 def parse(argv=None):
@@ -577,21 +606,22 @@ def parse(argv=None):
     pair.add_argument("fake", help="a generated clip, or a folder whose clips have the same names")
     pair.add_argument("--landmarks", help="mediapipe:FILE, dlib:FILE or fan (default: our network, weights/landmarks.pt)")
     pair.add_argument("--expert", help="sync expert of syncnet.py, or wav2lip (default: weights/sync.pt)")
-    pair.add_argument("--fetch", action="store_true", help="download the networks that are missing (about 1 GB in all)")
-    pair.add_argument("--skip", default="", help="metrics to leave out, with commas between: LPIPS,FID")
-    pair.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a CPU with AMX and a GPU, less exact")
-    toy.add_argument("weights", nargs="+", help="weights.pt or stage3.pt; of a stage2.pt the inversion is measured")
-    toy.add_argument("--people", type=int, default=32, help="held-out people")
-    toy.add_argument("--cache", default="out/evaluate", help="where the probe and its drawn people are kept")
+    pair.add_argument("--fetch", action="store_true", help="download missing networks (about 1 GB in all)")
+    pair.add_argument("--skip", default="", help="metrics to leave out, separated by commas: LPIPS,FID")
+    pair.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a GPU or a CPU with AMX, less exact")
+    toy.add_argument("weights", nargs="+", help="weights.pt or stage3.pt")
+    toy.add_argument("--people", type=int, default=32, help="number of held-out people")
+    toy.add_argument("--cache", default="out/evaluate", help="folder for the probe and its drawn people")
     for command in (pair, toy):
         command.add_argument("--json", help="write the numbers to this .json, and a page beside it (.html)")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    return p.parse_args(argv, people=(6, 10**6))  # a trial takes three, and is compared with another's
+    return p.parse_args(argv, people=(6, 10**6))  # change_matrix compares clips c and c + 5
 
 
 def main(argv=None):
     args = parse(argv)
-    (toy_report if args.command == "toy" else measure_pairs)(args, pick_device(args.device))
+    measure = measure_toy if args.command == "toy" else measure_pairs
+    measure(args, pick_device(args.device))
 
 
 if __name__ == "__main__":

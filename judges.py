@@ -1,8 +1,9 @@
-"""Published frozen networks that judge a face: VGG19, LPIPS, ArcFace, SyncNet v2, Wav2Lip's expert, Inception.
+"""Frozen networks behind losses and metrics: VGG19, LPIPS, ArcFace, SyncNet v2, Wav2Lip's expert, Inception.
 
-Each has the keys of its authors' file and loads it strictly. Images are (N, 3, H, W) in [-1, 1] and are brought to each
-author's size, range and channel order inside. None may be shipped; terms: VGG BSD (ImageNet's terms), LPIPS BSD-2,
-IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav2Lip research only.
+The parameter names are those of the authors' files, which are loaded strictly. Images are (N, 3, H, W) in [-1, 1].
+Each network converts them to its own size, range and channel order. The files are not shipped. Their terms: VGG BSD
+(ImageNet's terms), LPIPS BSD-2, IR-SE50 trained on non-commercial data, SyncNet without a licence (cite it), Wav2Lip
+research only.
 """
 
 import functools
@@ -21,8 +22,8 @@ from vision import trunk_ir_se50
 
 
 class SmallFaceJudge(nn.Module):
-    """Face recognition for packs at toy size, in ArcFace's place: (N, 3, H, W), read at 32 px -> (N, 64) of unit length.
-    Trained by train.py on frames of one clip against frames of others, see `same_person_loss`."""
+    """Face recognition at toy size, in place of ArcFace: images (N, 3, H, W), resized to 32 px -> (N, 64) of unit length.
+    It is trained by train.py to tell frames of one clip from frames of other clips, see `same_person_loss`."""
 
     def __init__(self, width: int = 32, dim: int = 64):
         super().__init__()
@@ -41,21 +42,21 @@ def same_person_loss(a, b, identity, log_scale, bias):
     same = identity[:, None] == identity[None, :]                       # (N, N)
     logits = log_scale.exp() * (a @ b.t()) + bias
     losses = F.softplus(torch.where(same, -logits, logits))
-    return losses[same].mean() + losses[~same].mean()                   # ours: both halves weigh the same
+    return losses[same].mean() + losses[~same].mean()                   # ours: positive and negative pairs weigh the same
 
 
-# ------------------------------------------------ published networks, with the keys and shapes of their authors' files
+# ------------------------------------------------ published networks, with the names and shapes of their authors' files
 
-def check_images(x, least: int):
-    assert x.ndim == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= least, \
-        f"images are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {least}"
+def check_images(x, min_size: int):
+    assert x.ndim == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= min_size, \
+        f"images are {tuple(x.shape)}, expected (N, 3, H, W) with H, W >= {min_size}"
 
 
 def vgg_layers(*depths: int) -> list[nn.Module]:
-    """torchvision's `features` in order: in each of five stages so many 3x3 convolutions with ReLU, then a pool."""
+    """torchvision's `features`: five stages of `depths` 3x3 convolutions with ReLU, each stage followed by a pool."""
     layers, c_in = [], 3
-    for convolutions, channels in zip(depths, (64, 128, 256, 512, 512)):
-        for _ in range(convolutions):
+    for n_convolutions, channels in zip(depths, (64, 128, 256, 512, 512)):
+        for _ in range(n_convolutions):
             layers += [nn.Conv2d(c_in, channels, 3, padding=1), nn.ReLU()]
             c_in = channels
         layers.append(nn.MaxPool2d(2))
@@ -64,8 +65,8 @@ def vgg_layers(*depths: int) -> list[nn.Module]:
 
 class VGG19Features(nn.Module):
     """Perceptual features: images (N, 3, H, W) in [-1, 1], H, W >= 16 -> maps relu1_1, 2_1, 3_1, 4_1, 5_1: (N, 64, H, W),
-    (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16). These are the taps of pix2pixHD: the
-    paper names VGG19 without layers. ImageNet's normalisation is done here."""
+    (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16). The paper names VGG19 without
+    layers. These are the layers of pix2pixHD."""
 
     TAPS = (1, 6, 11, 20, 29)
 
@@ -77,8 +78,8 @@ class VGG19Features(nn.Module):
 
     def forward(self, x):
         check_images(x, 16)
-        x, maps = ((x + 1) / 2 - self.mean) / self.std, []
-        for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the file's last three convolutions are unused
+        x, maps = ((x + 1) / 2 - self.mean) / self.std, []             # ImageNet's normalisation
+        for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the last three convolutions are not needed
             x = layer(x)
             if i in self.TAPS:
                 maps.append(x)
@@ -87,10 +88,10 @@ class VGG19Features(nn.Module):
 
 class LPIPS(nn.Module):
     """LPIPS v0.1 on VGG16 (Zhang et al. 2018): two batches (N, 3, H, W) in [-1, 1], H, W >= 16 -> distances (N,). The
-    published file registers its heads twice, as lin0.. and as lins.0..; so does this."""
+    heads are registered twice, as lin0.. and as lins.0.., as in the published file."""
 
-    SCALING = dict(shift=[-0.030, -0.088, -0.188], scale=[0.458, 0.448, 0.450])  # in no file
-    ENDS = (4, 9, 16, 23, 30)  # layers of VGG16 in the slices: each tap is the last ReLU of a stage
+    SCALING = dict(shift=[-0.030, -0.088, -0.188], scale=[0.458, 0.448, 0.450])  # constants of the authors' code
+    SLICE_ENDS = (4, 9, 16, 23, 30)  # VGG16 is cut behind the last ReLU of each stage
 
     def __init__(self):
         super().__init__()
@@ -98,19 +99,19 @@ class LPIPS(nn.Module):
         self.scaling_layer = nn.Module()
         for name, value in self.SCALING.items():
             self.scaling_layer.register_buffer(name, torch.tensor(value)[None, :, None, None])
-        self.net = nn.Sequential(OrderedDict(
-            (f"slice{k + 1}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in range(start, stop))))
-            for k, (start, stop) in enumerate(zip((0,) + self.ENDS, self.ENDS))))
+        self.net = nn.Sequential()
         for k, channels in enumerate((64, 128, 256, 512, 512)):
-            head = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))  # a weight a channel
-            self.add_module(f"lin{k}", nn.Sequential(OrderedDict(model=head)))
+            indices = range(*(0, *self.SLICE_ENDS)[k:k + 2])
+            self.net.add_module(f"slice{k + 1}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in indices)))
+            model = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))  # one weight per channel
+            self.add_module(f"lin{k}", nn.Sequential(OrderedDict(model=model)))
         self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(5))
 
-    def maps(self, x):
-        """Feature maps of unit length at every place"""
+    def feature_maps(self, x):
+        """Images -> five feature maps of unit length at each position."""
         x, maps = (x - self.scaling_layer.shift) / self.scaling_layer.scale, []
-        for part in self.net:
-            x = part(x)
+        for vgg_slice in self.net:
+            x = vgg_slice(x)
             # the published x / (|x| + 1e-10) has no gradient where all channels are 0; this differs by under 1e-10
             maps.append(x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt())
         return maps
@@ -118,19 +119,20 @@ class LPIPS(nn.Module):
     def forward(self, a, b):
         check_images(a, 16)
         assert a.shape == b.shape, f"images are {tuple(a.shape)} and {tuple(b.shape)}, expected the same shape"
-        return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in zip(self.lins, self.maps(a), self.maps(b)))
+        layers = zip(self.lins, self.feature_maps(a), self.feature_maps(b))
+        return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in layers)
 
 
 class ArcFace(nn.Module):
     """Face recognition by IR-SE50: square crops of a face (N, 3, H, H) in [-1, 1], any H -> (N, 512) of unit length. The
-    face is cut so that the eyes and mouth of the crops' template (faces.TEMPLATES) lie where the network's training had
-    them; of FFHQ's template that is pSp's "interesting region", within 4 of 256 px. Small crops are enlarged."""
+    crop is moved so that the eyes and mouth of its template (faces.TEMPLATES) lie as in the network's training. For
+    FFHQ's template that is pSp's "interesting region", within 4 of 256 px. Small crops are enlarged."""
 
     def __init__(self, template: str = "ffhq"):
         super().__init__()
-        wanted = np.vstack([ARCFACE_POINTS[:2], ARCFACE_POINTS[3:].mean(0)])               # eyes, middle of the mouth
-        square = fit_square(wanted, (TEMPLATES[template].points or TEMPLATES["ffhq"].points))  # drawn: FFHQ's (ours)
-        self.left, self.top, self.side = map(round, square)                                # of the crop in the 112 px
+        eyes_and_mouth = np.vstack([ARCFACE_POINTS[:2], ARCFACE_POINTS[3:].mean(0)])
+        template_points = TEMPLATES[template].points or TEMPLATES["ffhq"].points        # ours: FFHQ's for drawn faces
+        self.left, self.top, self.side = map(round, fit_square(eyes_and_mouth, template_points))  # in the 112 px input
         self.input_layer, self.body = trunk_ir_se50()
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(),
                                           nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512))
@@ -142,36 +144,37 @@ class ArcFace(nn.Module):
         return self.embed(cut_square(x, -self.left, -self.top, 112))
 
     def embed(self, x):
-        """Faces already cut, (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length"""
+        """Aligned faces (N, 3, 112, 112) in [-1, 1] -> (N, 512) of unit length."""
         return F.normalize(self.output_layer(self.body(self.input_layer(x))), dim=1)
 
 
-def normed(batch_norm, *layers) -> nn.Sequential:
-    """Layers with BatchNorm and ReLU behind each convolution"""
-    out = []
+def with_batch_norm(batch_norm, *layers) -> nn.Sequential:
+    """The layers, with BatchNorm and ReLU behind each convolution."""
+    modules = []
     for layer in layers:
-        out += [layer, batch_norm(layer.out_channels), nn.ReLU()] if hasattr(layer, "out_channels") else [layer]
-    return nn.Sequential(*out)
+        modules.append(layer)
+        if hasattr(layer, "out_channels"):
+            modules += [batch_norm(layer.out_channels), nn.ReLU()]
+    return nn.Sequential(*modules)
 
 
 class SyncNetV2(nn.Module):
-    """SyncNet (Chung & Zisserman 2016): embeddings (B, 1024), not of unit length; their Euclidean distance is
-    small where lips and sound agree. Frames f..f+4 belong to the 20 MFCC steps from 4 f. Ours, to take
-    syncnet.SyncNet's place: it was trained with a margin on the distance, so the logit is that margin less the
-    distance. In sync embeddings are about 7 apart, else about 14: 10 lies between."""
+    """SyncNet (Chung & Zisserman 2016). The Euclidean distance of its embeddings (B, 1024) is small where lips and sound
+    agree. Frames f..f+4 belong to the 20 MFCC steps from 4 f. Ours: `logits`, so that it can replace syncnet.SyncNet.
+    They are the margin of its training minus the distance, which is about 7 in sync and 14 otherwise."""
 
     uses_mfcc, template, size, MARGIN = True, "syncnet", 224, 10.0
 
     def __init__(self):
         super().__init__()
-        self.netcnnaud = normed(nn.BatchNorm2d,                                            # (N, 1, 13, 20)
+        self.netcnnaud = with_batch_norm(nn.BatchNorm2d,                                   # (N, 1, 13, 20)
             nn.Conv2d(1, 64, 3, 1, 1), nn.MaxPool2d(1, 1), nn.Conv2d(64, 192, 3, 1, 1),
             nn.MaxPool2d(3, (1, 2)), nn.Conv2d(192, 384, 3, 1, 1), nn.Conv2d(384, 256, 3, 1, 1),  # (N, 192, 11, 9)
             nn.Conv2d(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2), nn.Conv2d(256, 512, (5, 4)))         # (N, 256, 5, 4)
         self.netfcaud, self.netfclip = (nn.Sequential(
             nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024)) for _ in range(2))
-        # only the first layer spans time, 5 frames; all others work frame by frame
-        self.netcnnlip = normed(nn.BatchNorm3d,                                            # (B, 3, T, 224, 224)
+        # the first layer spans five frames, all later layers see single frames
+        self.netcnnlip = with_batch_norm(nn.BatchNorm3d,                                   # (B, 3, T, 224, 224)
             nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),    # (B, 96, T-4, 54, 54)
             nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
             nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)), nn.Conv3d(256, 256, (1, 3, 3), 1, (0, 1, 1)),  # 13 x 13
@@ -179,8 +182,8 @@ class SyncNetV2(nn.Module):
             nn.Conv3d(256, 512, (1, 6, 6)))                                                # (B, 512, T-4, 1, 1)
 
     def windows(self, frames):
-        """Whole face crops (B, T, 3, H, W) in [-1, 1] RGB, T >= 5 -> (B, T-4, 1024), one for each five frames. The
-        authors' input is BGR in [0, 255] at 224 px."""
+        """Face crops (B, T, 3, H, W) in [-1, 1] RGB, T >= 5 -> (B, T-4, 1024), one embedding per window of five frames.
+        The authors' input is BGR in [0, 255] at 224 px."""
         assert frames.ndim == 5 and frames.shape[1] >= 5 and frames.shape[2] == 3, \
             f"frames are {tuple(frames.shape)}, expected (B, T, 3, H, W) with T >= 5"
         B, T = frames.shape[:2]
@@ -203,7 +206,7 @@ class SyncNetV2(nn.Module):
 
 
 class Wav2LipConv(nn.Module):
-    """Wav2Lip's block under its published name: convolution, BatchNorm, (residual), ReLU"""
+    """Wav2Lip's block under its published name: convolution, BatchNorm, (residual), ReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride=1, padding: int = 1, residual: bool = False):
         super().__init__()
@@ -215,50 +218,50 @@ class Wav2LipConv(nn.Module):
 
 
 class Wav2LipExpert(nn.Module):
-    """Wav2Lip's sync expert (Prajwal et al. 2020): cosine of embeddings (B, 512) = probability of being in sync. It has
-    the methods of syncnet.SyncNet, to take its place, and was trained on S3FD's boxes, forehead to chin."""
+    """Wav2Lip's sync expert (Prajwal et al. 2020): the cosine of two embeddings (B, 512) is the probability of being in
+    sync. It has the methods of syncnet.SyncNet and can replace it. It was trained on S3FD's boxes, forehead to chin."""
 
     def __init__(self):
         super().__init__()
 
-        def stage(c_in, c_out, kernel, stride=1, padding=1, residual=0):  # one block, and so many residual ones
-            same = (Wav2LipConv(c_out, c_out, 3, residual=True) for _ in range(residual))
-            return Wav2LipConv(c_in, c_out, kernel, stride, padding), *same
+        def stage(c_in, c_out, kernel, stride=1, padding=1, n_residual=0):  # one block, then n_residual residual blocks
+            residual = (Wav2LipConv(c_out, c_out, 3, residual=True) for _ in range(n_residual))
+            return Wav2LipConv(c_in, c_out, kernel, stride, padding), *residual
 
         self.face_encoder = nn.Sequential(                                                 # (B, 15, 48, 96)
             *stage(15, 32, 7, 1, 3), *stage(32, 64, 5, (1, 2), 1, 2),                      # (B, 64, 46, 47)
             *stage(64, 128, 3, 2, 1, 3), *stage(128, 256, 3, 2, 1, 2), *stage(256, 512, 3, 2, 1, 2),  # (B, 512, 6, 6)
             *stage(512, 512, 3, 2), *stage(512, 512, 3, 1, 0), *stage(512, 512, 1, 1, 0))
         self.audio_encoder = nn.Sequential(                                                # (B, 1, 80, 16)
-            *stage(1, 32, 3, residual=2), *stage(32, 64, 3, (3, 1), 1, 2),                 # (B, 64, 27, 16)
+            *stage(1, 32, 3, n_residual=2), *stage(32, 64, 3, (3, 1), 1, 2),               # (B, 64, 27, 16)
             *stage(64, 128, 3, 3, 1, 2), *stage(128, 256, 3, (3, 2), 1, 2),                # (B, 256, 3, 3)
             *stage(256, 512, 3, 1, 0), *stage(512, 512, 1, 1, 0))
 
     def face(self, frames):
-        """Whole crops (B, 5, 3, H, W) in [-1, 1] RGB -> (B, 512) of unit length. The authors' input is the lower half at
+        """Face crops (B, 5, 3, H, W) in [-1, 1] RGB -> (B, 512) of unit length. The authors' input is the lower half at
         96 px, BGR in [0, 1], the five frames as 15 channels."""
-        assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), (
-            f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)")
-        x = resize_square((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]           # (5 B, 3, 48, 96)
+        assert frames.ndim == 5 and frames.shape[1:3] == (5, 3), \
+            f"frames are {tuple(frames.shape)}, expected (B, 5, 3, H, W)"
+        x = resize_square((frames.flip(2).flatten(0, 1) + 1) / 2, 96)[:, :, 48:]                 # (5 B, 3, 48, 96)
         return F.normalize(self.face_encoder(x.unflatten(0, (-1, 5)).flatten(1, 2)).flatten(1), dim=1)
 
     def sound(self, mel):
-        """Mel windows (B, 1, 80, 16) of audio.mel_windows, of the middle frame -> (B, 512) of unit length"""
+        """Mel windows (B, 1, 80, 16) of the middle frames, from audio.mel_windows -> (B, 512) of unit length."""
         assert mel.shape[1:] == (1, 80, 16), f"mel window is {tuple(mel.shape)}, expected (B, 1, 80, 16)"
         return F.normalize(self.audio_encoder(mel).flatten(1), dim=1)
 
     def logits(self, face, sound):
-        """(B, 512), (B2, 512) -> (B, B2): sigmoid of it is the cosine, which Wav2Lip takes for the probability"""
+        """(B, 512), (B2, 512) -> (B, B2). The sigmoid of a logit is the cosine, Wav2Lip's probability."""
         return torch.logit(face @ sound.t(), eps=1e-4)  # ours: at most +-9.2, finite where a cosine is 0 or 1
 
 
 class Inception:
-    """FID's network (Szegedy et al. 2015, as Heusel et al. 2017 use it): images (N, 3, H, W) in [-1, 1] -> (N, 2048).
-    TensorFlow's weights of 2015-12-05 under torchvision's names, as pytorch-fid ports them: average pools do not count
-    their padding, and the last block pools by maximum. Images are brought to 299 px bilinearly, without prefilter."""
+    """FID's network (Szegedy et al. 2015, Heusel et al. 2017): images (N, 3, H, W) in [-1, 1] -> (N, 2048). The weights
+    are TensorFlow's of 2015-12-05 under torchvision's names, as ported by pytorch-fid. Average pools do not count their
+    padding. The last block has a max pool. Images are resized to 299 px bilinearly, without prefilter."""
 
     def __init__(self, device, path: str | Path | None = None):
-        """path: your copy of pytorch-fid's file; None fetches it. Raises InputError."""
+        """path: a copy of pytorch-fid's file. None downloads it. InputError: another file."""
         path = fetch("inception", path)
         with wrap_errors(path, "not the weights of Inception"):
             self.weights = {name: value.float().to(device) for name, value in read_weights(path).items()}
@@ -271,13 +274,14 @@ class Inception:
         statistics = (w[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
         return F.relu(F.batch_norm(x, *statistics, eps=0.001))
 
-    def chain(self, x, name, *layers):
-        """Convolutions name_1, name_2, ..; layers: the padding of each, or "half" for stride 2 without padding"""
-        for k, padding in enumerate(layers, 1):
-            x = self.conv(x, f"{name}_{k}", *((2, 0) if padding == "half" else (1, padding)))
+    def chain(self, x, name, *paddings):
+        """Convolutions name_1, name_2, ... with these paddings. "half" is stride 2 without padding."""
+        for k, padding in enumerate(paddings, 1):
+            x = self.conv(x, f"{name}_{k}", 2) if padding == "half" else self.conv(x, f"{name}_{k}", 1, padding)
         return x
 
     def fork(self, x, name):
+        """A 1x3 and a 3x1 convolution of the same input"""
         return [self.conv(x, f"{name}a", 1, (0, 1)), self.conv(x, f"{name}b", 1, (1, 0))]
 
     @torch.inference_mode()
@@ -285,7 +289,7 @@ class Inception:
         conv, chain, row, column = self.conv, self.chain, (0, 3), (3, 0)
         average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
         check_images(x, 1)
-        x = conv(resize_square(x, 299), "Conv2d_1a_3x3", 2)                               # (N, 32, 149, 149)
+        x = conv(resize_square(x, 299), "Conv2d_1a_3x3", 2)                                     # (N, 32, 149, 149)
         x = conv(conv(x, "Conv2d_2a_3x3"), "Conv2d_2b_3x3", 1, 1)                         # (N, 64, 147, 147)
         x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")           # (N, 192, 71, 71)
         x = F.max_pool2d(x, 3, 2)
@@ -306,44 +310,47 @@ class Inception:
         return x.mean((2, 3))                                                             # (N, 2048)
 
 
-# ------------------------------------------------------------------------------------------------------- their weights
+# ------------------------------------------------------------------------------------- loading the published weights
 
-def load_published(name: str, make, device, path=None, weights=lambda content: content):
-    """make()'s network, frozen, with the weights of PUBLISHED[name], fetched, or of the user's copy at `path`"""
+def load_published(name: str, make_network, device, path=None, to_state_dict=lambda content: content) -> nn.Module:
+    """A frozen network with the weights in `path`, the user's copy of the file PUBLISHED[name]. None downloads the file.
+    to_state_dict converts its content."""
     path = fetch(name, path)
     content = read_weights(path)
     with wrap_errors(path, f"not the weights of {name}"):
-        state = weights(content)
-    return load_frozen(make, state, path, device)
+        state = to_state_dict(content)
+    return load_frozen(make_network, state, path, device)
 
 
-def features_of(content: dict) -> dict:
-    """torchvision's VGG files also hold a classifier, which no judge uses"""
+def without_classifier(content: dict) -> dict:
+    """torchvision's VGG files without the classifier, which is not used."""
     return {key: value for key, value in content.items() if not key.startswith("classifier.")}
 
 
+# functions of a device and optionally of a copy of the file
+vgg19 = functools.partial(load_published, "vgg19", VGG19Features, to_state_dict=without_classifier)
+syncnet_v2 = functools.partial(load_published, "syncnet_v2", SyncNetV2)
+wav2lip_expert = functools.partial(
+    load_published, "wav2lip_expert", Wav2LipExpert, to_state_dict=itemgetter("state_dict"))
+
+
 def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
-    """For images of a crop template. pSp's model_ir_se50.pth holds the same weights."""
+    """template: the crop of the images. pSp's model_ir_se50.pth holds the same weights."""
     return load_published("arcface", lambda: ArcFace(template), device, path)
 
 
-# functions of a device and, where it is at hand, of your copy of the file
-vgg19 = functools.partial(load_published, "vgg19", VGG19Features, weights=features_of)
-syncnet_v2 = functools.partial(load_published, "syncnet_v2", SyncNetV2)
-wav2lip_expert = functools.partial(load_published, "wav2lip_expert", Wav2LipExpert, weights=itemgetter("state_dict"))
-
-
 def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
-    """path: torchvision's VGG16, heads: the authors' vgg.pth."""
+    """path: torchvision's VGG16. heads: the authors' vgg.pth."""
     heads = fetch("lpips_heads", heads)
 
-    def weights(content):
-        state = {f"scaling_layer.{k}": torch.tensor(v)[None, :, None, None] for k, v in LPIPS.SCALING.items()}
-        for key, value in features_of(content).items():
+    def to_state_dict(content):
+        state = {f"scaling_layer.{name}": torch.tensor(v)[None, :, None, None] for name, v in LPIPS.SCALING.items()}
+        for key, value in without_classifier(content).items():
             _, index, kind = key.split(".")                                                # features.0.weight ..
-            state[f"net.slice{1 + sum(int(index) >= end for end in LPIPS.ENDS)}.{index}.{kind}"] = value
+            slice_number = 1 + sum(int(index) >= end for end in LPIPS.SLICE_ENDS)
+            state[f"net.slice{slice_number}.{index}.{kind}"] = value
         for key, value in read_weights(heads).items():                                     # lin0.model.1.weight ..
-            state |= {key: value, key.replace("lin", "lins.", 1): value}
+            state[key] = state[key.replace("lin", "lins.", 1)] = value
         return state
 
-    return load_published("vgg16", LPIPS, device, path, weights)
+    return load_published("vgg16", LPIPS, device, path, to_state_dict)

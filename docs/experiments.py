@@ -50,13 +50,13 @@ def run(name: str, run32: Path, test) -> tuple[dict, list]:
         shutil.copy(run32 / file, out / file)
     if not (out / "toys").exists():
         (out / "toys").symlink_to((run32 / "toys").resolve())
-    frames, widest = [], test.truth[..., control.COLUMN["open"]].argmax(1)
+    frames, widest = [], test.truth[..., control.FACTOR_INDEX["open"]].argmax(1)
     with ExitStack() as stack:
         for where, what in replaced.items():
             stack.enter_context(patch(where, what))
         if not (out / "weights.pt").exists():
             train.main(["--stage", "3", "--steps", STEPS, "--out", str(out), "--overwrite", *options])
-        animate = control.animator(fusion.load_model(out / "weights.pt"), "cpu")
+        animate = control.make_animator(fusion.load_model(out / "weights.pt"), "cpu")
 
         def keep(face, wav, driving):
             clip = animate(face, wav, driving)
@@ -67,8 +67,8 @@ def run(name: str, run32: Path, test) -> tuple[dict, list]:
 
 
 def main(run32: Path):
-    test = control.toy_test(32, PEOPLE, str(run32.parent / "evaluate"), "cpu")
-    widest = test.truth[..., control.COLUMN["open"]].argmax(1)
+    test = control.prepare_toy_test(32, PEOPLE, str(run32.parent / "evaluate"), "cpu")
+    widest = test.truth[..., control.FACTOR_INDEX["open"]].argmax(1)
 
     def real(k, at):
         return [test.pack.frame((a + k) % PEOPLE, at[(a + 1) % PEOPLE]) for a in range(PEOPLE)]

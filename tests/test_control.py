@@ -1,4 +1,4 @@
-"""The control table against networks whose control is known; the probe."""
+"""The control table, on networks whose control is known, and the probe."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ import evaluate
 import toyfaces
 from audio import log_mel, mel_windows
 from control import (
-    Probe, ToyTest, animator, change_matrix, control_table, correlation, load_network, markdown_table, probe_row,
+    Probe, ToyTest, change_matrix, control_table, correlation, load_network, make_animator, markdown_table, probe_row,
     retrieval)
 from media import run, to_tensor, to_uint8
 from toyfaces import FACTORS, TEST_SEED, make_person
@@ -43,7 +43,7 @@ def test_retrieval_is_the_share_of_queries_whose_nearest_neighbour_is_their_own_
     assert retrieval(near[:3], gallery[:3]) == sum(int(near[k, :3].argmax()) == k for k in range(3)) / 3
 
 
-def test_the_table_in_markdown_has_a_row_each_and_two_decimals():
+def test_a_markdown_table_has_one_line_a_row_and_two_decimals():
     table = markdown_table({"real": dict(open=0.987, yaw=1), "out/a.pt": dict(yaw=-0.004, open=0.5)})
     assert table.splitlines() == [
         "| | open | yaw |",
@@ -58,7 +58,7 @@ def test_the_table_in_markdown_has_a_row_each_and_two_decimals():
 
 
 @pytest.mark.parametrize("size", [16, 48])
-def test_the_probe_gives_ten_factors_and_a_unit_embedding_of_each_image_alone(size):
+def test_the_probe_gives_ten_factors_and_a_unit_embedding_for_each_image_independently(size):
     torch.manual_seed(0)
     probe = Probe(size, width=8).eval()
     x = torch.randn(5, 3, size, size)
@@ -73,19 +73,19 @@ def test_the_probe_gives_ten_factors_and_a_unit_embedding_of_each_image_alone(si
         assert not torch.allclose(before[3], after[3])
 
 
-def test_readings_are_in_the_factors_own_units_and_do_not_depend_on_the_batch():
+def test_measured_factors_have_their_own_units_and_do_not_depend_on_the_batch():
     torch.manual_seed(0)
     probe = Probe(16, width=8).eval()
     probe.mean.copy_(torch.arange(10.0))
     probe.std.copy_(torch.linspace(0.5, 9, 10))
     x = torch.randn(7, 3, 16, 16)
-    whole, parts = probe.readings(x), probe.readings(x, batch=3)
+    whole, parts = probe.measure(x), probe.measure(x, batch=3)
     torch.testing.assert_close(whole[0], probe(x)[0] * torch.linspace(0.5, 9, 10) + torch.arange(10.0))
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b)
 
 
-def test_a_trained_probe_is_kept_with_the_scale_of_each_factor(tmp_path, monkeypatch):
+def test_a_trained_probe_is_saved_with_the_scale_of_each_factor(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # no processes for four clips
     probe = control.train_probe(16, tmp_path, CPU, people=4, steps=3, batch=6)
     truth = np.load(tmp_path / "probe_toys16" / "truth.npy")
@@ -95,7 +95,7 @@ def test_a_trained_probe_is_kept_with_the_scale_of_each_factor(tmp_path, monkeyp
     again = control.train_probe(16, tmp_path, CPU)
     assert not again.training
     x = torch.randn(2, 3, 16, 16)
-    for a, b in zip(probe.readings(x), again.readings(x)):
+    for a, b in zip(probe.measure(x), again.measure(x)):
         assert torch.equal(a, b)
 
 
@@ -104,10 +104,10 @@ def test_a_trained_probe_is_kept_with_the_scale_of_each_factor(tmp_path, monkeyp
 
 
 class World:
-    """Pack, probe and toyfaces.draw in one, without error: every drawn image is remembered and looked up.
+    """Stands in for the pack, the probe and toyfaces.draw. The probe has no error, as every drawn image is stored.
 
-    Every factor of person c is a cosine of c + 1 periods a clip, so two people are uncorrelated: what is 0 in theory is
-    0 here.
+    Every factor of person c is a cosine with c + 1 periods in a clip. Two people are uncorrelated, so values that are 0
+    in theory are exactly 0 here.
     """
 
     size, people, T = 32, 7, 25
@@ -124,15 +124,15 @@ class World:
         self.sixth_window = np.stack(sounds)  # (people, 1, 80, 16): identifies the sound
 
     def draw(self, who, state, size):
-        """toyfaces.draw, with the result kept"""
+        """toyfaces.draw, with the result stored"""
         key = (who.seed, *state.values())
         if key not in self.drawn:
             picture = self.drawn[key] = toyfaces.draw(who, state, size).copy()
             self.states_of[picture.tobytes()] = who.seed - TEST_SEED, np.array([state[k] for k in FACTORS])
         return self.drawn[key]
 
-    def states(self, picture):
-        """(.., H, W, 3) in [-1, 1] as tensors are -> who, state (10,)"""
+    def state_of(self, picture):
+        """Image (3, H, W) in [-1, 1] -> person, state (10,)"""
         return self.states_of[to_uint8(picture).tobytes()]
 
     # as a pack
@@ -149,13 +149,13 @@ class World:
         return np.random.default_rng(c).uniform(-0.5, 0.5, 640 * self.T).astype(np.float32)
 
     # as a probe
-    def readings(self, pictures):
-        who, state = zip(*map(self.states, pictures))
-        return torch.tensor(np.stack(state)), torch.eye(64)[list(who)]
+    def measure(self, pictures):
+        people, states = zip(*map(self.state_of, pictures))
+        return torch.tensor(np.stack(states)), torch.eye(64)[list(people)]
 
 
 class Network:
-    """In place of the network under test: perfect control, or some inputs ignored."""
+    """Stands in for the network under test: perfect control, except that it ignores some inputs."""
 
     def __init__(self, world, ignores=()):
         self.world, self.ignores = world, ignores
@@ -164,15 +164,15 @@ class Network:
 
     def animate(self, source, mel, driving=None):
         world = self.world
-        face, rest = world.states(source)
-        state = np.stack([world.states(frame)[1] for frame in driving])
+        face, photo_state = world.state_of(source)
+        states = np.stack([world.state_of(frame)[1] for frame in driving])
         speaker = np.square(world.sixth_window - mel[5].numpy()).sum((1, 2, 3)).argmin()
         if "driving" in self.ignores:
-            state[:] = rest
+            states[:] = photo_state
         if "sound" not in self.ignores:
-            state[:, LIPS] = world.truth[speaker, : len(mel), LIPS].T
+            states[:, LIPS] = world.truth[speaker, : len(mel), LIPS].T
         who = make_person(TEST_SEED + (0 if "face" in self.ignores else face))
-        frames = np.stack([world.draw(who, dict(zip(FACTORS, map(float, s))), world.size) for s in state])
+        frames = np.stack([world.draw(who, dict(zip(FACTORS, map(float, s))), world.size) for s in states])
         yield from to_tensor(frames).split(16)
 
 
@@ -186,7 +186,7 @@ def toy_test_of(world, probe=None):
 
 
 def table_of(world, *ignores):
-    return control_table(animator(Network(world, ignores), CPU), toy_test_of(world))
+    return control_table(make_animator(Network(world, ignores), CPU), toy_test_of(world))
 
 
 READ = ("open", "wide", "yaw", "pitch", "roll", "blink")
@@ -201,7 +201,7 @@ def test_perfect_control_is_one_and_the_unrelated_columns_are_zero(world):
         assert table[name] == pytest.approx(0, abs=0.01), name
 
 
-def test_a_still_photo_has_zero_correlations_and_its_identity(world):
+def test_a_still_photo_has_zero_correlations_and_perfect_identity(world):
     table = table_of(world, "sound", "driving")
     for name in ("open", "wide", "wrong sound", "driving mouth", *HEAD):
         assert table[name] == pytest.approx(0, abs=0.01), name
@@ -213,7 +213,7 @@ def test_a_network_that_ignores_everything_finds_one_person_of_seven_by_chance(w
     assert table_of(world, "sound", "driving", "face")["open"] == pytest.approx(0, abs=0.01)
 
 
-def test_lips_copied_from_the_driving_clip_show_in_the_column_driving_mouth(world):
+def test_lips_copied_from_the_driving_clip_appear_in_the_column_driving_mouth(world):
     table = table_of(world, "sound")
     assert table["driving mouth"] == pytest.approx(1, abs=0.01)
     assert abs(table["open"]) < 0.01 and abs(table["wide"]) < 0.01
@@ -225,21 +225,21 @@ def test_a_head_that_ignores_the_driving_clip_has_zero_correlations(world):
     assert all(abs(table[name]) < 0.01 for name in HEAD) and table["open"] == pytest.approx(1, abs=0.01)
 
 
-def test_the_probes_own_row_is_perfect_when_the_probe_is(world):
+def test_the_row_of_a_perfect_probe_is_perfect(world):
     row = probe_row(toy_test_of(world))
     for name in (*READ, "gaze", "identity", "open range"):
         assert row[name] == pytest.approx(1, abs=0.01), name
     assert row["wrong sound"] == pytest.approx(0, abs=0.01)
-    assert row.keys() == table_of(world).keys()  # they stand in one table
+    assert row.keys() == table_of(world).keys()  # both are rows of one table
 
 
 def test_a_probe_that_confuses_two_factors_does_not_look_perfect(world):
-    crossed = SimpleNamespace(readings=lambda x: (world.readings(x)[0].flip(1), world.readings(x)[1]))
+    crossed = SimpleNamespace(measure=lambda x: (world.measure(x)[0].flip(1), world.measure(x)[1]))
     row = probe_row(toy_test_of(world, crossed))
     assert all(row[name] < 0.95 for name in HEAD) and row["identity"] == 1
 
 
-# input -> the one column that it moves
+# input -> the only column that it should move
 MOVES = dict(face="identity", sound="lips", pose="pose", eyes="eyes", mouth=None)
 
 
@@ -247,7 +247,7 @@ MOVES = dict(face="identity", sound="lips", pose="pose", eyes="eyes", mouth=None
     ((), {}), (("sound",), dict(sound=None, mouth="lips")), (("face",), dict(face=None))])
 def test_the_matrix_is_one_where_an_input_should_move_something_and_zero_elsewhere(world, monkeypatch, ignores, moves):
     monkeypatch.setattr(control, "draw", world.draw)
-    matrix = change_matrix(animator(Network(world, ignores), CPU), toy_test_of(world), trials=1, T=world.T)
+    matrix = change_matrix(make_animator(Network(world, ignores), CPU), toy_test_of(world), trials=1, T=world.T)
     for name, moved in {**MOVES, **moves}.items():
         for column, value in matrix[name].items():
             assert value == pytest.approx(float(column == moved), abs=0.02), (name, column)
@@ -255,7 +255,7 @@ def test_the_matrix_is_one_where_an_input_should_move_something_and_zero_elsewhe
 
 @pytest.fixture
 def toy_world(world, monkeypatch):
-    """The toy world on disk, the probe and the networks "good" and "deaf" replaced"""
+    """Stand-ins for the toy world on disk, the probe, and the networks "good" and "deaf" (ignores the sound)"""
     def make_pack(folder, size, people, seconds, first):
         folder.mkdir()
         np.save(folder / "truth.npy", world.truth.reshape(-1, 10))
@@ -297,7 +297,7 @@ def refused(capsys, *argv):
     return err
 
 
-def test_what_the_user_got_wrong_is_one_line_and_status_2(toy_world, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line_with_status_2(toy_world, tmp_path, capsys, monkeypatch):
     text = tmp_path / "notes.txt"
     text.write_text("not weights")
     with monkeypatch.context() as patch:
@@ -312,8 +312,8 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(toy_world, tmp_path, c
     assert "notes.txt" in refused(capsys, "good", "--cache", text / "cache")
 
 
-def test_pc_avs_is_measured_by_the_same_table():
+def test_pc_avs_can_be_measured_by_the_same_table():
     model = load_network(ROOT / "weights" / "pcavs_toy.pt", "cpu")
     frames, wav, _ = toyfaces.make_toy_clip(3, 0.28, 32)
-    clip = animator(model, "cpu")(frames[0], wav, frames)
+    clip = make_animator(model, "cpu")(frames[0], wav, frames)
     assert clip.shape == (7, 3, 32, 32) and clip.dtype == torch.float32 and (clip - to_tensor(frames)).abs().mean() < 0.2

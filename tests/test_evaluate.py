@@ -1,4 +1,4 @@
-"""Metrics against independent computations; clips whose metrics are known."""
+"""Metrics: against independent computations, and on clips whose metrics are known."""
 
 import json
 import sys
@@ -18,18 +18,19 @@ import evaluate
 import judges
 from audio import mfcc
 from evaluate import (
-    METRICS, Clip, align_face, frechet_distance, head_pose, l1, landmark_distance, lip_sync_error, measure,
+    METRICS, Clip, align_face, frechet_distance, head_pose, l1, landmark_distance, lip_sync_error, measure_pair,
     mouth_distance, psnr, ssim_and_ms_ssim)
 from media import InputError, read_video, run, write_video
 
 CPU = torch.device("cpu")
-NO_NETWORKS = dict(device=CPU, skip={}, sync=None, landmarks=None, lpips=None, arcface=None, syncnet=None, inception=None)
+NO_NETWORKS = dict(device=CPU, left_out={}, sync=None, landmarks=None, lpips=None, arcface=None, syncnet=None,
+                   inception=None)
 
 
 @pytest.fixture(autouse=True)
 def no_expert(monkeypatch, tmp_path):
-    """The shipped expert needs a face detector, which may have to be fetched: no test needs a network"""
-    monkeypatch.setattr(evaluate, "EXPERT", tmp_path / "no_sync.pt")
+    """Without the shipped expert, whose face detector may need a download"""
+    monkeypatch.setattr(evaluate, "DEFAULT_EXPERT", tmp_path / "no_sync.pt")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_l1_and_psnr_of_a_known_difference():
     assert l1(a, a) == 0 and psnr(a, a) == float("inf")
 
 
-def test_a_frame_that_is_equal_does_not_make_a_clip_perfect():
+def test_an_equal_frame_does_not_make_the_mean_psnr_infinite():
     assert evaluate.finite_mean([30, float("inf"), 32]) == 31 and evaluate.finite_mean([float("inf")] * 2) == float("inf")
     assert np.isnan(evaluate.finite_mean([1, float("nan")]))
 
@@ -59,7 +60,7 @@ def ssim(a, b):
     return ssim_and_ms_ssim(a, b)[0]
 
 
-def test_psnr_and_ssim_are_those_of_scikit_image():
+def test_psnr_and_ssim_agree_with_scikit_image():
     a, b = pictures(1, 23, 31, 3)
     assert psnr(a, b) == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-9)
     wang = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1, data_range=255)
@@ -91,7 +92,7 @@ def ms_ssim_by_loops(a, b):
     return result
 
 
-def test_ms_ssim_is_that_of_a_loop_over_windows():
+def test_ms_ssim_agrees_with_a_loop_over_windows():
     rng = np.random.default_rng(3)
     a = rng.integers(0, 256, (23, 25, 1)).repeat(8, 0).repeat(8, 1)[:177, :181].astype(np.uint8).repeat(3, 2)
     b = np.clip(a * 0.9 + rng.normal(12, 30, (177, 181, 1)), 0, 255).astype(np.uint8)
@@ -107,7 +108,7 @@ def test_ms_ssim_is_that_of_a_loop_over_windows():
 # landmarks
 
 
-def test_landmark_distance_of_a_shift_is_its_length_and_the_mouths_is_zero():
+def test_a_shift_has_its_length_as_landmark_distance_and_zero_mouth_distance():
     rng = np.random.default_rng(6)
     a = rng.normal(60, 30, (4, 68, 2))
     np.testing.assert_allclose(landmark_distance(a, a + [3, -4]), 5)
@@ -121,16 +122,16 @@ def test_landmark_distance_of_a_shift_is_its_length_and_the_mouths_is_zero():
     np.testing.assert_allclose(mouth_distance(a, wide), 0.5 * spread)
 
 
-def face_of(solid, turns):
+def turned_faces(solid, turns):
     """The mean face, turned by yaw, pitch, roll (n, 3): to the right, chin up, clockwise -> landmarks (n, 68, 2)"""
     R = Rotation.from_euler("xyz", np.asarray(turns, float)[:, [1, 0, 2]] * [-1, -1, 1], degrees=True).as_matrix()
     return (solid[None, :68] @ R.swapaxes(1, 2))[..., :2] * 43 + [90, 70]
 
 
-def test_the_pose_of_a_turned_mean_face_is_its_turn():
+def test_head_pose_recovers_the_rotation_of_the_mean_face():
     turns = np.array([(0, 0, 0), (25, 0, 0), (0, -18, 0), (0, 0, 33), (-30, 12, -8)], float)
     solid = evaluate.load_landmarks().solid.double().numpy()
-    points = face_of(solid, turns)
+    points = turned_faces(solid, turns)
     np.testing.assert_allclose(head_pose(points), turns, atol=1e-6)
     points[:, 48:] += 7  # a mouth does not turn the head
     np.testing.assert_allclose(head_pose(points), turns, atol=1e-6)
@@ -138,13 +139,13 @@ def test_the_pose_of_a_turned_mean_face_is_its_turn():
 
 
 @pytest.mark.parametrize("scale", [0.8, 4.6])
-def test_an_aligned_face_has_its_points_where_arcface_wants_them(scale):
+def test_an_aligned_face_has_its_points_where_arcface_expects_them(scale):
     y, x = np.mgrid[:700, :800]
-    where = np.stack([x * 0.3, y * 0.3, 0 * x], 2).astype(np.uint8)  # the colour is the place
+    image = np.stack([x * 0.3, y * 0.3, 0 * x], 2).astype(np.uint8)  # the colour is the position
     turn = scale * np.exp(0.2j) * (evaluate.ARCFACE_POINTS @ [1, 1j]) + 90 + 70j
     five, points = np.stack([turn.real, turn.imag], 1), np.zeros((68, 2))
     points[36:42], points[42:48], points[[30, 48, 54]] = five[0], five[1], five[2:]
-    crop = align_face(where, points)
+    crop = align_face(image, points)
     assert crop.shape == (112, 112, 3)
     for (cx, cy), (px, py) in zip(evaluate.ARCFACE_POINTS, five):
         np.testing.assert_allclose(crop[int(cy), int(cx), :2], [px * 0.3, py * 0.3], atol=0.3 * scale + 1.5)
@@ -154,7 +155,7 @@ def test_an_aligned_face_has_its_points_where_arcface_wants_them(scale):
 # motion and silence
 
 
-def test_dynamics_are_the_deviation_of_each_pair_of_points():
+def test_dynamics_are_the_mean_deviation_of_the_distances_of_all_pairs_of_points():
     points = np.random.default_rng(4).normal(0, 9, (7, 5, 2))
     pairs = [(i, j) for i in range(5) for j in range(i)]
     expected = np.mean([np.std([np.hypot(*(frame[i] - frame[j])) for frame in points]) for i, j in pairs])
@@ -164,7 +165,7 @@ def test_dynamics_are_the_deviation_of_each_pair_of_points():
 
 @pytest.fixture
 def spoken(monkeypatch):
-    """60 frames of sound, speech in frames 20 .. 59 but for a pause of 4, and its loudness by hand"""
+    """60 frames of sound with speech in frames 20 .. 59, except for a pause of 4, and the loudness of each frame"""
     monkeypatch.setattr(evaluate, "voice_detector", lambda: None)
     level = np.zeros(60)
     level[20:] = 0.1 + 0.3 * np.random.default_rng(5).random(40)
@@ -173,24 +174,24 @@ def spoken(monkeypatch):
     return (tone * np.repeat(level, 640)).astype(np.float32), level
 
 
-def test_speech_is_what_is_loud_and_a_short_pause_in_it(spoken):
+def test_loud_frames_and_short_pauses_between_them_are_speech(spoken):
     wav, level = spoken
     speech = evaluate.speech_frames(wav, 60)
     assert not speech[:19].any() and speech[20:].all()
-    assert not evaluate.speech_frames(wav, 75)[61:].any()  # pictures that are longer than the sound
-    near = evaluate.loudness(wav, 60)
+    assert not evaluate.speech_frames(wav, 75)[61:].any()  # more frames than sound
+    loudness = evaluate.loudness(wav, 60)
     k = 40  # 50 ms: the frame, and 5 ms of each neighbour
     squares = [level[k - 1] ** 2 * 0.1, level[k] ** 2 * 0.8, level[k + 1] ** 2 * 0.1]
-    assert near[k] == pytest.approx(np.sqrt(sum(squares) / 2), rel=0.01)
+    assert loudness[k] == pytest.approx(np.sqrt(sum(squares) / 2), rel=0.01)
 
 
-def test_lips_that_follow_the_loudness_are_in_sync_and_lips_that_rest_in_silence_are_stable(spoken):
+def test_lips_that_follow_the_loudness_are_in_sync_and_lips_at_rest_are_stable_in_silence(spoken):
     (wav, _), rng = spoken, np.random.default_rng(6)
     solid = evaluate.load_landmarks().solid.double().numpy()
     loud = evaluate.loudness(wav, 60)
 
     def measured(gap, height=256, brows=0.0, yaw=0.0):
-        points = face_of(solid, np.outer(yaw * np.sin(np.arange(60)), (1, 0, 0)))
+        points = turned_faces(solid, np.outer(yaw * np.sin(np.arange(60)), (1, 0, 0)))
         points[:, [67, 66, 65, 58, 57, 56], 1] += 20 * gap[:, None]
         points[:, 17:22, 1] -= brows
         return evaluate.motion_metrics(points * height / 256, wav, height)
@@ -206,13 +207,13 @@ def test_lips_that_follow_the_loudness_are_in_sync_and_lips_that_rest_in_silence
     assert turning["head motion"] == pytest.approx(np.std(3 * np.sin(np.arange(60))) / 3, rel=1e-3)
     assert follows["head motion"] == pytest.approx(0, abs=1e-6) and follows["brow dynamics"] == pytest.approx(0, abs=1e-9)
     assert measured(loud, brows=8 * rng.random((60, 5)))["brow dynamics"] > 0.3
-    assert evaluate.motion_metrics(face_of(solid, np.zeros((9, 3))), None, 256).keys() == {
+    assert evaluate.motion_metrics(turned_faces(solid, np.zeros((9, 3))), None, 256).keys() == {
         "lip dynamics", "brow dynamics", "head motion"}  # without sound
 
 
-def test_closeness_is_one_less_the_relative_difference():
-    found = evaluate.closeness({"lip dynamics": 2.0, "lip-sync": 0.4, "LMD": 1}, {"lip dynamics": 2.5, "lip-sync": 0.4})
-    assert found == {"lip dynamics": pytest.approx(0.75), "lip-sync": 1, "motion": pytest.approx(0.875)}
+def test_closeness_is_one_minus_the_relative_difference():
+    values = evaluate.closeness({"lip dynamics": 2.0, "lip-sync": 0.4, "LMD": 1}, {"lip dynamics": 2.5, "lip-sync": 0.4})
+    assert values == {"lip dynamics": pytest.approx(0.75), "lip-sync": 1, "motion": pytest.approx(0.875)}
     assert evaluate.closeness({}, {"lip-sync": 1}) == {}
 
 
@@ -222,24 +223,25 @@ def test_closeness_is_one_less_the_relative_difference():
 
 @pytest.mark.parametrize("late", [-6, 0, 4])
 @pytest.mark.parametrize("pad", [True, False])
-def test_sound_that_is_late_by_k_has_offset_k(late, pad):
+def test_sound_that_is_k_frames_late_has_offset_k(late, pad):
     torch.manual_seed(0)
     face = torch.randn(60, 7)
-    least, sure, found = lip_sync_error(face, face.roll(late, 0) + 0.1 * torch.randn(60, 7), pad=pad)
-    assert found == late and least < 1 and sure > 2
+    distance, confidence, offset = lip_sync_error(face, face.roll(late, 0) + 0.1 * torch.randn(60, 7), pad=pad)
+    assert offset == late and distance < 1 and confidence > 2
 
 
-def test_lip_sync_error_is_that_of_a_loop_with_zeros_beyond_the_ends():
+def test_lip_sync_error_agrees_with_a_loop_over_windows_and_offsets():
     torch.manual_seed(1)
     face, sound, reach = torch.randn(9, 5), torch.randn(9, 5), 4
-    means, inside = [], []
+    padded, unpadded = [], []  # mean distance by offset
     for d in range(-reach, reach + 1):
-        far = [[float((face[k] - (sound[k + d] if 0 <= k + d < 9 else 0)).norm()), 0 <= k + d < 9] for k in range(9)]
-        means.append(np.mean([x for x, _ in far]))
-        inside.append(np.mean([x for x, there in far if there]))
-    expected = min(means), np.median(means) - min(means), np.argmin(means) - reach
+        inside = [float((face[k] - sound[k + d]).norm()) for k in range(9) if 0 <= k + d < 9]
+        outside = [float(face[k].norm()) for k in range(9) if not 0 <= k + d < 9]
+        padded.append(np.mean(inside + outside))
+        unpadded.append(np.mean(inside))
+    expected = min(padded), np.median(padded) - min(padded), np.argmin(padded) - reach
     assert lip_sync_error(face, sound, reach) == pytest.approx(expected, abs=1e-4)
-    expected = min(inside), np.median(inside) - min(inside), np.argmin(inside) - reach
+    expected = min(unpadded), np.median(unpadded) - min(unpadded), np.argmin(unpadded) - reach
     assert lip_sync_error(face, sound, reach, pad=False) == pytest.approx(expected, abs=1e-4)
 
 
@@ -248,16 +250,16 @@ def clip_of(frames, networks, monkeypatch):
     return Clip("a.mp4", networks)
 
 
-def test_published_lse_is_that_of_a_loop_over_windows_of_five_frames(monkeypatch):
+def test_lse_agrees_with_a_loop_over_windows_of_five_frames(monkeypatch):
     torch.manual_seed(2)
     net = checkpoint.freeze(judges.SyncNetV2())
     box = (30.0, 20.0, 60.0, 44.0)
     monkeypatch.setattr(evaluate, "detect_faces", lambda picture, margins: [(*box, 0.9)])
     frames = pictures(7, 8, 70, 90, 3)[0]
     wav = np.random.default_rng(8).uniform(-0.4, 0.4, 640 * 7 + 300).astype(np.float32)  # 7 frames of sound
-    monkeypatch.setattr(evaluate, "load_audio", lambda path, level: wav)
+    monkeypatch.setattr(evaluate, "load_audio", lambda path, normalise: wav)
     networks = SimpleNamespace(**(NO_NETWORKS | dict(syncnet=net)))
-    values, why = clip_of(frames, networks, monkeypatch).alone()
+    values, reasons = clip_of(frames, networks, monkeypatch).metrics()
     x, y, s = 45, 32, 15  # SyncNet's script: from x - 1.4 s, y - s, a square of 2.8 s
     crop = [evaluate.crop_face(f, (x - 1.4 * s, y - s, x + 1.4 * s, y + 1.8 * s), 224) for f in frames]
     steps, face, sound = mfcc(wav), [], []
@@ -265,19 +267,19 @@ def test_published_lse_is_that_of_a_loop_over_windows_of_five_frames(monkeypatch
         bgr = torch.from_numpy(np.stack(crop[k : k + 5])[..., ::-1].copy()).float().permute(3, 0, 1, 2)[None]
         with torch.no_grad():
             face.append(net.netfclip(net.netcnnlip(bgr).flatten(1))[0])
-            heard = torch.from_numpy(steps[None, None, :, 4 * k : 4 * k + 20]).float()
-            sound.append(net.netfcaud(net.netcnnaud(heard).flatten(1))[0])
+            window = torch.from_numpy(steps[None, None, :, 4 * k : 4 * k + 20]).float()
+            sound.append(net.netfcaud(net.netcnnaud(window).flatten(1))[0])
     means = []
     for d in range(-15, 16):
         pairs = [(face[k], sound[k + d] if 0 <= k + d < len(sound) else torch.zeros(1024)) for k in range(len(face))]
         means.append(float(np.mean([float((f - s).norm()) for f, s in pairs])))
     assert values["LSE-D"] == pytest.approx(min(means), rel=1e-3)
-    assert values["LSE-C"] == pytest.approx(np.median(means) - min(means), abs=2e-3 * max(means)) and "LSE" not in why
-    monkeypatch.setattr(evaluate, "load_audio", lambda path, level: wav[:1600])
-    assert "too short: 8 frames, 2.5 of sound" in clip_of(frames, networks, monkeypatch).alone()[1]["LSE"]
+    assert values["LSE-C"] == pytest.approx(np.median(means) - min(means), abs=2e-3 * max(means)) and "LSE" not in reasons
+    monkeypatch.setattr(evaluate, "load_audio", lambda path, normalise: wav[:1600])
+    assert "too short: 8 frames, 2.5 of sound" in clip_of(frames, networks, monkeypatch).metrics()[1]["LSE"]
 
 
-def test_frechet_distance_is_0_of_equal_sets_and_the_closed_form_of_two_gaussians():
+def test_frechet_distance_is_0_for_equal_sets_and_has_the_closed_form_for_two_gaussians():
     rng = np.random.default_rng(2)
     x, y = (rng.normal(size=(n, 5)) @ rng.normal(size=(5, 5)) + rng.normal(size=5) for n in (90, 70))
     a, b = torch.from_numpy(x), torch.from_numpy(y)
@@ -298,26 +300,26 @@ def cells(line):
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
-def film(path, frames, wav=None):
+def write_clip(path, frames, wav=None):
     write_video(path, iter(frames), len(frames), wav)
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A clip of 7 frames of 24x32 pixels, the same a little brighter, and one of another shape"""
+    """A clip of 7 frames of 24x32 pixels, a brighter copy, and a clip of another aspect ratio"""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     frames = rng.integers(40, 190, (7, 4, 3, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)  # (T, 32, 24, 3)
     return (
-        film(folder / "real.mp4", frames),
-        film(folder / "fake.mp4", frames + 20),
-        film(folder / "wide.mp4", frames.swapaxes(1, 2)),
+        write_clip(folder / "real.mp4", frames),
+        write_clip(folder / "fake.mp4", frames + 20),
+        write_clip(folder / "wide.mp4", frames.swapaxes(1, 2)),
     )
 
 
-def printed(text):
-    """The table printed -> {metric: cell} of the row of the real clips and of that of the others"""
+def table_rows(text):
+    """The printed table -> {metric: cell} of each row"""
     head, _, *rows = [cells(line) for line in text.splitlines() if line.startswith("|")]
     return [dict(zip([name.split(",")[0].rstrip(" ↑↓") for name in head], row)) for row in rows]
 
@@ -326,7 +328,7 @@ def test_two_clips_are_compared_frame_by_frame(clips, capsys):
     real, fake, _ = clips
     evaluate.main(["pair", real, fake])
     out = capsys.readouterr().out
-    itself, row = printed(out)
+    itself, row = table_rows(out)
     pairs = list(zip(read_video(real), read_video(fake)))
     assert "1 pairs, 7 frames" in out and len(pairs) == 7 and row[""] == "fake.mp4"
     wang = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1)
@@ -348,7 +350,7 @@ def refused(capsys, *argv):
     return err
 
 
-def test_what_the_user_got_wrong_is_one_line_and_status_two(clips, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line_with_status_2(clips, tmp_path, capsys, monkeypatch):
     real, fake, wide = clips
     text = tmp_path / "notes.txt"
     text.write_text("no clip, no weights")
@@ -358,48 +360,48 @@ def test_what_the_user_got_wrong_is_one_line_and_status_two(clips, tmp_path, cap
     error = refused(capsys, real, wide)
     assert "wide.mp4" in error and "32x24" in error and "24x32" in error
     assert "--skip SIM" in refused(capsys, real, fake, "--skip", "SIM")
-    assert "notes.txt" in refused(capsys, real, fake, "--expert", text)  # named, so not left out
+    assert "notes.txt" in refused(capsys, real, fake, "--expert", text)  # --expert names it, so it is not left out
     assert "--landmarks eyes" in refused(capsys, real, fake, "--landmarks", "eyes")
     monkeypatch.setitem(sys.modules, "mediapipe", None)
     assert "pip install mediapipe" in refused(capsys, real, fake, "--landmarks", f"mediapipe:{text}")
     (tmp_path / "empty").mkdir()
-    assert "no clip here" in refused(capsys, tmp_path / "empty", tmp_path / "empty")
+    assert "no clip has the same name" in refused(capsys, tmp_path / "empty", tmp_path / "empty")
     assert "directory" in refused(capsys, tmp_path / "empty", real)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# pairs of clips, with networks whose output is known
+# pairs of clips, with stand-in networks
 
 
-def bright(crops):
-    """An expert's embedding of five frames: is the middle one bright?"""
+def embed_brightness(crops):
+    """An expert's embedding of five frames: whether the middle one is bright"""
     return torch.stack([torch.where(crops[:, 2].mean((1, 2, 3)) > 0, 1.0, -1.0), torch.ones(len(crops))], 1)
 
 
-def loud(windows):
-    """Its embedding of a sound: is the middle loud?"""
+def embed_loudness(windows):
+    """An expert's embedding of a sound: whether its middle is loud"""
     level = windows[:, 0, :, 7:9].amax((1, 2))
     return torch.stack([torch.where(level > (level.min() + level.max()) / 2, 1.0, -1.0), torch.ones(len(windows))], 1)
 
 
-def all_networks(**others):
+def all_networks(**replaced):
     def landmarks(frames, boxes):  # they depend on the colours
         base = np.random.default_rng(0).uniform(20, 70, (68, 2))
         return np.stack([base * (1 + image.mean() / 255) for image in frames])
 
     networks = dict(
-        sync=SimpleNamespace(template="toy", size=16, read=lambda x: x, embed=bright, sound=loud,
+        sync=SimpleNamespace(template="toy", size=16, read=lambda x: x, embed=embed_brightness, sound=embed_loudness,
                              parameters=lambda: iter([torch.zeros(1)])),
         landmarks=landmarks, lpips=lambda a, b: (a - b).abs().mean((1, 2, 3)), inception=lambda x: x.mean((2, 3)),
         arcface=SimpleNamespace(embed=lambda x: F.normalize(x.mean((2, 3)) + 2, dim=1)))
-    return SimpleNamespace(**(NO_NETWORKS | networks | others))
+    return SimpleNamespace(**(NO_NETWORKS | networks | replaced))
 
 
-LIT = np.random.default_rng(9).integers(0, 2, 30).repeat(3)  # which frames are bright, and loud
+LIT = np.random.default_rng(9).integers(0, 2, 30).repeat(3)  # 1 for frames that are bright and loud
 
 
 def talking(late=0, n=90, size=72):
-    """Frames (n, size, size, 3) that are bright, and sound (n,) that is loud `late` frames after, where LIT says so"""
+    """Frames (n, size, size, 3) that are bright where LIT is 1, and sound (n,) that is loud `late` frames after them"""
     texture = np.random.default_rng(10).integers(0, 40, (n, 9, 9, 3)).repeat(size // 9, 1).repeat(size // 9, 2)
     frames = (60 + 110 * LIT[:n, None, None, None] + texture).astype(np.uint8)
     tone = np.sin(np.arange(640 * n) * 2 * np.pi * 900 / 16000)
@@ -408,108 +410,109 @@ def talking(late=0, n=90, size=72):
 
 @pytest.fixture
 def face_found(monkeypatch):
-    """A face in every frame that is looked at"""
+    """A face in every frame"""
     monkeypatch.setattr(evaluate, "detect_faces", lambda image, margins: [(10, 10, 30, 30, 0.9)])
 
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talks")
-    return folder, film(folder / "real.mp4", *talking()), film(folder / "late.mp4", *talking(late=4))
+    return folder, write_clip(folder / "real.mp4", *talking()), write_clip(folder / "late.mp4", *talking(late=4))
 
 
 @pytest.mark.usefixtures("face_found")
-def test_a_clip_against_itself_has_the_values_that_the_table_says(talks):
+def test_a_clip_against_itself_has_the_values_in_METRICS(talks):
     _, real, _ = talks
-    pair = measure(real, real, all_networks())
+    pair = measure_pair(real, real, all_networks())
     expected = {name: m.itself for name, m in METRICS.items() if m.itself is not None}
-    for name in expected.keys() - {"FID", "MS-SSIM"}:  # one is of sets, one of larger pictures
+    for name in expected.keys() - {"FID", "MS-SSIM"}:  # FID is of sets, MS-SSIM needs larger frames
         assert pair["fake"][name] == pytest.approx(expected[name], abs=1e-5), name
     assert frechet_distance(*pair["features"]) == pytest.approx(0, abs=1e-9) and len(pair["features"][0]) == 18
     assert pair["real"].items() <= pair["fake"].items() and "Sync-D" in pair["real"]
 
 
 @pytest.mark.usefixtures("face_found")
-def test_the_offset_of_a_clip_whose_sound_is_four_frames_late_is_four(talks):
+def test_a_clip_whose_sound_is_four_frames_late_has_offset_four(talks):
     _, real, late = talks
-    pair = measure(real, late, all_networks())
+    pair = measure_pair(real, late, all_networks())
     assert pair["real"]["Sync offset"] == 0 and pair["fake"]["Sync offset"] == 4
     assert pair["fake"]["Sync-D"] < 0.3 and pair["fake"]["Sync-C"] > 0.3
 
 
 @pytest.mark.usefixtures("face_found")
-def test_a_reencoded_clip_stays_near_itself(talks, tmp_path):
+def test_a_reencoded_clip_is_close_to_the_original(talks, tmp_path):
     _, real, _ = talks
-    again = film(tmp_path / "again.mp4", np.stack(list(read_video(real))), talking()[1])
-    fake = measure(real, again, all_networks())["fake"]
+    again = write_clip(tmp_path / "again.mp4", np.stack(list(read_video(real))), talking()[1])
+    fake = measure_pair(real, again, all_networks())["fake"]
     assert fake["SSIM"] > 0.97 and fake["PSNR"] > 35 and fake["L1"] < 0.01 and fake["CSIM"] > 0.999
     assert fake["LMD"] < 0.3 and fake["Sync offset"] == 0
 
 
-def test_of_a_clip_that_is_longer_than_memory_allows_the_beginning_is_measured(monkeypatch):
+def test_only_the_beginning_of_a_clip_that_is_too_long_for_memory_is_measured(monkeypatch):
     frames = list(np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
-    monkeypatch.setattr(evaluate, "MOST", 5 * 8 * 8 * 3)
+    monkeypatch.setattr(evaluate, "MAX_CLIP_BYTES", 5 * 8 * 8 * 3)
     clip = clip_of(frames, SimpleNamespace(**NO_NETWORKS), monkeypatch)
     assert len(clip.frames) == 6 and clip.is_cut
     monkeypatch.setattr(evaluate, "read_video", lambda path: iter(frames))
-    pair = measure("a.mp4", "b.mp4", SimpleNamespace(**NO_NETWORKS))
-    assert pair["frames"] == 6 and any("its beginning is measured" in note for note in pair["notes"])
+    pair = measure_pair("a.mp4", "b.mp4", SimpleNamespace(**NO_NETWORKS))
+    assert pair["frames"] == 6 and any("only the beginning is measured" in note for note in pair["notes"])
     assert not clip_of(frames[:6], SimpleNamespace(**NO_NETWORKS), monkeypatch).is_cut
 
 
-def detections(monkeypatch, found):
-    """detect_faces gives these in turn, then nothing"""
-    found = iter(found)
-    monkeypatch.setattr(evaluate, "detect_faces", lambda image, margins: next(found, []))
+def replace_detections(monkeypatch, detections):
+    """detect_faces returns these in turn, then nothing"""
+    detections = iter(detections)
+    monkeypatch.setattr(evaluate, "detect_faces", lambda image, margins: next(detections, []))
 
 
 def test_a_face_box_is_interpolated_between_detections(monkeypatch):
     monkeypatch.setattr(evaluate, "DETECT_EVERY", 5)  # frames 0, 4, 9, 14, 17
-    detections(monkeypatch, [None, [(10, 10, 30, 30, 0.9)], [(20, 10, 40, 30, 0.9)], None, [(36, 10, 56, 30, 0.9)]])
+    faces = {4: (10, 10, 30, 30, 0.9), 9: (20, 10, 40, 30, 0.9), 17: (36, 10, 56, 30, 0.9)}
+    replace_detections(monkeypatch, [[faces[k]] if k in faces else [] for k in (0, 4, 9, 14, 17)])
     frames = np.zeros((18, 60, 80, 3), np.uint8)
     x = clip_of(frames, SimpleNamespace(**NO_NETWORKS), monkeypatch).detections[:, 0]
     np.testing.assert_allclose(x, [10] * 5 + [12, 14, 16, 18] + [20 + 2 * k for k in range(9)])
 
 
-def test_a_clip_without_a_face_has_reasons_instead_of_metrics_of_faces(monkeypatch):
-    detections(monkeypatch, [])
-    monkeypatch.setattr(evaluate, "load_audio", lambda path, level: np.zeros(3200, np.float32))
-    expert = SimpleNamespace(template="face", size=16, read=lambda x: x, embed=bright, sound=loud)
+def test_a_clip_without_a_face_has_reasons_in_place_of_face_metrics(monkeypatch):
+    replace_detections(monkeypatch, [])
+    monkeypatch.setattr(evaluate, "load_audio", lambda path, normalise: np.zeros(3200, np.float32))
+    expert = SimpleNamespace(template="face", size=16, read=lambda x: x, embed=embed_brightness, sound=embed_loudness)
     frames = np.zeros((5, 60, 80, 3), np.uint8)
     clips = [clip_of(frames, all_networks(sync=expert), monkeypatch) for _ in range(2)]
-    reason = "a face in 0 of 2 frames looked at"
-    assert clips[0].alone() == ({}, dict(Sync=reason, motion=reason))
+    reason = "a face in 0 of 2 sampled frames"
+    assert clips[0].metrics() == ({}, dict(Sync=reason, motion=reason))
     with pytest.raises(InputError, match=reason):
         evaluate.face_metrics(*clips)
 
 
-def test_lost_landmarks_leave_out_their_metrics(monkeypatch):
-    detections(monkeypatch, [[(10, 10, 30, 30, 0.9)]] * 2)
+def test_metrics_of_lost_landmarks_are_left_out(monkeypatch):
+    replace_detections(monkeypatch, [[(10, 10, 30, 30, 0.9)]] * 2)
     lost = all_networks(sync=None, landmarks=lambda frames, boxes: [None] * 4 + [np.ones((68, 2))])
     clip = clip_of(np.zeros((5, 60, 80, 3), np.uint8), lost, monkeypatch)
-    monkeypatch.setattr(evaluate, "load_audio", lambda path, level: np.zeros(3200, np.float32))
-    assert clip.alone() == ({}, dict(motion="a face in 1 of 5 frames"))
+    monkeypatch.setattr(evaluate, "load_audio", lambda path, normalise: np.zeros(3200, np.float32))
+    assert clip.metrics() == ({}, dict(motion="a face in 1 of 5 frames"))
 
 
 @pytest.mark.usefixtures("face_found")
-def test_problems_of_a_pair_are_printed_below_the_table_of_the_others(tmp_path, capsys, monkeypatch):
+def test_problems_of_a_pair_are_printed_below_the_table_of_the_other_pairs(tmp_path, capsys, monkeypatch):
     real, fake = tmp_path / "real", tmp_path / "fake"
     (real / "who").mkdir(parents=True)
     (fake / "who").mkdir(parents=True)
     frames, wav = talking(n=40)
-    whole = film(tmp_path / "whole.mp4", frames, wav)
+    whole = write_clip(tmp_path / "whole.mp4", frames, wav)
     names = "long", "who/mute", "tiny", "small", "broken", "cut", "wide", "alone"
     for name in names:
         (real / f"{name}.mp4").symlink_to(whole)
-    film(fake / "long.mp4", frames[:30], wav[: 30 * 640])
-    film(fake / "who" / "mute.mp4", frames[:15])
-    film(fake / "tiny.mov", frames[:3], wav[:1920])
-    film(fake / "small.mp4", frames[:20, ::2, ::2], wav)
+    write_clip(fake / "long.mp4", frames[:30], wav[: 30 * 640])
+    write_clip(fake / "who" / "mute.mp4", frames[:15])
+    write_clip(fake / "tiny.mov", frames[:3], wav[:1920])
+    write_clip(fake / "small.mp4", frames[:20, ::2, ::2], wav)
     (fake / "broken.mp4").write_bytes(b"no clip")
     (fake / "cut.mp4").write_bytes(Path(whole).read_bytes()[: Path(whole).stat().st_size // 2])
-    film(fake / "wide.mp4", frames[:, :40], wav)
-    stand_ins = all_networks(inception=None), {"FID": "no weights"}
-    monkeypatch.setattr(evaluate, "load_networks", lambda args, device, stack: stand_ins)
+    write_clip(fake / "wide.mp4", frames[:, :40], wav)
+    networks = all_networks(inception=None, left_out={"FID": "no weights"})
+    monkeypatch.setattr(evaluate, "load_networks", lambda args, device, stack: networks)
     evaluate.main(["pair", str(real), str(fake), "--json", str(tmp_path / "n.json")])
     out = capsys.readouterr().out
     assert "long: 30 frames, the real clip has 40: 30 compared" in out
@@ -520,7 +523,7 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_others(tmp_path, 
         assert f"{name}.mp4: " in line and reason in line
     assert f"without a partner: {real / 'alone.mp4'}" in out and "left out: FID: no weights" in out
     assert "4 pairs, 68 frames" in out
-    itself, row, near = printed(out)
+    itself, row, near = table_rows(out)
     assert near[""] == "closeness of these means" and near["SSIM"] == "–" and float(near["lip dynamics"]) <= 1
     assert row[""] == "fake" and float(row["SSIM"]) > 0.8 and "FID" not in row and float(itself["Sync-D"]) >= 0
     report = json.loads((tmp_path / "n.json").read_text())
@@ -532,37 +535,38 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_others(tmp_path, 
     assert report["rows"]["fake"]["SSIM"] == pytest.approx(np.mean(alike))
 
 
-def test_usual_values_are_those_of_our_expert_alone():
+def test_usual_values_are_printed_for_our_expert_only():
     args = SimpleNamespace(expert=None, landmarks=None)
-    assert "Sync-C of real clips is usually 0.15" in "\n".join(evaluate.legend(args, all_networks(), METRICS, 0))
+    assert "Sync-C of real clips is usually 0.15" in "\n".join(evaluate.explain(args, all_networks(), METRICS, 0))
     args.expert = "wav2lip"
-    assert "Sync-C of" not in "\n".join(evaluate.legend(args, all_networks(), METRICS, 0))
+    assert "Sync-C of" not in "\n".join(evaluate.explain(args, all_networks(), METRICS, 0))
 
 
-def test_networks_without_weights_are_left_out_by_name(tmp_path, monkeypatch):
+def test_metrics_without_weights_are_left_out_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(evaluate, "EXPERT", tmp_path / "sync.pt")
+    monkeypatch.setattr(evaluate, "DEFAULT_EXPERT", tmp_path / "sync.pt")
     args = evaluate.parse(["pair", "a.mp4", "b.mp4", "--skip", "SSIM, L1", "--landmarks", "fan"])
-    found, missing = evaluate.load_networks(args, CPU, None)
-    assert not any((found.sync, found.landmarks, found.lpips, found.arcface, found.syncnet, found.inception))
-    assert missing.keys() == METRICS.keys() - {"MS-SSIM", "PSNR"}
-    assert "vgg16" in missing["LPIPS"] and "2DFAN4" in missing["LMD"] and "sync.pt" in missing["Sync-D"]
-    assert "inception" in missing["FID"] and "syncnet_v2" in missing["LSE-D"] and missing["SSIM"] == "--skip"
+    networks = evaluate.load_networks(args, CPU, None)
+    assert not any(getattr(networks, k) for k in ("sync", "landmarks", "lpips", "arcface", "syncnet", "inception"))
+    reasons = networks.left_out
+    assert reasons.keys() == METRICS.keys() - {"MS-SSIM", "PSNR"}
+    assert "vgg16" in reasons["LPIPS"] and "2DFAN4" in reasons["LMD"] and "sync.pt" in reasons["Sync-D"]
+    assert "inception" in reasons["FID"] and "syncnet_v2" in reasons["LSE-D"] and reasons["SSIM"] == "--skip"
 
 
-def test_pairs_are_of_the_same_name_and_two_of_one_name_are_refused(tmp_path):
+def test_clips_are_paired_by_name_and_two_of_one_name_are_refused(tmp_path):
     for name in ("a/x.mp4", "b/x.mpg", "b/.x.mp4", "b/y.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"clip")
-    pairs, alone = evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
-    assert [p[0] for p in pairs] == ["x"] and pairs[0][2].name == "x.mpg" and alone == []
+    pairs, unpaired = evaluate.pair_clips(tmp_path / "a", tmp_path / "b")
+    assert [p[0] for p in pairs] == ["x"] and pairs[0][2].name == "x.mpg" and unpaired == []
     (tmp_path / "b" / "x.avi").write_bytes(b"clip")
     with pytest.raises(InputError, match="same name"):
-        evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
+        evaluate.pair_clips(tmp_path / "a", tmp_path / "b")
 
 
-def test_inception_is_tensorflows_of_2015_under_torchvisions_names(monkeypatch):
-    """Weights are drawn as the layers of the paper ask for them, with their channels; the network gets the same file."""
+def test_inception_agrees_with_a_restatement_of_tensorflows_network_of_2015(monkeypatch):
+    """The restatement draws random weights layer by layer. The network then loads them."""
     torch.manual_seed(0)
     w = {}
 

@@ -1,4 +1,4 @@
-"""Judges: the small recogniser, and the published networks against naive float64 references on their files' keys."""
+"""Judges: the small face recogniser, and the published networks against float64 restatements and their files' keys."""
 
 import math
 
@@ -14,7 +14,8 @@ import judges
 from media import InputError
 from test_vision import listed
 
-def test_same_person_loss_has_the_value_worked_out_by_hand():
+
+def test_same_person_loss_has_the_value_computed_by_hand():
     a = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
     loss = judges.same_person_loss(a, a, torch.tensor([4, 4, 9]), torch.tensor(math.log(2.0)), torch.tensor(-1.0))
     # same: 5 pairs of cosine 1, logit 2 - 1 = 1; other: 4 pairs of cosine 0, logit -1
@@ -23,7 +24,7 @@ def test_same_person_loss_has_the_value_worked_out_by_hand():
     assert worse > loss
 
 
-def test_a_frozen_judge_stays_in_eval_and_without_gradients_when_its_owner_trains():
+def test_a_frozen_judge_stays_in_eval_mode_without_gradients_when_its_owner_trains():
     judge = checkpoint.freeze(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     owner = nn.ModuleDict(dict(judge=judge, free=nn.BatchNorm1d(4)))
     owner.train()
@@ -32,7 +33,7 @@ def test_a_frozen_judge_stays_in_eval_and_without_gradients_when_its_owner_train
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (20, 33)])
-def test_the_small_judge_gives_unit_length_at_any_size(size):
+def test_the_small_judge_returns_unit_length_at_any_size(size):
     e = judges.SmallFaceJudge()(torch.rand(3, 3, *size))
     assert e.shape == (3, 64) and torch.allclose(e.norm(dim=1), torch.ones(3), atol=1e-5)
 
@@ -135,11 +136,11 @@ JUDGES = {  # class, expected keys, the list of the published file, tensors in i
 
 @pytest.fixture(scope="module")
 def frozen():
-    """Each judge once, with random weights and BatchNorm statistics that matter, frozen."""
+    """Each judge once, frozen, with random weights and non-trivial BatchNorm statistics"""
     torch.manual_seed(0)
-    made = {}
-    for name, (kind, *_) in JUDGES.items():
-        made[name] = judge = checkpoint.freeze(kind())
+    frozen_judges = {}
+    for name, (network, *_) in JUDGES.items():
+        frozen_judges[name] = judge = checkpoint.freeze(network())
         for module in judge.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.weight.data.uniform_(0.5, 1.5)
@@ -149,7 +150,7 @@ def frozen():
         for key, value in judge.named_parameters():
             if ".lin" in "." + key:
                 value.data.uniform_(0, 1)
-    return made
+    return frozen_judges
 
 
 def double(judge):
@@ -179,7 +180,7 @@ def batch_norm(s, name, x):
 
 
 def naive_vgg(s, prefix, x, stages):
-    """All activations after a ReLU, by the index of that ReLU; prefix(index) names a convolution."""
+    """{index of a ReLU: its output}. prefix(index) is the name of a convolution."""
     out, ends = {}, set()
     layers = vgg_convolutions(*stages)
     for (i, *_), (j, *_) in zip(layers, layers[1:]):
@@ -193,37 +194,37 @@ def naive_vgg(s, prefix, x, stages):
     return out
 
 
-def close(ours, reference, tolerance=2e-4):
+def assert_close(ours, reference, tolerance=2e-4):
     assert ours.shape == reference.shape
     error = (ours.double() - reference).abs().max() / reference.abs().max()
     assert error < tolerance, f"relative error {error:.2g}"
 
 
-def test_vgg19_gives_the_five_taps_of_imagenet_normalised_pictures(frozen):
+def test_vgg19_returns_the_five_feature_maps_of_normalised_images(frozen):
     x = torch.rand(2, 3, 32, 48) * 2 - 1
     maps = frozen["vgg19"](x)
     y = (x.double() + 1) / 2
     y = torch.stack([(y[:, 0] - 0.485) / 0.229, (y[:, 1] - 0.456) / 0.224, (y[:, 2] - 0.406) / 0.225], 1)
-    every = naive_vgg(double(frozen["vgg19"]), lambda i: f"features.{i}", y,
-                      ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)))
+    maps_by_layer = naive_vgg(double(frozen["vgg19"]), lambda i: f"features.{i}", y,
+                              ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)))
     assert [m.shape[1:] for m in maps] == [(64, 32, 48), (128, 16, 24), (256, 8, 12), (512, 4, 6), (512, 2, 3)]
     for index, ours in zip((1, 6, 11, 20, 29), maps):
-        close(ours, every[index])
+        assert_close(ours, maps_by_layer[index])
 
 
 def test_lpips_is_the_weighted_distance_of_normalised_features(frozen):
     a, b = (torch.rand(2, 3, 48, 32) * 2 - 1 for _ in range(2))
     s = double(frozen["lpips"])
-    where = {i: k for k, group in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), 1) for i in group}
-    expected, sides = torch.zeros(2, dtype=torch.float64), []
+    slice_of = {0: 1, 2: 1, 5: 2, 7: 2, 10: 3, 12: 3, 14: 3, 17: 4, 19: 4, 21: 4, 24: 5, 26: 5, 28: 5}
+    expected, features = torch.zeros(2, dtype=torch.float64), []
     for x in (a, b):
         x = (x.double() - torch.tensor([-0.030, -0.088, -0.188]).double().view(1, 3, 1, 1))
         x = x / torch.tensor([0.458, 0.448, 0.450]).double().view(1, 3, 1, 1)
-        every = naive_vgg(s, lambda i: f"net.slice{where[i]}.{i}", x, ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)))
-        sides.append([every[i] / (every[i].norm(dim=1, keepdim=True) + 1e-10) for i in (3, 8, 15, 22, 29)])
-    for k, (u, v) in enumerate(zip(*sides)):
+        maps = naive_vgg(s, lambda i: f"net.slice{slice_of[i]}.{i}", x, ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)))
+        features.append([maps[i] / (maps[i].norm(dim=1, keepdim=True) + 1e-10) for i in (3, 8, 15, 22, 29)])
+    for k, (u, v) in enumerate(zip(*features)):
         expected += (s[f"lin{k}.model.1.weight"] * (u - v) ** 2).sum(1).mean((1, 2))
-    close(frozen["lpips"](a, b), expected)
+    assert_close(frozen["lpips"](a, b), expected)
     assert frozen["lpips"](a, a).abs().max() == 0
 
 
@@ -232,7 +233,7 @@ def test_lpips_has_a_finite_gradient_where_all_channels_are_zero(frozen):
     dead.load_state_dict(frozen["lpips"].state_dict())
     checkpoint.freeze(dead).net.slice5[-2].bias.fill_(-100)  # the last ReLU gives 0 everywhere
     x = (torch.rand(1, 3, 16, 32) * 2 - 1).requires_grad_()
-    assert dead.maps(x)[4].abs().max() == 0
+    assert dead.feature_maps(x)[4].abs().max() == 0
     dead(x, -x.detach()).sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().max() > 0
 
@@ -262,7 +263,7 @@ FFHQ = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.
 
 
 @pytest.mark.parametrize("template", ["face", "ffhq"])
-def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
+def test_the_five_points_of_a_face_lie_where_arcface_expects_them(template):
     with torch.device("meta"):
         judge = judges.ArcFace(template)
     x, y, side = faces.square_in_crop("ffhq", template)
@@ -276,13 +277,13 @@ def test_the_five_points_of_a_face_land_where_arcface_wants_them(template):
         np.testing.assert_allclose(box, (32, 35, 220, 223), atol=4)
 
 
-def test_arcface_is_ir_se50(frozen):
+def test_arcface_agrees_with_a_restatement_of_ir_se50(frozen):
     x = torch.rand(1, 3, 112, 112) * 2 - 1
-    close(frozen["arcface"].embed(x), naive_arcface(double(frozen["arcface"]), x.double()))
+    assert_close(frozen["arcface"].embed(x), naive_arcface(double(frozen["arcface"]), x.double()))
 
 
 @pytest.mark.parametrize("template", ["face", "ffhq"])
-def test_arcface_reads_its_templates_crop(template, monkeypatch):
+def test_arcface_shrinks_and_pads_the_crop_of_its_template(template, monkeypatch):
     monkeypatch.setattr(judges.ArcFace, "embed", lambda judge, x: x)
     with torch.device("meta"):
         judge = judges.ArcFace(template)
@@ -293,10 +294,10 @@ def test_arcface_reads_its_templates_crop(template, monkeypatch):
         for j in range(n):
             small[:, :, i, j] = rows[:, :, j * 256 // n:-(-(j + 1) * 256 // n)].mean(2)
     rows, columns = ((np.arange(112) - first).clip(0, n - 1) for first in (judge.top, judge.left))  # the border beyond
-    close(judge(x), small[:, :, rows][..., columns])
+    assert_close(judge(x), small[:, :, rows][..., columns])
 
 
-def test_arcface_takes_any_square_size_and_looks_at_its_crop_only(frozen):
+def test_arcface_accepts_any_square_size_and_depends_on_its_crop_only(frozen):
     judge, x = frozen["arcface"], torch.rand(1, 3, 256, 256, requires_grad=True)
     e = judge(x)
     e[:, :7].sum().backward()
@@ -313,7 +314,7 @@ def naive_syncnet_head(s, name, x):
     return x @ s[f"{name}.3.weight"].T + s[f"{name}.3.bias"]
 
 
-def test_syncnet_v2_embeds_each_five_frames_as_published(frozen):
+def test_syncnet_v2_embeds_every_five_frames_as_published(frozen):
     B, T = 1, 6
     frames = torch.rand(B, T, 3, 224, 224) * 2 - 1
     ours, s = frozen["syncnet"].windows(frames), double(frozen["syncnet"])
@@ -330,7 +331,7 @@ def test_syncnet_v2_embeds_each_five_frames_as_published(frozen):
             x = batch_norm(s, f"netcnnlip.{i + 1}", x).clamp(min=0)
             x = x if pool is None else F.max_pool2d(x, 3, 2, pool)
         assert x.shape == (B, 512, 1, 1)
-        close(ours[:, first], naive_syncnet_head(s, "netfclip", x.flatten(1)))
+        assert_close(ours[:, first], naive_syncnet_head(s, "netfclip", x.flatten(1)))
 
 
 def test_syncnet_v2_embeds_sound_as_published(frozen):
@@ -342,7 +343,7 @@ def test_syncnet_v2_embeds_sound_as_published(frozen):
         if i in (4, 14):
             x = x.unfold(2, 3, 1 if i == 4 else 2).unfold(3, 3, 2).amax((-1, -2))
     assert x.shape == (3, 512, 1, 1)
-    close(frozen["syncnet"].sound(mfcc), naive_syncnet_head(s, "netfcaud", x.flatten(1)))
+    assert_close(frozen["syncnet"].sound(mfcc), naive_syncnet_head(s, "netfcaud", x.flatten(1)))
 
 
 def naive_wav2lip(s, name, plan, x):
@@ -355,18 +356,18 @@ def naive_wav2lip(s, name, plan, x):
     return x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
 
 
-def test_the_wav2lip_expert_sees_bgr_lower_halves_and_gives_the_published_embeddings(frozen):
+def test_the_wav2lip_expert_embeds_bgr_lower_halves_as_published(frozen):
     judge, s = frozen["wav2lip"], double(frozen["wav2lip"])
     frames, mel = torch.rand(2, 5, 3, 96, 96) * 2 - 1, torch.randn(3, 1, 80, 16)
     channels = [(frames[:, t, c, 48:].double() + 1) / 2 for t in range(5) for c in (2, 1, 0)]
-    close(judge.face(frames), naive_wav2lip(s, "face_encoder", FACE, torch.stack(channels, 1)))
-    close(judge.sound(mel), naive_wav2lip(s, "audio_encoder", SOUND, mel.double()))
+    assert_close(judge.face(frames), naive_wav2lip(s, "face_encoder", FACE, torch.stack(channels, 1)))
+    assert_close(judge.sound(mel), naive_wav2lip(s, "audio_encoder", SOUND, mel.double()))
     logits = judge.logits(judge.face(frames), judge.sound(mel))
     assert logits.shape == (2, 3)
     assert torch.allclose(torch.sigmoid(logits), judge.face(frames) @ judge.sound(mel).T, atol=1e-5)
 
 
-def test_the_sync_judges_take_crops_of_any_size(frozen):
+def test_the_sync_judges_accept_crops_of_any_size(frozen):
     frames = torch.rand(1, 5, 3, 64, 50)
     assert frozen["wav2lip"].face(frames).shape == (1, 512)
     assert frozen["syncnet"].face(frames).shape == (1, 1024)
@@ -375,20 +376,20 @@ def test_the_sync_judges_take_crops_of_any_size(frozen):
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_a_judge_is_differentiable_by_the_picture_and_ignores_who_else_is_in_the_batch(frozen, name):
+def test_a_judge_is_differentiable_and_independent_of_the_other_images_in_a_batch(frozen, name):
     judge = frozen[name]
-    judge.train()  # has no effect: BatchNorm and dropout stay as they are in use
+    judge.train()  # has no effect: BatchNorm and dropout stay in eval mode
     shape = (2, 5, 3, 32, 32) if name in ("syncnet", "wav2lip") else (2, 3, 32, 32)
     x = (torch.rand(*shape) * 2 - 1).requires_grad_()
     run = {"vgg19": lambda x: judge(x)[4], "arcface": judge, "lpips": lambda x: judge(x, x.detach().flip(-1))}.get(name)
     run = run or judge.face
     out = run(x)
-    close(run(x[1:2])[0], out[1].double(), 1e-4)
+    assert_close(run(x[1:2])[0], out[1].double(), 1e-4)
     if x.ndim == 4:
-        close(run(x.detach().to(memory_format=torch.channels_last)), out.double(), 1e-4)
+        assert_close(run(x.detach().to(memory_format=torch.channels_last)), out.double(), 1e-4)
     (out * torch.rand_like(out)).sum().backward()
     if name == "wav2lip":
-        assert x.grad[..., :15, :].abs().max() == 0  # the upper half is not seen
+        assert x.grad[..., :15, :].abs().max() == 0  # the upper half is cut off
     assert x.grad.isfinite().all() and x.grad.flatten(1).abs().amax(1).min() > 0
     assert all(p.grad is None for p in judge.parameters())
 
@@ -397,8 +398,8 @@ def test_a_judge_is_differentiable_by_the_picture_and_ignores_who_else_is_in_the
 # published networks: files
 
 
-def files_of(name, frozen):
-    """What the published files hold, from a judge's weights: (file of fetch, content) pairs."""
+def published_files(name, frozen):
+    """{file of `fetch`: its content}, made from a judge's weights"""
     state = frozen[name].state_dict()
     if name == "vgg19":
         return {"vgg19": state | {"classifier.0.weight": torch.zeros(2, 3)}}
@@ -414,9 +415,9 @@ def files_of(name, frozen):
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_a_published_file_loads_into_a_frozen_judge_with_its_very_weights(frozen, name, monkeypatch):
+def test_a_published_file_loads_into_a_frozen_judge_with_its_weights(frozen, name, monkeypatch):
     monkeypatch.setattr(judges, "fetch", lambda name, path: name)
-    monkeypatch.setattr(judges, "read_weights", lambda path: files_of(name, frozen)[path])
+    monkeypatch.setattr(judges, "read_weights", lambda path: published_files(name, frozen)[path])
     make = {"syncnet": judges.syncnet_v2, "wav2lip": judges.wav2lip_expert}.get(name) or getattr(judges, name)
     judge, expected = make("cpu"), frozen[name].state_dict()
     counts = {k for k in expected if k.endswith("num_batches_tracked")}
@@ -424,7 +425,7 @@ def test_a_published_file_loads_into_a_frozen_judge_with_its_very_weights(frozen
     assert not any(p.requires_grad for p in judge.parameters()) and not judge.training
 
 
-def test_other_keys_or_shapes_are_refused_in_one_line_that_names_them(frozen):
+def test_wrong_keys_or_shapes_are_refused_in_one_line_that_names_them(frozen):
     state = frozen["syncnet"].state_dict()
     key = "netfcaud.3.weight"
     cases = (({k: v for k, v in state.items() if k != key}, f"{key} is absent"),
