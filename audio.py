@@ -1,8 +1,10 @@
-"""Sound to features: log-mel, MFCC, the mel steps of a video frame, voice isolation, and the audio encoder.
+"""Sound to features: log-mel, MFCC, the mel window of a video frame, voice isolation, and the audio encoder.
 
-Papers: FC-TFG (arXiv 2304.03275) section 3: 16 kHz, window 800, hop 200, 80 mel bands, encoder after Wav2Lip
-(arXiv 2008.10010); SyncNet (Chung & Zisserman 2016) for the MFCC. Differs: the mel window of a frame is centred on
-its middle (Wav2Lip's begins at int(3.2 k) of the first of five frames); the encoder, see AudioEncoder.
+Sources: FC-TFG (arXiv 2304.03275), section 3, for 16 kHz, window 800, hop 200, 80 mel bands and an encoder after
+Wav2Lip (arXiv 2008.10010); SyncNet (Chung & Zisserman 2016) for the MFCC. Differences: the mel window of a frame is
+centred on the middle of the frame (Wav2Lip's begins at int(3.2 k) of the first of five frames); see AudioEncoder.
+
+Axes: n samples, T frames, M mel bands, S mel steps.
 """
 
 from functools import lru_cache
@@ -15,21 +17,21 @@ from torch import nn
 
 from media import SAMPLE_RATE, SAMPLES_PER_FRAME
 
-# the mel, all from Wav2Lip's hparams
-N_MELS = 80                              # M: the one place to change it, before anything is trained; 55 or more
+# mel spectrogram, all numbers from Wav2Lip's hparams
+N_MELS = 80                              # M; change it here alone and before any training; at least 55
 N_FFT = 800                              # samples: 50 ms, also the length of the Hann window
-HOP = 200                                # samples: 12.5 ms; 80 steps a second, 3.2 a frame
+HOP = 200                                # samples: 12.5 ms; 80 steps a second, 3.2 per frame
 MEL_LOW, MEL_HIGH = 55.0, 7600.0         # Hz
 PREEMPHASIS = 0.97
-REFERENCE_DB, FLOOR_DB = 20.0, -100.0    # this level is 0 dB; what lies below the floor is silence
-WINDOW = 16                              # S of one window, in mel steps: 0.2 s, five frames
+REFERENCE_DB, FLOOR_DB = 20.0, -100.0    # the reference level is 0 dB; levels below the floor are silence
+WINDOW = 16                              # S of one window: 0.2 s, five frames
 SILENCE = -4.0                           # mel value of silence, and of everything outside the sound
 HANN = torch.from_numpy((0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)).astype(np.float32))  # periodic
-BLOCK = 512                              # ours: mel steps computed at once: they stay in the cache
+BLOCK = 512                              # ours: mel steps computed at a time, so that they stay in the cache
 
 
 def n_frames(n_samples: int) -> int:
-    """Video frames of a sound: round(25 x seconds), halves up, at least 1."""
+    """Number of video frames of a sound: round(25 x seconds), halves up, at least 1"""
     assert n_samples > 0, "n_frames of an empty sound"
     return max(1, (2 * n_samples + SAMPLES_PER_FRAME) // (2 * SAMPLES_PER_FRAME))
 
@@ -38,7 +40,7 @@ def n_frames(n_samples: int) -> int:
 
 @lru_cache
 def band_corners(bands: int, low: float = MEL_LOW, high: float = MEL_HIGH) -> np.ndarray:
-    """(M + 2,) Hz: band i of the mel is a triangle from corner i over i + 1 to i + 2. Slaney's scale."""
+    """(M + 2,) Hz on Slaney's mel scale: band i is a triangle over corners i, i + 1 and i + 2."""
     # linear below 1 kHz, logarithmic above: 27 steps for a factor of 6.4
     low, high = (hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4) for hz in (low, high))
     mel = np.linspace(low, high, bands + 2)
@@ -47,33 +49,33 @@ def band_corners(bands: int, low: float = MEL_LOW, high: float = MEL_HIGH) -> np
 
 @lru_cache
 def filter_bank(bands: int, n_fft: int = N_FFT, low: float = MEL_LOW, high: float = MEL_HIGH):
-    """Slaney's mel filters, triangles of equal area, as a sparse (M, n_fft / 2 + 1) matrix: librosa.filters.mel's
-    default, written out because importing librosa takes 1.5 s of every start."""
+    """Slaney's mel filters, triangles of equal area, as a sparse (M, n_fft / 2 + 1) matrix. Equal to the default of
+    librosa.filters.mel; importing librosa would add 1.5 s to every start."""
     corners = band_corners(bands, low, high)
     bins = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft  # Hz
-    return csr_array((triangles(corners, bins) * 2 / (corners[2:] - corners[:-2])[:, None]).astype(np.float32))
+    return csr_array((triangle_filters(corners, bins) * 2 / (corners[2:] - corners[:-2])[:, None]).astype(np.float32))
 
 
-def triangles(corners: np.ndarray, bins: np.ndarray) -> np.ndarray:
-    """Corners (M + 2,) -> (M, bins): filter i rises from corner i to 1 at i + 1 and falls to i + 2"""
+def triangle_filters(corners: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Corners (M + 2,) -> (M, bins). Filter i rises from corner i to 1 at corner i + 1 and falls to corner i + 2."""
     left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]  # (M, 1)
     return np.maximum(0, np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle)))
 
 
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Log-mel of wav (n,), steps first .. stop-1 -> float32 (M, stop - first). Step s is at sample 200 s. Any
-    range equals that part of the whole, to the bit: the filter bank is sparse, a dense one rounds by its shape."""
+    """Steps first .. stop - 1 of the log-mel of wav (n,) -> float32 (M, stop - first). Step s is centred on sample
+    200 s. The result is bit for bit that part of the whole mel: a dense filter bank would round by its shape."""
     mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
     for a in range(first, stop, BLOCK):
         b = min(a + BLOCK, stop)
-        begin, end = a * HOP - N_FFT // 2, (b - 1) * HOP + N_FFT // 2  # samples that steps a .. b-1 see
-        lo, hi = max(begin - 1, 0), min(end, len(wav))  # one more in front, for the pre-emphasis
-        x = np.zeros(end - begin + 1, np.float32)  # x[0] is sample begin-1; zeros outside, as librosa pads today
+        begin, end = a * HOP - N_FFT // 2, (b - 1) * HOP + N_FFT // 2  # samples under the windows of steps a .. b-1
+        lo, hi = max(begin - 1, 0), min(end, len(wav))  # one more sample in front, for the pre-emphasis
+        x = np.zeros(end - begin + 1, np.float32)  # x[0] is sample begin - 1; zeros outside, as in librosa
         x[lo - begin + 1 : hi - begin + 1] = wav[lo:hi]
         x = x[1:] - np.float32(PREEMPHASIS) * x[:-1]
-        if end > len(wav):  # padding comes after the pre-emphasis: no echo of the last sample
+        if end > len(wav):  # padding comes after the pre-emphasis, so the last sample has no echo
             x[max(0, len(wav) - begin) :] = 0
-        frames = torch.from_numpy(x).unfold(0, N_FFT, HOP)  # (b-a, 800); PyTorch's FFT has three times NumPy's speed
+        frames = torch.from_numpy(x).unfold(0, N_FFT, HOP)  # (b-a, 800); PyTorch's FFT is three times as fast as NumPy's
         spectrum = torch.view_as_real(torch.fft.rfft(frames * HANN)).square_()  # (b-a, 401, 2)
         magnitude = (spectrum[..., 0] + spectrum[..., 1]).sqrt_().numpy()
         power = filter_bank(N_MELS) @ np.ascontiguousarray(magnitude.T)  # (M, b-a)
@@ -83,7 +85,7 @@ def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
 
 
 def log_mel(wav: np.ndarray, voice_norm: bool = False) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, 1 + n // 200) in [-4, 4], or normalise_voice's"""
+    """Samples (n,) in [-1, 1] -> Wav2Lip's mel, float32 (M, 1 + n // 200) in [-4, 4]. voice_norm: normalise_voice"""
     check_sound(wav)
     mel = mel_steps(wav, 0, 1 + len(wav) // HOP)
     return normalise_voice(mel, wav) if voice_norm else mel
@@ -94,9 +96,9 @@ def check_sound(wav: np.ndarray):
 
 
 def window_starts(frames) -> np.ndarray:
-    """First mel step of each frame's window, (T,) -> (T,): THE place that turns frame into mel indices. The middle
-    of frame k is at (k + 1/2) 3.2 steps, the middle of 16 steps from s on at s + 7.5. The nearest s is round(3.2 k
-    - 5.9), here in integers: half a step, 6 ms, off at most."""
+    """Frame indices (T,) -> first mel step of each frame's window, (T,). No other code turns frame into mel indices.
+    The middle of frame k is at step 3.2 (k + 1/2), the middle of a window from step s at s + 7.5. The nearest s is
+    round(3.2 k - 5.9), here in integers. The error is at most half a step, 6 ms."""
     return (16 * np.asarray(frames, np.int64) - 27) // 5
 
 
@@ -107,33 +109,34 @@ def mel_windows(mel: np.ndarray, frames, first: int = 0) -> np.ndarray:
 
 
 def take_steps(mel: np.ndarray, steps: np.ndarray, outside: float) -> np.ndarray:
-    """mel (M, S), steps of windows (T, n) -> float32 (T, 1, M, n), `outside` where the mel has no such step"""
+    """mel (M, S), steps of windows (T, n) -> float32 (T, 1, M, n). Steps that the mel does not have are `outside`."""
     inside = (steps >= 0) & (steps < mel.shape[1])
     windows = mel[:, np.clip(steps, 0, mel.shape[1] - 1)]  # (M, T, n)
     return np.where(inside, windows, np.float32(outside)).transpose(1, 0, 2)[:, None]
 
 
 def sound_windows(wav: np.ndarray, frames, voice_norm: bool = False) -> np.ndarray:
-    """mel_windows(log_mel(wav, voice_norm), frames), to the bit; without voice_norm of that stretch alone"""
+    """Bit for bit mel_windows(log_mel(wav, voice_norm), frames). Without voice_norm it computes these steps alone."""
     if voice_norm:
         return mel_windows(log_mel(wav, True), frames)
     check_sound(wav)
     starts, length = window_starts(frames), 1 + len(wav) // HOP
     first = int(np.clip(starts.min(), 0, length - 1))
-    return mel_windows(mel_steps(wav, first, int(np.clip(starts.max() + WINDOW, first + 1, length))), frames, first)
+    stop = int(np.clip(starts.max() + WINDOW, first + 1, length))
+    return mel_windows(mel_steps(wav, first, stop), frames, first)
 
 
-def read_bands(mel: np.ndarray, hz: np.ndarray) -> np.ndarray:
-    """mel (.., M, S) with another frequency axis: band i is read, linearly, at hz[i] of the sound; hz (M,)"""
-    wanted = np.interp(hz, band_corners(N_MELS)[1:-1], np.arange(N_MELS))  # (M,)
-    below = np.minimum(wanted.astype(int), N_MELS - 2)
-    part = (wanted - below)[:, None]
-    return (1 - part) * mel[..., below, :] + part * mel[..., below + 1, :]
+def resample_bands(mel: np.ndarray, hz: np.ndarray) -> np.ndarray:
+    """mel (.., M, S), frequencies (M,) -> mel whose band i has the old value at hz[i], by linear interpolation"""
+    position = np.interp(hz, band_corners(N_MELS)[1:-1], np.arange(N_MELS))  # (M,)
+    below = np.minimum(position.astype(int), N_MELS - 2)
+    share = (position - below)[:, None]
+    return (1 - share) * mel[..., below, :] + share * mel[..., below + 1, :]
 
 
 def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, steps: int = 3) -> np.ndarray:
-    """mel (.., M, S) -> a copy with a frequency mask of 0..bands and a time mask of 0..steps, the same for all
-    leading axes: SpecAugment (Park et al. 2019) without its time warping. Ours: a fifth of a window each."""
+    """SpecAugment (Park et al. 2019) without time warping. mel (.., M, S) -> a copy with a frequency mask of 0..bands
+    and a time mask of 0..steps, the same for all leading axes. Ours: each at most a fifth of a window."""
     mel = mel.copy()
     M, S = mel.shape[-2:]
     height, width = rng.integers(0, min(bands, M) + 1), rng.integers(0, min(steps, S) + 1)
@@ -144,29 +147,30 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
 
 
 def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same words by another voice, nearer or farther, in a noisier room: mel (.., M, S) -> a new array. The
-    frequency axis is stretched by up to 15 % (vocal tract length perturbation, Jaitly & Hinton 2013), the level
-    moves by up to 10 dB, the spectrum tilts by up to 5 dB to each end, a hiss covers every third (widths ours)."""
-    voice = read_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
+    """Data augmentation: mel (.., M, S) -> the same words in another voice. The frequency axis is stretched by up to
+    15 % (vocal tract length perturbation, Jaitly & Hinton 2013). Ours: the level changes by up to 10 dB, the spectrum
+    tilts by up to 5 dB at each end, and every third sound gets a hiss."""
+    voice = resample_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
-    voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB; silence stays
+    voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB
     if rng.random() < 1 / 3:
         voice = np.maximum(voice, rng.uniform(-4, -1.5) + rng.normal(0, 0.25, voice.shape))
     return np.clip(voice, SILENCE, -SILENCE).astype(np.float32)
 
 
-# ---------------------------------------- the mel of any voice, brought to one level and one length of the vocal tract
+# ----------------------------------- voice normalisation: one level and one vocal tract length for all voices. Ours
 
-# in units of the mel, which are 12.5 dB
-LOUD = 1.0                               # steps down to here below the loudest twentieth give the level of speech
-LEAST = -1.2                             # the lowest level of speech: silence stays silent
-BELOW, ABOVE = 2.6, 2.4                  # so far below and above the level of speech the result is -4 and 4
-MEAN_PITCH, LOWEST, HIGHEST = 108.0, 70, 400  # Hz: of GRID's speaker 1, the first voice; range of the search
-KNEE = 4800.0                            # Hz: the axis is scaled up to here, then a line leads to the last band
+# levels are in units of the mel, 12.5 dB each
+LOUD_RANGE = 1.0                         # steps at most this far below the 95th percentile count as loud speech
+MIN_LEVEL = -1.2                         # lowest level of speech: silence stays silent
+BELOW, ABOVE = 2.6, 2.4                  # distances from the level of speech that become -4 and 4
+MEAN_PITCH = 108.0                       # Hz: GRID's speaker 1, the first voice in training
+MIN_PITCH, MAX_PITCH = 70, 400           # Hz: range of the search
+KNEE = 4800.0                            # Hz: frequencies are scaled up to here; a line leads on to the last band
 
 
 def estimate_pitch(wav: np.ndarray) -> float | None:
-    """Median pitch in Hz of a voice (n,), by autocorrelation of loud 64 ms frames; None: nothing is periodic"""
+    """Median pitch in Hz of a voice (n,), by autocorrelation of loud frames of 64 ms. None: no frame is periodic"""
     if len(wav) < 1024:
         return None
     frames = np.lib.stride_tricks.sliding_window_view(wav, 1024)[::320]
@@ -174,52 +178,53 @@ def estimate_pitch(wav: np.ndarray) -> float | None:
     level = frames.std(1)
     frames = frames[level > max(0.3 * np.quantile(level, 0.95), 1e-4)]
     power = np.abs(np.fft.rfft(frames - frames.mean(1, keepdims=True), 2048)) ** 2
-    r = np.fft.irfft(power)[:, : SAMPLE_RATE // LOWEST]
+    r = np.fft.irfft(power)[:, : SAMPLE_RATE // MIN_PITCH]               # (frames, lags)
     r /= r[:, :1] * (1 - np.arange(r.shape[1]) / 1024)                   # the overlap shrinks with the lag
-    first = SAMPLE_RATE // HIGHEST
+    first = SAMPLE_RATE // MAX_PITCH
     before, here, after = r[:, first - 1 : -2], r[:, first:-1], r[:, first + 1 :]
-    high = np.maximum(0.5, 0.85 * here.max(1, keepdims=True))
-    peak = (here >= before) & (here >= after) & (here > high)            # the first of them: two periods are as high
-    lag = first + peak.argmax(1)[peak.any(1)]
+    threshold = np.maximum(0.5, 0.85 * here.max(1, keepdims=True))
+    peaks = (here >= before) & (here >= after) & (here > threshold)
+    lag = first + peaks.argmax(1)[peaks.any(1)]                          # the first peak: one at two periods is as high
     return float(SAMPLE_RATE / np.median(lag)) if len(lag) else None
 
 
 def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
-    """log_mel (M, S) of a sound (n,) -> the same without the level and the vocal tract of the voice. Ours: a
-    network trained on few voices then follows others as well. Loud speech gets one mean level. Frequencies are
-    divided by (pitch / MEAN_PITCH)^(1/3), piecewise linear, as in vocal tract length normalisation (Lee & Rose
-    1996)."""
-    level = mel.mean(0)                                                  # (S,)
-    mean = max(float(mel[:, level >= np.quantile(level, 0.95) - LOUD].mean()), LEAST)
+    """log_mel (M, S) of a sound (n,) -> mel without the level and the vocal tract length of the voice, so that a
+    network trained on few voices also follows others. Loud speech gets one mean level. Frequencies are divided by
+    (pitch / MEAN_PITCH)^(1/3), piecewise linearly, as in vocal tract length normalisation (Lee & Rose 1996)."""
+    step_level = mel.mean(0)                                             # (S,)
+    loud = step_level >= np.quantile(step_level, 0.95) - LOUD_RANGE
+    level = max(float(mel[:, loud].mean()), MIN_LEVEL)
     alpha = np.clip((MEAN_PITCH / (estimate_pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)
     knee = KNEE * min(1, 1 / alpha)                                      # Hz of the sound
     hz = np.interp(band_corners(N_MELS)[1:-1], (0, alpha * knee, MEL_HIGH), (0, knee, MEL_HIGH))
-    return np.interp(read_bands(mel, hz) - mean, (-BELOW, ABOVE), (SILENCE, -SILENCE)).astype(np.float32)
+    return np.interp(resample_bands(mel, hz) - level, (-BELOW, ABOVE), (SILENCE, -SILENCE)).astype(np.float32)
 
 
-# ----------------------------------------------------- what else a microphone records, to train with; all numbers ours
+# -------------------------------------------------------- rooms and sounds other than speech, for training. All ours
 
 def coloured_noise(n: int, rng: np.random.Generator) -> np.ndarray:
-    """(n,) of deviation 1, falling by 0 to 6 dB an octave, as fans, wind and breath do"""
+    """(n,) with standard deviation 1, falling by 0 to 6 dB per octave like fans, wind and breath"""
     spectrum = np.fft.rfft(rng.standard_normal(n)) * np.arange(1, n // 2 + 2) ** rng.uniform(-1, 0)
     noise = np.fft.irfft(spectrum, n)
     return noise / noise.std()
 
 
 def add_echo_and_noise(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A voice (n,) -> with an echo, which falls by 60 dB in .1 to .7 s, and a noise 5 to 35 dB below it"""
+    """Voice (n,) -> the voice with an echo that falls by 60 dB in .1 to .7 s, and with noise 5 to 35 dB below it"""
     t = np.arange(int(SAMPLE_RATE * rng.uniform(0.1, 0.7)))
-    echo = rng.standard_normal(len(t)) * 10 ** (-3 * t / len(t))
-    echo *= rng.uniform(0, 1) / np.linalg.norm(echo)
-    echo[0] = 1                                                          # the voice itself
-    n = next_fast_len(len(wav) + len(echo))                              # scipy.signal takes a second to import
-    wav = irfft(rfft(wav, n) * rfft(echo, n))[: len(wav)]
+    response = rng.standard_normal(len(t)) * 10 ** (-3 * t / len(t))
+    response *= rng.uniform(0, 1) / np.linalg.norm(response)
+    response[0] = 1                                                      # the voice itself
+    n = next_fast_len(len(wav) + len(response))                          # importing scipy.signal takes a second
+    wav = irfft(rfft(wav, n) * rfft(response, n))[: len(wav)]
     noise = coloured_noise(len(wav), rng) * wav.std() * 10 ** (-rng.uniform(5, 35) / 20)
     return np.clip(wav + noise, -1, 1).astype(np.float32)
 
 
 def make_non_speech(n: int, rng: np.random.Generator) -> np.ndarray:
-    """(n,) of a quiet room, noise, breath (noise that swells), or chords that fade, at any level: lips are shut"""
+    """Sound (n,) during which lips are shut: near silence, noise that swells like breath, fading chords, or steady
+    noise, at any level"""
     t, wav = np.arange(n) / SAMPLE_RATE, coloured_noise(n, rng)
     kind = rng.integers(4)
     if kind == 0:
@@ -229,23 +234,23 @@ def make_non_speech(n: int, rng: np.random.Generator) -> np.ndarray:
     if kind == 2:
         notes = rng.uniform(80, 350) * 2 ** (rng.integers(0, 24, rng.integers(1, 5)) / 12)
         hz = (notes[:, None] * np.arange(1, 7)).ravel()                  # six partials each
-        loud = np.tile(np.arange(1, 7) ** -rng.uniform(0.5, 2), len(notes))
-        wav = 0.01 * wav + loud @ np.sin(2 * np.pi * (hz[:, None] * t + rng.random((len(hz), 1))))
+        loudness = np.tile(np.arange(1, 7) ** -rng.uniform(0.5, 2), len(notes))
+        wav = 0.01 * wav + loudness @ np.sin(2 * np.pi * (hz[:, None] * t + rng.random((len(hz), 1))))
         wav *= np.exp(-rng.uniform(0, 3) * ((t + rng.random()) % rng.uniform(0.4, 2)))
     return (wav / abs(wav).max() * 10 ** (-rng.uniform(0, 50) / 20)).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------- speech out of a mix
+# ----------------------------------------------------------------------------------------------------- voice isolation
 
-PIECE = 60                               # seconds; ours: similar frames are looked for within a piece
+PIECE = 60                               # seconds, ours: repetitions are searched within a piece
 
 
 def isolate_voice(wav: np.ndarray) -> np.ndarray:
-    """Speech over music or a steady noise, (n,) in [-1, 1] -> the same length with what repeats taken down, by
-    librosa's vocal separation (Rafii & Pardo's REPET-SIM, ISMIR 2012): the background of a frame is the median of
-    the frames that are like it and far from it in time. As in librosa's example, but for the voice's margin, 5
-    instead of 10 (ours: read speech loses 2 to 3 dB, not 3 to 5; a chord that beats under it 17 to 22, not 18 to
-    24), and for the 2 s between frames, less where a sound is shorter than 8 s."""
+    """Speech over music or steady noise, (n,) in [-1, 1] -> (n,) with repeating sounds attenuated, by librosa's vocal
+    separation (REPET-SIM, Rafii & Pardo, ISMIR 2012): the background of a frame is the median of similar frames that
+    are far from it in time. As in librosa's example, except the margin of the voice and the distance in time. Ours:
+    margin 5, not 10 (read speech loses 2 to 3 dB, not 3 to 5; a beating chord 17 to 22, not 18 to 24); and a distance
+    of 2 s, or less if the sound is shorter than 8 s."""
     check_sound(wav)
     pieces = np.array_split(wav, -(-len(wav) // (PIECE * SAMPLE_RATE)))  # memory grows with the square of their length
     return np.concatenate([isolate_piece(piece) for piece in pieces]).astype(np.float32)
@@ -253,16 +258,16 @@ def isolate_voice(wav: np.ndarray) -> np.ndarray:
 
 def isolate_piece(wav: np.ndarray) -> np.ndarray:
     """isolate_voice of at most PIECE seconds"""
-    import librosa                       # here: it takes 1.5 s
+    import librosa                       # here, because it takes 1.5 s
 
-    if len(wav) < SAMPLE_RATE // 2:      # nothing in it can repeat
+    if len(wav) < SAMPLE_RATE // 2:      # too short to repeat anything
         return wav
-    spectrum = librosa.stft(wav, n_fft=1024, hop_length=256)  # 64 ms; the example's 2048 at 22 kHz are 93
+    spectrum = librosa.stft(wav, n_fft=1024, hop_length=256)  # 64 ms; the example's 2048 at 22 kHz are 93 ms
     magnitude = np.abs(spectrum)
-    apart = min(round(2 * SAMPLE_RATE / 256), magnitude.shape[1] // 4)  # steps
-    back = librosa.decompose.nn_filter(magnitude, aggregate=np.median, metric="cosine", width=apart)
-    back = np.minimum(magnitude, back)  # what repeats is a part of the mix, not more
-    mask = librosa.util.softmask(magnitude - back, 5 * back, power=2)
+    distance = min(round(2 * SAMPLE_RATE / 256), magnitude.shape[1] // 4)  # steps
+    background = librosa.decompose.nn_filter(magnitude, aggregate=np.median, metric="cosine", width=distance)
+    background = np.minimum(magnitude, background)
+    mask = librosa.util.softmask(magnitude - background, 5 * background, power=2)
     return librosa.istft(spectrum * mask, hop_length=256, n_fft=1024, length=len(wav))
 
 
@@ -270,14 +275,14 @@ def isolate_piece(wav: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def mfcc_filters() -> np.ndarray:
-    """(26, 257): triangles on HTK's mel scale, corners on whole FFT bins, as python_speech_features has."""
+    """(26, 257): triangles on HTK's mel scale with corners on whole FFT bins, as in python_speech_features"""
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
     hz = 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1)
-    return triangles(np.floor(513 * hz / SAMPLE_RATE), np.arange(257))
+    return triangle_filters(np.floor(513 * hz / SAMPLE_RATE), np.arange(257))
 
 
 def mfcc(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,) in [-1, 1] -> float64 (13, 1 + ceil((n - 400) / 160)), by python_speech_features' defaults on
+    """Samples (n,) in [-1, 1] -> float64 (13, 1 + ceil((n - 400) / 160)), by the defaults of python_speech_features on
     int16: rectangular windows of 25 ms every 10 ms, 512-point FFT, 26 filters, DCT-II, lifter 22, log energy"""
     check_sound(wav)
     x = np.clip(np.round(wav.astype(np.float64) * 32768), -32768, 32767)
@@ -286,7 +291,7 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     x = np.pad(x, (0, max(0, (S - 1) * 160 + 400 - len(x))))
     frames = np.lib.stride_tricks.sliding_window_view(x, 400)[::160]  # (S, 400)
     power = np.abs(np.fft.rfft(frames, 512)) ** 2 / 512  # (S, 257)
-    eps = np.finfo(float).eps  # stands in for zero energy
+    eps = np.finfo(float).eps  # in place of zero energy
     energy, bands = power.sum(1), power @ mfcc_filters().T  # (S,), (S, 26)
     cepstrum = dct(np.log(np.where(bands == 0, eps, bands)), type=2, axis=1, norm="ortho")[:, :13]
     cepstrum *= 1 + 11 * np.sin(np.pi * np.arange(13) / 22)  # lifter
@@ -294,22 +299,22 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     return cepstrum.T
 
 
-# ----------------------------------- PC-AVS's mel: the STFT of the lws package in NumPy, 100 steps a second, 4 a frame
+# ------------------------------------------------------------- PC-AVS's mel: the STFT of the lws package, in NumPy
 
-LWS_BANDS, LWS_FFT, LWS_HOP, LWS_LOW = 80, 1280, 160, 125.0  # as published; samples: 80 and 10 ms; Hz
-LWS_STEPS, LWS_STEPS_A_FRAME = 20, SAMPLES_PER_FRAME // LWS_HOP  # mel steps of a window, 0.2 s; 4
+LWS_BANDS, LWS_FFT, LWS_HOP, LWS_LOW = 80, 1280, 160, 125.0  # as published; 80 ms and 10 ms in samples; Hz
+LWS_STEPS, LWS_STEPS_A_FRAME = 20, SAMPLES_PER_FRAME // LWS_HOP  # of a window, 0.2 s; four per frame
 
 
 @lru_cache
 def lws_hann() -> np.ndarray:
-    """(1280,): lws' analysis window, a sine whose squares over the hops add up to one"""
+    """(1280,): the analysis window of lws, a sine whose squares, shifted by all hops, add up to one"""
     w2 = (1 - np.cos(2 * np.pi * (2 * np.arange(LWS_FFT) + 1) / (2 * LWS_FFT))) / 2
     overlap = w2.reshape(-1, LWS_HOP).sum(0)  # (160,): the same for every hop
     return np.sqrt(w2 / np.tile(overlap, LWS_FFT // LWS_HOP))
 
 
 def lws_mel(wav: np.ndarray) -> np.ndarray:
-    """Samples (n,), scaled to r.m.s. 0.1 -> mel, float32 (S, 80) in [0, 1]; 0 is silence, S = ceil(n / 160) + 7.
+    """Samples (n,), scaled to r.m.s. 0.1 -> mel, float32 (S, 80) in [0, 1] with S = ceil(n / 160) + 7. 0 is silence.
     Step s covers samples 160 s - 1120 .. 160 s + 160."""
     check_sound(wav)
     scale = 0.1 / max(1e-4, float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))))
@@ -325,7 +330,7 @@ def lws_mel(wav: np.ndarray) -> np.ndarray:
 
 
 def lws_windows(mel: np.ndarray, frames) -> np.ndarray:
-    """mel (S, 80), T frame indices -> float32 (T, 1, 80, 20): steps 4 (f - 2) .. + 20 of frame f; outside is silence."""
+    """mel (S, 80), T frame indices -> float32 (T, 1, 80, 20): 20 steps from step 4 (f - 2) of frame f on"""
     steps = (np.asarray(frames, np.int64)[:, None] - 2) * LWS_STEPS_A_FRAME + np.arange(LWS_STEPS)  # (T, 20)
     return take_steps(mel.T, steps, 0)
 
@@ -333,8 +338,8 @@ def lws_windows(mel: np.ndarray, frames) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- the encoder
 
 class WindowEncoder(nn.Sequential):
-    """Mel windows (N, 1, M, 16) in [-4, 4] -> (N, dim): two convolutions over time, all bands at once. Ours: a
-    twelfth of AudioEncoder's multiplications, for what few clips can teach"""
+    """Mel windows (N, 1, M, 16) in [-4, 4] -> (N, dim): two convolutions over time, on all bands together. Ours: for
+    few clips, with a twelfth of the multiplications of AudioEncoder"""
 
     def __init__(self, dim: int):
         super().__init__(nn.Conv1d(N_MELS, dim, 5, 2, 2), nn.GELU(), nn.Conv1d(dim, dim, 3, 2, 1), nn.GELU(),
@@ -345,11 +350,11 @@ class WindowEncoder(nn.Sequential):
 
 
 class ConvBlock(nn.Module):
-    """Wav2Lip's building block: convolution, norm, (residual), ReLU. (N, C, M, S) -> (N, C', M', S')"""
+    """Wav2Lip's block: convolution, norm, (residual), ReLU. (N, C, M, S) -> (N, C', M', S')"""
 
     def __init__(self, c_in, c_out, stride=1, padding=1, residual=False):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, 3, stride, padding, bias=False)  # the norm has the bias
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride, padding, bias=False)  # the norm has a bias
         self.norm = nn.GroupNorm(c_out // 8, c_out)  # ours: groups of 8 channels
         self.residual = residual
 
@@ -359,9 +364,9 @@ class ConvBlock(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Mel window -> audio code z_a. Wav2Lip's layer plan (FC-TFG follows it), channels scaled by `width`. Differs:
-    GroupNorm for BatchNorm, because the windows of a batch are neighbours in few clips, and sampling has one; the
-    last layer is linear (there: norm and ReLU), because a code has both signs."""
+    """Mel window -> audio code z_a, by Wav2Lip's layers as in FC-TFG. width scales the channels. Differences: GroupNorm
+    in place of BatchNorm, because windows of a batch come from few clips and sampling has batches of one; no norm and
+    ReLU after the last layer, because codes have both signs."""
 
     def __init__(self, dim: int, width: float = 1.0):
         super().__init__()

@@ -1,9 +1,9 @@
 """Packs: the dataset on disk, written, read and sampled.
 
 A pack is a directory: all frames as JPEGs end to end (frames.bin), all sound as int16 at 16 kHz end to end (sound.bin),
-an index of plain arrays, and meta.json. The big files are memory-mapped: any frame of any clip is one read.
+an index of plain arrays, and meta.json. The big files are memory-mapped: reading any frame is one disk access.
 
-How frames are drawn is ours: the paper (FC-TFG, arXiv 2304.03275, section 3.5) does not say it.
+The paper (FC-TFG, arXiv 2304.03275, section 3.5) does not say how frames are drawn for training. All of that is ours.
 """
 
 import bisect
@@ -30,14 +30,14 @@ from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, to_int16, t
 
 # ----------------------------------------------------------------------------------------------------------- packs
 
-# the index: one number a clip, except jpeg_start (a frame) and box (four); *_start have one more, the end
+# The index has one number per clip, except jpeg_start (per frame) and box (four). *_start have one more, the last end.
 INDEX = dict(
     frame_start=np.int64, n_frames=np.int32, sound_start=np.int64, n_samples=np.int64, identity=np.int32,
     box=np.float32, fps=np.float32, source_start=np.int64, jpeg_start=np.int64)
 
 
 def encode_jpeg(frame: np.ndarray, size: int) -> bytes:
-    """uint8 (size, size, 3) -> a JPEG; up to 64 px colour keeps its full resolution (half is too little for lips)."""
+    """uint8 (size, size, 3) -> JPEG. Up to 64 px colour keeps its full resolution: half of it blurs the lips."""
     assert frame.shape == (size, size, 3) and frame.dtype == np.uint8, f"frame is {frame.dtype} {frame.shape}"
     file = io.BytesIO()
     Image.fromarray(frame).save(file, format="JPEG", quality=95, subsampling=0 if size <= 64 else 2)
@@ -45,102 +45,106 @@ def encode_jpeg(frame: np.ndarray, size: int) -> bytes:
 
 
 class PackWriter:
-    """Writes a pack clip by clip. meta.json is written last and makes the directory a pack. size: edge of the
-    frames in pixels. template: of faces.TEMPLATES. keep: continue an unfinished pack behind its first `keep`
-    clips, by journal.jsonl, which has a line for each clip, written after it. shard_of: the folder of which this
-    pack has a part. InputError: the folder holds a pack, cannot be written, is in use, or has another size."""
+    """Writes a pack clip by clip. meta.json is written last: without it the directory is an unfinished pack.
 
-    def __init__(self, folder: str | Path, size: int, template: str, keep: int = 0, shard_of: str | None = None):
+    size: edge of the frames in pixels. template: a name in faces.TEMPLATES. n_kept: continue an unfinished pack after
+    its first n_kept clips, as listed in journal.jsonl, which gets a line after each clip. shard_of: the folder of
+    videos, if this pack holds a part of it. InputError: the directory holds a pack, or an unfinished one of another
+    size or template; it cannot be written, or is in use."""
+
+    def __init__(self, folder: str | Path, size: int, template: str, n_kept: int = 0, shard_of: str | None = None):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
-        self.folder, self.size, self.head = Path(folder).absolute(), size, dict(size=size, template=template)
-        self.more = dict(shard_of=str(shard_of)) if shard_of else {}
+        self.folder, self.size, self.shard_of = Path(folder).absolute(), size, shard_of
+        self.header = dict(size=size, template=template)
         self.index = {name: [] for name in ("n_frames", "n_samples", "identity", "box", "fps")}
-        self.jpeg_start = array("q", [0])  # not a list: 75 million numbers are 600 MB, not 3 GB
-        self.identities, self.sources = {}, []
+        self.jpeg_start = array("q", [0])  # not a list: 75 million numbers take 600 MB here, 3 GB there
+        self.identities, self.sources = {}, []  # identities: name -> number, by first appearance
         if (self.folder / "meta.json").exists():
             raise InputError(f"{folder}: holds a pack already, name another directory")
+        names = ("frames.bin", "sound.bin", "journal.jsonl")
         with wrap_os_errors(folder, "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.open(keep)
+            self.files = self.frames, self.sound, self.journal = [open(self.folder / name, "ab") for name in names]
+            try:
+                fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.folder}: another run is writing there") from None
+            self.continue_after(n_kept)
 
-    def open(self, keep: int):
-        """Opens the three files, cut behind the first `keep` clips."""
-        self.files = {name: open(self.folder / name, "ab") for name in ("frames.bin", "sound.bin", "journal.jsonl")}
-        frames, sound, journal = self.files.values()
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder}: another run is writing there") from None
-        head = json.dumps(self.head).encode() + b"\n"
-        with open(journal.name, "rb") as file:
-            lines = list(itertools.islice(file, 1 + keep)) if keep else [head]
-        if len(lines) <= keep or lines[0] != head:
-            raise InputError(f"{self.folder}: was begun with other options, or its journal is damaged: remove it")
+    def continue_after(self, n_kept: int):
+        """Reads the first n_kept clips from the journal and cuts the three files after them."""
+        header, lines = json.dumps(self.header).encode() + b"\n", []
+        if n_kept:
+            with open(self.journal.name, "rb") as file:
+                lines = list(itertools.islice(file, 1 + n_kept))
+            if len(lines) <= n_kept or lines[0] != header:
+                raise InputError(f"{self.folder}: begun with other options, or its journal is damaged: remove it")
         for line in lines[1:]:
-            self.append(json.loads(line))
-        frames.truncate(self.jpeg_start[-1])
-        sound.truncate(2 * sum(self.index["n_samples"]))
-        journal.truncate(sum(map(len, lines)) if keep else 0)
-        journal.write(b"" if keep else head)
+            self.add_to_index(json.loads(line))
+        self.frames.truncate(self.jpeg_start[-1])
+        self.sound.truncate(2 * sum(self.index["n_samples"]))
+        self.journal.truncate(sum(map(len, lines)))
+        self.journal.write(b"" if lines else header)
 
-    def append(self, clip: dict):
-        """One line of the journal -> the index."""
-        people = self.identities  # names become numbers in the order of their appearance
+    def add_to_index(self, clip: dict):
+        """clip: one line of the journal"""
+        number = self.identities.setdefault(clip["identity"], len(self.identities))
         for name, column in self.index.items():
-            column.append(people.setdefault(clip[name], len(people)) if name == "identity" else clip[name])
+            column.append(number if name == "identity" else clip[name])
         self.sources.append(clip["source"])
         self.jpeg_start.extend(self.jpeg_start[-1] + np.cumsum(clip["jpegs"]))
 
     def add(self, frames, wav: np.ndarray, identity: str, source: str, box=None, fps: float = 25.0):
         """Adds a clip. frames: iterable of uint8 (size, size, 3), or of JPEGs by encode_jpeg. wav: (n,) at 16 kHz,
-        float in [-1, 1] or int16. identity, source: names of person and file. box: of the crop in the source."""
-        to_frames, to_sound, journal = self.files.values()
+        float in [-1, 1] or int16. identity: name of the person. source: name of the file. box: crop in the source."""
         samples = wav if wav.dtype == np.int16 else to_int16(wav)
         jpegs = (frame if isinstance(frame, bytes) else encode_jpeg(frame, self.size) for frame in frames)
-        lengths = [to_frames.write(jpeg) for jpeg in jpegs]
+        lengths = [self.frames.write(jpeg) for jpeg in jpegs]
         assert lengths, "a clip has at least one frame"
-        to_sound.write(samples.tobytes())
+        self.sound.write(samples.tobytes())
         clip = dict(n_frames=len(lengths), n_samples=len(samples), identity=identity, source=source, fps=fps,
                     box=[float(v) for v in (box or (0, 0, 0, 0))], jpegs=lengths)
-        to_frames.flush()
-        to_sound.flush()  # the clip first, then its line in the journal
-        journal.write(json.dumps(clip).encode() + b"\n")
-        journal.flush()
-        self.append(clip)
+        self.frames.flush()
+        self.sound.flush()  # before the journal: each of its lines stands for a complete clip
+        self.journal.write(json.dumps(clip).encode() + b"\n")
+        self.journal.flush()
+        self.add_to_index(clip)
 
-    def close(self):
+    def finish(self):
         """Writes the index, then meta.json."""
         assert self.sources, "a pack has at least one clip"
         names = [source.encode("utf-8", "surrogateescape") for source in self.sources]  # any file name
         (self.folder / "sources.txt").write_bytes(b"".join(names))
-        columns = dict(self.index, jpeg_start=self.jpeg_start)
-        for name, lengths in (("frame", self.index["n_frames"]), ("sound", self.index["n_samples"]),
-                              ("source", map(len, names))):
-            columns[f"{name}_start"] = np.cumsum([0, *lengths])
-        for name, kind in INDEX.items():
-            np.save(self.folder / f"{name}.npy", np.asarray(columns[name], kind))
+        lengths = dict(frame=self.index["n_frames"], sound=self.index["n_samples"], source=list(map(len, names)))
+        starts = {f"{name}_start": np.cumsum([0, *column]) for name, column in lengths.items()}
+        columns = dict(self.index, jpeg_start=self.jpeg_start, **starts)
+        for name, dtype in INDEX.items():
+            np.save(self.folder / f"{name}.npy", np.asarray(columns[name], dtype))
+        meta = dict(format=FORMAT, **self.header, identities=list(self.identities))
+        if self.shard_of:
+            meta["shard_of"] = str(self.shard_of)
         draft = self.folder / ".meta.json"
-        draft.write_text(json.dumps(dict(format=FORMAT, **self.head, identities=list(self.identities)) | self.more))
-        self.release()
+        draft.write_text(json.dumps(meta))
+        self.close_files()
         os.replace(draft, self.folder / "meta.json")
         (self.folder / "journal.jsonl").unlink()
 
-    def release(self):
-        """Stops without finishing; `keep` can continue."""
-        for file in self.files.values():
+    def close_files(self):
+        """Alone it leaves an unfinished pack, which n_kept can continue."""
+        for file in self.files:
             file.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
-        self.close() if kind is None else self.release()
+    def __exit__(self, error, *_):
+        self.close_files() if error else self.finish()
 
 
 class Pack:
-    """A pack, open for reading, memory-mapped: .size, .template, .identities (names), and for each clip c:
-    .n_frames[c], .identity[c] (its place in .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c]
-    (of the source). .packs: itself, see Packs. InputError: no pack there, or one with missing or damaged files."""
+    """A pack, open for reading: .size, .template, .identities (names of the people), and for each clip c: .n_frames[c],
+    .identity[c] (index in .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source).
+    .packs: [self], see Packs. InputError: the directory holds no pack, or one with missing or damaged files."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.packs = Path(folder).absolute(), [self]
@@ -152,20 +156,20 @@ class Pack:
             meta = json.loads((self.folder / "meta.json").read_text())
             self.size, self.template, self.identities = meta["size"], meta["template"], meta["identities"]
             self.source_folder = meta.get("shard_of", str(self.folder))  # shards of one folder share its people
-            for name in INDEX:  # np.asarray: np.memmap's own indexing is slow
+            for name in INDEX:  # np.asarray: indexing an np.memmap is slow
                 setattr(self, name, np.asarray(np.load(self.folder / f"{name}.npy", "r", allow_pickle=False)))
-            self.jpegs, self.samples = self.map("frames.bin", "u1"), self.map("sound.bin", "<i2")
-            self.names = self.map("sources.txt", "u1")
-            sizes = (len(self.jpegs), self.jpeg_start[-1]), (len(self.samples), self.sound_start[-1])
-            sizes += (len(self.jpeg_start) - 1, self.frame_start[-1]), (len(self.frame_start), len(self) + 1)
-            if meta["format"] != FORMAT or not len(self) or any(a != b for a, b in sizes):
+            self.jpegs, self.samples = self.map_file("frames.bin", "u1"), self.map_file("sound.bin", "<i2")
+            self.names = self.map_file("sources.txt", "u1")
+            if (meta["format"] != FORMAT or not len(self) or len(self.frame_start) != len(self) + 1
+                    or len(self.jpeg_start) != self.frame_start[-1] + 1
+                    or len(self.jpegs) != self.jpeg_start[-1] or len(self.samples) != self.sound_start[-1]):
                 raise ValueError("the sizes of its files disagree")
             if self.template not in TEMPLATES:
                 raise ValueError(f"its crop is '{self.template}', expected one of {sorted(TEMPLATES)}")
 
-    def map(self, name: str, kind: str) -> np.ndarray:
+    def map_file(self, name: str, dtype: str) -> np.ndarray:
         path = self.folder / name
-        return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.zeros(0, kind)
+        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
 
     def __len__(self):
         return len(self.n_frames)
@@ -174,21 +178,17 @@ class Pack:
         return open_packs, ([pack.folder for pack in self.packs],)
 
     def locate(self, c: int) -> tuple[int, int]:
-        """Clip c -> number of its pack in .packs, its number there"""
+        """Clip c -> index of its pack in .packs, number of the clip in that pack"""
         return 0, c
-
-    def at(self, c: int) -> tuple:
-        """Clip c -> its pack, its number there"""
-        i, c = self.locate(c)
-        return self.packs[i], c
 
     def frame(self, c: int, k: int) -> np.ndarray:
         """Frame k of clip c, uint8 (H, W, 3)"""
         assert 0 <= k < self.n_frames[c], f"frame {k} of clip {c}, which has {self.n_frames[c]}"
-        pack, c = self.at(c)
-        i = pack.frame_start[c] + k
+        i, c = self.locate(c)
+        pack = self.packs[i]
+        j = pack.frame_start[c] + k
         with wrap_errors(pack.folder, f"frame {k} of clip {c} is damaged"):
-            jpeg = io.BytesIO(pack.jpegs[pack.jpeg_start[i] : pack.jpeg_start[i + 1]])
+            jpeg = io.BytesIO(pack.jpegs[pack.jpeg_start[j] : pack.jpeg_start[j + 1]])
             return np.array(Image.open(jpeg, formats=("JPEG",)))
 
     def frames(self, c: int, ks) -> np.ndarray:
@@ -196,38 +196,41 @@ class Pack:
         return np.stack([self.frame(c, int(k)) for k in ks])
 
     def sound(self, c: int) -> np.ndarray:
-        """The sound of clip c, float32 (n,) in [-1, 1] at 16 kHz; frame k begins at sample 640 k"""
-        pack, c = self.at(c)
+        """Sound of clip c, float32 (n,) in [-1, 1] at 16 kHz. Frame k begins at sample 640 k."""
+        i, c = self.locate(c)
+        pack = self.packs[i]
         return pack.samples[pack.sound_start[c] : pack.sound_start[c + 1]].astype(np.float32) / 32768
 
     def windows(self, c: int, ks, voice_norm: bool = False) -> np.ndarray:
-        """Mel windows of frames ks of clip c, float32 (len(ks), 1, 80, 16); ks may lie outside the clip."""
+        """Mel windows of frames ks of clip c, float32 (len(ks), 1, 80, 16). Frames outside the clip are silent."""
         return sound_windows(self.sound(c), np.asarray(ks), voice_norm)
 
     @cached_property
     def fingerprints(self) -> torch.Tensor:
-        """int64 (clips,): see hash_sounds. Reads all sound, once."""
+        """int64 (clips,), see hash_sounds. The first access reads all sound."""
         return hash_sounds(map(self.sound, range(len(self))))
 
     def source(self, c: int) -> str:
-        """The file that clip c comes from"""
-        pack, c = self.at(c)
+        """Name of the file that clip c was cut from"""
+        i, c = self.locate(c)
+        pack = self.packs[i]
         name = pack.names[pack.source_start[c] : pack.source_start[c + 1]].tobytes()
         return name.decode("utf-8", "surrogateescape")
 
 
 def check_same_format(packs: list):
-    """InputError: packs of different sizes or templates"""
+    """InputError: the packs differ in size or template"""
+    first = packs[0]
     for pack in packs[1:]:
-        if (pack.size, pack.template) != (packs[0].size, packs[0].template):
-            raise InputError(f"{pack.folder}: {pack.size} px, template {pack.template}; {packs[0].folder} has "
-                             f"{packs[0].size} px, template {packs[0].template}")
+        if (pack.size, pack.template) != (first.size, first.template):
+            raise InputError(f"{pack.folder}: {pack.size} px, template {pack.template}; {first.folder} has "
+                             f"{first.size} px, template {first.template}")
 
 
 class Packs(Pack):
-    """Several packs, read as one: clips, frames and people are numbered on from pack to pack. People of different
-    packs are different, also if their names are equal; those of shards of one folder are not. .packs: the packs;
-    .box, .fps and the index of JPEGs are theirs alone. InputError: see check_same_format; one named twice."""
+    """Several packs that read as one. Clips, frames and people are numbered consecutively over .packs.
+    People of different packs are different people even if their names are equal, except in shards of one folder.
+    .box, .fps and .jpeg_start exist in .packs only. InputError: see check_same_format; a pack is named twice."""
 
     def __init__(self, folders):
         self.packs = packs = [Pack(folder) for folder in folders]
@@ -235,72 +238,78 @@ class Packs(Pack):
         if len({pack.folder for pack in packs}) < len(packs):
             raise InputError(f"{' '.join(map(str, folders))}: a pack is named twice")
         self.size, self.template, self.folder = packs[0].size, packs[0].template, " ".join(map(str, folders))
-        people = {}  # (folder, name) -> number
-        number = [[people.setdefault((pack.source_folder, name), len(people)) for name in pack.identities]
-                  for pack in packs]
-        self.identities = [name for _, name in people]
-        self.identity = np.concatenate([np.array(n, np.int32)[pack.identity] for n, pack in zip(number, packs)])
+        numbers, identity = {}, []  # numbers: (folder of videos, name) -> number of the person
+        for pack in packs:
+            people = [(pack.source_folder, name) for name in pack.identities]
+            own_numbers = [numbers.setdefault(person, len(numbers)) for person in people]
+            identity.append(np.array(own_numbers, np.int32)[pack.identity])
+        self.identities, self.identity = [name for _, name in numbers], np.concatenate(identity)
         self.n_frames = np.concatenate([pack.n_frames for pack in packs])
         self.frame_start = np.append(0, np.cumsum(self.n_frames, dtype=np.int64))
-        self.first = np.cumsum([0, *map(len, packs)]).tolist()  # number of each pack's first clip
+        self.first_clip = np.cumsum([0, *map(len, packs)]).tolist()  # of each pack
 
     def locate(self, c: int) -> tuple[int, int]:
-        i = bisect.bisect(self.first, c) - 1
-        return i, c - self.first[i]
+        i = bisect.bisect(self.first_clip, c) - 1
+        return i, c - self.first_clip[i]
 
 
 def open_packs(folders) -> Pack:
-    """--data: a folder, or a list of one or more -> a Pack. Raises InputError: see Pack and Packs."""
+    """A folder, or a list of one or more (--data) -> Pack. InputError: see Pack and Packs."""
     folders = [folders] if isinstance(folders, str | Path) else folders
     return Pack(folders[0]) if len(folders) == 1 else Packs(folders)
 
 
 def cut_sound(wav: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """The samples of frames begin .. end-1, silence outside the sound."""
+    """Samples of frames begin .. end - 1. Outside the sound they are zero."""
     begin, end = begin * SAMPLES_PER_FRAME, end * SAMPLES_PER_FRAME
-    before, after = max(0, -begin), max(0, end - max(begin, len(wav)))
-    return np.pad(wav[max(0, begin) : max(0, end)], (before, min(after, end - begin)))
+    inside, before = wav[max(0, begin) : max(0, end)], min(max(0, -begin), end - begin)
+    return np.pad(inside, (before, end - begin - before - len(inside)))
 
 
-# ----------------------------------------------------- the held-out clips: one rule for everything that is trained
+# -------------------------------------------------------- held-out clips: one rule for everything that is trained
 
 PART_PURPOSES = dict(train="train on", valid="validate on", test="test on")
-MIN_PEOPLE = 10  # ours: in packs of fewer people single clips are held out, not people
-MOST_DRAWN = 2**24  # numbers of balance_people: 128 MB
+MIN_PEOPLE = 10  # ours: a pack with fewer people has single clips held out, not people
+MAX_BALANCED = 2**24  # clip numbers that balance_people returns at most: 128 MB
 
 
 def add_split_options(p: Parser):
-    """The options that `split` and `balance_people` read"""
-    p.add_argument("--by-person", action="store_true", help="train on every person as often, not on every clip of --data")
-    for part, use in PART_PURPOSES.items():
-        text = f"list of clips or people of --data to {use}, one name a line; default: every tenth is held out"
+    """Options that `split` and `balance_people` read"""
+    p.add_argument("--by-person", action="store_true", help="draw all people of --data equally often, not all clips")
+    for part, purpose in PART_PURPOSES.items():
+        text = f"list of clips or people of --data to {purpose}, one name per line; default: every tenth is held out"
         p.add_argument(f"--{part}", metavar="FILE", help=text)
 
 
 def split(pack: Pack, args=None) -> dict:
-    """-> dict(train, valid, test) of clip numbers, each clip in one part at most; test may be empty.
+    """-> dict(train, valid, test) of clip numbers. Each clip is in at most one part. test may be empty.
 
-    Every tenth person is held out, or every tenth clip where there are fewer than MIN_PEOPLE people; of fewer than
-    twenty the last two. They go by turns to valid, which chooses the checkpoint, and to test. args: has data and
-    the lists of add_split_options, which replace the rule; beside a train list all else is held out. Without data (the
-    toy world) all clips are in all parts. InputError: see read_clip_list; a clip in two lists; too few clips."""
-    lists = {part: path for part in PART_PURPOSES if (path := getattr(args, part, None))}
+    Every tenth person is held out, or every tenth clip if there are fewer than MIN_PEOPLE people. Of fewer than twenty
+    the last two are held out. They alternate between valid, which selects the checkpoint, and test. args: data and the
+    options of add_split_options. A list replaces the rule for its part. With a list for training, all other clips are
+    held out. Without data (the toy world) each part has all clips. InputError: see read_clip_list; a clip is in two
+    lists; a part has no clips."""
+    lists = {part: getattr(args, part) for part in PART_PURPOSES if getattr(args, part, None)}
     if args is not None and not args.data:
         if lists:
             raise InputError(f"--{next(iter(lists))} lists clips of --data, which is not given")
         return dict.fromkeys(PART_PURPOSES, np.arange(len(pack)))
     parts = {part: read_clip_list(pack, path) for part, path in lists.items()}
-    taken, count = np.unique(np.concatenate([np.zeros(0, int), *parts.values()]), return_counts=True)
+    listed, count = np.unique(np.concatenate([np.zeros(0, int), *parts.values()]), return_counts=True)
     if (count > 1).any():
-        raise InputError(f"{', '.join(lists.values())}: {pack.source(taken[count > 1][0])} is in two of them")
-    free = np.setdiff1d(np.arange(len(pack)), taken)
-    unit = np.asarray(pack.identity) if len(pack.identities) >= MIN_PEOPLE else np.arange(len(pack))  # held out whole
-    units, left = np.unique(unit[free]), [part for part in ("valid", "test") if part not in parts]
-    held = units if "train" in parts else units[9::10]
-    if len(held) < len(left) and "train" not in parts:
-        held = units[1:][-len(left) :]
-    parts |= {part: free[np.isin(unit[free], held[k :: len(left)])] for k, part in enumerate(left)}
-    parts.setdefault("train", np.setdiff1d(free, np.concatenate(list(parts.values()))))
+        raise InputError(f"{', '.join(lists.values())}: {pack.source(listed[count > 1][0])} is in two of them")
+    unlisted = np.setdiff1d(np.arange(len(pack)), listed)
+    # held out as a whole: all clips of a person, or one clip
+    unit_of_clip = np.asarray(pack.identity) if len(pack.identities) >= MIN_PEOPLE else np.arange(len(pack))
+    units = np.unique(unit_of_clip[unlisted])
+    unlisted_parts = [part for part in ("valid", "test") if part not in lists]
+    held_out = units if "train" in lists else units[9::10]
+    if len(held_out) < len(unlisted_parts) and "train" not in lists:
+        held_out = units[1:][-len(unlisted_parts) :]
+    for k, part in enumerate(unlisted_parts):
+        parts[part] = unlisted[np.isin(unit_of_clip[unlisted], held_out[k :: len(unlisted_parts)])]
+    if "train" not in lists:
+        parts["train"] = np.setdiff1d(unlisted, np.concatenate(list(parts.values())))
     for part in ("train", "valid"):
         if not len(parts[part]):
             raise InputError(f"{pack.folder}: {len(pack)} clips leave none to {PART_PURPOSES[part]}")
@@ -308,49 +317,49 @@ def split(pack: Pack, args=None) -> dict:
 
 
 def balance_people(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
-    """Clips to train on -> numbers of which each is to be drawn alike. With --by-person clips of the people who have few
-    are repeated, person by person in turn (of people who have very many, the last are left out)."""
+    """Training clips -> clip numbers that are drawn with equal probability. With --by-person people take turns and
+    clips of people who have few are repeated. Beyond MAX_BALANCED the last clips of people who have many are lost."""
     if not getattr(args, "by_person", False):
         return clips
     if not args.data:
         raise InputError("--by-person chooses clips of --data, which is not given")
     identity = pack.identity[clips]
     people, count = np.unique(identity, return_counts=True)
-    own = np.split(clips[np.argsort(identity, kind="stable")], np.cumsum(count)[:-1])  # the clips of each person
-    rows = min(count.max(), -(-MOST_DRAWN // len(people)))
-    return np.stack([np.resize(c, rows) for c in own], 1).ravel()  # (rows * people,)
+    clips_by_person = np.split(clips[np.argsort(identity, kind="stable")], np.cumsum(count)[:-1])
+    clips_each = min(count.max(), -(-MAX_BALANCED // len(people)))
+    return np.stack([np.resize(c, clips_each) for c in clips_by_person], 1).ravel()  # (clips_each * people,)
 
 
 def read_clip_list(pack: Pack, path: str | Path) -> np.ndarray:
-    """Numbers of the clips in a list. A line is a person, or the end of a file's path, with or without its suffix.
-    InputError: a name that fits no clip, or several files"""
-    lines = check_file(path).read_text(errors="replace").splitlines()
-    found = {name: {} for line in lines if (name := line.strip())}  # name -> {clip: its file}
+    """Numbers of the clips in a list. Each line is the name of a person, or the end of a file's path, with or without
+    its suffix. InputError: a name fits no clip, or several files"""
+    lines = [line.strip() for line in check_file(path).read_text(errors="replace").splitlines()]
+    matches = {name: {} for name in lines if name}  # name -> {clip: its file}
     for c in range(len(pack)):
         source = pack.source(c)
-        file = source.rpartition("#")[0] or source  # of a video: without "#first frame of the clip"
+        file = source.rpartition("#")[0] or source  # the source of a video's clip ends in #first frame
         names = {pack.identities[pack.identity[c]]}
-        for whole in (Path(source), Path(file), Path(file).with_suffix("")):
-            names |= {"/".join(whole.parts[k:]) for k in range(len(whole.parts))} | {str(whole)}
-        for name in names & found.keys():
-            found[name][c] = file
-    for name, files in found.items():
+        for form in (Path(source), Path(file), Path(file).with_suffix("")):
+            names |= {"/".join(form.parts[k:]) for k in range(len(form.parts))} | {str(form)}
+        for name in names & matches.keys():
+            matches[name][c] = file
+    for name, files in matches.items():
         if not files:
             raise InputError(f"{path}: '{name}' fits no clip and no person of {pack.folder}")
         if len(set(files.values())) > 1 and name not in pack.identities:
             raise InputError(f"{path}: '{name}' is the name of several files, write more of the path")
-    return np.array(sorted({c for files in found.values() for c in files}), int)
+    return np.array(sorted({c for files in matches.values() for c in files}), int)
 
 
 def hash_sounds(sounds) -> torch.Tensor:
-    """Sounds of clips (n,) -> int64 hashes, which identify a clip in any pack and at any size of picture"""
+    """Sounds of clips, each (n,) -> int64 hashes. They identify a clip in any pack and at any size of frames."""
     digests = (hashlib.blake2b(to_int16(wav).tobytes(), digest_size=8).digest() for wav in sounds)
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
 
 
 def find_used_clips(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
-    """-> dict(train, valid): numbers of a pack's clips that trained and that chose a checkpoint, by fingerprints.
-    A file without them counts as trained on this pack by the rule of `split`."""
+    """-> dict(train, valid): clips of the pack that trained a checkpoint and that selected it, by their fingerprints.
+    A checkpoint without fingerprints counts as trained on this pack by the rule of `split`."""
     used, parts = checkpoint.get("clips"), ("train", "valid")
     if isinstance(used, dict) and all(torch.is_tensor(used.get(part)) for part in parts):
         return {part: np.flatnonzero(torch.isin(pack.fingerprints, used[part]).numpy()) for part in parts}
@@ -358,57 +367,59 @@ def find_used_clips(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
     return {part: split(pack)[part] for part in parts}
 
 
-# --------- endless datasets: item n depends on (seed, n) alone, in any process, so a resumed run continues exactly
+# --------------------------- endless datasets: item n is a function of the seed and n, so a resumed run is exact
 
 class Clips(Dataset):
-    """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then windows within the clip.
+    """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then a window within the clip.
 
-    clips: numbers of the clips to draw from, default all; photos are left out. A clip shorter than T repeats its
-    last frame. flip: half of the items are mirrored. context: mel windows beyond the frames on each side.
-    voice_norm: of mel, see audio.py. mfcc: for SyncNet v2. With either, sync_sound is a sync expert's sound of the
-    middle frame: (13, 20), or a plain (1, 80, 16)."""
+    clips: numbers of the clips to draw from, default all; photos among them are skipped. A clip shorter than T repeats
+    its last frame. flip: mirror half of the items. context: mel windows beyond the frames on each side. voice_norm:
+    see audio.normalise_voice. sync_sound: "mel" or "mfcc" adds the sound of the middle frame as a sync expert reads
+    it, a plain mel window (1, 80, 16) or, for SyncNet v2, MFCC (13, 20)."""
 
     def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None,
-                 voice_norm: bool = False, mfcc: bool = False):
+                 voice_norm: bool = False, sync_sound: str | None = None):
         self.pack, self.T, self.seed, self.flip, self.context = pack, T, seed, flip, context
-        self.voice_norm, self.mfcc = voice_norm, mfcc
+        self.voice_norm, self.sync_sound = voice_norm, sync_sound
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         self.clips = clips[pack.n_frames[clips] > 1]
         if not len(self.clips):
             raise InputError(f"{pack.folder}: holds photos only, windows are drawn from videos")
 
     def __getitem__(self, n: int) -> dict:
-        """-> source (3, H, W), driving (T, 3, H, W) in [-1, 1], mel (T + 2 context, 1, 80, 16), identity, clip,
-        frames (T,). The source is any frame of the clip except the driving ones (unless there is no other)."""
+        """-> source (3, H, W) and driving (T, 3, H, W) in [-1, 1], mel (T + 2 context, 1, 80, 16), identity, clip,
+        frames (T,). The source is any frame of the clip that is not a driving frame, if there is one."""
         rng = np.random.default_rng([self.seed, n, self.T])
         c = int(self.clips[rng.integers(len(self.clips))])
         length = int(self.pack.n_frames[c])
         first = int(rng.integers(max(1, length - self.T + 1)))
         driving = np.arange(first, first + self.T).clip(max=length - 1)
-        others = np.setdiff1d(np.arange(length), driving)
-        source = rng.choice(others) if len(others) else first
+        other_frames = np.setdiff1d(np.arange(length), driving)
+        source = rng.choice(other_frames) if len(other_frames) else first
         frames = self.pack.frames(c, [source, *driving])
         images = to_flipped_tensor(frames, self.flip and rng.random() < 0.5)  # (1 + T, 3, H, W)
-        mel = self.pack.windows(c, np.arange(first - self.context, first + self.T + self.context), self.voice_norm)
-        item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel),
-                    identity=int(self.pack.identity[c]), clip=c, frames=torch.from_numpy(driving))
+        mel_frames = np.arange(first - self.context, first + self.T + self.context)
+        item = dict(source=images[0], driving=images[1:], frames=torch.from_numpy(driving), clip=c,
+                    identity=int(self.pack.identity[c]),
+                    mel=torch.from_numpy(self.pack.windows(c, mel_frames, self.voice_norm)))
         middle = first + (self.T - 1) // 2
-        if self.mfcc:  # five frames; four steps a frame, from a frame earlier on: pre-emphasis looks back
+        if self.sync_sound == "mel":
+            item["sync_sound"] = torch.from_numpy(self.pack.windows(c, [middle])[0])
+        elif self.sync_sound == "mfcc":
+            # five frames of four steps each; one more frame on each side, as pre-emphasis needs the sample before
             wav = cut_sound(self.pack.sound(c), middle - 3, middle + 4)
             item["sync_sound"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()
-        elif self.voice_norm:
-            item["sync_sound"] = torch.from_numpy(self.pack.windows(c, [middle])[0])
         return item
 
 
 def to_flipped_tensor(images: np.ndarray, flip: bool) -> torch.Tensor:
-    """uint8 (.., H, W, 3) -> float (.., 3, H, W) in [-1, 1], mirrored or not"""
+    """uint8 (.., H, W, 3) -> float (.., 3, H, W) in [-1, 1], mirrored if flip"""
     return to_tensor(np.ascontiguousarray(images[..., ::-1, :]) if flip else images)
 
 
 class Frames(Dataset):
-    """Single images for stages 1 and 2: a person uniformly, then one of their clips, then a frame. Item: image (3,
-    H, W) in [-1, 1], identity. clips: numbers of the clips to draw from, default all."""
+    """Single images for stages 1 and 2: a person is drawn uniformly, then one of their clips, then a frame of it.
+    Item: image (3, H, W) in [-1, 1], identity. clips: numbers of the clips to draw from, default all."""
 
     def __init__(self, pack: Pack, seed: int, flip: bool = True, clips=None):
         self.pack, self.seed, self.flip = pack, seed, flip
@@ -416,29 +427,31 @@ class Frames(Dataset):
         identity = np.asarray(pack.identity)[clips]
         self.order = clips[np.argsort(identity, kind="stable")]  # clips, person by person
         self.people, count = np.unique(identity, return_counts=True)
-        self.first = np.cumsum([0, *count])
+        self.first = np.cumsum([0, *count])  # of each person in .order
 
     def __getitem__(self, n: int) -> dict:
         rng = np.random.default_rng([self.seed, n])
         person = int(rng.integers(len(self.people)))
         c = int(self.order[rng.integers(self.first[person], self.first[person + 1])])
-        image = self.pack.frame(c, int(rng.integers(self.pack.n_frames[c])))
-        return dict(image=to_flipped_tensor(image, self.flip and rng.random() < 0.5), identity=int(self.people[person]))
+        frame = self.pack.frame(c, int(rng.integers(self.pack.n_frames[c])))
+        return dict(image=to_flipped_tensor(frame, self.flip and rng.random() < 0.5),
+                    identity=int(self.people[person]))
 
 
 class Mixed(Dataset):
-    """Items of two datasets, `share` of them from the second: frames of clips, and photos."""
+    """Items of two datasets, frames of clips and photos. share: of the second dataset."""
 
     def __init__(self, first: Dataset, second: Dataset, share: float, seed: int):
         self.datasets, self.share, self.seed = (first, second), share, seed
 
     def __getitem__(self, n: int) -> dict:
-        return self.datasets[int(np.random.default_rng([self.seed, n, 2]).random() < self.share)][n]
+        from_second = np.random.default_rng([self.seed, n, 2]).random() < self.share
+        return self.datasets[int(from_second)][n]
 
 
 def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1):
-    """Endless iterator of collated batches, from step start_step on. Process `rank` takes every world-th item."""
+    """Endless iterator of collated batches from step start_step on. Process `rank` gets every world-th item."""
     numbers = itertools.count(start_step * batch * world + rank, world)
-    generator = torch.Generator()  # its own: the loader's draw for its workers must not change a run's
-    ahead = dict(prefetch_factor=4, pin_memory=torch.cuda.is_available()) if workers else {}
-    yield from DataLoader(dataset, batch, sampler=numbers, num_workers=workers, generator=generator, **ahead)
+    generator = torch.Generator()  # a separate one: the loader's seeds for workers must not change a run's draws
+    options = dict(prefetch_factor=4, pin_memory=torch.cuda.is_available()) if workers else {}
+    yield from DataLoader(dataset, batch, sampler=numbers, num_workers=workers, generator=generator, **options)

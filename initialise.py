@@ -99,8 +99,9 @@ def load_batches(args, data, config, mfcc: bool, start: int):
 
     if args.stage < 3:
         yield from load(data["images"], args.batch, start)
-    windows, singles = (stage3_clips(data["pack"], T, config, args.seed + T, clips=data["clips"], mfcc=mfcc)
-                        for T in (SYNC_FRAMES, 1))
+    windows = stage3_clips(data["pack"], SYNC_FRAMES, config, args.seed + SYNC_FRAMES, clips=data["clips"],
+                           sync_sound="mfcc" if mfcc else "mel")
+    singles = stage3_clips(data["pack"], 1, config, args.seed + 1, clips=data["clips"])
     turns, parts = 2 if args.w["sync"] else 1, 2 if args.photos and config.mouth_dim else 1
     windows = load(windows, args.batch // SYNC_FRAMES, (start + 1) // 2)
     singles = load(singles, args.batch // parts, start // turns)

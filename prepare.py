@@ -1,13 +1,13 @@
 """Videos and photos -> packs.
 
-    python prepare.py videos/ out/pack --size 128    # any folder of videos -> a pack; 335 frames a second on 2 cores
-                                                     # out/pack/manifest.jsonl: what became of every file
-                                                     # out/pack/sheet.png: a frame of each clip, to look at
-    python prepare.py photos/ out/photos --size 128  # a folder of photos; 30 a second a core
-    python prepare.py videos/ out/packs --shard 0/8  # every 8th file: a pack, out/packs/0-of-8, on one of 8 machines
+    python prepare.py videos/ out/pack --size 128    # any folder of videos -> a pack; 335 frames/s on 2 cores
+                                                     # out/pack/manifest.jsonl: the outcome for every file
+                                                     # out/pack/sheet.png: one frame of each clip, to look at
+    python prepare.py photos/ out/photos --size 128  # a folder of photos; 30 photos/s per core
+    python prepare.py videos/ out/packs --shard 0/8  # every 8th file: the pack out/packs/0-of-8, on one of 8 machines
     python prepare.py videos/ --census               # sizes, frame rates and lengths; nothing is written
 
-Several processes read the files, one writes the results in their order.
+Several processes read the files. One process writes the results in the order of the files.
 """
 
 import bisect
@@ -36,54 +36,57 @@ from media import (
     InputError, Parser, load_audio, load_photo, normalise_loudness, parallel_map, probe, read_video, run, to_int16,
     wrap_os_errors)
 from report import image_grid, markdown_table
-from syncnet import WINDOW_FRAMES, best_offset, embed_clip, load_sync, logits_by_shift
+from syncnet import best_offset, embed_clip, load_sync, logits_by_shift
 
-sync_expert = lru_cache(1)(load_sync)  # loaded once a process
+sync_expert = lru_cache(1)(load_sync)  # loaded once per process
 
-MAX_CROP_ERROR = 0.12  # of the crop, ours: a square photo whose face is this near to the template's is used whole
+MAX_CROP_ERROR = 0.12  # share of the crop, ours: a square photo whose face box is this close to its edges is used whole
 OFFSET_TOLERANCE = 1  # frame, ours: the error of a sync expert on a clip of three seconds
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
-                  ".heic", ".heif")  # the last two so that the manifest says what is wrong with them
+                  ".heic", ".heif")  # the last two cannot be read; the manifest then gives the reason
 
 
 def prepare_video(path: Path, size: int, template: str, expert: Path | None = None, isolate: bool = False,
                   lag: int = 0):
-    """One video, decoded once -> (segment, JPEGs, int16 samples) in order. segment is a dict for the manifest:
-    begin and number of frames, outcome, reason; a skipped one has no JPEGs. lag: by how many frames its sound is
-    late. InputError: not a video, no sound, damaged (only pictures that break off leave what came before)."""
+    """Decodes a video once. Yields (segment, JPEGs, int16 samples) in order.
+
+    segment: dict for the manifest with begin, frames (their number), outcome and reason. A skipped segment has no
+    JPEGs. lag: frames by which the sound is late. InputError: not a video, no sound, damaged sound. If only the
+    pictures break off, the segments before that are kept."""
     info, wav = probe(path), load_audio(path)
-    wav = normalise_loudness(isolate_voice(wav)) if isolate else wav  # again: what was taken out is not speech
-    wav = cut_sound(wav, lag, lag + n_frames(len(wav))) if lag else wav
-    height, total, at = min(info.height, MAX_HEIGHT), n_frames(len(wav)), 0
-    length = -(-total // -(-total // MAX_CLIP_FRAMES))  # as even as can be: no rest of a few frames
+    if isolate:
+        wav = normalise_loudness(isolate_voice(wav))  # load_audio has set the level of voice and music together
+    if lag:
+        wav = cut_sound(wav, lag, lag + n_frames(len(wav)))
+    height, total, first = min(info.height, MAX_HEIGHT), n_frames(len(wav)), 0
+    length = math.ceil(total / math.ceil(total / MAX_CLIP_FRAMES))  # equal lengths: no remainder of a few frames
     stream = read_video(path, height=height)
-    while frames := list(islice(stream, min(length, total - at))):
+    while frames := list(islice(stream, min(length, total - first))):
         for begin, end, box, reason in find_clips(frames, template):
-            segment = dict(begin=at + begin, frames=end - begin, outcome="skipped", reason=reason)
+            segment = dict(begin=first + begin, frames=end - begin, outcome="skipped", reason=reason)
             jpegs, samples = [], None
             if box is not None:
-                crops, late = [crop_face(frame, box, size) for frame in frames[begin:end]], 0
+                crops, offset = [crop_face(frame, box, size) for frame in frames[begin:end]], 0
                 if expert:
-                    late = sound_delay(expert, crops, template, cut_sound(wav, at + begin, at + end), segment)
+                    offset = sound_offset(expert, crops, template, cut_sound(wav, first + begin, first + end), segment)
                 if not segment["reason"]:
                     jpegs = [encode_jpeg(crop, size) for crop in crops]
-                    samples = to_int16(cut_sound(wav, at + begin + late, at + end + late))
+                    samples = to_int16(cut_sound(wav, first + begin + offset, first + end + offset))
                     box = [round(v * info.height / height, 2) for v in box]
                     segment |= dict(outcome="packed", box=box, fps=info.fps)
             yield segment, jpegs, samples
-        at += len(frames)
-    if at < total - 1:  # the sound is longer than the pictures
-        yield dict(begin=at, frames=total - at, outcome="skipped", reason="sound without picture"), [], None
+        first += len(frames)
+    if first < total - 1:  # the sound is longer than the pictures
+        yield dict(begin=first, frames=total - first, outcome="skipped", reason="sound without picture"), [], None
 
 
-def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
-    """By how many frames a clip's sound is late, by the sync expert in the file `path`; 0 within its tolerance.
-    Adds that to the segment, and a reason to skip it where mouth and sound fit at no offset."""
+def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
+    """Number of frames by which a clip's sound is late, according to the sync expert in the file `path`; 0 within its
+    tolerance. Adds the measurement to the segment, and a reason to skip it if mouth and sound fit at no offset."""
     expert, size = sync_expert(path, "cpu"), len(crops[0])
     x, y, side = (size * v for v in square_in_crop(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
         crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
-    assert len(crops) >= WINDOW_FRAMES, "a clip is longer than a window"
     late, confidence, fit = best_offset(logits_by_shift(expert.logits, *embed_clip(expert, crops, log_mel(wav), "cpu")))
     segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
     if fit <= 0:
@@ -92,8 +95,9 @@ def sound_delay(path: Path, crops: list[np.ndarray], template: str, wav: np.ndar
 
 
 def prepare_photo(path: Path, size: int, template: str, **_):
-    """prepare_video for a photo: one frame without sound, around its largest face; the whole of a square photo
-    that is cropped so. InputError: not a picture, no upright face, or one cut off by the picture's edge"""
+    """Yields what prepare_video does, for a photo: one frame without sound, around the largest face. A square photo
+    that is already cropped to the template is used whole. InputError: not a picture; no upright face; the edge of the
+    picture cuts the face off"""
     image = load_photo(path)
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
@@ -109,21 +113,24 @@ def prepare_photo(path: Path, size: int, template: str, **_):
 
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
-    """The files below a folder by name, without those in `out`"""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
+    """All files below a folder, sorted, without those below `out`"""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if not (out and out.absolute() in path.absolute().parents)]
 
 
 def read_file(job: tuple[Path, Path], folder: Path, read) -> dict:
-    """A file and its spool, in any process -> its line of the manifest. read: prepare_video or prepare_photo. A
-    packed segment also has the lengths of its JPEGs and the number of its samples. Their bytes, all JPEGs of a
-    clip, then its samples, are in the spool: memory does not grow with a video's length."""
-    path, line = job[0], dict(path=str(job[0].relative_to(folder)), segments=[])
-    with open(job[1], "wb") as spool:
+    """job: a file, and a new spool file for its clips -> line of the manifest. Runs in any process.
+
+    read: prepare_video or prepare_photo. The spool gets the JPEGs and the samples of each packed segment, whose lengths
+    are added to the segment. So memory does not grow with the length of a video."""
+    path, spool = job
+    line = dict(path=str(path.relative_to(folder)), segments=[])
+    with open(spool, "wb") as file:
         try:
             for segment, jpegs, samples in read(path):
                 if jpegs:
-                    segment |= dict(jpegs=list(map(spool.write, jpegs)), n_samples=len(samples))
-                    spool.write(samples.tobytes())
+                    segment |= dict(jpegs=list(map(file.write, jpegs)), n_samples=len(samples))
+                    file.write(samples.tobytes())
                 line["segments"].append(segment)
         except InputError as error:
             line["reason"] = str(error)
@@ -132,10 +139,10 @@ def read_file(job: tuple[Path, Path], folder: Path, read) -> dict:
     return line
 
 
-def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, log, person: str | None, photo: bool):
-    """The clips of a file that was read -> the pack, then its line -> the manifest; the spool is deleted."""
+def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, manifest, person: str | None, photo: bool):
+    """Moves the clips of a file from its spool into the pack and writes its line of the manifest."""
     parts = Path(line["path"]).parts
-    identity = person or (parts[0] if len(parts) > 1 else path.stem)  # the folder, or the file by itself
+    identity = person or (parts[0] if len(parts) > 1 else path.stem)  # the folder, else the name of the file
     with open(spool, "rb") as content:
         for segment in line["segments"]:
             if segment["outcome"] == "packed":
@@ -143,92 +150,94 @@ def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, log, perso
                 samples = np.frombuffer(content.read(2 * segment.pop("n_samples")), "<i2")
                 source = str(path) if photo else f"{path}#{segment['begin']}"
                 pack.add(jpegs, samples, identity, source, segment["box"], segment["fps"])
-    log.write(json.dumps(line).encode() + b"\n")
-    log.flush()
+    manifest.write(json.dumps(line).encode() + b"\n")
+    manifest.flush()
     spool.unlink()
 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
             shard: tuple[int, int] = (0, 1), template: str = "face", **options) -> list[dict]:
-    """All files below `folder`, videos or photos -> a pack at `out`, the same for any number of workers. Returns
-    the lines of out/manifest.jsonl, one a file; a killed run continues after the last of them.
+    """All files below `folder`, videos or photos -> a pack in `out`. It does not depend on the number of workers.
+    Returns the lines of out/manifest.jsonl, one per file. A killed run continues after the last of them.
 
-    person: the identity of all files; None: each folder in `folder` is one. shard: (i, n), file i and every n-th
-    after it, into a pack whose people are those of the other shards (data.Packs). options: see prepare_video.
-    InputError: no detector; not one clip; `out` cannot be written or holds a pack."""
+    person: identity of all files; None: each folder in `folder` is one person. shard: (i, n), every n-th file from
+    file i on; all n packs share their people, see data.Packs. options: of prepare_video. InputError: no detector; not
+    one clip; `out` cannot be written or holds a pack."""
     require_detectors()
-    manifest = out / "manifest.jsonl"
-    lines = complete_lines(manifest) if manifest.exists() else []
+    path = out / "manifest.jsonl"
+    lines = complete_lines(path) if path.exists() else []
     outcomes = [json.loads(line) for line in lines]
-    packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
+    n_packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
     shard_of = folder.absolute() if shard[1] > 1 else None
-    with PackWriter(out, size, template, packed, shard_of) as pack, open(manifest, "ab") as log:
-        log.truncate(sum(map(len, lines)))
-        for left in out.glob(".spool-*"):  # a killed run's; PackWriter holds the lock of this folder
-            shutil.rmtree(left)
+    with PackWriter(out, size, template, n_packed, shard_of) as pack, open(path, "ab") as manifest:
+        manifest.truncate(sum(map(len, lines)))
+        for spools in out.glob(".spool-*"):  # of a killed run: PackWriter holds the lock of this folder
+            shutil.rmtree(spools)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
-            paths, (i, n) = list_files(folder, out.parent if shard_of else out), shard
-            photos = 2 * sum(path.suffix.lower() in PHOTO_SUFFIXES for path in paths) > len(paths)  # more than half
+            files = list_files(folder, out.parent if shard_of else out)
+            photos = 2 * sum(file.suffix.lower() in PHOTO_SUFFIXES for file in files) > len(files)  # more than half
             read = partial(prepare_photo if photos else prepare_video, size=size, template=template, **options)
-            done = {folder / outcome["path"] for outcome in outcomes}
-            jobs = [(path, Path(spools) / str(k)) for k, path in enumerate(paths[i::n]) if path not in done]
+            finished = {folder / outcome["path"] for outcome in outcomes}
+            files = [file for file in files[shard[0] :: shard[1]] if file not in finished]
+            jobs = [(file, Path(spools) / str(k)) for k, file in enumerate(files)]
             results = parallel_map(partial(read_file, folder=folder, read=read), jobs, workers)
             for line, job in zip(tqdm(results, "files", len(jobs), disable=None), jobs):
-                write_file(*job, line, pack, log, person, photos)
+                write_file(*job, line, pack, manifest, person, photos)
                 outcomes.append(line)
         if not pack.sources:
-            raise InputError(f"{folder}: no clip in {len(outcomes)} files, {manifest} says why")
+            raise InputError(f"{folder}: no clip in {len(outcomes)} files, see {path} for the reasons")
     return outcomes
 
 
 def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
-    """The middle frame of up to columns x rows clips, evenly chosen, each below its name"""
-    chosen = np.unique(np.linspace(0, len(pack) - 1, columns * rows).round().astype(int))
-    lines = [chosen[i : i + columns] for i in range(0, len(chosen), columns)]
-    frames = [[pack.frame(c, pack.n_frames[c] // 2) for c in line] for line in lines]
-    return image_grid(frames, [[pack.source(c) for c in line] for line in lines], max(96, pack.size))
+    """The middle frames of up to columns x rows evenly spaced clips, with their names"""
+    clips = np.unique(np.linspace(0, len(pack) - 1, columns * rows).round().astype(int))
+    grid = [clips[i : i + columns] for i in range(0, len(clips), columns)]
+    frames = [[pack.frame(c, pack.n_frames[c] // 2) for c in row] for row in grid]
+    return image_grid(frames, [[pack.source(c) for c in row] for row in grid], max(96, pack.size))
 
 
 def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
-    """Prints how many frames and files were used, the offsets of the sound, and the speed."""
-    found = [segment for outcome in outcomes for segment in outcome["segments"]]
-    used = sum(any(s["outcome"] == "packed" for s in outcome["segments"]) for outcome in outcomes)
-    frames, kept = sum(segment["frames"] for segment in found), int(pack.frame_start[-1])
-    print(f"{out}: {len(pack)} clips, {len(pack.identities)} people, {kept} frames, {100 * kept / frames:.1f} % of "
-          f"{frames} in {len(outcomes)} files, {used} of them used; why not the others: {out}/manifest.jsonl")
-    late = np.array([segment["late"] for segment in found if "late" in segment])
-    if len(late):
-        print(f"sound late by {np.median(late):+.0f} frames at the median; by more than {OFFSET_TOLERANCE}, so moved, in "
-              f"{np.mean(np.abs(late) > OFFSET_TOLERANCE):.0%} of {len(late)} clips")
-    print(f"{seconds:.0f} s, {frames / seconds:.0f} frames a second; look at {out}/sheet.png")
+    """Prints the share of frames and files that were used, the offsets of the sound, and the speed."""
+    segments = [segment for outcome in outcomes for segment in outcome["segments"]]
+    used = sum(any(segment["outcome"] == "packed" for segment in outcome["segments"]) for outcome in outcomes)
+    total, packed = sum(segment["frames"] for segment in segments), int(pack.frame_start[-1])
+    print(f"{out}: {len(pack)} clips, {len(pack.identities)} people, {packed} frames, {100 * packed / total:.1f} % of "
+          f"{total} in {len(outcomes)} files, {used} of them used; {out}/manifest.jsonl has the reasons for the others")
+    offsets = np.array([segment["late"] for segment in segments if "late" in segment])
+    if len(offsets):
+        print(f"sound late by {np.median(offsets):+.0f} frames at the median; moved in "
+              f"{np.mean(np.abs(offsets) > OFFSET_TOLERANCE):.0%} of {len(offsets)} clips, where it was off by more than "
+              f"{OFFSET_TOLERANCE}")
+    print(f"{seconds:.0f} s, {total / seconds:.0f} frames/s; look at {out}/sheet.png")
 
 
-LENGTHS = (0, 1, 2, 3, 5, 10, 20, 60, 600, math.inf)  # seconds: rows of the census
+CENSUS_SECONDS = (0, 1, 2, 3, 5, 10, 20, 60, 600, math.inf)  # the census counts lengths between these
 
 
 def census(paths: list[Path], workers: int):
-    """Prints how many videos, which share of the files and how many seconds have which size, rate and length"""
-    def look(path):
+    """Prints a table: for each size, frame rate and length, the number of videos, their share and their seconds."""
+    def describe(path):
         try:
             info = probe(path)
         except InputError:
             return ["not a video"], 0.0
-        longer = bisect.bisect(LENGTHS, info.seconds)
-        length = f"length {LENGTHS[longer - 1]} to {LENGTHS[longer]} s"
+        i = bisect.bisect(CENSUS_SECONDS, info.seconds)
+        length = f"length {CENSUS_SECONDS[i - 1]} to {CENSUS_SECONDS[i]} s"
         return [f"size {info.width}x{info.height}", f"rate {info.fps:g} frames/s", length], info.seconds
 
-    found = {}  # a size, rate or length -> seconds of each video
+    seconds_of = {}  # size, rate or length -> seconds of each video
     with ThreadPool(workers) as pool:
-        for values, seconds in tqdm(pool.imap(look, paths), "files", len(paths), disable=None):
-            for value in values:
-                found.setdefault(value, []).append(seconds)
-    rows = sorted(found.items(), key=lambda row: (row[0].split()[0], -len(row[1])))
-    print(markdown_table({value: dict(files=str(len(seconds)), share=f"{len(seconds) / len(paths):.1%}",
-                                seconds=f"{sum(seconds):.0f}") for value, seconds in rows}))
+        for labels, seconds in tqdm(pool.imap(describe, paths), "files", len(paths), disable=None):
+            for label in labels:
+                seconds_of.setdefault(label, []).append(seconds)
+    rows = sorted(seconds_of.items(), key=lambda row: (row[0].split()[0], -len(row[1])))
+    print(markdown_table({label: dict(files=str(len(seconds)), share=f"{len(seconds) / len(paths):.1%}",
+                                      seconds=f"{sum(seconds):.0f}") for label, seconds in rows}))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-    """--shard i/n, else what torchrun, a Slurm array or srun has set, else all files -> (i, n)"""
+    """--shard I/N -> (i, n). Without it, the variables of torchrun, a Slurm array or srun; without these, all files."""
     for i, n in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
                  ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if not text and os.environ.get(n, "1") != "1":
@@ -242,21 +251,21 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 def main():
     p = Parser(description="A folder of videos or photos -> a pack to train on.")
     add = p.add_argument
-    add("videos", type=Path, help="folder of videos or photos; a folder in it is one person, a file another")
-    add("out", type=Path, nargs="?", help="folder of the pack; a killed run's is continued")
+    add("videos", type=Path, help="folder of videos or photos; each folder in it is one person, each file another")
+    add("out", type=Path, nargs="?", help="folder of the pack; a killed run is continued")
     add("--census", action="store_true", help="only print the sizes, frame rates and lengths of the videos")
-    add("--shard", metavar="I/N", help="only every N-th file, from file I (0 .. N-1) on, into the pack out/I-of-N; set "
+    add("--shard", metavar="I/N", help="only every N-th file from file I (0 .. N-1) on, into the pack out/I-of-N; set "
         "for each process by torchrun, a Slurm array or srun")
     add("--size", type=int, default=128, choices=(16, 32, 64, 128, 256), help="edge of the crops (128)")
     add("--template", default="face", choices=("face", "ffhq"), help="the crop: face; or ffhq, with more around the "
         "face, for published StyleGAN2, pSp and HyperStyle files")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    add("--one-person", action="store_true", help="all files show one person, named as the folder")
-    add("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects each "
-        "clip's offset, drops clips that fit at none")
-    add("--lag", type=int, default=0, help="frames (25 a second) by which the sound of this source is late")
-    add("--isolate-voice", action="store_true", help="take music and noise that repeat down (librosa's vocal separation; "
-        "0.2 s a second of sound)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    add("--one-person", action="store_true", help="all files show one person, named after the folder")
+    add("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects the "
+        "offset of each clip, drops clips that fit at no offset")
+    add("--lag", type=int, default=0, help="frames (25 a second) by which the sound of these files is late")
+    add("--isolate-voice", action="store_true", help="attenuate repeating music and noise (librosa's vocal separation; "
+        "0.2 s per second of sound)")
     args = p.parse_args(workers=(1, 256), lag=(-25, 25))
     if not args.videos.is_dir():
         raise InputError(f"{args.videos}: no such directory")
@@ -264,14 +273,14 @@ def main():
         return census(list_files(args.videos), args.workers)
     if not args.out:
         p.error("name the folder of the pack")
-    shard = i, n = parse_shard(args.shard)
+    i, n = parse_shard(args.shard)
     if n > 1:
         args.out /= f"{i:0{len(str(n - 1))}}-of-{n}"
     if args.check_sync:
-        sync_expert(args.check_sync, "cpu")  # an error now, not in every worker
+        sync_expert(args.check_sync, "cpu")  # a bad file ends the run here, not in every worker
     start, person = time.time(), args.videos.absolute().name if args.one_person else None
-    with wrap_os_errors(args.out, "written"):  # an input that cannot be read is a line of the manifest
-        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, shard, args.template,
+    with wrap_os_errors(args.out, "written"):  # an input that cannot be read is a line of the manifest instead
+        outcomes = prepare(args.videos, args.out, args.size, args.workers, person, (i, n), args.template,
                            expert=args.check_sync, isolate=args.isolate_voice, lag=args.lag)
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
