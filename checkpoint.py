@@ -1,8 +1,7 @@
-"""Files of weights, and what every training script does around its loop.
+"""Reading and writing of weights files, and helpers that all training scripts share.
 
-Checkpoints are plain dicts of tensors, numbers and strings, written to a temporary name and renamed, and read with
-weights_only=True. Published weights are fetched on first use into $TORCH_HOME/hub/checkpoints (default ~/.cache/torch),
-pinned by SHA256.
+A checkpoint is a plain dict of tensors, numbers and strings, read with weights_only=True. Published weights are
+downloaded on first use to $TORCH_HOME/hub/checkpoints (default ~/.cache/torch) and checked by SHA256.
 """
 
 import argparse
@@ -36,64 +35,65 @@ from tqdm import tqdm
 from media import InputError, atomic_write, check_file, check_output, make_folder
 from report import PACE_KEYS, describe_pace, machine_name, write_report
 
-FORMAT = 1                   # of packs and checkpoints
-STALE = 3600                 # seconds; ours: no save takes an hour, an older temporary file is a killed run's
-FREE_NUMBERS = 1 << 26       # numbers (256 MB) that any network may have beside those in its file
-LARGEST_SIZE = 1 << 16       # ours: more than any size in a network's config; StyleGAN2's channels start at half of it
+FORMAT = 1                   # version of packs and checkpoints
+STALE_SECONDS = 3600         # ours: no save takes an hour, so an older temporary file is left from a killed run
+EXTRA_NUMBERS = 1 << 26      # numbers (256 MB) that a network may allocate beyond those in its file
+MAX_CONFIG_SIZE = 1 << 16    # ours: above every size in a network's config; StyleGAN2's channels start at half of it
 
 
-# ------------------------------------ reading: nothing in a file is trusted, and what is wrong with it is one line
+# ------------------------------------------------------------- reading: files are not trusted, an error is one line
 
 @contextlib.contextmanager
-def wrap_errors(source, what: str):
-    """For a block that reads a file's content: any exception in it becomes an InputError, one line"""
+def wrap_errors(source, problem: str):
+    """Turn any exception of a block that reads a file into an InputError: "source: problem (reason)"."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise InputError(f"{source}: {what} ({one_line(reason)})") from error
+        raise InputError(f"{source}: {problem} ({one_line(reason)})") from error
 
 
 def one_line(text) -> str:
-    """The beginning of a name or message that comes from a file"""
+    """The first 120 characters of a name or message from a file, on one line."""
     return " ".join(str(text)[:120].split())
 
 
 def read_weights(path: str | Path) -> dict:
-    """The dict in a file of weights, published or our own, on the CPU. Code in it is never run. InputError: damaged, cut
-    short, or more than tensors and plain values; not a dict with names; a tensor in it, however deep, is not dense."""
+    """Read the dict in a weights file, published or ours, to the CPU. Code in the file never runs. InputError: damaged,
+    cut short, holds more than tensors and plain values, not a dict with string keys, a tensor is not dense."""
     path = check_file(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # options: plain values
-            warnings.simplefilter("ignore")                                            # torch asks to report odd files
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # plain options
+            warnings.simplefilter("ignore")                         # torch's, about unusual files
             content = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:                                                         # torch has no type of its own
-        code = "global" in str(error).lower()                                          # it names a class or function
-        reason = "holds more than tensors and plain values" if code else "damaged, cut short, or not a file of weights"
+    except Exception as error:                                      # torch has no exception type for this
+        has_code = "global" in str(error).lower()                   # the message names a class or function
+        reason = "holds more than tensors and plain values" if has_code else "damaged, cut short, or not a weights file"
         raise InputError(f"{path}: {reason} ({type(error).__name__})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of names and weights")
-    if not all(is_dense(item) for item in iterate_nested(content) if isinstance(item, torch.Tensor)):
+    if not all(is_dense(value) for value in iterate_nested(content) if isinstance(value, torch.Tensor)):
         raise InputError(f"{path}: holds a tensor that is sparse or lacks its numbers, expected dense ones")
     return content
 
 
 def iterate_nested(content):
-    """Everything in nested dicts, lists and tuples, each once: a file may hold a list that holds itself"""
-    todo, seen = [content], set()
-    while todo:
-        item = todo.pop()
-        if id(item) not in seen:
-            seen.add(id(item))
-            yield item
-            todo += item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+    """Yield every value in nested dicts, lists and tuples once. A list in a file may contain itself."""
+    stack, seen = [content], set()
+    while stack:
+        value = stack.pop()
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            if isinstance(value, (dict, list, tuple)):
+                stack += value.values() if isinstance(value, dict) else value
 
 
 def is_dense(value) -> bool:
-    """Whether this is a plain tensor that holds all its numbers. Others (sparse, meta, of stride or size 0) take a
-    few bytes in a file and ask for any size in memory."""
+    """Whether a value is a plain tensor that holds all its numbers. Sparse and meta tensors and those with stride or
+    size 0 need few bytes in a file, but may need any amount of memory later."""
     return (isinstance(value, torch.Tensor) and value.layout == torch.strided
             and not (value.is_nested or value.is_quantized or value.is_meta)
             and value.numel() >= max(value.shape, default=0)
@@ -101,7 +101,7 @@ def is_dense(value) -> bool:
 
 
 class AllocationLimit(TorchFunctionMode):
-    """Within it at most `left` numbers are made, else ValueError. (The meta device imports for 2 s.)"""
+    """Raises ValueError when a block creates more than `left` numbers. (The meta device takes 2 s to import.)"""
 
     FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
 
@@ -117,116 +117,118 @@ class AllocationLimit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_strictly(make, state: dict, source) -> nn.Module:
-    """The network that make() builds, with a state dict's weights: dense tensors of its names, shapes and kinds. fp16
-    becomes fp32. Batch counters of BatchNorm may be absent (files of 2017 have none). InputError: anything differs, or
-    make(), which may take its widths from the file, fails."""
-    def form(value):
+def load_strictly(make_network, state: dict, source) -> nn.Module:
+    """Build a network and load a state dict whose names, shapes and dtypes all match; fp16 becomes fp32. BatchNorm's
+    counters may be absent (files of 2017). InputError: a mismatch, or sizes in the file that make_network() rejects."""
+    def describe(value):
         if not is_dense(value):
             return "no dense tensor"
         return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
 
     numbers = sum(value.numel() for value in iterate_nested(state) if is_dense(value))
-    limit = AllocationLimit(2 * numbers + FREE_NUMBERS)
+    limit = AllocationLimit(2 * numbers + EXTRA_NUMBERS)
     with wrap_errors(source, "its sizes do not fit a network of this version"), limit:
-        network = make()
+        network = make_network()
     name = type(network).__name__
     if not isinstance(state, dict):
         raise InputError(f"{source}: holds a {type(state).__name__} in place of the weights of {name}")
-    expected, given = ({key: form(value) for key, value in d.items()} for d in (network.state_dict(), state))
-    wrong = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
-    wrong += [f"{one_line(key)} is unknown" for key in given if key not in expected]
-    wrong += [f"{k} is {given[k]}, expected {v}" for k, v in expected.items() if given.get(k, v) != v]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise InputError(f"{source}: not the weights of {name}: {wrong[0]}{more}")
+    expected = {key: describe(value) for key, value in network.state_dict().items()}
+    given = {key: describe(value) for key, value in state.items()}
+    errors = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    errors += [f"{one_line(key)} is unknown" for key in given if key not in expected]
+    errors += [f"{k} is {given[k]}, expected {form}" for k, form in expected.items() if given.get(k, form) != form]
+    if errors:
+        more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+        raise InputError(f"{source}: not the weights of {name}: {errors[0]}{more}")
     network.load_state_dict(state, strict=False)
     return network
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """No gradients for its parameters; eval mode, and train() keeps it there"""
+    """Disable gradients of the parameters and set eval mode, which train() keeps."""
     network.requires_grad_(False).eval()
     network.train = lambda mode=True: network
     return network
 
 
-def load_frozen(make, state: dict, source, device) -> nn.Module:
-    """load_strictly's network, frozen and on the device: for networks that are trained elsewhere"""
-    return freeze(load_strictly(make, state, source)).to(device)
+def load_frozen(make_network, state: dict, source, device) -> nn.Module:
+    """load_strictly, then freeze and move to the device."""
+    return freeze(load_strictly(make_network, state, source)).to(device)
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
-    """Writes plain dicts, tensors, numbers and strings, among them "kind" and "format". At any moment `path` is
-    the old file or the whole new one. InputError: the disk is full, or cannot be written."""
-    assert {"kind", "format"} <= set(checkpoint), "a checkpoint says its kind and format"
+    """Write a dict of tensors, numbers and strings with "kind" and "format". `path` is never a partial file.
+    InputError: the disk is full or not writable."""
+    assert {"kind", "format"} <= set(checkpoint), "a checkpoint has a kind and a format"
     path = Path(path).absolute()
     try:
         with atomic_write(path) as draft, open(draft, "wb") as file:
-            for old in path.parent.glob(f".{path.name}-*"):
-                if time.time() - old.stat().st_mtime > STALE:
-                    old.unlink()
+            for old_draft in path.parent.glob(f".{path.name}-*"):
+                if time.time() - old_draft.stat().st_mtime > STALE_SECONDS:
+                    old_draft.unlink()
             torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file.fileno())                       # else the name could survive a power cut, the content not
-    except RuntimeError as error:                         # by which torch's own writer reports a full disk
+            os.fsync(file.fileno())                       # else a power cut could keep the name without the content
+    except RuntimeError as error:                         # torch's writer reports a full disk by this type
         raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
-    """A file of save_checkpoint, on the CPU. kind: the expected one, or a tuple of them. InputError: as
-    read_weights; another kind or format. The caller checks what is inside."""
+    """Read a file of save_checkpoint to the CPU. kind: the expected kind or a tuple of kinds. InputError: see
+    read_weights; another kind or format. The caller checks the content."""
     kinds = (kind,) if isinstance(kind, str) else kind
     expected = f"expected a '{' or '.join(kinds)}' checkpoint"
     try:
         checkpoint = read_weights(path)
     except InputError as error:
         raise InputError(f"{error}; {expected}") from None
-    found = checkpoint.get("kind")
-    if not isinstance(found, str):
+    file_kind = checkpoint.get("kind")
+    if not isinstance(file_kind, str):
         raise InputError(f"{path}: was not written by this package; {expected}")
-    if found not in kinds:
-        raise InputError(f"{path}: is a '{found[:40]}' checkpoint; {expected}")
+    if file_kind not in kinds:
+        raise InputError(f"{path}: is a '{file_kind[:40]}' checkpoint; {expected}")
     if checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: has format {checkpoint.get('format')}, this version reads format {FORMAT}")
-    sizes = [v for v in iterate_nested(checkpoint.get("config")) if isinstance(v, (int, float))]
-    if not all(abs(size) <= LARGEST_SIZE for size in sizes):
-        raise InputError(f"{path}: its config asks for more than any network here has; {expected}")
+    sizes = [value for value in iterate_nested(checkpoint.get("config")) if isinstance(value, (int, float))]
+    if not all(abs(size) <= MAX_CONFIG_SIZE for size in sizes):
+        raise InputError(f"{path}: its config holds a size beyond those of all networks here; {expected}")
     return checkpoint
 
 
 def save_run(path: str | Path, checkpoint: dict, args, networks: dict, optimisers: dict):
-    """A checkpoint that also has all that the next step depends on, for --resume"""
+    """Save a checkpoint with the whole state that the next step depends on, for --resume."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     save_checkpoint(path, checkpoint | dict(
-        format=FORMAT, args=vars(args), networks={k: v.state_dict() for k, v in networks.items()},
-        optimisers={k: v.state_dict() for k, v in optimisers.items()}, rng=dict(torch=torch.get_rng_state(), cuda=cuda)))
+        format=FORMAT, args=vars(args), rng=dict(torch=torch.get_rng_state(), cuda=cuda),
+        networks={name: network.state_dict() for name, network in networks.items()},
+        optimisers={name: optimiser.state_dict() for name, optimiser in optimisers.items()}))
 
 
 def restore_run(path: str | Path, saved: dict, optimisers: dict):
-    """Adam's moments and the random state as save_run saved them, at the rates of today's options"""
+    """Restore Adam's moments and the random state from a checkpoint of save_run, but keep the current learning rates."""
     with wrap_errors(path, "not a run of this version"):
-        for name, opt in optimisers.items():
-            state, groups = saved["optimisers"][name], opt.state_dict()["param_groups"]
-            groups = [now | dict(params=then["params"]) for now, then in zip(groups, state["param_groups"], strict=True)]
-            opt.load_state_dict(state | dict(param_groups=groups))
+        for name, optimiser in optimisers.items():
+            state, groups = saved["optimisers"][name], optimiser.state_dict()["param_groups"]
+            for group, saved_group in zip(groups, state["param_groups"], strict=True):
+                group["params"] = saved_group["params"]
+            optimiser.load_state_dict(state | dict(param_groups=groups))
         torch.set_rng_state(saved["rng"]["torch"])
         if torch.cuda.is_initialized() and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
 
 
 def fp16_state_dict(network: nn.Module) -> dict:
-    """A network's weights in fp16, for a file to sample with. A weight that two layers share stays one"""
+    """A network's weights in fp16, for a file for inference. Weights that layers share are stored once."""
     return copy.deepcopy(network).half().state_dict()
 
 
-# --------------------------------------------------------------------------- published files, fetched on first use
+# ------------------------------------------------------------------------- published files, downloaded on first use
 
 class Published(NamedTuple):
-    file: str               # its name in the cache
-    sha256: str             # or the beginning of it
+    file: str               # name in the cache
+    sha256: str             # or its first digits
     urls: tuple[str, ...]
 
 
@@ -235,7 +237,7 @@ def pinned(sha256: str, *urls: str, file: str | None = None) -> Published:
 
 
 LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/082bb24f84c091ea94de2867d34c4544f68e0963/lpips"
-BLAZEFACE = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"  # Apache-2.0; the anchors are those of both models
+BLAZEFACE = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"  # Apache-2.0; both models use these anchors
 PUBLISHED = dict(
     vgg19=pinned("dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",             # 575 MB
         "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"),
@@ -256,26 +258,27 @@ PUBLISHED = dict(
     wav2lip_expert=pinned("9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",    # 197 MB; of one source
         "https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
         "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth"),
-    # of these only the hash's beginning is known, from the file's name
+    # only the first digits of these hashes are known, from the file names
     fan=pinned("11f355bf06", "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"),  # 100 MB
-    inception=pinned("6726825d",                                                                 # 96 MB, FID's
+    inception=pinned("6726825d",                                                                 # 96 MB, for FID
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"))
-TIMEOUT = 30                # seconds without a byte; ours
+TIMEOUT = 30                # seconds without data, ours
 
 
 def checkpoints_dir() -> Path:
-    """Where face-alignment and torch.hub keep weights: $TORCH_HOME/hub/checkpoints"""
+    """The folder where torch.hub and face-alignment keep weights: $TORCH_HOME/hub/checkpoints."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def fetch(name: str, path: str | Path | None = None) -> Path:
-    """Where the file `name` of PUBLISHED lies: `path`, the user's own copy, or the cache, checked by SHA256 every
-    time, fetched where it is missing. InputError: no file there; the download failed, with its URL"""
+    """Path of a file of PUBLISHED: `path`, the user's copy, or the file in the cache, which is downloaded if missing
+    and checked by SHA256 each time. InputError: `path` is missing; the download failed, with its URL."""
     if path is not None:
         return check_file(path)
     pin = PUBLISHED[name]
-    target, failures, timeout = checkpoints_dir() / pin.file, [], socket.getdefaulttimeout()
-    if found := target.is_file():
+    target, failures, default_timeout = checkpoints_dir() / pin.file, [], socket.getdefaulttimeout()
+    exists = target.is_file()
+    if exists:
         with open(target, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest().startswith(pin.sha256):
                 return target
@@ -286,18 +289,18 @@ def fetch(name: str, path: str | Path | None = None) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(target), pin.sha256)
                 return target
-            except (OSError, HTTPException, RuntimeError) as error:    # no network, a full disk; a cut; another hash
+            except (OSError, HTTPException, RuntimeError) as error:    # no network or full disk; cut; other hash
                 failures.append(f"{urlsplit(url).netloc}: {one_line(error)}")
     finally:
-        socket.setdefaulttimeout(timeout)
-    raise InputError(f"{pin.file} is {'damaged' if found else 'missing'} and could not be fetched "
+        socket.setdefaulttimeout(default_timeout)
+    raise InputError(f"{pin.file} is {'damaged' if exists else 'missing'} and could not be fetched "
                      f"({'; '.join(failures)}): download {pin.urls[0]} and save it as {target}")
 
 
 # --------------------------------------------------------------------------------------------------------- devices
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device: "auto" is cuda, else mps, else cpu"""
+    """The device of option --device. "auto" is cuda if available, else mps, else cpu. InputError: not usable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -307,32 +310,44 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")         # TF32, which its convolutions use by default
-        torch.backends.cudnn.benchmark = True              # the shapes of a run are few
+        torch.set_float32_matmul_precision("high")         # TF32, the default of its convolutions
+        torch.backends.cudnn.benchmark = True              # a run has few different shapes
     return device
 
 
 def keep_freed_memory():
-    """glibc keeps freed memory for the next tensor. Else a tensor above 32 MB is mapped and zeroed anew each time:
-    at 256 px that costs an elementwise operation twice the time of its work."""
+    """Let glibc keep freed memory for the next tensor. By default it maps and zeroes a tensor above 32 MB anew each
+    time, which takes twice as long as an elementwise operation itself at 256 px."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)                                # M_MMAP_MAX: no mapping for one tensor
-        libc.mallopt(-1, 2 ** 31 - 1)                      # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-4, 0)                                # M_MMAP_MAX: no separate mapping for one tensor
+        libc.mallopt(-1, 2 ** 31 - 1)                      # M_TRIM_THRESHOLD: return nothing to the system
 
 
 def peak_memory_gib(device) -> float:
-    """The most memory used so far: the device's on a GPU, else the process's"""
+    """Peak memory so far in GiB: the device's on a GPU, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 2 ** 10                          # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 2 ** 10      # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-# ------------------------------------------ around a training loop: train, syncnet, keypoints, landmarks and pcavs
+# ------------------------------------------------------------------------------------ shared by all training scripts
+
+def add_run_options(parser, out: str, steps: int, batch: int, lr: float, batch_of: str = "clips"):
+    """Add the options of every training script, with these defaults. batch_of: the unit of --batch."""
+    parser.add_argument("--out", default=out, help="output path")
+    parser.add_argument("--steps", type=int, default=steps, help="total steps; the learning rate falls until the end")
+    parser.add_argument("--batch", type=int, default=batch, help=f"{batch_of} per step")
+    parser.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+
 
 def claim_output(path: str | Path, args) -> Path:
-    """Absolute path of the checkpoint that a run writes, its folder made. InputError: it exists already"""
+    """Absolute path of the checkpoint that a run writes; its folder is created. InputError: it exists already."""
     path = make_folder(Path(path).parent) / Path(path).name
     if path.exists() and not (args.resume or args.overwrite):
         raise InputError(f"{path} exists: --resume continues it, --overwrite starts anew")
@@ -340,64 +355,56 @@ def claim_output(path: str | Path, args) -> Path:
 
 
 def git_revision() -> str | None:
-    """The git commit of this folder, where there is one"""
+    """The git commit of this folder; None outside a repository."""
     with contextlib.suppress(OSError):
         command = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def open_log(path: str | Path, args):
-    """A log of JSON lines, continued with --resume; the first line has the revision, versions and options"""
-    log = open(path, "a" if args.resume else "w", 1)                                  # each line is written at once
+    """Open a log of JSON lines; --resume appends. The first line holds the revision, versions and options."""
+    log = open(path, "a" if args.resume else "w", buffering=1)      # each line is written at once
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, machine=machine_name())
     log.write(json.dumps(dict(revision=git_revision(), **versions, args=vars(args)), default=str) + "\n")
     return log
 
 
 def write_log(log, bar, line: dict, steps: int | None = None):
-    """One line of the log: as JSON, in report.html, and above the progress bar, `name value` pairs | the pace"""
+    """Write a line of the log as JSON, update report.html, and print the line above the progress bar."""
     log.write(json.dumps(line) + "\n")
     write_report(Path(log.name).parent)
-    text = f"{line['step']:6d}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items() if k not in PACE_KEYS)
-    bar.write(text + (f"  | {describe_pace(line, steps)}" if "ms" in line else ""))
+    values = "  ".join(f"{key} {value:.3f}" for key, value in line.items() if key not in PACE_KEYS)
+    bar.write(f"{line['step']:6d}  {values}" + (f"  | {describe_pace(line, steps)}" if "ms" in line else ""))
 
 
 class StepTimer:
-    """Times the steps between two log lines, and the share of it spent waiting for the loader"""
+    """Measures the time of the steps between two log lines and the share that waits for the data loader."""
 
     def __init__(self, device):
-        self.device, self.waited, self.steps, self.start = device, 0.0, 0, time.perf_counter()
+        self.device = device
+        self.restart()
+
+    def restart(self):
+        self.waited, self.steps, self.start = 0.0, 0, time.perf_counter()
 
     def next_batch(self, stream) -> dict:
-        """The next batch of a stream, on the device"""
+        """The next batch of a stream, on the device."""
         before = time.perf_counter()
         batch = next(stream)
         self.waited, self.steps = self.waited + time.perf_counter() - before, self.steps + 1
-        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        return {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
 
     def pace(self, batch: int) -> dict:
-        """For the log, with `batch` images a step; the clock starts anew"""
+        """PACE_KEYS of a log line, with `batch` images per step. The clock restarts."""
         seconds = time.perf_counter() - self.start
         pace = dict(ms=round(1000 * seconds / self.steps, 1), images_s=round(batch * self.steps / seconds, 1),
                     waiting=round(self.waited / seconds, 3), gib=round(peak_memory_gib(self.device), 2))
-        self.waited, self.steps, self.start = 0.0, 0, time.perf_counter()
+        self.restart()
         return pace
 
 
-def add_run_options(p, out: str, steps: int, batch: int, lr: float, batch_of: str = "clips"):
-    """Options of every script that trains; batch_of: what a batch holds"""
-    p.add_argument("--out", default=out, help="what is written")
-    p.add_argument("--steps", type=int, default=steps, help="steps in all; the learning rate falls towards the last")
-    p.add_argument("--batch", type=int, default=batch, help=f"{batch_of} at once")
-    p.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
-    p.add_argument("--seed", type=int, default=0, help="of whatever is random")
-    p.add_argument("--resume", action="store_true", help="continue what --out holds")
-    p.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-
-
 def progress_bar(name: str, start: int, steps: int):
-    """A progress bar over the numbers of the steps that are left"""
+    """Progress bar over the remaining step numbers; process 0 alone shows it."""
     return tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=True if RANK else None)
 
 
@@ -406,63 +413,57 @@ def count_parameters(network: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def optimiser_step(opt, rate: float):
-    """An optimiser's step at `rate` times its first rates, by this block's gradients, averaged over processes"""
-    opt.zero_grad(set_to_none=True)
+def optimiser_step(optimiser, rate: float):
+    """Step by the gradients that the block computes, averaged over processes. rate: factor of the initial rates."""
+    optimiser.zero_grad(set_to_none=True)
     yield
-    for group in opt.param_groups:
+    for group in optimiser.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate
-    all_reduce_mean([q.grad for group in opt.param_groups for q in group["params"] if q.grad is not None])
-    opt.step()
-
-
-def minimise(opt, loss, rate: float):
-    """`descent` by one loss"""
-    with optimiser_step(opt, rate):
-        loss.backward()
+    all_reduce_mean([p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None])
+    optimiser.step()
 
 
 def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
-    """Factor of the learning rate: `warmup` steps up (Adam's moments begin at 0), then a cosine down to a twentieth"""
+    """Factor of the learning rate: linear warm-up (Adam's moments start at 0), then a cosine down to a twentieth."""
     return min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
 def terms_to_floats(terms: dict, step: int) -> dict:
-    """Scalars -> their means over all processes, as floats: the one time that a step waits for the device.
-    InputError: one of them is NaN or infinite, in any process; it is named"""
+    """Scalar tensors -> floats, averaged over processes. A step waits for the device only here. InputError: a term is
+    NaN or infinite in a process; the message names it."""
     values = torch.stack([value.detach().float() for value in terms.values()])
     all_reduce_mean([values])
-    values = dict(zip(terms, values.tolist()))
-    bad = [f"'{name}' is {value:g}" for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise InputError(f"step {step}: the loss term {', '.join(bad)}: stopped; the last checkpoint is whole. "
+    terms = dict(zip(terms, values.tolist()))
+    errors = [f"'{name}' is {value:g}" for name, value in terms.items() if not math.isfinite(value)]
+    if errors:
+        raise InputError(f"step {step}: the loss term {', '.join(errors)}: stopped; the last checkpoint is intact. "
                          "Lower the learning rate")
-    return values
+    return terms
 
 
 @torch.no_grad()
 def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
-    """Averaged weights: half-life of kimg thousand images, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05).
-    images: seen so far, in steps of `batch`."""
+    """Average the weights: half-life of kimg thousand images, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05).
+    images: number seen so far, in steps of `batch`."""
     beta = 0.5 ** (batch / min(1000 * kimg, 0.05 * images + batch))
-    live = [(e, q) for e, q in zip(ema.parameters(), model.parameters()) if q.requires_grad]
-    torch._foreach_lerp_([e for e, _ in live], [q for _, q in live], 1 - beta)
+    trained = [(average, p) for average, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_([average for average, _ in trained], [p for _, p in trained], 1 - beta)
     torch._foreach_copy_(list(ema.buffers()), list(model.buffers()))
 
 
-# ------------------------------------------- several processes of one run: torchrun --nproc-per-node 8 train.py ..
+# -------------------------------------- several processes in one run: torchrun --nproc-per-node 8 train.py ..
 
-RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 wrap_peer_errors = functools.partial(wrap_errors, "torchrun", "another process of this run has ended")
 
 
 def init_distributed(name: str) -> torch.device:
-    """pick_device's, but each process of torchrun has a GPU of its own, and the first alone prints"""
+    """pick_device, with one GPU for each process of torchrun. Only process 0 prints."""
     if WORLD_SIZE > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(name)
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        with wrap_peer_errors():                           # 4 h: the others wait while the first draws, fetches and fits
+        with wrap_peer_errors():                           # 4 h: process 0 draws data, downloads and fits alone
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
         atexit.register(dist.destroy_process_group)
     if RANK:
@@ -471,25 +472,25 @@ def init_distributed(name: str) -> torch.device:
 
 
 def barrier():
-    """Waits until every process is here"""
+    """Wait until every process is here."""
     if WORLD_SIZE > 1:
         with wrap_peer_errors():
             dist.barrier()
 
 
 def all_reduce_mean(tensors: list):
-    """Tensors of one kind become their means over all processes, by one all_reduce of a flat buffer. (The hooks of
-    DistributedDataParallel expect one backward pass a step. Here are several, some through graphs by create_graph.)"""
+    """Replace tensors of one dtype by their means over all processes, with one all_reduce of a flat buffer.
+    (DistributedDataParallel expects one backward pass per step. Here are several, some with create_graph.)"""
     if WORLD_SIZE > 1 and tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         with wrap_peer_errors():
             dist.all_reduce(flat)
-        parts = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+        means = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors)])
 
 
 class MeanOverProcesses(torch.autograd.Function):
-    """The same for a tensor in a graph: its gradient becomes the mean as well"""
+    """all_reduce_mean of a tensor in a graph; its gradient becomes the mean as well."""
 
     @staticmethod
     def forward(ctx, x):

@@ -600,7 +600,7 @@ def list_problems(left_out, reports, unpaired) -> list[str]:
 
 def parse(argv=None):
     p = Parser(description="Metrics of talking clips.")
-    pair, toy = p.commands(pair="generated clips against real ones",
+    pair, toy = p.add_commands(pair="generated clips against real ones",
                            toy="the control table of networks trained on the toy world")
     pair.add_argument("real", help="a real clip, or a folder of them")
     pair.add_argument("fake", help="a generated clip, or a folder whose clips have the same names")

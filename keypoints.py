@@ -31,8 +31,8 @@ import sample as photos
 import toyfaces
 from audio import WindowEncoder, add_echo_and_noise, log_mel, make_non_speech, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
-    StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, load_checkpoint, load_strictly, minimise,
-    open_log, pick_device, progress_bar, restore_run, save_checkpoint, save_run, terms_to_floats, wrap_errors,
+    StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, load_checkpoint, load_strictly, open_log,
+    optimiser_step, pick_device, progress_bar, restore_run, save_checkpoint, save_run, terms_to_floats, wrap_errors,
     write_log)
 from control import correlation, partial_correlation
 from data import (
@@ -560,7 +560,8 @@ def train(args):
         terms = model.train().losses(batch)
         values = terms_to_floats(terms, step)
         loss = sum(WEIGHTS[name] * value for name, value in terms.items())
-        minimise(opt, loss, cosine_warmup(step, args.steps))
+        with optimiser_step(opt, cosine_warmup(step, args.steps)):
+            loss.backward()
 
         done, end = step + 1, step + 1 == args.steps
         if done % VALIDATE_EVERY == 0 or end:
@@ -772,7 +773,7 @@ def sample(args):
 
 def parse(argv=None):
     parser = Parser(description="audio -> facial keypoints")
-    e, t, v, s, w, c = parser.commands(
+    e, t, v, s, w, c = parser.add_commands(
         extract="landmarks of a pack, beside it", train="train a network", evaluate="the table, on held-out clips",
         sample="speech -> a video of keypoints, and a .npy", visemes="a picture: the lip motions of each word",
         show="a test clip and its keypoints")

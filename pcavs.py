@@ -36,7 +36,7 @@ import judges
 from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
     StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
-    load_frozen, load_strictly, minimise, open_log, pick_device, progress_bar, read_weights, restore_run,
+    load_frozen, load_strictly, open_log, optimiser_step, pick_device, progress_bar, read_weights, restore_run,
     save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, open_packs, split, to_flipped_tensor
 from faces import (
@@ -642,7 +642,8 @@ def train(args):
         line = dict(step=step)
         for opt, losses in zip(opts.values(), (terms, d_terms)):
             line |= terms_to_floats(losses, step)
-            minimise(opt, sum(losses.values()), cosine_warmup(step, args.steps))
+            with optimiser_step(opt, cosine_warmup(step, args.steps)):
+                sum(losses.values()).backward()
         update_ema(ema, model, (step + 1) * args.batch, args.batch)
 
         last = step + 1 == args.steps
@@ -671,7 +672,7 @@ def save_samples(path, model, pack, clips, device, n=8):
 
 def parse(argv=None):
     parser = Parser(description="PC-AVS: identity from a photo, lips from speech, head pose from a second video")
-    p, learn, test, crop = parser.commands(
+    p, learn, test, crop = parser.add_commands(
         sample="a photo, speech, a pose video -> a talking face", train="train the four networks together",
         pairs="clips generated again, beside the real ones, for evaluate.py pair",
         align="crop clips as published weights need it: CLIP_cropped/")

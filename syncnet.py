@@ -21,6 +21,7 @@ Axes: n images, B pairs, N windows of a batch, K windows of a clip, E embedding,
 
 import math
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import OrderedDict
@@ -39,15 +40,15 @@ from tqdm import tqdm
 from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
     StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
-    load_strictly, minimise, open_log, pick_device, progress_bar, restore_run, save_checkpoint, save_run,
+    load_strictly, open_log, optimiser_step, pick_device, progress_bar, restore_run, save_checkpoint, save_run,
     terms_to_floats, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, find_used_clips, open_packs, split
 from faces import MAX_CLIP_FRAMES, MAX_HEIGHT, crop_face, find_clip_box, middle_square, parse_box
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
 from media import (
-    FPS, READ_ALL_STREAMS, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, decode_command, describe_media,
-    last_error, load_audio, move_into_place, probe, read_video, run, to_tensor, write_original_sound)
+    FPS, READ_ALL_STREAMS, VIDEO_SUFFIXES, InputError, Parser, atomic_write, check_file, check_output, decode_command,
+    describe_media, last_error, load_audio, probe, read_video, run, to_tensor, write_original_sound)
 from report import image_grid, markdown_table
 from toyfaces import open_toy_pack
 
@@ -373,7 +374,8 @@ def train(args):
         terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"], apart, others=not expert.lips)
         line = terms_to_floats(terms, step)
         loss = terms["loss"] + (0 if args.cosine else 0.5 * terms["contrast"])  # ours: .5
-        minimise(opt, loss, cosine_warmup(step, args.steps))
+        with optimiser_step(opt, cosine_warmup(step, args.steps)):
+            loss.backward()
         sigmoid = terms["loss"].detach()
         average = sigmoid if step == start else average.lerp(sigmoid, 1 / LOG_EVERY)
 
@@ -549,13 +551,15 @@ def write_shifted(path: Path, late: int, out: Path):
             command = decode_command(path, *options, input_options=("-reinit_filter", "0"))
             done = subprocess.run(command, capture_output=True)
             if not done.returncode:
-                return move_into_place(draft, out)
+                with atomic_write(out) as copy:
+                    shutil.copyfile(draft, copy)
+                return
         raise InputError(f"{out}: could not be written ({last_error(done.stderr.decode(errors='replace'))})")
 
 
 def parse(argv=None):
     parser = Parser(description="the sync expert: do these lips and this sound belong together?")
-    p, t, o = parser.commands(train="train an expert", test="accuracy by shift on held-out clips",
+    p, t, o = parser.add_commands(train="train an expert", test="accuracy by shift on held-out clips",
                               offset="the audio-video offset of a clip")
     p.add_argument("--data", nargs="+", help="packs; default: the toy world, drawn beside --out")
     add_split_options(p)

@@ -1,4 +1,4 @@
-"""The figures of the documentation, as SVG without any package.
+"""Figures of the documentation, written as SVG without a plotting package.
 
     python -m docs.figures architecture          # docs/architecture.svg
     python -m docs.figures curves docs/run32     # docs/run32/curves.svg from its log_*.jsonl
@@ -15,25 +15,25 @@ TIP = ('<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="
        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>\n')
 
 
-def page(w, h, *parts) -> str:
+def page(w, h, *elements) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" font-family="Helvetica, Arial, sans-serif">\n'
-    return head + TIP + f'<rect width="{w}" height="{h}" fill="white"/>\n' + "".join(parts) + "</svg>\n"
+    return head + TIP + f'<rect width="{w}" height="{h}" fill="white"/>\n' + "".join(elements) + "</svg>\n"
 
 
-def text(x, y, words, size=11, anchor="start", fill="#222", weight="normal") -> str:
+def text(x, y, content, size=11, anchor="start", fill="#222", weight="normal") -> str:
     return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}" font-weight="{weight}">'
-            f"{words}</text>\n")
+            f"{content}</text>\n")
 
 
 def box(x, y, w, title, note, kind) -> str:
-    """A rounded box with a title and, below it, a shape or a file name"""
+    """A rounded box with a title and a note below it: a shape or a file name."""
     frame = f'<rect x="{x}" y="{y}" width="{w}" height="44" rx="7" fill="{COLOURS[kind]}" stroke="#888"/>\n'
     title = text(x + w / 2, y + 19, title, 13, "middle", weight="bold")
     return frame + title + text(x + w / 2, y + 35, note, 11, "middle", "#555")
 
 
 def arrow(*points, dashed=False) -> str:
-    """An arrow along points (x, y)"""
+    """An arrow along points (x, y)."""
     path, dash = " ".join(f"{x},{y}" for x, y in points), "5 4" if dashed else "none"
     return (f'<polyline points="{path}" fill="none" stroke="#555" stroke-width="1.4" stroke-dasharray="{dash}" '
             'marker-end="url(#tip)"/>\n')
@@ -60,12 +60,12 @@ def architecture() -> str:
         arrow((760, 127), (810, 127)), box(810, 105, 130, "Generator", "stylegan2.py", "net"),
         arrow((940, 127), (1000, 127)), box(1000, 105, 110, "frames", "(B, T, 3, H, W)", "data"),
         arrow((1055, 149), (1055, 210)), box(830, 210, 280, "six losses, three stages", "losses.py, train.py", "loss"),
-        arrow((540, 224), (540, 330)), text(548, 285, "the lips' part, from sound alone"),
+        arrow((540, 224), (540, 330)), text(548, 285, "lips, from sound alone"),
         box(460, 330, 160, "lip displacements", "opening + 5 numbers", "ours"), arrow((620, 352), (700, 352)),
         box(700, 330, 200, "warp.py", "photo + landmarks.py's 68 points", "ours"), arrow((900, 352), (970, 352)),
-        box(970, 330, 140, "photo that talks", "at its own size", "data"),
-        text(10, 405, "Above: the paper, the generator paints every frame. Below: ours, the default for real photos, the "
-             "photo's own pixels are moved.", 12, fill="#555"),
+        box(970, 330, 140, "talking photo", "at its own size", "data"),
+        text(10, 405, "Above: the paper's method, in which the generator paints every frame. Below: ours, the default "
+             "for real photos, which moves the photo's own pixels.", 12, fill="#555"),
         text(10, 422, "B clips, T frames, L style layers, D latent width", 12, fill="#555"))
 
 
@@ -76,7 +76,7 @@ PLOTS = (("sync expert", "log_sync.jsonl", ("loss", "contrast")),
 
 
 def curves(folder: Path) -> str:
-    """The loss curves of a run: the sync expert and the three stages"""
+    """Loss curves of a run: the sync expert and the three stages."""
     charts = []
     for k, (title, name, terms) in enumerate(PLOTS):
         x, y, (_, lines) = 10 + 560 * (k % 2), 40 + 270 * (k // 2), read_log(folder / name)

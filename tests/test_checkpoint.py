@@ -1,4 +1,4 @@
-"""Files of weights: saved whole or not at all, refused in one line where anything is wrong, fetched by their hash."""
+"""Weights files are saved completely or not at all, checked when read, and downloaded by their hash."""
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ def toy_checkpoint(step=3):
     )
 
 
-def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_old_one(tmp_path):
+def test_a_checkpoint_is_read_as_it_was_saved_and_replaces_the_old_one(tmp_path):
     path = tmp_path / "a.pt"
     for step in (3, 4):
         save_checkpoint(path, toy_checkpoint(step))
@@ -138,7 +138,7 @@ def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_draft(tmp_path, monk
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
-def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monkeypatch):
+def test_torchs_error_for_a_full_disk_becomes_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     big = toy_checkpoint() | dict(networks=dict(w=torch.zeros(300_000)))
     with pytest.raises(InputError, match=r"a\.pt: cannot be written"):
@@ -146,7 +146,7 @@ def test_torchs_own_complaint_about_a_full_disk_becomes_one_line(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_no_place_to_save_is_one_line(tmp_path):
+def test_a_path_that_cannot_be_saved_to_is_one_line(tmp_path):
     with pytest.raises(InputError, match="No such file or directory"):
         save_checkpoint(tmp_path / "none" / "a.pt", toy_checkpoint())
     (tmp_path / "b.pt").mkdir()
@@ -154,17 +154,17 @@ def test_no_place_to_save_is_one_line(tmp_path):
         save_checkpoint(tmp_path / "b.pt", toy_checkpoint())
 
 
-def test_drafts_of_killed_runs_go_when_they_are_old(tmp_path):
+def test_old_drafts_of_killed_runs_are_deleted(tmp_path):
     old, young = tmp_path / ".a.pt-x", tmp_path / ".a.pt-y"
     for draft in (old, young):
         draft.write_bytes(b"draft")
-    os.utime(old, (time.time() - 2 * checkpoint.STALE,) * 2)
+    os.utime(old, (time.time() - 2 * checkpoint.STALE_SECONDS,) * 2)
     save_checkpoint(tmp_path / "a.pt", toy_checkpoint())
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.pt-y", "a.pt"]
 
 
 def save_without_end(path, saving):
-    torch.set_num_threads(1)  # a fork has none of its parent's
+    torch.set_num_threads(1)  # a fork has no threads of its parent
     for step in range(10**6):
         networks = dict(w=torch.full((50_000,), float(step)))
         save_checkpoint(path, dict(kind="stage1", format=1, step=step, networks=networks))
@@ -174,7 +174,7 @@ def save_without_end(path, saving):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are Unix's")
 def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
-    """SIGKILL, ten times; the killed are forks: they start at once."""
+    """Ten SIGKILLs of forks, which start at once."""
     rng, path = random.Random(0), tmp_path / "a.pt"
     ready, saving = os.pipe()
     for _ in range(10):
@@ -214,7 +214,7 @@ def test_hostile_damaged_and_foreign_files_are_refused_in_one_line(tmp_path, mon
 
 
 # ------------------------------------------------------------------------------------------------------------
-# every reader of files against files that are not quite right
+# every reader refuses files with one error
 
 
 def plain(network):
@@ -226,7 +226,7 @@ LAYERS = [(32, 32), (32, 32), (16, 32)]
 
 
 def specimen(name):
-    """The content of a small good file, and its reader"""
+    """Content of a small valid file and the function that reads it."""
     torch.manual_seed(0)
     if name == "stylegan2":
         G, D = Generator(16, **NARROW), Discriminator(16, base=256, cap=32)
@@ -253,7 +253,7 @@ def specimen(name):
         state, config = plain(SyncNet(**net)), dict(net=net, template="toy")
         content = dict(kind="syncnet", format=1, config=config, networks=dict(expert=state))
         return content, lambda path: load_sync(path, "cpu")
-    part = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}  # whole ones hold 80 MB and more
+    part = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}  # complete ones hold 80 MB and more
     if name == "wav2lip":
         return dict(state_dict=part), lambda path: judges.wav2lip_expert("cpu", path)
     if name == "vgg":
@@ -261,7 +261,7 @@ def specimen(name):
     return part, lambda path: judges.lpips("cpu", path, path)
 
 
-ODD = dict(  # what a good tensor is replaced by; some take a few bytes in a file and terabytes in memory
+ODD = dict(  # replacements of a valid tensor; a few bytes in a file can take terabytes in memory
     sparse=lambda v: v.to_sparse(), meta=lambda v: v.to("meta"), scalar=lambda v: torch.tensor(1.0),
     repeated=lambda v: torch.zeros(1).expand(*v.shape[:-1], 1 << 40), hollow=lambda v: torch.ones(1 << 40, 0),
     integers=lambda v: v.long(), complex=lambda v: v + 1j, longer=lambda v: torch.ones(*v.shape[:-1], v.shape[-1] + 1),
@@ -279,7 +279,7 @@ def copied(content):
 
 
 def spoiled(content, what, rng):
-    """A copy of content with one tensor wrong"""
+    """A copy of the content with one wrong tensor."""
     copy = copied(content)
     dicts = [d for d in iterate_nested(copy) if isinstance(d, dict)]
     states = [d for d in dicts if sum(isinstance(v, torch.Tensor) for v in d.values()) > 1]
@@ -295,7 +295,7 @@ def spoiled(content, what, rng):
 
 
 def resized(content, k):
-    """A copy whose config has the k-th wrong size; None where it has no config"""
+    """A copy with the k-th wrong size in its config; None if it has no config."""
     copy = copied(content)
     dicts = [d for d in iterate_nested(copy) if isinstance(d, dict)]
     sizes = [(d, key) for d in dicts for key in d if key in ("size", "dim", "n_mlp", "base")]
@@ -305,14 +305,14 @@ def resized(content, k):
         return copy
 
 
-# every file is read by load_strictly: those of large networks share what may be wrong among them
+# load_strictly reads all of them, so files of large networks are tested with a third of the errors each
 READERS = dict(stylegan2=WRONG, weights=WRONG, sync=WRONG, psp=WRONG[::3], trunk=WRONG[1::3], hyperstyle=WRONG[2::3],
                vgg=WRONG[::3], lpips=WRONG[1::3], wav2lip=WRONG[2::3])
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantize|nested)")
 @pytest.mark.parametrize("name", READERS)
-def test_files_with_anything_wrong_in_them_are_refused_in_one_line(name, tmp_path):
+def test_files_with_one_error_are_refused_in_one_line(name, tmp_path):
     (content, reader), rng, path = specimen(name), random.Random(name), tmp_path / "odd.pt"
     torch.save(content, path)
     good = path.read_bytes()
@@ -324,9 +324,9 @@ def test_files_with_anything_wrong_in_them_are_refused_in_one_line(name, tmp_pat
         torch.save(odd, path)
         with pytest.raises(InputError) as caught:
             reader(path)
-            pytest.fail(f"{what}: taken")
+            pytest.fail(f"{what}: accepted")
         assert "odd.pt" in str(caught.value) and "\n" not in str(caught.value), what
-    for turn in range(4):  # a byte may be wrong where nobody looks
+    for turn in range(4):  # a wrong byte may lie where it does not matter
         at = rng.randrange(len(good))
         path.write_bytes(good[:at] if turn % 2 else good[:at] + bytes([good[at] ^ 255]) + good[at + 1:])
         with contextlib.suppress(InputError):
@@ -335,22 +335,22 @@ def test_files_with_anything_wrong_in_them_are_refused_in_one_line(name, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the downloader, against a local server
+# downloads from a local server
 
 
 CONTENT = bytes(range(256)) * 500  # 128,000 bytes
 
 
 class Server:
-    """Answers each address by the function in `routes`; notes the addresses that were asked."""
+    """Answers each path by its function in `routes` and records the requested paths."""
 
     def __init__(self):
-        self.routes, self.asked = {}, []
+        self.routes, self.requests = {}, []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                server.asked.append(self.path)
+                server.requests.append(self.path)
                 server.routes[self.path](self)
 
             def log_message(self, *_):
@@ -363,7 +363,7 @@ class Server:
 
 
 def sends(content=CONTENT, cut_at=None, kind="application/octet-stream", length=True):
-    """An answer: `content`, dropped once its byte `cut_at` is reached."""
+    """A response with `content`, cut at byte `cut_at`."""
 
     def answer(handler):
         handler.send_response(200)
@@ -382,7 +382,7 @@ def refuses(code):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server, an empty cache, and the file "thing" of two addresses in the table."""
+    """A server, an empty cache, and a published file "thing" with two URLs."""
     server = Server()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "*")
@@ -406,7 +406,7 @@ def whole(server):
 
 
 def refusal(server):
-    """The one line of a failed fetch, which always names the file, an address and the place."""
+    """The error of a failed fetch: one line that names the file, a URL and the target path."""
     with pytest.raises(InputError) as caught:
         checkpoint.fetch("thing")
     line = str(caught.value)
@@ -425,39 +425,39 @@ def test_every_published_file_is_pinned_by_its_hash_and_fetched_by_https():
     assert len({pin.file for pin in checkpoint.PUBLISHED.values()}) == len(checkpoint.PUBLISHED)
 
 
-def test_the_beginning_of_a_hash_pins_a_file_too(server, monkeypatch):
+def test_the_first_digits_of_a_hash_pin_a_file(server, monkeypatch):
     for sha, whole in ((server.pin.sha256[:8], True), (server.pin.sha256[1:9], False)):
         monkeypatch.setitem(checkpoint.PUBLISHED, "thing", server.pin._replace(sha256=sha))
         with contextlib.nullcontext() if whole else pytest.raises(InputError, match="hash"):
             assert checkpoint.fetch("thing") == server.target
-    assert server.asked == ["/first"] * 2 + ["/second"]
+    assert server.requests == ["/first"] * 2 + ["/second"]
 
 
 def test_a_file_is_fetched_once_into_torch_home(server):
     assert checkpoint.fetch("thing") == server.target and whole(server)
     assert checkpoint.fetch("thing") == server.target
-    assert server.asked == ["/first"]
+    assert server.requests == ["/first"]
 
 
-def test_a_copy_of_the_users_own_is_taken_without_a_network(server, tmp_path):
+def test_the_users_own_copy_is_used_without_a_network(server, tmp_path):
     copy = tmp_path / "my copy.pth"
     copy.write_bytes(b"mine")
     assert checkpoint.fetch("thing", copy) == copy
     with pytest.raises(InputError, match="nowhere.pth: no such file"):
         checkpoint.fetch("thing", tmp_path / "nowhere.pth")
-    assert server.asked == []
+    assert server.requests == []
 
 
-def test_what_was_cut_or_has_another_hash_is_refused_and_nothing_stays(server):
+def test_a_cut_download_or_another_hash_is_refused_and_nothing_stays(server):
     server.routes |= {"/first": sends(cut_at=50_000), "/second": sends(bytes(len(CONTENT)))}
     assert "hash" in refusal(server)
-    assert cached(server) == [] and server.asked == ["/first", "/second"]
+    assert cached(server) == [] and server.requests == ["/first", "/second"]
 
 
 def test_after_a_web_page_in_place_of_the_file_the_second_url_is_tried(server):
     server.routes["/first"] = sends(b"<html>please log in</html>", kind="text/html; charset=utf-8")
     checkpoint.fetch("thing")
-    assert whole(server) and server.asked == ["/first", "/second"]
+    assert whole(server) and server.requests == ["/first", "/second"]
     server.target.unlink()
     server.routes["/second"] = sends(b"<html>please log in</html>", length=False)
     assert refusal(server).count("hash") == 2 and cached(server) == []
@@ -473,18 +473,18 @@ def test_after_a_missing_file_the_second_url_is_tried_and_both_failures_are_name
     assert "HTTP Error 404" in line and "HTTP Error 410" in line and cached(server) == []
 
 
-def test_without_a_network_the_message_has_the_url_and_the_place(server):
+def test_without_a_network_the_error_names_the_url_and_the_target(server):
     server.http.shutdown()
     server.http.server_close()
     assert "refused" in refusal(server) and cached(server) == []
 
 
-def test_a_damaged_file_in_the_cache_is_replaced_and_without_a_network_named(server):
+def test_a_damaged_file_in_the_cache_is_replaced_or_named_if_the_download_fails(server):
     server.cache.mkdir(parents=True)
     server.target.write_bytes(CONTENT[:-1] + b"!")
     server.routes |= {"/first": refuses(500), "/second": refuses(500)}
     assert "damaged" in refusal(server)
-    assert cached(server) == ["thing.pth"]  # what was there stays until there is better
+    assert cached(server) == ["thing.pth"]  # the old file stays until the download succeeds
     server.routes["/second"] = sends()
     checkpoint.fetch("thing")
     assert whole(server)
@@ -498,19 +498,19 @@ def test_a_full_disk_leaves_nothing_behind(server, monkeypatch):
     assert "No space left" in refusal(server) and cached(server) == []
 
 
-def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_an_error_with_its_path(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     server.target = tmp_path / "file" / "hub" / "checkpoints" / "thing.pth"
-    assert "Not a directory" in refusal(server) and server.asked == []
+    assert "Not a directory" in refusal(server) and server.requests == []
 
 
-def test_processes_that_fetch_at_the_same_time_all_get_the_whole_file(server):
+def test_processes_that_fetch_at_the_same_time_all_get_a_complete_file(server):
     fork = multiprocessing.get_context("fork")
     together = threading.Barrier(3)
 
     def answer(handler):
-        together.wait(20)  # all three have asked before one is answered
+        together.wait(20)  # all three requests arrive before the first response
         sends()(handler)
 
     server.routes["/first"] = answer
@@ -520,7 +520,7 @@ def test_processes_that_fetch_at_the_same_time_all_get_the_whole_file(server):
     for worker in workers:
         worker.join(30)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert whole(server) and server.asked == ["/first"] * 3
+    assert whole(server) and server.requests == ["/first"] * 3
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -536,11 +536,11 @@ def test_memory_is_counted_in_bytes_on_macos(monkeypatch):
         assert checkpoint.peak_memory_gib(cpu) == gib
 
 
-def options(**more):
-    return argparse.Namespace(**dict(resume=False, overwrite=False) | more)
+def options(**changes):
+    return argparse.Namespace(**dict(resume=False, overwrite=False) | changes)
 
 
-def test_an_output_is_claimed_with_its_folder_and_not_overwritten_unasked(tmp_path):
+def test_claim_output_makes_the_folder_and_refuses_to_overwrite_by_default(tmp_path):
     out = checkpoint.claim_output(tmp_path / "new" / "a.pt", options())
     assert out.parent.is_dir()
     out.write_bytes(b"x")
@@ -552,7 +552,7 @@ def test_an_output_is_claimed_with_its_folder_and_not_overwritten_unasked(tmp_pa
             checkpoint.claim_output(bad, options(overwrite=True))
 
 
-def test_the_log_has_the_options_first_and_is_continued(tmp_path):
+def test_the_log_starts_with_the_options_and_resume_appends(tmp_path):
     shown = []
     bar = types.SimpleNamespace(write=shown.append)
     for resume, step in ((False, 10), (True, 20)):
@@ -576,7 +576,7 @@ def test_the_timer_counts_steps_images_and_waiting(monkeypatch):
     assert (pace["ms"], pace["images_s"], pace["waiting"]) == (2000, 3, 0.25) and timer.steps == 0
 
 
-def test_a_term_that_is_not_a_number_is_named():
+def test_the_error_for_a_loss_that_is_nan_names_its_term():
     good = dict(a=torch.tensor(1.0))
     checkpoint.terms_to_floats(good, 3)
     for value in (math.nan, math.inf):
@@ -584,13 +584,13 @@ def test_a_term_that_is_not_a_number_is_named():
             checkpoint.terms_to_floats(good | dict(b=torch.tensor(value)), 7)
 
 
-def test_the_rate_rises_for_the_warmup_and_falls_to_a_twentieth():
+def test_the_learning_rate_rises_during_warmup_and_falls_to_a_twentieth():
     factors = [checkpoint.cosine_warmup(step, 1000, 50) for step in range(1000)]
     assert factors[0] == 1 / 50 and max(factors) > 0.99 and abs(factors[-1] - 0.05) < 1e-3
     assert factors[:50] == sorted(factors[:50]) and factors[50:] == sorted(factors[50:], reverse=True)
 
 
-def test_halved_weights_keep_shared_tensors_shared_and_whole_numbers_whole():
+def test_fp16_weights_keep_shared_tensors_shared_and_integers_integer():
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     network[1].weight = network[0].weight
     state = checkpoint.fp16_state_dict(network)
@@ -598,7 +598,7 @@ def test_halved_weights_keep_shared_tensors_shared_and_whole_numbers_whole():
     assert state["2.num_batches_tracked"].dtype == torch.int64
 
 
-def test_a_file_that_asks_for_far_more_numbers_than_it_holds_costs_no_memory():
+def test_a_file_whose_network_needs_far_more_numbers_than_it_holds_takes_no_memory():
     def make():
         return torch.nn.Linear(1 << 16, 1 << 14)  # 4 GiB
 

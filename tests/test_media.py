@@ -1,4 +1,4 @@
-"""Files in and out: sound, photos and videos of every kind as a player shows them, or a refusal in one line."""
+"""Sound, photos and videos of every kind are read as a player shows them, or refused in one line."""
 
 import argparse
 import importlib
@@ -39,7 +39,7 @@ def ffmpeg(*args):
 
 
 def picture(height=20, width=30):
-    """Four patches of colour, none like another, so that any turn or mix-up of channels shows."""
+    """Four patches of different colours, so that a wrong rotation or channel order shows."""
     image = np.zeros((height, width, 3), np.uint8)
     h, w = height // 2, width // 2
     image[:h, :w], image[:h, w:] = (220, 30, 40), (20, 200, 60)
@@ -48,7 +48,7 @@ def picture(height=20, width=30):
 
 
 def drawn_frames(count, height, width):
-    """Smooth coloured waves that move: a video as an encoder likes it, every frame different."""
+    """Smooth moving waves of colour, easy to encode, every frame different."""
     y, x = np.mgrid[:height, :width] / 16
     t = np.arange(count)[:, None, None]
     channels = 127 + 100 * np.sin(x + 0.3 * t), 127 + 100 * np.cos(y - 0.2 * t), 127 + 80 * np.sin(x + y + 0.1 * t)
@@ -74,10 +74,10 @@ def test_a_photo_is_turned_upright_by_its_exif_entry(tmp_path, orientation):
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     a = picture()
-    upright = {  # the EXIF standard: what is done to the stored rows and columns to see it upright
+    upright = {  # EXIF standard: operation on the stored rows and columns that turns the picture upright
         1: a, 2: a[:, ::-1], 3: a[::-1, ::-1], 4: a[::-1], 5: a.transpose(1, 0, 2), 6: np.rot90(a, -1),
         7: a[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(a, 1),
-    }[orientation]  # fmt: skip
+    }[orientation]
     np.testing.assert_array_equal(load_photo(tmp_path / "a.png"), upright)
 
 
@@ -92,7 +92,7 @@ def test_transparent_parts_are_white(tmp_path):
     assert abs(photo[5] - want).max() <= 1
 
 
-def test_grey_and_grey_with_alpha(tmp_path):
+def test_grey_pictures_with_and_without_alpha_keep_their_values(tmp_path):
     grey = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
     Image.fromarray(grey).save(tmp_path / "l.png")
     Image.fromarray(grey).convert("LA").save(tmp_path / "la.png")
@@ -101,7 +101,7 @@ def test_grey_and_grey_with_alpha(tmp_path):
 
 
 @pytest.mark.parametrize("white", [1, 255, 65535])
-def test_a_float_tiff_is_read_by_its_range(tmp_path, white):
+def test_the_white_of_a_float_tiff_follows_its_range(tmp_path, white):
     grey = np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6)
     Image.fromarray(grey * white).save(tmp_path / "a.tiff")
     assert abs(load_photo(tmp_path / "a.tiff") - 255 * grey[..., None]).max() <= 0.51
@@ -112,7 +112,7 @@ def test_a_float_tiff_is_read_by_its_range(tmp_path, white):
 
 
 def icc(space, pcs, **tags):
-    """The bytes of an ICC profile (version 2) of a device space, with these tags"""
+    """Bytes of an ICC profile (version 2) of a device colour space with these tags."""
     at, table, data = 128 + 4 + 12 * len(tags), b"", b""
     for name, content in tags.items():
         table += name.encode() + struct.pack(">II", at + len(data), len(content))
@@ -144,8 +144,8 @@ def rgb_profile(name, g):
     return icc(b"RGB ", b"XYZ ", wtpt=WHITE, **columns, rTRC=gamma(g), gTRC=gamma(g), bTRC=gamma(g))
 
 
-def seen(x):
-    """XYZ (.., 3) for D50 -> sRGB in 0..255"""
+def xyz_to_srgb(x):
+    """XYZ (.., 3) for D50 -> sRGB in 0..255."""
     x = np.clip(x @ np.linalg.inv(TO_XYZ["srgb"]).T, 0, 1)
     return 255 * np.where(x < 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
 
@@ -158,8 +158,8 @@ def test_colours_are_converted_by_the_profile_in_the_file(tmp_path, name, g, kin
     image = image.quantize(4) if "palette" in kind else image.convert("RGBA") if "alpha" in kind else image
     options = dict(lossless=True) if kind.endswith("webp") else {}
     image.save(tmp_path / kind, icc_profile=rgb_profile(name, g), **options)
-    want = seen((stored / 255) ** g @ np.transpose(TO_XYZ[name]))
-    assert abs(want - stored).max() > 12  # it matters
+    want = xyz_to_srgb((stored / 255) ** g @ np.transpose(TO_XYZ[name]))
+    assert abs(want - stored).max() > 12  # the profile matters
     assert abs(load_photo(tmp_path / kind) - want).max() <= 2.5
 
 
@@ -177,20 +177,20 @@ def test_cmyk_is_converted_by_its_profile(tmp_path):
     lab = corners[[0, 4, 8, 1]].astype(float) * [100 / 255, 1, 1] - [0, 128, 128]
     y = (lab[:, 0] + 16) / 116
     f = np.stack([y + lab[:, 1] / 500, y, y - lab[:, 2] / 200], 1)
-    want = seen(np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.9642, 1, 0.8249])
+    want = xyz_to_srgb(np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.9642, 1, 0.8249])
     got = load_photo(tmp_path / "a.tiff")[[1, 1, 1, 6], [1, 6, 10, 1]]
     assert abs(got - want).max() <= 4, (got, want)
 
 
-def test_grey_by_its_profile_stays_grey_and_a_profile_that_cannot_be_used_is_left_out(tmp_path):
+def test_grey_stays_grey_by_its_profile_and_an_unusable_profile_is_ignored(tmp_path):
     grey = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
     Image.fromarray(grey).save(tmp_path / "a.png", icc_profile=icc(b"GRAY", b"XYZ ", wtpt=WHITE, kTRC=gamma(1)))
     photo = load_photo(tmp_path / "a.png")
-    want = seen((grey / 255)[..., None] * [0.9642, 1, 0.8249])
+    want = xyz_to_srgb((grey / 255)[..., None] * [0.9642, 1, 0.8249])
     assert abs(photo - want).max() <= 3 and (np.ptp(photo, -1) == 0).all()
     Image.fromarray(grey).convert("RGB").save(tmp_path / "rgb.png", icc_profile=rgb_profile("p3", 2.2))
     assert (np.ptp(load_photo(tmp_path / "rgb.png"), -1) == 0).all()
-    for profile in (b"no profile", rgb_profile("p3", 2.2)):  # of another kind of picture
+    for profile in (b"no profile", rgb_profile("p3", 2.2)):  # of another colour space
         Image.fromarray(grey).save(tmp_path / "b.png", icc_profile=profile)
         np.testing.assert_array_equal(load_photo(tmp_path / "b.png")[..., 1], grey)
 
@@ -204,7 +204,7 @@ def test_avif_is_read_and_heic_is_refused_with_the_command_to_convert_it(tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16", "CMYK"])
-def test_a_large_photo_is_shrunk_while_it_is_read_and_its_size_is_known(tmp_path, monkeypatch, mode):
+def test_a_large_photo_is_shrunk_and_photo_size_gives_its_full_size(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(media, "MAX_PHOTO_SIDE", 60)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -227,7 +227,7 @@ def test_16_bit_grey_keeps_its_brightness(tmp_path, suffix):
     assert abs(photo[..., 0] - grey / 257).max() <= 1 and (photo[..., 0] == photo[..., 2]).all()
 
 
-def test_palette_cmyk_and_bilevel(tmp_path):
+def test_palette_cmyk_and_bilevel_pictures_keep_their_colours(tmp_path):
     source = Image.fromarray(picture())
     source.quantize(16).save(tmp_path / "p.gif")
     source.convert("CMYK").save(tmp_path / "c.jpg", quality=100, subsampling=0)
@@ -240,7 +240,7 @@ def test_palette_cmyk_and_bilevel(tmp_path):
     assert set(np.unique(load_photo(tmp_path / "1.png"))) == {0, 255}
 
 
-def test_of_an_mpo_file_the_first_picture_is_read(tmp_path):
+def test_the_first_picture_of_an_mpo_file_is_read(tmp_path):
     first, second = Image.fromarray(picture(64, 64)), Image.new("RGB", (64, 64))
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second], quality=100)
     with Image.open(tmp_path / "a.jpg") as image:
@@ -282,7 +282,7 @@ def test_every_bad_photo_is_refused_in_one_line_that_names_it(tmp_path):
 # tensors
 
 
-def test_bytes_to_tensor_and_back_is_the_identity():
+def test_to_uint8_inverts_to_tensor():
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
     images[0, 0, 0], images[0, 0, 1] = 0, 255
     x = to_tensor(images)
@@ -300,10 +300,10 @@ def test_to_uint8_rounds_clamps_and_refuses_nan():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# video: writer and reader together
+# video: write, then read
 
 
-def test_what_is_written_is_read_frame_by_frame(tmp_path):
+def test_a_written_video_is_read_back_frame_by_frame(tmp_path):
     frames = drawn_frames(23, 48, 64)
     write(tmp_path / "a.mp4", frames)
     back = np.stack(list(read_video(tmp_path / "a.mp4")))
@@ -321,7 +321,7 @@ def test_flat_colours_survive_the_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("count, n", [(1, 640), (26, 16321), (30, 9000)])
-def test_frame_count_is_exact_whatever_the_sounds_length(tmp_path, count, n):
+def test_the_frame_count_is_exact_for_any_length_of_sound(tmp_path, count, n):
     write(tmp_path / "a.mp4", drawn_frames(count, 32, 32), wav=np.zeros(n, np.float32))
     assert sum(1 for _ in read_video(tmp_path / "a.mp4")) == count
     assert abs(len(load_audio(tmp_path / "a.mp4")) - n) <= 1100  # AAC works in blocks of 1024
@@ -340,7 +340,7 @@ def test_a_click_and_a_flash_in_one_frame_stay_in_one_frame(tmp_path, suffix):
     assert np.flatnonzero(bright).tolist() == [0, 11, 33] == np.flatnonzero(loud).tolist()
 
 
-def test_odd_sizes_are_padded_by_their_own_border(tmp_path):
+def test_odd_sizes_are_padded_by_a_copy_of_their_border(tmp_path):
     frames = drawn_frames(4, 33, 47)
     write(tmp_path / "a.mp4", frames)
     back = np.stack(list(read_video(tmp_path / "a.mp4")))
@@ -350,7 +350,7 @@ def test_odd_sizes_are_padded_by_their_own_border(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["-y %03d [a'b\"c];&.mp4", "http:x.mp4"])
-def test_awkward_file_names(tmp_path, monkeypatch, name):
+def test_file_names_with_special_characters_work(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     frames = drawn_frames(3, 32, 32)
     write(name, frames, wav=np.zeros(1920, np.float32))
@@ -359,17 +359,17 @@ def test_awkward_file_names(tmp_path, monkeypatch, name):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# video: other people's
+# video: files of other programs
 
 
 def counting_video(path, rate, *options):
-    """Two seconds whose brightness tells the time: the frame at time t has luma 20 + 100 t."""
+    """Two seconds of video whose brightness shows the time: at time t the luma is 20 + 100 t."""
     source = f"nullsrc=s=32x24:r={rate}:d=2,geq=lum='20+100*T':cb=128:cr=128"
     ffmpeg("-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", "-crf", "1", *options, path)
 
 
 def seconds_late(path):
-    """For each frame k, how long before (k + 1/2) / 25 s the picture it shows began, by its brightness."""
+    """For each frame k, the time from the start of its picture, by the brightness, to (k + 1/2) / 25 s."""
     luma = np.array([f[4:-4, 4:-4].mean() for f in read_video(path)]) * 219 / 255 + 16
     return (np.arange(len(luma)) + 0.5) / 25 - (luma - 20) / 100
 
@@ -381,12 +381,12 @@ def test_any_frame_rate_becomes_25_with_every_frame_at_its_time(tmp_path, rate):
     numerator, _, denominator = rate.partition("/")
     period = float(denominator or 1) / float(numerator)
     assert abs(len(late) - 50) <= 1
-    # what shows in the middle of frame k began at most one source frame earlier, and not later
+    # the picture in the middle of frame k starts at most one source frame earlier and not later
     # (16 ms: luma has 8 bits)
     assert late.min() > -0.016 and late.max() < period + 0.016, (late.min(), late.max())
 
 
-def test_a_variable_frame_rate_keeps_time(tmp_path):
+def test_video_of_variable_frame_rate_keeps_its_timing(tmp_path):
     counting_video(tmp_path / "a.mkv", 50, "-vf", "select='not(mod(n,7))+lt(t,1)'", "-fps_mode", "vfr")
     late = seconds_late(tmp_path / "a.mkv")
     assert abs(len(late) - 50) <= 4 and late.min() > -0.016
@@ -405,7 +405,7 @@ def test_a_click_and_a_flash_at_60_fps_in_another_container_stay_together(tmp_pa
         assert abs(loud - 0.25 - bright) <= 1 and abs(bright - 30) <= 1, (name, bright, loud)
 
 
-def test_a_picture_that_starts_later_than_the_sound_shows_its_first_frame_until_then(tmp_path):
+def test_where_the_picture_starts_after_the_sound_its_first_frame_shows_from_0_on(tmp_path):
     flash = "nullsrc=s=32x32:r=25:d=1,geq=lum='if(between(T,0.399,0.401),235,20)':cb=128:cr=128"
     sound = ("-f", "lavfi", "-i", "anoisesrc=d=2")
     ffmpeg(*sound, "-itsoffset", "0.6", "-f", "lavfi", "-i", flash, tmp_path / "a.mkv")
@@ -424,7 +424,7 @@ def test_a_phones_rotation_is_applied(tmp_path, degrees):
     assert psnr(frame, want) > 25
 
 
-def test_alpha_is_dropped_grey_is_grey_and_pixels_become_square(tmp_path):
+def test_alpha_is_dropped_grey_video_stays_grey_and_pixels_become_square(tmp_path):
     ffmpeg("-f", "lavfi", "-i", "color=red@0.5:s=32x24:d=0.2,format=rgba", "-c:v", "png", tmp_path / "alpha.mov")
     assert abs(next(read_video(tmp_path / "alpha.mov")).astype(int) - (254, 0, 0)).max() < 4
     ffmpeg("-f", "lavfi", "-i", "color=gray:s=32x24:d=0.2,format=gray", "-c:v", "ffv1", tmp_path / "grey.mkv")
@@ -433,7 +433,7 @@ def test_alpha_is_dropped_grey_is_grey_and_pixels_become_square(tmp_path):
     assert next(read_video(tmp_path / "wide.mp4")).shape == (24, 64, 3)
 
 
-def test_a_size_that_changes_in_the_middle_keeps_time_and_shape(tmp_path):
+def test_a_change_of_size_in_the_middle_keeps_timing_and_shape(tmp_path):
     flash = "if(between(T,0.79,0.83),235,20)"
     source = f"nullsrc=s=64x32:r=25:d=1,geq=lum='{flash}':cb=128:cr=128"
     for name, size, at in (("a", "64:32", 0), ("b", "128:64", 1), ("c", "32:64", 2)):
@@ -448,7 +448,7 @@ def test_a_size_that_changes_in_the_middle_keeps_time_and_shape(tmp_path):
     assert last[8:-8, 30:34].min() > 200 and last[:, :20].max() < 40
 
 
-def test_a_transport_stream_cut_in_a_group_of_pictures_is_read(tmp_path):
+def test_a_transport_stream_that_starts_within_a_group_of_pictures_is_read(tmp_path):
     source = ("-f", "lavfi", "-i", "testsrc2=s=64x48:r=25:d=3", "-f", "lavfi", "-i", "sine=d=5")
     ffmpeg(*source, "-g", "25", "-c:v", "libx264", "-c:a", "aac", tmp_path / "whole.ts")
     content = (tmp_path / "whole.ts").read_bytes()
@@ -457,7 +457,7 @@ def test_a_transport_stream_cut_in_a_group_of_pictures_is_read(tmp_path):
     assert len(load_audio(tmp_path / "cut.ts")) > 4 * RATE
 
 
-def test_interlaced_video_is_deinterlaced_where_it_says_so(tmp_path):
+def test_video_that_is_marked_as_interlaced_is_deinterlaced(tmp_path):
     source = "testsrc2=s=64x64:r=50:d=0.6,geq=lum='if(lt(mod(X-4*N,32),16),235,20)':cb=128:cr=128"
     options = ("-vf", "tinterlace=interleave_top", "-c:v", "mpeg2video", "-flags", "+ildct+ilme", "-b:v", "4M")
     ffmpeg("-f", "lavfi", "-i", source, *options, tmp_path / "a.mpg")
@@ -500,13 +500,13 @@ def test_hdr_colours_are_those_of_bt_709(tmp_path):
         assert abs(got - srgb).max() <= 4, (curve, got)
 
 
-def test_a_video_with_a_timecode_track_has_its_pictures(tmp_path):
+def test_the_pictures_of_a_video_with_a_timecode_track_are_read(tmp_path):
     source = ("-f", "lavfi", "-i", "color=gray:s=32x24:r=25:d=0.4", "-timecode", "00:00:00:00")
     ffmpeg(*source, tmp_path / "camera.mov")  # ffmpeg lists its streams as a group
     assert len(list(read_video(tmp_path / "camera.mov"))) == 10
 
 
-def test_read_video_resizes_to_the_height_asked_for(tmp_path):
+def test_read_video_resizes_to_a_given_height(tmp_path):
     write(tmp_path / "a.mp4", np.repeat(picture(40, 60)[None], 3, 0))
     frame = next(read_video(tmp_path / "a.mp4", height=20))
     inside = np.ix_(np.r_[2:8, 12:18], np.r_[2:13, 17:28])  # away from the edges, where colours are coarser
@@ -514,7 +514,7 @@ def test_read_video_resizes_to_the_height_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("rate, channels", [(48000, 2), (22050, 6), (8000, 8)])
-def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
+def test_a_video_gets_the_users_sound_with_its_rate_and_channels(tmp_path, rate, channels):
     sound = 0.3 * np.sin(2 * np.pi * 300 * np.arange(rate)[:, None] / rate) * np.ones(channels)
     scipy.io.wavfile.write(tmp_path / "a.wav", rate, sound.astype(np.float32))
     frames = drawn_frames(20, 32, 32)  # shorter than the sound
@@ -525,7 +525,7 @@ def test_a_video_gets_the_users_own_sound(tmp_path, rate, channels):
     assert abs(len(wav) - 640 * 20) <= 2048 * 16000 / rate and abs(abs(wav[3000:9000]).max() - 0.3) < 0.03
 
 
-def test_probe_has_size_and_rate_whatever_the_title_says(tmp_path):
+def test_probe_reads_size_and_rate_and_not_the_title(tmp_path):
     source = "color=s=46x34:r=30000/1001:d=2"
     title = ("-metadata", "title=x\n  Stream #0:0: Video: h264, 1x1, 5 fps")
     ffmpeg("-f", "lavfi", "-i", source, "-f", "lavfi", "-i", "sine=d=2", *title, tmp_path / "a.mp4")
@@ -533,7 +533,7 @@ def test_probe_has_size_and_rate_whatever_the_title_says(tmp_path):
     assert (info.width, info.height, info.fps) == (46, 34, 29.97)
 
 
-def test_a_reader_that_is_left_early_ends_its_ffmpeg(tmp_path, monkeypatch):
+def test_closing_a_reader_early_ends_its_ffmpeg(tmp_path, monkeypatch):
     ffmpeg("-f", "lavfi", "-i", "color=s=64x64:r=25:d=60", tmp_path / "a.mp4")
     started = []
 
@@ -571,19 +571,19 @@ def test_every_bad_video_is_refused_in_one_line_that_names_it(tmp_path):
         assert "\n" not in str(caught.value) and name in str(caught.value) and reason in str(caught.value)
 
 
-def test_what_is_no_video_is_refused_before_the_first_frame_is_asked_for(tmp_path):
+def test_a_file_that_is_not_a_video_is_refused_before_the_first_frame_is_read(tmp_path):
     (tmp_path / "words.mp4").write_text("no video " * 99)
     with pytest.raises(InputError):
         read_video(tmp_path / "words.mp4")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# video: nothing half-written
+# video: no partial files
 
 
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
-    """A temporary directory of this test's own, so that leftovers show; and a place for the output."""
+    """A separate temporary directory, so that leftovers show, and a folder for the output."""
     (tmp_path / "tmp").mkdir()
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(media.tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -604,7 +604,7 @@ def test_an_error_while_writing_leaves_nothing_behind(scratch):
     assert leftovers(scratch) == [] and not list((scratch / "tmp").iterdir())
 
 
-def test_a_killed_ffmpeg_is_one_clear_error_and_leaves_nothing_behind(scratch, monkeypatch):
+def test_a_killed_ffmpeg_is_one_error_and_leaves_nothing_behind(scratch, monkeypatch):
     started, Popen = [], subprocess.Popen
     monkeypatch.setattr(media.subprocess, "Popen", lambda *a, **kw: started.append(Popen(*a, **kw)) or started[-1])
 
@@ -619,7 +619,7 @@ def test_a_killed_ffmpeg_is_one_clear_error_and_leaves_nothing_behind(scratch, m
     assert leftovers(scratch) == [] and not list((scratch / "tmp").iterdir())
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_the_old_file(scratch, monkeypatch):
+def test_a_full_disk_is_one_error_and_leaves_the_old_file(scratch, monkeypatch):
     (scratch / "out/a.mp4").write_bytes(b"old")
 
     def full(source, target):
@@ -640,7 +640,7 @@ def test_a_written_video_says_that_it_was_generated(scratch, suffix):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are Unix's")
-def test_a_killed_writer_leaves_nothing_where_the_output_goes(scratch):
+def test_a_killed_writer_leaves_nothing_in_the_output_folder(scratch):
     read, write_end = os.pipe()
 
     def frames():
@@ -660,7 +660,7 @@ def test_a_killed_writer_leaves_nothing_where_the_output_goes(scratch):
     assert list((scratch / "out").iterdir()) == []
 
 
-def test_the_file_appears_at_the_end_only_and_two_writers_do_not_meet(scratch):
+def test_the_file_appears_only_at_the_end_and_two_writers_do_not_interfere(scratch):
     frames = drawn_frames(6, 32, 32)
 
     def meanwhile():
@@ -684,7 +684,7 @@ def test_a_file_that_appeared_meanwhile_is_not_overwritten(scratch):
     assert (scratch / "out/a.mp4").read_bytes() == b"someone else's" and leftovers(scratch) == ["out/a.mp4"]
 
 
-def test_check_output_refuses_what_cannot_be_written(tmp_path, monkeypatch):
+def test_check_output_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "there.mp4").write_bytes(b"x")
     (tmp_path / "folder.mp4").mkdir()
     cases = [("there.mp4", "--overwrite"), ("folder.mp4", "directory"), ("no/where.mp4", "no such directory")]
@@ -699,7 +699,7 @@ def test_check_output_refuses_what_cannot_be_written(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    # root may write anywhere: chmod would not do
+    # not chmod: root may write anywhere
     monkeypatch.setattr(media.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match="Permission denied"):
         check_output(tmp_path / "new.mp4")
@@ -713,7 +713,7 @@ def peak_hz(wav):
     return np.fft.rfft(wav * np.hanning(len(wav))).__abs__().argmax() * RATE / len(wav)
 
 
-def test_16_bit_16_khz_comes_back_sample_by_sample(tmp_path):
+def test_16_bit_sound_at_16_khz_is_read_sample_by_sample(tmp_path):
     samples = np.random.default_rng(0).integers(-32768, 32768, 7001).astype(np.int16)
     scipy.io.wavfile.write(tmp_path / "a.wav", RATE, samples)
     wav = load_audio(tmp_path / "a.wav")
@@ -728,13 +728,13 @@ def test_16_bit_16_khz_comes_back_sample_by_sample(tmp_path):
 def test_every_kind_of_sound_file_is_read_at_its_pitch(tmp_path, monkeypatch, name, rate, channels, subtype):
     monkeypatch.chdir(tmp_path)
     soundfile.write(str(tmp_path / name), np.tile(tone(700, rate, rate)[:, None], (1, channels)), rate, subtype=subtype)
-    wav = load_audio(name)  # a relative path, as typed
+    wav = load_audio(name)  # a relative path
     assert abs(len(wav) - RATE) <= 0.06 * RATE  # MP3 pads
     assert abs(peak_hz(wav) - 700) < 5
     assert 0.1 < abs(wav).max() <= 1
 
 
-def test_sound_inside_a_video_is_found_at_its_time(tmp_path):
+def test_sound_in_a_video_keeps_its_time(tmp_path):
     wav = np.zeros(2 * RATE, np.int16)
     wav[RATE : RATE + 40] = 30000
     scipy.io.wavfile.write(tmp_path / "click.wav", RATE, wav)
@@ -755,7 +755,7 @@ def test_a_track_that_starts_late_in_a_video_is_padded_in_front(tmp_path):
     assert abs(int(abs(wav).argmax()) - 0.6 * RATE) < 320
 
 
-def test_silence_and_a_tenth_of_a_second_work(tmp_path):
+def test_a_tenth_of_a_second_of_silence_is_read(tmp_path):
     scipy.io.wavfile.write(tmp_path / "s.wav", RATE, np.zeros(1600, np.int16))
     wav = load_audio(tmp_path / "s.wav")
     assert len(wav) == 1600 and not wav.any()
@@ -768,7 +768,7 @@ def test_too_loud_floats_are_clipped(tmp_path):
 
 
 def bad_sounds(folder):
-    """(path, what the message must say) of everything that must be refused."""
+    """{file name: text of the message} of files that must be refused."""
     (folder / "directory.wav").mkdir()
     (folder / "empty.wav").touch()
     (folder / "words.wav").write_text("this is not sound\n" * 99)
@@ -806,11 +806,11 @@ def test_every_bad_sound_is_refused_in_one_line_that_names_it(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# files as people have them
+# unusual files
 
 
 def click_at(seconds, length=2.0, rate=48000):
-    """A soft hum, so that encoders have something to do, and a click"""
+    """A click over a soft hum, which keeps encoders from dropping silence."""
     wav = 0.02 * tone(300, round(length * rate), rate)
     wav[round(seconds * rate) :][: rate // 400] = 0.9
     return wav
@@ -822,21 +822,21 @@ def click_time(path):
 
 
 def syllables(n=2 * RATE):
-    """A buzz in bursts: loud and silent parts, as speech has"""
+    """Bursts of a buzz with loud and silent parts, similar to speech."""
     t = np.arange(n) / RATE
     buzz = sum(np.sin(2 * np.pi * 120 * k * t) / k for k in range(1, 12))
     return (0.1 * buzz * (np.sin(2 * np.pi * 4 * t) > 0)).astype(np.float32)
 
 
 @pytest.mark.parametrize("seconds", [0.03, 0.08, 0.7])
-def test_a_hole_of_any_length_in_the_sound_is_silence(tmp_path, seconds):
+def test_a_gap_of_any_length_in_the_sound_becomes_silence(tmp_path, seconds):
     soundfile.write(tmp_path / "a.wav", click_at(1.5), 48000)
     drop = f"noise=drop='between(pts*tb,0.5,{0.499 + seconds})'"
     ffmpeg("-i", tmp_path / "a.wav", "-c:a", "flac", "-frame_size", "480", "-bsf:a", drop, tmp_path / "a.mkv")
     assert abs(click_time(tmp_path / "a.mkv") - 1.5) < 0.01
 
 
-def test_rate_and_channels_that_change_in_a_late_track_keep_its_time(tmp_path):
+def test_a_late_track_with_changes_of_rate_and_channels_keeps_its_time(tmp_path):
     for name, rate, channels, at in (("a", 44100, 2, 0.3), ("b", 48000, 1, 0.5), ("c", 48000, 6, 0.7)):
         sound = np.zeros((rate, channels))
         sound[round(at * rate) :][: rate // 400, -1] = dict(a=0.3, b=0.6, c=0.9)[name]
@@ -852,7 +852,7 @@ def test_rate_and_channels_that_change_in_a_late_track_keep_its_time(tmp_path):
     assert np.abs(np.subtract(clicks, (1.3, 2.5, 3.7))).max() < 0.05, clicks
 
 
-def test_a_streamed_wav_is_read_whole_and_a_cut_one_refused(tmp_path):
+def test_a_wav_of_open_length_is_read_whole_and_a_cut_one_is_refused(tmp_path):
     scipy.io.wavfile.write(tmp_path / "a.wav", RATE, noise(RATE))
     content = bytearray((tmp_path / "a.wav").read_bytes())
     at = content.index(b"data") + 4
@@ -870,7 +870,7 @@ def test_a_streamed_wav_is_read_whole_and_a_cut_one_refused(tmp_path):
     assert len(load_audio(tmp_path / "rf64.wav")) == len(load_audio(tmp_path / "open.wav")) == RATE
 
 
-def test_a_variable_mp3_is_read_whole_with_junk_in_it(tmp_path):
+def test_an_mp3_of_variable_rate_is_read_whole_with_junk_in_it(tmp_path):
     soundfile.write(tmp_path / "a.wav", syllables(3 * RATE), RATE)
     ffmpeg("-i", tmp_path / "a.wav", "-q:a", "4", tmp_path / "a.mp3")
     mp3, junk = (tmp_path / "a.mp3").read_bytes(), (noise(5000) * 256).astype(np.int8).tobytes()
@@ -879,7 +879,7 @@ def test_a_variable_mp3_is_read_whole_with_junk_in_it(tmp_path):
         assert abs(len(load_audio(tmp_path / f"{name}.mp3")) / RATE - 3) < 0.12, name
 
 
-def test_a_sound_of_which_the_second_half_cannot_be_decoded_is_refused(tmp_path):
+def test_a_sound_whose_second_half_cannot_be_decoded_is_refused(tmp_path):
     for name, layout in (("a", "mono"), ("b", "5.1")):
         sine = ("-f", "lavfi", "-i", "sine=d=2", "-af", f"aformat=channel_layouts={layout}")
         ffmpeg(*sine, "-c:a", "aac", tmp_path / f"{name}.ts")
@@ -919,14 +919,14 @@ def channels_of(voice, kind):
 
 @pytest.mark.parametrize("kind", ["opposite", "right alone", "centre of 5.1", "last of 8", "last of 12",
                                   "hiss on the other"])
-def test_a_voice_sounds_the_same_in_whichever_channels_it_is(tmp_path, kind):
+def test_a_voice_sounds_the_same_in_any_channels(tmp_path, kind):
     soundfile.write(tmp_path / "a.wav", np.stack(channels_of(syllables(), kind), 1), RATE, subtype="FLOAT")
     wav = load_audio(tmp_path / "a.wav", normalise=False)
     np.testing.assert_allclose(wav, syllables(), atol=0.002)
 
 
 def mixed(samples):
-    """(n, C) -> (n,), by media.mix"""
+    """(n, C) -> (n,) by media.mix_channels."""
     blocks = [samples[a : a + media.MIX_BLOCK] for a in range(0, len(samples), media.MIX_BLOCK)]
     return np.concatenate(list(media.mix_channels("x", lambda: blocks)))[:, 0]
 
@@ -937,14 +937,14 @@ def test_two_speakers_on_two_channels_are_both_kept():
     assert spectrum[[300, 700]].min() > 0.9 * spectrum.max()  # bins of 1 Hz
 
 
-def test_a_voice_that_goes_from_one_channel_to_two_keeps_its_loudness():
+def test_a_voice_that_moves_from_one_channel_to_two_keeps_its_loudness():
     voice = syllables(4 * RATE)
     samples = np.stack([voice, np.where(np.arange(4 * RATE) < 2 * RATE, 0, voice)], 1)
     np.testing.assert_allclose(mixed(samples)[: RATE], voice[: RATE], atol=1e-6)
     np.testing.assert_allclose(mixed(samples)[3 * RATE :], voice[3 * RATE :], atol=1e-6)
 
 
-def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
+def test_speech_gets_one_level_and_silence_and_noise_keep_theirs(tmp_path):
     levels = []
     for gain in (2, 0.6, 0.02):
         soundfile.write(tmp_path / "a.wav", gain * syllables(), RATE, subtype="PCM_24")
@@ -954,13 +954,13 @@ def test_the_level_of_speech_is_one_and_silence_and_noise_stay(tmp_path):
         np.testing.assert_array_equal(media.normalise_loudness(still.copy()), still)
 
 
-def test_an_offset_is_taken_out_before_speech_is_made_louder():
+def test_a_constant_offset_is_removed_before_speech_is_amplified():
     late = np.concatenate([np.zeros(3 * RATE, np.float32), 0.05 * syllables() + 0.4])
     wav = media.normalise_loudness(late)  # in place
     assert abs(wav).max() < 1 and abs(wav[3 * RATE :].mean()) < 0.01 and not wav[: 3 * RATE].any()
 
 
-def test_speech_at_the_loudness_that_was_trained_on_stays_as_it_is():
+def test_speech_at_the_loudness_of_training_stays_as_it_is():
     wav = syllables(4 * RATE)
     wav *= 10 ** (media.LOUDNESS / 20) / wav[abs(wav) > 0].std()
     gain = media.normalise_loudness(wav.copy()).std() / wav.std()
@@ -971,7 +971,7 @@ def test_speech_at_the_loudness_that_was_trained_on_stays_as_it_is():
 # scripts
 
 
-def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys):
+def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
     def main():
         raise InputError("a.wav: is\nbad")
 
@@ -982,11 +982,11 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(monkeypatch, capsys):
 
 
 class Built(Exception):
-    """In the place of parsing: the parser and its limits"""
+    """Raised in place of parsing, with the parser and its limits."""
 
 
 def parsers(monkeypatch):
-    """The parser of every script: (name, parser, limits, the words before an option)"""
+    """Yield (name, parser, limits, required words, number options) of every script and command."""
     def stop(self, args=None, **limits):
         raise Built(self, limits)
 
@@ -1008,13 +1008,13 @@ def parsers(monkeypatch):
                 yield f"{name} {word or ''}", parser, limits, words, [a for a in sub._actions if a.type in (int, float)]
 
 
-def test_no_number_option_of_any_script_takes_an_absurd_value(monkeypatch, capsys):
+def test_the_number_options_of_all_scripts_refuse_absurd_values(monkeypatch, capsys):
     tried = set()
     for name, parser, limits, words, options in list(parsers(monkeypatch)):
-        parser.parse_args(words, **limits)  # goes well, defaults and all
+        parser.parse_args(words, **limits)  # the defaults are accepted
         for a in options:
             counts = a.type is int and a.dest not in ("seed", "workers", "refine", "clip", "lag")
-            zero = ["0"] if counts or a.dest.startswith(("lr", "seconds")) else []  # others may be 0
+            zero = ["0"] if counts or a.dest.startswith(("lr", "seconds")) else []  # the remaining ones may be 0
             for value in [*zero, "-70", "1" + 30 * "0", "nan", "word"]:
                 with pytest.raises((InputError, SystemExit)) as refused:
                     parser.parse_args([*words, f"{a.option_strings[0]}={value}"], **limits)
@@ -1031,7 +1031,7 @@ NO_MEMORY = [MemoryError(), OSError(12, "Cannot allocate memory"), torch.OutOfMe
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
-def test_run_says_in_one_line_that_there_is_no_memory(capsys, error):
+def test_run_reports_lack_of_memory_in_one_line(capsys, error):
     def main():
         raise error
 
