@@ -463,14 +463,14 @@ def test_the_masked_mouth_does_not_change_the_pose_code_of_our_own_networks(tiny
 def test_eyes_and_mouth_come_to_their_places_whatever_the_scale_and_rotation():
     for size in (224, 96):
         for turn, scale, shift in ((0.3, 0.9, 300 + 210j), (-0.2, 0.35, 150 + 130j)):
-            points = (pcavs.ALIGNED - 112 - 90j) * scale * np.exp(1j * turn) + shift
+            points = (pcavs.PCAVS_POINTS - 112 - 90j) * scale * np.exp(1j * turn) + shift
             image = np.zeros((420, 600, 3), np.uint8)
             yy, xx = np.mgrid[:420, :600] + 0.5
             for channel, p in enumerate(points):
                 image[..., channel] = 255 * np.exp(-((xx - p.real) ** 2 + (yy - p.imag) ** 2) / (2 * (4 * scale) ** 2))
             out = next(pcavs.align_frames([image], points[None] / 420, size)).astype(float)
             rows, cols = np.mgrid[:size, :size] + 0.5
-            for channel, p in enumerate(pcavs.ALIGNED):
+            for channel, p in enumerate(pcavs.PCAVS_POINTS):
                 mass = out[..., channel] / out[..., channel].sum()
                 expected = (p - 16) * size / 192
                 assert abs((cols * mass).sum() - expected.real) < 0.6 and abs((rows * mass).sum() - expected.imag) < 0.6
@@ -538,7 +538,8 @@ def test_align_writes_the_crops_of_a_folder_that_are_not_aligned_again(tracked, 
     out = clip.parent / "frames_cropped"
     assert f"{out}: 4 aligned images" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == [f"{i:06d}.jpg" for i in range(4)]
-    whole, cut = (next(pcavs.align_frames([image], BASE[None] / 120, 224, box)) for box in (pcavs.WHOLE, pcavs.SEEN))
+    boxes = (pcavs.PCAVS_FILE, pcavs.PCAVS_INPUT)
+    whole, cut = (next(pcavs.align_frames([image], BASE[None] / 120, 224, box)) for box in boxes)
     written = np.asarray(Image.open(out / "000002.jpg")).astype(int)
     assert written.shape == (224, 224, 3) and abs(written - whole).mean() < 8
     crops = list(pcavs.clip_crops(out, 9, Config()))                            # a folder is aligned
