@@ -1,10 +1,8 @@
 """Sound to features: log-mel, MFCC, the mel window of a video frame, voice isolation, and the audio encoder.
 
-Sources: FC-TFG (arXiv 2304.03275), section 3, for 16 kHz, window 800, hop 200, 80 mel bands and an encoder after
-Wav2Lip (arXiv 2008.10010); SyncNet (Chung & Zisserman 2016) for the MFCC. Differences: the mel window of a frame is
-centred on the middle of the frame (Wav2Lip's begins at int(3.2 k) of the first of five frames); see AudioEncoder.
-
-Axes: n samples, T frames, M mel bands, S mel steps.
+Papers: FC-TFG (arXiv 2304.03275), section 3: 16 kHz, window 800, hop 200, 80 mel bands, encoder after Wav2Lip (arXiv
+2008.10010); SyncNet (Chung & Zisserman 2016): MFCC. Differences: the mel window of a frame is centred on the middle of
+the frame (Wav2Lip's begins at int(3.2 k) of the first of five frames); see AudioEncoder. Axes: n samples, T frames.
 """
 
 from functools import lru_cache
@@ -40,8 +38,8 @@ def n_frames(n_samples: int) -> int:
 
 @lru_cache
 def band_corners(bands: int, low: float = MEL_LOW, high: float = MEL_HIGH) -> np.ndarray:
-    """(M + 2,) Hz on Slaney's mel scale: band i is a triangle over corners i, i + 1 and i + 2."""
-    # linear below 1 kHz, logarithmic above: 27 steps for a factor of 6.4
+    """(M + 2,) Hz: band i is a triangle over corners i, i + 1 and i + 2. Slaney's mel scale is linear below 1 kHz and
+    logarithmic above, with 27 steps for a factor of 6.4."""
     low, high = (hz * 3 / 200 if hz < 1000 else 15 + 27 * np.log(hz / 1000) / np.log(6.4) for hz in (low, high))
     mel = np.linspace(low, high, bands + 2)
     return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
@@ -147,9 +145,9 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
 
 
 def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Data augmentation: mel (.., M, S) -> the same words in another voice. The frequency axis is stretched by up to
-    15 % (vocal tract length perturbation, Jaitly & Hinton 2013). Ours: the level changes by up to 10 dB, the spectrum
-    tilts by up to 5 dB at each end, and every third sound gets a hiss."""
+    """mel (.., M, S) -> the same words in another voice. The frequency axis is stretched by up to 15 % (vocal tract
+    length perturbation, Jaitly & Hinton 2013). Ours: the level changes by up to 10 dB, the spectrum tilts by up to 5
+    dB at each end, and every third sound gets a hiss."""
     voice = resample_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
     voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB
@@ -164,8 +162,7 @@ def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 LOUD_RANGE = 1.0                         # steps at most this far below the 95th percentile count as loud speech
 MIN_LEVEL = -1.2                         # lowest level of speech: silence stays silent
 BELOW, ABOVE = 2.6, 2.4                  # distances from the level of speech that become -4 and 4
-MEAN_PITCH = 108.0                       # Hz: GRID's speaker 1, the first voice in training
-MIN_PITCH, MAX_PITCH = 70, 400           # Hz: range of the search
+MEAN_PITCH, MIN_PITCH, MAX_PITCH = 108.0, 70, 400  # Hz: GRID's speaker 1, the first voice in training; search range
 KNEE = 4800.0                            # Hz: frequencies are scaled up to here; a line leads on to the last band
 
 
@@ -192,8 +189,7 @@ def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
     """log_mel (M, S) of a sound (n,) -> mel without the level and the vocal tract length of the voice, so that a
     network trained on few voices also follows others. Loud speech gets one mean level. Frequencies are divided by
     (pitch / MEAN_PITCH)^(1/3), piecewise linearly, as in vocal tract length normalisation (Lee & Rose 1996)."""
-    step_level = mel.mean(0)                                             # (S,)
-    loud = step_level >= np.quantile(step_level, 0.95) - LOUD_RANGE
+    loud = mel.mean(0) >= np.quantile(mel.mean(0), 0.95) - LOUD_RANGE    # (S,)
     level = max(float(mel[:, loud].mean()), MIN_LEVEL)
     alpha = np.clip((MEAN_PITCH / (estimate_pitch(wav) or MEAN_PITCH)) ** (1 / 3), 0.7, 1.3)
     knee = KNEE * min(1, 1 / alpha)                                      # Hz of the sound
@@ -223,8 +219,7 @@ def add_echo_and_noise(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_non_speech(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Sound (n,) during which lips are shut: near silence, noise that swells like breath, fading chords, or steady
-    noise, at any level"""
+    """Sound (n,) for shut lips: a quiet room, steady noise, noise that swells like breath, or fading chords"""
     t, wav = np.arange(n) / SAMPLE_RATE, coloured_noise(n, rng)
     kind = rng.integers(4)
     if kind == 0:
@@ -248,9 +243,8 @@ PIECE = 60                               # seconds, ours: repetitions are search
 def isolate_voice(wav: np.ndarray) -> np.ndarray:
     """Speech over music or steady noise, (n,) in [-1, 1] -> (n,) with repeating sounds attenuated, by librosa's vocal
     separation (REPET-SIM, Rafii & Pardo, ISMIR 2012): the background of a frame is the median of similar frames that
-    are far from it in time. As in librosa's example, except the margin of the voice and the distance in time. Ours:
-    margin 5, not 10 (read speech loses 2 to 3 dB, not 3 to 5; a beating chord 17 to 22, not 18 to 24); and a distance
-    of 2 s, or less if the sound is shorter than 8 s."""
+    are far from it in time. Differences from librosa's example: margin 5, not 10 (read speech loses 2 to 3 dB, not 3 to
+    5; a beating chord 17 to 22, not 18 to 24); frames 2 s apart, or less in sounds under 8 s."""
     check_sound(wav)
     pieces = np.array_split(wav, -(-len(wav) // (PIECE * SAMPLE_RATE)))  # memory grows with the square of their length
     return np.concatenate([isolate_piece(piece) for piece in pieces]).astype(np.float32)

@@ -46,7 +46,6 @@ def encode_jpeg(frame: np.ndarray, size: int) -> bytes:
 
 class PackWriter:
     """Writes a pack clip by clip. meta.json is written last: without it the directory is an unfinished pack.
-
     size: edge of the frames in pixels. template: a name in faces.TEMPLATES. n_kept: continue an unfinished pack after
     its first n_kept clips, as listed in journal.jsonl, which gets a line after each clip. shard_of: the folder of
     videos, if this pack holds a part of it. InputError: the directory holds a pack, or an unfinished one of another
@@ -54,8 +53,8 @@ class PackWriter:
 
     def __init__(self, folder: str | Path, size: int, template: str, n_kept: int = 0, shard_of: str | None = None):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
-        self.folder, self.size, self.shard_of = Path(folder).absolute(), size, shard_of
-        self.header = dict(size=size, template=template)
+        self.folder, self.size, self.header = Path(folder).absolute(), size, dict(size=size, template=template)
+        self.origin = dict(shard_of=str(shard_of)) if shard_of else {}
         self.index = {name: [] for name in ("n_frames", "n_samples", "identity", "box", "fps")}
         self.jpeg_start = array("q", [0])  # not a list: 75 million numbers take 600 MB here, 3 GB there
         self.identities, self.sources = {}, []  # identities: name -> number, by first appearance
@@ -86,8 +85,7 @@ class PackWriter:
         self.journal.truncate(sum(map(len, lines)))
         self.journal.write(b"" if lines else header)
 
-    def add_to_index(self, clip: dict):
-        """clip: one line of the journal"""
+    def add_to_index(self, clip: dict):  # clip: one line of the journal
         number = self.identities.setdefault(clip["identity"], len(self.identities))
         for name, column in self.index.items():
             column.append(number if name == "identity" else clip[name])
@@ -120,17 +118,14 @@ class PackWriter:
         columns = dict(self.index, jpeg_start=self.jpeg_start, **starts)
         for name, dtype in INDEX.items():
             np.save(self.folder / f"{name}.npy", np.asarray(columns[name], dtype))
-        meta = dict(format=FORMAT, **self.header, identities=list(self.identities))
-        if self.shard_of:
-            meta["shard_of"] = str(self.shard_of)
+        meta = dict(format=FORMAT, **self.header, identities=list(self.identities), **self.origin)
         draft = self.folder / ".meta.json"
         draft.write_text(json.dumps(meta))
         self.close_files()
         os.replace(draft, self.folder / "meta.json")
         (self.folder / "journal.jsonl").unlink()
 
-    def close_files(self):
-        """Alone it leaves an unfinished pack, which n_kept can continue."""
+    def close_files(self):  # without finish(), it leaves an unfinished pack
         for file in self.files:
             file.close()
 
@@ -220,17 +215,17 @@ class Pack:
 
 def check_same_format(packs: list):
     """InputError: the packs differ in size or template"""
-    first = packs[0]
-    for pack in packs[1:]:
+    first, *others = packs
+    for pack in others:
         if (pack.size, pack.template) != (first.size, first.template):
             raise InputError(f"{pack.folder}: {pack.size} px, template {pack.template}; {first.folder} has "
                              f"{first.size} px, template {first.template}")
 
 
 class Packs(Pack):
-    """Several packs that read as one. Clips, frames and people are numbered consecutively over .packs.
-    People of different packs are different people even if their names are equal, except in shards of one folder.
-    .box, .fps and .jpeg_start exist in .packs only. InputError: see check_same_format; a pack is named twice."""
+    """Several packs that read as one. Clips, frames and people are numbered consecutively over .packs. People of
+    different packs are different people even if their names are equal, except in shards of one folder. Only .packs
+    have .box, .fps and .jpeg_start. InputError: see check_same_format; a pack is named twice."""
 
     def __init__(self, folders):
         self.packs = packs = [Pack(folder) for folder in folders]
@@ -238,12 +233,11 @@ class Packs(Pack):
         if len({pack.folder for pack in packs}) < len(packs):
             raise InputError(f"{' '.join(map(str, folders))}: a pack is named twice")
         self.size, self.template, self.folder = packs[0].size, packs[0].template, " ".join(map(str, folders))
-        numbers, identity = {}, []  # numbers: (folder of videos, name) -> number of the person
+        people, identity = {}, []  # people: (folder of videos, name) -> number
         for pack in packs:
-            people = [(pack.source_folder, name) for name in pack.identities]
-            own_numbers = [numbers.setdefault(person, len(numbers)) for person in people]
-            identity.append(np.array(own_numbers, np.int32)[pack.identity])
-        self.identities, self.identity = [name for _, name in numbers], np.concatenate(identity)
+            numbers = [people.setdefault((pack.source_folder, name), len(people)) for name in pack.identities]
+            identity.append(np.array(numbers, np.int32)[pack.identity])
+        self.identities, self.identity = [name for _, name in people], np.concatenate(identity)
         self.n_frames = np.concatenate([pack.n_frames for pack in packs])
         self.frame_start = np.append(0, np.cumsum(self.n_frames, dtype=np.int64))
         self.first_clip = np.cumsum([0, *map(len, packs)]).tolist()  # of each pack
@@ -284,11 +278,10 @@ def add_split_options(p: Parser):
 def split(pack: Pack, args=None) -> dict:
     """-> dict(train, valid, test) of clip numbers. Each clip is in at most one part. test may be empty.
 
-    Every tenth person is held out, or every tenth clip if there are fewer than MIN_PEOPLE people. Of fewer than twenty
-    the last two are held out. They alternate between valid, which selects the checkpoint, and test. args: data and the
-    options of add_split_options. A list replaces the rule for its part. With a list for training, all other clips are
-    held out. Without data (the toy world) each part has all clips. InputError: see read_clip_list; a clip is in two
-    lists; a part has no clips."""
+    Every tenth person is held out, or every tenth clip if there are fewer than MIN_PEOPLE people; of fewer than twenty,
+    the last two. They alternate between valid, which selects the checkpoint, and test. args: data and the options of
+    add_split_options. A list replaces the rule for its part; with one for training all other clips are held out.
+    Without data (the toy world) each part has all clips. InputError: see read_clip_list; a clip in two lists; no clip."""
     lists = {part: getattr(args, part) for part in PART_PURPOSES if getattr(args, part, None)}
     if args is not None and not args.data:
         if lists:
@@ -372,10 +365,9 @@ def find_used_clips(checkpoint: dict, pack: Pack, path: str | Path) -> dict:
 class Clips(Dataset):
     """Windows of T consecutive frames for stage 3. Clips are drawn uniformly, then a window within the clip.
 
-    clips: numbers of the clips to draw from, default all; photos among them are skipped. A clip shorter than T repeats
-    its last frame. flip: mirror half of the items. context: mel windows beyond the frames on each side. voice_norm:
-    see audio.normalise_voice. sync_sound: "mel" or "mfcc" adds the sound of the middle frame as a sync expert reads
-    it, a plain mel window (1, 80, 16) or, for SyncNet v2, MFCC (13, 20)."""
+    clips: numbers of the clips to draw from, default all; photos are skipped. A clip shorter than T repeats its last
+    frame. flip: mirror half of the items. context: mel windows beyond the frames on each side. voice_norm: see audio.py.
+    sync_sound: "mel" or "mfcc" adds the middle frame's sound for a sync expert: mel (1, 80, 16) or MFCC (13, 20)."""
 
     def __init__(self, pack: Pack, T: int, seed: int, flip: bool = True, context: int = 0, clips=None,
                  voice_norm: bool = False, sync_sound: str | None = None):
@@ -398,15 +390,13 @@ class Clips(Dataset):
         source = rng.choice(other_frames) if len(other_frames) else first
         frames = self.pack.frames(c, [source, *driving])
         images = to_flipped_tensor(frames, self.flip and rng.random() < 0.5)  # (1 + T, 3, H, W)
-        mel_frames = np.arange(first - self.context, first + self.T + self.context)
-        item = dict(source=images[0], driving=images[1:], frames=torch.from_numpy(driving), clip=c,
-                    identity=int(self.pack.identity[c]),
-                    mel=torch.from_numpy(self.pack.windows(c, mel_frames, self.voice_norm)))
+        mel = self.pack.windows(c, np.arange(first - self.context, first + self.T + self.context), self.voice_norm)
+        item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel), clip=c,
+                    identity=int(self.pack.identity[c]), frames=torch.from_numpy(driving))
         middle = first + (self.T - 1) // 2
         if self.sync_sound == "mel":
             item["sync_sound"] = torch.from_numpy(self.pack.windows(c, [middle])[0])
-        elif self.sync_sound == "mfcc":
-            # five frames of four steps each; one more frame on each side, as pre-emphasis needs the sample before
+        elif self.sync_sound == "mfcc":  # five frames of four steps; the frames beside them are context
             wav = cut_sound(self.pack.sound(c), middle - 3, middle + 4)
             item["sync_sound"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()
         return item
@@ -434,8 +424,7 @@ class Frames(Dataset):
         person = int(rng.integers(len(self.people)))
         c = int(self.order[rng.integers(self.first[person], self.first[person + 1])])
         frame = self.pack.frame(c, int(rng.integers(self.pack.n_frames[c])))
-        return dict(image=to_flipped_tensor(frame, self.flip and rng.random() < 0.5),
-                    identity=int(self.people[person]))
+        return dict(image=to_flipped_tensor(frame, self.flip and rng.random() < 0.5), identity=int(self.people[person]))
 
 
 class Mixed(Dataset):
@@ -445,8 +434,7 @@ class Mixed(Dataset):
         self.datasets, self.share, self.seed = (first, second), share, seed
 
     def __getitem__(self, n: int) -> dict:
-        from_second = np.random.default_rng([self.seed, n, 2]).random() < self.share
-        return self.datasets[int(from_second)][n]
+        return self.datasets[int(np.random.default_rng([self.seed, n, 2]).random() < self.share)][n]
 
 
 def batches(dataset: Dataset, batch: int, start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1):

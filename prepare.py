@@ -1,13 +1,12 @@
 """Videos and photos -> packs.
 
     python prepare.py videos/ out/pack --size 128    # any folder of videos -> a pack; 335 frames/s on 2 cores
-                                                     # out/pack/manifest.jsonl: the outcome for every file
-                                                     # out/pack/sheet.png: one frame of each clip, to look at
     python prepare.py photos/ out/photos --size 128  # a folder of photos; 30 photos/s per core
     python prepare.py videos/ out/packs --shard 0/8  # every 8th file: the pack out/packs/0-of-8, on one of 8 machines
     python prepare.py videos/ --census               # sizes, frame rates and lengths; nothing is written
 
-Several processes read the files. One process writes the results in the order of the files.
+Several processes read the files, one process writes the results in their order. manifest.jsonl in the pack has the
+outcome for each file; sheet.png shows one frame of each clip.
 """
 
 import bisect
@@ -48,14 +47,12 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def prepare_video(path: Path, size: int, template: str, expert: Path | None = None, isolate: bool = False,
                   lag: int = 0):
-    """Decodes a video once. Yields (segment, JPEGs, int16 samples) in order.
-
-    segment: dict for the manifest with begin, frames (their number), outcome and reason. A skipped segment has no
-    JPEGs. lag: frames by which the sound is late. InputError: not a video, no sound, damaged sound. If only the
-    pictures break off, the segments before that are kept."""
+    """Decodes a video once. Yields (segment, JPEGs, int16 samples) in order. segment: dict for the manifest with begin,
+    frames (their number), outcome and reason. A skipped segment has no JPEGs. lag: frames by which the sound is late.
+    InputError: not a video, no sound, damaged sound. If only the pictures break off, earlier segments are kept."""
     info, wav = probe(path), load_audio(path)
     if isolate:
-        wav = normalise_loudness(isolate_voice(wav))  # load_audio has set the level of voice and music together
+        wav = normalise_loudness(isolate_voice(wav))  # again: music was a part of the level
     if lag:
         wav = cut_sound(wav, lag, lag + n_frames(len(wav)))
     height, total, first = min(info.height, MAX_HEIGHT), n_frames(len(wav)), 0
@@ -95,9 +92,8 @@ def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.nda
 
 
 def prepare_photo(path: Path, size: int, template: str, **_):
-    """Yields what prepare_video does, for a photo: one frame without sound, around the largest face. A square photo
-    that is already cropped to the template is used whole. InputError: not a picture; no upright face; the edge of the
-    picture cuts the face off"""
+    """Yields what prepare_video does, for a photo: one frame without sound, around the largest face. A square photo that
+    already has the template's crop is used whole. InputError: not a picture; no upright face; a face cut off"""
     image = load_photo(path)
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
@@ -114,15 +110,12 @@ def prepare_photo(path: Path, size: int, template: str, **_):
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
     """All files below a folder, sorted, without those below `out`"""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if not (out and out.absolute() in path.absolute().parents)]
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
 
 
 def read_file(job: tuple[Path, Path], folder: Path, read) -> dict:
-    """job: a file, and a new spool file for its clips -> line of the manifest. Runs in any process.
-
-    read: prepare_video or prepare_photo. The spool gets the JPEGs and the samples of each packed segment, whose lengths
-    are added to the segment. So memory does not grow with the length of a video."""
+    """job: a file and its spool -> line of the manifest. read: prepare_video or prepare_photo. JPEGs and samples go to
+    the spool and their lengths into the segment, so memory does not grow with the length of a video."""
     path, spool = job
     line = dict(path=str(path.relative_to(folder)), segments=[])
     with open(spool, "wb") as file:
@@ -157,12 +150,10 @@ def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, manifest, 
 
 def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | None = None,
             shard: tuple[int, int] = (0, 1), template: str = "face", **options) -> list[dict]:
-    """All files below `folder`, videos or photos -> a pack in `out`. It does not depend on the number of workers.
-    Returns the lines of out/manifest.jsonl, one per file. A killed run continues after the last of them.
-
-    person: identity of all files; None: each folder in `folder` is one person. shard: (i, n), every n-th file from
-    file i on; all n packs share their people, see data.Packs. options: of prepare_video. InputError: no detector; not
-    one clip; `out` cannot be written or holds a pack."""
+    """All files below `folder`, videos or photos -> a pack in `out`, independent of the number of workers. Returns the
+    lines of out/manifest.jsonl, one per file. A killed run continues after the last of them. person: identity of all
+    files; None: each folder in `folder` is one person. shard: (i, n), every n-th file from file i on. options: of
+    prepare_video. InputError: no detector; no clip; `out` cannot be written or holds a pack."""
     require_detectors()
     path = out / "manifest.jsonl"
     lines = complete_lines(path) if path.exists() else []
@@ -206,9 +197,8 @@ def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
           f"{total} in {len(outcomes)} files, {used} of them used; {out}/manifest.jsonl has the reasons for the others")
     offsets = np.array([segment["late"] for segment in segments if "late" in segment])
     if len(offsets):
-        print(f"sound late by {np.median(offsets):+.0f} frames at the median; moved in "
-              f"{np.mean(np.abs(offsets) > OFFSET_TOLERANCE):.0%} of {len(offsets)} clips, where it was off by more than "
-              f"{OFFSET_TOLERANCE}")
+        print(f"sound late by {np.median(offsets):+.0f} frames at the median; off by more than {OFFSET_TOLERANCE}, so "
+              f"corrected, in {np.mean(np.abs(offsets) > OFFSET_TOLERANCE):.0%} of {len(offsets)} clips")
     print(f"{seconds:.0f} s, {total / seconds:.0f} frames/s; look at {out}/sheet.png")
 
 

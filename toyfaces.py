@@ -190,8 +190,7 @@ class Head:
         return self.surface(x, 0.275 + 0.055 * (1 - t**2), 0.10)
 
     def mouth_curves(self):
-        """Half the width of the mouth, and y at U of five curves: the line where the lips meet, inner edges of upper and
-        lower lip, their outer edges"""
+        """Half the width; y at U of the line where the lips meet, of the inner and of the outer edges of both lips"""
         who, gap, wide, f = self.who, self.state["open"], self.state["wide"], self.feature
         half = (0.145 + 0.245 * wide) * who.mouth * (1 - 0.06 * gap) * (1 + 0.2 * (f - 1))
         y0, tall = 0.585 - 0.14 * (f - 1), 1 + 0.5 * (f - 1)
@@ -391,8 +390,7 @@ STEP = 0.005  # seconds between values of the synthesiser's controls
 # first three formants of an adult, Hz (close to Peterson and Barney, JASA 1952)
 VOWELS = dict(a=(760, 1250, 2600), e=(500, 1900, 2600), i=(290, 2300, 3000), o=(500, 850, 2500), u=(310, 700, 2400))
 VOWEL_ODDS = (0.30, 0.18, 0.18, 0.18, 0.16)
-CONSONANTS = ("m", "b", "p", "s", "t", "l", "n", "k", "")  # "": no consonant before the vowel
-CONSONANT_ODDS = (0.14, 0.12, 0.12, 0.10, 0.10, 0.12, 0.10, 0.08, 0.12)
+CONSONANTS = dict(m=0.14, b=0.12, p=0.12, s=0.10, t=0.10, l=0.12, n=0.10, k=0.08) | {"": 0.12}  # their probabilities
 CLOSURES = ("m", "b", "p")  # consonants with closed lips
 VOICED = {"m": 0.35, "n": 0.35, "l": 0.5, "b": 0.12, "": 1.0}  # strength of the voice during a consonant
 PAUSE = 0.14  # probability of a pause before a syllable
@@ -405,7 +403,7 @@ def sample_syllables(rng, seconds: float) -> list[tuple]:
         if rng.random() < PAUSE:
             now += rng.uniform(0.2, 0.55)
             continue
-        consonant = rng.choice(CONSONANTS, p=CONSONANT_ODDS).item()
+        consonant = rng.choice(list(CONSONANTS), p=list(CONSONANTS.values())).item()
         vowel = rng.choice(list(VOWELS), p=VOWEL_ODDS).item()
         onset, length = rng.uniform(0.06, 0.10) if consonant else 0.0, rng.uniform(0.12, 0.26)
         syllables.append((now, onset, length, consonant, vowel, rng.uniform(0.8, 1.25)))
@@ -443,8 +441,7 @@ def make_controls(syllables: list[tuple], K: int) -> dict:
 
 
 def move_lips(c: dict):
-    """Controls -> open, wide (K,). F1 determines the opening of the lips, F2 their width; m, b, p and silence close
-    them."""
+    """Controls -> open, wide (K,). F1 opens the lips, F2 widens them; m, b, p and silence close them."""
     F1, F2 = c["formants"][:, 0], c["formants"][:, 1]
     gap = 0.12 + 0.88 * np.clip((F1 - 250) / 480, 0, 1)  # "ee" leaves a slit
     gap = gap * (1 - np.clip(1.25 * c["closed"], 0, 1)) * c["speaking"]
@@ -550,8 +547,8 @@ def open_toy_pack(folder: Path, size: int, people: int, seconds: float, part: st
 def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN_SEED,
               workers: int | None = None):
     """Writes a pack with one clip of each person, make_toy_clip(first_seed + i), and truth.npy, float32 (all frames, 10).
-    workers: processes, default one per core; 0 is this process. A pack of the same arguments is kept; an unfinished one
-    is drawn anew. InputError: the folder holds anything else, or cannot be written."""
+    workers: processes, default one per core; 0: none. A finished pack of the same arguments is kept, an unfinished one
+    drawn anew. InputError: the folder holds anything else, or cannot be written."""
     folder, seeds, truths = make_folder(folder), range(first_seed, first_seed + people), []
     recipe = dict(world=WORLD_VERSION, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
     recipe_file = folder / "toy.json"
@@ -590,14 +587,12 @@ def main():
         return
     out = make_folder(args.out)
     toys, video = (check_output(out / name, args.overwrite) for name in ("toys.png", "toy.mp4"))
-    portraits = []  # 32 people, each in one of four frames of their clip
-    for seed in range(args.seed, args.seed + 32):
-        who = make_person(seed)
-        truth = make_clip_truth(seed, 3, who)[1][(10, 26, 42, 58)[seed % 4]].tolist()
-        portraits.append(draw(who, dict(zip(FACTORS, truth)), args.size))
-    names = [f"toy{seed}" for seed in range(args.seed, args.seed + 32)]
-    rows = range(0, 32, 8)
-    image_grid([portraits[i : i + 8] for i in rows], [names[i : i + 8] for i in rows], max(128, args.size)).save(toys)
+    seeds, portraits = np.arange(args.seed, args.seed + 32).reshape(4, 8), []
+    for k in seeds.ravel().tolist():
+        truth = make_clip_truth(k, 3, make_person(k))[1][(10, 26, 42, 58)[k % 4]].tolist()  # one frame of the clip
+        portraits.append(draw(make_person(k), dict(zip(FACTORS, truth)), args.size))
+    names, rows = [[f"toy{k}" for k in row] for row in seeds], [portraits[i : i + 8] for i in (0, 8, 16, 24)]
+    image_grid(rows, names, max(128, args.size)).save(toys)
     frames, wav, _ = make_toy_clip(args.seed, args.seconds, args.size)
     write_video(video, iter(frames), len(frames), wav, args.overwrite)
     print(f"wrote {toys} and {video} ({len(frames)} frames, person {args.seed})")

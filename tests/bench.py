@@ -1,15 +1,15 @@
-"""How fast: every line is a ratio to a plain baseline that is timed in the same run, in turns, and the median is shown.
+"""Speed relative to plain baselines. Each line is the median ratio to a baseline timed alternately in the same run.
 
-    python tests/bench.py                    # all of it: some ten minutes on two idle CPU cores
-    python tests/bench.py forward1 mel       # some of: forward1 forward8 training r1 mel gpu threads
+    python tests/bench.py                    # all benchmarks: about ten minutes on two idle CPU cores
+    python tests/bench.py forward1 mel       # a selection of forward1 forward8 training r1 mel gpu threads
 
-Baselines are the public forms of StyleGAN2 in PyTorch, written out below and checked to give the same pictures:
-grouped      weights scaled for each picture, the batch as groups of one convolution (the public default)
-loop         weights scaled for each picture, one convolution after the other
+Baselines are the public forms of StyleGAN2 in PyTorch, written out below and checked to give the same images:
+grouped      weights scaled for each image, the batch as groups of one convolution (the public default)
+loop         weights scaled for each image, one convolution after another
 activations  activations scaled, weights shared (the public form without fused modulation)
-All three are in NCHW with the public resampling: transposed convolution, zeros and padding written out, 4x4 filter.
-A ratio above 1 says how many times as fast as the baseline ours is. Run it on an idle machine: on a busy one all of it is
-noise. Under pytest nothing is timed.
+All three are in NCHW with the public resampling: transposed convolution, explicit zeros and padding, 4x4 filter.
+A ratio of 2 means that this code is twice as fast as the baseline. Use an idle machine: on a busy machine the ratios are
+noise. pytest times nothing.
 """
 
 import argparse
@@ -27,16 +27,16 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from audio import log_mel# noqa: E402
+from audio import log_mel  # noqa: E402
 from checkpoint import keep_freed_memory  # noqa: E402
-from losses import discriminator_loss, generator_loss, path_length_penalty, r1_penalty# noqa: E402
-from stylegan2 import Blur, Discriminator, Generator, channels_at# noqa: E402
+from losses import discriminator_loss, generator_loss, path_length_penalty, r1_penalty  # noqa: E402
+from stylegan2 import Blur, Discriminator, Generator, channels_at  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the public forms, on the weights of our Generator
+# the public forms, with the weights of our Generator
 
 def resample(x, kernel, up=1, pad=(0, 0)):
-    """Zeros between pixels, padding, filter: each channel as a picture of its own."""
+    """Zeros between pixels, padding, filter; each channel is treated as an image."""
     N, C, H, W = x.shape
     x = F.pad(x.reshape(N * C, 1, H, 1, W, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(N * C, 1, H * up, W * up)
     y = F.conv2d(F.pad(x, (*pad, *pad)), kernel.to(x.dtype)[None, None])
@@ -73,7 +73,7 @@ def public_conv(layer, x, style, form, demodulate, up):
 
 
 def public_generator(G, w_plus, form):
-    """Pictures of G, fixed noise maps, all in NCHW."""
+    """Images of G with fixed noise maps, all in NCHW"""
     noise = iter(G.noises.buffers())
 
     def styled(layer, x, style):
@@ -108,26 +108,26 @@ def timed(call, device="cpu") -> float:
     return time.perf_counter() - start
 
 
-def in_turns(calls: dict, rounds: int, device="cpu") -> dict:
-    """Seconds of every call, (rounds,) each, taken in turns after one round of warming up."""
+def time_alternately(calls: dict, rounds: int, device="cpu") -> dict:
+    """Times the calls alternately, after a warm-up round -> seconds of each call, (rounds,)"""
     seconds = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            time.sleep(0.2)  # until the threads of the one before no longer spin
-            took = timed(call, device)
+            time.sleep(0.2)  # until the threads of the last call stop spinning
+            elapsed = timed(call, device)
             if turn:
-                seconds[name].append(took)
+                seconds[name].append(elapsed)
     return seconds
 
 
-def show(title, seconds, work=None):
-    """One line: ours in seconds, how many times as fast as each baseline; where work is (its GFLOP, those of the plain
-    convolution): the rates of both."""
+def print_ratios(title, seconds, work=None):
+    """Prints one line: our seconds and the ratio to each baseline. work: GFLOP of ours and of the plain convolution; adds
+    the rates of both."""
     ours = seconds["ours"]
     parts = [f"{title}: ours {statistics.median(ours):.3g} s"]
-    for name, took in seconds.items():
+    for name, elapsed in seconds.items():
         if name not in ("ours", "plain convolution"):
-            parts.append(f"{statistics.median(b / a for a, b in zip(ours, took)):.2f} x {name}")
+            parts.append(f"{statistics.median(b / a for a, b in zip(ours, elapsed)):.2f} x {name}")
     if work:
         rate = statistics.median(work[0] / a for a in ours)
         parts.append(f"{rate:.0f} GFLOP/s")
@@ -138,8 +138,8 @@ def show(title, seconds, work=None):
 
 
 def gflop(size: int, base=32768, cap=512) -> float:
-    """Of one picture's 3x3 convolutions, at two operations a multiplication; a transposed one has them at its input's
-    size."""
+    """GFLOP of the 3x3 convolutions for one image, at two operations per multiplication. A transposed convolution counts
+    at the size of its input."""
     total, before = 2 * 9 * channels_at(4, base, cap) ** 2 * 4 ** 2, channels_at(4, base, cap)
     for res in [2 ** i for i in range(3, int(math.log2(size)) + 1)]:
         here = channels_at(res, base, cap)
@@ -149,7 +149,7 @@ def gflop(size: int, base=32768, cap=512) -> float:
 
 
 def plain_convolution(channels=512, edge=64, batch=1, **kind):
-    """-> (call, its GFLOP): a 3x3 convolution, weights and picture as a convolution likes them best."""
+    """-> (call, its GFLOP): a 3x3 convolution with weights and images in the fastest memory format"""
     x = torch.randn(batch, channels, edge, edge, **kind).to(memory_format=torch.channels_last)
     w = torch.randn(channels, channels, 3, 3, **kind).to(memory_format=torch.channels_last)
 
@@ -160,13 +160,13 @@ def plain_convolution(channels=512, edge=64, batch=1, **kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is measured
+# benchmarks
 
 FORMS = ("grouped", "loop", "activations")
 
 
 def forward(batch: int, rounds: int, size=256):
-    """The generator as in sampling: W+ codes -> pictures, fp32."""
+    """The generator as in sampling: W+ codes -> images, fp32"""
     torch.manual_seed(0)
     G = Generator(size).eval()
     w = torch.randn(batch, G.L, G.dim)
@@ -175,12 +175,12 @@ def forward(batch: int, rounds: int, size=256):
             torch.testing.assert_close(public_generator(G, w[:1], form), G(w[:1]), atol=2e-4, rtol=1e-3)
         calls = dict(ours=lambda: G(w)) | {form: lambda form=form: public_generator(G, w, form) for form in FORMS}
         calls["plain convolution"], work = plain_convolution()
-        seconds = in_turns(calls, rounds)
-    show(f"generator {size} px, forward, batch {batch}", seconds, (gflop(size) * batch, work))
+        seconds = time_alternately(calls, rounds)
+    print_ratios(f"generator {size} px, forward, batch {batch}", seconds, (gflop(size) * batch, work))
 
 
 def training(batch=8, size=64, rounds=3):
-    """Forward and backward of the full-width generator at 64 px, fp32."""
+    """Forward and backward pass of the full-width generator at 64 px, fp32"""
     torch.manual_seed(0)
     G = Generator(size)
     w = torch.randn(batch, G.L, G.dim)
@@ -193,12 +193,12 @@ def training(batch=8, size=64, rounds=3):
     calls = dict(ours=step(lambda: G(w)))
     calls |= {form: step(lambda form=form: public_generator(G, w, form)) for form in FORMS}
     calls["plain convolution"], work = plain_convolution()
-    show(f"generator {size} px, forward + backward, batch {batch}", in_turns(calls, rounds),
+    print_ratios(f"generator {size} px, forward + backward, batch {batch}", time_alternately(calls, rounds),
          (3 * gflop(size) * batch, work))
 
 
 def r1(batch=16, size=64, rounds=5):
-    """R1, a second derivative, of the dial's 64 px discriminator, against PyTorch's own derivative of its filters."""
+    """R1, a second derivative, of the 64 px discriminator, against PyTorch's own derivative of its filters"""
     torch.manual_seed(0)
     D = Discriminator(size, base=2048, cap=128)
     x = torch.randn(batch, 3, size, size)
@@ -217,11 +217,11 @@ def r1(batch=16, size=64, rounds=5):
             call()
         finally:
             Blur.forward = own
-    show(f"R1 {size} px, batch {batch}", in_turns(dict(ours=call, grouped=plain), rounds))
+    print_ratios(f"R1 {size} px, batch {batch}", time_alternately(dict(ours=call, grouped=plain), rounds))
 
 
 def mel(minutes=10, rounds=5):
-    """Wav2Lip's mel of ten minutes, against the same by librosa's functions."""
+    """Wav2Lip's mel of ten minutes, against the functions of librosa"""
     import librosa
     import scipy.signal
     wav = np.random.default_rng(0).uniform(-0.5, 0.5, minutes * 60 * 16000).astype(np.float32)
@@ -233,11 +233,12 @@ def mel(minutes=10, rounds=5):
         db = 20 * np.log10(np.maximum(1e-5, bank @ spectrum)) - 20
         return np.clip(8 * (db + 100) / 100 - 4, -4, 4)
     np.testing.assert_allclose(log_mel(wav), plain(), atol=1e-4)
-    show(f"log-mel of {minutes} minutes", in_turns({"ours": lambda: log_mel(wav), "librosa": plain}, rounds))
+    calls = dict(ours=lambda: log_mel(wav), librosa=plain)
+    print_ratios(f"log-mel of {minutes} minutes", time_alternately(calls, rounds))
 
 
 def gpu(device="cuda", size=256, batches=(8, 32), rounds=10, **width):
-    """bf16 on a GPU: forward; forward and backward; sixteen whole steps of stage 1."""
+    """bf16 on a GPU: forward; forward and backward; sixteen complete steps of stage 1"""
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu: SKIPPED, no CUDA device here: none of the GPU's numbers were measured", flush=True)
         return
@@ -245,9 +246,9 @@ def gpu(device="cuda", size=256, batches=(8, 32), rounds=10, **width):
     G, D = Generator(size, **width).to(device), Discriminator(size, **width).to(device)
     for batch in batches:
         gpu_ratios(G, batch, gflop(size, **width) * batch, device, rounds)
-        took = timed(lambda n=batch: stage1_steps(G, D, n, device), device)  # the first warm up
-        took = timed(lambda n=batch: stage1_steps(G, D, n, device), device)
-        print(f"{device} bf16 {size} px, stage 1, batch {batch}: {16 * batch / took:.1f} images/s", flush=True)
+        elapsed = timed(lambda n=batch: stage1_steps(G, D, n, device), device)  # warm-up
+        elapsed = timed(lambda n=batch: stage1_steps(G, D, n, device), device)
+        print(f"{device} bf16 {size} px, stage 1, batch {batch}: {16 * batch / elapsed:.1f} images/s", flush=True)
 
 
 def gpu_ratios(G, batch, work, device, rounds):
@@ -268,12 +269,12 @@ def gpu_ratios(G, batch, work, device, rounds):
     for what, step, passes in (("forward", forward, 1), ("forward + backward", train, 3)):
         calls = {name: lambda s=step, g=generate: s(g) for name, generate in forms.items()}
         calls["plain convolution"] = plain
-        show(f"{device} bf16 {G.size} px, {what}, batch {batch}", in_turns(calls, rounds, device),
+        print_ratios(f"{device} bf16 {G.size} px, {what}, batch {batch}", time_alternately(calls, rounds, device),
              (passes * work, plain_work))
 
 
 def stage1_steps(G, D, batch, device, steps=16):
-    """Sixteen steps of stage 1 as train.py takes them, with R1 once and path length four times, on noise for pictures."""
+    """Sixteen steps of stage 1 as in train.py, with R1 once and path length four times, on noise in place of images"""
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), 1e-4, betas=(0.0, 0.99)) for net in (G, D))
     bf16 = torch.autocast(device, torch.bfloat16)
 
@@ -307,8 +308,8 @@ WAITING = {"ours": {}, "1000 turns": dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCO
 
 
 def threads(rounds=15):
-    """A step of generator and discriminator, 32 px, by how OpenMP's threads wait for each other: by libgomp's default,
-    and asleep after 1000 turns of a loop. Alone, and beside one and two processes that never rest."""
+    """A step of generator and discriminator at 32 px with two ways of waiting for OpenMP's threads: libgomp's default,
+    and sleeping after 1000 turns of a loop. Alone, and beside one and two busy processes."""
     steps = {}
     for name, setting in WAITING.items():
         env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | setting
@@ -324,45 +325,45 @@ def threads(rounds=15):
         seconds = {name: [] for name in steps}
         for turn in range(rounds + 1):
             for name, process in steps.items():
-                took = step(process)
+                elapsed = step(process)
                 if turn:
-                    seconds[name].append(took)
+                    seconds[name].append(elapsed)
         for other in others:
             other.kill()
-        show(f"32 px, forward + backward beside {busy} busy processes", seconds)
+        print_ratios(f"32 px, forward + backward beside {busy} busy processes", seconds)
     for process in steps.values():
         process.kill()
 
 
 def time_steps():
-    """For `threads`: a step for each line of stdin, its seconds on stdout"""
+    """For `threads`: runs a step for each line of stdin and prints its seconds."""
     G, D = Generator(32, 128, 4, 1024, 128), Discriminator(32, 1024, 128)
     w = torch.randn(16, G.L, 128)
     for _ in sys.stdin:
         print(timed(lambda: D(G(w, "off")).mean().backward()), flush=True)
 
 
-BENCHES = dict(forward1=partial(forward, 1, rounds=7), forward8=partial(forward, 8, rounds=3), training=training, r1=r1,
-               mel=mel, gpu=gpu, threads=threads)
+BENCHMARKS = dict(forward1=partial(forward, 1, rounds=7), forward8=partial(forward, 8, rounds=3), training=training,
+                  r1=r1, mel=mel, gpu=gpu, threads=threads)
 
 
 def main():
-    p = argparse.ArgumentParser(description="Ratios of this code's speed to plain baselines.")
-    p.add_argument("names", nargs="*", help=f"what to measure, of {' '.join(BENCHES)} (default: all)")
-    p.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
+    p = argparse.ArgumentParser(description="Speed of this code relative to plain baselines.")
+    p.add_argument("names", nargs="*", help=f"benchmarks, from {' '.join(BENCHMARKS)} (default: all)")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     p.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
-    p.add_argument("--rounds", type=int, help="timed turns (default: as many as each needs to be steady)")
+    p.add_argument("--rounds", type=int, help="timed rounds (default: enough for a stable median of each)")
     args = p.parse_args()
-    unknown = set(args.names) - set(BENCHES)
+    unknown = set(args.names) - set(BENCHMARKS)
     if unknown:
-        p.error(f"{' '.join(sorted(unknown))}: expected some of {' '.join(BENCHES)}")
+        p.error(f"{' '.join(sorted(unknown))}: expected names from {' '.join(BENCHMARKS)}")
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     if args.steps:
         return time_steps()
     print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}", flush=True)
-    for name in args.names or BENCHES:
-        BENCHES[name](**(dict(rounds=args.rounds) if args.rounds else {}))
+    for name in args.names or BENCHMARKS:
+        BENCHMARKS[name](**(dict(rounds=args.rounds) if args.rounds else {}))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""What makes the tests faster."""
+"""Settings and fixtures that make the tests faster"""
 
 import gc
 import os
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: threads that wait for each other sleep
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
 
 
 def pytest_collection_finish():
-    """The garbage collector searches what tests make, and no longer what they import"""
+    """Excludes imported modules from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory):
-    """Five toy people at 16 px, 20 frames each"""
+    """Pack of five toy people at 16 px, 20 frames each"""
     from toyfaces import make_pack
     folder = tmp_path_factory.mktemp("pack") / "toys"
     make_pack(folder, 16, people=5, seconds=0.8, first_seed=50, workers=0)

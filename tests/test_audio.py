@@ -1,5 +1,4 @@
-"""Sound: against librosa, SciPy and naive loops; where a click lands; every format and every refusal."""
-
+"""Sound features against librosa, SciPy and naive loops; alignment with frames; voice normalisation; augmentation."""
 
 import librosa
 import numpy as np
@@ -19,7 +18,7 @@ from test_media import RATE, noise, tone
 
 
 def librosa_mel(wav):
-    """Wav2Lip's audio.py, step by step, with librosa doing the work."""
+    """Wav2Lip's audio.py step by step, with librosa"""
     emphasised = scipy.signal.lfilter([1, -0.97], [1], wav.astype(np.float64))
     magnitude = abs(librosa.stft(y=emphasised, n_fft=800, hop_length=200, win_length=800))
     bank = librosa.filters.mel(sr=RATE, n_fft=800, n_mels=80, fmin=55, fmax=7600)
@@ -27,9 +26,9 @@ def librosa_mel(wav):
     return np.clip(8 * (db + 100) / 100 - 4, -4, 4)
 
 
-@pytest.mark.filterwarnings("ignore:n_fft")  # librosa, of sounds shorter than a window
+@pytest.mark.filterwarnings("ignore:n_fft")  # librosa warns if a sound is shorter than a window
 @pytest.mark.parametrize("n", [1, 199, 200, 801, 7777, 16000])
-def test_log_mel_is_wav2lips_mel_by_librosa(n):
+def test_log_mel_equals_wav2lips_mel_by_librosa(n):
     wav = noise(n)
     np.testing.assert_allclose(log_mel(wav), librosa_mel(wav), atol=1e-4)
 
@@ -40,11 +39,11 @@ def test_log_mel_agrees_with_scipys_stft():
     stft = scipy.signal.ShortTimeFFT(window, 200, RATE, scale_to=None)
     spectrum = abs(stft.stft(scipy.signal.lfilter([1, -0.97], [1], wav), p0=0, p1=46))  # (401, 46)
     bank = librosa.filters.mel(sr=RATE, n_fft=800, n_mels=80, fmin=55, fmax=7600)
-    want = np.clip(8 * (20 * np.log10(bank @ spectrum + 1e-9) + 80) / 100 - 4, -4, 4)
-    np.testing.assert_allclose(log_mel(wav), want, atol=1e-4)
+    expected = np.clip(8 * (20 * np.log10(bank @ spectrum + 1e-9) + 80) / 100 - 4, -4, 4)
+    np.testing.assert_allclose(log_mel(wav), expected, atol=1e-4)
 
 
-def test_mel_blocks_do_not_show(monkeypatch):
+def test_the_block_size_does_not_change_the_mel(monkeypatch):
     wav = noise(30000)
     whole = log_mel(wav)
     monkeypatch.setattr(audio, "BLOCK", 7)
@@ -77,25 +76,24 @@ def test_n_frames_is_25_a_second_rounded():
 
 
 @pytest.mark.parametrize("part", [0.17, 0.3, 0.5, 0.7, 0.83])
-def test_a_click_at_time_t_lands_in_the_window_of_frame_floor_25t(part):
-    for k in range(30):  # the click is `part` of a frame after frame k's beginning
+def test_a_click_at_time_t_is_in_the_middle_of_the_window_of_frame_floor_25t(part):
+    for k in range(30):  # the click is `part` of a frame after the start of frame k
         wav = np.zeros(2 * RATE, np.float32)
         wav[round((k + part) / 25 * RATE)] = 1.0
         windows = mel_windows(log_mel(wav), range(50))[:, 0]  # (T, 80, 16)
         loudness = (windows.max(1) + 4).astype(np.float64) ** 8  # (T, 16)
-        heard = (loudness * np.arange(16)).sum(1) / np.maximum(loudness.sum(1), 1e-9)
-        # the frame that hears it closest to the middle of its window, where there is something to hear
-        apart = np.where(loudness.sum(1) > 0, abs(heard - 7.5), 99)
-        assert apart.argmin() == k and apart[k] <= 2.1  # half a frame is 1.6 steps, the grid adds half a step
+        position = (loudness * np.arange(16)).sum(1) / np.maximum(loudness.sum(1), 1e-9)
+        distance = np.where(loudness.sum(1) > 0, abs(position - 7.5), 99)  # 99: the window does not have the click
+        assert distance.argmin() == k and distance[k] <= 2.1  # half a frame is 1.6 steps, the grid adds half a step
 
 
-def test_windows_are_within_half_a_step_of_the_frames_middle():
+def test_windows_are_centred_on_their_frame_within_half_a_step():
     k = np.arange(1000)
     middle_of_window = (audio.window_starts(k) + 7.5) / 80  # seconds
     assert abs(middle_of_window - (k + 0.5) / 25).max() <= 0.00625 + 1e-9
 
 
-def test_windows_take_their_steps_and_silence_outside():
+def test_windows_are_slices_of_the_mel_and_silent_outside_it():
     mel = np.arange(80 * 40, dtype=np.float32).reshape(80, 40)
     windows = mel_windows(mel, [0, 5, 12, 300])
     assert windows.shape == (4, 1, 80, 16) and windows.dtype == np.float32
@@ -116,7 +114,7 @@ def test_sound_windows_equal_the_windows_of_the_whole_mel_to_the_bit():
             np.testing.assert_array_equal(sound_windows(wav, frames), mel_windows(log_mel(wav), frames))
 
 
-def test_windows_of_a_frame_do_not_depend_on_later_sound():
+def test_the_window_of_a_frame_does_not_depend_on_later_sound():
     wav = noise(RATE)
     longer = np.concatenate([wav, noise(RATE, seed=1)])
     np.testing.assert_array_equal(sound_windows(wav, [9]), sound_windows(longer, [9]))
@@ -127,10 +125,8 @@ def test_windows_of_a_frame_do_not_depend_on_later_sound():
 
 
 def naive_mfcc(samples):
-    """python_speech_features.mfcc and its defaults as loops over frames, filters and coefficients."""
-    x = [float(samples[0])] + [
-        float(samples[i]) - 0.97 * float(samples[i - 1]) for i in range(1, len(samples))
-    ]
+    """python_speech_features.mfcc with its defaults, as loops over frames, filters and coefficients"""
+    x = [float(samples[0])] + [float(samples[i]) - 0.97 * float(samples[i - 1]) for i in range(1, len(samples))]
     S = 1 if len(x) <= 400 else 1 + int(np.ceil((len(x) - 400) / 160))
     x = np.array(x + [0.0] * ((S - 1) * 160 + 400 - len(x)))
     hz = [700 * (10 ** (m / 2595) - 1) for m in np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)]
@@ -156,11 +152,10 @@ def naive_mfcc(samples):
 
 
 @pytest.mark.parametrize("n", [100, 400, 401, 1999])
-def test_mfcc_is_what_python_speech_features_computes(n):
+def test_mfcc_equals_python_speech_features(n):
     samples = np.random.default_rng(n).integers(-9000, 9000, n)
-    np.testing.assert_allclose(
-        mfcc((samples / 32768).astype(np.float32)), naive_mfcc(samples), rtol=1e-7, atol=1e-7
-    )
+    computed = mfcc((samples / 32768).astype(np.float32))
+    np.testing.assert_allclose(computed, naive_mfcc(samples), rtol=1e-7, atol=1e-7)
 
 
 def test_mfcc_of_silence_is_finite():
@@ -186,7 +181,7 @@ def test_spec_augment_masks_one_block_of_bands_and_one_of_steps():
 
 
 class Fixed:
-    """A random generator that gives the middle of what it is asked for, or a chosen value for the first uniform."""
+    """A random generator that returns the middle of each range, except a given value for the first"""
 
     def __init__(self, first, hiss=False):
         self.first, self.hiss = first, hiss
@@ -199,17 +194,17 @@ class Fixed:
         return 0.0 if self.hiss else 1.0
 
 
-def test_another_voice_is_the_same_one_with_its_frequencies_stretched():
+def test_change_voice_stretches_the_frequencies():
     log_stretch = 0.12
     low, high = tone(1500, RATE), tone(1500 * np.exp(-log_stretch), RATE)
-    heard = audio.change_voice(log_mel(low), Fixed(log_stretch))  # band at f shows what was at f e^.12
-    band, wanted, before = (mel[:, 40].argmax() for mel in (heard, log_mel(high), log_mel(low)))
-    assert abs(band - wanted) <= 1 < abs(band - before)
+    changed = audio.change_voice(log_mel(low), Fixed(log_stretch))  # the band at f has the old value at f e^.12
+    band, expected, before = (mel[:, 40].argmax() for mel in (changed, log_mel(high), log_mel(low)))
+    assert abs(band - expected) <= 1 < abs(band - before)
     same = audio.change_voice(log_mel(low), Fixed(0.0))
     np.testing.assert_allclose(same, log_mel(low), atol=1e-5)
 
 
-def test_another_voice_keeps_silence_and_range_and_moves_no_step_in_time():
+def test_change_voice_keeps_silence_the_value_range_and_the_timing():
     rng = np.random.default_rng(1)
     mel = log_mel(np.concatenate([np.zeros(4000, np.float32), noise(4000), np.zeros(4000, np.float32)]))
     onsets = set()
@@ -224,7 +219,7 @@ def test_another_voice_keeps_silence_and_range_and_moves_no_step_in_time():
 
 
 def speech_over_music(seconds):
-    """Words that never come back, a chord that comes back every half second; each (n,)"""
+    """-> words that do not repeat, a chord that repeats every half second, (n,) each"""
     t = np.arange(seconds * RATE) / RATE
     rng = np.random.default_rng(4)
     glide = np.cumsum(np.interp(t, np.arange(0, seconds + 1, 0.2), rng.uniform(120, 300, 5 * seconds + 5))) / RATE
@@ -234,26 +229,26 @@ def speech_over_music(seconds):
     return words.astype(np.float32), chord.astype(np.float32)
 
 
-def test_an_isolated_voice_stands_out_of_the_music_that_repeats():
+def test_isolate_voice_attenuates_repeating_music_more_than_words():
     words, chord = speech_over_music(6)
     voice = audio.isolate_voice(words + chord)
     assert voice.shape == words.shape and voice.dtype == np.float32
 
-    def level(wav, hz):  # of one tone, by projection
+    def level(wav, hz):  # of one sine, by projection
         return np.abs(np.exp(-2j * np.pi * hz * np.arange(len(wav)) / RATE) @ wav)
 
     assert all(level(voice, hz) < 0.25 * level(words + chord, hz) for hz in (440, 554, 659, 1500))  # 12 dB
     assert voice @ words > 0.4 * (words @ words)  # 8 dB
 
 
-def test_a_long_sound_is_isolated_piece_by_piece_and_keeps_its_length(monkeypatch):
+def test_a_long_sound_is_isolated_in_pieces_and_keeps_its_length(monkeypatch):
     monkeypatch.setattr(audio, "PIECE", 3)
     monkeypatch.setattr(audio, "isolate_piece", lambda wav: 0.5 * wav)
     wav = noise(int(7.3 * RATE))
     np.testing.assert_allclose(audio.isolate_voice(wav), 0.5 * wav, atol=1e-6)
 
 
-def test_short_and_silent_sounds_are_isolated_too():
+def test_short_and_silent_sounds_can_be_isolated():
     for wav in (noise(1), noise(100), noise(9000), np.zeros(20000, np.float32)):
         voice = audio.isolate_voice(wav)
         assert voice.shape == wav.shape and np.isfinite(voice).all()
@@ -263,7 +258,7 @@ def test_short_and_silent_sounds_are_isolated_too():
 # encoder
 
 
-def test_audio_encoder_codes_each_window_alone_in_train_and_eval_alike():
+def test_audio_encoder_treats_each_window_alone_and_equally_in_train_and_eval_mode():
     torch.manual_seed(0)
     encoder = AudioEncoder(dim=12, width=0.25)
     mel = torch.randn(5, 1, 80, 16)
@@ -293,13 +288,13 @@ def test_audio_encoder_of_silence_is_finite():
     assert torch.isfinite(AudioEncoder(dim=12, width=0.25)(torch.full((1, 1, 80, 16), -4.0))).all()
 
 
-def test_audio_encoder_refuses_another_window():
+def test_audio_encoder_refuses_windows_of_another_shape():
     with pytest.raises(AssertionError, match="expected"):
         AudioEncoder(dim=12, width=0.25)(torch.zeros(2, 1, 16, 80))
 
 
 @pytest.mark.parametrize("bands", [64, 80, 100, 128])
-def test_the_number_of_mel_bands_is_one_constant(monkeypatch, bands):
+def test_the_number_of_mel_bands_can_be_changed_by_one_constant(monkeypatch, bands):
     monkeypatch.setattr(audio, "N_MELS", bands)
     wav = noise(8000)
     mel = log_mel(wav)
@@ -310,11 +305,11 @@ def test_the_number_of_mel_bands_is_one_constant(monkeypatch, bands):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# any voice
+# voice normalisation
 
 
 def voice(hz, formant, seconds=2.0):
-    """Syllables of a pulse train through one resonance, over a faint noise: a voice of pitch hz"""
+    """A voice of pitch hz: syllables of a pulse train through one formant, over faint noise"""
     n = round(seconds * RATE)
     pulses = np.zeros(n)
     pulses[np.round(np.arange(0, n, RATE / hz)).astype(int).clip(max=n - 1)] = 1
@@ -324,7 +319,7 @@ def voice(hz, formant, seconds=2.0):
 
 
 @pytest.mark.parametrize("hz", [87, 150, 211, 320])
-def test_the_pitch_of_a_pulse_train_is_found(hz):
+def test_the_pitch_of_a_pulse_train_is_estimated_correctly(hz):
     assert audio.estimate_pitch(voice(hz, 900)) == pytest.approx(hz, rel=0.02)
 
 
@@ -333,47 +328,47 @@ def test_noise_and_silence_have_no_pitch(wav):
     assert audio.estimate_pitch(wav) is None
 
 
-def test_the_mel_of_a_voice_does_not_depend_on_its_level():
+def test_the_normalised_mel_does_not_depend_on_the_level():
     wav = voice(120, 900) + noise(2 * RATE) * np.float32(np.abs(np.sin(np.arange(2 * RATE) / 1600)) + 0.05)
     for gain in (0.6, 2.0):
         np.testing.assert_allclose(log_mel(gain * wav, True), log_mel(wav, True), atol=1e-4)
     assert abs(log_mel(0.6 * wav) - log_mel(wav)).max() > 0.3
 
 
-@pytest.mark.parametrize("hz", [80, 160, 250])  # whole samples a period
-def test_a_formant_of_a_shorter_vocal_tract_lands_in_the_same_band(hz):
+@pytest.mark.parametrize("hz", [80, 160, 250])  # periods of whole samples
+def test_formants_of_shorter_and_longer_vocal_tracts_are_normalised_to_the_same_band(hz):
     voices = [voice(p, 3000 * (p / 108) ** (1 / 3)) for p in (RATE / 148, hz)]
     mels = [[log_mel(wav, norm).mean(1) for wav in voices] for norm in (True, False)]
     bands, plain = ([np.convolve(mel + 4, np.hanning(9), "same").argmax() for mel in pair] for pair in mels)
     assert abs(bands[1] - bands[0]) <= 1 < abs(plain[1] - plain[0])
 
 
-def test_silence_of_any_voice_is_exactly_minus_four_and_a_faint_noise_stays_low():
+def test_normalised_silence_is_exactly_minus_four_and_faint_noise_stays_low():
     assert (log_mel(np.zeros(5000, np.float32), True) == -4).all()
     assert log_mel(1e-4 * noise(RATE), True).max() < -1
     wav = np.concatenate([voice(150, 900), np.zeros(RATE, np.float32)])
     assert (log_mel(wav, True)[:, -70:] == -4).all()
 
 
-def test_windows_of_any_voice_are_those_of_the_whole_sound():
+def test_normalised_windows_equal_those_of_the_whole_sound():
     wav = np.concatenate([np.zeros(8000, np.float32), voice(200, 1200)])
-    want = mel_windows(log_mel(wav, True), range(40))
-    np.testing.assert_array_equal(sound_windows(wav, range(20, 24), True), want[20:24])
+    expected = mel_windows(log_mel(wav, True), range(40))
+    np.testing.assert_array_equal(sound_windows(wav, range(20, 24), True), expected[20:24])
     assert not np.array_equal(sound_windows(wav, range(20, 24), True), sound_windows(wav, range(20, 24)))
 
 
-def test_a_room_adds_a_tail_and_noise_and_keeps_the_voice_first():
+def test_echo_and_noise_follow_the_voice_and_do_not_shift_it():
     click = np.zeros(RATE, np.float32)
     click[4000] = 0.9
     for seed in range(4):
-        wet = audio.add_echo_and_noise(click, np.random.default_rng(seed))
-        assert abs(wet).argmax() == 4000 and wet.shape == click.shape and wet.dtype == np.float32
-        assert abs(wet[4001:6000]).mean() > abs(wet[12000:]).mean() * 1.05
-    levels = [audio.add_echo_and_noise(voice(120, 900), np.random.default_rng(k)) - voice(120, 900) for k in range(9)]
-    assert min(x.std() for x in levels) > 0
+        noisy = audio.add_echo_and_noise(click, np.random.default_rng(seed))
+        assert abs(noisy).argmax() == 4000 and noisy.shape == click.shape and noisy.dtype == np.float32
+        assert abs(noisy[4001:6000]).mean() > abs(noisy[12000:]).mean() * 1.05
+    clean = voice(120, 900)
+    assert min((audio.add_echo_and_noise(clean, np.random.default_rng(k)) - clean).std() for k in range(9)) > 0
 
 
-def test_what_is_not_speech_comes_in_four_kinds_at_many_levels():
+def test_non_speech_has_silent_quiet_loud_and_periodic_sounds():
     sounds = [audio.make_non_speech(8000, np.random.default_rng(k)) for k in range(40)]
     assert all(x.shape == (8000,) and x.dtype == np.float32 and np.abs(x).max() <= 1 for x in sounds)
     peaks = np.array([abs(x).max() for x in sounds])

@@ -1,4 +1,4 @@
-"""Packs give back what went in, clips are held out by one rule, items are functions of their number."""
+"""Packs return what was written, one rule holds clips out, item n depends on the seed and n alone."""
 
 import argparse
 import itertools
@@ -21,20 +21,20 @@ SIZE = 24
 LENGTHS = (30, 11, 3)  # frames of the three clips of the test pack
 
 
-def drawn(count, size=SIZE, start=0.0):
-    """uint8 (count, size, size, 3): a smooth picture whose brightness tells the number of the frame."""
+def gradient_frames(count, size=SIZE, start=0.0):
+    """uint8 (count, size, size, 3): smooth images whose brightness grows with the number of the frame"""
     y, x = np.mgrid[:size, :size] / size
     shade = (start + np.arange(count) * 5)[:, None, None]
     return np.stack([shade + 40 * x, shade + 40 * y, shade + 0 * x + 20], -1).clip(0, 255).astype(np.uint8)
 
 
 def noise(count, seed):
-    """The sound of so many frames, every moment unlike every other"""
+    """Noise as long as `count` frames, without repetition"""
     return np.random.default_rng(seed).uniform(-0.5, 0.5, count * 640).astype(np.float32)
 
 
 def add_clip(writer, i, count, size=SIZE):
-    frames, name = drawn(count, size, 7.0 * i), f"clip {i}, ö.mp4"
+    frames, name = gradient_frames(count, size, 7.0 * i), f"clip {i}, ö.mp4"
     writer.add(frames, noise(count, i), f"person{i % 2}", name, (1, 2, 3.5, 4), 29.97)
 
 
@@ -58,7 +58,7 @@ def brightness(picture):
 # packs
 
 
-def test_a_pack_gives_back_frames_sound_and_notes(pack):
+def test_a_pack_returns_the_frames_sound_and_metadata_that_were_written(pack):
     assert len(pack) == 3 and pack.size == SIZE and pack.template == "toy"
     assert pack.identities == ["person0", "person1"] and pack.identity.tolist() == [0, 1, 0]
     assert pack.n_frames.tolist() == list(LENGTHS)
@@ -66,15 +66,15 @@ def test_a_pack_gives_back_frames_sound_and_notes(pack):
     for c, count in enumerate(LENGTHS):
         frames = pack.frames(c, range(count))
         assert frames.shape == (count, SIZE, SIZE, 3) and frames.dtype == np.uint8
-        assert np.abs(frames.astype(int) - drawn(count, start=7.0 * c)).max() <= 4  # JPEG, quality 95
+        assert np.abs(frames.astype(int) - gradient_frames(count, start=7.0 * c)).max() <= 4  # JPEG, quality 95
         assert np.abs(pack.sound(c) - noise(count, c)).max() <= 1 / 65536 + 1e-7
         assert pack.source(c) == f"clip {c}, ö.mp4"
 
 
-def test_a_file_name_that_is_not_valid_text_is_kept(tmp_path):
+def test_a_file_name_that_is_not_valid_utf8_is_kept(tmp_path):
     name = os.fsdecode(b"caf\xe9 \xff.mp4")
     with PackWriter(tmp_path / "p", 16, "toy") as writer:
-        writer.add(drawn(2, 16), noise(2, 0), name, name)
+        writer.add(gradient_frames(2, 16), noise(2, 0), name, name)
     pack = Pack(tmp_path / "p")
     assert os.fsencode(pack.source(0)) == b"caf\xe9 \xff.mp4" and pack.identities == [name]
 
@@ -82,11 +82,11 @@ def test_a_file_name_that_is_not_valid_text_is_kept(tmp_path):
 def test_sixteen_bit_sound_passes_through_a_pack_unchanged(tmp_path):
     samples = np.array([-32768, -1, 0, 1, 12345, 32767] * 200, np.int16)
     with PackWriter(tmp_path / "p", 16, "toy") as writer:
-        writer.add(drawn(2, 16), samples.astype(np.float32) / 32768, "a", "b")
+        writer.add(gradient_frames(2, 16), samples.astype(np.float32) / 32768, "a", "b")
     assert (Pack(tmp_path / "p").sound(0) * 32768 == samples).all()
 
 
-def test_any_frame_is_reached_alone_and_in_any_order(pack):
+def test_frames_can_be_read_one_by_one_in_any_order(pack):
     whole = pack.frames(0, range(30))
     for k in (29, 0, 17):
         assert (pack.frame(0, k) == whole[k]).all()
@@ -105,7 +105,7 @@ def test_colour_keeps_its_full_resolution_in_small_frames(tmp_path):
     assert np.abs(Pack(tmp_path / "p").frame(0, 0).astype(int) - stripes[0]).mean() < 8
 
 
-def test_mel_windows_of_a_pack_are_those_of_the_whole_sound_also_outside_the_clip(pack):
+def test_mel_windows_of_a_pack_equal_those_of_the_whole_sound_even_outside_the_clip(pack):
     ks = [-3, 0, 14, 29, 40]
     assert (pack.windows(0, ks) == mel_windows(log_mel(pack.sound(0)), np.array(ks))).all()
     assert (pack.windows(0, [40]) == audio.SILENCE).all()
@@ -118,9 +118,7 @@ def test_a_pack_is_pickled_as_its_path(pack):
     assert (pickle.loads(parcel).pack.frame(1, 4) == pack.frame(1, 4)).all()
 
 
-@pytest.mark.parametrize(
-    "damage", ["no meta", "short frames", "short sound", "short index", "text", "code", "torn meta"]
-)
+@pytest.mark.parametrize("damage", ["no meta", "short frames", "short sound", "short index", "text", "code", "torn meta"])
 def test_a_damaged_or_unfinished_pack_is_refused_in_one_line(tmp_path, damage):
     folder = write_pack(tmp_path / "p")
     if damage == "no meta":
@@ -132,12 +130,8 @@ def test_a_damaged_or_unfinished_pack_is_refused_in_one_line(tmp_path, damage):
     elif damage == "code":  # an array of objects would be unpickled
         np.save(folder / "n_frames.npy", np.array([print], object), allow_pickle=True)
     else:
-        path = (
-            folder
-            / {"short frames": "frames.bin", "short sound": "sound.bin", "short index": "jpeg_start.npy"}[
-                damage
-            ]
-        )
+        names = {"short frames": "frames.bin", "short sound": "sound.bin", "short index": "jpeg_start.npy"}
+        path = folder / names[damage]
         os.truncate(path, path.stat().st_size - 2)
     with pytest.raises(InputError, match="pack") as caught:
         Pack(folder)
@@ -156,7 +150,7 @@ def test_a_damaged_frame_is_named(tmp_path):
         pack.frame(0, 4)
 
 
-def test_a_missing_directory_and_one_that_holds_a_pack_are_refused(tmp_path):
+def test_a_missing_directory_and_a_directory_with_a_pack_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         Pack(tmp_path / "none")
     with pytest.raises(InputError, match="holds a pack already"):
@@ -168,13 +162,13 @@ def test_a_missing_directory_and_one_that_holds_a_pack_are_refused(tmp_path):
 
 def test_an_error_while_writing_leaves_no_readable_pack(tmp_path):
     with pytest.raises(ZeroDivisionError), PackWriter(tmp_path / "p", SIZE, "toy") as writer:
-        writer.add(drawn(3), noise(3, 0), "a", "b")
+        writer.add(gradient_frames(3), noise(3, 0), "a", "b")
         raise ZeroDivisionError
     with pytest.raises(InputError, match="unfinished"):
         Pack(tmp_path / "p")
 
 
-def test_an_unfinished_pack_is_continued_behind_the_clips_that_are_kept(tmp_path):
+def test_an_unfinished_pack_continues_after_the_clips_that_are_kept(tmp_path):
     writer = PackWriter(tmp_path / "p", SIZE, "toy")
     for i, count in enumerate(LENGTHS[:2]):
         add_clip(writer, i, count)
@@ -190,7 +184,7 @@ def test_an_unfinished_pack_is_continued_behind_the_clips_that_are_kept(tmp_path
         assert (tmp_path / "p" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_two_runs_do_not_write_one_pack(tmp_path):
+def test_two_runs_cannot_write_the_same_pack(tmp_path):
     writer = PackWriter(tmp_path / "p", SIZE, "toy")
     with pytest.raises(InputError, match="another run"):
         PackWriter(tmp_path / "p", SIZE, "toy")
@@ -198,9 +192,9 @@ def test_two_runs_do_not_write_one_pack(tmp_path):
     PackWriter(tmp_path / "p", SIZE, "toy").close_files()
 
 
-def test_a_begun_pack_of_another_size_is_not_continued(tmp_path):
+def test_an_unfinished_pack_of_another_size_is_not_continued(tmp_path):
     writer = PackWriter(tmp_path / "p", SIZE, "toy")
-    writer.add(drawn(3), noise(3, 0), "a", "b")
+    writer.add(gradient_frames(3), noise(3, 0), "a", "b")
     writer.close_files()
     with pytest.raises(InputError, match="other options"):
         PackWriter(tmp_path / "p", 16, "toy", n_kept=1)
@@ -232,16 +226,16 @@ def test_an_index_of_a_hundred_thousand_clips_is_mapped_and_not_read(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """Packs of 30, 12 and 5 clips of 4, 3 and 1 people; people of all have the names p0, p1, .."""
+def three_packs(tmp_path_factory):
+    """Packs of 30, 12 and 5 clips of 4, 3 and 1 people. In each pack the people have the names p0, p1, .."""
     folder = tmp_path_factory.mktemp("three")
-    return [many(folder / str(n), n, people).folder for n, people in ((30, 4), (12, 3), (5, 1))]
+    return [write_clips(folder / str(n), n, people).folder for n, people in ((30, 4), (12, 3), (5, 1))]
 
 
-def test_several_packs_read_as_one(three, pack):
-    whole, parts = open_packs(three), [Pack(folder) for folder in three]
+def test_several_packs_read_as_one(three_packs, pack):
+    whole, parts = open_packs(three_packs), [Pack(folder) for folder in three_packs]
     assert isinstance(whole, Packs) and len(whole) == 47 and whole.size == 8 and whole.template == "toy"
-    assert whole.identities == ["p0", "p1", "p2", "p3", "p0", "p1", "p2", "p0"]  # equal names, other people
+    assert whole.identities == ["p0", "p1", "p2", "p3", "p0", "p1", "p2", "p0"]  # equal names, different people
     assert whole.identity[[0, 1, 30, 31, 42]].tolist() == [0, 1, 4, 5, 7] and whole.frame_start[-1] == 94
     for c, (part, own) in {0: (0, 0), 29: (0, 29), 30: (1, 0), 41: (1, 11), 42: (2, 0), 46: (2, 4)}.items():
         one = parts[part]
@@ -249,8 +243,9 @@ def test_several_packs_read_as_one(three, pack):
         assert (whole.windows(c, [0, 1]) == one.windows(own, [0, 1])).all() and whole.n_frames[c] == 2
     assert torch.equal(whole.fingerprints, torch.cat([part.fingerprints for part in parts]))
     assert (pickle.loads(pickle.dumps(whole)).frame(46, 1) == parts[2].frame(4, 1)).all()
-    assert type(open_packs(three[:1])) is type(open_packs(three[0])) is Pack
-    for folders, message in (([three[0], pack.folder], f"{SIZE} px.* has 8 px"), ([three[0]] * 2, "named twice")):
+    assert type(open_packs(three_packs[:1])) is type(open_packs(three_packs[0])) is Pack
+    first = three_packs[0]
+    for folders, message in (([first, pack.folder], f"{SIZE} px.* has 8 px"), ([first] * 2, "named twice")):
         with pytest.raises(InputError, match=message) as caught:
             open_packs(folders)
         assert "\n" not in str(caught.value)
@@ -260,88 +255,89 @@ def test_shards_of_one_folder_share_its_people(tmp_path):
     for i in range(2):
         with PackWriter(tmp_path / str(i), 8, "toy", shard_of="/videos") as writer:
             for k in range(3):
-                writer.add(drawn(2, 8), noise(2, k), f"p{k + i}", f"{k}.mp4")
+                writer.add(gradient_frames(2, 8), noise(2, k), f"p{k + i}", f"{k}.mp4")
     whole = open_packs([tmp_path / "0", tmp_path / "1"])
     assert whole.identities == ["p0", "p1", "p2", "p3"] and whole.identity.tolist() == [0, 1, 2, 1, 2, 3]
 
 
-def test_people_are_held_out_over_all_packs(three, tmp_path):
-    folders = [*three, many(tmp_path / "more", 40, 20).folder]  # 28 people: the 10th and the 20th
+def test_people_are_held_out_over_all_packs(three_packs, tmp_path):
+    folders = [*three_packs, write_clips(tmp_path / "more", 40, 20).folder]  # 28 people: the 10th and the 20th
     whole = open_packs(folders)
     parts = split(whole)
     assert set(whole.identity[parts["valid"]]) == {9} and set(whole.identity[parts["test"]]) == {19}
-    assert split(open_packs(three))["valid"].tolist() == [9, 29]  # eight people: every tenth clip
+    assert split(open_packs(three_packs))["valid"].tolist() == [9, 29]  # eight people: every tenth clip
 
 
-def test_by_person_draws_people_alike_and_every_clip_of_each(three):
-    whole, train = open_packs(three), split(open_packs(three))["train"]
-    assert balance_people(whole, train, asked()) is train
-    drawn = balance_people(whole, train, asked(by_person=True))
-    people, count = np.unique(whole.identity[drawn], return_counts=True)
-    assert len(people) == 8 and len(set(count)) == 1 and set(drawn) == set(train)
-    assert len(set(whole.identity[drawn[:8]])) == 8  # in turn
+def test_by_person_draws_all_people_equally_often_and_all_of_their_clips(three_packs):
+    whole = open_packs(three_packs)
+    train = split(whole)["train"]
+    assert balance_people(whole, train, options()) is train
+    balanced = balance_people(whole, train, options(by_person=True))
+    people, count = np.unique(whole.identity[balanced], return_counts=True)
+    assert len(people) == 8 and len(set(count)) == 1 and set(balanced) == set(train)
+    assert len(set(whole.identity[balanced[:8]])) == 8  # people take turns
     with pytest.raises(InputError, match="--by-person chooses clips of --data"):
         balance_people(whole, train, argparse.Namespace(data=None, by_person=True))
 
 
-def test_clips_of_any_length_are_drawn_and_short_ones_are_used_whole(tmp_path):
+def test_clips_of_any_length_are_drawn_and_short_clips_are_used_as_a_whole(tmp_path):
     whole = open_packs([write_pack(tmp_path / "long", (75, 150)), write_pack(tmp_path / "short", (29, 5))])
-    clips, seen = Clips(whole, 5, seed=3, flip=False), {}
+    clips, seen = Clips(whole, 5, seed=3, flip=False), {}  # seen: clip -> frames
     for item in (clips[n] for n in range(300)):
         seen.setdefault(item["clip"], set()).update(item["frames"].tolist())
     assert seen[2] == set(range(29)) and seen[3] == set(range(5)) and len(seen[0]) > 70
 
 
 # ------------------------------------------------------------------------------------------------------------
-# what is held out
+# held-out clips
 
 
-def many(folder, clips, people, names="{}/{:05d}.mp4"):
+def write_clips(folder, clips, people, names="{}/{:05d}.mp4"):
     """A pack of `clips` clips of 2 frames by `people` people in turn, each with a sound of its own"""
     with PackWriter(folder, 8, "toy") as writer:
         for i in range(clips):
             who = f"p{i % people}"
-            writer.add(drawn(2, 8), noise(2, i), who, "/videos/" + names.format(who, i // people) + "#0")
+            writer.add(gradient_frames(2, 8), noise(2, i), who, "/videos/" + names.format(who, i // people) + "#0")
     return Pack(folder)
 
 
-def asked(**lists):
+def options(**lists):
     return argparse.Namespace(data="pack", **dict(train=None, valid=None, test=None) | lists)
 
 
-def test_every_tenth_person_or_clip_is_held_out_by_turns_for_validation_and_test(tmp_path):
-    pack = many(tmp_path / "people", 80, 40)
+def test_every_tenth_person_or_clip_is_held_out_in_turn_for_validation_and_test(tmp_path):
+    pack = write_clips(tmp_path / "people", 80, 40)
     parts = split(pack)
     assert sorted(np.concatenate(list(parts.values()))) == list(range(80))
     assert parts["valid"].tolist() == [9, 29, 49, 69] and parts["test"].tolist() == [19, 39, 59, 79]
     people = [set(pack.identity[clips].tolist()) for clips in parts.values()]
     assert not people[0] & people[1] and not people[0] & people[2] and not people[1] & people[2]
-    parts = split(many(tmp_path / "clips", 40, 3))
+    parts = split(write_clips(tmp_path / "clips", 40, 3))
     assert parts["valid"].tolist() == [9, 29] and parts["test"].tolist() == [19, 39] and len(parts["train"]) == 36
 
 
-def test_of_a_small_pack_the_last_two_clips_are_held_out_and_one_clip_is_too_few(tmp_path):
+def test_a_small_pack_has_its_last_two_clips_held_out_and_one_clip_is_too_few(tmp_path):
     for clips, expected in ((15, ([*range(13)], [13], [14])), (2, ([0], [1], []))):
-        assert tuple(part.tolist() for part in split(many(tmp_path / str(clips), clips, 1)).values()) == expected
+        assert tuple(part.tolist() for part in split(write_clips(tmp_path / str(clips), clips, 1)).values()) == expected
     with pytest.raises(InputError, match="1 clips leave none to validate on"):
-        split(many(tmp_path / "one", 1, 1))
+        split(write_clips(tmp_path / "one", 1, 1))
 
 
-def test_lists_of_clips_and_people_replace_the_parts_of_the_rule(tmp_path):
-    pack = many(tmp_path / "pack", 40, 4)
+def test_lists_of_clips_and_people_replace_the_rule_for_their_part(tmp_path):
+    pack = write_clips(tmp_path / "pack", 40, 4)
     (tmp_path / "test").write_text("p3/00001.mp4\n\n  p2/00002  \n/videos/p0/00000.mp4\n")
     (tmp_path / "train").write_text("p0\np1\n")
-    tested = split(pack, asked(test=str(tmp_path / "test")))
+    tested = split(pack, options(test=str(tmp_path / "test")))
     assert tested["test"].tolist() == [0, 7, 10] and len(tested["valid"]) == 3  # every tenth of the other 37
     assert sorted(np.concatenate(list(tested.values()))) == list(range(40))
-    trained = split(pack, asked(train=str(tmp_path / "train")))
+    trained = split(pack, options(train=str(tmp_path / "train")))
     assert set(pack.identity[trained["train"]]) == {0, 1} and len(trained["train"]) == 20
-    assert len(trained["valid"]) == len(trained["test"]) == 10  # everybody else
+    assert len(trained["valid"]) == len(trained["test"]) == 10  # all other people
     (tmp_path / "two").write_text("p2")
     (tmp_path / "one").write_text("p3/00000")
     lists = dict(train=str(tmp_path / "train"), valid=str(tmp_path / "two"), test=str(tmp_path / "one"))
-    three = split(pack, asked(**lists))
-    assert three["test"].tolist() == [3] and len(three["valid"]) == 10 and len(three["train"]) == 20  # p3's rest: unused
+    parts = split(pack, options(**lists))  # no list has the other clips of p3
+    assert parts["test"].tolist() == [3] and len(parts["valid"]) == 10 and len(parts["train"]) == 20
 
 
 @pytest.mark.parametrize("text, message", [
@@ -349,27 +345,27 @@ def test_lists_of_clips_and_people_replace_the_parts_of_the_rule(tmp_path):
     ("00001.mp4", "'00001.mp4' is the name of several files"),
     ("p0/00001", "p0/00001.mp4#0 is in two of them"),
 ])
-def test_lists_that_do_not_fit_the_pack_are_refused_in_one_line(tmp_path, text, message):
-    pack = many(tmp_path / "pack", 40, 4)
+def test_lists_that_do_not_match_the_pack_are_refused_in_one_line(tmp_path, text, message):
+    pack = write_clips(tmp_path / "pack", 40, 4)
     (tmp_path / "valid").write_text(text)
     (tmp_path / "test").write_text("p0")
     with pytest.raises(InputError, match=message):
-        split(pack, asked(valid=str(tmp_path / "valid"), test=str(tmp_path / "test")))
+        split(pack, options(valid=str(tmp_path / "valid"), test=str(tmp_path / "test")))
     with pytest.raises(InputError, match="--test lists clips of --data, which is not given"):
         split(pack, argparse.Namespace(data=None, test=str(tmp_path / "test")))
 
 
-def test_clips_are_found_by_their_sound_in_another_pack_at_another_size_and_place(tmp_path, capsys):
-    first, second = many(tmp_path / "first", 30, 3), tmp_path / "second"
+def test_used_clips_are_found_by_their_sound_in_a_pack_of_another_size_and_order(tmp_path, capsys):
+    first, second = write_clips(tmp_path / "first", 30, 3), tmp_path / "second"
     with PackWriter(second, 16, "toy") as writer:
         for i in (50, 3, 29, 51):
-            writer.add(drawn(2, 16), noise(2, i), "x", f"{i}.mp4")
+            writer.add(gradient_frames(2, 16), noise(2, i), "x", f"{i}.mp4")
     parts = split(first)
     checkpoint = dict(clips={part: first.fingerprints[parts[part]] for part in ("train", "valid")})
     used = data.find_used_clips(checkpoint, Pack(second), "net.pt")
     assert sorted(np.concatenate([*used.values()])) == [1, 2]
     assert capsys.readouterr().err == ""
-    used = data.find_used_clips(dict(clips=12345), first, "old.pt")  # of before
+    used = data.find_used_clips(dict(clips=12345), first, "old.pt")  # without fingerprints
     assert sorted(np.concatenate([*used.values()])) == sorted({*range(30)} - {*parts["test"].tolist()})
     assert "old.pt: does not list its training clips" in capsys.readouterr().err
 
@@ -378,13 +374,13 @@ def test_clips_are_found_by_their_sound_in_another_pack_at_another_size_and_plac
 # items
 
 
-def test_the_source_is_never_one_of_the_driving_frames_but_any_other(pack):
+def test_the_source_is_any_frame_except_the_driving_frames(pack):
     seen = set()
     for n in range(400):
         item = Clips(pack, 5, seed=1, flip=False)[n]
         frames = item["frames"].tolist()
         if item["clip"] == 2:
-            continue  # three frames: there is no other
+            continue  # its three frames are all driving frames
         assert frames == list(range(frames[0], frames[0] + 5)) and frames[-1] < LENGTHS[item["clip"]]
         whole = to_tensor(pack.frames(item["clip"], range(LENGTHS[item["clip"]])))
         source = int((whole - item["source"]).abs().mean((1, 2, 3)).argmin())
@@ -394,7 +390,7 @@ def test_the_source_is_never_one_of_the_driving_frames_but_any_other(pack):
     assert len(seen) == 30 + 11  # every frame can be the source
 
 
-def test_sound_and_frames_of_an_item_are_of_the_same_moments(pack):
+def test_sound_and_frames_of_an_item_are_aligned(pack):
     data_set, norm = (Clips(pack, 4, seed=2, context=2, voice_norm=n, sync_sound="mel") for n in (False, True))
     for n in range(20):
         item, first = data_set[n], int(data_set[n]["frames"][0])
@@ -435,7 +431,7 @@ def test_item_n_depends_on_seed_and_n_alone(pack, make):
     assert not all(same(make(pack, 8)[n], forwards[n]) for n in range(6))
 
 
-def test_batches_are_the_same_with_any_number_of_workers_and_from_any_position(pack):
+def test_batches_do_not_depend_on_the_number_of_workers_or_on_the_first_step(pack):
     clips = Clips(pack, 4, seed=9)
     whole = list(itertools.islice(batches(clips, 3), 5))
     assert whole[0]["driving"].shape == (3, 4, 3, SIZE, SIZE) and whole[0]["mel"].shape == (3, 4, 1, 80, 16)
@@ -445,17 +441,17 @@ def test_batches_are_the_same_with_any_number_of_workers_and_from_any_position(p
         assert all(same(a, b) for a, b in zip(part, whole[start:], strict=True))
 
 
-def test_single_images_are_drawn_by_person_and_not_by_clip(tmp_path):
+def test_single_images_are_drawn_by_person_not_by_clip(tmp_path):
     with PackWriter(tmp_path / "p", 16, "toy") as writer:
         for i in range(7):
-            writer.add(drawn(2, 16), noise(2, i), "many" if i < 6 else "one", str(i))
+            writer.add(gradient_frames(2, 16), noise(2, i), "many" if i < 6 else "one", str(i))
     frames = Frames(Pack(tmp_path / "p"), seed=0)
     ones = sum(frames[n]["identity"] for n in range(300))
     assert 115 <= ones <= 185  # half of 300, +-4 standard deviations; by clip it would be 43
     assert frames[0]["image"].shape == (3, 16, 16)
 
 
-def test_mixed_datasets_give_their_shares_and_item_n_of_each(pack):
+def test_a_mixed_dataset_draws_item_n_of_either_dataset_by_their_shares(pack):
     frames, others = Frames(pack, seed=1), [dict(image=n) for n in range(400)]
     mixed = Mixed(frames, others, share=0.25, seed=3)
     taken = [n for n in range(400) if mixed[n] == dict(image=n)]
@@ -464,14 +460,14 @@ def test_mixed_datasets_give_their_shares_and_item_n_of_each(pack):
     assert torch.equal(mixed[n]["image"], frames[n]["image"])
 
 
-def test_datasets_draw_from_the_given_clips_only(pack):
+def test_datasets_draw_only_from_the_given_clips(pack):
     assert {Clips(pack, 2, seed=0, clips=[1])[n]["clip"] for n in range(20)} == {1}
     assert {Frames(pack, seed=0, clips=[1])[n]["identity"] for n in range(20)} == {int(pack.identity[1])}
 
 
-def test_a_click_and_a_flash_at_one_time_are_in_the_same_frame_of_an_item(tmp_path):
-    """The click is at second t; frame floor(25 t) flashes. In each item that shows the flash, the sound's
-    loudest moment must be in the middle of that frame's mel window, and of no other's."""
+def test_a_click_and_a_flash_at_the_same_time_are_in_the_same_frame_of_an_item(tmp_path):
+    """The click is at second t, the flash in frame floor(25 t). In each item with the flash, the loudest moment of the
+    sound must be in the middle of that frame's mel window and of no other window."""
     for seconds in (0.42, 1.0, 1.37):
         k = int(25 * seconds)
         frames = np.zeros((50, 16, 16, 3), np.uint8)
@@ -486,28 +482,26 @@ def test_a_click_and_a_flash_at_one_time_are_in_the_same_frame_of_an_item(tmp_pa
             flash = item["driving"].mean((1, 2, 3)) > 0
             if flash.any():
                 shown += 1
-                loud = (item["mel"] - audio.SILENCE).sum((1, 2))  # (T, 16): five steps hear the click
-                centre = (loud * torch.arange(16)).sum(1) / loud.sum(1)  # (T,) mel steps; NaN: not heard
+                loud = (item["mel"] - audio.SILENCE).sum((1, 2))  # (T, 16): the click is in five steps
+                centre = (loud * torch.arange(16)).sum(1) / loud.sum(1)  # (T,) mel steps; NaN without the click
                 distance = (centre - 7.5).abs().nan_to_num(99)
                 assert int(distance.argmin()) == int(flash.int().argmax())
-                assert (
-                    float(distance[flash]) <= 1.6 + 0.5 + 0.2
-                )  # half a frame, rounding, length of the click
+                assert float(distance[flash]) <= 1.6 + 0.5 + 0.2  # half a frame, rounding, length of the click
         assert shown > 3
 
 
-def test_windows_are_drawn_from_videos_in_a_pack_that_holds_photos_too(tmp_path):
+def test_windows_are_drawn_from_videos_if_a_pack_also_has_photos(tmp_path):
     with PackWriter(tmp_path / "mixed", SIZE, "toy") as writer:
         for i, count in enumerate((1, 20, 1, 1)):
-            writer.add(drawn(count), noise(count, i)[: 640 * count if count > 1 else 0], str(i), "x")
+            writer.add(gradient_frames(count), noise(count, i)[: 640 * count if count > 1 else 0], str(i), "x")
     clips = Clips(Pack(tmp_path / "mixed"), 5, seed=0)
     assert {clips[n]["clip"] for n in range(20)} == {1}
 
 
-def test_mfcc_of_a_window_are_those_of_the_whole_clip(tmp_path):
+def test_mfcc_of_a_window_equal_those_of_the_whole_clip(tmp_path):
     wav = noise(40, 5)
     with data.PackWriter(tmp_path / "pack", 16, "toy") as pack:
-        pack.add(drawn(40, 16), wav, "a", "a")
+        pack.add(gradient_frames(40, 16), wav, "a", "a")
     pack = Pack(tmp_path / "pack")
     clips, whole = Clips(pack, 9, seed=1, sync_sound="mfcc"), audio.mfcc(pack.sound(0))
     for item in (clips[n] for n in range(5)):

@@ -1,4 +1,4 @@
-"""The house: imports run one way, the method needs no sibling, rooms and scripts stay small."""
+"""Structure of the code: no circular imports, the method imports no sibling, files and functions stay small."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ SIBLINGS = {"keypoints", "pcavs", "evaluate", "control", "toyfaces", "prepare"}
 
 
 def imports(tree, everywhere=False):
-    """Project files that a room imports at its top, or also inside functions"""
+    """Names of project files that a file imports at its top; everywhere: also inside functions"""
     names = set()
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
@@ -29,41 +29,42 @@ def imports(tree, everywhere=False):
 TOP = {room: imports(tree) for room, tree in ROOMS.items()}
 
 
-def closure(room):
-    todo, found = [room], set()
-    while todo:
-        here = todo.pop()
-        if here not in found:
-            found.add(here)
-            todo += TOP[here]
-    return found
+def imported_files(room):
+    """The file and all project files that it imports, directly or through others"""
+    pending, visited = [room], set()
+    while pending:
+        name = pending.pop()
+        if name not in visited:
+            visited.add(name)
+            pending += TOP[name]
+    return visited
 
 
-def test_the_import_graph_has_no_circle():
-    circles = {room for room in ROOMS if any(room in closure(other) for other in TOP[room])}
-    assert not circles
+def test_there_are_no_circular_imports():
+    circular = {room for room in ROOMS if any(room in imported_files(other) for other in TOP[room])}
+    assert not circular
 
 
 def test_the_method_imports_no_sibling():
     wrong = {room: imports(ROOMS[room], everywhere=True) & SIBLINGS for room in METHOD & set(ROOMS)}
-    assert wrong.pop("initialise") <= {"toyfaces"} and "toyfaces" not in TOP["initialise"]  # drawn on first use
+    assert wrong.pop("initialise") <= {"toyfaces"} and "toyfaces" not in TOP["initialise"]  # in one function
     assert not any(wrong.values()), wrong
 
 
 def test_training_needs_few_files():
-    """13 for networks, data and losses; landmarks, motion and warp fit what moves photos, after the last step; report
-    shows the log"""
-    needed = closure("train") - {"landmarks", "motion", "warp", "toyfaces", "report"}
+    """13 files for networks, data and losses. Not counted: landmarks, motion and warp, which fit the motion of photos
+    after the last step, and report, which shows the log"""
+    needed = imported_files("train") - {"landmarks", "motion", "warp", "toyfaces", "report"}
     assert len(needed) <= 13, sorted(needed)
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
-def test_rooms_and_functions_are_short(room):
+def test_files_and_functions_are_short(room):
     source = (ROOT / f"{room}.py").read_text().splitlines()
     assert len(source) <= (450 if room == "train" else 850)
     long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ROOMS[room])
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 65}
-    assert set(long) <= {"parse", "main"} | {"__init__"}, long  # a list of options, the story of train.py, a network
+    assert set(long) <= {"parse", "main"} | {"__init__"}, long  # options, the training loop, layers
 
 
 def test_train_has_at_most_31_options(capsys):

@@ -1,4 +1,4 @@
-"""Videos and photos become packs: the same by any number of workers, continued where a killed run stopped."""
+"""Videos and photos become packs, which do not depend on the number of workers or on killed and continued runs."""
 
 import json
 import multiprocessing
@@ -19,13 +19,13 @@ import prepare
 from data import Clips, Frames, Pack, open_packs
 from faces import TEMPLATES
 from media import InputError, write_video
-from tests.test_data import brightness, drawn, noise
+from tests.test_data import brightness, gradient_frames, noise
 
 ROOT = Path(prepare.__file__).parent
 
 
 def bright_faces(frames):
-    """A detector's stand-in: a face in what is bright"""
+    """A mock face detector: finds one face in each bright frame"""
     found = []
     for frame in frames:
         h, w = frame.shape[:2]
@@ -40,15 +40,15 @@ def detect_by(monkeypatch, detector):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Two videos, six files of rubbish"""
+    """Two usable videos and six other files"""
     folder = tmp_path_factory.mktemp("recorded") / "videos"
     (folder / "anna").mkdir(parents=True)
     for name, frames, wav in (
-        ("anna/-long name.mp4", drawn(40, 64, 10.0), noise(40, 1)),
-        ("bob.mkv", drawn(20, 64, 80.0), noise(20, 2)),
-        ("black.mp4", drawn(20, 64) * 0, noise(20, 2)),
-        ("brief.mp4", drawn(5, 64, 90.0), noise(5, 2)),
-        ("mute.mp4", drawn(20, 64, 90.0), None),
+        ("anna/-long name.mp4", gradient_frames(40, 64, 10.0), noise(40, 1)),
+        ("bob.mkv", gradient_frames(20, 64, 80.0), noise(20, 2)),
+        ("black.mp4", gradient_frames(20, 64) * 0, noise(20, 2)),
+        ("brief.mp4", gradient_frames(5, 64, 90.0), noise(5, 2)),
+        ("mute.mp4", gradient_frames(20, 64, 90.0), None),
     ):
         write_video(folder / name, iter(frames), len(frames), wav)
     (folder / "notes.txt").write_text("nothing to see")
@@ -59,14 +59,14 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture
 def videos(recorded, tmp_path, monkeypatch):
-    """A copy of them, and a detector that finds a face in what is bright."""
+    """A copy of the recorded files; the mock detector is active"""
     detect_by(monkeypatch, bright_faces)
     return shutil.copytree(recorded, tmp_path / "videos")
 
 
 @pytest.fixture
 def speakers(videos):
-    """The two videos alone"""
+    """The two usable videos"""
     for path in [*videos.glob("*.mp4"), videos / "notes.txt"]:
         path.unlink()
     return videos
@@ -74,7 +74,7 @@ def speakers(videos):
 
 @pytest.fixture
 def speaker(speakers):
-    """Bob's video alone"""
+    """Bob's video"""
     shutil.rmtree(speakers / "anna")
     return speakers
 
@@ -93,22 +93,22 @@ def test_a_folder_of_videos_becomes_a_pack_and_a_manifest_of_every_file(videos, 
     prepare.prepare(videos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
     assert len(lines) == 8
-    assert pack.identities == ["anna", "bob"] and pack.n_frames.tolist() == [20, 20, 20]  # 40 is shared out evenly
+    assert pack.identities == ["anna", "bob"] and pack.n_frames.tolist() == [20, 20, 20]  # 40 frames in two equal clips
     assert pack.source(1).endswith("-long name.mp4#20") and pack.template == "face"
     whole = media.load_audio(videos / "anna/-long name.mp4")
     assert np.abs(pack.sound(1)[:9600] - whole[12800 : 12800 + 9600]).max() < 1e-4  # frame 20 is second .8
     shades = [brightness(pack.frame(c, k)) for c, k in ((0, 0), (0, 19), (1, 0), (1, 19))]
     assert np.allclose(np.diff(shades), (19 * 5, 5, 19 * 5), atol=6)
-    said = {name: reason(line) for name, line in lines.items()}
-    assert said["anna/-long name.mp4"] == said["bob.mkv"] == ""
-    assert "no face (a face in 0 of" in said["black.mp4"] and "no face for long enough" in said["brief.mp4"]
-    assert "has no sound" in said["mute.mp4"] and "is empty" in said["empty.mp4"]
-    assert "not a video" in said["notes.txt"] and said["cut.mp4"]
+    reasons = {name: reason(line) for name, line in lines.items()}
+    assert reasons["anna/-long name.mp4"] == reasons["bob.mkv"] == ""
+    assert "no face (a face in 0 of" in reasons["black.mp4"] and "no face for long enough" in reasons["brief.mp4"]
+    assert "has no sound" in reasons["mute.mp4"] and "is empty" in reasons["empty.mp4"]
+    assert "not a video" in reasons["notes.txt"] and reasons["cut.mp4"]
     assert prepare.contact_sheet(pack, columns=2).size == (2 * 96, 2 * (96 + 18))  # with names
 
 
-def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypatch):
-    fork = multiprocessing.get_context("fork")  # inherits the stand-in for the detector
+def test_the_pack_does_not_depend_on_the_number_of_processes(videos, tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # inherits the mock detector
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     prepare.prepare(videos, tmp_path / "one", 32, person="anna")
     prepare.prepare(videos, tmp_path / "three", 32, workers=3, person="anna")
@@ -117,7 +117,7 @@ def test_several_processes_write_the_same_pack_as_one(videos, tmp_path, monkeypa
         assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_shards_are_packs_of_every_nth_file_that_read_as_the_whole(videos, tmp_path, monkeypatch):
+def test_shards_have_every_nth_file_and_together_equal_the_whole_pack(videos, tmp_path, monkeypatch):
     shutil.copy(videos / "bob.mkv", videos / "anna/second.mkv")
     prepare.prepare(videos, tmp_path / "whole", 32)
     for i in range(2):
@@ -128,10 +128,10 @@ def test_shards_are_packs_of_every_nth_file_that_read_as_the_whole(videos, tmp_p
     found = {(shards.identities[shards.identity[c]], shards.source(c), shards.n_frames[c]) for c in range(len(shards))}
     assert len(shards) == 3 and sorted(shards.identities) == whole.identities == ["anna", "bob"]
     assert found == {(whole.identities[whole.identity[c]], whole.source(c), whole.n_frames[c]) for c in range(3)}
-    assert sum(len(manifest(pack.folder)) for pack in shards.packs) == 9  # the packs in the folder are no files of it
+    assert sum(len(manifest(pack.folder)) for pack in shards.packs) == 9  # packs inside the folder of videos are skipped
 
 
-def test_the_shard_is_an_option_or_that_of_the_launcher(monkeypatch):
+def test_the_shard_comes_from_the_option_or_else_from_the_launcher(monkeypatch):
     assert prepare.parse_shard(None) == (0, 1) and prepare.parse_shard("3/8") == (3, 8)
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process
     for i, n in (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
@@ -154,7 +154,7 @@ def test_the_census_counts_sizes_frame_rates_and_lengths(videos, capsys):
     assert ["| not a video", "2", "28.6%", "0 |"] in lines
 
 
-def test_a_bug_in_one_file_is_a_line_of_the_manifest_and_the_others_are_packed(speakers, tmp_path, monkeypatch):
+def test_an_exception_in_one_file_is_recorded_and_the_other_files_are_packed(speakers, tmp_path, monkeypatch):
     real = prepare.probe
     monkeypatch.setattr(prepare, "probe", lambda path: 1 // 0 if path.suffix == ".mkv" else real(path))
     prepare.prepare(speakers, tmp_path / "out", 32)
@@ -162,7 +162,7 @@ def test_a_bug_in_one_file_is_a_line_of_the_manifest_and_the_others_are_packed(s
     assert manifest(tmp_path / "out")["bob.mkv"]["reason"].startswith("ZeroDivisionError")
 
 
-def test_a_lag_moves_the_sound_against_the_frames(speakers, tmp_path):
+def test_lag_shifts_the_sound_against_the_frames(speakers, tmp_path):
     (speakers / "bob.mkv").unlink()
     for lag in (0, 2, -3):
         prepare.prepare(speakers, tmp_path / str(lag), 32, lag=lag)
@@ -173,7 +173,7 @@ def test_a_lag_moves_the_sound_against_the_frames(speakers, tmp_path):
     assert not late[-2 * step :].any() and not early[: 3 * step].any() and asis.any()
 
 
-def test_isolate_packs_the_voice_alone(speaker, tmp_path, monkeypatch):
+def test_isolate_voice_packs_the_isolated_voice(speaker, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "isolate_voice", lambda wav: 0.25 * wav)
     for isolate in (False, True):
         prepare.prepare(speaker, tmp_path / str(isolate), 32, isolate=isolate)
@@ -181,7 +181,7 @@ def test_isolate_packs_the_voice_alone(speaker, tmp_path, monkeypatch):
     assert np.abs(whole).max() > 0.01 and np.abs(voice - 0.25 * whole).max() < 2 / 32768
 
 
-def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(speaker, tmp_path):
+def test_each_clip_has_one_box_in_pixels_of_the_source(speaker, tmp_path):
     prepare.prepare(speaker, tmp_path / "out", 32)
     box = Pack(tmp_path / "out").box[0]
     assert np.allclose(box, faces.face_box([(64 * 0.3, 64 * 0.2, 64 * 0.7, 64 * 0.8, 0.9)], "face"), atol=0.02)
@@ -189,7 +189,7 @@ def test_the_box_is_in_pixels_of_the_source_and_one_for_the_clip(speaker, tmp_pa
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Three pictures: one that is the crop already, one with a face in its left half, one without."""
+    """Three images: one that is already the crop, one with a face in its left half, one without a face"""
 
     def detector(image, margins=None):
         h, w = image.shape[:2]
@@ -210,12 +210,12 @@ def photos(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_pack_is_cropped_by_the_template_that_it_records(speaker, tmp_path):
+def test_the_pack_records_the_template_of_its_crops(speaker, tmp_path):
     for template in ("face", "ffhq"):
         prepare.prepare(speaker, tmp_path / template, 32, template=template)
         assert Pack(tmp_path / template).template == template
     small, large = (Pack(tmp_path / template).box[0] for template in ("face", "ffhq"))
-    assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # as the distance of the eyes
+    assert 1.6 < (large[2] - large[0]) / (small[2] - small[0]) < 1.7  # the ratio of the eye distances
     with pytest.raises(InputError, match="holds a pack|other options"):
         prepare.prepare(speaker, tmp_path / "ffhq", 32, template="face")
 
@@ -224,7 +224,7 @@ def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
     prepare.prepare(photos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
     assert pack.n_frames.tolist() == [1, 1] and pack.identities == ["anna"] and pack.sound(0).shape == (0,)
-    assert pack.box[0].tolist() == [0, 0, 40, 40]  # square and nearly our crop: whole
+    assert pack.box[0].tolist() == [0, 0, 40, 40]  # square and nearly the template's crop: used whole
     assert np.allclose(pack.box[1], [0.4, 0.4, 40.4, 40.4], atol=0.01)
     assert "no face" in lines["black.png"]["reason"] and "cut.jpg" in lines["cut.jpg"]["reason"]
     assert Frames(pack, seed=0)[3]["image"].shape == (3, 32, 32)
@@ -232,22 +232,22 @@ def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
         Clips(pack, 5, seed=0)
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are Unix's")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL and fork")
 
 
-def killed_after(lives: int, videos, out):
-    """prepare in a process of its own, killed when so many clips are written"""
+def kill_after(n_clips: int, videos, out):
+    """Runs prepare in a child process and kills it after n_clips clips."""
     pid, real, written = os.fork(), prepare.PackWriter.add, []
     if pid:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         return
 
-    def mortal(*args, **options):
+    def add_and_die(*args, **options):
         written.append(real(*args, **options))
-        if len(written) == lives:
-            os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack, the manifest does not say so yet
+        if len(written) == n_clips:
+            os.kill(os.getpid(), signal.SIGKILL)  # the clip is in the pack but not yet in the manifest
 
-    prepare.PackWriter.add = mortal
+    prepare.PackWriter.add = add_and_die
     try:
         prepare.prepare(videos, out, 32)
     finally:
@@ -262,8 +262,8 @@ def test_a_run_killed_twice_and_continued_writes_the_same_pack(videos, tmp_path,
     prepare.prepare(videos, tmp_path / "whole", 32)
     assert Pack(tmp_path / "whole").identity.tolist() == [0, 0, 0, 0, 1]
     out = tmp_path / "out"
-    for lives in (2, 5):  # within the first file; behind it, within the second
-        killed_after(lives, videos, out)
+    for n_clips in (2, 5):  # within the first file; within the second
+        kill_after(n_clips, videos, out)
         with open(out / "manifest.jsonl", "a") as log:
             log.write('{"path": "torn li')
     prepare.prepare(videos, out, 32)
@@ -272,7 +272,7 @@ def test_a_run_killed_twice_and_continued_writes_the_same_pack(videos, tmp_path,
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-PIPE = []  # its two ends
+PIPE = []  # read end, write end
 
 
 def slow(job):
@@ -296,17 +296,17 @@ def test_workers_die_with_a_killed_parent(monkeypatch):
         assert pipe.read(14) == 2 * b"working"
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert pipe.read() == b""  # the pipe's end: nobody holds it any more
+        assert pipe.read() == b""  # end of file: no worker holds the pipe open
 
 
 class SyncExpert:
-    """A sync expert's stand-in : pack of 32 px crops."""
+    """A mock sync expert for crops of 32 px"""
 
     size, template, logits = 32, "face", None
 
 
 @pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])
-def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(speaker, tmp_path, monkeypatch, late, fit):
+def test_check_sync_shifts_the_sound_and_drops_clips_that_do_not_fit(speaker, tmp_path, monkeypatch, late, fit):
     monkeypatch.setattr(prepare, "sync_expert", lambda path, device: SyncExpert())
     monkeypatch.setattr(prepare, "embed_clip", lambda expert, crops, mel, device: (len(crops), mel))
     monkeypatch.setattr(prepare, "logits_by_shift", lambda expert, face, sound: None)
@@ -318,11 +318,11 @@ def test_the_sync_check_moves_the_sound_and_drops_what_does_not_fit(speaker, tmp
         return
     prepare.prepare(speaker, tmp_path / "out", 32, expert=Path("sync.pt"))
     pack, whole = Pack(tmp_path / "out"), media.load_audio(speaker / "bob.mkv")
-    moved = pack.sound(0)
-    assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late and len(moved) == 20 * 640
-    begin = 640 * late * (abs(late) > 1)  # what was heard at frame k + late is heard at k; one frame is its error
+    shifted = pack.sound(0)
+    assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late and len(shifted) == 20 * 640
+    begin = 640 * late * (abs(late) > 1)  # sound of frame k + late moves to frame k; one frame is within the tolerance
     expected = np.pad(whole, 20 * 640)[20 * 640 + begin : 40 * 640 + begin]
-    assert np.abs(moved - expected).max() < 1e-4
+    assert np.abs(shifted - expected).max() < 1e-4
 
 
 def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path, monkeypatch, capsys):
@@ -332,7 +332,7 @@ def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path, monkeypatch, 
     assert capsys.readouterr().err == f"prepare.py: {tmp_path}/none: no such directory\n"
 
 
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
     detect_by(monkeypatch, bright_faces)
     (tmp_path / "videos").mkdir()
     (tmp_path / "file").write_text("x")
@@ -341,7 +341,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         prepare.main()
 
 
-def test_nothing_to_pack_is_one_line_and_no_pack(tmp_path, monkeypatch):
+def test_a_folder_without_files_is_refused_and_leaves_no_pack(tmp_path, monkeypatch):
     detect_by(monkeypatch, bright_faces)
     (tmp_path / "videos").mkdir()
     with pytest.raises(InputError, match="no clip in 0 files"):
@@ -364,10 +364,10 @@ def test_real_clips_are_packed_with_the_real_detector(tmp_path, monkeypatch):
     if not clips or not (shared / "weights" / "torch_home").is_dir():
         pytest.skip("../shared has no clips or no detector's weights here")
     monkeypatch.setenv("TORCH_HOME", str(shared / "weights" / "torch_home"))
-    monkeypatch.setattr(faces, "face_detectors", faces.face_detectors.__wrapped__)  # other tests have cached none
+    monkeypatch.setattr(faces, "face_detectors", faces.face_detectors.__wrapped__)  # without the cache
     (tmp_path / "videos").mkdir()
     shutil.copy(clips[0], tmp_path / "videos")
     prepare.prepare(tmp_path / "videos", tmp_path / "out", 64)
     pack = Pack(tmp_path / "out")
     assert len(pack) == 1 and 74 <= pack.n_frames[0] <= 75
-    assert pack.frame(0, 40).std() > 20  # a face, not a wall
+    assert pack.frame(0, 40).std() > 20  # a face, not a flat background

@@ -1,4 +1,4 @@
-"""README and docs are true: their commands parse, their files are there, the first command makes the example talk."""
+"""README and docs are true: their commands parse, their files exist, the first command makes the example talk."""
 
 import argparse
 import importlib
@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
-def fenced(text):
-    """The commands in fenced bash blocks, one after another; a backslash joins lines, && and ; part them."""
+def fenced_commands(text):
+    """Yields the commands in fenced bash blocks. A backslash joins lines; && and ; separate commands."""
     blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="&;|<>()")
@@ -36,20 +36,23 @@ def fenced(text):
 
 
 def script_of(command):
-    """-> (name of the script or None, its arguments) of a command"""
+    """A command -> (name of its script, or None; arguments of the script)"""
     if command[0] == "torchrun":
         command = ["python", *command[next(k for k, word in enumerate(command) if word.endswith(".py")):]]
     for k, word in enumerate(command[:-1]):
         if re.fullmatch(r"(.*/)?python3?", word) and command[k + 1].endswith(".py"):
             arguments = command[k + 2 :]
-            stop = next((i for i, a in enumerate(arguments) if set(a) <= set("<>&")), len(arguments))
-            return command[k + 1], arguments[:stop]
+            redirections = [i for i, argument in enumerate(arguments) if set(argument) <= set("<>&")]
+            return command[k + 1], arguments[: min(redirections, default=len(arguments))]
     return None, []
 
 
-COMMANDS = list(fenced(README))
-SCRIPTS = [(name, arguments) for text in PAGES.values() for name, arguments in map(script_of, fenced(text)) if name]
-SCRIPTS = [script for k, script in enumerate(SCRIPTS) if script not in SCRIPTS[:k]]
+COMMANDS = list(fenced_commands(README))
+SCRIPTS = []  # (name, arguments) of each different command that runs a script
+for text in PAGES.values():
+    for script in map(script_of, fenced_commands(text)):
+        if script[0] and script not in SCRIPTS:
+            SCRIPTS.append(script)
 
 
 class Parsed(Exception):
@@ -57,8 +60,8 @@ class Parsed(Exception):
 
 
 def parse(name, arguments, monkeypatch):
-    """Runs a script as far as its options are understood, with its own checks of them where it has a parse().
-    Ends the test with argparse's words where they are not."""
+    """Parses the arguments of a script by its parse() with all its checks, or else by argparse in its main(). SystemExit:
+    argparse refuses them."""
     module = importlib.import_module(Path(name).stem)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     if hasattr(module, "parse"):
@@ -77,7 +80,7 @@ def parse(name, arguments, monkeypatch):
 def test_commands_are_taken_from_blocks_with_joined_lines_and_without_comments():
     text = "```bash\na && .venv/bin/python x.py \\\n  --n 3  # why\n$ python y.py 'b c' > log\n```\n"
     text += "```\npython no.py\n```\n"
-    commands = list(fenced(text))
+    commands = list(fenced_commands(text))
     assert [command[0] for command in commands] == ["a", ".venv/bin/python", "python"]
     assert [script_of(command) for command in commands[1:]] == [("x.py", ["--n", "3"]), ("y.py", ["b c"])]
 
@@ -87,8 +90,8 @@ def test_the_first_command_is_the_sampler():
 
 
 @pytest.mark.parametrize("name, arguments", SCRIPTS, ids=[f"{name} {' '.join(a)}" for name, a in SCRIPTS])
-def test_every_command_is_one_that_its_script_understands(name, arguments, monkeypatch, capsys):
-    assert (ROOT / name).is_file(), f"README runs {name}, which is not there"
+def test_every_command_is_accepted_by_its_script(name, arguments, monkeypatch, capsys):
+    assert (ROOT / name).is_file(), f"README runs {name}, which does not exist"
     try:
         parse(name, arguments, monkeypatch)
     except SystemExit:
@@ -97,7 +100,7 @@ def test_every_command_is_one_that_its_script_understands(name, arguments, monke
         pytest.fail(f"python {name} {' '.join(arguments)}: {error}")
 
 
-def test_an_option_that_no_script_has_is_noticed(monkeypatch, capsys):
+def test_an_unknown_option_is_detected(monkeypatch, capsys):
     for name in sorted({name for name, _ in SCRIPTS}) + ["toyfaces.py", "evaluate.py"]:
         with pytest.raises(SystemExit):
             parse(name, ["--no-such-option", "1"], monkeypatch)
@@ -105,21 +108,22 @@ def test_an_option_that_no_script_has_is_noticed(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_every_file_that_a_page_names_is_there(page):
-    """Scripts, examples, links and pip's requirements; weights where a line says that they are shipped"""
+def test_every_file_that_a_page_names_exists(page):
+    """Scripts, examples, links and pip's requirements; weights if the line says that they are shipped"""
     text = PAGES[page]
     named = {ROOT / name for name in re.findall(r"(?<![\w/.-])(?:tests/|docs/)?\w+\.py\b", text)}
     named |= {ROOT / name for name in re.findall(r"(?<!\.\./)\bexamples/[\w./-]*\w", text)}
     named |= {page.parent / link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link}
-    named |= {ROOT / command[k + 1] for command in fenced(text) for k, word in enumerate(command[:-1]) if word == "-r"}
+    for command in fenced_commands(text):
+        named |= {ROOT / command[k + 1] for k, word in enumerate(command[:-1]) if word == "-r"}
     for line in text.splitlines():
         if re.search(r"\bship(s|ped)?\b|\bcomes? with\b|\btrained (on|in)\b", line):
             named |= {ROOT / name for name in re.findall(r"\bweights/[\w./-]*\w", line)}
     missing = sorted(str(name) for name in named if not name.exists())
-    assert not missing, f"{page.name} names what is not there: {missing}"
+    assert not missing, f"{page.name} names files that do not exist: {missing}"
 
 
-def test_the_readme_is_short_enough_to_be_read():
+def test_the_readme_has_at_most_1600_words():
     assert len(README.split()) <= 1600
 
 
@@ -128,7 +132,7 @@ def test_the_first_command_makes_the_example_talk(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = sample.parse(arguments)
     if not sample.TOY_WEIGHTS.exists():
-        pytest.skip(f"{sample.TOY_WEIGHTS} is not there: train it as the README says")
+        pytest.skip(f"{sample.TOY_WEIGHTS} does not exist: train it as the README says")
     sample.main(arguments)
     frames = list(read_video(tmp_path / "talk.mp4"))
     seconds = len(load_audio(args.speech)) / 16000

@@ -1,4 +1,4 @@
-"""The toy world: the sound determines the lips and nothing else, each factor moves its own part of the image."""
+"""The toy world: sound determines the lips alone, and each factor moves its own part of the image."""
 
 import json
 import multiprocessing
@@ -22,20 +22,20 @@ POSES = [dict(yaw=yaw, pitch=pitch, roll=roll) for yaw in (-22, 0, 22) for pitch
 
 
 def deep_voice():
-    """The person of the lowest pitch, which samples the spectrum most densely: formants can be measured best."""
+    """The person with the lowest pitch, whose dense harmonics give the best measurement of formants"""
     return min((toy.make_person(seed) for seed in range(40)), key=lambda who: who.f0)
 
 
-def held_vowel(vowel, who, seconds=1.0):
-    """-> wav of a held vowel without a consonant, and the lips (open, wide) in its middle"""
+def sustain_vowel(vowel, who, seconds=1.0):
+    """-> wav of a sustained vowel without a consonant, and open and wide in its middle"""
     c = toy.make_controls([(0.0, 0.0, seconds, "", vowel, 1.0)], round(seconds / toy.STEP))
     wav = toy.synthesise_voice(np.random.default_rng(0), c, who, round(seconds * 16000))
     gap, wide = toy.move_lips(c)
     return wav, gap[len(gap) // 2], wide[len(wide) // 2]
 
 
-def resonances(wav):
-    """Formants of a stretch of sound by linear prediction (order 18: a pair each kHz and one): Hz."""
+def measure_formants(wav):
+    """Formants in Hz by linear prediction of order 18 (two per kHz and two more)"""
     x = np.append(wav[0], wav[1:] - 0.97 * wav[:-1]) * np.hamming(len(wav))
     r = np.correlate(x, x, "full")[len(x) - 1 : len(x) + 18]
     r[0] *= 1 + 1e-6
@@ -46,13 +46,13 @@ def resonances(wav):
 
 
 def changed(who, pose, a, b, size=64):
-    """-> bool (size, size): the pixels in which states a and b differ"""
+    """-> bool (size, size): pixels that differ between states a and b"""
     first, second = (toy.draw(who, dict(pose, **state), size).astype(int) for state in (a, b))
     return np.abs(first - second).max(-1) > 12
 
 
 def extent(mask):
-    """x0, y0, x1, y1 of what is set, as fractions of the picture"""
+    """x0, y0, x1, y1 of the pixels that are set, as fractions of the image"""
     y, x = np.nonzero(mask)
     return np.array((x.min(), y.min(), x.max() + 1, y.max() + 1)) / len(mask)
 
@@ -66,12 +66,12 @@ def inside(mask, box, slack):
 
 
 def test_the_same_seed_gives_the_same_bytes():
-    """In another process as well: see the test of the shipped example"""
+    """The test of the shipped example covers other processes."""
     clip, again = toy.make_toy_clip(7, 0.4, 32), toy.make_toy_clip(7, 0.4, 32)
     assert all(np.array_equal(a, b) for a, b in zip(clip, again)) and clip[0].shape == (10, 32, 32, 3)
 
 
-def test_another_seed_gives_another_sound_and_motion_of_the_same_person():
+def test_another_seed_gives_the_same_person_another_sound_and_motion():
     (wav, truth), (other_wav, other_truth) = (toy.make_clip_truth(seed, 0.4, toy.make_person(3)) for seed in (1, 2))
     assert not np.array_equal(wav, other_wav) and not np.isclose(truth[:, :3], other_truth[:, :3]).any()
 
@@ -84,20 +84,20 @@ def test_people_differ_from_each_other():
 # --- speech
 
 
-def test_measured_formants_are_those_of_the_vowel_scaled_by_the_vocal_tract():
+def test_measured_formants_equal_those_of_the_vowel_scaled_by_the_vocal_tract():
     who = deep_voice()
     for vowel, (F1, F2, _) in toy.VOWELS.items():
-        wav, _, _ = held_vowel(vowel, who)
-        found = resonances(wav[6000:8000])[:2]
-        assert np.allclose(found, np.array((F1, F2)) * who.tract, rtol=0.05), f"{vowel}: {found}"
+        wav, _, _ = sustain_vowel(vowel, who)
+        measured = measure_formants(wav[6000:8000])[:2]
+        assert np.allclose(measured, np.array((F1, F2)) * who.tract, rtol=0.05), f"{vowel}: {measured}"
 
 
-def test_vowels_with_a_higher_first_formant_open_and_with_a_higher_second_widen_the_mouth():
+def test_a_higher_first_formant_opens_the_mouth_and_a_higher_second_formant_widens_it():
     who = deep_voice()
     measured = {}
     for vowel in "aeiou":
-        wav, gap, wide = held_vowel(vowel, who)
-        measured[vowel] = (*resonances(wav[6000:8000])[:2], gap, wide)
+        wav, gap, wide = sustain_vowel(vowel, who)
+        measured[vowel] = (*measure_formants(wav[6000:8000])[:2], gap, wide)
     F1, F2, gap, wide = np.array(list(measured.values())).T
     assert np.corrcoef(F1, gap)[0, 1] > 0.97 and np.corrcoef(F2, wide)[0, 1] > 0.97
     assert measured["a"][2] > 0.9 and measured["i"][2] < 0.3  # ah opens, ee does not
@@ -111,18 +111,18 @@ def test_in_running_speech_formants_and_lips_correlate():
         wav, truth = toy.make_clip_truth(seed, 4, who)
         for t in range(1, len(truth) - 1):
             piece = wav[640 * t - 120 : 640 * (t + 1) + 120]
-            found = resonances(piece)
-            if piece.std() > 0.05 and len(found) > 1:
-                formants.append(found[:2])
+            measured = measure_formants(piece)
+            if piece.std() > 0.05 and len(measured) > 1:
+                formants.append(measured[:2])
                 lips.append(truth[t, OPEN:])
     formants, lips = np.array(formants), np.array(lips)
     assert len(lips) > 100
-    # ranks: now and then linear prediction misses a formant and reports the next one
+    # rank correlation, because linear prediction sometimes misses a formant and returns the next one
     assert spearmanr(formants[:, 0], lips[:, 0])[0] > 0.75
     assert spearmanr(formants[:, 1], lips[:, 1])[0] > 0.8
 
 
-def test_closures_shut_the_lips_and_other_consonants_do_not():
+def test_m_b_and_p_shut_the_lips_and_other_consonants_do_not():
     for consonant in toy.CONSONANTS:
         c = toy.make_controls([(0.1, 0.08, 0.2, consonant, "a", 1.0)], 80)
         during = toy.move_lips(c)[0][round(0.1 / toy.STEP) : round(0.18 / toy.STEP)]
@@ -138,7 +138,7 @@ def test_silence_shuts_the_mouth_and_an_open_mouth_is_loud():
         gap.append(truth[:, OPEN])
     level, gap = np.concatenate(level), np.concatenate(gap)
     quiet = level < 0.003
-    assert quiet.sum() > 20 and np.mean(gap[quiet] < 0.15) > 0.95  # lips close while the last sound dies
+    assert quiet.sum() > 20 and np.mean(gap[quiet] < 0.15) > 0.95  # lips close while the last sound fades
     assert np.mean(level[gap > 0.5] > 0.01) > 0.97
     c = toy.make_controls([], 60)  # no syllable
     wav = toy.synthesise_voice(np.random.default_rng(0), c, toy.make_person(1), 4800)
@@ -146,7 +146,7 @@ def test_silence_shuts_the_mouth_and_an_open_mouth_is_loud():
 
 
 @pytest.mark.parametrize("seconds", (0.2, 1.0, 2.37, 3.0))
-def test_sound_and_truth_last_as_long_as_asked(seconds):
+def test_sound_and_truth_have_the_given_length(seconds):
     wav, truth = toy.make_clip_truth(5, seconds, toy.make_person(5))
     assert wav.shape == (round(16000 * seconds),) and wav.dtype == np.float32
     assert truth.shape == (round(25 * seconds), 10) and truth.dtype == np.float32
@@ -158,7 +158,7 @@ def test_sound_and_truth_last_as_long_as_asked(seconds):
 
 @pytest.fixture
 def mute(monkeypatch):
-    """Clips without a synthesised voice, which their truth does not need"""
+    """Clips without a synthesised voice, for tests of the truth alone"""
     monkeypatch.setattr(toy, "synthesise_voice", lambda rng, c, who, n: np.zeros(n, np.float32))
 
 
@@ -167,28 +167,28 @@ def test_pose_gaze_and_blinks_do_not_correlate_with_the_lips(mute):
     within = (truths - truths.mean(1, keepdims=True)).reshape(-1, 10)
     r = np.corrcoef(within.T)[:OPEN, OPEN:]
     assert np.abs(r).max() < 0.08, dict(zip(toy.FACTORS, r.round(3).tolist()))
-    wav_only = [toy.make_clip_truth(3, 2, toy.make_person(seed))[1] for seed in (0, 1)]  # other voice, same motion
-    assert np.array_equal(wav_only[0][:, :OPEN], wav_only[1][:, :OPEN])
+    voices = [toy.make_clip_truth(3, 2, toy.make_person(seed))[1] for seed in (0, 1)]  # same motion by two people
+    assert np.array_equal(voices[0][:, :OPEN], voices[1][:, :OPEN])
 
 
-def test_sound_motion_and_looks_never_share_a_random_stream(monkeypatch):
-    asked, original = [], np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: asked.append(tuple(seed)) or original(seed))
+def test_sound_motion_and_appearance_have_separate_random_streams(monkeypatch):
+    seeds, original = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(seed)) or original(seed))
     toy.make_clip_truth(11, 0.4, toy.make_person(11))
-    assert len(asked) == 3 == len(set(asked))
+    assert len(seeds) == 3 == len(set(seeds))
 
 
-def test_heads_move_through_much_of_their_range_and_clip_means_vary_little(mute):
+def test_heads_use_much_of_their_range_and_clip_means_vary_little(mute):
     truths = np.stack([toy.make_clip_truth(seed, 3, toy.make_person(seed))[1] for seed in range(60)])
     for i, limit in enumerate((toy.MAX_YAW, toy.MAX_PITCH, toy.MAX_ROLL)):
         angle = truths[:, :, i]
         assert np.abs(angle).max() <= limit
-        assert np.ptp(angle, axis=1).mean() > limit  # half the range, in the mean clip
+        assert np.ptp(angle, axis=1).mean() > limit  # on average half of the range
         assert angle.mean(1).std() < 0.7 * angle.std(1).mean()
         assert np.abs(np.diff(angle, axis=1)).max() < 0.35 * limit  # no jumps
 
 
-def test_a_blink_comes_every_one_and_a_half_to_four_seconds():
+def test_blinks_are_one_and_a_half_to_four_seconds_apart():
     blink = toy.sample_motion(np.random.default_rng(1), 25 * 120)["blink"]
     starts = np.flatnonzero((blink[1:] > 0) & (blink[:-1] == 0))
     assert np.diff(starts).min() >= 37 and np.diff(starts).max() <= 101 and blink.max() == 1
@@ -215,8 +215,8 @@ def test_blinks_and_gaze_change_only_the_eyes():
 
 
 @pytest.mark.parametrize("size", (32, 64))
-def test_mouth_and_eyes_stay_near_their_boxes_at_the_extremes_of_pose(size):
-    template = TEMPLATES["toy"]  # near: two pixels of 32
+def test_mouth_and_eyes_stay_within_two_pixels_of_their_boxes_at_extreme_poses(size):
+    template = TEMPLATES["toy"]
     for seed in range(3) if size == 32 else range(2, 5):
         who = toy.make_person(seed)
         for pose in POSES:
@@ -228,7 +228,7 @@ def test_mouth_and_eyes_stay_near_their_boxes_at_the_extremes_of_pose(size):
             assert lips[y0:y1, x0:x1].sum() > 0.93 * H  # the mask hides nearly all of the lips
 
 
-def test_the_mouth_opens_step_by_step_and_a_closed_one_is_a_dark_line():
+def test_the_mouth_opens_gradually_and_a_closed_mouth_is_a_dark_line():
     dark = np.array((0.3, 0.4, 0.3))
     for seed in (0, 2, 8, 16):
         who = toy.make_person(seed)
@@ -251,7 +251,7 @@ def test_a_turn_moves_the_face_to_the_right_and_a_nod_moves_it_down():
     assert middle_of_the_eyes(pitch=16)[1] - y > 1.5 and y - middle_of_the_eyes(pitch=-16)[1] > 1.5
 
 
-def test_every_size_gives_a_square_picture_and_unknown_factors_are_refused():
+def test_every_size_gives_a_square_image_and_unknown_factors_are_refused():
     for size in (16, 32, 50, 256):
         picture = toy.draw(toy.make_person(4), dict(yaw=10), size)
         assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
@@ -262,8 +262,8 @@ def test_every_size_gives_a_square_picture_and_unknown_factors_are_refused():
 # --- packs and the script
 
 
-def test_a_pack_holds_the_clips_and_their_truth(tmp_path, monkeypatch):
-    """By two processes, which are forked here: spawned ones take seconds to import"""
+def test_a_pack_has_the_clips_and_their_truth(tmp_path, monkeypatch):
+    """Two processes, forked because new ones need seconds for imports"""
     folder, get_context, kinds = tmp_path / "pack", multiprocessing.get_context, []
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: kinds.append(kind) or get_context("fork"))
     toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE_SEED, workers=2)
@@ -277,14 +277,14 @@ def test_a_pack_holds_the_clips_and_their_truth(tmp_path, monkeypatch):
         assert np.abs(pack.sound(i) - wav).max() < 1e-4
         assert np.abs(pack.frame(i, 14).astype(int) - frames[14]).mean() < 4  # JPEG
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE_SEED, workers=0)  # is there: nothing to do
+    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE_SEED, workers=0)  # nothing to do
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(InputError, match="something else"):
         toy.make_pack(folder, 32, people=4, seconds=0.6, first_seed=toy.TUNE_SEED, workers=0)
     assert json.loads((folder / "toy.json").read_text())["people"] == 3
 
 
-def test_a_pack_that_fails_halfway_is_none_and_is_drawn_anew(tmp_path, monkeypatch):
+def test_an_interrupted_pack_is_refused_and_then_drawn_anew(tmp_path, monkeypatch):
     draw, drawn = toy.draw, []
 
     def fails_later(*args):
@@ -304,7 +304,7 @@ def test_a_pack_that_fails_halfway_is_none_and_is_drawn_anew(tmp_path, monkeypat
     assert late == whole and len(late) > 9
 
 
-def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_there(tmp_path, monkeypatch):
+def test_the_script_writes_images_and_a_clip_with_sound_and_keeps_existing_files(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", f"toyfaces.py --out {tmp_path / 'new'} --seconds 1 --size 32".split())
     sine = np.sin(np.arange(48000, dtype=np.float32) / 9)  # synthesised voices of 33 people take longer
     monkeypatch.setattr(toy, "synthesise_voice", lambda rng, c, who, n: sine[:n])
@@ -316,7 +316,7 @@ def test_the_script_writes_pictures_and_a_clip_with_sound_and_keeps_what_is_ther
         toy.main()
 
 
-def test_the_shipped_example_is_a_person_and_speech_of_this_world():
+def test_the_shipped_example_is_drawn_and_synthesised_by_this_code():
     who = toy.make_person(toy.EXAMPLE_SEED)
     assert np.array_equal(np.array(Image.open(ROOT / "examples/face.png")), toy.draw(who, toy.REST, 256))
     spoken = toy.make_clip_truth(toy.EXAMPLE_SEED, 4, who)[0]
@@ -335,7 +335,7 @@ def test_a_bad_argument_gets_one_line_and_exit_status_2(args, monkeypatch, capsy
     assert message.count("\n") == 1 and args[0] in message
 
 
-def test_a_pack_on_top_of_other_files_is_refused(tmp_path):
+def test_a_pack_in_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="something else"):
         toy.make_pack(tmp_path, 32, people=1, seconds=0.2, workers=0)
