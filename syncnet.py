@@ -1,20 +1,20 @@
-"""The sync expert: do these lips and this sound belong together? Trained here, then frozen for train.py's stage 3.
+"""The sync expert: does this mouth fit this sound? Trained here, then frozen for the sync loss of train.py's stage 3.
 
-Papers: SyncNet (Chung & Zisserman 2016), two towers and a distance of their embeddings; the expert of Wav2Lip (arXiv
+Papers: SyncNet (Chung & Zisserman 2016), two towers and the distance of their embeddings; the expert of Wav2Lip (arXiv
 2008.10010), five frames and 0.2 s of mel; SigLIP (arXiv 2303.15343), the pairwise sigmoid over a batch.
 
     python syncnet.py train                   # out/toy32/sync.pt, on the toy world    (3 min of one core: .96 unseen)
-    python syncnet.py test                    # accuracy by shift, on people and speech that no training saw
-    python syncnet.py offset clip.mp4         # by how many frames the sound is late (weights/sync.pt); --fix out.mp4
+    python syncnet.py test                    # accuracy by shift, on held-out people and speech
+    python syncnet.py offset clip.mp4         # the lag of the sound in frames, by weights/sync.pt; --fix out.mp4
 
-Differences from Wav2Lip, beside 3x3 kernels throughout (docs/sync.md has the measurements):
-- Of real faces the expert gets the shape of the lips by landmarks.py's networks, 50 numbers a frame: from few people
-  it carries over to others. Drawn faces have no landmarks and are seen as pixels.
-- The cosine gets a learned scale and bias. Theirs, after a ReLU, is itself the probability (--cosine).
-- All pairs of a batch count: several windows of each clip (hard negatives) and, of drawn faces, foreign sound.
-- A softmax over the batch, which does not depend on the bias, is added to the sigmoid, which alone stays at ln 2 long.
-- The five frames' deviations from their mean are enlarged: most of the variance is identity, not motion.
-- GroupNorm, not BatchNorm, whose statistics would tell the towers which windows of a batch share a clip.
+Differences from Wav2Lip, besides 3x3 kernels throughout (measurements: docs/sync.md):
+- Real faces enter as the shape of the lips, 50 numbers per frame by landmarks.py, which generalises from few people.
+  Drawn faces have no landmarks and enter as pixels.
+- The cosine has a learned scale and bias. In Wav2Lip the cosine after a ReLU is itself the probability (--cosine).
+- All pairs of a batch count: several windows of each clip (hard negatives) and, for drawn faces, other clips' sound.
+- A softmax over the batch, which does not depend on the bias, is added: the sigmoid alone stays at ln 2 for long.
+- Deviations of the five frames from their mean are enlarged, because most of the variance is identity, not motion.
+- GroupNorm replaces BatchNorm, whose statistics reveal to the towers which windows of a batch share a clip.
 
 Axes: n images, B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts, C H W.
 """
@@ -52,26 +52,25 @@ from media import (
 from report import image_grid, markdown_table
 from toyfaces import open_toy_pack
 
-WINDOW_FRAMES = 5  # frames of a window: what the 16 mel steps of its middle frame cover (Wav2Lip)
-HALF = WINDOW_FRAMES // 2
-NEAR = 4  # frames; ours: sounds nearer than this are too alike to be a negative pair
-FAR = WINDOW_FRAMES  # frames: from this shift on two windows share no frame
-MAX_OFFSET = 15  # frames: offsets are searched in -15 .. 15, as SyncNet does
-TOY_VALID = 40  # toy people who choose the checkpoint, and as many others for the test
-LIP_SCALE = 0.07  # ours: deviation of their coordinates, in distances of the eyes
-SURE = 0.65  # ours: the mean logit of another sentence of GRID's grammar is less at all offsets, in nine of ten cases
-GAIN = 3.0  # of a window's deviations from its mean (ours): brings their variance near the mean's
-PIECES = dict(offset_1s=1, offset_3s=3)  # seconds of the pieces whose offset is tested
+WINDOW_FRAMES = 5  # as long as the 16 mel steps of the middle frame (Wav2Lip)
+HALF_WINDOW = WINDOW_FRAMES // 2
+MIN_SHIFT = 4  # frames; ours: sounds nearer than this are too alike for a negative pair
+MAX_OFFSET = 15  # frames: offsets are searched in -15 .. 15 (SyncNet)
+TOY_HELD_OUT = 40  # toy people for validation, and as many for the test
+LIP_SCALE = 0.07  # ours: deviation of lip coordinates, in distances of the eyes
+MATCH_LOGIT = 0.65  # ours: for nine of ten other sentences of GRID's grammar the mean logit at every offset is less
+DEVIATION_GAIN = 3.0  # of frames from their mean (ours): brings the variance of motion near that of the mean
+PIECE_SECONDS = dict(offset_1s=1, offset_3s=3)  # length of the pieces whose offset is tested
 LOG_EVERY = 50  # steps
-SHIPPED = Path(__file__).parent / "weights" / "sync.pt"  # a real speaker's, see its card
-TOY = "out/toy32/sync.pt"  # where `train` without options writes
-CHANCE = math.log(2)  # the sigmoid loss at zero logits
+SHIPPED_EXPERT = Path(__file__).parent / "weights" / "sync.pt"  # for real faces, see its card
+TOY_EXPERT = "out/toy32/sync.pt"  # default output of `train`
+CHANCE_LOSS = math.log(2)  # the sigmoid loss at zero logits
 
 
 # --------------------------------------------------------------------------------------------------------- the networks
 
-def time_tower(c_in: int, steps: int, strides: tuple, dim: int, channels: int = 96) -> nn.Sequential:
-    """(B, c_in, S) -> (B, dim): a convolution over time for each stride"""
+def make_time_tower(c_in: int, steps: int, strides: tuple, dim: int, channels: int = 96) -> nn.Sequential:
+    """(B, c_in, steps) -> (B, dim), by a convolution over time for each stride"""
     layers = []
     for stride in strides:
         layers += [nn.Conv1d(c_in, channels, 3, stride, 1), nn.GroupNorm(8, channels), nn.GELU(), nn.Dropout(0.2)]
@@ -80,8 +79,8 @@ def time_tower(c_in: int, steps: int, strides: tuple, dim: int, channels: int = 
     return nn.Sequential(OrderedDict(body=nn.Sequential(*layers), out=nn.Linear(2 * channels, dim)))
 
 
-def pixel_tower(size: int, dim: int, width: float) -> nn.Sequential:
-    """Lower half of five images (B, 15, size / 2, size) -> (B, dim). Wav2Lip's layout: to a square, then halvings"""
+def make_pixel_tower(size: int, dim: int, width: float) -> nn.Sequential:
+    """Lower halves of five images (B, 15, size / 2, size) -> (B, dim). Wav2Lip's layout: to a square, then halvings"""
     c = [max(8, 8 * round(c * width / 8)) for c in (32, 64, 128, 256, 512)]
     layers = [ConvBlock(3 * WINDOW_FRAMES, c[0]), ConvBlock(c[0], c[1], stride=(1, 2)),
               ConvBlock(c[1], c[1], residual=True)]
@@ -95,9 +94,9 @@ def pixel_tower(size: int, dim: int, width: float) -> nn.Sequential:
 
 
 class SyncNet(nn.Module):
-    """Two towers; logit = scale * cosine + bias, positive for "in sync". size: edge of the crops, a multiple of 16;
-    larger ones are shrunk. dim: E. width: channels of the towers of pixels, 1 is Wav2Lip's. lips: by the shape of real
-    lips, size 64. cosine: as in Wav2Lip, the cosine of embeddings after a ReLU is the probability."""
+    """Two towers; logit = scale * cosine + bias, positive for "in sync". size: edge of the images, a multiple of 16;
+    larger images are shrunk. dim: E. width: channels of the pixel towers, 1 as in Wav2Lip. lips: for real faces, by the
+    shape of their lips, size 64. cosine: as in Wav2Lip, the cosine of embeddings after a ReLU is the probability."""
 
     def __init__(self, size: int = 96, dim: int = 512, width: float = 1.0, lips: bool = False, cosine: bool = False):
         super().__init__()
@@ -106,15 +105,15 @@ class SyncNet(nn.Module):
         self.size, self.lips, self.cosine = size, lips, cosine
         if lips:
             self.landmarks = LandmarkNet().requires_grad_(False)
-            self.face_tower = time_tower(4 * len(LIP_POINTS), WINDOW_FRAMES, (1, 1), dim)
-            self.sound_tower = time_tower(N_MELS, WINDOW, (1, 2, 2), dim)
+            self.face_tower = make_time_tower(4 * len(LIP_POINTS), WINDOW_FRAMES, (1, 1), dim)
+            self.sound_tower = make_time_tower(N_MELS, WINDOW, (1, 2, 2), dim)
         else:
-            self.face_tower, self.sound_tower = pixel_tower(size, dim, width), AudioEncoder(dim, width)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(5.0)))  # ours; SigLIP's 10 starts at a larger loss
+            self.face_tower, self.sound_tower = make_pixel_tower(size, dim, width), AudioEncoder(dim, width)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(5.0)))  # ours: SigLIP's 10 starts at a larger loss
         self.bias = nn.Parameter(torch.tensor(0.0))  # SigLIP's -10 is for one positive in 32,000; ours are balanced
 
     def read(self, images):
-        """Whole crops (n, 3, H, H) in [-1, 1], H >= size -> (n, ..), what the face tower sees of them"""
+        """Whole crops (n, 3, H, H) in [-1, 1], H >= size -> lips (n, 50), or crops shrunk to size"""
         H = images.shape[-1]
         assert images.shape[1:] == (3, H, H) and H >= self.size, (
             f"images are {tuple(images.shape)}, expected (n, 3, H, H) with H >= {self.size}")
@@ -123,16 +122,16 @@ class SyncNet(nn.Module):
         return read_lips(self.landmarks, images) if self.lips else images
 
     def embed(self, x):
-        """Five frames of what `read` gives, (B, 5, ..) -> (B, E) of unit length"""
+        """Five frames of `read` (B, 5, ..) -> (B, E) of unit length"""
         if self.lips:
             x = (x - lip_shape(torch.view_as_complex(self.landmarks.mean))) / LIP_SCALE
-            x = torch.cat([x, GAIN * (x - x.mean(1, keepdim=True))], 2).mT  # (B, 100, 5)
-        else:  # the mean replaces the middle frame's deviation, which follows from the other four
+            x = torch.cat([x, DEVIATION_GAIN * (x - x.mean(1, keepdim=True))], 2).mT  # (B, 100, 5)
+        else:  # the mean replaces the middle frame's deviation, which the other four determine
             x = x[..., self.size // 2 :, :]  # (B, 5, 3, size/2, size): lips and chin, not the eyes
             mean = x.mean(1, keepdim=True)
-            deviation = GAIN * (x - mean)
-            x = torch.cat([deviation[:, :HALF], mean, deviation[:, HALF + 1 :]], 1).flatten(1, 2)
-        return self.unit(self.face_tower(x))
+            deviation = DEVIATION_GAIN * (x - mean)
+            x = torch.cat([deviation[:, :HALF_WINDOW], mean, deviation[:, HALF_WINDOW + 1 :]], 1).flatten(1, 2)
+        return self.to_unit_length(self.face_tower(x))
 
     def face(self, frames):
         """Whole crops (B, 5, 3, H, H) in [-1, 1] -> (B, E) of unit length"""
@@ -140,21 +139,21 @@ class SyncNet(nn.Module):
         return self.embed(self.read(frames.flatten(0, 1)).unflatten(0, (-1, WINDOW_FRAMES)))
 
     def sound(self, mel):
-        """Mel windows (B, 1, 80, 16) of the middle frames -> (B, E) of unit length"""
-        return self.unit(self.sound_tower(mel[:, 0] / 4 if self.lips else mel))
+        """Mel windows of the middle frames (B, 1, 80, 16) -> (B, E) of unit length"""
+        return self.to_unit_length(self.sound_tower(mel[:, 0] / 4 if self.lips else mel))
 
-    def unit(self, x):
+    def to_unit_length(self, x):
         return F.normalize(x.float().relu() if self.cosine else x.float(), dim=1)
 
     def logits(self, face, sound):
-        """(B, E), (B2, E) of unit length -> (B, B2): log odds that they belong together"""
+        """(B, E), (B2, E) of unit length -> (B, B2), log odds of "in sync" """
         cosine = face @ sound.t()
         return torch.logit(cosine, eps=1e-4) if self.cosine else self.log_scale.exp() * cosine + self.bias
 
 
 def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
-    """A trained expert, frozen, for images of this size. path "wav2lip" is Wav2Lip's published expert, downloaded on
-    first use; *.pth is a copy of that. InputError: as load_checkpoint; made for larger images; cannot be downloaded."""
+    """A trained expert, frozen, for images of this size. path: "wav2lip" is Wav2Lip's published expert, downloaded on
+    first use; *.pth is a copy of it. InputError: see load_checkpoint; images are too small; the download fails."""
     if str(path) == "wav2lip" or Path(path).suffix == ".pth":
         expert = wav2lip_expert(device, None if str(path) == "wav2lip" else path)
         expert.size, expert.template = 96, "face"  # it enlarges smaller images
@@ -172,59 +171,63 @@ def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
-def expert_loss(logits, clip, k, apart: int = NEAR, others: bool = True) -> dict:
-    """logits (N, N), face i against sound j; clip, k (N,), clip of window i and its middle frame -> terms of the
-    loss. Pairwise sigmoid, absent where the batch has no such pair: in_sync (the diagonal); shifted (same clip,
-    `apart` frames or more apart); other (another clip; not without `others`). loss: of these, half for the
-    positive pairs, half for the negative ones; ln 2 at zero logits. contrast: -log softmax of the true sound among
-    the sounds and of the true face among the faces (CLIP), of these pairs. InputError: no pair is negative."""
+def expert_loss(logits, clip, middle, min_shift: int = MIN_SHIFT, other_clips: bool = True) -> dict:
+    """logits (N, N) of face i and sound j; clip, middle frame (N,) of window i -> terms of the loss.
+
+    Sigmoid terms, absent without such a pair: in_sync (the diagonal), shifted (same clip, at least min_shift frames
+    apart), other (another clip, if other_clips). loss: half in_sync, half the mean of the negative terms; ln 2 at zero
+    logits. contrast: CLIP's cross-entropy of softmaxes over these pairs. InputError: no pair is negative."""
     N = len(clip)
     assert logits.shape == (N, N), f"logits are {tuple(logits.shape)}, expected {(N, N)}"
-    same, own = clip[:, None] == clip[None], torch.arange(N, device=logits.device)
-    wrong = dict(shifted=same & ((k[:, None] - k[None]).abs() >= apart), other=~same & others)
-    true = F.softplus(-logits.diagonal()).mean()
-    false = {name: F.softplus(logits[pairs]).mean() for name, pairs in wrong.items() if pairs.any()}
-    if not false:
-        raise InputError("no pair of a batch is wrong: give more --windows, or more than one clip")
-    loss = (true + sum(false.values()) / len(false)) / 2
-    logits = logits.masked_fill(~(wrong["shifted"] | wrong["other"] | (own[:, None] == own)), -1e4)
-    contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
-    return dict(loss=loss, in_sync=true, **false, contrast=contrast)
+    same_clip, shift = clip[:, None] == clip, (middle[:, None] - middle).abs()
+    negatives = dict(shifted=same_clip & (shift >= min_shift), other=~same_clip & other_clips)
+    in_sync = F.softplus(-logits.diagonal()).mean()
+    terms = {name: F.softplus(logits[pairs]).mean() for name, pairs in negatives.items() if pairs.any()}
+    if not terms:
+        raise InputError("a batch has no negative pair: give more --windows, or more than one clip")
+    loss = (in_sync + sum(terms.values()) / len(terms)) / 2
+    diagonal = torch.arange(N, device=logits.device)
+    candidates = negatives["shifted"] | negatives["other"] | (diagonal[:, None] == diagonal)
+    logits = logits.masked_fill(~candidates, -1e4)
+    contrast = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.t(), diagonal)) / 2
+    return dict(loss=loss, in_sync=in_sync, **terms, contrast=contrast)
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
 
 class Windows(Dataset):
-    """Several five-frame windows of one of the clips, which have five frames or more. Item n depends on (seed, n) alone.
-    What the expert's `read` gives of the images and the mel are kept in memory. augment: vary faces and voices."""
+    """Several five-frame windows of a clip; all clips have five frames or more. Item n depends on (seed, n) alone. Keeps
+    the outputs of the expert's `read`, and mels, in memory. augment: vary faces and voices."""
 
     def __init__(self, pack: Pack, clips, expert, windows: int = 0, seed: int = 0, augment: bool = True):
         self.pack, self.clips, self.expert, self.read = pack, np.asarray(clips), expert, cache(self.read)
         self.windows, self.seed, self.augment = windows, seed, augment
 
     def __getitem__(self, n: int) -> dict:
-        """-> frames (windows, 5, ..), mel (windows, 1, 80, 16), clip (windows,), k (windows,): middle frames"""
+        """-> frames (windows, 5, ..), mel (windows, 1, 80, 16), clip (windows,), middle (windows,): middle frames"""
         rng = np.random.default_rng([self.seed, n])
         c, other = (int(v) for v in rng.choice(self.clips, 2))
         x, mel = self.read(c)
         K = len(x) - WINDOW_FRAMES + 1
-        k = HALF + np.sort(rng.choice(K, self.windows, replace=K < self.windows))  # (windows,)
-        x, mel = x[torch.from_numpy(k[:, None] + np.arange(-HALF, HALF + 1))], mel_windows(mel, k)
+        middle = HALF_WINDOW + np.sort(rng.choice(K, self.windows, replace=K < self.windows))  # (windows,)
+        x = x[torch.from_numpy(middle[:, None] + np.arange(-HALF_WINDOW, HALF_WINDOW + 1))]
+        mel = mel_windows(mel, middle)
         if self.augment:
-            x = vary_lips(x, self.read(other)[0], rng) if self.expert.lips else vary(x, rng)
+            x = augment_lips(x, self.read(other)[0], rng) if self.expert.lips else augment_images(x, rng)
             mel = change_voice(mel, rng)
-        return dict(frames=x, mel=torch.from_numpy(mel), clip=torch.full((len(k),), c), k=torch.from_numpy(k))
+        clip = torch.full((len(middle),), c)
+        return dict(frames=x, mel=torch.from_numpy(mel), clip=clip, middle=torch.from_numpy(middle))
 
     @torch.no_grad()
     def read(self, c: int):
-        """Clip c -> what the expert's `read` gives of its frames (T, ..), mel (80, S)"""
+        """Clip c -> the expert's `read` of its frames (T, ..), mel (80, S)"""
         images = to_tensor(self.pack.frames(c, range(self.pack.n_frames[c])))
         images = images.to(next(self.expert.parameters()).device)
         return self.expert.read(images).cpu(), log_mel(self.pack.sound(c))
 
 
-def vary_lips(x, other, rng):
-    """Augments windows of one clip (K, 5, 50), alike but for noise. other (T, 50): another clip. Widths: ours"""
+def augment_lips(x, other, rng):
+    """Varies windows of one clip (K, 5, 50) alike, but for noise. other (T, 50): another clip. Ranges are ours"""
     mean = x.mean((0, 1))
     to_other = rng.uniform(0, 0.8) * (rng.random() < 0.7) * (other.mean(0) - mean)
     x = (mean + to_other + np.exp(rng.normal(0, 0.15)) * (x - mean)).unflatten(-1, (-1, 2))  # (K, 5, 25, 2)
@@ -236,8 +239,8 @@ def vary_lips(x, other, rng):
     return (x + torch.from_numpy(rng.normal(0, 0.006 * rng.random(), x.shape)).float()).flatten(2)
 
 
-def vary(frames, rng):
-    """Augments windows of one clip (K, 5, 3, H, H), five frames alike, all mirrored or none. Widths: ours"""
+def augment_images(frames, rng):
+    """Varies windows of one clip (K, 5, 3, H, H), the five frames alike, all mirrored or none. Ranges are ours"""
     K, H = len(frames), frames.shape[-1]
     turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
@@ -249,42 +252,43 @@ def vary(frames, rng):
     soft = torch.from_numpy(rng.random(K) < 1 / 3)  # as images of young generators are
     if soft.any():
         x[soft] = F.interpolate(F.avg_pool2d(x[soft], 2), (H, H), mode="bilinear")
-    light = rng.uniform(0.7, 1.3, (K, 1, 1, 1, 1)) * rng.uniform(0.9, 1.1, (K, 1, 3, 1, 1))
+    contrast = rng.uniform(0.7, 1.3, (K, 1, 1, 1, 1)) * rng.uniform(0.9, 1.1, (K, 1, 3, 1, 1))
     brightness = rng.uniform(-0.3, 0.3, (K, 1, 1, 1, 1))
-    return x.view_as(frames) * torch.from_numpy(light).float() + torch.from_numpy(brightness).float()
+    return x.view_as(frames) * torch.from_numpy(contrast).float() + torch.from_numpy(brightness).float()
 
 
 # ------------------------------------------------------------------------------- logits of clips, by shift of the sound
 
 @torch.no_grad()
 def embed_clip(expert, images, mel, device, batch: int = 128):
-    """All windows of a clip: iterable of uint8 (H, H, 3), mel (80, S) -> face (K, E), sound (K, E); window i of the
-    K = frames - 4 has frames i .. i+4. Images are streamed: at most batch are in memory."""
-    images, kept, faces = iter(images), [], []
+    """Iterable of uint8 (H, H, 3), mel (80, S) -> embeddings of face (K, E) and sound (K, E) of all K = frames - 4
+    windows; window i has frames i .. i+4. At most `batch` images are in memory."""
+    images, overlap, faces = iter(images), [], []
     while new := list(islice(images, batch)):
-        x = torch.cat([*kept, expert.read(to_tensor(np.stack(new)).to(device))])
-        faces += [embed_frames(expert, x)] if len(x) >= WINDOW_FRAMES else []
-        kept = [x[1 - WINDOW_FRAMES :]]  # windows overlap by four frames
+        x = torch.cat([*overlap, expert.read(to_tensor(np.stack(new)).to(device))])
+        if len(x) >= WINDOW_FRAMES:
+            faces.append(embed_frames(expert, x))
+        overlap = [x[1 - WINDOW_FRAMES :]]
     assert faces, "a clip of fewer than five frames has no window"
     face = torch.cat(faces)
-    return face, embed_sound(expert, mel_windows(mel, HALF + np.arange(len(face))))
+    return face, embed_sound(expert, mel_windows(mel, HALF_WINDOW + np.arange(len(face))))
 
 
 def embed_frames(expert, x):
-    """What expert.read gives of n images -> embeddings (n - 4, E) of every five in a row"""
+    """The expert's `read` of n images -> embeddings (n - 4, E) of every five consecutive ones"""
     return expert.embed(x.unfold(0, WINDOW_FRAMES, 1).movedim(-1, 1))
 
 
 def embed_sound(expert, windows: np.ndarray):
     """Windows of sound (K, ..) -> embeddings (K, E)"""
     device = next(expert.parameters()).device
-    return torch.cat([expert.sound(part.to(device)) for part in torch.from_numpy(windows).split(128)]).float()
+    return torch.cat([expert.sound(block.to(device)) for block in torch.from_numpy(windows).split(128)]).float()
 
 
 @torch.no_grad()
 def logits_by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: float = math.nan):
-    """An expert's `logits`, face and sound embeddings (K, E) -> (K, S): each window with the sounds up to `reach`
-    frames away, S = 2 reach + 1. Column reach + d has face k with sound k + d, outside the clip `beyond`."""
+    """An expert's `logits`, embeddings of face and sound (K, E) -> (K, S), S = 2 reach + 1: column reach + d has the
+    logits of face k and sound k + d. beyond: value of sound embeddings outside the clip."""
     rows, sound = [], F.pad(sound, (0, 0, reach, reach), value=beyond)
     for a in range(0, len(face), 256):  # a block of windows at once
         logits = logits_of(face[a : a + 256], sound[a : a + 256 + 2 * reach])  # (b, b + 2 reach)
@@ -293,57 +297,58 @@ def logits_by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: flo
 
 
 def best_offset(table):
-    """(K, S) of logits_by_shift -> frames by which the sound is late; confidence; fit.
-
-    confidence: mean logit at that offset less the median over the offsets (SyncNet's, with logits for distances). fit:
-    that mean less SURE, or more for clips shorter than 3 s; above 0 mouth and sound belong together. Offsets that
-    fewer than half of the windows have are left out."""
+    """(K, S) of logits_by_shift -> lag of the sound in frames, confidence, fit. Offsets with fewer than half of the
+    windows are left out. confidence: mean logit at the lag minus the median over offsets (SyncNet's, with logits for
+    distances). fit: that mean minus MATCH_LOGIT * sqrt(3 s / length); above 0 mouth and sound match."""
     counts = np.isfinite(table).sum(0)
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
     best = int(np.nanargmax(means))
-    fit = means[best] - SURE * (3 * FPS / len(table)) ** 0.5
+    fit = means[best] - MATCH_LOGIT * (3 * FPS / len(table)) ** 0.5
     return best - table.shape[1] // 2, float(means[best] - np.nanmedian(means)), float(fit)
 
 
 @torch.no_grad()
-def measure(expert, windows: Windows, clips) -> list[dict]:
-    """-> of each clip number, table (K, S) of logits_by_shift; offset_1s, _3s, _clip: found of pieces less true ones"""
-    found, device = [], next(expert.parameters()).device
+def measure_clips(expert, windows: Windows, clips) -> list[dict]:
+    """-> for each clip its number; table (K, S) of logits_by_shift; offset_1s, _3s, _clip: errors of offsets in frames"""
+    results, device = [], next(expert.parameters()).device
     for c in clips:
         x, mel = windows.read(c)
         face = embed_frames(expert, x.to(device))
-        sound = embed_sound(expert, mel_windows(mel, HALF + np.arange(len(face))))
+        sound = embed_sound(expert, mel_windows(mel, HALF_WINDOW + np.arange(len(face))))
         table = logits_by_shift(expert.logits, face, sound)
         result = dict(clip=c, table=table, offset_clip=[best_offset(table)[0]])
-        for name, seconds in PIECES.items():  # sound as it is, or moved by five frames
-            K = seconds * FPS - WINDOW_FRAMES + 1
-            at = np.arange(0, len(face) - K + 1, FAR)
-            at = [(a, b) for a in at for b in (a - FAR, a, a + FAR) if 0 <= b <= len(face) - K]
-            tables = [logits_by_shift(expert.logits, face[a : a + K], sound[b : b + K]) for a, b in at]
-            result[name] = [best_offset(piece)[0] - (a - b) for piece, (a, b) in zip(tables, at)]
-        found.append(result)
-    return found
+        for name, seconds in PIECE_SECONDS.items():
+            K, result[name] = seconds * FPS - WINDOW_FRAMES + 1, []
+            for a in range(0, len(face) - K + 1, WINDOW_FRAMES):
+                for b in (a - WINDOW_FRAMES, a, a + WINDOW_FRAMES):  # the sound is moved by five frames, or not
+                    if 0 <= b <= len(face) - K:
+                        piece = logits_by_shift(expert.logits, face[a : a + K], sound[b : b + K])
+                        result[name].append(best_offset(piece)[0] - (a - b))
+        results.append(result)
+    return results
 
 
-def summary(found: list[dict]) -> dict:
-    """What `measure` found -> accuracy: of windows with a logit above 0, half true ones, half shifted by FAR or more;
-    second: that of the mean logit of each second; by_shift: both for each shift 0 .. MAX_OFFSET. loss: in sync and
-    shifted by FAR or more, half and half. offset_window, _1s, _3s, _clip: share found within one frame."""
-    table = np.concatenate([f["table"] for f in found])  # (windows, S)
-    second = [sliding_window_view(f["table"], min(FPS - WINDOW_FRAMES + 1, len(f["table"])), 0).mean(-1) for f in found]
+def summarise(results: list[dict]) -> dict:
+    """Results of measure_clips -> accuracy: of the sign of logits, half of windows in sync, half of those shifted by five
+    frames or more; second: of the mean logit of each second; by_shift: both for shifts 0 .. MAX_OFFSET; loss: the
+    sigmoid loss; offset_window, _1s, _3s, _clip: share of offsets found within one frame."""
+    tables = [result["table"] for result in results]
+    table = np.concatenate(tables)  # (windows, S)
+    second = [sliding_window_view(t, min(FPS - WINDOW_FRAMES + 1, len(t)), 0).mean(-1) for t in tables]
     rates = dict(accuracy=accuracy_by_shift(table), second=accuracy_by_shift(np.concatenate(second)))
-    own, wrong = table[:, MAX_OFFSET], np.delete(table, range(MAX_OFFSET - FAR + 1, MAX_OFFSET + FAR), 1)
-    wrong = np.logaddexp(0, wrong[np.isfinite(wrong)])
-    late = {name: np.array([v for f in found for v in f[name]]) for name in (*PIECES, "offset_clip")}
-    late["offset_window"] = np.nanargmax(table, 1) - MAX_OFFSET
+    close = range(MAX_OFFSET - WINDOW_FRAMES + 1, MAX_OFFSET + WINDOW_FRAMES)  # columns of windows that share frames
+    in_sync, shifted = table[:, MAX_OFFSET], np.delete(table, close, 1)
+    shifted = np.logaddexp(0, shifted[np.isfinite(shifted)])
+    errors = {name: np.concatenate([result[name] for result in results]) for name in (*PIECE_SECONDS, "offset_clip")}
+    errors["offset_window"] = np.nanargmax(table, 1) - MAX_OFFSET
     return dict(by_shift={name: rate.tolist() for name, rate in rates.items()}, windows=len(table),
-                loss=float(np.logaddexp(0, -own).mean() + (wrong.mean() if len(wrong) else CHANCE)) / 2,
-                **{name: float(np.nanmean(rate[FAR:])) for name, rate in rates.items()},
-                **{name: float((abs(v) <= 1).mean()) if len(v) else math.nan for name, v in late.items()})
+                loss=float(np.logaddexp(0, -in_sync).mean() + (shifted.mean() if len(shifted) else CHANCE_LOSS)) / 2,
+                **{name: float(np.nanmean(rate[WINDOW_FRAMES:])) for name, rate in rates.items()},
+                **{name: float((abs(e) <= 1).mean()) if len(e) else math.nan for name, e in errors.items()})
 
 
 def accuracy_by_shift(table):
-    """(K, S) of logits_by_shift -> (S // 2 + 1,) by size of the shift; NaN where no window has it"""
+    """(K, S) of logits_by_shift -> (S // 2 + 1,) by size of the shift; NaN where no window has this shift"""
     middle = table.shape[1] // 2
     logits = np.concatenate([table[:, middle::-1], table[:, middle:]])  # (2 K, S // 2 + 1)
     with np.errstate(invalid="ignore"):
@@ -354,24 +359,25 @@ def accuracy_by_shift(table):
 # ---------------------------------------------------------------------------------------------------------------- train
 
 def train(args):
-    """Writes --out, the weights of least held-out loss, and OUT_last.pt for --resume, bit for bit on a CPU."""
+    """Writes --out, the weights with the least held-out loss, and OUT_last.pt for --resume, which is exact on a CPU."""
     device, out = pick_device(args.device), claim_output(args.out, args)
     last = out.with_stem(f"{out.stem}_last")
-    expert, opt, start, best = start_run(args, last, device)
-    pack, clips, val, val_clips = load_data(args, out.parent)
+    expert, opt, start, best = start_or_resume(args, last, device)
+    pack, clips, val_pack, val_clips = load_data(args, out.parent)
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
-          f"{count_parameters(expert)}; chance is a loss of {CHANCE:.3f}")
+          f"{count_parameters(expert)}; chance is a loss of {CHANCE_LOSS:.3f}")
 
-    used = dict(train=pack.fingerprints[clips], valid=val.fingerprints[val_clips])
-    stream = batches(Windows(pack, balance_people(pack, clips, args), expert, args.windows, args.seed), args.batch, start)
-    val_windows, average = Windows(val, val_clips, expert), math.nan
+    used = dict(train=pack.fingerprints[clips], valid=val_pack.fingerprints[val_clips])
+    windows = Windows(pack, balance_people(pack, clips, args), expert, args.windows, args.seed)
+    val_windows, stream = Windows(val_pack, val_clips, expert), batches(windows, args.batch, start)
     log, timer = open_log(out.with_name(f"log_{out.stem}.jsonl"), args), StepTimer(device)
-    apart, validate_every = round(args.negatives * FPS), max(1, min(1000, args.steps // 4))
+    min_shift, validate_every = round(args.negatives * FPS), max(1, min(1000, args.steps // 4))
+    average = math.nan  # running mean of the sigmoid loss
     for step in (bar := progress_bar("sync expert", start, args.steps)):
         batch = {name: x.flatten(0, 1) for name, x in timer.next_batch(stream).items()}  # (N, ..)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             face, sound = expert.embed(batch["frames"]), expert.sound(batch["mel"])  # (N, E)
-        terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["k"], apart, others=not expert.lips)
+        terms = expert_loss(expert.logits(face, sound), batch["clip"], batch["middle"], min_shift, not expert.lips)
         line = terms_to_floats(terms, step)
         loss = terms["loss"] + (0 if args.cosine else 0.5 * terms["contrast"])  # ours: .5
         with optimiser_step(opt, cosine_warmup(step, args.steps)):
@@ -384,21 +390,21 @@ def train(args):
             line |= dict(average=average.item(), scale=expert.log_scale.exp().item(), bias=expert.bias.item())
             write_log(log, bar, dict(step=done) | line | timer.pace(len(face)), args.steps)
         if done % validate_every == 0 or end:
-            found = summary(measure(expert.eval(), val_windows, val_clips))
+            summary = summarise(measure_clips(expert.eval(), val_windows, val_clips))
             expert.train()
-            write_log(log, bar, dict(step=done) | {f"val_{k}": v for k, v in found.items() if type(v) is float})
+            write_log(log, bar, dict(step=done) | {f"val_{k}": v for k, v in summary.items() if type(v) is float})
             checkpoint = dict(kind="syncnet", format=1, config=dict(net=expert.config, template=pack.template),
-                              step=done, clips=used, val=found)
-            if found["loss"] < best:
-                best = found["loss"]
+                              step=done, clips=used, val=summary)
+            if summary["loss"] < best:
+                best = summary["loss"]
                 save_checkpoint(out, checkpoint | dict(networks=dict(expert=fp16_state_dict(expert))))
             save_run(last, checkpoint | dict(best=best), args, dict(expert=expert), dict(adam=opt))
-            timer = StepTimer(device)  # validation is not a step
+            timer = StepTimer(device)  # without the time of validation
     print(f"{out}: held-out loss {best:.3f}; test it with  python syncnet.py test --expert {args.out}")
 
 
-def start_run(args, path: Path, device) -> tuple:
-    """-> expert, optimiser, steps done, least held-out loss; with --resume as in `path`"""
+def start_or_resume(args, path: Path, device) -> tuple:
+    """-> expert, optimiser, steps done, least held-out loss; with --resume those of `path`"""
     torch.manual_seed(args.seed)
     args.width = args.width or (0.25 if args.size <= 32 else 0.5)
     lips = bool(args.data) and open_packs(args.data).template != "toy"
@@ -413,7 +419,7 @@ def start_run(args, path: Path, device) -> tuple:
         expert.landmarks.requires_grad_(False)
     towers, scale = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()], [expert.log_scale, expert.bias]
     groups = [dict(params=towers, initial_lr=args.lr),
-              dict(params=scale, weight_decay=0.0, initial_lr=10 * args.lr)]  # ours: 10, it has to go from 5 to 40
+              dict(params=scale, weight_decay=0.0, initial_lr=10 * args.lr)]  # ours: 10, it has to grow from 5 to 40
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
     if not args.resume:
         return expert, opt, 0, math.inf
@@ -423,11 +429,11 @@ def start_run(args, path: Path, device) -> tuple:
 
 
 def load_data(args, folder: Path):
-    """-> pack, clips to train on; pack, clips to validate on: toy ones, drawn in the folder, without --data"""
+    """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs are drawn in the folder."""
     if not args.data:
         pack = open_toy_pack(folder, args.size, args.people, 3.0)
-        val = open_toy_pack(folder, args.size, TOY_VALID, 3.0, "tune")
-        return pack, split(pack, args)["train"], val, np.arange(len(val))
+        val_pack = open_toy_pack(folder, args.size, TOY_HELD_OUT, 3.0, "tune")
+        return pack, split(pack, args)["train"], val_pack, np.arange(len(val_pack))
     pack = open_packs(args.data)
     if pack.size < args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
@@ -438,71 +444,81 @@ def load_data(args, folder: Path):
 # ----------------------------------------------------------------------------------------------------------------- test
 
 def test(args):
-    """Prints `summary` of held-out clips by shift and by person; --out is a picture of how far off the offsets are."""
+    """Prints scores of held-out clips, by shift and by person; --out is a histogram of offset errors."""
     out, device = args.out and check_output(args.out, True, (".png",)), pick_device(args.device)
-    path = args.expert or (SHIPPED if args.data else TOY)
+    path = args.expert or (SHIPPED_EXPERT if args.data else TOY_EXPERT)
     expert = load_sync(path, device, open_packs(args.data).size if args.data else None)
-    pack, clips, what = held_out_clips(args.data, expert, path)
-    clips = measure(expert, Windows(pack, [], expert), tqdm(clips, "clips", disable=None))
-    found, columns = summary(clips), dict(accuracy="accuracy, windows of 0.2 s", second="of seconds")
-    by_shift = {f"shifted by {d} frames": {text: f"{found['by_shift'][name][d]:.3f}" for name, text in columns.items()}
-                for d in range(MAX_OFFSET + 1)}
-    by_shift[f"{FAR} to {MAX_OFFSET}"] = {text: f"{found[name]:.3f}" for name, text in columns.items()}
-    print(f"{what}: {len(clips)} clips, {found['windows']} windows; loss {found['loss']:.3f} (chance {CHANCE:.3f})\n\n"
-          f"{markdown_table(by_shift)}\n")
-    columns = dict(second="in sync or not, of 1 s", offset_window="offset within one frame: of 0.2 s",
-                   offset_1s="of 1 s", offset_3s="of 3 s", offset_clip="of clips")
-    person, rows = [pack.identities[pack.identity[clip["clip"]]] for clip in clips], {}
-    for name in [*sorted(set(person)), "all"]:
-        own = [clip for clip, p in zip(clips, person) if name in (p, "all")]
-        rows[name] = dict(clips=str(len(own))) | {text: summary(own)[key] for key, text in columns.items()}
+    pack, clips, description = open_test_clips(args.data, expert, path)
+    results = measure_clips(expert, Windows(pack, [], expert), tqdm(clips, "clips", disable=None))
+    summary, titles = summarise(results), dict(accuracy="accuracy, windows of 0.2 s", second="of seconds")
+    rows = {f"shifted by {d} frames": {title: f"{summary['by_shift'][name][d]:.3f}" for name, title in titles.items()}
+            for d in range(MAX_OFFSET + 1)}
+    rows[f"{WINDOW_FRAMES} to {MAX_OFFSET}"] = {title: f"{summary[name]:.3f}" for name, title in titles.items()}
+    print(f"{description}: {len(clips)} clips, {summary['windows']} windows; loss {summary['loss']:.3f} (chance "
+          f"{CHANCE_LOSS:.3f})\n\n{markdown_table(rows)}\n")
+    titles = dict(second="in sync or not, of 1 s", offset_window="offset within one frame: of 0.2 s",
+                  offset_1s="of 1 s", offset_3s="of 3 s", offset_clip="of clips")
+    people, rows = [pack.identities[pack.identity[c]] for c in clips], {}
+    for name in [*sorted(set(people)), "all"]:
+        own = [result for result, person in zip(results, people) if name in (person, "all")]
+        summary = summarise(own)
+        rows[name] = dict(clips=str(len(own))) | {title: summary[key] for key, title in titles.items()}
     print(markdown_table(rows))
-    images, words = [], []
-    for name, seconds in PIECES.items() if out else ():  # bars for -15 .. 15 and beyond
-        late = np.array([v for clip in clips for v in clip[name]], int).clip(-MAX_OFFSET, MAX_OFFSET)
-        count = np.bincount(late + MAX_OFFSET, minlength=2 * MAX_OFFSET + 1)
-        bars = np.arange(100)[::-1, None] < 100 * count / max(1, count.max())  # (100, 31)
-        images.append(np.where(bars[..., None], (110, 214, 140), (36, 40, 52)).astype(np.uint8).repeat(10, 1))
-        words.append(f"pieces of {seconds} s: frames off, -15 to 15 ({len(late)})")
     if out:
-        image_grid([images], [words], 310).save(out)
+        draw_offset_errors(results).save(out)
 
 
-def held_out_clips(data: list | None, expert, path) -> tuple:
-    """-> pack, the numbers of its clips that the expert was neither trained nor chosen on, and a description of them.
-    data: packs, or None for toy people and speech that no training uses. InputError: no such clip."""
-    if not data and expert.template != "toy":
-        raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
-    pack = open_packs(data) if data else open_toy_pack(Path(path).absolute().parent, expert.size, TOY_VALID, 3.0, "test")
-    clips, what = np.arange(len(pack)), " ".join(data) if data else "toy people and speech held out for good"
-    if data and isinstance(expert, SyncNet):
+def draw_offset_errors(results: list[dict]):
+    """Results of measure_clips -> a histogram for each length of pieces; errors beyond -15 .. 15 count at the ends"""
+    images, titles = [], []
+    for name, seconds in PIECE_SECONDS.items():
+        errors = np.concatenate([result[name] for result in results]).astype(int).clip(-MAX_OFFSET, MAX_OFFSET)
+        counts = np.bincount(errors + MAX_OFFSET, minlength=2 * MAX_OFFSET + 1)
+        bars = np.arange(100)[::-1, None] < 100 * counts / max(1, counts.max())  # (100, 31)
+        images.append(np.where(bars[..., None], (110, 214, 140), (36, 40, 52)).astype(np.uint8).repeat(10, 1))
+        titles.append(f"pieces of {seconds} s: frames off, -15 to 15 ({len(errors)})")
+    return image_grid([images], [titles], 310)
+
+
+def open_test_clips(data: list | None, expert, path) -> tuple:
+    """-> pack, numbers of its clips outside the training and validation data of the expert, a description. data: packs;
+    None: toy people who are reserved for tests. InputError: no such clip."""
+    if not data:
+        if expert.template != "toy":
+            raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
+        pack = open_toy_pack(Path(path).absolute().parent, expert.size, TOY_HELD_OUT, 3.0, "test")
+        return pack, np.arange(len(pack)), "toy people and speech held out for good"
+    pack, description = open_packs(data), " ".join(data)
+    clips = np.arange(len(pack))
+    if isinstance(expert, SyncNet):
         used = np.concatenate([*find_used_clips(load_checkpoint(path, "syncnet"), pack, path).values()])
         clips = np.setdiff1d(clips, used)
-        what += ", the clips held out from training and validation" * (used.size > 0)
+        if len(used):
+            description += ", the clips held out from training and validation"
         if not len(clips):
-            raise InputError(f"{pack.folder}: all its clips trained {path} or chose it, none is left to test on")
-    return pack, clips, what
+            raise InputError(f"{pack.folder}: {path} was trained or validated on all its clips, none is left to test on")
+    return pack, clips, description
 
 
 # --------------------------------------------------------------------------------------------------------------- offset
 
 def offset(args):
-    """Prints by how many frames a clip's sound is late, and with what confidence; --fix writes it in sync."""
+    """Prints the lag of a clip's sound in frames, and the confidence in it; --fix writes the clip in sync."""
     device = pick_device(args.device)
     expert, path = load_sync(args.expert, device), check_file(args.clip)
     out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES) if args.fix else None
-    late, confidence, fit, windows = clip_offset(expert, path, device, args.box)
-    words = f"{abs(late)} frame{'s' * (abs(late) != 1)} ({abs(late) / FPS:.2f} s) {'late' if late > 0 else 'early'}"
-    print(f"{path}: the sound is {words if late else 'in sync'}; confidence {confidence:.1f}, "
+    lag, confidence, fit, windows = measure_offset(expert, path, device, args.box)
+    frames = f"{abs(lag)} frame{'s' * (abs(lag) != 1)} ({abs(lag) / FPS:.2f} s) {'late' if lag > 0 else 'early'}"
+    print(f"{path}: the sound is {frames if lag else 'in sync'}; confidence {confidence:.1f}, "
           f"{'sure' if fit > 0 else 'a guess'} ({windows} windows)")
     if out:
-        write_shifted(path, late, out)
-        print(f"{out}: the same pictures, the sound moved by {-late / FPS:+.2f} s")
+        write_shifted(path, lag, out)
+        print(f"{out}: the same pictures, the sound moved by {-lag / FPS:+.2f} s")
 
 
-def clip_offset(expert, path: Path, device, box: str | None = None):
-    """-> frames by which the sound is late, confidence, fit (see best_offset), windows. Memory grows by 8 kB a frame."""
-    mel, crops = log_mel(load_audio(path)), face_crops(path, expert, box)
+def measure_offset(expert, path: Path, device, box: str | None = None):
+    """-> lag of the sound in frames, confidence, fit (see best_offset), number of windows. Needs 8 kB per frame."""
+    mel, crops = log_mel(load_audio(path)), crop_faces(path, expert, box)
     first = list(islice(crops, WINDOW_FRAMES + 1))
     if len(first) < WINDOW_FRAMES + 1:
         raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {WINDOW_FRAMES + 1}")
@@ -511,42 +527,43 @@ def clip_offset(expert, path: Path, device, box: str | None = None):
     return *best_offset(table), len(table)
 
 
-def face_crops(path: Path, expert, box: str | None = None):
-    """A video -> crops uint8 (size, size, 3) of the face in it, as a stream: in `box` ("x0,y0,x1,y1" in pixels); drawn
-    faces in the middle square; else where the detector finds it, every six seconds, or found it last. A square video
-    without a detected face, or filled by it, is a crop already. InputError: no such box; no detector; no face."""
+def crop_faces(path: Path, expert, box: str | None = None):
+    """Yields the face in each frame of a video, uint8 (size, size, 3). box: "x0,y0,x1,y1" in pixels. Without a box, drawn
+    faces lie in the middle square, and others are detected every six seconds or stay where they were. A square video is
+    a crop already if no face is detected or if one fills it. InputError: a wrong box; no detector; no face."""
     source = probe(path)
     height = min(source.height, MAX_HEIGHT)
     frames = read_video(path, height)
-    where = parse_box(box, source.width, source.height, height / source.height) if box else None
-    while part := list(islice(frames, MAX_CLIP_FRAMES)):
+    square = parse_box(box, source.width, source.height, height / source.height) if box else None
+    while segment := list(islice(frames, MAX_CLIP_FRAMES)):
         if not box:
-            H, W = part[0].shape[:2]
+            H, W = segment[0].shape[:2]
             try:
-                where = middle_square(part[0]) if expert.template == "toy" else find_clip_box(part)
+                square = middle_square(segment[0]) if expert.template == "toy" else find_clip_box(segment)
             except InputError as error:
-                if not where and H != W:
+                if not square and H != W:
                     raise InputError(f"{path}: {error}; give --box x0,y0,x1,y1") from None
-                where = where or (0, 0, W, H)
-            if H == W and where[2] - where[0] > 0.8 * W:  # ours: .8
-                where = (0, 0, W, H)
-        yield from (crop_face(frame, where, expert.size) for frame in part)
+                square = square or (0, 0, W, H)
+            if H == W and square[2] - square[0] > 0.8 * W:  # ours: .8
+                square = (0, 0, W, H)
+        yield from (crop_face(frame, square, expert.size) for frame in segment)
 
 
-def write_shifted(path: Path, late: int, out: Path):
-    """The video with its sound moved `late` frames towards the beginning, silence in what is missing. H.264 is copied
-    where possible, else encoded; so is an MP4 that goes into a .mkv, which would show what an edit list hides."""
-    text = describe_media(path)
-    # scale: where the size changes in the middle; players want even sizes
-    ways = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
-             "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]]
-    if re.search(r"Stream #.*: Video: h264", text) and not ("Input #0, mov" in text and out.suffix.lower() == ".mkv"):
-        ways.insert(0, ["-c:v", "copy"])  # fails for pictures without timestamps, as in a .mkv that was cut by copying
+def write_shifted(path: Path, lag: int, out: Path):
+    """Writes the video with its sound `lag` frames earlier and silence in the gap. H.264 is copied where possible. It is
+    encoded from MP4 to .mkv, which would show the frames that an edit list hides. Other codecs are encoded."""
+    description = describe_media(path)
+    # scale: for sizes that change within the video; players need even sizes
+    video_options = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
+                      "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]]
+    mp4_to_mkv = "Input #0, mov" in description and out.suffix.lower() == ".mkv"
+    if re.search(r"Stream #.*: Video: h264", description) and not mp4_to_mkv:
+        video_options.insert(0, ["-c:v", "copy"])  # fails without timestamps, as in a .mkv that was cut by copying
     with tempfile.TemporaryDirectory(prefix="talk-") as folder:
         sound, draft = Path(folder) / "sound.wav", Path(folder) / f"video{out.suffix.lower()}"
-        write_original_sound(path, sound, len(load_audio(path)), late / FPS)
-        for pictures in ways:
-            options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *pictures, "-c:a", "aac", "-b:a", "192k",
+        write_original_sound(path, sound, len(load_audio(path)), lag / FPS)
+        for video in video_options:
+            options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *video, "-c:a", "aac", "-b:a", "192k",
                        "-movflags", "+faststart", "-y", str(draft), *READ_ALL_STREAMS]
             command = decode_command(path, *options, input_options=("-reinit_filter", "0"))
             done = subprocess.run(command, capture_output=True)
@@ -558,31 +575,32 @@ def write_shifted(path: Path, late: int, out: Path):
 
 
 def parse(argv=None):
-    parser = Parser(description="the sync expert: do these lips and this sound belong together?")
+    parser = Parser(description="the sync expert: does this mouth fit this sound?")
     p, t, o = parser.add_commands(train="train an expert", test="accuracy by shift on held-out clips",
                               offset="the audio-video offset of a clip")
     p.add_argument("--data", nargs="+", help="packs; default: the toy world, drawn beside --out")
     add_split_options(p)
-    add_run_options(p, out=TOY, steps=1000, batch=16, lr=2e-3)
+    add_run_options(p, out=TOY_EXPERT, steps=1000, batch=16, lr=2e-3)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
-                   help="edge of the drawn faces that it looks at, larger ones are shrunk to it; real faces: 64")
-    p.add_argument("--people", type=int, default=400, help="toy world: how many people (one clip each)")
+                   help="edge to which drawn faces are shrunk; real faces: 64")
+    p.add_argument("--people", type=int, default=400, help="toy world: number of people, with one clip each")
     p.add_argument("--dim", type=int, default=128, help="length of an embedding (Wav2Lip: 512)")
-    p.add_argument("--width", type=float, help="channels, 1 is Wav2Lip's; default: .25 up to 32 px, else .5")
-    p.add_argument("--windows", type=int, default=4, help="windows of each of the clips in a batch")
+    p.add_argument("--width", type=float, help="channels, 1 as in Wav2Lip; default: .25 up to 32 px, else .5")
+    p.add_argument("--windows", type=int, default=4, help="windows per clip in a batch")
     p.add_argument("--cosine", action="store_true", help="Wav2Lip's loss: the cosine after a ReLU is the probability")
-    p.add_argument("--negatives", type=float, default=NEAR / FPS, help="seconds apart, sound of a clip is wrong")
+    p.add_argument("--negatives", type=float, default=MIN_SHIFT / FPS,
+                   help="seconds from which sound of the same clip is a negative")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
     t.add_argument("--data", nargs="+", help="packs: their held-out clips; default: toy people held out for good")
-    t.add_argument("--out", metavar="PNG", help="a picture of how far off the offsets are")
-    t.add_argument("--expert", help=f"as of offset; default: weights/sync.pt with --data, without it {TOY}")
+    t.add_argument("--out", metavar="PNG", help="a histogram of offset errors")
+    t.add_argument("--expert", help=f"see offset; default: weights/sync.pt with --data, {TOY_EXPERT} without")
     o.add_argument("clip", help="video with sound")
-    o.add_argument("--expert", default=SHIPPED, help="checkpoint, wav2lip, or a copy of that (.pth)")
+    o.add_argument("--expert", default=SHIPPED_EXPERT, help="checkpoint, wav2lip, or a copy of that (.pth)")
     o.add_argument("--box", help="box around the face, x0,y0,x1,y1 in pixels")
     o.add_argument("--fix", metavar="OUT", help="write the clip with its sound in sync (mp4, mov or mkv)")
-    o.add_argument("--overwrite", action="store_true", help="replace what --fix names")
+    o.add_argument("--overwrite", action="store_true", help="replace an existing --fix")
     for command in (t, o):
-        command.add_argument("--device", default="auto")
+        command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser.parse_args(argv, dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
 
 

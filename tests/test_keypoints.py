@@ -30,8 +30,8 @@ from media import InputError, load_audio, read_video, write_wav
 from motion import lip_opening
 from syncnet import SyncNet
 
-class Given:
-    """A source of one clip with these normalised landmarks"""
+class OneClipSource:
+    """A source with a single clip of given normalised landmarks"""
 
     def __init__(self, faces):
         self.faces = faces
@@ -40,37 +40,37 @@ class Given:
         return None, self.faces
 
 
-def fit(faces, codes, more=0):
-    return Mouth.fit(Given(faces), [0], codes, more)
+def fit_mouth(faces, codes, face_codes=0):
+    return Mouth.fit(OneClipSource(faces), [0], codes, face_codes)
 
 
 @pytest.fixture(scope="module")
 def drawn_faces():
-    """Normalised landmarks (150, 68, 2), a second of each of six toy people"""
+    """Normalised landmarks (150, 68, 2): a second each of six toy people"""
     return np.concatenate([kp.ToySource().clip(500 + i)[1][25:50] for i in range(6)])
 
 
 @pytest.fixture(scope="module")
 def mouth(drawn_faces):
-    return fit(drawn_faces, 5)
+    return fit_mouth(drawn_faces, 5)
 
 
-def landmarks_beside(folder, points=None):
-    """Points (all frames, 68, 2), or a face that trembles, as the landmarks of a pack"""
+def write_landmarks(folder, points=None):
+    """Writes the landmarks of a pack: points (all frames, 68, 2), by default a face with random jitter"""
     pack = Pack(folder)
     (folder / "landmarks").mkdir()
     lines = [faces.landmarks_header(pack, "fan"), *(dict(source=pack.source(c)) for c in range(len(pack)))]
     (folder / "landmarks" / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if points is None:
-        shake = np.random.default_rng(0).normal(0, 0.02 * pack.size, (int(pack.frame_start[-1]), 68, 2))
-        points = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, pack.size) + shake
+        jitter = np.random.default_rng(0).normal(0, 0.02 * pack.size, (int(pack.frame_start[-1]), 68, 2))
+        points = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, pack.size) + jitter
     points.astype("<f4").tofile(folder / "landmarks" / "points.bin")
     return folder
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """20 toy people, a second each: their sound and true landmarks, with frames of one colour in place of drawn ones"""
+    """20 toy people, a second each, with their sound, true landmarks and frames of a single colour"""
     folder, points = tmp_path_factory.mktemp("toys") / "pack", []
     with PackWriter(folder, 16, "toy") as writer:
         for seed in range(700, 720):
@@ -78,22 +78,22 @@ def pack(tmp_path_factory):
             colours = np.random.default_rng(seed).integers(0, 256, (25, 1, 1, 3), np.uint8)
             writer.add(colours.repeat(16, 1).repeat(16, 2), wav, f"toy{seed}", f"toyfaces seed {seed}")
             points.append(kp.toy_landmarks(toyfaces.make_person(seed), truth, 16))
-    return landmarks_beside(folder, np.concatenate(points))
+    return write_landmarks(folder, np.concatenate(points))
 
 
 @contextmanager
-def bright(spec, template):
-    """A detector: a face that lies as far to the right as the image is bright"""
+def open_brightness_detector(spec, template):
+    """A detector that places the face the farther to the right, the brighter the image is"""
     yield lambda frame: toyfaces.compute_landmarks(toyfaces.make_person(1), {}, 16) + (frame.mean() / 255, 0)
 
 
 @pytest.fixture
-def bare(pack, tmp_path):
-    """A copy of the pack without landmarks"""
+def bare_pack(pack, tmp_path):
+    """A copy of `pack` without landmarks"""
     return shutil.copytree(pack, tmp_path / "bare", ignore=shutil.ignore_patterns("landmarks"))
 
 
-def network(kind="transformer", seed=3, **options):
+def make_network(kind="transformer", seed=3, **options):
     torch.manual_seed(seed)
     if kind == "lstm":
         model = Wav2KP(5, 12, **options).eval()
@@ -106,18 +106,16 @@ def network(kind="transformer", seed=3, **options):
     return model
 
 
-def wave(frames, seed=0):
+def make_noise(frames, seed=0):
     rng = np.random.default_rng(seed)
     loud = np.repeat(rng.random(frames), 640)
     return (0.3 * loud * rng.uniform(-1, 1, 640 * frames)).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# landmarks
-
+# ------------------------------------------------------------------------------------------------------------ landmarks
 
 @pytest.mark.parametrize("size", [90, 200])
-def test_toy_landmarks_lie_on_the_edges_of_the_lips_that_are_drawn(size):
+def test_toy_landmarks_lie_on_the_edges_of_the_drawn_lips(size):
     who, state = toyfaces.make_person(4), dict(open=0.9, wide=0.6)
     picture, points = toyfaces.draw(who, state, size).astype(int), toyfaces.compute_landmarks(who, state, size)
     red = toyfaces.blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
@@ -128,14 +126,14 @@ def test_toy_landmarks_lie_on_the_edges_of_the_lips_that_are_drawn(size):
     assert y[near].min() == pytest.approx(lips[:, 1].min(), abs=slack)
     assert y[near].max() + 1 == pytest.approx(lips[:, 1].max(), abs=slack)
     inside = picture[int(points[[62, 66], 1].mean()), int(points[62, 0])]
-    assert np.abs(inside - red).max() > 40, "between the inner lips is no lip"
+    assert np.abs(inside - red).max() > 40, "the gap between the inner lips is not red"
 
 
-def test_each_factor_moves_its_own_toy_landmarks():
+def test_each_factor_moves_its_own_landmarks_alone():
     who, still = toyfaces.make_person(7), toyfaces.compute_landmarks(toyfaces.make_person(7), {}, 64)
     assert still.shape == (68, 2) and still.dtype == np.float32
-    parts = dict(open=[*range(17), *range(48, 68)], blink=range(36, 48), brow=range(17, 27), wide=range(48, 68))
-    for factor, own in parts.items():
+    points = dict(open=[*range(17), *range(48, 68)], blink=range(36, 48), brow=range(17, 27), wide=range(48, 68))
+    for factor, own in points.items():
         value = 0.0 if factor == "wide" else 1.0
         moved = np.abs(toyfaces.compute_landmarks(who, {factor: value}, 64) - still).max(1) > 1e-4
         assert moved.any() and not moved[np.setdiff1d(np.arange(68), list(own))].any(), factor
@@ -160,47 +158,47 @@ def test_the_mesh_of_mediapipe_names_68_different_vertices():
     assert {p for line in kp.LINES for p in line} == set(range(68))
 
 
-def test_extract_finds_landmarks_of_every_frame_and_continues_where_it_was_killed(bare, monkeypatch, capsys):
-    monkeypatch.setattr(landmarks, "landmark_detector", bright)
+def test_extract_finds_landmarks_in_every_frame_and_continues_after_a_kill(bare_pack, monkeypatch, capsys):
+    monkeypatch.setattr(landmarks, "landmark_detector", open_brightness_detector)
     monkeypatch.setattr(landmarks, "smooth", lambda points: points)
-    kp.main(["extract", str(bare)])
+    kp.main(["extract", str(bare_pack)])
     assert "20 of 20 clips have landmarks (fan)" in capsys.readouterr().out
-    folder, opened = bare / "landmarks", Pack(bare)
+    folder, opened = bare_pack / "landmarks", Pack(bare_pack)
     whole, lines = (folder / "points.bin").read_bytes(), (folder / "clips.jsonl").read_bytes().splitlines(True)
-    found = faces.Landmarks(opened)
-    assert len(found.usable_clips) == 20 and found.detectors == ["fan"] and len(lines) == 21
+    store = faces.Landmarks(opened)
+    assert len(store.usable_clips) == 20 and store.detectors == ["fan"] and len(lines) == 21
     expected = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, 16) + (opened.frame(3, 7).mean() / 255, 0)
-    np.testing.assert_allclose(found.clip(3)[7], expected, atol=1e-5)
+    np.testing.assert_allclose(store.clip(3)[7], expected, atol=1e-5)
     (folder / "clips.jsonl").write_bytes(b"".join(lines[:8]) + lines[8][:11])  # killed in the middle of a line
     (folder / "points.bin").write_bytes(whole[: int(opened.frame_start[8]) * 544 + 99])
-    assert list(faces.Landmarks(opened).usable_clips) == list(range(7)), "what was finished can be used"
-    kp.main(["extract", str(bare)])
+    assert list(faces.Landmarks(opened).usable_clips) == list(range(7)), "finished clips can be used"
+    kp.main(["extract", str(bare_pack)])
     assert (folder / "points.bin").read_bytes() == whole
     assert (folder / "clips.jsonl").read_bytes() == b"".join(lines)
 
 
-def test_clips_of_a_list_alone_get_landmarks(bare, tmp_path, monkeypatch):
-    monkeypatch.setattr(landmarks, "landmark_detector", bright)
-    names = [Pack(bare).identities[c] for c in (2, 13)]
+def test_only_listed_clips_get_landmarks(bare_pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(landmarks, "landmark_detector", open_brightness_detector)
+    names = [Pack(bare_pack).identities[c] for c in (2, 13)]
     (tmp_path / "list").write_text("\n".join(names))
-    kp.main(["extract", str(bare), "--list", str(tmp_path / "list")])
-    assert list(faces.Landmarks(Pack(bare)).usable_clips) == [2, 13]
-    assert json.loads((bare / "landmarks" / "clips.jsonl").read_text().splitlines()[1])["reason"] == "not in --list"
+    kp.main(["extract", str(bare_pack), "--list", str(tmp_path / "list")])
+    assert list(faces.Landmarks(Pack(bare_pack)).usable_clips) == [2, 13]
+    assert json.loads((bare_pack / "landmarks" / "clips.jsonl").read_text().splitlines()[1])["reason"] == "not in --list"
 
 
-def test_two_workers_find_what_one_finds(bare, tmp_path, monkeypatch):
-    monkeypatch.setattr(landmarks, "landmark_detector", bright)
+def test_two_workers_write_the_same_files_as_one(bare_pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(landmarks, "landmark_detector", open_brightness_detector)
     monkeypatch.setattr("media.ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     monkeypatch.setattr(landmarks, "CLIPS_PER_JOB", 3)
-    other = shutil.copytree(bare, tmp_path / "other")
-    for folder, workers in ((bare, "1"), (other, "2")):
+    other = shutil.copytree(bare_pack, tmp_path / "other")
+    for folder, workers in ((bare_pack, "1"), (other, "2")):
         kp.main(["extract", str(folder), "--workers", workers])
     for name in ("clips.jsonl", "points.bin"):
-        assert (bare / "landmarks" / name).read_bytes() == (other / "landmarks" / name).read_bytes()
+        assert (bare_pack / "landmarks" / name).read_bytes() == (other / "landmarks" / name).read_bytes()
 
 
-def test_a_clip_without_a_face_is_dropped_with_its_reason(bare, monkeypatch):
-    folder, opened = bare, Pack(bare)
+def test_a_clip_without_a_face_is_dropped_with_a_reason(bare_pack, monkeypatch):
+    folder, opened = bare_pack, Pack(bare_pack)
     face = toyfaces.compute_landmarks(toyfaces.make_person(1), {}, 16)
     blind = {opened.frame(2, k).tobytes() for k in (0, 1)} | {opened.frame(5, k).tobytes() for k in range(25)}
 
@@ -211,19 +209,19 @@ def test_a_clip_without_a_face_is_dropped_with_its_reason(bare, monkeypatch):
 
     monkeypatch.setattr(landmarks, "landmark_detector", detector)
     kp.main(["extract", str(folder), "--landmarks", "fan"])
-    found = faces.Landmarks(opened)
+    store = faces.Landmarks(opened)
     lines = [json.loads(line) for line in open(folder / "landmarks" / "clips.jsonl")][1:]
-    assert list(found.usable_clips) == [c for c in range(20) if c != 5]
+    assert list(store.usable_clips) == [c for c in range(20) if c != 5]
     assert lines[5]["reason"] == "a face in 0 of 25 frames"
-    assert lines[2]["interpolated"] == 2 and found.detectors == ["fan"]
-    assert np.isnan(found.clip(5)).all()
+    assert lines[2]["interpolated"] == 2 and store.detectors == ["fan"]
+    assert np.isnan(store.clip(5)).all()
     parts = kp.open_source(kp.parse(["train", "--data", str(folder)]))[1]
     assert 5 not in parts["train"] and 6 in parts["train"]
     with pytest.raises(InputError, match="of another pack or detector; --overwrite"):
         kp.main(["extract", str(folder), "--landmarks", "dlib:x"])
 
 
-def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
+def test_missing_landmarks_and_those_of_another_pack_are_refused(pack, tmp_path):
     copy = Pack(shutil.copytree(pack, tmp_path / "pack", ignore=shutil.ignore_patterns("landmarks")))
     with pytest.raises(InputError, match="no landmarks"):
         faces.Landmarks(copy)
@@ -235,7 +233,7 @@ def test_landmarks_of_another_pack_or_none_at_all_are_refused(pack, tmp_path):
         faces.Landmarks(copy)
 
 
-def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or_side():
+def test_mouth_shape_has_the_opening_and_ignores_position_and_mirroring():
     shut, wide = (toyfaces.compute_landmarks(toyfaces.make_person(2), dict(open=v), 100)[None] for v in (0.0, 1.0))
     a, b = initialise.mouth_shape(shut)[0], initialise.mouth_shape(wide)[0]
     assert b[0] == pytest.approx(np.mean([wide[0, k, 1] - wide[0, j, 1] for j, k in ((61, 67), (62, 66), (63, 65))]))
@@ -248,13 +246,10 @@ def test_the_shape_of_a_mouth_is_its_opening_the_jaw_and_points_without_place_or
     assert np.abs(initialise.mouth_shape(crooked)[0] - b)[2:].max() < 2.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the shape of a mouth
+# ------------------------------------------------------------------------------------------------- the shape of a mouth
 
-
-def test_position_size_and_rotation_of_a_head_make_no_difference(drawn_faces):
-    a, (c, s) = 0.3, (math.cos(0.3), math.sin(0.3))
-    assert a
+def test_normalisation_removes_position_size_and_rotation_of_the_head(drawn_faces):
+    c, s = math.cos(0.3), math.sin(0.3)
     moved = drawn_faces[:25] @ (70 * np.array(((c, s), (-s, c)))) + (31, -8)
     np.testing.assert_allclose(normalise(moved), normalise(drawn_faces[:25]), atol=2e-5)
     left, right = normalise(drawn_faces[:25])[:, 36], normalise(drawn_faces[:25])[:, 45]
@@ -263,45 +258,45 @@ def test_position_size_and_rotation_of_a_head_make_no_difference(drawn_faces):
     assert np.median(right[:, 0] - left[:, 0]) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_codes_are_those_of_a_singular_value_decomposition(drawn_faces):
-    m = fit(drawn_faces, 5)
+def test_codes_agree_with_a_singular_value_decomposition(drawn_faces):
+    m = fit_mouth(drawn_faces, 5)
     x = drawn_faces[:, 48:].astype(np.float64)
     x = (x - x.mean(1, keepdims=True)).reshape(len(x), -1)
     _, sizes, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
     np.testing.assert_allclose(np.abs((m.basis * basis[:5]).sum(1)), 1, atol=1e-4)  # the same but for the sign
-    missed = 1e4 * np.square(m.shapes(m.decode(m.encode(drawn_faces))) - m.shapes(drawn_faces)).mean()
-    assert missed == pytest.approx(1e4 * (sizes[5:] ** 2).sum() / x.size, rel=1e-3)
+    error = 1e4 * np.square(m.shapes(m.decode(m.encode(drawn_faces))) - m.shapes(drawn_faces)).mean()
+    assert error == pytest.approx(1e4 * (sizes[5:] ** 2).sum() / x.size, rel=1e-3)
     np.testing.assert_allclose(m.scale, sizes[:5] / math.sqrt(len(x)), rtol=1e-3)
 
 
-def test_all_codes_together_lose_nothing(drawn_faces):
-    m = fit(drawn_faces, 40)
+def test_forty_codes_reconstruct_the_mouth(drawn_faces):
+    m = fit_mouth(drawn_faces, 40)
     np.testing.assert_allclose(m.shapes(m.decode(m.encode(drawn_faces))), m.shapes(drawn_faces), atol=1e-5)
 
 
-def test_opening_is_the_distance_of_the_inner_lips(mouth, drawn_faces):
+def test_the_opening_is_the_distance_between_the_inner_lips(mouth, drawn_faces):
     true = np.hypot(*(drawn_faces[:, 66] - drawn_faces[:, 62]).T)
     np.testing.assert_allclose(mouth.opening(drawn_faces), true, atol=1e-6)
     assert mouth.opening(mouth.decode(mouth.rest[None]))[0] <= np.quantile(true, 0.1) + 1e-3
 
 
-def test_the_face_of_codes_has_the_mouth_of_the_codes(mouth):
+def test_a_decoded_face_has_the_mouth_of_its_codes(mouth):
     codes = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32) * mouth.scale
     face = mouth.decode(codes)
     assert face.shape == (7, 68, 2)
     np.testing.assert_allclose(mouth.shapes(face), mouth.mean + codes @ mouth.basis, atol=1e-3)
 
 
-def test_codes_of_the_face_hold_what_the_mouths_leave(drawn_faces, mouth):
-    whole = fit(drawn_faces, 5, more=131)  # with 5 all 136 coordinates
+def test_face_codes_reduce_the_residual_of_the_mouth_codes(drawn_faces, mouth):
+    whole = fit_mouth(drawn_faces, 5, face_codes=131)  # 136 codes for 136 coordinates
     np.testing.assert_allclose(whole.decode(whole.encode(drawn_faces)), drawn_faces, atol=2e-3)
-    some = fit(drawn_faces, 5, more=4)
-    np.testing.assert_allclose(some.encode(drawn_faces)[:, :5], mouth.encode(drawn_faces), atol=1e-5)
-    left = [np.square(m.decode(m.encode(drawn_faces)) - drawn_faces).mean() for m in (mouth, some, whole)]
-    assert left[0] > 2 * left[1] > 0 and len(some.scale) == len(some.rest) == 9
+    face = fit_mouth(drawn_faces, 5, face_codes=4)
+    np.testing.assert_allclose(face.encode(drawn_faces)[:, :5], mouth.encode(drawn_faces), atol=1e-5)
+    errors = [np.square(m.decode(m.encode(drawn_faces)) - drawn_faces).mean() for m in (mouth, face, whole)]
+    assert errors[0] > 2 * errors[1] > 0 and len(face.scale) == len(face.rest) == 9
 
 
-def test_moves_of_a_warp_add_up_to_the_displacement_of_the_codes(mouth):
+def test_displacements_for_the_warp_add_up_to_those_of_the_codes(mouth):
     codes = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32) * mouth.scale
     moves, moved = mouth.moves(), codes - mouth.rest
     opening = lip_opening(mouth.decode(codes)) - lip_opening(mouth.decode(mouth.rest[None]))
@@ -310,18 +305,16 @@ def test_moves_of_a_warp_add_up_to_the_displacement_of_the_codes(mouth):
     np.testing.assert_allclose(sum_of_moves, mouth.decode(codes) - mouth.decode(mouth.rest[None]), atol=1e-5)
 
 
-def test_a_mouth_survives_its_checkpoint(mouth, tmp_path):
+def test_saving_and_loading_does_not_change_a_mouth(mouth, tmp_path):
     save_checkpoint(tmp_path / "m.pt", dict(kind="x", format=1, mouth=mouth.state()))
     again = Mouth.load(load_checkpoint(tmp_path / "m.pt", "x")["mouth"])
     for name in ("mean", "basis", "scale", "rest", "face"):
         np.testing.assert_array_equal(getattr(again, name), getattr(mouth, name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# input of the networks
+# ------------------------------------------------------------------------------------------------ input of the networks
 
-
-def test_mfcc_windows_are_those_of_a_naive_loop():
+def test_mfcc_windows_agree_with_a_naive_loop():
     features = np.random.default_rng(0).standard_normal((50, 13)).astype(np.float32)
     windows = kp.audio_windows("lstm", features, 0, 13)
     for j in (0, 23, 49):
@@ -330,7 +323,7 @@ def test_mfcc_windows_are_those_of_a_naive_loop():
             np.testing.assert_allclose(windows[j, i], expected, rtol=1e-6)
 
 
-def test_windows_continue_a_sound_with_silence():
+def test_windows_are_padded_with_the_mfcc_of_silence():
     features = audio_features("lstm", np.zeros(4000, np.float32))
     np.testing.assert_allclose(features, np.tile(kp.SILENCE, (24, 1)), atol=1e-5)
 
@@ -348,11 +341,11 @@ def source(pack):
     return kp.PackSource(pack)
 
 
-def test_the_codes_of_an_lstm_are_brought_to_the_audio_rate_linearly(source, mouth, monkeypatch):
+def test_codes_of_an_lstm_are_interpolated_linearly_to_the_audio_rate(source, mouth, monkeypatch):
     ramp = np.stack((np.arange(6.0), 5 - np.arange(6.0)), 1)
     monkeypatch.setattr(Mouth, "encode", lambda self, faces: ramp)
     monkeypatch.setattr(source, "clip", lambda c: (np.zeros(3840, np.float32), ramp))
-    fine = KeypointDataset(source, [0], mouth, "lstm", 5, 0).clip(0, False)[1]
+    fine = KeypointDataset(source, [0], mouth, "lstm", 5, 0).load_clip(0, False)[1]
     assert fine.shape == (24, 2)
     np.testing.assert_allclose(fine[2:-2, 0], (np.arange(24) / 4 - 0.375)[2:-2], atol=1e-6)
     np.testing.assert_allclose(fine.reshape(6, 4, 2).mean(1)[1:-1], ramp[1:-1], atol=1e-6)
@@ -367,29 +360,29 @@ def test_an_item_has_the_sound_of_its_codes_and_depends_on_its_number_alone(sour
     assert item["sound"].shape == ((7, 1, 80, 16) if kind == "transformer" else (28, 40, 13))
     assert item["sound"].dtype == item["codes"].dtype == np.float32
     np.testing.assert_array_equal(item["sound"], again["sound"])
-    fits = []
-    for c in range(4, 9):  # the item is a stretch of one of these clips, sound and codes from the same place
-        features, codes, _ = data.clip(c, False)
+    correlations = []
+    for c in range(4, 9):  # the item is a part of one of these clips: the sound belongs to the codes
+        features, codes, _ = data.load_clip(c, False)
         for first in range(25 - 7 + 1):
             if np.array_equal(codes[first * steps : (first + 7) * steps], item["codes"]):
                 windows = kp.audio_windows(kind, features, first, first + 7)
-                fits.append(np.corrcoef(windows.ravel(), item["sound"].ravel())[0, 1])
-    assert len(fits) == 1 and fits[0] > 0.9
+                correlations.append(np.corrcoef(windows.ravel(), item["sound"].ravel())[0, 1])
+    assert len(correlations) == 1 and correlations[0] > 0.9
     assert not np.array_equal(data[6]["codes"], item["codes"])
 
 
-def test_silent_items_show_a_mouth_at_rest(source, mouth, monkeypatch):
+def test_items_without_speech_have_a_shut_mouth(source, mouth, monkeypatch):
     monkeypatch.setattr(KeypointDataset, "SILENT", 1.0)
     for kind, rows in (("transformer", 3), ("lstm", 12)):
         item = KeypointDataset(source, np.arange(5), mouth, kind, 3, seed=1)[0]
         np.testing.assert_array_equal(item["codes"], np.tile(mouth.rest, (rows, 1)))
 
 
-def test_behind_the_end_of_a_short_clip_no_codes_are_asked_for(source, mouth, monkeypatch):
+def test_frames_after_the_end_of_a_clip_have_no_loss(source, mouth, monkeypatch):
     monkeypatch.setattr(KeypointDataset, "SILENT", 0.0)
     item = KeypointDataset(source, [0], mouth, "transformer", 40, 0)[0]  # the clip has 25 frames
     assert np.isfinite(item["codes"][:25]).all() and np.isnan(item["codes"][25:]).all()
-    model = network().eval()
+    model = make_network().eval()
     batch = {name: torch.from_numpy(item[name])[None] for name in item}
     loss = model.losses(batch)["position"]
     whole = model.losses(dict(sound=batch["sound"], codes=model(batch["sound"]).detach()))["position"]
@@ -398,34 +391,33 @@ def test_behind_the_end_of_a_short_clip_no_codes_are_asked_for(source, mouth, mo
     assert model.losses(batch)["position"].item() == 0
 
 
-def test_all_people_of_a_pack_get_one_rest_and_one_range_of_the_opening(tmp_path, drawn_faces):
+def test_all_people_of_a_pack_get_the_same_shut_mouth_and_range_of_opening(tmp_path, drawn_faces):
     folder, shapes = tmp_path / "pack", []
     with PackWriter(folder, 16, "toy") as writer:
         for seed, wide, open_ in ((1, 1.0, 1.0), (2, 1.3, 1.6)):
-            shapes.append(100 * (drawn_faces[:25] * (wide, 1.0)))  # another face, that opens its mouth farther
+            shapes.append(100 * (drawn_faces[:25] * (wide, 1.0)))  # the second face is wider and opens its mouth farther
             shapes[-1][:, 66, 1] = shapes[-1][:, 62, 1] + open_ * (shapes[-1][:, 66, 1] - shapes[-1][:, 62, 1])
             writer.add(np.zeros((25, 16, 16, 3), np.uint8), np.ones(16000, np.float32), f"p{seed}", f"p{seed}.mp4")
-    source = kp.PackSource([landmarks_beside(folder, np.concatenate(shapes))])
+    source = kp.PackSource([write_landmarks(folder, np.concatenate(shapes))])
     openings = [Mouth.opening(source.clip(c)[1]) for c in (0, 1)]
     raw = [Mouth.opening(normalise(points)) for points in shapes]
     assert raw[1].std() > 1.1 * raw[0].std() and np.corrcoef(*raw)[0, 1] > 0.99
     np.testing.assert_allclose(openings[0], openings[1], atol=0.02 * openings[0].max())
 
 
-def test_every_tenth_person_is_held_out_and_parts_do_not_meet(pack):
+def test_every_tenth_person_is_held_out_and_parts_are_disjoint(pack):
     parts = {part: list(clips) for part, clips in kp.open_source(kp.parse(["train", "--data", str(pack)]))[1].items()}
     assert parts["valid"] == [9] and parts["test"] == [19] and len(parts["train"]) == 18
     train, valid, test = (set(clips) for clips in kp.open_source(kp.parse(["train"]))[1].values())
     assert not train & valid and not train & test and not valid & test
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the networks
+# --------------------------------------------------------------------------------------------------------- the networks
 
-KINDS = [dict(kind="lstm"), dict(), dict(autoregressive=True), dict(tower=SyncNet(16, 24, 0.25).config),
-         dict(target="displacements", words=6), dict(target="heatmaps"), dict(kind="lstm", target="heatmaps", words=6),
-         dict(kind="context")]
-NAMES = ["lstm", "transformer", "autoregressive", "encoder", "displacements", "heatmaps", "lstm heatmaps", "context"]
+NETWORKS = [dict(kind="lstm"), dict(), dict(autoregressive=True), dict(tower=SyncNet(16, 24, 0.25).config),
+            dict(target="displacements", words=6), dict(target="heatmaps"),
+            dict(kind="lstm", target="heatmaps", words=6), dict(kind="context")]
+NETWORK_NAMES = "lstm transformer autoregressive tower displacements heatmaps lstm-heatmaps context".split()
 
 
 def inputs(model, B=3, T=7, seed=0):
@@ -433,9 +425,9 @@ def inputs(model, B=3, T=7, seed=0):
     return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("options", KINDS, ids=NAMES)
+@pytest.mark.parametrize("options", NETWORKS, ids=NETWORK_NAMES)
 def test_every_parameter_gets_a_gradient(options):
-    model = network(**options).train()
+    model = make_network(**options).train()
     x = inputs(model)
     steps = x.shape[1]
     batch = dict(sound=x, codes=torch.randn(3, steps, 5), labels=torch.arange(3 * steps).reshape(3, steps) % 6)
@@ -443,25 +435,25 @@ def test_every_parameter_gets_a_gradient(options):
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
-def test_displacements_are_summed_from_a_mouth_at_rest_and_in_training_from_the_true_one():
-    model = network(target="displacements")
+def test_displacements_start_from_a_shut_mouth_and_in_training_from_the_true_one():
+    model = make_network(target="displacements")
     model.rest.copy_(torch.arange(5.0))
     h = torch.randn(2, 6, 16)
     codes = model.decode(h)
-    steps = kp.STEP * (model.out(h) * model.scale)
+    steps = kp.CHANGE_SCALE * (model.out(h) * model.scale)
     torch.testing.assert_close(codes[:, 0], model.rest + steps[:, 0])
     torch.testing.assert_close(codes.diff(dim=1), steps[:, 1:])
     x = inputs(model)
-    shifted = model(x) + torch.randn(3, 1, 5)  # the same motion from elsewhere: no error
+    shifted = model(x) + torch.randn(3, 1, 5)  # the same motion from another start: no error
     assert model.losses(dict(sound=x, codes=shifted))["position"].item() < 1e-6
 
 
-def test_a_heat_map_is_read_at_its_centre_of_mass_and_true_maps_have_the_least_loss():
-    model = network(target="heatmaps")
+def test_points_are_centres_of_mass_of_heat_maps_and_true_maps_have_the_least_loss():
+    model = make_network(target="heatmaps")
     model.spacing.copy_(0.01 * (1 + torch.rand(20, 2)))
     true = 0.02 * torch.randn(1, 2, 5)
     points = (true @ model.basis).unflatten(-1, (20, 2)) / model.spacing
-    assert points.abs().max() < 3, "well inside of the maps"
+    assert points.abs().max() < 3, "well inside the maps"
     cells = torch.arange(8) - 3.5
     rows, columns = (-0.5 * (points[..., i, None] - cells) ** 2 for i in (1, 0))
     logits = (rows[..., None] + columns[..., None, :]).flatten(3)  # (1, 2, 20, 64)
@@ -474,24 +466,24 @@ def test_a_heat_map_is_read_at_its_centre_of_mass_and_true_maps_have_the_least_l
     assert loss[0] < loss[0.3] and loss[0] == pytest.approx(-(bell * bell.log()).sum(-1).mean().item(), rel=1e-3)
 
 
-def test_the_second_head_learns_words_and_frames_without_one_do_not_count():
-    model = network(words=6)
+def test_the_loss_of_words_ignores_frames_without_a_word():
+    model = make_network(words=6)
     x, labels = inputs(model), torch.full((3, 7), kp.UNKNOWN)
     labels[1, 2] = 4
     loss = model.losses(dict(sound=x, codes=torch.zeros(3, 7, 5), labels=labels))["words"]
     torch.testing.assert_close(loss, -model.words(model.encode(x))[1, 2].log_softmax(0)[4])
 
 
-@pytest.mark.parametrize("options", KINDS, ids=NAMES)
+@pytest.mark.parametrize("options", NETWORKS, ids=NETWORK_NAMES)
 def test_clips_of_a_batch_do_not_depend_on_each_other(options):
-    model = network(**options)
+    model = make_network(**options)
     x = inputs(model)
     with torch.no_grad():
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_frame_depends_on_its_reach_to_each_side_and_on_nothing_else():
-    model = network()
+def test_a_frame_depends_on_frames_within_the_reach_alone():
+    model = make_network()
     x = inputs(model, B=1, T=23).requires_grad_()
     model(x)[0, 11].sum().backward()
     used = x.grad[0].abs().sum((1, 2, 3)) > 0
@@ -499,24 +491,24 @@ def test_a_frame_depends_on_its_reach_to_each_side_and_on_nothing_else():
 
 
 def test_an_autoregressive_frame_depends_on_earlier_frames_and_not_on_later_ones():
-    model = network(autoregressive=True)
+    model = make_network(autoregressive=True)
     h = torch.randn(1, 9, 16, requires_grad=True)
     model.decode(h)[0, 4].sum().backward()
     assert (h.grad[0].abs().sum(1) > 0).tolist() == [True] * 5 + [False] * 4
 
 
-@pytest.mark.parametrize("options", KINDS, ids=NAMES)
-def test_a_long_sound_in_chunks_is_a_long_sound_in_one_pass(options):
-    model, wav = network(**options), wave(37)
+@pytest.mark.parametrize("options", NETWORKS, ids=NETWORK_NAMES)
+def test_prediction_in_chunks_equals_prediction_in_one_pass(options):
+    model, wav = make_network(**options), make_noise(37)
     whole = predict(model, wav, "cpu", chunk=1000)
     assert whole.shape == (37, 5)
     np.testing.assert_allclose(predict(model, wav, "cpu", chunk=8), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [1, 639, 960, 16000, 24321])
-def test_codes_are_as_many_as_frames(samples):
-    for options in KINDS[:2]:
-        assert predict(network(**options), np.zeros(samples, np.float32), "cpu").shape == (n_frames(samples), 5)
+def test_there_are_as_many_codes_as_frames(samples):
+    for options in NETWORKS[:2]:
+        assert predict(make_network(**options), np.zeros(samples, np.float32), "cpu").shape == (n_frames(samples), 5)
 
 
 def test_the_loss_is_the_mean_square_of_coordinates_and_of_their_velocities(mouth):
@@ -531,46 +523,42 @@ def test_the_loss_is_the_mean_square_of_coordinates_and_of_their_velocities(mout
     assert fine["velocity"].item() == pytest.approx(16 * terms["velocity"].item(), rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scores
+# --------------------------------------------------------------------------------------------------------------- scores
 
-
-def test_the_score_of_a_face_is_the_error_of_its_mouth_in_both_units(mouth, drawn_faces):
+def test_the_score_is_the_error_of_the_mouth_in_both_units(mouth, drawn_faces):
     true = drawn_faces[:25]
     same = kp.score([(true, true)])
     assert same["mse"] == same["relative"] == 0 and same["r"] == same["jaw"] == pytest.approx(1)
     wide = true.copy()
-    wide[:, 48:] = 1.1 * (true[:, 48:] - true[:, 48:].mean(1, keepdims=True)) + 7  # where a mouth is does not count
-    found = kp.score([(wide, true)])
-    assert found["relative"] == pytest.approx(0.01, rel=1e-3)
-    assert found["mse"] == pytest.approx(1e4 * np.square(0.1 * mouth.shapes(true)).mean(), rel=1e-3)
+    wide[:, 48:] = 1.1 * (true[:, 48:] - true[:, 48:].mean(1, keepdims=True)) + 7  # the position does not count
+    scores = kp.score([(wide, true)])
+    assert scores["relative"] == pytest.approx(0.01, rel=1e-3)
+    assert scores["mse"] == pytest.approx(1e4 * np.square(0.1 * mouth.shapes(true)).mean(), rel=1e-3)
     raised = true.copy()
     raised[:, 17:27, 1] *= -1
     assert kp.score([(raised, true)])["brows"] == pytest.approx(-1) and kp.score([(raised, true)])["mse"] == 0
 
 
-def test_a_partial_correlation_is_that_of_what_least_squares_leave():
+def test_a_partial_correlation_is_that_of_residuals_of_least_squares():
     rng = np.random.default_rng(0)
     profile, a, b = rng.random(60), rng.random(70), rng.random(70)
     a[:60], b[:60] = a[:60] + 5 * profile, b[:60] + 0.5 * a[:60] + 3 * profile
     A = np.stack((profile, np.ones(60)), 1)
-    left = [x[:60] - A @ np.linalg.lstsq(A, x[:60], rcond=None)[0] for x in (a, b)]
-    assert partial_correlation(a, b, profile) == pytest.approx(np.corrcoef(*left)[0, 1], abs=1e-9)
+    residuals = [x[:60] - A @ np.linalg.lstsq(A, x[:60], rcond=None)[0] for x in (a, b)]
+    assert partial_correlation(a, b, profile) == pytest.approx(np.corrcoef(*residuals)[0, 1], abs=1e-9)
     assert partial_correlation(3 * profile + 2, b[:60], profile) == pytest.approx(0, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# visemes
-
+# -------------------------------------------------------------------------------------------------------------- visemes
 
 @pytest.fixture(scope="module")
 def cut_pack(tmp_path_factory):
-    """A pack of two clips of 40 frames, cut from a video at frames 0 and 25, and a folder for its .align files"""
+    """A pack of two clips of 40 frames, cut from a video at frames 0 and 25"""
     folder = tmp_path_factory.mktemp("cut")
     with PackWriter(folder / "pack", 16, "toy") as writer:
         for begin in (0, 25):
-            writer.add(np.zeros((40, 16, 16, 3), np.uint8), wave(40, begin), f"p{begin}", f"videos/a.mp4#{begin}")
-    return landmarks_beside(folder / "pack")
+            writer.add(np.zeros((40, 16, 16, 3), np.uint8), make_noise(40, begin), f"p{begin}", f"videos/a.mp4#{begin}")
+    return write_landmarks(folder / "pack")
 
 
 def test_word_times_are_read_and_damaged_ones_refused(cut_pack, tmp_path):
@@ -598,7 +586,7 @@ def test_the_alignment_of_a_toy_clip_fits_its_mouth():
 
 
 class Spoken:
-    """Two clips in which "up" raises the first code linearly from 0 to 1 and "down" lowers it, whatever its length"""
+    """Two clips in which "up" raises the codes linearly from 0 to 1 and "down" lowers them, each for any duration"""
 
     times = [[(0.0, 0.4, "up"), (0.4, 1.2, "down")], [(0.0, 0.8, "down"), (0.8, 1.6, "up")]]
 
@@ -609,8 +597,8 @@ class Spoken:
         return None, i
 
 
-class Straight:
-    """A mouth whose codes are given"""
+class LinearMouth:
+    """A mouth whose codes follow the words of Spoken"""
 
     rest = np.full(5, -1.0, np.float32)
 
@@ -621,21 +609,21 @@ class Straight:
         return np.interp(t, edges, values)[:, None] * np.ones((1, 5))
 
 
-def test_the_table_has_the_mean_motion_of_each_viseme_and_gives_it_any_length():
-    table = kp.fit_visemes(Spoken(), [0, 1], Straight())
+def test_visemes_are_mean_motions_and_stretch_to_any_length():
+    table = kp.fit_visemes(Spoken(), [0, 1], LinearMouth())
     assert list(table) == ["down", "up"]
     assert table["up"].shape == table["down"].shape == (2, 8, 5)
     phases = (np.arange(8) + 0.5) / 8
-    np.testing.assert_allclose(table["up"].mean(0)[:, 2], phases, atol=0.03)  # 25 fps has no sharp turns
+    np.testing.assert_allclose(table["up"].mean(0)[:, 2], phases, atol=0.03)  # 25 frames/s round the corners
     np.testing.assert_allclose(table["down"].mean(0)[:, 0], 1 - phases, atol=0.03)
-    codes = kp.viseme_codes(table, [(0.0, 2.0, "up"), (2.0, 2.4, "what"), (2.6, 3.0, "down")], 80, Straight.rest)
+    codes = kp.viseme_codes(table, [(0.0, 2.0, "up"), (2.0, 2.4, "what"), (2.6, 3.0, "down")], 80, LinearMouth.rest)
     assert codes.shape == (80, 5)
     np.testing.assert_allclose(codes[4:46, 1], (np.arange(4, 46) + 0.5) / 50, atol=0.03)
-    assert (codes[50:65] == -1).all() and (codes[75:] == -1).all(), "rest where no known word is"
+    assert (codes[50:65] == -1).all() and (codes[75:] == -1).all(), "at rest without a known word"
     assert codes[65:75, 0].tolist() == sorted(codes[65:75, 0], reverse=True)
 
 
-def test_the_picture_of_visemes_shows_every_word_and_its_mean_among_samples(cut_pack, tmp_path):
+def test_the_picture_of_visemes_shows_every_word_with_its_mean(cut_pack, tmp_path):
     (tmp_path / "a.align").write_text("0 5000 sil\n5000 20000 bin\n20000 25000 sil\n25000 70000 blue\n")
     (tmp_path / "list").write_text("p0\np25\n")
     command = ["visemes", "--data", str(cut_pack), "--out", str(tmp_path / "v.png")]
@@ -648,23 +636,22 @@ def test_the_picture_of_visemes_shows_every_word_and_its_mean_among_samples(cut_
     assert red.tolist() == [[False, True, True, True, True]] * 3 + [[False] * 5]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# end to end
+# ----------------------------------------------------------------------------------------------------------- end to end
 
 BRIEF = "--width 16 --batch 3 --codes 5 --device cpu".split()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def often():
-    """Validated in every step, saved in every second one"""
+def validate_in_every_step():
+    """and save in every second step"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kp, "VALIDATE_EVERY", 1)
         patch.setattr(kp, "SAVE_EVERY", 2)
         yield
 
 
-def trained(pack, out, *options):
-    """Trains; -> what --resume would go on from"""
+def run_training(pack, out, *options):
+    """Trains a network -> the checkpoint that --resume loads"""
     kp.main(["train", "--data", str(pack), "--out", str(out), *BRIEF, *options])
     return load_checkpoint(out.with_stem(f"{out.stem}_last"), "keypoints")
 
@@ -675,14 +662,14 @@ def checkpoint(pack, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kp, "VALIDATE_EVERY", 4)
         patch.setattr(kp, "SAVE_EVERY", 16)
-        trained(pack, out, "--steps", "40", "--lr", "0.01")
+        run_training(pack, out, "--steps", "40", "--lr", "0.01")
     return out
 
 
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
-def test_four_steps_are_two_steps_and_two_resumed_ones(pack, tmp_path, model, monkeypatch):
+def test_four_steps_equal_two_steps_and_two_resumed_steps(pack, tmp_path, model, monkeypatch):
     options, real = ["--model", model, "--steps", "4"], kp.save_run
-    whole = trained(pack, tmp_path / "whole.pt", *options)
+    whole = run_training(pack, tmp_path / "whole.pt", *options)
 
     class Killed(Exception):
         pass
@@ -693,17 +680,17 @@ def test_four_steps_are_two_steps_and_two_resumed_ones(pack, tmp_path, model, mo
 
     monkeypatch.setattr(kp, "save_run", save_and_die)
     with pytest.raises(Killed):
-        trained(pack, tmp_path / "half.pt", *options)
+        run_training(pack, tmp_path / "half.pt", *options)
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "half_last.pt", "keypoints")["step"] == 2
-    kp.main(["train", "--out", str(tmp_path / "half.pt"), "--steps", "4", "--resume"])  # the other options are its own
+    kp.main(["train", "--out", str(tmp_path / "half.pt"), "--steps", "4", "--resume"])  # restores other options
     resumed = load_checkpoint(tmp_path / "half_last.pt", "keypoints")
     assert [t["mse"] for t in whole["top"]] == [t["mse"] for t in resumed["top"]]
     for name, p in whole["networks"]["last"].items():
         assert torch.equal(p, resumed["networks"]["last"][name]), name
 
 
-def test_it_learns_and_the_table_says_how_well(pack, checkpoint, capsys):
+def test_training_reduces_the_error_and_evaluate_prints_it(pack, checkpoint, capsys):
     lines = [json.loads(line) for line in open(checkpoint.with_name("log_kp.jsonl"))]
     assert lines[0]["args"]["steps"] == 40 and "revision" in lines[0]
     scores = [line["mse"] for line in lines if "mse" in line]
@@ -721,9 +708,9 @@ def test_it_learns_and_the_table_says_how_well(pack, checkpoint, capsys):
     assert float(rows["kp, best"][6]) > 0 and rows["mean mouth"][6] == ""
 
 
-def test_a_sound_gives_a_video_and_numbers_of_exactly_its_length(checkpoint, tmp_path):
+def test_sample_writes_a_video_and_numbers_as_long_as_the_sound(checkpoint, tmp_path):
     for frames, samples in ((1, 500), (31, 31 * 640 + 300)):
-        write_wav(tmp_path / "s.wav", wave(32)[:samples])
+        write_wav(tmp_path / "s.wav", make_noise(32)[:samples])
         out = tmp_path / f"{frames}.mp4"
         kp.main(["sample", str(tmp_path / "s.wav"), "--weights", str(checkpoint), "--out", str(out)])
         shown = list(read_video(out))
@@ -733,7 +720,7 @@ def test_a_sound_gives_a_video_and_numbers_of_exactly_its_length(checkpoint, tmp
     assert len(load_audio(out)) >= 31 * 640
 
 
-def test_the_shipped_weights_keep_a_silent_mouth_shut_and_open_a_speaking_one():
+def test_the_shipped_weights_shut_the_mouth_in_silence_and_open_it_in_speech():
     path = Path(kp.__file__).parent / "weights" / "keypoints.pt"
     if not path.is_file():
         pytest.skip("no keypoint weights are shipped")
@@ -747,11 +734,11 @@ def test_the_shipped_weights_keep_a_silent_mouth_shut_and_open_a_speaking_one():
         assert still.max() < shut + 0.02 and spoken.max() > shut + 0.05
 
 
-def test_the_weights_are_the_best_and_the_mean_of_the_best_in_half_precision(checkpoint):
+def test_a_file_has_the_best_weights_and_the_mean_of_the_ten_best_in_fp16(checkpoint):
     top = load_checkpoint(checkpoint.with_stem("kp_last"), "keypoints")["top"]
     small = load_checkpoint(checkpoint, "keypoints")
     assert [t["mse"] for t in top] == sorted(t["mse"] for t in top) and len(top) == 10
-    assert "args" not in small, "no folder of one's own disk is in the weights"
+    assert "args" not in small, "the weights name no folder of this machine"
     for name, p in small["networks"]["average"].items():
         expected = torch.stack([t["state"][name] for t in top]).mean(0)
         torch.testing.assert_close(p, expected.half(), rtol=0, atol=0)
@@ -760,20 +747,21 @@ def test_the_weights_are_the_best_and_the_mean_of_the_best_in_half_precision(che
     assert all(torch.equal(p, q) for p, q in zip(default.parameters(), average.parameters()))
 
 
-def noisy(folder, seeds, size=16, T=10):
-    """A pack with landmarks beside it: clip `seed` has a sound of its own"""
+def make_noise_pack(folder, seeds, size=16, T=10):
+    """A pack with landmarks and a clip of noise for each seed"""
     with PackWriter(folder, size, "toy") as writer:
         for seed in seeds:
-            writer.add(np.zeros((T, size, size, 3), np.uint8), wave(T, seed), f"p{seed}", f"{seed}")
-    return landmarks_beside(folder)
+            writer.add(np.zeros((T, size, size, 3), np.uint8), make_noise(T, seed), f"p{seed}", f"{seed}")
+    return write_landmarks(folder)
 
 
-def test_a_network_is_tested_on_clips_that_no_network_was_trained_on_or_chosen_by(tmp_path):
-    pack, wide = noisy(tmp_path / "pack", range(20)), noisy(tmp_path / "wide", [50, *range(20), 51, 52], 32)
-    trained(pack, tmp_path / "kp.pt", "--steps", "2")
+def test_networks_are_tested_on_clips_that_none_of_them_used(tmp_path):
+    pack = make_noise_pack(tmp_path / "pack", range(20))
+    larger_pack = make_noise_pack(tmp_path / "larger", [50, *range(20), 51, 52], 32)
+    run_training(pack, tmp_path / "kp.pt", "--steps", "2")
     (tmp_path / "list").write_text("p19\np0\n")
     lists = ["--train", str(tmp_path / "list"), "--steps", "2"]
-    trained(pack, tmp_path / "other.pt", *lists)  # on these two; by turns of the other people half choose it
+    run_training(pack, tmp_path / "other.pt", *lists)  # of the 18 other people, every other one validates
 
     def tested(data, *paths):
         args = kp.parse(["evaluate", *map(str, paths), "--data", str(data)])
@@ -781,14 +769,14 @@ def test_a_network_is_tested_on_clips_that_no_network_was_trained_on_or_chosen_b
         return {part: [source.pack.source(c) for c in clips] for part, clips in parts.items()}
 
     assert tested(pack, tmp_path / "kp.pt")["test"] == ["19"] and tested(pack, tmp_path / "kp.pt")["valid"] == ["9"]
-    assert tested(wide, tmp_path / "kp.pt")["test"] == ["50", "19", "51", "52"]
-    both = tested(wide, tmp_path / "kp.pt", tmp_path / "other.pt")
+    assert tested(larger_pack, tmp_path / "kp.pt")["test"] == ["50", "19", "51", "52"]
+    both = tested(larger_pack, tmp_path / "kp.pt", tmp_path / "other.pt")
     assert both["test"] == ["50", "51", "52"] and both["train"] == ["0"]
     with pytest.raises(InputError, match="no clip with landmarks is left to test on"):
         tested(pack, tmp_path / "kp.pt", tmp_path / "other.pt")
 
 
-def test_clips_that_are_cut_from_no_video_have_no_times_of_words(pack):
+def test_words_need_clips_that_were_cut_from_a_video(pack):
     with pytest.raises(InputError, match="clip 'toyfaces seed 700' is not cut from a video"):
         kp.main(["visemes", "--data", str(pack), "--words", ".", "--out", "u.png"])
 
@@ -808,8 +796,8 @@ def test_words_of_a_pack_are_labels_of_its_frames(cut_pack, tmp_path, mouth, mon
 
 
 @pytest.mark.parametrize("options", [["--phones", "--face"], ["--target", "heatmaps"], ["--target", "displacements"]])
-def test_every_representation_and_head_trains_and_is_evaluated(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kp, "TOY_PARTS", dict(train=range(40, 44), valid=range(44, 45), test=range(45, 46)))
+def test_every_target_and_head_can_be_trained_and_evaluated(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kp, "TOY_CLIPS", dict(train=range(40, 44), valid=range(44, 45), test=range(45, 46)))
     out = tmp_path / "kp.pt"
     kp.main(["train", "--out", str(out), *BRIEF, "--steps", "2", *options])
     kp.main(["evaluate", str(out)])
@@ -821,50 +809,50 @@ def test_every_representation_and_head_trains_and_is_evaluated(options, tmp_path
         torch.testing.assert_close(model.rest, torch.from_numpy(mouth.rest), rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_on_an_experts_tower_is_not_tested_on_clips_of_the_expert(tmp_path):
-    folder = noisy(tmp_path / "pack", range(40))
+def test_a_network_with_an_experts_tower_is_not_tested_on_clips_of_the_expert(tmp_path):
+    folder = make_noise_pack(tmp_path / "pack", range(40))
     brief = "--size 16 --steps 1 --batch 2 --windows 6 --dim 8 --width 0.25 --device cpu".split()
     (tmp_path / "list").write_text("p19\n")
     lists = ["--train", str(tmp_path / "list"), "--valid", str(tmp_path / "list2")]
     (tmp_path / "list2").write_text("p29\n")
     syncnet.main(["train", "--data", str(folder), "--out", str(tmp_path / "sync.pt"), *brief, *lists])
     expert = Pack(folder).fingerprints[[19, 29]]
-    tuned = trained(folder, tmp_path / "kp.pt", "--expert", str(tmp_path / "sync.pt"), "--finetune", "--steps", "2")
+    tuned = run_training(folder, tmp_path / "kp.pt", "--expert", str(tmp_path / "sync.pt"), "--finetune", "--steps", "2")
     assert torch.isin(expert, tuned["clips"]["train"]).all()
     args = kp.parse(["evaluate", "x", "--data", str(folder)])
     assert kp.open_source(args, {"kp.pt": tuned})[1]["test"].tolist() == [39]
 
 
 @pytest.mark.parametrize("lips", [False, True])
-def test_an_experts_tower_is_taken_over_and_moves_only_where_it_is_tuned(pack, tmp_path, lips):
+def test_an_experts_tower_is_copied_and_changes_only_with_finetune(pack, tmp_path, lips):
     torch.manual_seed(0)
     expert = SyncNet(16, 24, 0.25, lips)
     config, networks = dict(net=expert.config, template="toy"), dict(expert=expert.state_dict())
-    clips = {part: torch.zeros(0, dtype=torch.int64) for part in ("train", "valid")}  # it comes from elsewhere
+    clips = {part: torch.zeros(0, dtype=torch.int64) for part in ("train", "valid")}  # its clips are in no pack here
     save_checkpoint(tmp_path / "sync.pt", dict(kind="syncnet", format=1, config=config, networks=networks, clips=clips))
     tower = expert.sound_tower.state_dict()
-    same = {}
+    unchanged = {}
     for name, extra in (("frozen", []), ("tuned", ["--finetune"])):
-        saved = trained(pack, tmp_path / f"{name}.pt", "--expert", str(tmp_path / "sync.pt"), "--steps", "2", *extra)
+        saved = run_training(pack, tmp_path / f"{name}.pt", "--expert", str(tmp_path / "sync.pt"), "--steps", "2", *extra)
         last = saved["networks"]["last"]
-        same[name] = all(torch.equal(last[f"front.tower.sound_tower.{key}"], p) for key, p in tower.items())
-    assert same == dict(frozen=True, tuned=False)
+        unchanged[name] = all(torch.equal(last[f"front.tower.sound_tower.{key}"], p) for key, p in tower.items())
+    assert unchanged == dict(frozen=True, tuned=False)
 
 
 def test_a_photo_is_moved_by_the_keypoints_and_keeps_its_mouth_in_silence(tmp_path):
     root = Path(kp.__file__).parent
     if not (root / "weights" / "keypoints.pt").is_file() or not face_detectors():
         pytest.skip("no keypoint weights or no face detector at hand")
-    photo, made = root / "examples" / "astronaut.jpg", {}
+    photo, changes = root / "examples" / "astronaut.jpg", {}
     for name, wav in (("speech", load_audio(root / "examples" / "speech.wav")[:24000]), ("silence", np.zeros(6400))):
         write_wav(tmp_path / f"{name}.wav", wav.astype(np.float32))
         out = tmp_path / f"{name}.mp4"
         kp.main(["sample", str(tmp_path / f"{name}.wav"), "--photo", str(photo), "--out", str(out)])
         frames = np.stack(list(read_video(out))).astype(int)
         assert len(frames) == n_frames(len(wav))
-        made[name] = np.abs(frames - frames[0]).max(-1).max(0)  # (H, W)
-    assert made["silence"][280:].max() < 40, "below the eyes nothing moves, but for the codec"
-    assert made["speech"][280:].max() > 80 and (made["speech"] > 60).mean() < 0.05, "only the mouth moves"
+        changes[name] = np.abs(frames - frames[0]).max(-1).max(0)  # (H, W)
+    assert changes["silence"][280:].max() < 40, "below the eyes only the codec changes pixels"
+    assert changes["speech"][280:].max() > 80 and (changes["speech"] > 60).mean() < 0.05, "only the mouth moves"
 
 
 def test_a_clip_is_shown_as_a_picture(pack, checkpoint, tmp_path):
@@ -886,9 +874,9 @@ def test_a_clip_is_shown_as_a_picture(pack, checkpoint, tmp_path):
     ("sample good.wav --weights words.txt", "damaged, cut short"),
     ("sample good.wav --weights other.pt", "is a 'syncnet' checkpoint"),
     ("sample good.wav --weights empty.pt", "do not fit this version"),
-    ("train --expert x.pt --model lstm", "are the transformer's"),
+    ("train --expert x.pt --model lstm", "need --model transformer"),
     ("train --finetune", "needs an --expert"),
-    ("train --target heatmaps --face", "take components"),
+    ("train --target heatmaps --face", "need components"),
     ("train --phones --data nowhere", "need --words"),
     ("sample good.wav --photo words.txt", "words.txt"),
     ("train --width 30", "multiple of 4"),
@@ -900,12 +888,12 @@ def test_a_clip_is_shown_as_a_picture(pack, checkpoint, tmp_path):
     ("show other.pt", "is a 'syncnet' checkpoint"),
     ("evaluate words.txt", "damaged, cut short"),
 ])
-def test_a_wrong_input_is_one_line(command, message, checkpoint, tmp_path, monkeypatch):
+def test_user_errors_are_one_line(command, message, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.wav").touch()
     (tmp_path / "there.mp4").write_text("old")
     (tmp_path / "words.txt").write_text("no sound at all")
-    write_wav(tmp_path / "good.wav", wave(3))
+    write_wav(tmp_path / "good.wav", make_noise(3))
     save_checkpoint(tmp_path / "other.pt", dict(kind="syncnet", format=1))
     save_checkpoint(tmp_path / "empty.pt", dict(kind="keypoints", format=1, networks={}))
     arguments = command.split()
@@ -917,7 +905,7 @@ def test_a_wrong_input_is_one_line(command, message, checkpoint, tmp_path, monke
     assert (tmp_path / "there.mp4").read_text() == "old" and not (tmp_path / "keypoints.mp4").exists()
 
 
-def test_a_wrong_input_ends_the_script_with_status_2_and_one_line(tmp_path, capsys, monkeypatch):
+def test_a_user_error_ends_the_script_with_status_2_and_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [kp.__file__, "sample", str(tmp_path / "no.wav")])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(kp.__file__, run_name="__main__")

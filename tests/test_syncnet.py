@@ -1,4 +1,4 @@
-"""The sync expert: losses with known answers, offsets found, rates by shift, an exact resume."""
+"""The sync expert: losses with known answers, offsets of constructed clips, accuracy by shift, an exact resume."""
 
 import json
 import math
@@ -31,28 +31,26 @@ from syncnet import SyncNet, Windows, best_offset, embed_clip, expert_loss, load
 
 LN2 = math.log(2)
 CLIP = torch.tensor([7, 7, 7, 3, 3, 9])
-K = torch.tensor([10, 13, 14, 5, 60, 11])  # 10 and 13 are near, 13 and 14 too; 10 and 14 are NEAR = 4 apart: far
+MIDDLE = torch.tensor([10, 13, 14, 5, 60, 11])  # of clip 7, only 10 and 14 are MIN_SHIFT = 4 apart
 
 
-# ------------------------------------------------------------------------------------------------------------
-# data that is learnt in seconds: a bright bar opens as the noise gets loud
-
+# ----------------------------- data that is learnt in seconds: the height of a bright bar follows the loudness of noise
 
 def bar_clip(seed, T=60, size=16):
     """-> frames uint8 (T, size, size, 3), wav (640 T,)"""
     rng = np.random.default_rng(seed)
-    loud = np.interp(np.arange(T), np.arange(0, T + 6, 3), rng.random(len(range(0, T + 6, 3))))  # new goal every 3 frames
+    loud = np.interp(np.arange(T), np.arange(0, T + 6, 3), rng.random(len(range(0, T + 6, 3))))  # random every 3 frames
     frames = np.full((T, size, size, 3), rng.integers(40, 120, 3), np.uint8)
     for t in range(T):
         frames[t, size - 1 - round(loud[t] * (size // 2 - 2)) : size - 1, 4:13] = 230
     envelope = np.interp(np.arange(640 * T) / 640 - 0.5, np.arange(T), loud)
-    wav = 0.5 * 10 ** (2 * (envelope - 1)) * rng.uniform(-1, 1, 640 * T)  # 40 dB from shut to open
+    wav = 0.5 * 10 ** (2 * (envelope - 1)) * rng.uniform(-1, 1, 640 * T)  # a range of 40 dB
     return frames, wav.astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A pack of 24 people, one clip each, and an expert trained on it for some seconds: pack folder, checkpoint."""
+    """-> folder of a pack of 24 people with a clip each, and an expert trained on it for seconds"""
     folder = tmp_path_factory.mktemp("world")
     with PackWriter(folder / "pack", 16, "toy") as pack:
         for seed in range(24):
@@ -63,22 +61,22 @@ def world(tmp_path_factory):
     return folder / "pack", folder / "sync.pt"
 
 
-def small(**kw):
+def make_expert(**options):
     torch.manual_seed(1)
-    return SyncNet(**(dict(size=32, dim=20, width=0.1) | kw))
+    return SyncNet(**(dict(size=32, dim=20, width=0.1) | options))
 
 
 @pytest.fixture(scope="module")
 def lips():
-    """An expert of the lips' shape, its towers untrained"""
-    net = small(size=64, lips=True)
+    """An expert for real faces with untrained towers"""
+    net = make_expert(size=64, lips=True)
     net.landmarks = load_landmarks()
     return net.eval()
 
 
 @pytest.fixture(scope="module")
 def portrait():
-    """A face (1, 3, 64, 64), cropped as template "face" asks"""
+    """A face (1, 3, 64, 64), cropped as in template "face" """
     photo = Image.open(Path(syncnet.__file__).parent / "examples/astronaut.jpg").convert("RGB")
     return to_tensor(np.array(photo.crop((130, 122, 398, 390)).resize((64, 64))))[None]
 
@@ -86,24 +84,21 @@ def portrait():
 def random_batch(B=3, size=32, seed=0):
     g = torch.Generator().manual_seed(seed)
     frames, mel = torch.rand(B, 5, 3, 8, 8, generator=g) * 2 - 1, torch.rand(B, 1, 10, 4, generator=g) * 8 - 4
-    blocks = torch.ones(size // 8, size // 8)  # patches: fine noise would look all the same to a convolution
+    blocks = torch.ones(size // 8, size // 8)  # patches: convolutions average fine noise
     return torch.kron(frames, blocks), torch.kron(mel, torch.ones(8, 4))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the expert's loss
+# ---------------------------------------------------------------------------------------------------- the expert's loss
 
-
-def test_zero_logits_cost_ln_2_and_the_logarithm_of_the_number_of_candidates():
-    terms = expert_loss(torch.zeros(6, 6, dtype=torch.float64), CLIP, K)
+def test_zero_logits_have_loss_ln_2_and_the_logarithm_of_the_number_of_candidates():
+    terms = expert_loss(torch.zeros(6, 6, dtype=torch.float64), CLIP, MIDDLE)
     assert {name: v.item() for name, v in terms.items() if name != "contrast"} == pytest.approx(
         dict(loss=LN2, in_sync=LN2, shifted=LN2, other=LN2))
-    # window 0 may not choose 1, 1 neither 0 nor 2, 2 not 1: 5, 4, 5 candidates; the others all six
-    choices = [5, 4, 5, 6, 6, 6]
-    assert terms["contrast"].item() == pytest.approx(np.mean(np.log(choices)))
+    candidates = [5, 4, 5, 6, 6, 6]  # windows 0 and 1, 1 and 2 are too near
+    assert terms["contrast"].item() == pytest.approx(np.mean(np.log(candidates)))
 
 
-def test_the_terms_are_those_of_a_naive_loop():
+def test_the_terms_agree_with_a_naive_loop():
     logits = torch.randn(6, 6, dtype=torch.float64) * 3
     kinds = dict(in_sync=[], shifted=[], other=[])
     for i in range(6):
@@ -113,38 +108,38 @@ def test_the_terms_are_those_of_a_naive_loop():
                 kinds["in_sync"].append(-math.log(p))
             elif CLIP[i] != CLIP[j]:
                 kinds["other"].append(-math.log(1 - p))
-            elif abs(int(K[i] - K[j])) >= 4:
+            elif abs(int(MIDDLE[i] - MIDDLE[j])) >= 4:
                 kinds["shifted"].append(-math.log(1 - p))
-    terms = expert_loss(logits, CLIP, K)
+    terms = expert_loss(logits, CLIP, MIDDLE)
     for name, values in kinds.items():
         assert terms[name].item() == pytest.approx(np.mean(values)), name
     a, b, c = (np.mean(kinds[name]) for name in ("in_sync", "shifted", "other"))
     assert terms["loss"].item() == pytest.approx(a / 2 + b / 4 + c / 4)
 
 
-def test_windows_of_one_clip_nearer_than_four_frames_are_left_out_and_no_others():
+def test_only_windows_of_a_clip_nearer_than_four_frames_are_left_out():
     base = torch.randn(6, 6, dtype=torch.float64)
-    reference = expert_loss(base, CLIP, K)
+    reference = expert_loss(base, CLIP, MIDDLE)
     changes = torch.zeros(6, 6, dtype=torch.bool)
     for i in range(6):
         for j in range(6):
             logits = base.clone()
             logits[i, j] += 2
-            terms = expert_loss(logits, CLIP, K)
+            terms = expert_loss(logits, CLIP, MIDDLE)
             changes[i, j] = any(abs(terms[name] - reference[name]) > 1e-9 for name in terms)
     dropped = {(0, 1), (1, 0), (1, 2), (2, 1)}
     assert {(i, j) for i, j in np.argwhere(~changes.numpy()).tolist()} == dropped
 
 
-def test_without_others_the_sound_of_other_clips_counts_nowhere():
+def test_without_other_clips_their_sound_changes_no_term():
     logits = torch.randn(6, 6, dtype=torch.float64)
-    terms = expert_loss(logits, CLIP, K, others=False)
-    changed = expert_loss(logits + 3 * (CLIP[:, None] != CLIP), CLIP, K, others=False)
+    terms = expert_loss(logits, CLIP, MIDDLE, other_clips=False)
+    changed = expert_loss(logits + 3 * (CLIP[:, None] != CLIP), CLIP, MIDDLE, other_clips=False)
     assert set(terms) == {"loss", "in_sync", "shifted", "contrast"}
     assert all(torch.equal(terms[k], changed[k]) for k in terms)
 
 
-def test_a_batch_of_one_clip_has_no_foreign_sound_and_a_batch_of_single_windows_no_shifted_one():
+def test_terms_without_a_pair_are_absent_and_a_batch_without_negatives_is_refused():
     one = expert_loss(torch.zeros(3, 3), torch.zeros(3), torch.tensor([0, 10, 20]))
     singles = expert_loss(torch.zeros(3, 3), torch.arange(3), torch.tensor([5, 5, 5]))
     assert "other" not in one and "shifted" not in singles
@@ -153,17 +148,15 @@ def test_a_batch_of_one_clip_has_no_foreign_sound_and_a_batch_of_single_windows_
         expert_loss(torch.zeros(2, 2), torch.zeros(2), torch.tensor([0, 1]))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the networks
+# --------------------------------------------------------------------------------------------------------- the networks
 
-
-@pytest.mark.parametrize("size, shown, seen", [
+@pytest.mark.parametrize("size, image_size, options", [
     (16, 16, {}), (48, 48, {}), (96, 96, {}), (48, 128, {}), (32, 72, dict(cosine=True)), (64, 80, dict(lips=True))])
-def test_every_parameter_gets_a_gradient_at_every_size(size, shown, seen):
-    net = small(size=size, **seen)
+def test_every_parameter_gets_a_gradient_at_every_size(size, image_size, options):
+    net = make_expert(size=size, **options)
     if net.lips:
         net.landmarks = load_landmarks()
-    frames, mel = random_batch(B=4, size=shown)
+    frames, mel = random_batch(B=4, size=image_size)
     clip, k = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 9, 5, 5])
     terms = expert_loss(net.logits(net.face(frames), net.sound(mel)), clip, k)
     (terms["loss"] + terms["contrast"]).backward()
@@ -173,7 +166,7 @@ def test_every_parameter_gets_a_gradient_at_every_size(size, shown, seen):
 
 
 def test_embeddings_have_unit_length_and_logits_are_scale_times_cosine_plus_bias():
-    net = small()
+    net = make_expert()
     with torch.no_grad():
         net.log_scale.fill_(math.log(7)), net.bias.fill_(-1.5)
         face, sound = net.face(random_batch(3)[0]), net.sound(random_batch(4, seed=5)[1])
@@ -187,7 +180,7 @@ def test_embeddings_have_unit_length_and_logits_are_scale_times_cosine_plus_bias
 def test_a_window_has_the_same_embedding_alone_as_in_a_batch_in_training_and_in_evaluation():
     frames, mel = random_batch(5)
     with torch.no_grad():
-        net = small().train()
+        net = make_expert().train()
         face, sound = net.face(frames), net.sound(mel)
         net.eval()
         for i in range(5):
@@ -196,21 +189,21 @@ def test_a_window_has_the_same_embedding_alone_as_in_a_batch_in_training_and_in_
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_the_face_tower_sees_the_lower_half_of_all_five_frames_and_nothing_else(size):
-    net, (frames, _) = small(), random_batch(2, size)
+def test_the_face_tower_uses_the_lower_half_of_all_five_frames_alone(size):
+    net, (frames, _) = make_expert(), random_batch(2, size)
     frames.requires_grad_(True)
     net.face(frames)[:, 0].sum().backward()
-    assert frames.grad[..., : size // 2 - (size > 32), :].abs().max() == 0  # shrinking mixes a row at the border
+    assert frames.grad[..., : size // 2 - (size > 32), :].abs().max() == 0  # shrinking mixes rows at the border
     assert (frames.grad[..., size // 2 :, :].abs().amax((2, 3, 4)) > 0).all()  # (B, 5)
 
 
 def test_the_order_of_the_frames_matters():
-    net, (frames, _) = small(), random_batch(2)
+    net, (frames, _) = make_expert(), random_batch(2)
     assert not torch.allclose(net.face(frames), net.face(frames.flip(1)), atol=1e-3)
 
 
-def test_frames_and_sound_of_another_shape_are_refused_with_their_shape():
-    net = small()
+def test_wrong_shapes_of_frames_and_sound_are_named():
+    net = make_expert()
     with pytest.raises(AssertionError, match=r"\(2, 4, 3, 32, 32\)"):
         net.face(torch.zeros(2, 4, 3, 32, 32))
     with pytest.raises(AssertionError, match=r"\(10, 3, 16, 16\)"):
@@ -222,7 +215,7 @@ def test_frames_and_sound_of_another_shape_are_refused_with_their_shape():
 
 
 def test_one_batch_can_be_overfitted():
-    net, (frames, mel) = small(size=16, dim=32), random_batch(6, 16)
+    net, (frames, mel) = make_expert(size=16, dim=32), random_batch(6, 16)
     clip, k = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([2, 20, 30, 2, 9, 2])
     opt = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(20):
@@ -233,11 +226,9 @@ def test_one_batch_can_be_overfitted():
     assert terms["loss"] < 0.2  # from .69
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the shape of the lips
+# ------------------------------------------------------------------------------------------------ the shape of the lips
 
-
-def test_the_shape_of_lips_does_not_depend_on_where_the_face_is_how_large_or_how_turned():
+def test_the_shape_of_lips_does_not_depend_on_position_size_and_rotation():
     z = torch.randn(3, 68, dtype=torch.complex64)
     shape = landmarks.lip_shape(z)
     moved = landmarks.lip_shape(z * (2.5 * np.exp(0.3j)) + (7 - 4j))
@@ -247,12 +238,12 @@ def test_the_shape_of_lips_does_not_depend_on_where_the_face_is_how_large_or_how
     assert complex(x, y) == pytest.approx(complex((z[0, 51] - (left + right) / 2) / (right - left)), rel=1e-4)
 
 
-def test_lips_are_read_where_landmarks_py_finds_them(lips, portrait):
+def test_the_expert_reads_the_same_lips_as_find_landmarks(lips, portrait):
     image = ((portrait[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     points = landmarks.find_landmarks(lips.landmarks, image, (0, 0, 64, 64))
     expected = landmarks.lip_shape(torch.from_numpy(faces.to_complex(points)))
     with torch.no_grad():
-        assert (lips.read(portrait)[0] - expected).abs().max() < 0.05  # its crop is turned, moved
+        assert (lips.read(portrait)[0] - expected).abs().max() < 0.05  # find_landmarks moves and rotates its crop
 
 
 def test_lips_of_a_mirror_image_are_the_mirrored_lips(lips, portrait):
@@ -261,20 +252,20 @@ def test_lips_of_a_mirror_image_are_the_mirrored_lips(lips, portrait):
     assert torch.allclose(other, one[landmarks.LIP_MIRROR] * torch.tensor([-1.0, 1.0]), atol=1e-3)
 
 
-def test_the_sync_loss_of_lips_pulls_at_the_mouth_of_every_frame_and_at_nothing_else(lips, portrait):
+def test_the_sync_loss_of_lips_has_a_gradient_at_the_mouth_of_every_frame_alone(lips, portrait):
     frames = portrait.expand(2, 5, 3, 64, 64).clone() + 0.1 * torch.randn(2, 5, 3, 64, 64)
     frames.requires_grad_(True)
     sync_loss(lips, frames, random_batch(2)[1]).backward()
-    pull = frames.grad.abs().sum(2)  # (B, 5, H, W)
-    assert (pull.amax((2, 3)) > 0).all() and pull[:, :, :24].max() == 0  # eyes
-    rows = pull.sum((0, 1, 3))
+    gradient = frames.grad.abs().sum(2)  # (B, 5, H, W)
+    assert (gradient.amax((2, 3)) > 0).all() and gradient[:, :, :24].max() == 0  # eyes
+    rows = gradient.sum((0, 1, 3))
     assert rows[34:62].sum() > 0.8 * rows.sum()
 
 
 def test_pixels_follow_the_gradient_of_an_opening_mouth(lips, portrait):
     x = portrait.clone().requires_grad_(True)
 
-    def opening(x):  # middle of the lower inner lip less that of the upper one
+    def opening(x):  # middle of the lower inner lip minus that of the upper one
         shape = lips.read(x)[0].unflatten(0, (25, 2))
         return shape[18, 1] - shape[14, 1]
 
@@ -284,24 +275,22 @@ def test_pixels_follow_the_gradient_of_an_opening_mouth(lips, portrait):
         assert opening(x + 2 * x.grad / x.grad.norm()) > before + 0.01
 
 
-def test_lips_are_varied_alike_in_all_windows_and_mirrored_in_half_of_the_items(lips):
+def test_lips_are_augmented_alike_in_all_windows_and_mirrored_in_half_of_the_items(lips):
     x = lips.landmarks.mean.new_zeros(7, 5, 50) + landmarks.lip_shape(torch.view_as_complex(lips.landmarks.mean))
-    x[..., 0] -= 1  # the left corner of the mouth far out; the right one is number 6
+    x[..., 0] -= 1  # moves the left corner of the mouth far out; the right one is number 6
     mirrored = []
     for seed in range(40):
-        seen = syncnet.vary_lips(x, x[0], np.random.default_rng(seed))
-        assert (seen - seen[0, 0]).abs().max() < 0.06  # noise alone
-        mirrored.append(seen[0, 0, 12].item() > 0.8)
-        assert mirrored[-1] != (seen[0, 0, 0].item() < -0.8)
+        augmented = syncnet.augment_lips(x, x[0], np.random.default_rng(seed))
+        assert (augmented - augmented[0, 0]).abs().max() < 0.06  # noise alone
+        mirrored.append(augmented[0, 0, 12].item() > 0.8)
+        assert mirrored[-1] != (augmented[0, 0, 0].item() < -0.8)
     assert 10 < sum(mirrored) < 30
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the sync loss
-
+# -------------------------------------------------------------------------------------------------------- the sync loss
 
 class FixedLogits:
-    """An expert with given logits, whatever the input."""
+    """An expert with the same logits for every input"""
 
     def __init__(self, logits):
         self.given = torch.tensor(logits, dtype=torch.float64)
@@ -315,7 +304,7 @@ class FixedLogits:
         return self.given
 
 
-def test_the_sync_loss_is_ln_2_and_ln_b_at_zero_logits():
+def test_the_sync_loss_at_zero_logits_is_ln_2_plus_ln_b():
     frames, mel = random_batch(3)
     assert sync_loss(FixedLogits([[0.0] * 3] * 3), frames, mel).item() == pytest.approx(LN2 + math.log(3))
     assert sync_loss(FixedLogits([[0.0]]), frames[:1], mel[:1]).item() == pytest.approx(LN2)
@@ -331,17 +320,17 @@ def test_the_sync_loss_of_known_logits():
 
 
 def test_the_gradient_of_the_sync_loss_does_not_grow_with_the_experts_scale():
-    net, (frames, mel) = small().requires_grad_(False), random_batch(1)
-    pulls = []
+    net, (frames, mel) = make_expert().requires_grad_(False), random_batch(1)
+    norms = []
     for scale in (50.0, 400.0):
         net.log_scale.fill_(math.log(scale)), net.bias.fill_(-2 * scale)  # negative logits for any input
         x = frames.clone().requires_grad_(True)
         sync_loss(net, x, mel).backward()
-        pulls.append(x.grad.norm())
-    assert pulls[0] > 0 and torch.allclose(pulls[0], pulls[1], rtol=1e-3)
+        norms.append(x.grad.norm())
+    assert norms[0] > 0 and torch.allclose(norms[0], norms[1], rtol=1e-3)
 
 
-def test_the_sync_loss_reaches_every_frame_and_leaves_the_expert_alone(world):
+def test_the_sync_loss_has_a_gradient_in_every_frame_and_does_not_change_the_expert(world):
     expert = load_sync(world[1], "cpu", size=16)
     frames, mel = random_batch(3, 16)
     before = {name: p.clone() for name, p in expert.state_dict().items()}
@@ -352,32 +341,30 @@ def test_the_sync_loss_reaches_every_frame_and_leaves_the_expert_alone(world):
     assert all(torch.equal(p, before[name]) for name, p in expert.state_dict().items())
 
 
-def test_images_that_descend_the_sync_loss_get_positive_logits(world):
+def test_minimising_the_sync_loss_makes_logits_positive(world):
     expert = load_sync(world[1], "cpu")
     item = Windows(Pack(world[0]), range(24), expert, 3, seed=4)[0]
     frames = item["frames"][:, 2:3].expand(-1, 5, -1, -1, -1).clone().requires_grad_(True)  # a still mouth
     opt = torch.optim.Adam([frames], 0.02)
 
-    def odds():
+    def lowest_logit():
         return expert.logits(expert.face(frames), expert.sound(item["mel"])).diagonal().min().item()
 
-    first = odds()
+    before = lowest_logit()
     for _ in range(30):
         opt.zero_grad()
         sync_loss(expert, frames, item["mel"]).backward()
         opt.step()
-    assert first < 0 < odds()
+    assert before < 0 < lowest_logit()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the data
-
+# ------------------------------------------------------------------------------------------------------------- the data
 
 def test_an_item_has_the_frames_and_mel_windows_of_its_clip_and_frame_numbers(world):
     pack = Pack(world[0])
     for n in range(5):
-        item = Windows(pack, [4, 5], small(size=16), 3, seed=2, augment=False)[n]
-        c, ks = int(item["clip"][0]), item["k"].tolist()
+        item = Windows(pack, [4, 5], make_expert(size=16), 3, seed=2, augment=False)[n]
+        c, ks = int(item["clip"][0]), item["middle"].tolist()
         assert c in (4, 5) and item["frames"].shape == (3, 5, 3, 16, 16) and item["mel"].shape == (3, 1, 80, 16)
         for i, k in enumerate(ks):
             assert torch.equal(item["frames"][i], to_tensor(pack.frames(c, range(k - 2, k + 3))))
@@ -386,37 +373,37 @@ def test_an_item_has_the_frames_and_mel_windows_of_its_clip_and_frame_numbers(wo
 
 
 def test_an_item_depends_on_its_seed_and_number_alone(world):
-    pack, net = Pack(world[0]), small(size=16)
+    pack, net = Pack(world[0]), make_expert(size=16)
     a, b = Windows(pack, range(24), net, 3, seed=2), Windows(pack, range(24), net, 3, seed=2)
-    [b[n] for n in (9, 1, 4)]  # another history
-    assert all(torch.equal(a[7][name], b[7][name]) for name in ("frames", "mel", "clip", "k"))
+    [b[n] for n in (9, 1, 4)]  # earlier items must not matter
+    assert all(torch.equal(a[7][name], b[7][name]) for name in ("frames", "mel", "clip", "middle"))
     assert not torch.equal(a[7]["frames"], Windows(pack, range(24), net, 3, seed=3)[7]["frames"])
     assert not torch.equal(a[7]["frames"], a[8]["frames"])
 
 
-def test_images_vary_from_window_to_window_and_never_within_one():
+def test_images_vary_between_windows_and_not_within_a_window():
     rng = np.random.default_rng(3)
     still = random_batch(7, 32)[0][:1, :1].expand(7, 5, -1, -1, -1)  # one picture, seven windows of five
-    seen = syncnet.vary(still, rng)
-    assert seen.shape == still.shape
-    for window in seen:
+    augmented = syncnet.augment_images(still, rng)
+    assert augmented.shape == still.shape
+    for window in augmented:
         assert all(torch.allclose(frame, window[0], atol=1e-5) for frame in window)
-    assert all((seen[i] - seen[j]).abs().mean() > 0.02 for i in range(7) for j in range(i))
+    assert all((augmented[i] - augmented[j]).abs().mean() > 0.02 for i in range(7) for j in range(i))
 
 
 def test_a_clip_is_mirrored_as_a_whole_in_half_of_the_items():
     ramp = torch.linspace(-0.5, 0.5, 32).expand(6, 5, 3, 32, 32)  # bright to the right
-    rights = []
+    mirrored = []
     for seed in range(40):
-        seen = syncnet.vary(ramp, np.random.default_rng(seed))
-        right = (seen[..., 20:].mean((1, 2, 3, 4)) > seen[..., :12].mean((1, 2, 3, 4))).tolist()
-        assert len(set(right)) == 1
-        rights.append(right[0])
-    assert 10 < sum(rights) < 30
+        augmented = syncnet.augment_images(ramp, np.random.default_rng(seed))
+        windows = (augmented[..., 20:].mean((1, 2, 3, 4)) < augmented[..., :12].mean((1, 2, 3, 4))).tolist()
+        assert len(set(windows)) == 1
+        mirrored.append(windows[0])
+    assert 10 < sum(mirrored) < 30
 
 
-def test_images_larger_than_the_experts_are_shrunk_alike_in_training_and_in_validation(world):
-    pack, net = Pack(world[0]), small(size=16)
+def test_larger_images_are_shrunk_alike_in_training_and_in_validation(world):
+    pack, net = Pack(world[0]), make_expert(size=16)
     pack.size, big = 32, lambda c, k: np.kron(Pack(world[0]).frame(c, k), np.ones((2, 2, 1), np.uint8))
     pack.frame = big
     item = Windows(pack, [4], net, 3, seed=2, augment=False)[0]
@@ -425,8 +412,8 @@ def test_images_larger_than_the_experts_are_shrunk_alike_in_training_and_in_vali
     assert (item["frames"] - plain["frames"]).abs().mean() < 0.06  # the filter softens edges
     face, _ = embed_clip(net, (big(4, k) for k in range(60)), log_mel(pack.sound(4)), "cpu")
     with torch.no_grad():
-        alike = (net.face(item["frames"]) * face[item["k"] - 2]).sum(1)  # cosines; uint8 in between
-        unlike = (net.face(item["frames"]) * face[(item["k"] + 18) % 50]).sum(1)
+        alike = (net.face(item["frames"]) * face[item["middle"] - 2]).sum(1)  # cosines; `big` rounds to uint8
+        unlike = (net.face(item["frames"]) * face[(item["middle"] + 18) % 50]).sum(1)
     assert alike.min() > 0.98 and alike.min() > unlike.max(), (alike, unlike)
 
 
@@ -439,12 +426,10 @@ def test_clips_without_a_window_are_not_trained_on(tmp_path):
     assert {*clips, *val_clips} <= {1, 2, 3} and len(clips)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# offsets
+# -------------------------------------------------------------------------------------------------------------- offsets
 
-
-def test_scores_by_shift_are_those_of_a_naive_loop_over_more_than_one_block():
-    net, K, reach = small(), 300, 4
+def test_logits_by_shift_agree_with_a_naive_loop_over_several_blocks():
+    net, K, reach = make_expert(), 300, 4
     g = torch.Generator().manual_seed(3)
     face, sound = (F.normalize(torch.randn(K, 20, generator=g), dim=1) for _ in range(2))
     table = logits_by_shift(net.logits, face, sound, reach)
@@ -462,12 +447,12 @@ def test_the_offset_is_the_shift_of_a_constructed_clip(late):
     g = torch.Generator().manual_seed(3)
     own = F.normalize(torch.randn(75, 20, generator=g), dim=1)
     face, sound = own[20:55], own[20 - late : 55 - late]  # sound k + late belongs to picture k
-    found, confidence, fit = best_offset(logits_by_shift(small().logits, face, sound))
+    found, confidence, fit = best_offset(logits_by_shift(make_expert().logits, face, sound))
     assert found == late and 3 < confidence < 7  # scale 5, cosine 1 and about 0
-    assert fit == pytest.approx(5 - syncnet.SURE * (75 / 31) ** 0.5, abs=0.2)  # of a clip shorter than 3 s
+    assert fit == pytest.approx(5 - syncnet.MATCH_LOGIT * (75 / 31) ** 0.5, abs=0.2)  # a clip shorter than 3 s
 
 
-def test_an_offset_that_few_windows_have_is_not_chosen():
+def test_an_offset_of_few_windows_is_not_chosen():
     table = np.zeros((8, 31))
     for d in range(-15, 16):
         table[[k for k in range(8) if not 0 <= k + d < 8], 15 + d] = np.nan
@@ -477,7 +462,7 @@ def test_an_offset_that_few_windows_have_is_not_chosen():
 
 
 def test_a_streamed_clip_has_the_embeddings_of_its_windows():
-    net, (frames, wav) = small(size=16), bar_clip(5, T=23)
+    net, (frames, wav) = make_expert(size=16), bar_clip(5, T=23)
     mel = log_mel(wav)
     face, sound = embed_clip(net, iter(frames), mel, "cpu", batch=4)  # 19 windows: not a multiple of 4
     x = to_tensor(frames)
@@ -499,14 +484,12 @@ def test_the_offset_of_a_video_with_shifted_sound_is_found(world, tmp_path, caps
     assert f"the sound is {words};" in line and "56 windows" in line and "guess" not in line
 
 
-def test_an_offset_at_which_nothing_fits_is_called_a_guess(world, tmp_path, capsys, monkeypatch):
+def test_an_offset_without_a_match_is_called_a_guess(world, tmp_path, capsys, monkeypatch):
     write_clip(tmp_path / "clip.mp4", *bar_clip(1001, T=12))
-    for fit, said in ((-0.1, True), (0.1, False)):
+    for fit, verdict in ((-0.1, "a guess"), (0.1, "sure")):
         monkeypatch.setattr(syncnet, "best_offset", lambda table, fit=fit: (-2, 1.25, fit))
         syncnet.main(["offset", str(tmp_path / "clip.mp4"), "--expert", str(world[1]), "--device", "cpu"])
-        out = capsys.readouterr().out
-        assert f"2 frames (0.08 s) early; confidence 1.2, {'a guess' if said else 'sure'} (8 windows)" in out
-        assert ("a guess" in out) == said
+        assert f"2 frames (0.08 s) early; confidence 1.2, {verdict} (8 windows)" in capsys.readouterr().out
 
 
 def write_clip(path, frames, wav):
@@ -514,7 +497,7 @@ def write_clip(path, frames, wav):
 
 
 @pytest.mark.parametrize("late", [-6, 5])
-def test_a_clip_is_written_in_sync_with_its_pictures_untouched(world, tmp_path, capsys, late):
+def test_a_clip_is_written_in_sync_with_the_same_pictures(world, tmp_path, capsys, late):
     frames, own = bar_clip(1001)
     wav = np.concatenate([np.zeros(640 * late, np.float32), own])[: 640 * 60] if late > 0 else own[-640 * late :]
     write_clip(tmp_path / "clip.mp4", frames, wav)
@@ -523,16 +506,16 @@ def test_a_clip_is_written_in_sync_with_its_pictures_untouched(world, tmp_path, 
     assert f"the sound moved by {-late / 25:+.2f} s" in capsys.readouterr().out
     before, after = (np.stack(list(read_video(tmp_path / name))) for name in ("clip.mp4", "fixed.mp4"))
     assert np.array_equal(before, after)
-    heard = load_audio(tmp_path / "fixed.mp4")
-    assert abs(len(heard) - len(wav)) <= 1024  # a block of AAC
-    middle = slice(640 * 10, 640 * 45)  # the mouth opens with the loudness of what is heard now
-    assert np.corrcoef(heard[middle], own[middle])[0, 1] > 0.8
-    assert syncnet.clip_offset(load_sync(world[1], "cpu"), tmp_path / "fixed.mp4", "cpu")[0] == 0
+    sound = load_audio(tmp_path / "fixed.mp4")
+    assert abs(len(sound) - len(wav)) <= 1024  # a block of AAC
+    middle = slice(640 * 10, 640 * 45)  # the bar follows the loudness of this sound
+    assert np.corrcoef(sound[middle], own[middle])[0, 1] > 0.8
+    assert syncnet.measure_offset(load_sync(world[1], "cpu"), tmp_path / "fixed.mp4", "cpu")[0] == 0
     with pytest.raises(InputError, match="--overwrite"):
         syncnet.main([*command, "--fix", str(tmp_path / "fixed.mp4")])
 
 
-def test_pictures_that_are_not_h264_are_encoded_and_the_sound_keeps_its_rate_and_channels(tmp_path):
+def test_other_codecs_become_h264_and_the_sound_keeps_its_rate_and_channels(tmp_path):
     frames, wav = bar_clip(1001)
     write_clip(tmp_path / "clip.mp4", frames, wav)
     args = ["-i", tmp_path / "clip.mp4", "-vf", "scale=64:48", "-c:v", "mpeg1video", "-b:v", "2M"]
@@ -547,7 +530,7 @@ def test_pictures_that_are_not_h264_are_encoded_and_the_sound_keeps_its_rate_and
 
 @pytest.mark.parametrize("source, suffix", [
     ("whole.mp4", ".mp4"), ("cut.mp4", ".mkv"), ("cut.mkv", ".mp4"), ("late.mov", ".mkv"), ("late.ts", ".mov")])
-def test_a_flash_stays_within_a_frame_of_its_click_in_a_clip_written_in_sync(tmp_path, source, suffix):
+def test_a_shifted_click_is_within_a_frame_of_where_it_should_be(tmp_path, source, suffix):
     frames, wav = np.zeros((50, 32, 32, 3), np.uint8), np.zeros(32000, np.float32)
     frames[35], wav[35 * 640 + 320 : 36 * 640] = 255, 0.5
     write_clip(tmp_path / "whole.mp4", frames, wav)
@@ -566,7 +549,7 @@ def test_a_flash_stays_within_a_frame_of_its_click_in_a_clip_written_in_sync(tmp
 
 
 def flash_and_click(path):
-    """Frames from the brightest picture to the loudest sound, how many pictures"""
+    """-> frames from the brightest picture to the loudest sound, number of pictures"""
     light = [frame.mean() for frame in read_video(path)]
     wav = abs(load_audio(path, normalise=False))
     return np.argmax(wav > wav.max() / 2) / 640 - np.argmax(light), len(light)
@@ -583,36 +566,34 @@ def test_a_drawn_face_is_cropped_from_the_middle_of_a_wide_picture(world, tmp_pa
     assert "the sound is 3 frames" in capsys.readouterr().out
 
 
-def test_a_face_is_detected_every_six_seconds_and_the_last_box_stays_where_none_is_found(world, tmp_path, monkeypatch):
+def test_a_face_is_detected_every_six_seconds_and_otherwise_keeps_its_last_box(world, tmp_path, monkeypatch):
     write_clip(tmp_path / "clip.mp4", bar_clip(1, T=330, size=32)[0][:, :, :24], bar_clip(1, T=330)[1])
-    expert, parts = load_sync(world[1], "cpu"), []
+    expert, segments = load_sync(world[1], "cpu"), []
     expert.template = "face"
 
-    def found(frames):
-        parts.append(len(frames))
-        if len(parts) == 2:
+    def detect(frames):
+        segments.append(len(frames))
+        if len(segments) == 2:
             raise InputError("a face in 0 of 30 frames looked at")
-        return (4.0 * len(parts), 0.0, 16.0, 12.0)
+        return (4.0 * len(segments), 0.0, 16.0, 12.0)
 
     crops = []
-    monkeypatch.setattr(syncnet, "find_clip_box", found)
+    monkeypatch.setattr(syncnet, "find_clip_box", detect)
     monkeypatch.setattr(syncnet, "crop_face", lambda frame, box, size: crops.append(box[0]))
-    list(syncnet.face_crops(tmp_path / "clip.mp4", expert))
-    assert parts == [150, 150, 30] and crops == [4.0] * 300 + [12.0] * 30
+    list(syncnet.crop_faces(tmp_path / "clip.mp4", expert))
+    assert segments == [150, 150, 30] and crops == [4.0] * 300 + [12.0] * 30
     monkeypatch.undo()
     monkeypatch.setattr(faces, "face_detectors", list)
     with pytest.raises(InputError, match="no face detector's weights are at hand .*; give --box"):
-        list(syncnet.face_crops(tmp_path / "clip.mp4", expert))
+        list(syncnet.crop_faces(tmp_path / "clip.mp4", expert))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# published experts in place of ours
-
+# ------------------------------------------------------------------------------------ Wav2Lip's expert in place of ours
 
 def test_wav2lips_expert_can_replace_ours(world, tmp_path, capsys):
     torch.manual_seed(0)
     net = Wav2LipExpert()
-    for module in net.modules():  # random weights, but a ReLU that lets half of everything through
+    for module in net.modules():  # random weights, scaled so that ReLUs pass half of the values
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.fill_(0.1)
     torch.save(dict(state_dict=net.state_dict()), tmp_path / "lipsync_expert.pth")
@@ -637,11 +618,9 @@ def test_wav2lips_expert_can_replace_ours(world, tmp_path, capsys):
         load_sync(tmp_path / "other.pth", "cpu")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# validation: rates by shift
+# ---------------------------------------------------------------------------------------- validation: accuracy by shift
 
-
-def test_rates_by_shift_are_those_of_a_naive_count():
+def test_accuracies_by_shift_agree_with_a_naive_count():
     rng = np.random.default_rng(2)
     table = rng.normal(size=(40, 9))
     table[:3, 0] = table[-2:, 8] = math.nan
@@ -656,11 +635,10 @@ def test_rates_by_shift_are_those_of_a_naive_count():
 
 
 class Matching:
-    """An expert whose faces and sounds are given, unit vectors of which equal ones fit"""
+    """An expert for which equal embeddings are in sync"""
 
-    def __init__(self, own):
-        self.own = own
-        self.parameters = lambda: iter([own])
+    def __init__(self, embeddings):
+        self.parameters = lambda: iter([embeddings])
 
     def read(self, images):
         raise AssertionError("not needed")
@@ -669,40 +647,38 @@ class Matching:
         return 5 * face @ sound.t() - 2
 
 
-def test_a_summary_counts_seconds_pieces_and_clips_that_fit(monkeypatch):
+def test_a_summary_counts_correct_seconds_pieces_and_clips(monkeypatch):
     g = torch.Generator().manual_seed(3)
     clips = [F.normalize(torch.randn(T, 40, generator=g), dim=1) for T in (71, 56, 26)]
     expert, windows = Matching(clips[0]), SimpleNamespace(read=lambda c: (clips[c], c))
     monkeypatch.setattr(syncnet, "embed_frames", lambda expert, x: x)
     monkeypatch.setattr(syncnet, "mel_windows", lambda mel, frames: mel)
     monkeypatch.setattr(syncnet, "embed_sound", lambda expert, mel: clips[mel])
-    found = syncnet.measure(expert, windows, range(3))
-    assert [f["clip"] for f in found] == [0, 1, 2] and [len(f["offset_3s"]) for f in found] == [1, 0, 0]
-    assert [len(f["offset_1s"]) for f in found] == [31, 22, 4]  # places of 21 windows, sound moved where there is some
-    result = syncnet.summary(found)
+    results = syncnet.measure_clips(expert, windows, range(3))
+    assert [r["clip"] for r in results] == [0, 1, 2] and [len(r["offset_3s"]) for r in results] == [1, 0, 0]
+    assert [len(r["offset_1s"]) for r in results] == [31, 22, 4]  # pieces of 21 windows, by the shift of their sound
+    result = syncnet.summarise(results)
     assert result["windows"] == 153 and result["offset_3s"] == result["offset_1s"] == result["offset_clip"] == 1
     assert result["second"] == 1 and result["offset_window"] > 0.95
-    means = np.stack([found[2]["table"][i : i + 21].mean(0) for i in range(6)])
+    means = np.stack([results[2]["table"][i : i + 21].mean(0) for i in range(6)])
     expected = (np.mean(means[:, 15] > 0) + 1 - np.nanmean(np.where(np.isnan(means), np.nan, means > 0)[:, [12, 18]])) / 2
-    assert syncnet.summary(found[2:])["by_shift"]["second"][3] == pytest.approx(expected)
-    assert math.isnan(syncnet.summary(found[2:])["offset_3s"])  # no clip is so long
+    assert syncnet.summarise(results[2:])["by_shift"]["second"][3] == pytest.approx(expected)
+    assert math.isnan(syncnet.summarise(results[2:])["offset_3s"])  # the clip is shorter than 3 s
 
 
-# ------------------------------------------------------------------------------------------------------------
-# training, end to end
-
+# ------------------------------------------------------------------------------------------------- training, end to end
 
 def test_a_trained_expert_separates_in_sync_from_shifted_on_held_out_people(world, tmp_path, capsys):
     command = ["test", "--expert", str(world[1]), "--data", str(world[0]), "--out", str(tmp_path / "offsets.png")]
     syncnet.main([*command, "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "held out from training" in out and "1 clips, 56 windows" in out  # of 24, 9 validates, 19 tests
+    assert "held out from training" in out and "1 clips, 56 windows" in out  # of 24 people, number 9 validates, 19 tests
     rows = {cells[0]: cells[1:] for line in out.splitlines() if (cells := [v.strip() for v in line.split("|")[1:-1]])}
     assert min(map(float, rows["5 to 15"])) > 0.75 and float(rows["shifted by 0 frames"][0]) > 0.7
     count, second, _, one_second, _, clip = map(float, rows["p19"])
     assert count == clip == 1 and one_second > 0.8 and second > 0.75
     bars = np.asarray(Image.open(tmp_path / "offsets.png")).astype(int)[18:, :310]  # of pieces of 1 s
-    assert (bars[40, 150:160, 1] > 200).all() and (bars[40, :100, 1] < 100).all()  # most are right, none is far off
+    assert (bars[40, 150:160, 1] > 200).all() and (bars[40, :100, 1] < 100).all()  # most are right, no error is large
 
 
 def test_training_clips_are_found_in_a_larger_pack_and_test_clips_are_not_trained_on(world, tmp_path, monkeypatch):
@@ -710,11 +686,11 @@ def test_training_clips_are_found_in_a_larger_pack_and_test_clips_are_not_traine
         for seed in (99, *range(24)):
             pack.add(*bar_clip(seed), identity=f"p{seed}", source=f"bar {seed}")
     tested = []
-    monkeypatch.setattr(syncnet, "measure", lambda expert, windows, clips: tested.extend(clips) or 1 / 0)
+    monkeypatch.setattr(syncnet, "measure_clips", lambda expert, windows, clips: tested.extend(clips) or 1 / 0)
     command = ["test", "--data", str(tmp_path / "more"), "--device", "cpu", "--expert"]
     with pytest.raises(ZeroDivisionError):
         syncnet.main([*command, str(world[1])])
-    assert tested == [0, 20]  # the new one, and seed 19, which was held out for the test
+    assert tested == [0, 20]  # seed 99 is new, seed 19 was held out for the test
     monkeypatch.undo()
     (tmp_path / "list").write_text("p0\np1\np5")
     args = syncnet.parse(["train", "--data", str(world[0]), "--size", "16", "--test", str(tmp_path / "list")])
@@ -722,7 +698,7 @@ def test_training_clips_are_found_in_a_larger_pack_and_test_clips_are_not_traine
     assert not {0, 1, 5} & {*clips, *val_clips} and len(clips) + len(val_clips) == 21
 
 
-def test_the_log_has_the_options_the_losses_and_the_validations(world):
+def test_the_log_has_options_losses_and_validations(world):
     lines = [json.loads(line) for line in open(world[1].with_name("log_sync.jsonl"))]
     assert {"revision", "torch", "python", "args"} <= set(lines[0]) and lines[0]["args"]["steps"] == 60
     steps = [line for line in lines if "loss" in line]
@@ -745,7 +721,7 @@ def same(a, b):
     return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, (list, tuple)) else a == b
 
 
-def test_four_steps_are_two_a_kill_and_two_more_bit_for_bit(world, tmp_path, monkeypatch):
+def test_four_steps_equal_two_steps_a_kill_and_two_steps_bit_for_bit(world, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     syncnet.main(training(tmp_path / "a", world[0]))
 
@@ -761,7 +737,7 @@ def test_four_steps_are_two_a_kill_and_two_more_bit_for_bit(world, tmp_path, mon
         syncnet.main(training(tmp_path / "b", world[0]))
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "b" / "sync_last.pt", "syncnet")["step"] == 2
-    torch.rand(7)  # another random state
+    torch.rand(7)  # changes the random state
     syncnet.main(training(tmp_path / "b", world[0], "--resume"))
     a, b = (load_checkpoint(tmp_path / name / "sync_last.pt", "syncnet") for name in "ab")
     for part in ("networks", "optimisers", "step", "config", "clips"):
@@ -769,25 +745,25 @@ def test_four_steps_are_two_a_kill_and_two_more_bit_for_bit(world, tmp_path, mon
     first = SyncNet(**a["config"]["net"]).state_dict()
     assert not same(a["networks"]["expert"], first)
     heads = [json.loads(line) for line in open(tmp_path / "b" / "log_sync.jsonl") if "revision" in line]
-    assert len(heads) == 2  # the log goes on
+    assert len(heads) == 2  # the log is continued
 
 
-def test_the_cosine_of_relu_embeddings_is_the_probability_and_its_loss_wav2lips():
-    net, (frames, mel) = small(cosine=True), random_batch(4)
+def test_with_cosine_the_probability_and_the_loss_are_those_of_wav2lip():
+    net, (frames, mel) = make_expert(cosine=True), random_batch(4)
     with torch.no_grad():
         face, sound = net.face(frames), net.sound(mel)
         logits = net.logits(face, sound)
     assert (face >= 0).all() and (sound >= 0).all()
     assert torch.allclose(logits.sigmoid(), (face @ sound.t()).clamp(1e-4, 1 - 1e-4), atol=1e-5)
     clip, k = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 60, 2, 30])
-    terms = expert_loss(logits, clip, k, apart=50)
+    terms = expert_loss(logits, clip, k, min_shift=50)
     p = F.cosine_similarity(face[:, None], sound[None], dim=2).clamp(1e-4, 1 - 1e-4)
     assert terms["in_sync"].item() == pytest.approx(F.binary_cross_entropy(p.diagonal(), torch.ones(4)).item(), rel=1e-3)
-    far = -(1 - p[[0, 1], [1, 0]]).log().mean()  # 58 frames apart; 28 are near
+    far = -(1 - p[[0, 1], [1, 0]]).log().mean()  # 58 frames apart; 28 are too near
     assert terms["shifted"].item() == pytest.approx(far.item(), rel=1e-3)
 
 
-def test_an_expert_of_real_faces_gets_lips_and_continues_bit_for_bit(tmp_path, portrait, monkeypatch):
+def test_an_expert_for_real_faces_uses_lips_and_resumes_bit_for_bit(tmp_path, portrait, monkeypatch):
     face = ((portrait[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     with PackWriter(tmp_path / "pack", 64, "face") as pack:
         for seed in range(4):
@@ -795,7 +771,7 @@ def test_an_expert_of_real_faces_gets_lips_and_continues_bit_for_bit(tmp_path, p
             pack.add(shown, bar_clip(seed, T=24)[1], f"p{seed}", "")
     steps = "--batch 2 --windows 9 --dim 8 --device cpu --negatives 0.2 --steps".split()
     for name in "ab":
-        monkeypatch.setattr(syncnet, "cosine_warmup", lambda *_: 1)  # the same at any number of steps
+        monkeypatch.setattr(syncnet, "cosine_warmup", lambda *_: 1)  # independent of the number of steps
         command = ["train", "--data", str(tmp_path / "pack"), "--out", str(tmp_path / name / "sync.pt"), *steps]
         for more in [["2"]] if name == "a" else [["1"], ["2", "--resume"]]:
             syncnet.main([*command, *more])
@@ -806,16 +782,16 @@ def test_an_expert_of_real_faces_gets_lips_and_continues_bit_for_bit(tmp_path, p
     assert same(expert.landmarks.mouth.state_dict(), load_landmarks().mouth.state_dict())  # not trained
 
 
-def test_the_shipped_expert_is_small_and_gives_real_faces_a_gradient(portrait):
-    assert syncnet.SHIPPED.stat().st_size < 20e6
-    expert = load_sync(syncnet.SHIPPED, "cpu", size=64)
+def test_the_shipped_expert_is_small_and_has_a_gradient_in_real_faces(portrait):
+    assert syncnet.SHIPPED_EXPERT.stat().st_size < 20e6
+    expert = load_sync(syncnet.SHIPPED_EXPERT, "cpu", size=64)
     assert expert.lips and expert.template == "face"
     frames = portrait.expand(2, 5, 3, 64, 64).clone().requires_grad_(True)
     sync_loss(expert, frames, random_batch(2)[1]).backward()
     assert (frames.grad.abs().amax((2, 3, 4)) > 0).all()
 
 
-def test_a_nan_stops_the_run_names_the_term_and_keeps_the_last_checkpoint(world, tmp_path, monkeypatch):
+def test_a_nan_stops_the_run_with_the_name_of_its_term_and_keeps_the_last_checkpoint(world, tmp_path, monkeypatch):
     calls, loss = [], syncnet.expert_loss
 
     def poisoned(*args, **options):
@@ -830,7 +806,7 @@ def test_a_nan_stops_the_run_names_the_term_and_keeps_the_last_checkpoint(world,
     assert kept["step"] == 3 and all(p.isfinite().all() for p in kept["networks"]["expert"].values())
 
 
-def test_without_data_it_trains_on_the_toy_world_that_train_py_uses(tmp_path, monkeypatch):
+def test_without_data_it_trains_on_the_toy_world_of_train_py(tmp_path, monkeypatch):
     drawn = []
 
     def draw(folder, size, people, seconds, first_seed):
@@ -849,18 +825,16 @@ def test_without_data_it_trains_on_the_toy_world_that_train_py_uses(tmp_path, mo
     assert drawn[2] == ("toys_test", 32, 40, 3.0, toyfaces.TEST_SEED)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# bad input: one line, exit status 2, before anything slow
-
+# ----------------------------------------------------------- user errors: one line, exit status 2, before anything slow
 
 def refused(capsys, monkeypatch, *args):
-    """-> the one line with which the script ends, with exit status 2, having drawn and trained nothing"""
+    """-> the line on stderr of a script that ends with status 2 before it draws or trains"""
     monkeypatch.setattr(sys, "argv", ["syncnet.py"])
 
     def slow(*_, **__):
-        raise AssertionError("something slow began")
+        raise AssertionError("started something slow")
 
-    for module, name in ((toyfaces, "make_pack"), (syncnet, "batches"), (syncnet, "measure")):
+    for module, name in ((toyfaces, "make_pack"), (syncnet, "batches"), (syncnet, "measure_clips")):
         monkeypatch.setattr(module, name, slow)
     with pytest.raises(SystemExit) as caught:
         media.run(lambda: syncnet.main([str(a) for a in args]))
@@ -875,7 +849,7 @@ def test_an_existing_expert_is_not_overwritten_without_the_option(world, capsys,
     assert world[1].read_bytes() == before and not (world[1].parent / "toys").exists()
 
 
-def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatch):
+def test_unsuitable_experts_are_refused(world, tmp_path, capsys, monkeypatch):
     other, broken = tmp_path / "weights.pt", tmp_path / "broken.pt"
     save_checkpoint(other, dict(kind="weights", format=1))
     whole = load_checkpoint(world[1], "syncnet")
@@ -884,7 +858,7 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
         load_sync(other, "cpu")
     with pytest.raises(InputError, match="images of 16 px or more, these are 8 px"):
         load_sync(world[1], "cpu", size=8)
-    assert load_sync(world[1], "cpu", size=128).size == 16  # larger ones are shrunk
+    assert load_sync(world[1], "cpu", size=128).size == 16  # larger images are shrunk
     with pytest.raises(InputError, match="broken.pt: not the weights of SyncNet: log_scale is absent"):
         load_sync(broken, "cpu")
     truncated = tmp_path / "truncated.pt"
@@ -921,7 +895,7 @@ def test_experts_that_do_not_fit_are_refused(world, tmp_path, capsys, monkeypatc
         (["offset", "short.mp4", "--expert", "file.txt"], "expected a 'syncnet'"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(world, tmp_path, capsys, monkeypatch, args, reason):
+def test_user_errors_are_one_line_and_status_2(world, tmp_path, capsys, monkeypatch, args, reason):
     monkeypatch.chdir(tmp_path)
     Path("file.txt").write_text("not media")
     for name, T, wav in (("mute.mp4", 12, None), ("short.mp4", 4, bar_clip(0)[1][:2560])):
@@ -939,9 +913,9 @@ def test_as_a_script_it_ends_with_status_2_and_without_a_traceback(tmp_path, cap
     assert caught.value.code == 2 and out == "" and err.count("\n") == 1 and "no.pt" in err
 
 
-def test_syncnet_v2s_logit_is_a_margin_less_the_distance():
+def test_the_logit_of_syncnet_v2_is_a_margin_minus_the_distance():
     face, sound = torch.tensor([[0.0, 0], [6, 8]], requires_grad=True), torch.tensor([[3.0, 4], [0, 0], [6, 8]])
-    logits = SyncNetV2.logits(SyncNetV2, face, sound)  # no weights take part
+    logits = SyncNetV2.logits(SyncNetV2, face, sound)  # it has no weights
     assert torch.allclose(logits, SyncNetV2.MARGIN - torch.tensor([[5.0, 0, 10], [5, 10, 0]]), atol=1e-5)
     torch.nn.functional.softplus(-logits[:, 0]).sum().backward()
-    assert (face.grad[0] < 0).all() and (face.grad[1] > 0).all()  # both are drawn to the sound
+    assert (face.grad[0] < 0).all() and (face.grad[1] > 0).all()  # descent moves both towards the sound
