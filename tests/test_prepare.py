@@ -34,7 +34,7 @@ def bright_faces(frames):
 
 
 def detect_by(monkeypatch, detector):
-    monkeypatch.setattr(faces, "find_faces", detector)
+    monkeypatch.setattr(faces, "detect_faces_fast", detector)
     monkeypatch.setattr(prepare, "require_detectors", lambda: None)
 
 

@@ -1,4 +1,4 @@
-"""The sampler: right length, sound and picture in step, every refusal in one line before anything slow."""
+"""sample.py: length, synchrony of sound and picture, the face in the photo, refusals in one line before slow work."""
 
 import os
 import runpy
@@ -43,7 +43,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a square drawn face and 0.83 s of sound; no detector anywhere near."""
+    """A working directory with a square drawn face and 0.83 s of sound; no face detector."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "detect_faces", lambda image, **_: [])
     monkeypatch.setattr(sample, "turn_upright", lambda photo: (photo, [], ""))
@@ -66,7 +66,7 @@ def shape_of(path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# what comes out
+# the video
 
 
 @pytest.mark.parametrize("n, frames", [(1, 1), (20800, 33), (20799, 32)])
@@ -78,7 +78,7 @@ def test_the_video_has_25_frames_a_second_of_speech(folder, weights, n, frames):
     assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
 
 
-def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights, capsys, monkeypatch):
+def test_the_script_writes_the_video_and_reports_it_in_one_line(folder, weights, capsys, monkeypatch):
     files = ["face.png", "speech.wav", "--weights", str(weights), "--out", "a.mp4"]
     monkeypatch.setattr(sys, "argv", [sample.__file__, *files, "--device", "cpu"])
     runpy.run_path(sample.__file__, run_name="__main__")
@@ -87,7 +87,7 @@ def test_as_a_script_it_writes_the_video_and_says_so_in_one_line(folder, weights
 
 
 class LoudFrames:
-    """Stands in for the network: a frame is bright when its own mel window is loudest in the middle."""
+    """Replaces the network: a frame is bright when its own mel window is loudest in the middle."""
 
     config = SimpleNamespace(size=16, template="toy", voice_norm=False)
 
@@ -103,7 +103,7 @@ class LoudFrames:
         yield from frames.split(batch)
 
 
-def test_a_click_shows_in_the_frame_in_which_it_is_heard(folder, monkeypatch):
+def test_a_click_appears_in_the_frame_of_its_sound(folder, monkeypatch):
     wav = np.zeros(2 * RATE, np.int16)
     clicks = [0, 11, 26, 47]
     for k in clicks:
@@ -116,7 +116,7 @@ def test_a_click_shows_in_the_frame_in_which_it_is_heard(folder, monkeypatch):
     assert bright == clicks == sorted(heard.argsort()[-4:].tolist())
 
 
-def test_the_same_command_gives_the_same_frames_and_another_sound_others(folder, weights):
+def test_the_same_command_gives_the_same_frames(folder, weights):
     talk("--out", "a.mp4", weights=weights)
     talk("--out", "b.mp4", weights=weights)
     scipy.io.wavfile.write("speech.wav", RATE, noise(13201))
@@ -130,7 +130,7 @@ AWKWARD = ['-a face\'s "best" %d [x];&$(touch y).png', "http:x.png"]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_file_names(folder, weights, name):
+def test_awkward_file_names_are_read_and_written(folder, weights, name):
     speech, out = Path(name).with_suffix(".wav"), Path(name).with_suffix(".mp4")
     os.rename("face.png", name)
     os.rename("speech.wav", speech)
@@ -138,7 +138,7 @@ def test_awkward_file_names(folder, weights, name):
     assert shape_of(out)[0] == 21 and sorted(os.listdir()) == sorted([name, str(speech), str(out)])
 
 
-def test_speech_may_come_inside_a_video_and_the_photo_may_be_of_any_kind(folder, weights):
+def test_speech_may_be_in_a_video_and_the_photo_in_any_mode(folder, weights):
     picture = Image.open("face.png").resize((64, 62)).convert("LA")  # nearly square, grey, with alpha
     picture.save("odd.png")
     media.write_video("clip.mp4", iter(np.zeros((14, 32, 32, 3), np.uint8)), 14, noise(9000) / 32768)
@@ -154,7 +154,7 @@ def options(**kw):
     return SimpleNamespace(**dict(face="f.png", box=None, number=None, toy=False) | kw)
 
 
-def test_box_face_and_square_pictures(monkeypatch):
+def test_the_face_is_in_the_box_or_the_chosen_detection_or_a_square_drawing(monkeypatch):
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8)
     two = [(10, 10, 40, 40, 0.9), (40, 50, 50, 60, 0.8)]
 
@@ -167,16 +167,16 @@ def test_box_face_and_square_pictures(monkeypatch):
     box, how = found(tall, "face")
     assert box == faces.face_box(two, "face", 1) and "largest of 2" in how
     at = how.removeprefix("face at ").split(", the")[0]
-    again = found(tall, "face", box=at)[0]  # what is printed starts a --box: in pixels of the file, inside it
+    again = found(tall, "face", box=at)[0]  # the message has the format of --box: pixels of the file, inside it
     np.testing.assert_allclose(np.mean(np.reshape(again, (2, 2)), 0), np.mean(np.reshape(box, (2, 2)), 0), atol=1)
     assert found(tall, "face", number=2)[0] == faces.face_box(two, "face", 2)
     assert found(square, "face")[0] == faces.face_box(two, "face", 1)
-    box, how = found(square, "toy")  # detectors do not know drawings
+    box, how = found(square, "toy")  # detectors find no drawn faces
     assert box == (0.5, 0, 60.5, 60) and "taken whole" in how
     assert found(tall, "toy")[0] == faces.face_box(two, "toy", 1)
 
 
-def test_a_photo_that_lies_is_turned_and_said_so(monkeypatch):
+def test_a_photo_on_its_side_is_turned_with_a_message(monkeypatch):
     upright, face = np.ones((60, 90, 3), np.uint8), (10, 10, 40, 40, 0.9)
     monkeypatch.setattr(sample, "photo_size", lambda path: (90, 60))
     monkeypatch.setattr(sample, "turn_upright", lambda photo: (upright, [face], "by 180 degrees"))
@@ -185,7 +185,7 @@ def test_a_photo_that_lies_is_turned_and_said_so(monkeypatch):
     assert how.startswith("turned by 180 degrees, face at ")
 
 
-def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_things_are_not():
+def test_a_drawn_portrait_is_recognised_and_pictures_of_things_are_not():
     assert sample.is_drawn(media.load_photo(sample.TOY_PHOTO))
     y, x = np.mgrid[:90, :90] / 90
     sky = np.stack([150 * y + 60, 120 + 100 * y, 255 - 60 * y], -1)
@@ -196,7 +196,7 @@ def test_drawn_portraits_are_what_the_toy_network_draws_again_and_photos_of_thin
         assert not sample.is_drawn(picture.astype(np.uint8))
 
 
-def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeypatch):
+def test_frames_of_a_grey_photo_are_grey(folder, weights, monkeypatch):
     written = []
     monkeypatch.setattr(sample, "write_video", lambda out, frames, *args: written.extend(frames))
     Image.open("face.png").resize((40, 40)).save("face.png")  # larger than the network's picture
@@ -207,7 +207,7 @@ def test_the_frames_of_a_photo_without_colour_have_none(folder, weights, monkeyp
         assert (np.ptp(written, -1).max() > 0) == colour and len(written) == 21, (how, face)
 
 
-def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch):
+def test_a_missing_face_is_refused_in_one_line_that_suggests_box(monkeypatch):
     tall, square = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 60, 3), np.uint8)
 
     def no_weights(photo):
@@ -223,7 +223,7 @@ def test_a_face_that_is_not_found_is_one_line_that_names_the_way_out(monkeypatch
         sample.find_photo_face(tall, options(number=2), "face")
 
 
-def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(monkeypatch):
+def test_photos_get_face_weights_and_square_drawings_toy_weights(monkeypatch):
     tall, square, drawn = np.zeros((90, 60, 3), np.uint8), np.zeros((60, 61, 3), np.uint8), np.ones((60, 61, 3), np.uint8)
     monkeypatch.setattr(sample, "is_drawn", lambda photo: photo is drawn)
 
@@ -238,10 +238,10 @@ def test_photos_go_to_the_network_of_faces_and_drawn_squares_to_the_toys(monkeyp
 
 
 # ------------------------------------------------------------------------------------------------------------
-# back into the photo
+# frames of the generator pasted into the photo
 
 
-def test_a_large_photo_becomes_a_video_of_even_sides_and_its_box_goes_along():
+def test_a_large_photo_is_shrunk_to_even_sides_with_its_box():
     photo = np.zeros((1000, 2561, 3), np.uint8)
     small, box = sample.limit_size(photo, (256.1, 100, 512.2, 200))
     assert small.shape == (500, 1280, 3)
@@ -254,7 +254,7 @@ BOX = (20.5, 10.2, 84.5, 74.2)  # 64 pixels
 
 
 def striped_photo():
-    """90 x 100, grey with stripes of one pixel, which a network of 16 pixels cannot see"""
+    """90 x 100, grey with stripes of one pixel, finer than a network of 16 pixels can show"""
     photo = np.full((90, 100, 3), 128, np.uint8)
     photo[:, ::2] += 40
     return photo
@@ -271,17 +271,17 @@ def stripes(picture):
     return float(np.abs(np.diff(picture[40:50, 45:60].astype(int), axis=1)).mean())
 
 
-def test_where_nothing_changes_the_photo_stays_bit_for_bit():
+def test_without_a_change_the_photo_stays_bit_for_bit():
     photo, paste = pasting()
     np.testing.assert_array_equal(paste(torch.full((3, 16, 16), 0.2)), photo)
-    out = paste(torch.rand(3, 16, 16))  # whatever happens in the crop, outside of it nothing does
+    out = paste(torch.rand(3, 16, 16))  # changes stay inside the crop
     inside = np.zeros(photo.shape[:2], bool)
     inside[10:75, 20:85] = True
     assert (out != photo)[inside].any() and not (out != photo)[~inside].any()
-    np.testing.assert_array_equal(photo, striped_photo())  # frames do not pile up in the photo
+    np.testing.assert_array_equal(photo, striped_photo())  # the photo itself is not modified
 
 
-def test_a_small_change_is_added_under_the_photos_detail_and_a_large_one_takes_it_away():
+def test_a_small_change_keeps_the_photos_detail_and_a_large_one_removes_it():
     photo, paste = pasting()
     patch = torch.zeros(3, 16, 16)
     patch[:, 4:12, 4:12] = 1
@@ -292,14 +292,14 @@ def test_a_small_change_is_added_under_the_photos_detail_and_a_large_one_takes_i
         assert abs(out[40:50, 45:61].mean() - photo[40:50, 45:61].mean() - 127.5 * change) < 1
 
 
-def test_a_turning_head_is_replaced_as_a_whole_in_the_photos_colours():
+def test_a_turning_head_is_replaced_completely_in_the_photos_colours():
     photo, paste = pasting(turning=True)
     same = paste(torch.full((3, 16, 16), 0.2))
     assert stripes(same) < 1 and abs(same[40:50, 45:61].mean() - 148) < 1  # no detail, the photo's grey
     np.testing.assert_array_equal(same[:10], photo[:10])
 
 
-def test_nothing_moves_outside_the_mask():
+def test_nothing_changes_outside_the_mask():
     mask = sample.soft_box(16, faces.TEMPLATES["face"].mouth)
     photo, paste = pasting(mask=mask)
     frame = torch.full((3, 16, 16), 0.2)
@@ -313,7 +313,7 @@ class Smiler(LoudFrames):
 
     mouth = None
 
-    def still(self, source):
+    def reconstruct(self, source):
         return torch.full_like(source, 0.5)
 
     def animate(self, source, mel, driving=None, sway=True, batch=7):
@@ -322,7 +322,7 @@ class Smiler(LoudFrames):
 
 
 @pytest.mark.parametrize("photo, mouth", [(-0.5, -0.5), (0.5, 0.5), (0.2, 0.2), (0.9, 0.5), (-0.9, -0.5)])
-def test_the_still_is_the_generated_mouth_that_fits_the_photo_and_eyes_at_rest(photo, mouth):
+def test_the_still_mixes_rest_and_inversion_to_fit_the_photos_mouth(photo, mouth):
     still, mask = sample.still_and_mask(Smiler(), torch.full((3, 16, 16), photo), "cpu", False)
     assert mask[11, 8] == 1 and mask[6, 5] > 0.9 and mask[0].max() == 0
     torch.testing.assert_close(still[:, 11, 8], torch.full((3,), mouth))
@@ -331,7 +331,7 @@ def test_the_still_is_the_generated_mouth_that_fits_the_photo_and_eyes_at_rest(p
     assert (still == 0.5).all() and mask[8, 8] == 1 and mask[0].max() < 0.1 and mask[:, 0].max() < 0.1
 
 
-def test_with_a_mouth_code_only_the_box_of_the_lips_is_touched():
+def test_with_a_mouth_code_the_mask_is_the_box_of_the_lips():
     model = Smiler()
     model.config = Config.at(64, template="face")
     _, wide = sample.still_and_mask(model, torch.zeros(3, 64, 64), "cpu", False)
@@ -343,7 +343,7 @@ def test_with_a_mouth_code_only_the_box_of_the_lips_is_touched():
     assert wide[50, x0 - 3] > 0.3
 
 
-def test_blinks_are_what_is_brief_in_idle_motion():
+def test_blinks_are_the_brief_part_of_idle_motion():
     t = torch.arange(75.0)
     idle = torch.stack([torch.sin(t / 12), torch.cos(t / 9), 0.02 * torch.randn(75)], -1)[None].repeat(2, 1, 1)
     idle[1, 40:45, 2] += 3
@@ -391,7 +391,7 @@ def test_the_shipped_face_keeps_its_mouth_shut_in_silence_and_opens_it_to_speech
 
 
 def numbered_video(path, count, height=40, width=40, rate=25):
-    """A video whose frames tell their number by their brightness: 8 k."""
+    """A video in which frame k has brightness 8 k"""
     command = [media.ffmpeg_path(), "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-crf", "1", str(path)]
     data = np.arange(count, dtype=np.uint8).repeat(height * width * 3) * 8
@@ -402,19 +402,19 @@ def numbers(frames):
     return [round((float(frame.mean()) + 1) * 127.5 / 8) for frame in frames]
 
 
-def test_a_short_driving_video_is_walked_there_and_back(folder):
+def test_a_short_driving_video_is_played_back_and_forth(folder):
     numbered_video("d.mp4", 4)
     frames = list(sample.driving_frames("d.mp4", 15, 16, "toy"))
     assert all(f.shape == (3, 16, 16) for f in frames)
     assert numbers(frames) == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]
 
 
-def test_a_long_driving_video_is_read_as_far_as_needed(folder):
+def test_a_long_driving_video_is_read_up_to_the_length_of_the_speech(folder):
     numbered_video("d.mp4", 30)
     assert numbers(sample.driving_frames("d.mp4", 9, 16, "toy")) == list(range(9))
 
 
-def test_a_driving_picture_of_one_frame_stands_still(folder):
+def test_a_driving_video_of_one_frame_is_repeated(folder):
     numbered_video("d.mp4", 1)
     assert numbers(sample.driving_frames("d.mp4", 5, 16, "toy")) == [0] * 5
 
@@ -432,11 +432,11 @@ def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeyp
     crops = torch.stack(list(sample.driving_frames("d.mp4", 6, 16, "face")))
     assert crops.shape == (6, 3, 16, 16) and crops[..., 2:-2, 2:-2].min() > 0.8
     monkeypatch.setattr(sample, "detect_faces", lambda image, margins: [])
-    with pytest.raises(InputError, match="no face"):
+    with pytest.raises(InputError, match="no upright face"):
         sample.driving_frames("d.mp4", 6, 16, "face")
 
 
-def test_a_grid_shows_the_photo_the_driving_clip_there_and_back_and_the_result(folder, weights):
+def test_a_grid_shows_the_photo_the_driving_clip_and_the_result(folder, weights):
     numbered_video("d.mp4", 12)
     Image.new("RGB", (30, 30), (200, 60, 40)).save("face.png")
     talk("--driving", "d.mp4", weights=weights)
@@ -448,7 +448,7 @@ def test_a_grid_shows_the_photo_the_driving_clip_there_and_back_and_the_result(f
     np.testing.assert_allclose(shown, [*range(12), *range(10, 1, -1)], atol=0.6)
 
 
-def test_a_driving_video_moves_the_face_and_the_length_stays_the_speechs(folder, weights):
+def test_a_driving_video_does_not_change_the_length(folder, weights):
     media.write_video("d.mp4", iter(np.random.default_rng(0).integers(0, 255, (8, 40, 40, 3), np.uint8)), 8)
     talk("--driving", "d.mp4", weights=weights)
     assert shape_of("talk.mp4") == (21, 32, 32, 3)
@@ -459,7 +459,7 @@ def test_a_driving_video_moves_the_face_and_the_length_stays_the_speechs(folder,
 
 
 def refused(capsys, monkeypatch, *args, **kw):
-    """Runs the sampler as its script does; the one line it must end with, with exit status 2."""
+    """Runs the sampler as its script does -> the one line of its error, with exit status 2"""
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     with pytest.raises(SystemExit) as caught:
         media.run(lambda: talk(*args, **kw))
@@ -470,7 +470,7 @@ def refused(capsys, monkeypatch, *args, **kw):
 
 @pytest.fixture
 def nothing_slow(monkeypatch):
-    """The network must not start when an input is bad."""
+    """The test fails if the network starts."""
 
     def started(*args, **kw):
         raise AssertionError("the network started before all inputs were checked")
@@ -480,7 +480,7 @@ def nothing_slow(monkeypatch):
 
 
 def bad_inputs(folder):
-    """(keyword of talk, value, what the line must say); written into the folder."""
+    """Writes bad files into the folder -> [(argument of talk, file, expected part of the message)]"""
     good = tuple(folder.joinpath(n).read_bytes() for n in ("face.png", "speech.wav"))
     Path("empty").touch()
     Path("directory").mkdir()
@@ -509,7 +509,7 @@ def bad_inputs(folder):
 
 
 @pytest.mark.usefixtures("nothing_slow")
-def test_every_bad_file_is_one_line_before_anything_slow(folder, weights, capsys, monkeypatch):
+def test_every_bad_file_is_refused_in_one_line_before_slow_work(folder, weights, capsys, monkeypatch):
     for what, name, reason in bad_inputs(folder):
         option, kw = ([what, name], {}) if what.startswith("--") else ([], {what: name})
         line = refused(capsys, monkeypatch, *option, weights=weights, **kw)
@@ -523,7 +523,7 @@ class Hostile:
 
 
 @pytest.mark.usefixtures("nothing_slow")
-def test_bad_weights_are_one_line_that_names_the_kind_expected(folder, weights, capsys, monkeypatch):
+def test_bad_weights_are_refused_in_one_line_with_the_expected_kind(folder, weights, capsys, monkeypatch):
     Path("cut.pt").write_bytes(weights.read_bytes()[:-5000])
     Path("empty.pt").touch()
     Path("directory.pt").mkdir()
@@ -541,7 +541,7 @@ def test_bad_weights_are_one_line_that_names_the_kind_expected(folder, weights, 
 
 
 @pytest.mark.usefixtures("nothing_slow")
-def test_bad_outputs_and_options_are_one_line(folder, weights, capsys, monkeypatch):
+def test_bad_outputs_and_options_are_refused_in_one_line(folder, weights, capsys, monkeypatch):
     Path("there.mp4").write_bytes(b"x")
     rows = [("--out", "there.mp4", "--overwrite"), ("--out", "no/where.mp4", "no such directory")]
     rows += [("--out", str(folder), "must end in"), ("--out", "a.avi", "must end in")]
@@ -562,7 +562,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
 
     Path("talk.mp4").write_bytes(b"old")
     monkeypatch.setattr(sample, "load_model", lambda path, device: Failing())
-    monkeypatch.setattr(media, "tqdm", lambda frames, *_, **kw: frames)  # the line stands alone
+    monkeypatch.setattr(media, "tqdm", lambda frames, *_, **kw: frames)  # no progress bar around the message
     assert "NaN" in refused(capsys, monkeypatch, "--overwrite", "--crop", weights="w.pt")
     assert Path("talk.mp4").read_bytes() == b"old"
     assert sorted(os.listdir()) == ["face.png", "speech.wav", "talk.mp4"]
@@ -571,7 +571,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
 SHARED = HERE.parents[1] / "shared/media"
 
 
-def test_a_real_photo_and_real_speech_go_through(tmp_path, weights, monkeypatch):
+def test_a_real_photo_and_real_speech_give_a_video(tmp_path, weights, monkeypatch):
     photo, speech = SHARED / "photos/portrait_man.jpg", SHARED / "speech/2414-128291-0000.flac"
     if not (photo.exists() and speech.exists()):
         pytest.skip("no real photo and speech at hand")
@@ -582,7 +582,7 @@ def test_a_real_photo_and_real_speech_go_through(tmp_path, weights, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# a photo that moves by its own pixels
+# a photo moved by its own pixels
 
 
 @pytest.fixture
@@ -598,7 +598,7 @@ def example(*args):
     sample.main([photo, "speech.wav", "--box", box, "--device", "cpu", *map(str, args)])
 
 
-def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_keeps_still(short, monkeypatch):
+def test_a_still_photo_talks_at_its_own_size_and_changes_only_below_the_eyes(short, monkeypatch):
     frames, write = [], sample.write_video
     monkeypatch.setattr(sample, "write_video",
                         lambda out, made, *args: frames.extend(made) or write(out, iter(frames), *args))
@@ -610,28 +610,28 @@ def test_a_photo_talks_at_its_own_size_and_only_below_the_eyes_where_its_head_ke
 
 
 @pytest.mark.parametrize("driven", [False, True])
-def test_a_head_sways_or_follows_a_driving_clip_by_its_own_landmarks(short, monkeypatch, driven):
-    asked = []
+def test_a_head_sways_or_follows_the_landmarks_of_a_driving_clip(short, monkeypatch, driven):
+    calls = []
 
-    def ask(self, *args, **motion):
-        asked.append(motion["pose"])
+    def record(self, *args, **motion):
+        calls.append(motion["pose"])
         return self.face.photo
 
-    monkeypatch.setattr(sample.Warp, "__call__", ask)
-    more = []
+    monkeypatch.setattr(sample.Warp, "__call__", record)
+    options = []
     if driven:
         photo = media.load_photo(sample.EXAMPLE_PHOTO)
         turned = (Image.fromarray(photo).rotate(-k, Image.Resampling.BICUBIC, center=(255, 255)) for k in range(12))
         media.write_video("drive.mp4", map(np.array, turned), 12)
         monkeypatch.setattr(sample, "find_driving_face", lambda *a: (12, (134.5, 130.1, 381.7, 377.3), 512))
-        more = ["--driving", "drive.mp4"]
-    example("--out", "a.mp4", *more)
-    asked.sort(key=lambda pose: pose.roll)
-    assert len(asked) == 15 and any(pose == Pose() for pose in asked)
-    assert (7 < asked[-1].roll < 13 and abs(asked[-1].yaw) < 3) if driven else 0 < max(abs(p.yaw) for p in asked) < 4
+        options = ["--driving", "drive.mp4"]
+    example("--out", "a.mp4", *options)
+    calls.sort(key=lambda pose: pose.roll)
+    assert len(calls) == 15 and any(pose == Pose() for pose in calls)
+    assert (7 < calls[-1].roll < 13 and abs(calls[-1].yaw) < 3) if driven else 0 < max(abs(p.yaw) for p in calls) < 4
 
 
-def test_what_cannot_be_moved_is_one_line_with_the_way_out(short, monkeypatch):
+def test_a_photo_that_cannot_be_moved_is_refused_in_one_line_with_advice(short, monkeypatch):
     with pytest.raises(InputError, match="save it as"):
         monkeypatch.setenv("TORCH_HOME", str(short))
         example("--landmarks", "fan", "--out", "a.mp4")
@@ -642,19 +642,19 @@ def test_what_cannot_be_moved_is_one_line_with_the_way_out(short, monkeypatch):
     assert not Path("a.mp4").exists()
 
 
-def test_lips_move_by_their_strength_and_lids_by_theirs(short, monkeypatch):
-    asked = []
+def test_mouth_and_blink_scale_the_motion_of_lips_and_eyelids(short, monkeypatch):
+    calls = []
 
-    def ask(self, opening, shape, **motion):
-        asked.append((opening - self.own, np.abs(shape).max(), motion["blink"]))
+    def record(self, opening, shape, **motion):
+        calls.append((opening - self.rest_opening, np.abs(shape).max(), motion["blink"]))
         return self.face.photo
 
-    monkeypatch.setattr(sample.Warp, "__call__", ask)
+    monkeypatch.setattr(sample.Warp, "__call__", record)
     monkeypatch.setattr(sample, "compute_ahead", lambda jobs: (job() for job in jobs))
     monkeypatch.setattr(sample, "idle_motion", lambda n, *_, **__: Motion(np.zeros((n, 6)), np.full(n, 0.8), np.zeros(n)))
     for k, (mouth, blink) in enumerate([(1, 1), (2, 0.5), (0, 0)]):
         example("--mouth", mouth, "--blink", blink, "--still", "--out", f"{k}.mp4")
-    one, two, none = np.array(asked).reshape(3, 15, 3)
+    one, two, none = np.array(calls).reshape(3, 15, 3)
     np.testing.assert_allclose(two, one * (2, 2, 0.5), atol=1e-6)
     assert (np.abs(one).max(0) > 0.01).all() and not none.any()
     for option, value in (("--mouth", 2.1), ("--blink", 1.5), ("--blink", "nan")):
@@ -662,7 +662,7 @@ def test_lips_move_by_their_strength_and_lids_by_theirs(short, monkeypatch):
             example(option, value, "--overwrite", "--out", "0.mp4")
 
 
-def test_the_networks_own_frames_of_a_real_face_remain(short):
+def test_network_and_crop_show_the_generators_frames(short):
     example("--network", "--out", "whole.mp4")
     example("--crop", "--out", "crop.mp4")
     assert next(read_video("whole.mp4")).shape == (512, 512, 3) and next(read_video("crop.mp4")).shape == (64, 64, 3)

@@ -1,4 +1,4 @@
-"""warp.py: pixels that move as asked and no others; poses against projected points."""
+"""warp.py: which pixels move, and how far; poses against projected points."""
 
 import functools
 
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import warp as W
-from warp import Face, Lids, Lips, Nodes, Pose, Warp
+from warp import Face, Eyelids, Lips, Nodes, Pose, Warp
 
 SIZE, SCALE = 300, 90.0
 
 
 def mean_shape():
-    """A face that is good enough for geometry: (77, 3), units, mirror symmetric, 68 landmarks and 9 of the hairline"""
+    """A symmetric face for tests of geometry: (77, 3) in units, 68 landmarks and 9 points of the hairline"""
     def arc(x, y, z, n):
         return np.stack([np.linspace(*v, n) if len(v) == 2 else np.array(v, float) for v in (x, y, z)], 1)
 
@@ -34,7 +34,7 @@ def mean_shape():
 
 
 def moves():
-    """Opening: the lower lip and the chin drop, the upper lip rises a little; second number: the corners go outwards"""
+    """Opening: the lower lip and the chin drop, the upper lip rises a little; first shape number: the mouth widens"""
     m, mean = np.zeros((3, 68, 2)), mean_shape()[:68]
     m[0, 55:60, 1], m[0, 65:68, 1], m[0, 49:54, 1], m[0, 61:64, 1] = 0.8, 0.8, -0.2, -0.2
     m[0, [48, 54, 60, 64], 1] = 0.3
@@ -67,7 +67,7 @@ def test_angles_are_the_inverse_of_rotation(yaw, pitch, roll):
     assert np.allclose(W.angles(W.rotation(yaw, pitch, roll)), (yaw, pitch, roll))
 
 
-def test_the_pose_of_a_projected_shape_is_found_again():
+def test_fit_pose_recovers_the_pose_of_a_projected_shape():
     scale, R, shift = W.fit_pose(points(25.0, pitch=-8, roll=12), mean_shape())
     assert np.allclose(W.angles(R), (25, -8, 12), atol=1e-6)
     assert np.allclose((scale, *shift), (SCALE, 150, 120))
@@ -78,49 +78,50 @@ def test_at_rest_a_frame_is_the_photo_bit_for_bit(gap):
     f = face(gap=gap)
     warp = Warp(f, moves())
     assert np.array_equal(warp(), f.photo)
-    assert np.array_equal(warp(warp.own, np.zeros(2)), f.photo)
+    assert np.array_equal(warp(warp.rest_opening, np.zeros(2)), f.photo)
     x0, y0, x1, y1 = warp.lips.box
     for read in f.read, functools.partial(W.read_photo, f.photo):     # reading alone changes nothing either
         assert np.array_equal(read(W.pixel_centres(warp.lips.box)), f.photo[y0:y1, x0:x1])
 
 
-def test_grain_survives_a_move_by_parts_of_a_pixel():
+def test_grain_survives_moves_by_parts_of_a_pixel():
     def grain(picture):
         return cv2.Laplacian(picture[20:-20, 20:-20], cv2.CV_64F).var()
 
     noise = np.random.default_rng(0).integers(0, 255, photo().shape, dtype=np.uint8)
     f = Face(cv2.GaussianBlur(noise, (0, 0), 0.5), points(), mean_shape())
     pixels = W.pixel_centres((0, 0, SIZE, SIZE))
-    kept = [grain(f.read(pixels + np.float32(shift))) / grain(f.photo) for shift in ((0.25, 0), (0.5, 0.25), (0.5, 0.5))]
-    assert all(0.7 < k < 1.2 for k in kept), kept                      # cubic: .65, .39, .37
+    shifts = (0.25, 0), (0.5, 0.25), (0.5, 0.5)
+    ratios = [grain(f.read(pixels + np.float32(shift))) / grain(f.photo) for shift in shifts]
+    assert all(0.7 < k < 1.2 for k in ratios), ratios                     # cubic: .65, .39, .37
 
 
-def test_lips_that_part_by_a_hair_show_no_dark_line():
+def test_barely_open_lips_show_no_dark_line():
     f = face()
     darker = f.photo.astype(int) - Warp(f, moves())(0.004, np.zeros(2))
     assert np.abs(darker).max() < 30
 
 
-def test_talking_changes_pixels_below_the_eyes_and_inside_the_face_only():
+def test_speech_changes_only_pixels_below_the_eyes_and_inside_the_face():
     f = face()
     warp = Warp(f, moves())
     changed = (warp(0.12, [1.0, 0.0]) != f.photo).any(-1)
     y, x = changed.nonzero()
     assert changed.sum() > 2000
-    q = (np.c_[x, y] + 0.5 - f.points[30]) @ np.linalg.inv(f.plane).T / W.OVAL[1]
+    q = (np.c_[x, y] + 0.5 - f.points[30]) @ np.linalg.inv(f.plane).T / W.LIP_OVAL[1]
     assert y.min() > f.points[[40, 41, 46, 47], 1].max()
     assert (np.hypot(q[:, 0] / 0.9, q[:, 1] / 1.05) < 1).all()         # the jaw's oval, a little wider
 
 
-def arrives(warp, opening, shape=(0.0, 0.0)):
-    """Where the landmarks of both layers go, in units: (2, 68, 2) upper layer, lower layer"""
+def moved_landmarks(warp, opening, shape=(0.0, 0.0)):
+    """Landmarks moved by both layers, in units: (2, 68, 2) upper layer, lower layer"""
     lips = warp.lips
     back = lips.displace(opening, shape)[0]
-    return lips.local(np.stack([forwards(lips.face.points, back[..., k : k + 2], lips.box) for k in (0, 2)]))
+    return lips.local(np.stack([move_forwards(lips.face.points, back[..., k : k + 2], lips.box) for k in (0, 2)]))
 
 
-def forwards(points, back, box):
-    """Where points (n, 2) arrive: p' = p + back(p')"""
+def move_forwards(points, back, box):
+    """Moves points (n, 2) move_forwards: p' = p + back(p')"""
     at, back = points[None], np.ascontiguousarray(back)
     for _ in range(60):
         at = points + W.read_grid(back, at, box)
@@ -128,19 +129,19 @@ def forwards(points, back, box):
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.10])
-def test_the_gap_between_the_lips_is_the_opening(gap):
+def test_the_gap_between_the_lips_equals_the_opening(gap):
     warp = Warp(face(gap=gap), moves())
-    assert abs(warp.own - gap) < 1e-6
+    assert abs(warp.rest_opening - gap) < 1e-6
     for opening in (0.0, 0.03, 0.08, 0.14):
         if abs(opening - gap) > 1e-3:
-            upper, lower = arrives(warp, opening)
+            upper, lower = moved_landmarks(warp, opening)
             gaps = lower[[67, 66, 65], 1] - upper[[61, 62, 63], 1]
             assert np.abs(gaps - opening).max() < 0.006, (opening, gaps)
 
 
 def test_shape_numbers_move_the_corners():
     warp = Warp(face(), moves())
-    upper, _ = arrives(warp, 0.0, (1.0, 0.0))
+    upper, _ = moved_landmarks(warp, 0.0, (1.0, 0.0))
     assert upper[54, 0] - upper[48, 0] > 1.07 * (warp.lips.q[54, 0] - warp.lips.q[48, 0])
 
 
@@ -152,21 +153,21 @@ def test_a_turned_face_moves_in_its_own_plane():
     assert 0.75 < ratio < 0.95                                         # cos 30 degrees = .87
 
 
-def test_a_field_is_inverted_on_its_nodes():
+def test_nodes_invert_a_field():
     nodes = Nodes((10, 20, 210, 180), 5.0)
-    x, y = nodes.at[..., 0], nodes.at[..., 1]
+    x, y = nodes.positions[..., 0], nodes.positions[..., 1]
     moved = np.stack([6 * np.sin(y / 40), 4 * np.cos(x / 50)], -1)
     back = nodes.invert(moved)
-    again = W.read_grid(moved, nodes.at - back, nodes.box)
+    again = W.read_grid(moved, nodes.positions - back, nodes.box)
     assert np.abs(again - back)[4:-4, 4:-4].max() < 0.05                # pixels
 
 
 def test_a_linear_field_is_linear_between_its_nodes_and_at_every_pixel():
     nodes = Nodes((10, 20, 210, 183), 5.0)
-    moved, pixels = np.float32(nodes.at * (0.1, -0.2)), W.pixel_centres(nodes.box)
+    moved, pixels = np.float32(nodes.positions * (0.1, -0.2)), W.pixel_centres(nodes.box)
     inside = pixels[7:-7, 9:-9] + (0.37, -0.41)
     np.testing.assert_allclose(W.read_grid(moved, inside, nodes.box), inside * (0.1, -0.2), atol=1e-4)
-    np.testing.assert_allclose(nodes.came_from(moved)[5:-5, 5:-5], (pixels * (0.9, 1.2))[5:-5, 5:-5], atol=1e-4)
+    np.testing.assert_allclose(nodes.sources(moved)[5:-5, 5:-5], (pixels * (0.9, 1.2))[5:-5, 5:-5], atol=1e-4)
 
 
 def test_a_blink_covers_the_eye_with_skin():
@@ -184,19 +185,19 @@ def test_a_blink_covers_the_eye_with_skin():
 
 
 @pytest.mark.parametrize("pose", [dict(yaw=8.0), dict(pitch=-6.0), dict(roll=7.0), dict(yaw=-5.0, pitch=4.0, roll=3.0)])
-def test_landmarks_go_where_the_turned_shape_puts_them(pose):
+def test_landmarks_of_a_turned_head_are_those_of_the_turned_shape(pose):
     f = face()
     head = Warp(f, moves()).head
-    at = forwards(f.points, head.back(Pose(**pose), 0.0), head.box)
+    at = move_forwards(f.points, head.displace(Pose(**pose), 0.0), head.box)
     mean = mean_shape() * (1, 1, head.DEPTH)
     R = W.rotation(**{k: pose.get(k, 0.0) for k in ("yaw", "pitch", "roll")})
     wanted = SCALE * (((mean - head.PIVOT) @ R.T + head.PIVOT)[:, :2]) + (150, 120)
-    moved, asked = (x[W.RIGID] - f.points[W.RIGID] for x in (at, wanted))
-    slope = (moved * asked).sum() / (asked**2).sum()
-    assert 0.85 < slope < 1.1 and np.corrcoef(moved.ravel(), asked.ravel())[0, 1] > 0.97
+    moved, expected = (x[W.RIGID] - f.points[W.RIGID] for x in (at, wanted))
+    slope = (moved * expected).sum() / (expected**2).sum()
+    assert 0.85 < slope < 1.1 and np.corrcoef(moved.ravel(), expected.ravel())[0, 1] > 0.97
 
 
-def test_a_turned_head_leaves_the_edge_of_its_region():
+def test_a_turned_head_changes_nothing_outside_its_region():
     f = face()
     warp = Warp(f, moves())
     frame = warp(0.08, pose=Pose(yaw=6, pitch=3), blink=0.5, brows=0.03)
@@ -207,10 +208,10 @@ def test_a_turned_head_leaves_the_edge_of_its_region():
     assert np.array_equal(frame[outside], f.photo[outside])
 
 
-def test_lips_say_the_same_on_a_head_that_turns():
+def test_lips_are_the_same_on_a_still_and_on_a_turned_head():
     warp = Warp(face(), moves())
     still = warp(0.1).astype(float)
-    turned = warp(0.1, pose=Pose(roll=1e-4)).astype(float)             # the other way through the code
+    turned = warp(0.1, pose=Pose(roll=1e-4)).astype(float)             # by render_head
     assert np.abs(still - turned).max() <= 1
 
 
@@ -222,7 +223,7 @@ def test_a_grey_photo_stays_grey():
         assert np.ptp(frame, axis=-1).max() <= 1
 
 
-def test_a_small_face_gets_more_pixels_and_a_large_one_stays():
+def test_a_small_face_is_enlarged_and_a_large_one_unchanged():
     large, p = W.enlarge_small_face(photo(), points(), mean_shape())
     assert large.shape[0] == 450 and abs(W.fit_pose(p, mean_shape())[0] - W.MIN_UNIT) < 1
     same, p = W.enlarge_small_face(large, 2 * p, mean_shape())
@@ -235,7 +236,7 @@ def test_a_small_face_gets_more_pixels_and_a_large_one_stays():
     (lambda p: p + 5000, "outside"), (lambda p: p @ np.array([[0, 1], [-1, 0]]) + (SIZE, 0), "upright"),
     (lambda p: p * (0.05, 1) + (100, 0), "face|turned"),
 ])
-def test_landmarks_that_are_none_are_refused(spoil, reason):
+def test_wrong_landmarks_are_refused(spoil, reason):
     with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=reason):
         Face(photo(), spoil(points()), mean_shape())
 
@@ -254,5 +255,5 @@ def test_a_face_at_the_edge_of_its_photo_still_talks():
 def test_each_eye_shuts_by_its_own_landmarks():
     f = face()
     parts = (slice(36, 42), slice(17, 22)), (slice(42, 48), slice(22, 27))
-    left, right = (Lids(f, f.points[eye], f.points[brow]) for eye, brow in parts)
+    left, right = (Eyelids(f, f.points[eye], f.points[brow]) for eye, brow in parts)
     assert left.box[2] < right.box[2] and abs(left.width - right.width) < 1e-6
