@@ -247,7 +247,7 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
     people = torch.stack([test.measure_real(c, slice(0, 50, 10))[1] for c in range(n)])
     unrelated_people = float(1 - (people * people.roll(-5, 0)).sum(1).mean())  # cosine distance of two people
     rows = {name: [] for name in ("face", "sound", *GROUPS)}
-    for c in tqdm(range(trials), desc="one change at a time", leave=False, disable=None):
+    for c in tqdm(range(min(trials, n)), desc="one change at a time", leave=False, disable=None):
         a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
         face, sound, driving = pack.frame(a, 0), pack.sound(b)[: 640 * T], driving_frames(test, c, T)
         variants = dict(face=(pack.frame(other, 0), sound, driving),

@@ -1,11 +1,11 @@
-"""How fast is PC-AVS here, against the authors' order of calls, on the same networks in the same run, in turns?
+"""Speed of PC-AVS, compared with the authors' order of calls on the same networks, in turns.
 
     python tests/bench_pcavs.py                 # about two minutes on two idle CPU cores, 4 GB
     python tests/bench_pcavs.py --frames 4 --rounds 1 --threads 1
 
-224 px, fp32, random weights in the published shapes: photo, sound and a pose clip of half as many frames -> frames as
-bytes. The authors, in batches of 16, for every frame: V and E of the photo, E of the pose frame, A_sync, and G twice,
-with the photo's pose and with the clip's. The frames of both are compared first. Under pytest nothing is timed.
+224 px, fp32, random weights in the published shapes: photo, sound and a pose clip of half as many frames -> uint8 frames.
+The authors run for every frame, in batches of 16: V and E on the photo, E on the pose frame, A_sync, and G twice, with
+the photo's pose and with the clip's. The frames of both orders are compared first.
 """
 
 import argparse
@@ -24,21 +24,21 @@ from pcavs import PCAVS, Config  # noqa: E402
 from motion import ping_pong  # noqa: E402
 
 
-def ours(model, photo, wav, clip, frames, noise):
+def generate(model, photo, wav, clip, frames, noise):
     return np.concatenate([to_uint8(x) for x in model.animate(photo, lws_mel(wav), frames, clip, noise)])
 
 
-def authors(model, photo, wav, clip, frames, noise, batch=16):
-    made, mel = [], lws_mel(wav)
+def generate_as_authors(model, photo, wav, clip, frames, noise, batch=16):
+    results, mel = [], lws_mel(wav)
     for first in range(0, frames, batch):
         ks = range(first, min(first + batch, frames))
         photos = photo.expand(len(ks), -1, -1, -1)
         heads = torch.stack([clip[ping_pong(k, len(clip))] for k in ks])
         identity = model.V(photos)
         speech = model.config.mouth_gain * model.A(torch.from_numpy(lws_windows(mel, ks)))
-        to_uint8(model.decode(identity, speech, model.pose(photos), noise))     # with the photo's own pose
-        made.append(to_uint8(model.decode(identity, speech, model.pose(heads), noise)))
-    return np.concatenate(made)
+        to_uint8(model.decode(identity, speech, model.encode_pose(photos), noise))  # with the photo's pose
+        results.append(to_uint8(model.decode(identity, speech, model.encode_pose(heads), noise)))
+    return np.concatenate(results)
 
 
 @torch.inference_mode()
@@ -46,8 +46,8 @@ def main():
     p = argparse.ArgumentParser(description="Frames a second of PC-AVS, ours and in the authors' order of calls.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--frames", type=int, default=16, help="frames of speech")
-    p.add_argument("--rounds", type=int, default=2, help="turns that count")
-    p.add_argument("--threads", type=int, default=2, help="of the CPU")
+    p.add_argument("--rounds", type=int, default=2, help="repetitions")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -55,14 +55,15 @@ def main():
     wav = np.random.default_rng(0).uniform(-0.5, 0.5, 640 * args.frames).astype(np.float32)
     clip = torch.rand(max(1, args.frames // 2), 3, 224, 224)
     inputs = model, torch.rand(3, 224, 224), wav, clip, args.frames, model.G.draw_noise()
-    assert np.abs(ours(*inputs).astype(int) - authors(*inputs)).max() <= 1, "they made other frames"
+    difference = generate(*inputs).astype(int) - generate_as_authors(*inputs)
+    assert np.abs(difference).max() <= 1, "the two orders of calls give different frames"
 
     ratios, rates = [], []
     for _ in range(args.rounds):
         start = time.perf_counter()
-        ours(*inputs)
+        generate(*inputs)
         middle = time.perf_counter()
-        authors(*inputs)
+        generate_as_authors(*inputs)
         ratios.append((time.perf_counter() - middle) / (middle - start))
         rates.append(args.frames / (middle - start))
     rate, ratio = statistics.median(rates), statistics.median(ratios)

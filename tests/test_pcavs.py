@@ -1,5 +1,5 @@
-"""PC-AVS: each network against a naive float64 restatement, the four files, the mel, the order of calls, step and length,
-alignment, what bad input gets, and training."""
+"""PC-AVS: each network against a naive float64 restatement, the four files, the mel, the order of calls, lengths,
+alignment, user errors and training."""
 
 import argparse
 import itertools
@@ -29,15 +29,15 @@ from pcavs import PCAVS, Config
 from toyfaces import make_toy_clip
 
 RATE = 16000
-NAMES = {letter: name for letter, (name, _) in pcavs.PUBLISHED.items()}  # of the four files
-FORMATS = Path(__file__).resolve().parents[2] / "shared" / "formats"  # published key lists, where they lie beside this
+NAMES = {letter: name for letter, (name, _) in pcavs.PUBLISHED.items()}  # letter -> file
+FORMATS = Path(__file__).resolve().parents[2] / "shared" / "formats"  # published key lists, optional
 NARROW = Config(size=96, v_base=4, v_groups=2, v_blocks=(2, 1, 1, 2), e_width=16, e_depth=4, e_maps=5,
                 a_filters=(8, 16, 24, 32), a_blocks=(1, 2, 1, 1), a_hidden=6, hidden=20, mouth=9, pose=3,
-                channels=(12, 10, 8, 7, 6, 4))  # every number its own, stems as published
+                channels=(12, 10, 8, 7, 6, 4))  # no two equal numbers, stems as published
 
 
-def shaken(module, seed=0):
-    """BatchNorm statistics, biases and zero-started weights away from their start, so that each of them matters"""
+def randomised(module, seed=0):
+    """The module with random BatchNorm statistics, biases and zero-initialised weights, so that each of them matters"""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
@@ -51,15 +51,15 @@ def shaken(module, seed=0):
 @pytest.fixture(scope="module")
 def narrow():
     torch.manual_seed(1)
-    return shaken(PCAVS(NARROW))
+    return randomised(PCAVS(NARROW))
 
 
-def doubles(module):
+def float64_weights(module):
     return {k: v.double() for k, v in module.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the networks, restated
+# the networks, against restatements in float64
 
 def bn(w, name, x):
     shape = (1, -1) + (1,) * (x.ndim - 2)
@@ -75,8 +75,8 @@ def linear(w, name, x):
     return x @ w[f"{name}.weight"].t() + w[f"{name}.bias"]
 
 
-def test_V_is_a_ResNeXt_with_its_last_map_brought_to_the_generators_width(narrow):
-    w, x = doubles(narrow.V), torch.randn(2, 3, 96, 96).double()
+def test_V_is_a_ResNeXt_with_its_last_map_projected_to_the_width_of_G(narrow):
+    w, x = float64_weights(narrow.V), torch.randn(2, 3, 96, 96).double()
     y = F.max_pool2d(bn(w, "model.bn1", conv(w, "model.conv1", x, stride=2, padding=3)).relu(), 3, 2, 1)
     for layer, count in enumerate((2, 1, 1, 2), start=1):
         for i in range(count):
@@ -107,15 +107,15 @@ def fan_block(w, n, x):
 def bilinear(x, size):
     """Half-pixel bilinear interpolation, pixel by pixel"""
     n = x.shape[-1]
-    at = ((np.arange(size) + 0.5) * n / size - 0.5).clip(0)
-    lo = np.minimum(np.floor(at).astype(int), n - 1)
-    hi, f = np.minimum(lo + 1, n - 1), torch.from_numpy(at - lo)
+    position = ((np.arange(size) + 0.5) * n / size - 0.5).clip(0)
+    lo = np.minimum(np.floor(position).astype(int), n - 1)
+    hi, f = np.minimum(lo + 1, n - 1), torch.from_numpy(position - lo)
     x = x[..., lo] * (1 - f) + x[..., hi] * f
     return x[..., lo, :] * (1 - f)[:, None] + x[..., hi, :] * f[:, None]
 
 
-def test_E_is_FAN_with_one_hourglass_read_through_one_map(narrow):
-    w, x = doubles(narrow.E), torch.randn(2, 3, 96, 96).double()
+def test_E_is_FAN_with_one_hourglass_whose_heat_maps_are_reduced_to_one(narrow):
+    w, x = float64_weights(narrow.E), torch.randn(2, 3, 96, 96).double()
     y = fan_block(w, "model.conv2", bn(w, "model.bn1", conv(w, "model.conv1", x, stride=2, padding=3)).relu())
     y = fan_block(w, "model.conv4", fan_block(w, "model.conv3", F.max_pool2d(y, 2)))   # (2, 16, 24, 24)
 
@@ -132,11 +132,11 @@ def test_E_is_FAN_with_one_hourglass_read_through_one_map(narrow):
     torch.testing.assert_close(narrow.E.model(x.float()).double(), feature, rtol=1e-4, atol=1e-4)
     pose = linear(w, "to_headpose.2", linear(w, "to_headpose.0", feature).relu())
     pose = linear(w, "headpose_embed.1", pose.relu())
-    torch.testing.assert_close(narrow.pose(x.float()).double(), pose, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(narrow.encode_pose(x.float()).double(), pose, rtol=1e-4, atol=1e-4)
 
 
 def test_A_is_a_ResNet_with_squeeze_and_excitation_and_attention_over_time(narrow):
-    w, x = doubles(narrow.A), torch.rand(3, 1, 80, 20).double()
+    w, x = float64_weights(narrow.A), torch.rand(3, 1, 80, 20).double()
     y = bn(w, "model.bn1", conv(w, "model.conv1", x, padding=1).relu())
     for layer, count in enumerate((1, 2, 1, 1), start=1):
         for i in range(count):
@@ -168,7 +168,7 @@ def blurred(x, before, after, gain):
 
 
 def with_zeros(x):
-    """A zero behind every pixel, along both axes"""
+    """A zero after every pixel, along both axes"""
     y = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
     y[..., ::2, ::2] = x
     return y
@@ -191,7 +191,7 @@ def modulated(w, n, x, style, up=False, demodulate=True):
 
 
 def test_G_is_rosinalitys_generator_from_the_identity_map_up_with_one_style_for_all_layers(narrow):
-    w = doubles(narrow.G)
+    w = float64_weights(narrow.G)
     style, x = torch.randn(2, narrow.G.dim).double(), torch.randn(2, 12, 3, 3).double()
     noise = narrow.G.draw_noise(torch.Generator().manual_seed(3))
     assert [m.shape[-1] for m in noise] == [3, 6, 6, 12, 12, 24, 24, 48, 48, 96, 96]
@@ -214,15 +214,14 @@ def test_G_is_rosinalitys_generator_from_the_identity_map_up_with_one_style_for_
 
 
 def test_the_style_is_identity_vector_mouth_code_and_pose_code_in_this_order(narrow, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(narrow.G, "forward", lambda style, identity_map, noise: seen.update(style=style) or style)
+    monkeypatch.setattr(narrow.G, "forward", lambda style, identity_map, noise: style)
     vector, speech, pose = torch.randn(1, 128), torch.randn(5, 20), torch.randn(5, 3)
     with torch.no_grad():
-        narrow.decode((vector, torch.randn(1, 12, 3, 3)), speech, pose)
-    w = doubles(narrow.E)
+        style = narrow.decode((vector, torch.randn(1, 12, 3, 3)), speech, pose)
+    w = float64_weights(narrow.E)
     mouth = linear(w, "mouth_embed.1", speech.double().relu())
     expected = torch.cat([vector.expand(5, -1).double(), mouth, pose.double()], 1)
-    torch.testing.assert_close(seen["style"].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(style.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_published_shapes():
@@ -243,22 +242,22 @@ def test_the_published_shapes():
 
 @pytest.mark.skipif(not FORMATS.is_dir(), reason="the published key lists are not at hand")
 @pytest.mark.parametrize("letter", "GVEA")
-def test_every_published_key_is_ours_or_one_of_the_unused(letter):
+def test_every_published_key_is_ours_or_unused(letter):
     lines = (FORMATS / f"pcavs_{NAMES[letter][11:-4]}.txt").read_text().splitlines()[1:]
     listed = {key: tuple(map(int, shape.split("x"))) if shape != "scalar" else ()
               for key, shape, _ in (line.split() for line in lines)}
     with torch.device("meta"):
         ours = {k: tuple(v.shape) for k, v in getattr(PCAVS(Config()), letter).state_dict().items()}
     unused = {k for k in listed if k.startswith(pcavs.PUBLISHED[letter][1])}
-    kept = {k: (v[1],) if k.endswith("activate.bias") else v for k, v in listed.items() if k not in unused}
-    assert unused and kept == ours
+    used = {k: (v[1],) if k.endswith("activate.bias") else v for k, v in listed.items() if k not in unused}
+    assert unused and used == ours
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the four files
 
 def published_state(net, letter):
-    """As the authors saved it: biases (1, C, 1, 1), and what inference does not use"""
+    """As saved by the authors: biases (1, C, 1, 1), and weights that inference does not use"""
     state = {k: v.reshape(1, -1, 1, 1).clone() if k.endswith("activate.bias") else v.clone()
              for k, v in net.state_dict().items()}
     return state | {prefix + "weight": torch.zeros(7, 3) for prefix in pcavs.PUBLISHED[letter][1]}
@@ -277,20 +276,20 @@ def four(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "four")
 
 
-def test_four_published_files_load_and_what_is_unused_is_not_kept(narrow, four):
+def test_four_published_files_load_without_their_unused_weights(narrow, four):
     for prefix in ("", "module."):  # DataParallel's, in old files
         state = torch.load(four / "latest_net_G.pth", weights_only=True)
         torch.save({prefix + k: v for k, v in state.items()}, four / "latest_net_G.pth")
         model = pcavs.load_published(four, NARROW)
         for letter in "GVEA":
             net, ours = getattr(model, letter), getattr(narrow, letter).state_dict()
-            found = net.state_dict()
-            assert found.keys() == ours.keys()
-            assert all(torch.equal(found[k], ours[k]) for k in ours)
+            loaded = net.state_dict()
+            assert loaded.keys() == ours.keys()
+            assert all(torch.equal(loaded[k], ours[k]) for k in ours)
             assert not any(p.requires_grad for p in net.parameters()) and not net.training
 
 
-def spoil(folder, name, how):
+def damage(folder, name, how):
     path = folder / name
     state = torch.load(path, weights_only=True)
     key = next(k for k in state if k.endswith("weight") and not k.startswith(("style.", "input.", "noises.")))
@@ -312,12 +311,12 @@ def spoil(folder, name, how):
         torch.save(state | {key: state[key][..., :-1]}, path)
 
 
-HOWS = ("missing", "empty", "truncated", "a web page", "holds code", "one key short", "one key more", "another shape")
+DAMAGES = ("missing", "empty", "truncated", "a web page", "holds code", "one key short", "one key more", "another shape")
 
 
-@pytest.mark.parametrize("how, name", [*zip(HOWS, [*NAMES.values()] * 2)])
+@pytest.mark.parametrize("how, name", [*zip(DAMAGES, [*NAMES.values()] * 2)])
 def test_a_wrong_or_missing_file_is_one_line_that_names_it(four, how, name):
-    spoil(four, name, how)
+    damage(four, name, how)
     with pytest.raises(InputError) as caught:
         pcavs.load_published(four, NARROW)
     line = str(caught.value)
@@ -325,7 +324,7 @@ def test_a_wrong_or_missing_file_is_one_line_that_names_it(four, how, name):
     assert not any(other in line for other in NAMES.values() if other != name)
 
 
-def test_one_networks_file_under_anothers_name_is_refused(four):
+def test_a_file_under_the_name_of_another_network_is_refused(four):
     os.replace(four / "latest_net_E.pth", four / "latest_net_V.pth")
     torch.save(published_state(PCAVS(NARROW).E, "E"), four / "latest_net_E.pth")
     with pytest.raises(InputError, match="latest_net_V.pth: not the weights of IdentityEncoder"):
@@ -339,7 +338,7 @@ def noise(n, seed=4):
     return (np.random.default_rng(seed).normal(size=n) * 2500).astype(np.int16)
 
 
-def test_the_mel_agrees_with_a_naive_one():
+def test_the_mel_agrees_with_a_naive_restatement():
     import librosa
     wav = (noise(2005) / 32768 * np.hanning(2005)).astype(np.float32)
     mel = lws_mel(wav)
@@ -370,7 +369,7 @@ def test_the_mel_does_not_depend_on_loudness_and_silence_is_zero(monkeypatch):
     np.testing.assert_allclose(lws_mel(wav), whole, atol=1e-6)
 
 
-def test_a_frames_window_has_twenty_steps_from_two_frames_before_it_and_silence_outside():
+def test_the_window_of_a_frame_has_twenty_steps_from_two_frames_before_it_and_silence_outside():
     mel = np.arange(1, 27 * 80 + 1, dtype=np.float32).reshape(27, 80)
     windows = lws_windows(mel, [0, 3, 6])
     assert windows.shape == (3, 1, 80, 20)
@@ -382,14 +381,14 @@ def test_a_frames_window_has_twenty_steps_from_two_frames_before_it_and_silence_
 
 
 def test_a_click_is_in_the_middle_of_the_window_of_its_frame():
-    """Not two frames off, as where the first picture is the third frame's"""
+    """Not two frames off, as if the first image were that of the third frame"""
     for k in (0, 1, 7, 24):
         wav = np.zeros(16000, np.float32)
         wav[640 * k + 320] = 1
         windows = lws_windows(lws_mel(wav), range(25))[:, 0].astype(np.float64).mean(1)      # (25, 20)
         loud = windows - windows.min()
         off = [abs((row * np.arange(20)).sum() / row.sum() - 9.5) if row.sum() else 99 for row in loud]
-        whole = [i for i in range(25) if loud[i].sum() > 0.9 * loud.sum(1).max()]                  # sees all of the click
+        whole = [i for i in range(25) if loud[i].sum() > 0.9 * loud.sum(1).max()]  # windows with all of the click
         assert k in whole and abs(np.mean(whole) - k) <= 1.5
         assert k in (0, 24) or off[k] < 6
 
@@ -397,32 +396,29 @@ def test_a_click_is_in_the_middle_of_the_window_of_its_frame():
 # ---------------------------------------------------------------------------------------------------------------------
 # the order of calls
 
-class Counted:
-    """A network that counts the images of each call"""
+def count_images(model, monkeypatch):
+    """-> {network: number of images of each call}, filled by calls of the model"""
+    calls = {k: [] for k in "VEAG"}
 
-    def __init__(self, of):
-        self.of, self.calls = of, []
+    def counting(forward, sizes):
+        def count(x, *arguments):
+            sizes.append(len(x))
+            return forward(x, *arguments)
+        return count
 
-    def __call__(self, x, *more):
-        self.calls.append(len(x))
-        return self.of(x, *more)
-
-
-def counted(model, monkeypatch):
-    nets = {k: Counted(getattr(model, k).forward) for k in "VEAG"}
-    for k, net in nets.items():
-        monkeypatch.setattr(getattr(model, k), "forward", net)
-    return {k: net.calls for k, net in nets.items()}
+    for k in calls:
+        monkeypatch.setattr(getattr(model, k), "forward", counting(getattr(model, k).forward, calls[k]))
+    return calls
 
 
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(2)
-    return shaken(PCAVS(Config.at(16)))
+    return randomised(PCAVS(Config.for_size(16)))
 
 
 def test_V_runs_once_E_once_a_pose_frame_A_and_G_once_a_frame(tiny, monkeypatch):
-    calls = counted(tiny, monkeypatch)
+    calls = count_images(tiny, monkeypatch)
     photo, pose = torch.randn(3, 16, 16), torch.randn(4, 3, 16, 16)
     mel = lws_mel(np.random.default_rng(0).normal(size=9000).astype(np.float32) / 9)
     frames = torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=5)))
@@ -430,37 +426,37 @@ def test_V_runs_once_E_once_a_pose_frame_A_and_G_once_a_frame(tiny, monkeypatch)
     assert calls == dict(V=[1], E=[4], A=[5, 5, 4], G=[5, 5, 4])
 
 
-def test_pose_codes_repeat_backwards_and_forwards_whatever_the_batch(tiny):
+def test_pose_codes_repeat_backwards_and_forwards_at_any_batch_size(tiny):
     photo, pose = torch.randn(3, 16, 16), torch.randn(4, 3, 16, 16)
     mel = lws_mel(np.random.default_rng(0).normal(size=9000).astype(np.float32) / 9)
     frames = torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=5)))
-    walked = pose[[0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1]]
+    pose_frames = pose[[0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1]]
     with torch.no_grad():
         speech = tiny.A(torch.from_numpy(lws_windows(mel, range(14))))
         identity = tiny.V(photo[None])
-        one_by_one = torch.cat([tiny.decode(identity, speech[i:i + 1], tiny.pose(walked[i:i + 1]), "off")
+        one_by_one = torch.cat([tiny.decode(identity, speech[i:i + 1], tiny.encode_pose(pose_frames[i:i + 1]), "off")
                                 for i in range(14)])
     torch.testing.assert_close(frames, one_by_one, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=1))), frames, rtol=1e-4, atol=1e-5)
-    own = torch.cat(list(tiny.animate(photo, mel, 3)))                          # no pose clip: the photo's own
+    own = torch.cat(list(tiny.animate(photo, mel, 3)))                          # no pose clip: the photo's pose
     same = torch.cat(list(tiny.animate(photo, mel, 3, [photo])))
     torch.testing.assert_close(own, same)
     assert not torch.allclose(own, frames[:3], atol=1e-4)
 
 
-def test_the_masked_mouth_does_not_change_the_pose_code_of_our_own_networks(tiny, narrow):
+def test_the_mouth_does_not_change_the_pose_code_of_our_networks(tiny, narrow):
     frames = torch.randn(2, 3, 16, 16)
     changed = frames.clone()
     changed[:, :, 11, 6:10] += 3
-    assert torch.equal(tiny.pose(frames), tiny.pose(changed))
+    assert torch.equal(tiny.encode_pose(frames), tiny.encode_pose(changed))
     frames = torch.randn(1, 3, 96, 96)
-    assert torch.equal(narrow.masked(frames), frames)                           # the published E has no mask
+    assert torch.equal(narrow.pose_input(frames), frames)                           # the published E has no mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # alignment
 
-def test_eyes_and_mouth_come_to_their_places_whatever_the_scale_and_rotation():
+def test_eyes_and_mouth_are_moved_to_their_positions_at_any_scale_and_rotation():
     for size in (224, 96):
         for turn, scale, shift in ((0.3, 0.9, 300 + 210j), (-0.2, 0.35, 150 + 130j)):
             points = (pcavs.PCAVS_POINTS - 112 - 90j) * scale * np.exp(1j * turn) + shift
@@ -476,13 +472,13 @@ def test_eyes_and_mouth_come_to_their_places_whatever_the_scale_and_rotation():
                 assert abs((cols * mass).sum() - expected.real) < 0.6 and abs((rows * mass).sum() - expected.imag) < 0.6
 
 
-def test_an_aligned_image_is_cut_as_the_authors_do(tmp_path):
+def test_an_aligned_image_is_cropped_as_by_the_authors(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "0.png")
-    cut, = pcavs.clip_crops(tmp_path, 9, Config(size=192))
+    cut, = pcavs.crop_clip(tmp_path, 9, Config(size=192))
     np.testing.assert_array_equal(cut, image[:192, 16:208])
-    given = types.SimpleNamespace(aligned=True, face=tmp_path / "0.png")  # noise: no face could be found in it
-    np.testing.assert_array_equal(pcavs.photo_crop(image, given, Config(size=192)), cut)
+    args = types.SimpleNamespace(aligned=True, face=tmp_path / "0.png")  # noise, in which no face could be found
+    np.testing.assert_array_equal(pcavs.crop_photo(image, args, Config(size=192)), cut)
 
 
 BASE = np.array([60 + 40j, 100 + 40j, 80 + 90j])  # eyes and mouth
@@ -498,38 +494,38 @@ def landmarks_at(points):
 
 @pytest.fixture
 def tracked(tmp_path, monkeypatch):
-    """A grey clip of seven frames, and the landmarks that its tracking gives from the second on"""
+    """A grey clip of seven frames, and the points at which its landmarks are tracked from the second frame on"""
     write_video(tmp_path / "clip.mp4", itertools.repeat(np.full((120, 160, 3), 90, np.uint8), 7), 7)
-    found = [BASE, None, BASE + 10, BASE + 15 + 5j, BASE + 20, BASE + 20]
-    looks = itertools.cycle([[], [(50, 60, 150, 160, 0.9)]])                    # no face in the first frame
-    monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: next(looks))
+    positions = [BASE, None, BASE + 10, BASE + 15 + 5j, BASE + 20, BASE + 20]
+    detections = itertools.cycle([[], [(50, 60, 150, 160, 0.9)]])               # no face in the first frame
+    monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: next(detections))
     monkeypatch.setattr(pcavs, "track_landmarks", lambda net, frames, box: (
-        np.stack([landmarks_at(p) for p, _ in zip(found, frames)])))
-    return tmp_path / "clip.mp4", found
+        np.stack([landmarks_at(p) for p, _ in zip(positions, frames)])))
+    return tmp_path / "clip.mp4", positions
 
 
-def test_points_of_a_clip_are_interpolated_where_there_is_no_face(tracked, monkeypatch):
-    clip, found = tracked
-    assert len(list(pcavs.aligned_clip(clip, 4, 32))) == 4
+def test_points_are_interpolated_in_frames_without_a_face(tracked, monkeypatch):
+    clip, positions = tracked
+    assert len(list(pcavs.align_clip(clip, 4, 32))) == 4
     monkeypatch.setattr(pcavs, "align_frames", lambda frames, points, *_: points)
-    points = 120 * pcavs.aligned_clip(clip, 99, 32)
+    points = 120 * pcavs.align_clip(clip, 99, 32)
     shift = np.array([0, 0, 5, 10, 15 + 5j, 20, 20])
     np.testing.assert_allclose(points, BASE + shift[:, None], atol=1e-9)
 
 
-def test_a_clip_with_few_faces_or_none_is_refused(tracked, monkeypatch):
-    clip, found = tracked
-    found[:] = [BASE, BASE, None, None, None, None]
+def test_a_clip_with_few_or_no_faces_is_refused(tracked, monkeypatch):
+    clip, positions = tracked
+    positions[:] = [BASE, BASE, None, None, None, None]
     with pytest.raises(InputError, match="a face in 2 of 7 frames"):
-        pcavs.aligned_clip(clip, 99, 32)
+        pcavs.align_clip(clip, 99, 32)
     monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: [])
-    with pytest.raises(InputError, match="clip.mp4: no face that is upright"):
-        pcavs.aligned_clip(clip, 99, 32)
+    with pytest.raises(InputError, match="clip.mp4: no upright face"):
+        pcavs.align_clip(clip, 99, 32)
 
 
-def test_align_writes_the_crops_of_a_folder_that_are_not_aligned_again(tracked, capsys):
-    clip, found = tracked
-    found[:] = [BASE] * 6
+def test_align_writes_crops_that_are_not_aligned_a_second_time(tracked, capsys):
+    clip, positions = tracked
+    positions[:] = [BASE] * 6
     image = np.random.default_rng(0).integers(0, 256, (15, 20, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     (clip.parent / "frames").mkdir()
     for i in range(4):
@@ -538,19 +534,19 @@ def test_align_writes_the_crops_of_a_folder_that_are_not_aligned_again(tracked, 
     out = clip.parent / "frames_cropped"
     assert f"{out}: 4 aligned images" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == [f"{i:06d}.jpg" for i in range(4)]
-    boxes = (pcavs.PCAVS_FILE, pcavs.PCAVS_INPUT)
+    boxes = pcavs.PCAVS_FILE, pcavs.PCAVS_INPUT
     whole, cut = (next(pcavs.align_frames([image], BASE[None] / 120, 224, box)) for box in boxes)
     written = np.asarray(Image.open(out / "000002.jpg")).astype(int)
     assert written.shape == (224, 224, 3) and abs(written - whole).mean() < 8
-    crops = list(pcavs.clip_crops(out, 9, Config()))                            # a folder is aligned
+    crops = list(pcavs.crop_clip(out, 9, Config()))                            # a folder is aligned
     assert len(crops) == 4 and abs(crops[2].astype(int) - cut).mean() < 12
     with pytest.raises(InputError, match="frames_cropped: exists; give --overwrite"):
         pcavs.main(["align", str(clip.parent / "frames")])
 
 
 def test_align_writes_a_file_of_pairs_in_which_each_video_drives_itself(tracked, capsys):
-    clip, found = tracked
-    found[:] = [BASE] * 6
+    clip, positions = tracked
+    positions[:] = [BASE] * 6
     csv, out = clip.parent / "pairs.csv", clip.parent / "clip_cropped"
     pcavs.main(["align", str(clip), "--csv", str(csv)])
     assert pcavs.read_pairs(csv) == [[out, out, clip, out]]
@@ -589,8 +585,8 @@ def folder(media, tmp_path, monkeypatch):
     return tmp_path
 
 
-def say(weights, *more, face="face.png", speech="speech.wav"):
-    pcavs.main(["sample", str(face), str(speech), "--weights", str(weights), "--device", "cpu", *map(str, more)])
+def run_sample(weights, *options, face="face.png", speech="speech.wav"):
+    pcavs.main(["sample", str(face), str(speech), "--weights", str(weights), "--device", "cpu", *map(str, options)])
 
 
 def frames_of(path):
@@ -600,14 +596,14 @@ def frames_of(path):
 @pytest.mark.parametrize("n, frames", [(1, 1), (20800, 33), (20799, 32)])
 def test_there_are_25_frames_a_second_of_speech(folder, weights, n, frames):
     scipy.io.wavfile.write("speech.wav", RATE, noise(n))
-    say(weights, "--pose", "pose.mp4", *["--bf16"] * (n == 1))
+    run_sample(weights, "--pose", "pose.mp4", *["--bf16"] * (n == 1))
     assert frames_of("talk.mp4").shape == (frames, 16, 16, 3)
     assert abs(len(load_audio("talk.mp4")) - n) < 1100  # AAC works in blocks of 1024
 
 
 def test_the_grid_shows_photo_pose_and_result_and_the_pose_repeats_backwards(folder, weights, capsys):
-    say(weights, "--pose", "pose.mp4", "--grid", "--out", "grid.mp4")
-    say(weights, "--pose", "pose.mp4", "--out", "alone.mp4")
+    run_sample(weights, "--pose", "pose.mp4", "--grid", "--out", "grid.mp4")
+    run_sample(weights, "--pose", "pose.mp4", "--out", "alone.mp4")
     assert "21 frames" in capsys.readouterr().out.splitlines()[-1]
     grid, alone = frames_of("grid.mp4").astype(int), frames_of("alone.mp4").astype(int)
     assert grid.shape == (21, 16, 48, 3)
@@ -620,7 +616,7 @@ def test_the_grid_shows_photo_pose_and_result_and_the_pose_repeats_backwards(fol
         assert abs(grid[k, :, 16:32] - small).mean() < 12
 
 
-def test_the_same_seed_gives_the_same_frames_and_noise_is_held_still(tiny, narrow):
+def test_the_same_seed_gives_the_same_frames_and_noise_is_constant_in_a_clip(tiny, narrow):
     args = argparse.Namespace(seed=5, bf16=False, weights="weights.pt")
     crop, wav = np.full((96, 96, 3), 100, np.uint8), (noise(1300) / 32768).astype(np.float32)
     a, b = (np.stack(list(pcavs.render(narrow, crop, wav, [crop], args, torch.device("cpu")))) for _ in "ab")
@@ -630,7 +626,7 @@ def test_the_same_seed_gives_the_same_frames_and_noise_is_held_still(tiny, narro
     assert abs(a[0].astype(int) - a[1]).mean() < abs(a.astype(int) - c).mean()
 
 
-BAD = [  # (what is done, the arguments, what the line says)
+BAD = [  # (prepared file, arguments, part of the message)
     ("", ["sample", "nobody.png", "speech.wav"], "nobody.png: no such file"),
     ("", ["sample", ".", "speech.wav"], "is a directory"),
     ("", ["sample", "face.png", "nothing.wav"], "nothing.wav: no such file"),
@@ -654,18 +650,18 @@ BAD = [  # (what is done, the arguments, what the line says)
 ]
 
 
-@pytest.mark.parametrize("what, arguments, line", BAD)
-def test_bad_input_is_one_line_and_exit_status_2(folder, weights, monkeypatch, capsys, what, arguments, line):
+@pytest.mark.parametrize("file, arguments, message", BAD)
+def test_bad_input_is_one_line_and_exit_status_2(folder, weights, monkeypatch, capsys, file, arguments, message):
     Path("empty").touch()
     for name in ("text", "text.csv"):
         Path(name).write_text("this is nothing\n")
-    if what == "silent video":
+    if file == "silent video":
         write_video("mute.mp4", iter(np.zeros((1, 16, 16, 3), np.uint8)), 1)
-    if what == "cut":
+    if file == "cut":
         Path("cut.mp4").write_bytes(Path("pose.mp4").read_bytes()[:700])
-    if what == "taken":
+    if file == "taken":
         Path("talk.mp4").touch()
-    if what == "another kind":
+    if file == "another kind":
         save_checkpoint("other.pt", dict(kind="weights", format=1))
     if "--weights" not in arguments:
         arguments = [*arguments, "--weights", str(weights)]
@@ -673,27 +669,27 @@ def test_bad_input_is_one_line_and_exit_status_2(folder, weights, monkeypatch, c
     with pytest.raises(SystemExit) as caught:
         run(lambda: pcavs.main(arguments))
     out = capsys.readouterr()
-    assert caught.value.code == 2 and line in out.err and out.err.count("\n") == 1 and "Traceback" not in out.err
+    assert caught.value.code == 2 and message in out.err and out.err.count("\n") == 1 and "Traceback" not in out.err
 
 
-def test_networks_that_fail_get_one_line_and_leave_no_file(folder, weights):
+def test_networks_that_return_nan_give_one_line_and_no_file(folder, weights):
     checkpoint = load_checkpoint(weights, "pcavs")
     checkpoint["networks"]["model"]["G.to_rgb1.bias"].fill_(float("nan"))
     save_checkpoint("nan.pt", checkpoint)
     with pytest.raises(InputError, match="nan.pt: the networks fail"):
-        say("nan.pt")
+        run_sample("nan.pt")
     assert not Path("talk.mp4").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
 
-def test_a_toy_networks_photo_of_another_kind_gets_one_line(folder, weights, capsys):
-    say(weights)
+def test_a_toy_network_prints_one_line_about_a_photo_that_is_no_drawing(folder, weights, capsys):
+    run_sample(weights)
     assert "toy world only" not in capsys.readouterr().out
     image = np.asarray(Image.open("face.png"))[::-1]
     Image.fromarray(255 - image).save("other.png")
-    say(weights, "--overwrite", face="other.png")
+    run_sample(weights, "--overwrite", face="other.png")
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "these weights draw the toy world only; other.png" in line] == lines[:1]
 
@@ -733,13 +729,13 @@ def test_the_authors_file_of_pairs(folder, weights, capsys):
     ("face.png 1 None 7 speech.wav mouth 7 dummy", "line 1: mouth: no such file or folder"),
     ("None 1 pose.mp4 7 speech.wav None 7 dummy", "line 1: None: no such file or folder"),
 ])
-def test_what_a_line_of_pairs_names_exists(folder, line, message):
+def test_a_missing_file_in_a_line_of_pairs_is_refused(folder, line, message):
     Path("demo.csv").write_text(line)
     with pytest.raises(InputError, match=message):
         pcavs.read_pairs(Path("demo.csv"))
 
 
-def test_clips_of_another_run_are_not_measured(folder, weights):
+def test_clips_of_another_run_in_the_folder_are_refused(folder, weights):
     command = ["pairs", "--weights", str(weights), "--out", "eval", "--device", "cpu"]
     for name in "ab":
         Path(name).mkdir()
@@ -758,7 +754,7 @@ def test_clips_of_another_run_are_not_measured(folder, weights):
 
 def test_the_contrast_is_ln_n_at_chance_and_its_gradient_reaches_the_second_argument_only():
     a, b = torch.ones(6, 5).requires_grad_(), torch.ones(6, 5).requires_grad_()
-    assert float(pcavs.contrastive_loss(a, b)) == pytest.approx(math.log(6), abs=1e-4)
+    assert float(pcavs.contrastive_loss(a, b).detach()) == pytest.approx(math.log(6), abs=1e-4)
     a, b = torch.eye(4, 5) * 3, torch.eye(4, 5) + 0.3 * torch.roll(torch.eye(4, 5), 1, 1)
     d = [[np.linalg.norm(p / np.linalg.norm(p) - q / np.linalg.norm(q)) for q in b.numpy()] for p in a.numpy()]
     expected = np.mean([-np.log(np.exp(1 / d[i][i]) / np.exp(1 / np.array(d[i])).sum()) for i in range(4)])
@@ -774,7 +770,7 @@ def test_the_pose_augmentation_changes_colours_and_size_and_rotates_nothing():
     torch.manual_seed(0)
     frames = torch.zeros(40, 3, 32, 32)
     frames[:, :, 16] = 1                                                        # a level line
-    out = pcavs.pose_augment(frames)
+    out = pcavs.augment_frames(frames)
     assert out.shape == frames.shape and float((out.mean((2, 3)) - frames.mean((2, 3))).abs().mean()) > 0.1
     assert float((out - out[..., :1]).abs().max()) < 1e-4                       # still level
 
@@ -790,9 +786,9 @@ def narrow_discriminator():
         yield
 
 
-def learn(pack, out, *more, steps=4):
+def run_train(pack, out, *options, steps=4):
     pcavs.main(["train", "--data", str(pack), "--out", str(out), "--size", "16", "--batch", "12", "--steps", str(steps),
-                "--device", "cpu", *more])
+                "--device", "cpu", *options])
 
 
 def test_every_tenth_clip_is_held_out_from_networks_teacher_and_samples(tmp_path, monkeypatch):
@@ -803,19 +799,19 @@ def test_every_tenth_clip_is_held_out_from_networks_teacher_and_samples(tmp_path
     used = dict(networks=set(), samples=set(), teacher=set())
     item, fit = pcavs.ClipFrames.__getitem__, pcavs.fit_pose_teacher
 
-    def noting_item(self, n):
+    def recording_item(self, n):
         used["networks" if self.flip else "samples"].update(np.asarray(self.clips).tolist())
         return item(self, n)
 
-    def noting_fit(teacher, pack, clips):
+    def recording_fit(teacher, pack, clips):
         used["teacher"].update(clips.tolist())
         fit(teacher, pack, clips)
 
-    monkeypatch.setattr(pcavs.ClipFrames, "__getitem__", noting_item)
-    monkeypatch.setattr(pcavs, "fit_pose_teacher", noting_fit)
-    learn(tmp_path / "pack", tmp_path / "out", steps=1)
-    rest = {*range(20)} - {9, 19}
-    assert used == dict(networks=rest, teacher=rest, samples={9, 19})
+    monkeypatch.setattr(pcavs.ClipFrames, "__getitem__", recording_item)
+    monkeypatch.setattr(pcavs, "fit_pose_teacher", recording_fit)
+    run_train(tmp_path / "pack", tmp_path / "out", steps=1)
+    training = {*range(20)} - {9, 19}
+    assert used == dict(networks=training, teacher=training, samples={9, 19})
 
 
 def test_lists_of_clips_need_a_pack(tmp_path, monkeypatch):
@@ -825,7 +821,7 @@ def test_lists_of_clips_need_a_pack(tmp_path, monkeypatch):
         pcavs.main(["train", "--out", str(tmp_path / "out"), "--test", "list"])
 
 
-def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
+def test_an_item_has_different_frames_of_one_clip_with_their_sound(pack):
     pack = Pack(pack)
     data = pcavs.ClipFrames(pack, 4, 7, range(5), flip=False)
     for n in range(6):
@@ -834,9 +830,9 @@ def test_an_item_is_one_clip_at_different_moments_with_their_sound(pack):
         c = item["person"]                                                      # a clip a person here
         clip, mel = to_tensor(pack.frames(c, range(20))), lws_mel(pack.sound(c))
         images = torch.cat([item["source"][None], item["frames"]])
-        at = [int((clip - p).abs().sum((1, 2, 3)).argmin()) for p in images]
-        assert len(set(at)) == 5 and all(torch.equal(clip[k], p) for k, p in zip(at, images))
-        np.testing.assert_array_equal(item["mel"], lws_windows(mel, at[1:]))
+        indices = [int((clip - p).abs().sum((1, 2, 3)).argmin()) for p in images]
+        assert len(set(indices)) == 5 and all(torch.equal(clip[k], p) for k, p in zip(indices, images))
+        np.testing.assert_array_equal(item["mel"], lws_windows(mel, indices[1:]))
 
 
 @pytest.fixture(scope="module")
@@ -845,53 +841,53 @@ def two_steps(pack, tmp_path_factory, narrow_discriminator):
     out = tmp_path_factory.mktemp("run") / "a"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pcavs, "LOG_EVERY", 1)
-        patch.setattr(pcavs, "TEACHER_SHARE", 0)                                # a share of the steps
-        learn(pack, out, "--w-adv", "1", steps=2)
+        patch.setattr(pcavs, "TEACHER_SHARE", 0)                                # E's pose code from the first step
+        run_train(pack, out, "--w-adv", "1", steps=2)
     return out
 
 
-def test_two_steps_are_one_and_one_more_bit_for_bit(pack, two_steps, tmp_path, monkeypatch):
+def test_two_steps_equal_one_step_and_a_resumed_one_bit_for_bit(pack, two_steps, tmp_path, monkeypatch):
     monkeypatch.setattr(pcavs, "TEACHER_SHARE", 0)
-    lr = pcavs.cosine_warmup
-    monkeypatch.setattr(pcavs, "cosine_warmup", lambda step, steps: lr(step, 2))  # although one of them stops at one
-    learn(pack, tmp_path, "--w-adv", "1", steps=1)
+    rate = pcavs.cosine_warmup
+    monkeypatch.setattr(pcavs, "cosine_warmup", lambda step, steps: rate(step, 2))  # also in the run of one step
+    run_train(pack, tmp_path, "--w-adv", "1", steps=1)
     with pytest.raises(InputError, match="was trained with other options .no 'D' in it"):
-        learn(pack, tmp_path, "--resume", steps=2)
-    learn(pack, tmp_path, "--resume", "--w-adv", "1", steps=2)
+        run_train(pack, tmp_path, "--resume", steps=2)
+    run_train(pack, tmp_path, "--resume", "--w-adv", "1", steps=2)
     a, b = (load_checkpoint(folder / "pcavs.pt", "pcavs-train") for folder in (two_steps, tmp_path))
     for part in ("model", "ema", "people", "teacher", "D"):
         for key, value in a["networks"][part].items():
             assert torch.equal(value, b["networks"][part][key]), (part, key)
     lines = [json.loads(line) for line in open(two_steps / "log_pcavs.jsonl")]
     assert "args" in lines[0] and [line["step"] for line in lines[1:]] == [0, 1]
-    assert Image.open(two_steps / "pcavs.png").size == (8 * 128, 4 * (128 + 18))             # a line of words a row
+    assert Image.open(two_steps / "pcavs.png").size == (8 * 128, 4 * (128 + 18))             # a title above each row
     model = pcavs.load_pcavs(two_steps / "weights.pt")
-    assert model.config == Config.at(16)
+    assert model.config == Config.for_size(16)
     with pytest.raises(InputError, match="--resume continues it"):
-        learn(pack, two_steps)
+        run_train(pack, two_steps)
 
 
 def test_a_resumed_run_continues_at_the_new_rate_and_refuses_another_pack(pack, two_steps, tmp_path):
-    more = ["--resume", "--w-adv", "1"]
+    options = ["--resume", "--w-adv", "1"]
     shutil.copytree(two_steps, tmp_path / "out")
-    learn(pack, tmp_path / "out", *more, "--lr", "0.0005", steps=3)
+    run_train(pack, tmp_path / "out", *options, "--lr", "0.0005", steps=3)
     groups = load_checkpoint(tmp_path / "out" / "pcavs.pt", "pcavs-train")["optimisers"]["g"]["param_groups"]
     assert [group["initial_lr"] for group in groups] == [0.0005, 0.0025]
     with PackWriter(tmp_path / "others", 16, "toy") as writer:                   # fewer people
         for c in range(4):
             writer.add(Pack(pack).frames(c, range(20)), Pack(pack).sound(c), str(c), str(c))
     with pytest.raises(InputError, match="pcavs.pt: was trained with other options"):
-        learn(tmp_path / "others", tmp_path / "out", *more, steps=4)
+        run_train(tmp_path / "others", tmp_path / "out", *options, steps=4)
 
 
 class MovingPatterns:
-    """In a pack's place: people of forty random patterns each, who all move along the same two"""
+    """Stands in for a pack: people made of forty random patterns each, who all move along the same two patterns"""
 
     template = "toy"
 
     def __init__(self, people, seed, T=20):
         rng = np.random.default_rng(seed)
-        shapes = np.random.default_rng(1).normal(size=(42, 16, 16, 3))          # the world's, for everybody
+        shapes = np.random.default_rng(1).normal(size=(42, 16, 16, 3))          # the same for all people
         self.motion, self.n_frames = rng.uniform(-1, 1, (people, T, 2)), np.full(people, T)
         looks = np.einsum("pk,khwc->phwc", rng.normal(size=(people, 40)), shapes[2:])
         moves = np.einsum("ptk,khwc->pthwc", self.motion, shapes[:2])
@@ -902,72 +898,72 @@ class MovingPatterns:
         return self.clips[c, ks]
 
 
-def test_the_linear_teacher_gives_motion_of_people_it_was_not_fitted_on_and_nothing_of_the_person():
+def test_the_linear_teacher_encodes_motion_of_unseen_people_and_nothing_about_the_person():
     teacher = torch.nn.Linear(768, 12).requires_grad_(False)
     pcavs.fit_pose_teacher(teacher, MovingPatterns(150, 2), range(150))
     new = MovingPatterns(30, 3)
     frames = to_tensor(new.clips.reshape(-1, 32, 32, 3))
-    codes, motion = teacher(pcavs.small_frames(frames, "toy")).double().numpy(), new.motion.reshape(-1, 2)
+    codes, motion = teacher(pcavs.teacher_input(frames, "toy")).double().numpy(), new.motion.reshape(-1, 2)
     inputs = np.c_[codes, np.ones(len(codes))]
     fitted = inputs @ np.linalg.lstsq(inputs[:300], motion[:300], rcond=None)[0]
     assert all(np.corrcoef(fitted[300:, k], motion[300:, k])[0, 1] > 0.9 for k in range(2))
     moves = codes.reshape(30, 20, 12)
     means = np.c_[new.motion.mean(1), np.ones(30)]
-    person = moves.mean(1) - means @ np.linalg.lstsq(means, moves.mean(1), rcond=None)[0]  # what no motion explains
+    person = moves.mean(1) - means @ np.linalg.lstsq(means, moves.mean(1), rcond=None)[0]  # not explained by motion
     assert person.var(0).sum() < 0.05 * moves.var(1).mean(0).sum()
     lips = frames[:3].clone()
     lips[:, :, 20:26, 10:22] += 1                                               # masked
-    torch.testing.assert_close(pcavs.small_frames(lips, "toy"), pcavs.small_frames(frames[:3], "toy"))
+    torch.testing.assert_close(pcavs.teacher_input(lips, "toy"), pcavs.teacher_input(frames[:3], "toy"))
 
 
-def step_of(pack, *options):
+def prepare_step(pack, *options):
     """Networks, optimisers, one batch and the options of a run of two thousand steps"""
     args = pcavs.parse(["train", "--size", "16", "--batch", "6", *options])
     torch.manual_seed(0)
     pack = Pack(pack)
-    nets, opts = pcavs.build(args, pack, torch.device("cpu"))
+    nets, opts = pcavs.build_networks(args, pack, torch.device("cpu"))
     pcavs.fit_pose_teacher(nets["teacher"], pack, range(5))
     return nets, opts, next(pcavs.batches(pcavs.ClipFrames(pack, 2, 0, range(5)), 3)), args
 
 
 @pytest.fixture(scope="module")
 def first_step(pack):
-    return step_of(pack)
+    return prepare_step(pack)
 
 
-@pytest.mark.parametrize("step", [0, 2000])  # G's pose input is the teacher's code, and E's
-def test_every_term_counts_and_every_parameter_of_inference_learns(first_step, step):
+@pytest.mark.parametrize("step", [0, 2000])  # G's pose input is the teacher's code, or E's
+def test_every_term_is_nonzero_and_every_parameter_of_inference_gets_a_gradient(first_step, step):
     nets, opts, batch, args = first_step
     opts["g"].zero_grad()
-    terms, _, _ = pcavs.loss_terms(nets, batch, step, args)
-    assert set(terms) == set(pcavs.WEIGHTS) - {"feat"} and all(float(v.detach()) != 0 for v in terms.values())
-    sum(pcavs.WEIGHTS[k] * v for k, v in terms.items()).backward()
-    still = [n for n, p in nets["model"].named_parameters() if p.grad is None or not p.grad.abs().sum()]
-    assert [n for n in still if not n.endswith("noise.weight")] == []            # noise is off at this size
+    terms, _, _ = pcavs.generator_losses(nets, batch, step, args)
+    assert set(terms) == set(pcavs.LOSS_WEIGHTS) - {"feat"} and all(float(v.detach()) != 0 for v in terms.values())
+    sum(pcavs.LOSS_WEIGHTS[k] * v for k, v in terms.items()).backward()
+    without_gradient = [n for n, p in nets["model"].named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert all(n.endswith("noise.weight") for n in without_gradient)             # noise is off at this size
     assert nets["people"].weight.grad.abs().sum() > 0
 
 
 def test_one_batch_can_be_over_fitted(pack):
-    nets, opts, batch, args = step_of(pack, "--lr", "0.004")
+    nets, opts, batch, args = prepare_step(pack, "--lr", "0.004")
     curve = []
     for _ in range(20):
-        terms, _, _ = pcavs.loss_terms(nets, batch, 49, args)
+        terms, _, _ = pcavs.generator_losses(nets, batch, 49, args)
         opts["g"].zero_grad()
-        sum(pcavs.WEIGHTS[k] * v for k, v in terms.items()).backward()
+        sum(pcavs.LOSS_WEIGHTS[k] * v for k, v in terms.items()).backward()
         opts["g"].step()
         curve.append(float(terms["rec"].detach()))
     assert np.mean(curve[-5:]) < 0.55 * curve[0]
 
 
-def test_the_adversary_moves_the_generator_and_learns_to_tell_its_frames(pack, narrow_discriminator):
-    nets, opts, batch, args = step_of(pack, "--w-adv", "1")
-    terms, real, fake = pcavs.loss_terms(nets, batch, 0, args)
+def test_the_adversary_reaches_the_generator_and_learns_to_recognise_its_frames(pack, narrow_discriminator):
+    nets, opts, batch, args = prepare_step(pack, "--w-adv", "1")
+    terms, real, fake = pcavs.generator_losses(nets, batch, 0, args)
     for k in ("adv", "feat"):
         grad = torch.autograd.grad(terms[k], nets["model"].G.conv1.conv.weight, retain_graph=True)[0]
         assert grad.abs().sum() > 0
     curve = []
     for step in range(5, 20):
-        losses = pcavs.discriminator_terms(nets["D"], real, fake, step)
+        losses = pcavs.discriminator_losses(nets["D"], real, fake, step)
         assert ("r1" in losses) == (step == 16)
         opts["d"].zero_grad()
         sum(losses.values()).backward()
@@ -980,4 +976,4 @@ def test_the_adversary_moves_the_generator_and_learns_to_tell_its_frames(pack, n
 def test_nan_stops_the_training_and_names_the_term(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(pcavs, "contrastive_loss", lambda a, b: b.sum() * float("nan"))
     with pytest.raises(InputError, match="'contrast' is nan"):
-        learn(pack, tmp_path / "a")
+        run_train(pack, tmp_path / "a")
