@@ -1,8 +1,7 @@
-"""What happens before a stage's first step: its data, networks and optimisers, and a start by closed forms and short
-regressions, so that minutes of a CPU suffice.
+"""Initial state of a training stage: data, networks and optimisers, then closed forms and short regressions.
 
-The start is ours: the paper trains long enough without it. `stage` is its order; fit_warp and collect_idle prepare a
-network for sampling.
+The closed forms and regressions are ours: with them, training takes minutes of a CPU. `start_stage` has their order.
+`fit_warp` and `collect_idle_motion` prepare a trained network for sampling.
 """
 
 import copy
@@ -32,30 +31,30 @@ from stylegan2 import Discriminator
 from syncnet import load_sync
 from vision import to_float64, to_small_image, zero_init
 
-PAPERS_JUDGES = 128  # px, from which VGG19, ArcFace and a published sync expert are the default
-TOY_PEOPLE = 400   # of the toy world, one clip each, as syncnet.py's
+PAPERS_JUDGES = 128  # px from which VGG19, ArcFace and a published sync expert are the default
+TOY_PEOPLE = 400  # of the toy world, one clip each, as in syncnet.py
 PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
-FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator on: minutes of stage 1 leave it half trained
-LIP_STEPS = 4000   # of train_lips, at most: 11 minutes of one core; after 3000 others were followed as well
-NO_SPEECH = 0.1    # share of its items that are silence, noise or music with shut lips
-NOISY = 0.3        # share of the voices in a noisy room
-LIP_GAIN = 1.25    # a regression on sound moves lips too little (it averages), and the generator paints less than it gets
-bar = functools.partial(tqdm, leave=False, disable=None)
+FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator: after minutes of stage 1 it is half trained
+LIP_STEPS = 4000  # most steps of train_lips: 11 minutes of one core. After 3000 steps unseen people were good as well
+NO_SPEECH = 0.1  # share of its items that are silence, noise or music, with shut lips
+NOISY = 0.3  # share of its voices in a noisy room
+LIP_GAIN = 1.25  # a regression on sound moves lips too little (it averages), and the generator paints less than its input
+progress = functools.partial(tqdm, leave=False, disable=None)
 
 
-def stage(args, model, D, data, networks, device) -> dict:
-    """What a stage starts with, once -> its frozen networks, see own_judges. networks: those of build_networks"""
+def start_stage(args, model, D, data, states, device) -> dict:
+    """Fit or train the parts of a new stage that no file gave -> its frozen networks. states: see build_networks"""
     if args.stage == 1:
         return {}
     new = not args.resume
     if new and args.part == "encoder" and model.mouth:
         train_reader(model, data, device, args.seed, min(1500, args.steps))
-    if new and args.part == "encoder" and "encoder" not in networks:
+    if new and args.part == "encoder" and "encoder" not in states:
         fit_encoder(model, data["images"], device)
     if model.encoder.latent_avg.isnan().any():                                         # a published file without it
         model.encoder.latent_avg.copy_(estimate_mean_w(model.generator))
-    frozen = own_judges(args, D, data, networks, device)
-    if new and args.stage == 3 and "motion" not in networks:                           # --init is not a whole network
+    frozen = small_judges(args, D, data, states, device)
+    if new and args.stage == 3 and "motion" not in states:                             # --init lacks this part
         fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
     if new and args.stage == 3 and model.mouth:
         train_lips(model, data, args, device)
@@ -65,8 +64,8 @@ def stage(args, model, D, data, networks, device) -> dict:
 # ------------------------------------------------------------------------------------------------------------ data
 
 def load_data(args) -> dict:
-    """pack and photos (or None); clips: numbers of the clips to train on; images: frames of these, and photos; landmarks:
-    of pack and photos, or None; marked: clips that have some; held_out, held_out_photos: numbers of clips"""
+    """-> dict. pack. photos: Frames, or None. images: dataset of stages 1 and 2. landmarks: of pack and photos, or None.
+    Numbers of clips: clips (for training), clips_with_landmarks (of these), held_out, held_out_photos."""
     if args.data:
         pack = open_packs(args.data)
     else:
@@ -81,84 +80,88 @@ def load_data(args) -> dict:
         photos = Pack(args.photos)
         check_same_format([pack, photos])
         parts = split(photos)
-        data |= dict(held_out_photos=np.union1d(parts["valid"], parts["test"]),
-                     photos=Frames(photos, args.seed + 1, clips=parts["train"]))
+        data["held_out_photos"] = np.union1d(parts["valid"], parts["test"])
+        data["photos"] = Frames(photos, args.seed + 1, clips=parts["train"])
         data["images"] = Mixed(data["images"], data["photos"], PHOTO_SHARE, args.seed)
         packs.append(photos)
     if all((part.folder / "landmarks" / "clips.jsonl").exists() for p in packs for part in p.packs):
         data["landmarks"] = [Landmarks(p) for p in packs]
-        data["marked"] = data["clips"][np.isin(data["clips"], data["landmarks"][0].usable_clips)]
+        data["clips_with_landmarks"] = data["clips"][np.isin(data["clips"], data["landmarks"][0].usable_clips)]
     return data
 
 
 def load_batches(args, data, config, mfcc: bool, start: int):
-    """This process's batches from step `start` on. Stage 3: windows of five frames on even steps where there is a sync
-    loss, else and on odd steps many clips of one frame; with a mouth code half of them are photos, if there are any"""
-    def load(dataset, batch, first):
-        return batches(dataset, max(1, batch) * args.accumulate, first, args.workers, RANK, WORLD_SIZE)
+    """Yields the batches of this process from step `start` on. Stage 3: single frames of many clips; with a sync loss,
+    windows of five frames in even steps. With a mouth code and --photos, half of the single frames are photos."""
+    def load(dataset, size, first_step):
+        return batches(dataset, max(1, size) * args.accumulate, first_step, args.workers, RANK, WORLD_SIZE)
 
     if args.stage < 3:
         yield from load(data["images"], args.batch, start)
+    with_photos, with_sync = args.photos and config.mouth_dim, args.w["sync"] > 0
     windows = stage3_clips(data["pack"], SYNC_FRAMES, config, args.seed + SYNC_FRAMES, clips=data["clips"],
                            sync_sound="mfcc" if mfcc else "mel")
-    singles = stage3_clips(data["pack"], 1, config, args.seed + 1, clips=data["clips"])
-    turns, parts = 2 if args.w["sync"] else 1, 2 if args.photos and config.mouth_dim else 1
     windows = load(windows, args.batch // SYNC_FRAMES, (start + 1) // 2)
-    singles = load(singles, args.batch // parts, start // turns)
-    if parts == 2:
-        photos = load(data["photos"], args.batch // 2, start // turns)
-        singles = (clips | dict(photo=more["image"]) for clips, more in zip(singles, photos))
+    singles = stage3_clips(data["pack"], 1, config, args.seed + 1, clips=data["clips"])
+    size, first_step = args.batch // 2 if with_photos else args.batch, start // 2 if with_sync else start
+    singles = load(singles, size, first_step)
+    if with_photos:
+        photos = load(data["photos"], size, first_step)
+        singles = (clips | dict(photo=images["image"]) for clips, images in zip(singles, photos))
     for step in itertools.count(start):
-        yield next(singles if (step + 1) % turns == 0 else windows)
+        yield next(windows if with_sync and step % 2 == 0 else singles)
 
 
 def stage3_clips(pack, T, config, seed, **options):
-    """Windows of which stage 3 decodes T frames"""
-    extra = 0 if config.motion == "direct" else config.context  # driving frames on each side of the decoded ones
+    """Dataset of windows with T frames to decode"""
+    extra = 0 if config.motion == "direct" else config.context  # driving frames on each side of the decoded frames
     return Clips(pack, T + 2 * extra, seed, context=config.context - extra, voice_norm=config.voice_norm, **options)
 
 
 # -------------------------------------------------------------------------------------------------------- networks
 
-def build_networks(args, data, ckpt, device):
-    """-> model, D, and state dicts of the other networks of the checkpoint or of the stage before"""
-    files, overrides, previous, encoder = {}, {}, None, args.encoder
-    if not ckpt:
+def build_networks(args, data, checkpoint, device):
+    """-> model, D, and the state dicts of all other networks in the checkpoint or in that of the previous stage"""
+    files, changes, previous, encoder = {}, {}, None, args.encoder
+    if not checkpoint:
         if args.part == "encoder" and not encoder and args.w["arcface"] and Config.at(args.size).encoder == "psp":
-            encoder = fetch("arcface", args.path.get("arcface"))                       # pSp starts from its trunk
-        overrides, files = load_published(args.size, args.generator, encoder, args.hyper)
+            encoder = fetch("arcface", args.path.get("arcface"))                       # initialises pSp's trunk
+        changes, files = load_published(args.size, args.generator, encoder, args.hyper)
         previous = load_previous(args, files)
-    config = Config(**ckpt["config"]) if ckpt else make_config(args, data["pack"], previous, overrides)
+    config = Config(**checkpoint["config"]) if checkpoint else make_config(args, data["pack"], previous, changes)
     if config.mouth_dim and not data["landmarks"]:
-        text = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
+        hint = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
         if args.stage > 1:
-            raise InputError(text)
-        print(f"from stage 2 on {text}")
+            raise InputError(hint)
+        print(f"from stage 2 on {hint}")
     model = FCTFG(config, generator_only=args.stage == 1).to(device)
     D = Discriminator(args.size, config.base, config.cap).to(device)
-    known = dict((ckpt or previous or {}).get("networks", {}))
-    state = known.pop("model", {})
-    if not ckpt:
-        learned = ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
+    states = dict((checkpoint or previous or {}).get("networks", {}))
+    state = states.pop("model", {})
+    if not checkpoint:
         state = previous["ema"]["model"] if previous else {}
-        state = {k: v for k, v in state.items() if "motion" in known or k.startswith(learned)}
-        state |= {f"{name}.{k}": v for name, network in files.items() for k, v in network.state_dict().items()}
-        known |= {name: network.state_dict() for name, network in files.items()}
-    model.load_state_dict(state, strict=bool(ckpt))
-    if "D" in known:
-        D.load_state_dict(known.pop("D") if ckpt else known["D"])
-    return model, D, known
+        if "motion" not in states:                                                     # previous is not of stage 3
+            trained = ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
+            state = {k: v for k, v in state.items() if k.startswith(trained)}
+        states |= {name: network.state_dict() for name, network in files.items()}
+        state |= {f"{name}.{k}": v for name in files for k, v in states[name].items()}
+    model.load_state_dict(state, strict=bool(checkpoint))
+    if "D" in states:
+        D.load_state_dict(states.pop("D") if checkpoint else states["D"])
+    return model, D, states
 
 
 def load_previous(args, files) -> dict | None:
-    """Checkpoint of the stage before, where files of others do not replace it; from --init, else from --out"""
-    encoder = args.stage == 3 or args.part == "hyper"                                  # whether this needs a trained one
-    if args.stage == 1 or not args.init and {"generator", *["encoder"] * encoder} <= set(files):
+    """Checkpoint of the previous stage, from --init or --out. None: stage 1, or published `files` replace it"""
+    needs_encoder = args.stage == 3 or args.part == "hyper"
+    replaced = "generator" in files and ("encoder" in files or not needs_encoder)
+    if args.stage == 1 or replaced and not args.init:
         return None
-    names = ["stage2_hyper.pt"] * (args.stage == 3) + ["stage2.pt"] if encoder else ["stage1.pt"]
+    names = ["stage2_hyper.pt", "stage2.pt"] if args.stage == 3 else ["stage2.pt" if needs_encoder else "stage1.pt"]
     paths = [args.init] if args.init else [os.path.join(args.out, name) for name in names]
     path = next(filter(os.path.exists, paths), paths[-1])
-    previous = load_checkpoint(path, "weights" if args.part == "lips" else ("stage2", "weights") if encoder else "stage1")
+    kinds = "weights" if args.part == "lips" else ("stage2", "weights") if needs_encoder else "stage1"
+    previous = load_checkpoint(path, kinds)
     if previous["kind"] == "weights":                                                  # of stage 3, without D and judges
         previous["ema"], previous["networks"] = previous["networks"], dict(motion=None)
     if previous["config"]["size"] != args.size:
@@ -167,18 +170,18 @@ def load_previous(args, files) -> dict | None:
     return previous
 
 
-def make_config(args, pack, previous, overrides) -> Config:
-    """The dial's Config, or that of the stage before (`previous`), with published files' overrides"""
+def make_config(args, pack, previous, changes) -> Config:
+    """Config of the dial, or of the previous stage, with the changes for published files"""
     dial = Config.at(args.size, template=pack.template, motion=args.motion)
     config = Config(**previous["config"]) if previous else dial
-    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
-    if not config.map_code or config.encoder != "slim":                                # published networks have none
+    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **changes)
+    if not config.map_code or config.encoder != "slim":                                # published networks
         config.coarse_rgb = 0
-    if "hyper" not in overrides and (args.stage == 2 or not previous):
+    if "hyper" not in changes and (args.stage == 2 or not previous):
         config.hyper, config.hyper_width = dial.hyper if args.part == "hyper" else "none", dial.hyper_width
     if args.stage == 2:                                                                # stage 3 inherits these
         config.mouth_dim, config.shape_dim, config.audio_width = dial.mouth_dim, dial.shape_dim, dial.audio_width
-    elif args.stage == 3 and not previous:                                             # stage 2 would have learned it
+    elif args.stage == 3 and not previous:                                             # the mouth code needs stage 2
         config.mouth_dim = config.shape_dim = 0
     if args.stage == 3 and config.mouth_dim and config.motion == "paper":
         raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
@@ -186,45 +189,47 @@ def make_config(args, pack, previous, overrides) -> Config:
 
 
 def load_judges(args, device) -> dict:
-    """The frozen networks that a loss weight asks for: published ones, fetched on first use, and stage 3's sync expert"""
-    own, frozen = args.path, {}
-    makers = dict(
-        sync=lambda: sync_expert(args, device), vgg=lambda: judges.vgg19(device, own.get("vgg19")),
-        lpips=lambda: judges.lpips(device, own.get("vgg16"), own.get("lpips_heads")),
+    """Frozen networks of the loss weights above 0: published networks, downloaded on first use, and the sync expert"""
+    loaders = dict(
+        sync=lambda: load_expert(args, device),
+        vgg=lambda: judges.vgg19(device, args.path.get("vgg19")),
+        lpips=lambda: judges.lpips(device, args.path.get("vgg16"), args.path.get("lpips_heads")),
         arcface=lambda: judges.arcface(
-            device, own.get("arcface"), open_packs(args.data).template if args.data else "toy"))
-    for name in [name for name in makers if args.w.get(name)]:
+            device, args.path.get("arcface"), open_packs(args.data).template if args.data else "toy"))
+    frozen = {}
+    for name, load in loaders.items():
         try:
-            frozen[name] = makers[name]()
+            if args.w.get(name):
+                frozen[name] = load()
         except InputError as error:
             raise InputError(f"{error}; --w {name}=0 does without") from None
     return frozen
 
 
-def sync_expert(args, device):
-    """--expert, else the trained one in --out, else, for own clips from 128 px on, Wav2Lip's"""
+def load_expert(args, device):
+    """Sync expert: --expert, else sync.pt in --out, else, with --data from 128 px on, Wav2Lip's"""
     path = args.expert or os.path.join(args.out, "sync.pt")
     if not args.expert and not os.path.exists(path):
         if not args.data or args.size < PAPERS_JUDGES:
-            of = f" --data {' '.join(args.data)} --size {args.size}" if args.data else ""
-            raise InputError(f"{path}: no sync expert for stage 3; python syncnet.py train{of} --out {path} trains one, "
-                             "--expert FILE names one")
+            options = f" --data {' '.join(args.data)} --size {args.size}" if args.data else ""
+            raise InputError(f"{path}: no sync expert for stage 3; python syncnet.py train{options} --out {path} trains "
+                             "one, --expert FILE names one")
         path = "wav2lip"
     if path == "syncnet_v2" or path.endswith(".model"):
-        print("SyncNet v2 is the judge: evaluate.py's LSE, computed by it, is no independent measure of this network")
+        print("SyncNet v2 is the sync expert: LSE of evaluate.py uses it too, and is no independent measure of this run")
         return judges.syncnet_v2(device, None if path == "syncnet_v2" else path)
     return load_sync(path, device, args.size)
 
 
-def own_judges(args, D, data, networks, device) -> dict:
-    """Frozen networks without a download: feature_net, stage 1's discriminator, and judge, a small recogniser"""
+def small_judges(args, D, data, states, device) -> dict:
+    """Frozen networks without a download. feature_net: discriminator of stage 1. judge: a small face recogniser"""
     frozen = {}
-    if features := networks.get("feature_net", networks.get("D")):
+    if "feature_net" in states or "D" in states:
         frozen["feature_net"] = copy.deepcopy(D)
-        frozen["feature_net"].load_state_dict(features)
-    if "judge" in networks:
+        frozen["feature_net"].load_state_dict(states.get("feature_net", states.get("D")))
+    if "judge" in states:
         frozen["judge"] = judges.SmallFaceJudge().to(device)
-        frozen["judge"].load_state_dict(networks["judge"])
+        frozen["judge"].load_state_dict(states["judge"])
     elif args.w.get("id") and not args.w["arcface"]:
         frozen["judge"] = train_judge(data, device, args.seed, min(400, args.steps))
     return {name: freeze(network) for name, network in frozen.items()}
@@ -232,55 +237,57 @@ def own_judges(args, D, data, networks, device) -> dict:
 
 # ------------------------------------------------------------------------------------------------------ optimisers
 
-def optimizers(model, D, args):
-    """Adam for the trained parts, rates from `rates`; D's betas and rate corrected for lazy R1 (StyleGAN2)"""
-    table, groups = rates(args, model.config), {}
+def make_optimisers(model, D, args):
+    """-> Adam of the trained parameters, at the rates of rate_shares, and Adam of D. Rates times c and betas to the power
+    of c, c = k / (k + 1), correct for regularisation in every k-th step (StyleGAN2)."""
+    shares, groups = rate_shares(args, model.config), {}
     for name, parameter in model.named_parameters():
-        share = next((table[k] for k in sorted(table, key=len, reverse=True) if name.startswith(k)), 0.0)
+        prefix = max((p for p in shares if name.startswith(p)), key=len, default=None)
+        share = shares.get(prefix, 0.0)
         parameter.requires_grad_(share > 0)
-        if share:                                                                      # groups do not depend on rates
+        if share:                                                                      # keyed without the rates
             groups.setdefault(("lr_gan" if name.startswith("generator.") else "lr", share), []).append(parameter)
-    model.eval()                                                                       # BatchNorm of published forms:
-    if args.stage == 2:                                                                # batch statistics where their
-        (model.hyper if args.part == "hyper" else model.encoder).train()               # authors trained with them
-    groups = [dict(params=p, lr=share * getattr(args, option)) for (option, share), p in groups.items()]
-    beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # lazy path length: k/(k+1), k = 4
-    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # ours: .9 where L1 leads
-    c = 16 / 17                                                                        # lazy R1: k = 16
+    model.eval()
+    if args.stage == 2:                                                                # BatchNorm of published forms:
+        (model.hyper if args.part == "hyper" else model.encoder).train()               # batch statistics, as theirs
+    groups = [dict(params=q, lr=share * getattr(args, option)) for (option, share), q in groups.items()]
+    beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # path length: k = 4
+    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # ours: 0.9 where L1 leads
+    c = 16 / 17                                                                        # R1: k = 16
     opt_d = torch.optim.Adam(D.parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
     return opt_g, opt_d
 
 
-def rates(args, config) -> dict:
-    """{beginning of a parameter's name: share of --lr, of the generator's: --lr-gan}; the longest counts"""
+def rate_shares(args, config) -> dict:
+    """{prefix of parameter names: share of --lr, or, for the generator, of --lr-gan}. The longest prefix counts."""
     if args.stage == 1:
-        return {"generator": 4 / 5}                                                    # lazy path length
-    small, joint = config.encoder == "slim", args.stage == 3                           # else 1e-4: pSp's, HyperStyle's
+        return {"generator": 4 / 5}                                                    # path length: k / (k + 1), k = 4
+    small, stage3 = config.encoder == "slim", args.stage == 3                          # not small: 1e-4, pSp, HyperStyle
     if args.part == "hyper":
         return {"hyper": 1.0 if small else 0.1}
-    learned = 0.2 if joint else 1.0                                                    # in stage 2: codes drift slowly
-    network = learned if small else 0.1
-    table = {"generator": float(joint or args.size <= FINETUNE_GENERATOR), "generator.style": 0.0,  # z -> w: stage 1's
-             "encoder": network, "encoder.linear_down": 0.1,
-             "maps": learned, "maps.down": 0.1, "mouth.linear": learned, "motion.mouth_up": 1.0}
-    if joint:
-        table |= {"hyper": network, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
-                  "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
-    if config.coarse_rgb:                                                              # closed forms: Adam would only
-        table |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,  # disturb them
-                  "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
-        table |= {k: 0.01 for k in table if k.startswith(("canonical", "motion.pose_"))}
-    if config.mouth_dim and joint:                                                     # found by initialise.train_lips
-        table |= {"audio": 0.1, "motion.fusion": 0.1, "motion.lips": 0.1}
-    return table
+    trained_before = 0.2 if stage3 else 1.0                                            # codes drift slowly in stage 3
+    encoder = trained_before if small else 0.1
+    shares = {"generator": float(stage3 or args.size <= FINETUNE_GENERATOR), "generator.style": 0.0,  # z -> w: stage 1
+              "encoder": encoder, "encoder.linear_down": 0.1,
+              "maps": trained_before, "maps.down": 0.1, "mouth.linear": trained_before, "motion.mouth_up": 1.0}
+    if stage3:
+        shares |= {"hyper": encoder, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
+                   "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
+    if config.coarse_rgb:                                                              # keep the closed forms
+        shares |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,
+                   "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
+        shares |= {prefix: 0.01 for prefix in shares if prefix.startswith(("canonical", "motion.pose_"))}
+    if config.mouth_dim and stage3:                                                    # already trained by train_lips
+        shares |= {"audio": 0.1, "motion.fusion": 0.1, "motion.lips": 0.1}
+    return shares
 
 
-# ------------------------------------------------------------------- stage 2: the encoder, and what reads the lips
+# ------------------------------------------------------------------- stage 2: encoder, lip reader and face judge
 
-def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
-    """Adam on loss_of(step), with a progress bar and a line that says how long it takes -> running mean of the loss"""
+def train_regression(name, parameters, steps, lr, loss_of, decay=True) -> float:
+    """Adam on loss_of(step) -> running mean of the loss. Shows progress, and prints an estimate of the minutes."""
     opt, mean, begin = torch.optim.Adam(parameters, lr), 0.0, time.perf_counter()
-    for step in bar(range(steps), name):
+    for step in progress(range(steps), name):
         loss = loss_of(step)
         opt.param_groups[0]["lr"] = lr * (1 - step / steps) if decay else lr
         opt.zero_grad(set_to_none=True)
@@ -294,113 +301,105 @@ def regress(name, parameters, steps, lr, loss_of, decay=True) -> float:
 
 
 @torch.no_grad()
-def fit_encoder(model, images, device, most=3000):
-    """Mean w of the generator, and principal components of training images for the encoder's linear path."""
+def fit_encoder(model, dataset, device, most=3000):
+    """Set the encoder's mean w and its linear path (principal components of training images), and the coarse RGB."""
     model.encoder.latent_avg.copy_(estimate_mean_w(model.generator))
-    if model.config.encoder == "slim":
-        coarse = model.config.coarse_rgb
-        n = max((8 if coarse else 2) * len(model.encoder.linear_down.weight), most)
-        print(f"before the first step: principal components of {n} images" + ", coarse RGB in closed form" * bool(coarse))
-        seen = torch.stack([images[i]["image"] for i in bar(range(n), "images")]).to(device)
-        masked = mask_mouth(seen, model.config.template, "lips") if model.mouth else seen
-        model.encoder.start_linear(masked)
-        if coarse:
-            fit_coarse_rgb(model, masked, seen)
+    if model.config.encoder != "slim":
+        return
+    coarse = model.config.coarse_rgb > 0
+    n = max((8 if coarse else 2) * len(model.encoder.linear_down.weight), most)
+    print(f"before the first step: principal components of {n} images" + ", coarse RGB in closed form" * coarse)
+    images = torch.stack([dataset[i]["image"] for i in progress(range(n), "images")]).to(device)
+    masked = mask_mouth(images, model.config.template, "lips") if model.mouth else images
+    model.encoder.fit_linear(masked)
+    if coarse:
+        fit_coarse_rgb(model, masked, images)
 
 
 @torch.no_grad()
-def fit_coarse_rgb(model, masked, seen, scale=0.1, ridge=0.02):
-    """images (n, 3, H, W), lips `masked` -> linear path -> W+ -> the coarse RGB of `seen`, in closed form, ours.
-
-    The mouth code is fitted to the lips that the rest of the face does not predict. Both go into W+ in orthonormal
-    directions, so short (`scale`) that the generator hardly responds; longer for the shape of lips, to which it must.
-    `maps.down` reads them back; coarse RGB is a ridge regression on them."""
+def fit_coarse_rgb(model, masked, images, scale=0.1, ridge=0.02):
+    """Fit linear path -> W+ -> coarse RGB to images (n, 3, H, W), in closed form, ours. masked: the images without lips.
+    The mouth code is fitted to the lips that the face around them does not predict. Both codes enter W+ along orthonormal
+    directions of length `scale`, so short that the generator hardly responds, longer for the lip shape, to which it must
+    respond. `maps.down` reads the codes back from W+. Coarse RGB is a ridge regression on them."""
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
-    for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at zero
+    for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # zero output of the trunk
         zero_init(layer)
-    codes = encoder.linear_down(to_small_image(masked)).cpu()                           # (n, k), of unit variance
-    drawn, wanted = (F.adaptive_avg_pool2d(x, edge).cpu()                              # solved on the CPU: Apple's chips
-                     for x in (model.decode(encoder.latent_avg[None]), seen))          # have no float64
-    mean, centre = codes.mean(0), wanted.mean(0)
-    codes, rest = (codes - mean).double(), (wanted - centre).flatten(1).double()
-    effect = ridge_regression(codes, rest, ridge).float()                              # (k, 3 * edge * edge)
-    k, length = len(effect), torch.full((len(effect),), scale)
+    codes = encoder.linear_down(to_small_image(masked)).cpu()                          # (n, k), of unit variance
+    generated, target = (F.adaptive_avg_pool2d(x, edge).cpu()                          # CPU: Apple's GPUs lack float64
+                         for x in (model.decode(encoder.latent_avg[None]), images))
+    code_mean, target_mean = codes.mean(0), target.mean(0)
+    codes, residual = (codes - code_mean).double(), (target - target_mean).flatten(1).double()
+    effect = ridge_regression(codes, residual, ridge).float()                          # (k, 3 * edge * edge)
+    k, lengths = len(effect), torch.full((len(effect),), scale)
     if model.mouth:
-        rest = (rest.float() - codes.float() @ effect).unflatten(1, (3, edge, edge))
-        rest = (rest - mask_mouth(rest, model.config.template, "lips")).flatten(1)     # of the lips alone
-        box = model.mouth.mouth_crop(seen)
+        residual = (residual.float() - codes.float() @ effect).unflatten(1, (3, edge, edge))
+        residual = (residual - mask_mouth(residual, model.config.template, "lips")).flatten(1)  # of the lips only
+        box = model.mouth.mouth_crop(images)
         shape, box = torch.cat([model.mouth.read(x) for x in box.split(256)]).cpu(), box.flatten(1).cpu()
-        mean, shape = torch.cat([mean, shape.mean(0)]), shape - shape.mean(0)
-        by_shape = ridge_regression(shape, rest, ridge)                                # (K, 3 * edge * edge)
-        free = len(model.mouth.linear.weight)                                          # M - K: colour, teeth, a beard
+        code_mean, shape = torch.cat([code_mean, shape.mean(0)]), shape - shape.mean(0)
+        shape_effect = ridge_regression(shape, residual, ridge)                        # (K, 3 * edge * edge)
+        appearance_dim = len(model.mouth.linear.weight)                                # M - K
         down, up = reduced_rank_regression(
-            box - box.mean(0), rest - shape @ by_shape, free, ridge * box.var(0).mean())
+            box - box.mean(0), residual - shape @ shape_effect, appearance_dim, ridge * box.var(0).mean())
         model.mouth.linear.weight.copy_(down)
         model.mouth.linear.bias.copy_(-down @ box.mean(0))
-        effect, mean = torch.cat([effect, by_shape, up.t()]), F.pad(mean, (0, free))
-        length = torch.cat([length, torch.full((len(by_shape),), 40 * scale), torch.full((free,), scale)])
-    directions = length * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(effect)))[0]
+        effect, code_mean = torch.cat([effect, shape_effect, up.t()]), F.pad(code_mean, (0, appearance_dim))
+        lengths = torch.cat([lengths, torch.full((len(shape_effect),), 40 * scale), torch.full((appearance_dim,), scale)])
+    directions = lengths * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(effect)))[0]
     encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
     if model.mouth:
         model.motion.mouth_up.weight.copy_(directions[:, k:])
-    back, n = (directions / length.square()).t(), len(effect)
-    maps.down.weight[:n] = back
-    maps.down.bias[:n] = -back @ encoder.latent_avg.flatten().cpu() - mean
+    inverse, n = (directions / lengths.square()).t(), len(effect)
+    maps.down.weight[:n] = inverse
+    maps.down.bias[:n] = -inverse @ encoder.latent_avg.flatten().cpu() - code_mean
     maps.coarse_rgb.weight[:, :n] = effect.t()
-    maps.coarse_rgb.bias.copy_((centre - drawn[0]).flatten())
+    maps.coarse_rgb.bias.copy_((target_mean - generated[0]).flatten())
 
 
-def mouth_shape(points: np.ndarray) -> np.ndarray:
-    """Landmarks (n, 68, 2) -> (n, 42): how far the lips are open, the distance from nose to chin, and the mouth's 20
-    points about their middle, averaged with their mirror image, all in the landmarks' unit. Upright heads."""
+def mouth_features(points: np.ndarray) -> np.ndarray:
+    """Landmarks (n, 68, 2) of upright heads -> (n, 42), in their unit: opening of the lips, distance from nose to chin,
+    and the 20 points of the mouth relative to their mean, averaged with their mirror image."""
     mouth = points[:, 48:68] - points[:, 48:68].mean(1, keepdims=True)                 # (n, 20, 2)
-    mouth = (mouth + mouth[:, np.array(MIRROR[48:]) - 48] * (-1, 1)) / 2               # and the same in a mirror
+    mouth = (mouth + mouth[:, np.array(MIRROR[48:]) - 48] * (-1, 1)) / 2
     jaw = points[:, 8, 1] - points[:, 33, 1]
     return np.concatenate([lip_opening(points)[:, None], jaw[:, None], mouth.reshape(len(mouth), -1)], 1)
 
 
-@torch.no_grad()
-def read_clips(model, pack, landmarks, clips):
-    """Yields of each clip its landmarks (T, 68, 2), and the shape of its lips as the MouthEncoder reads it, (T, K)"""
-    for c in bar(clips, "reading lips"):
-        images = to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(model.motion.moves.device)
-        yield landmarks.clip(c), model.mouth(images)[:, :model.config.shape_dim]
-
-
 def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_clip=30):
-    """The MouthEncoder learns to read the shape of lips from clips and photos with landmarks, ours. Its first number is
-    how far the lips are open. The others are principal components of what else moves while one person speaks, less what
-    follows the opening. Each is in units of its deviation there, from its mean."""
+    """Train the MouthEncoder to read the shape of the lips, ours. Targets are linear functions of landmarks of clips and
+    photos. The first is the opening. The K - 1 others are principal components of the mouth's motion within a clip,
+    without the part linear in the opening. Each has zero mean over the clips and unit deviation within a clip."""
     rng, K = np.random.default_rng([seed, 4]), model.config.shape_dim
-    boxes, shapes = [], []
-    of_clips, *of_photos = data["landmarks"]
+    clip_landmarks, *photo_landmarks = data["landmarks"]
+    boxes, features = [], []
 
-    def collect(pack, landmarks, c, ks):
-        boxes.append(model.mouth.mouth_crop(to_tensor(pack.frames(c, ks)), margin=0.125).to(torch.float16))
-        shapes.append(mouth_shape(landmarks.clip(c)[ks] / pack.size))
+    def add_frames(pack, landmarks, c, frames):
+        boxes.append(model.mouth.mouth_crop(to_tensor(pack.frames(c, frames)), margin=0.125).to(torch.float16))
+        features.append(mouth_features(landmarks.clip(c)[frames] / pack.size))
 
-    for c in bar(rng.permutation(data["marked"])[:clips], "mouths"):
-        collect(data["pack"], of_clips, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
-    shape, n_clips = np.concatenate(shapes), sum(map(len, shapes))                     # (n, 42)
-    deviation = np.concatenate([s - s.mean(0) for s in shapes])                        # of one person, within a clip
-    slope = deviation[:, 0] @ deviation[:, 1:] / (deviation[:, 0] @ deviation[:, 0])   # what follows the opening
-    rest = deviation[:, 1:] - deviation[:, :1] * slope
-    directions = np.linalg.eigh(rest.T @ rest)[1][:, :-K:-1]                           # (41, K - 1), largest first
+    for c in progress(rng.permutation(data["clips_with_landmarks"])[:clips], "mouths"):
+        add_frames(data["pack"], clip_landmarks, c, np.sort(rng.permutation(data["pack"].n_frames[c])[:per_clip]))
+    clip_features, n_frames = np.concatenate(features), sum(map(len, features))        # (n_frames, 42)
+    deviation = np.concatenate([x - x.mean(0) for x in features])
+    slope = deviation[:, 0] @ deviation[:, 1:] / (deviation[:, 0] @ deviation[:, 0])   # motion with the opening
+    residual = deviation[:, 1:] - deviation[:, :1] * slope
+    directions = np.linalg.eigh(residual.T @ residual)[1][:, :-K:-1]                   # (41, K - 1), largest first
 
-    def numbers(shape):  # (n, 42) -> (n, K)
-        return np.concatenate([shape[:, :1], (shape[:, 1:] - shape[:, :1] * slope) @ directions], 1)
+    def to_shape(x):  # (n, 42) -> (n, K)
+        return np.concatenate([x[:, :1], (x[:, 1:] - x[:, :1] * slope) @ directions], 1)
 
-    centre, std = numbers(shape).mean(0), numbers(deviation).std(0)
-    for landmarks in of_photos:
-        for c in rng.permutation(np.intersect1d(data["photos"].order, landmarks.usable_clips))[:n_clips]:
-            collect(data["photos"].pack, landmarks, c, np.arange(1))
-    boxes, target = torch.cat(boxes), (numbers(np.concatenate(shapes)) - centre) / std
+    mean, std = to_shape(clip_features).mean(0), to_shape(deviation).std(0)
+    for landmarks in photo_landmarks:
+        for c in rng.permutation(np.intersect1d(data["photos"].order, landmarks.usable_clips))[:n_frames]:
+            add_frames(data["photos"].pack, landmarks, c, np.arange(1))
+    boxes, target = torch.cat(boxes), (to_shape(np.concatenate(features)) - mean) / std
     target = torch.from_numpy(target).float().clamp(-8, 8).to(device)                  # landmarks have outliers
     weight = 1 / target.cpu().var(0).to(device)
 
     def loss_of(step):
-        half = torch.randint(n_clips, (batch // 2,))                                   # half clips, half photos
-        i = torch.cat([half, torch.randint(n_clips, len(boxes), (batch // 2,)) if len(boxes) > n_clips else half])
+        i = torch.randint(n_frames, (batch // 2,))                                     # half clips, half photos
+        i = torch.cat([i, torch.randint(n_frames, len(boxes), (batch // 2,)) if len(boxes) > n_frames else i])
         down, right = (int(v) for v in torch.randint(boxes.shape[-1] - 31, (2,)))
         x = boxes[i][..., down:down + 32, right:right + 32].to(device, torch.float32)
         x = x.flip(-1) if step % 2 else x                                              # shapes are symmetric
@@ -409,35 +408,35 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
         return ((model.mouth.read(x) - target[i.to(device)]).square() * weight).mean()
 
     model.mouth.reader.requires_grad_(True)
-    unread = regress(f"lip reader, {len(boxes)} mouths", model.mouth.reader.parameters(), steps, 1e-3, loss_of)
-    print(f"lip reader: {100 * (1 - unread):.0f} % of the variance of landmarks' shape is read from pixels")
+    error = train_regression(f"lip reader, {len(boxes)} mouths", model.mouth.reader.parameters(), steps, 1e-3, loss_of)
+    print(f"lip reader: explains {100 * (1 - error):.0f} % of the variance of the lip shape")
 
 
 def train_judge(data, device, seed, steps, batch=48):
-    """A small face recogniser: frames of one clip show one person, clips of other people (of one person: other clips)
-    show others. With photos, two views of one: shifted, mirrored, and one without its mouth, which differs in clips."""
+    """Train a small face recogniser: frames of a clip show one person, clips of other people (of one person: other clips)
+    show another. With photos: two views of a photo, shifted and mirrored, one without the mouth, which varies."""
     photos, label = data["photos"], "identity"
-    images = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
-    if photos is None and len(np.unique(images.pack.identity[images.clips])) == 1:
+    dataset = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
+    if photos is None and len(np.unique(dataset.pack.identity[dataset.clips])) == 1:
         label = "clip"
-    if len(photos.people if photos else images.clips) < 2:
-        raise InputError(f"{images.pack.folder}: one person is too few for the face judge; --w id=0 does without it")
+    if len(photos.people if photos else dataset.clips) < 2:
+        raise InputError(f"{dataset.pack.folder}: one person is too few for the face judge; --w id=0 does without it")
     torch.manual_seed(seed)
     judge, augment = judges.SmallFaceJudge().to(device), Augment(p=0.5)
     batch = 2 * batch if photos else batch
-    stream = batches(images, batch, 0)
+    stream = batches(dataset, batch, 0)
 
     def loss_of(step):
         item = next(stream)
-        if photos is None:
-            views = item["source"], item["driving"][:, 0]                              # two frames of each clip
-        else:
+        if photos:
             views = map(augment, (item["image"], mask_mouth(item["image"], photos.pack.template, "lips")))
+        else:
+            views = item["source"], item["driving"][:, 0]                              # two frames of each clip
         # ours: brightness varies a little, so that the judge does not rely on exact colours
         a, b = (x.to(device) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1, device=device)) for x in views)
         return judges.same_person_loss(judge(a), judge(b), item[label].to(device), judge.log_scale, judge.bias)
 
-    regress("small face judge", judge.parameters(), steps, 2e-3, loss_of, decay=False)
+    train_regression("small face judge", judge.parameters(), steps, 2e-3, loss_of, decay=False)
     return judge
 
 
@@ -445,155 +444,171 @@ def train_judge(data, device, seed, steps, batch=48):
 
 @torch.no_grad()
 def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_clip=16, ridge=0.02):
-    """A closed-form start of canonical encoder and pose path, ours. A code minus its clip's mean is motion. A
-    linear map that predicts it from one frame's code, over many people, can use no direction in which people
-    differ. It gives the canonical encoder what to remove, by the mouth-masked image's code the pose."""
+    """Fit canonical encoder and pose path in closed form, ours. The motion of a frame is its code minus the mean of its
+    clip. A linear map that predicts the motion from one code, over many people, cannot use directions in which people
+    differ. The canonical encoder subtracts this prediction. The pose path is the same map from the mouth-masked code."""
     rng = np.random.default_rng(2)
     chosen = rng.permutation(chosen)[:clips]
     print(f"before the first step: motion space in closed form from {len(chosen)} clips" + ", and photos" * bool(photos))
-    z, z_masked, deviation = [], [], []                                                # of each clip (n, L, D)
+    z, z_masked, motions = [], [], []                                                  # of each clip (n, L, D)
 
-    def add(x, moving):  # (n, 3, H, W)
+    def add_images(x, moving):  # (n, 3, H, W)
         z.append(model.encode_source(x.to(device)))
         z_masked.append(model.encode_driving(x[None].to(device))[0])
-        deviation.append(moving * (z[-1] - z[-1].mean(0)))
+        motions.append(moving * (z[-1] - z[-1].mean(0)))
 
-    for c in bar(chosen, "motion space"):
+    for c in progress(chosen, "motion space"):
         length = int(pack.n_frames[c])
-        add(to_tensor(pack.frames(c, np.sort(rng.choice(length, min(per_clip, length), replace=False)))), 1)
-    for i in range(0, clips * per_clip // 2, 64) if photos else ():
-        add(torch.stack([photos[k]["image"] for k in range(i, i + 64)]), 0)
-    z, z_masked, deviation = torch.cat(z), torch.cat(z_masked), torch.cat(deviation).flatten(1)  # (n, L * D)
+        add_images(to_tensor(pack.frames(c, np.sort(rng.choice(length, min(per_clip, length), replace=False)))), 1)
+    if photos:                                                                         # faces at rest
+        for i in range(0, clips * per_clip // 2, 64):
+            add_images(torch.stack([photos[k]["image"] for k in range(i, i + 64)]), 0)
+    z, z_masked, motions = torch.cat(z), torch.cat(z_masked), torch.cat(motions).flatten(1)  # (n, L * D)
     model.set_statistics(z, z_masked)
     canonical, motion = model.canonical, model.motion
-    down, up = reduced_rank_regression(canonical.whiten(z), -deviation, len(canonical.down.weight), ridge)
+    down, up = reduced_rank_regression(canonical.whiten(z), -motions, len(canonical.down.weight), ridge)
     canonical.down.weight.copy_(down)
     canonical.up.weight.copy_(up)
     if model.config.motion == "direct":
-        down, up = reduced_rank_regression(motion.whiten(z_masked), deviation, model.config.pose_dim, ridge)
+        down, up = reduced_rank_regression(motion.whiten(z_masked), motions, model.config.pose_dim, ridge)
         motion.pose_down.weight.copy_(down)
         motion.pose_down.bias.zero_()
         motion.pose_up.weight.copy_(up)
 
 
 def train_lips(model, data, args, device, most=2000, batch=12, span=16):
-    """Sound -> shape of the lips, before any image is made; also the limits of the opening. A step costs a tenth of one
-    through the generator. It takes `batch` stretches of `span` frames: neighbouring frames share their sound windows."""
+    """Train sound -> shape of the lips, before any image is generated, and set the limits of the opening. A step costs a
+    tenth of one through the generator. A batch holds spans of `span` frames: neighbours share their sound windows."""
     pack, landmarks, steps = data["pack"], data["landmarks"][0], min(LIP_STEPS, args.steps)
     rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
-    long = data["marked"][pack.n_frames[data["marked"]] >= span]                       # with --by-person clips come twice
+    clips = data["clips_with_landmarks"]                                               # with repeats if --by-person
+    clips = clips[pack.n_frames[clips] >= span]
     held_out = np.intersect1d([c for c in data["held_out"] if pack.n_frames[c] >= span], landmarks.usable_clips)[:50]
-    if not len(long):
+    if not len(clips):
         raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
-    chosen = rng.permutation(np.unique(long))[:most]
-    n, number = len(chosen), {c: i for i, c in enumerate(chosen)}
-    drawn, chosen = [number[c] for c in long if c in number], [*chosen, *held_out.astype(int)]
-    shapes = lip_shapes(model, pack, landmarks, chosen, device)                        # (T, K) each
+    chosen = rng.permutation(np.unique(clips))[:most]
+    n, index = len(chosen), {c: i for i, c in enumerate(chosen)}
+    train_items, chosen = [index[c] for c in clips if c in index], [*chosen, *held_out.astype(int)]
+    shapes, n_speech = lip_targets(model, pack, landmarks, chosen, device), len(chosen)  # (T, K) each
     train = torch.cat(shapes[:n])
-    openings, power = train[:, 0], train.var(0).clamp_min(1e-3)
+    openings, variance = train[:, 0], train.var(0).clamp_min(1e-3)
     shut = train[openings <= openings.quantile(0.05)].mean(0)
-    weight = 1 / power
+    shapes += [shut.expand(5 * span, -1)] * 199                                        # items without speech
+    weight = 1 / variance
     weight[0] *= 5                                                                     # ours: the opening shows most
-    weight = weight / (weight @ power)                                                 # the mean shape has loss 1
+    weight = weight / (weight @ variance)                                              # the mean shape has loss 1
 
     @functools.cache
-    def mel(i, noisy):
-        """Of a clip; for i < 0 of what is not speech"""
-        draw = np.random.default_rng([args.seed, 5, abs(i)])
-        wav = make_non_speech(5 * span * SAMPLES_PER_FRAME, draw) if i < 0 else pack.sound(chosen[i])
+    def load_mel(i, noisy):
+        draw = np.random.default_rng([args.seed, 5, i if i < n_speech else i - n_speech + 1])
+        wav = pack.sound(chosen[i]) if i < n_speech else make_non_speech(5 * span * SAMPLES_PER_FRAME, draw)
         return log_mel(add_echo_and_noise(wav, draw) if noisy else wav, model.config.voice_norm)
 
-    def stretch(i, clean):
-        """`span` frames of clip i, or of no speech -> windows of their sound and `reach` more, shape of their lips"""
-        i = -rng.integers(1, 200) if not clean and rng.random() < NO_SPEECH else i
-        target = shapes[i] if i >= 0 else shut.expand(5 * span, -1)                    # (T, K)
-        k = int(rng.integers(len(target) - span + 1))
-        sound = mel(i, not clean and i >= 0 and rng.random() < NOISY)
-        sound = sound if clean else spec_augment(sound, rng)
-        return mel_windows(sound, np.arange(k - reach, k + span + reach)), target[k:k + span]
+    def random_span(i, augment):
+        """Item i -> sound windows (span + 2 reach, 1, 80, 16), lip shapes (span, K)"""
+        if augment and rng.random() < NO_SPEECH:
+            i = int(rng.integers(n_speech, len(shapes)))
+        first = int(rng.integers(len(shapes[i]) - span + 1))
+        mel = load_mel(i, augment and i < n_speech and rng.random() < NOISY)
+        mel = spec_augment(mel, rng) if augment else mel
+        return mel_windows(mel, np.arange(first - reach, first + span + reach)), shapes[i][first:first + span]
 
-    def loss_of(step, clips=None):
-        clean, clips = clips is not None, rng.choice(drawn, batch) if clips is None else clips
-        sound, targets = zip(*[stretch(i, clean) for i in clips])
+    def loss_of(step, held_out_items=()):
+        items = held_out_items or rng.choice(train_items, batch)
+        sound, targets = zip(*[random_span(i, augment=not held_out_items) for i in items])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a = model.encode_sound(torch.from_numpy(np.stack(sound)).to(device))
-            predicted = model.motion.predict_lip_shape(z_a, reach)                             # (B, span, K)
+            predicted = model.motion.predict_lip_shape(z_a, reach)                     # (B, span, K)
         return ((predicted.float() - torch.stack(targets)).square() * weight).sum(-1).mean()
 
-    trained = [q for part in (model.audio, model.motion.fusion, model.motion.lips) for q in part.parameters()]
-    missed, words = regress(f"regression of lips on sound, {n} clips", trained, steps, 1e-3, loss_of), ""
+    parameters = itertools.chain(*(m.parameters() for m in (model.audio, model.motion.fusion, model.motion.lips)))
+    error = train_regression(f"regression of lips on sound, {n} clips", parameters, steps, 1e-3, loss_of)
+    text = f"lips from sound: {100 * (1 - error):.0f} % of the variance of their shape"
     if len(held_out):
         with torch.no_grad():
-            words = f", {100 * (1 - loss_of(0, range(n, len(chosen)))):.0f} % in {len(held_out)} held-out clips"
+            text += f", {100 * (1 - loss_of(0, range(n, n_speech))):.0f} % in {len(held_out)} held-out clips"
+    print(text)
     for q in model.motion.lips[-1].parameters():
         q.data.mul_(LIP_GAIN)
     model.motion.opening_limits.copy_(openings.quantile(torch.tensor([0.02, 0.9], device=device)))
-    print(f"lips from sound: {100 * (1 - missed):.0f} % of the variance of their shape" + words)
 
 
 @torch.no_grad()
-def lip_shapes(model, pack, landmarks, clips, device) -> list:
-    """Clips -> shape of the lips in their frames, [(T, K), ..]: the landmarks' opening, and those linear functions of the
-    landmarks that are nearest to the MouthEncoder's other numbers, since it reads single people badly."""
-    mean = load_landmarks().solid.double().numpy()
-    found, read = zip(*read_clips(model, pack, landmarks, clips))
-    points = [torch.from_numpy(mouth_shape(remove_head_motion(p, mean))).float().to(device) for p in found]  # (T, 42)
-    x, y = (torch.cat([v - v.mean(0) for v in values]).cpu().double() for values in (points, read))
-    std = x.std(0).clamp_min(1e-6)                                                     # some are 0: mirrored
+def read_lips(model, pack, landmarks, clips):
+    """Yields for each clip its landmarks (T, 68, 2), and its lip shapes (T, K) as read by the MouthEncoder"""
+    for c in progress(clips, "reading lips"):
+        images = to_tensor(pack.frames(c, range(pack.n_frames[c]))).to(model.motion.moves.device)
+        yield landmarks.clip(c), model.mouth(images)[:, :model.config.shape_dim]
+
+
+@torch.no_grad()
+def lip_targets(model, pack, landmarks, clips, device) -> list:
+    """Clips -> list of lip shapes (T, K) of their frames: the opening by landmarks, and the linear functions of landmarks
+    that best fit the other numbers of the MouthEncoder. Its own readings are less exact for a single person."""
+    solid, features, readings = load_landmarks().solid.double().numpy(), [], []
+    for points, reading in read_lips(model, pack, landmarks, clips):
+        features.append(torch.from_numpy(mouth_features(remove_head_motion(points, solid))).float().to(device))  # (T, 42)
+        readings.append(reading)
+    x, y = (torch.cat([v - v.mean(0) for v in values]).cpu().double() for values in (features, readings))
+    std = x.std(0).clamp_min(1e-6)                                                     # mirrored points: some are 0
     linear = (ridge_regression(x / std, y, 0.01) / std[:, None]).float().to(device)
-    # the opening is the landmarks' alone, with the deviation and mean of the readings
+    # the opening comes from landmarks alone, with the deviation and mean of the readings
     linear[:, 0] = 0
     linear[0, 0] = y[:, 0].std() / std[0]
-    offset = torch.cat(read)[:, 0].mean() - linear[0, 0] * torch.cat(points)[:, 0].mean()
-    shapes = [p @ linear for p in points]
-    return equalise_openings([torch.cat([s[:, :1] + offset, s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes],
-                     pack.identity[clips])
+    offset = torch.cat(readings)[:, 0].mean() - linear[0, 0] * torch.cat(features)[:, 0].mean()
+    shapes = [x @ linear for x in features]
+    shapes = [torch.cat([s[:, :1] + offset, s[:, 1:] - s[:, 1:].mean(0)], 1) for s in shapes]
+    return equalise_openings(shapes, pack.identity[clips])
 
 
 def equalise_openings(shapes: list, people) -> list:
-    """Shapes of clips (T, K) and their people's numbers -> the same with one rest (5th percentile) and deviation of the
-    opening for everybody: sound does not tell how far a person opens the mouth; a regression would guess it by voice."""
-    of = {p: torch.cat([s for s, q in zip(shapes, people) if q == p])[:, 0] for p in np.unique(people)}
-    rest = {p: o.quantile(0.05) for p, o in of.items()}
-    mean, std = torch.stack(list(rest.values())).mean(), torch.stack([o.std() for o in of.values()]).mean()
-    gain = {p: (std / o.std()).clamp(0.5, 2) for p, o in of.items()}
-    return [torch.cat([mean + gain[p] * (s[:, :1] - rest[p]), gain[p] * s[:, 1:]], 1) for s, p in zip(shapes, people)]
-
-
-def fit_warp(model, data, clips=200):
-    """For warp.py, least squares over training clips, ours: how landmarks move with the lips' numbers"""
-    pack, landmarks, motion = data["pack"], data["landmarks"][0], model.motion
-    mean, moving, predicted, real = load_landmarks().solid.double().numpy(), [], [], []
-    chosen = np.sort(np.random.default_rng(4).permutation(np.unique(data["marked"]))[:clips])  # of all people
-    print(f"after the last step: landmarks' motion with the lips, least squares over {len(chosen)} clips")
-    for c, (points, shape) in zip(chosen, read_clips(model, pack, landmarks, chosen)):
-        points = points.astype(np.float64)
-        moving.append((points, shape[:, 1:].cpu().numpy()))
-        mel = torch.from_numpy(pack.windows(c, range(len(points)), model.config.voice_norm)).to(shape.device)
-        predicted.append(model.predict_lip_shape(mel)[:, 0].cpu().numpy())
-        real.append(lip_opening(remove_head_motion(points, mean)))
-        if landmarks.detectors[pack.locate(c)[0]] == "mediapipe":                        # fit_opening expects dlib's
-            real[-1] /= OPENING_GAIN
-    if not motion.moves.any():                                                         # --init may have them
-        motion.moves.copy_(torch.from_numpy(fit_moves(moving, mean)))
-    people = pack.identity[chosen]                                                     # shut lips of everybody are 0
-    shut = {p: np.quantile(np.concatenate([r for r, q in zip(real, people) if q == p]), 0.05) for p in people}
-    real = np.concatenate([r - shut[p] for r, p in zip(real, people)])
-    motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), real)))
+    """Lip shapes (T, K) of clips, person of each clip -> shapes with the same rest (5th percentile) and deviation of the
+    opening for all people. How far a person opens the mouth is not in the sound; a regression would guess it by voice."""
+    openings = {p: torch.cat([s[:, 0] for s, q in zip(shapes, people) if q == p]) for p in np.unique(people)}
+    rest = {p: opening.quantile(0.05) for p, opening in openings.items()}
+    mean_rest = torch.stack(list(rest.values())).mean()
+    mean_std, equal = torch.stack([opening.std() for opening in openings.values()]).mean(), []
+    for shape, p in zip(shapes, people):
+        gain = (mean_std / openings[p].std()).clamp(0.5, 2)
+        equal.append(torch.cat([mean_rest + gain * (shape[:, :1] - rest[p]), gain * shape[:, 1:]], 1))
+    return equal
 
 
 @torch.no_grad()
-def collect_idle(model, pack, chosen, device):
-    """Fill DirectMotion.idle: pose deviations of the calmest of 64 training clips, from zero at their first frame"""
+def fit_warp(model, data, clips=200):
+    """Set motion.moves and motion.opening for warp.py by least squares over training clips, ours."""
+    pack, landmarks, motion = data["pack"], data["landmarks"][0], model.motion
+    solid, moving, predicted, openings = load_landmarks().solid.double().numpy(), [], [], []
+    chosen = np.sort(np.random.default_rng(4).permutation(np.unique(data["clips_with_landmarks"]))[:clips])
+    print(f"after the last step: landmarks' motion with the lips, least squares over {len(chosen)} clips")
+    for c, (points, shape) in zip(chosen, read_lips(model, pack, landmarks, chosen)):
+        points = points.astype(np.float64)
+        moving.append((points, shape[:, 1:].cpu().numpy()))
+        mel = torch.from_numpy(pack.windows(c, range(len(points)), model.config.voice_norm)).to(shape.device)
+        predicted.append(motion.predict_lip_shape(model.encode_whole_sound(mel))[0, :, 0].cpu().numpy())
+        opening = lip_opening(remove_head_motion(points, solid))
+        is_mediapipe = landmarks.detectors[pack.locate(c)[0]] == "mediapipe"           # fit_opening expects dlib's
+        openings.append(opening / OPENING_GAIN if is_mediapipe else opening)
+    if not motion.moves.any():                                                         # not loaded from --init
+        motion.moves.copy_(torch.from_numpy(fit_moves(moving, solid)))
+    people = pack.identity[chosen]
+    shut = {p: np.quantile(np.concatenate([o for o, q in zip(openings, people) if q == p]), 0.05) for p in people}
+    openings = np.concatenate([opening - shut[p] for opening, p in zip(openings, people)])  # shut lips: 0
+    motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), openings)))
+
+
+@torch.no_grad()
+def collect_idle_motion(model, pack, chosen, device):
+    """Set DirectMotion.idle: pose deviations from the first frame, of the calmest of 64 training clips."""
     if model.config.motion != "direct":
         return
     n, T, _ = model.motion.idle.shape
     walks = []
     for c in chosen[pack.n_frames[chosen] >= T][:64]:
-        frames = to_tensor(pack.frames(c, range(T))).split(16)                         # memory does not grow with T
-        pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in frames])
+        pieces = to_tensor(pack.frames(c, range(T))).split(16)                         # bounded memory
+        pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in pieces])
         walks.append(pose - pose[:1])                                                  # (T, P)
-    walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: those near the photo
+    walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: calm ones first
     for i, walk in enumerate(walks[:n]):
         model.motion.idle[i] = 0.7 * walk                                              # ours: a little less than speech
 
@@ -601,7 +616,7 @@ def collect_idle(model, pack, chosen, device):
 # ---------------------------------------------------------------------------------------- least squares in float64
 
 def ridge_regression(x, y, ridge):
-    """x (n, i), y (n, o) -> (i, o): y ~ x @ it"""
+    """x (n, i), y (n, o) -> weights (i, o), so that y ~ x @ weights"""
     n, i = x.shape
     gram = x @ x.t() if n < i else x.t() @ x                                           # the smaller of two equal ways
     gram = gram + ridge * n * torch.eye(len(gram), dtype=x.dtype, device=x.device)
@@ -609,12 +624,12 @@ def ridge_regression(x, y, ridge):
 
 
 def reduced_rank_regression(x, y, rank, ridge):
-    """x (n, i), y (n, o) -> down (rank, i), up (o, rank): y ~ x down^T up^T, with numbers of unit variance between"""
+    """x (n, i), y (n, o) -> down (rank, i), up (o, rank), so that y ~ x down^T up^T. x down^T has unit variance."""
     device, x, y = x.device, to_float64(x), to_float64(y)
     full = ridge_regression(x, y, ridge)                                               # (i, o)
     fitted = x @ full
-    v = torch.linalg.eigh(fitted.t() @ fitted)[1][:, -rank:].flip(1)                   # (o, rank): where most of it moves
-    v = F.pad(v, (0, rank - v.shape[1]))                                               # few numbers: the rest is zero
+    v = torch.linalg.eigh(fitted.t() @ fitted)[1][:, -rank:].flip(1)                   # (o, rank), largest first
+    v = F.pad(v, (0, rank - v.shape[1]))                                               # zeros beyond o directions
     down = full @ v
     std = (x @ down).std(0).clamp_min(1e-6)
     return (down / std).t().float().to(device), (v * std).float().to(device)

@@ -1,16 +1,15 @@
 """The loss terms of training as pure functions, and the discriminator's augmentation.
 
-FC-TFG (arXiv 2304.03275), section 3.4, names six terms; the GAN terms are StyleGAN2's (arXiv 1912.04958):
+FC-TFG (arXiv 2304.03275), section 3.4, names six terms. The GAN terms are StyleGAN2's (arXiv 1912.04958).
 
-    orthogonality   canonical and motion code share no direction      orthogonality_loss
-    sync            mouth and sound agree, by a sync expert           sync_loss
-    identity        the same person, by a face recogniser             identity_loss
-    reconstruction  L1                                                reconstruction_loss
-    perceptual      features of a frozen network agree                perceptual_loss
-    adversarial     non-saturating logistic                           generator_loss, discriminator_loss
+    orthogonality   canonical and motion code have no common direction        orthogonality_loss
+    sync            a sync expert judges that the mouth fits the sound        sync_loss
+    identity        a face recogniser judges that the person is the same      identity_loss
+    reconstruction  L1                                                        reconstruction_loss
+    perceptual      L1 of features of a frozen network                        perceptual_loss
+    adversarial     non-saturating logistic                                   generator_loss, discriminator_loss
 
-Images are (N, 3, H, W) in [-1, 1]; every loss is a scalar. The frozen networks are in judges.py, the weights of the terms
-in train.py.
+Images are (N, 3, H, W) in [-1, 1], losses are scalars. Frozen networks: judges.py. Weights of the terms: train.py.
 """
 
 import math
@@ -21,48 +20,48 @@ import torch.nn.functional as F
 from checkpoint import MeanOverProcesses
 from faces import TEMPLATES, box_slices, mask_mouth, recrop
 
-SYNC_FRAMES = 5  # frames of a window for the sync loss: the expert's 0.2 s
+SYNC_FRAMES = 5  # frames in a window of the sync loss: the 0.2 s of the expert
 
 # --------------------------------------------------------------------------------------------------- the six terms
 
 def orthogonality_loss(z_s2c, z_c2d):
-    """Squared cosine between canonical and motion code, z_s2c (B, L, D) and z_c2d (B, T, L, D): a mean in [0, 1].
-    The paper has the inner product of each style layer, which also falls when both codes shrink."""
+    """Mean squared cosine, in [0, 1], between canonical code z_s2c (B, L, D) and motion code z_c2d (B, T, L, D).
+    The paper uses the inner product of each style layer, which also falls when both codes shrink."""
     return F.cosine_similarity(z_s2c[:, None], z_c2d, dim=-1, eps=1e-6).square().mean()
 
 
 def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
-    """L1 of the image, of some boxes again, and of the image at half and a quarter of its size. boxes: ((x0, y0,
-    x1, y1) as fractions, weight) pairs; ours: mouth and eyes are few of the pixels and most of what a viewer looks
-    at. pyramid: weight of the smaller images; ours: colour and place settle before edges do."""
+    """L1 of the image, plus weighted L1 in boxes, plus L1 of the image at a half and a quarter of its size. boxes: ((x0,
+    y0, x1, y1) as fractions, weight) pairs; ours: mouth and eyes are few pixels, and viewers look at them most.
+    pyramid: weight of the smaller images; ours: colour and place settle before edges."""
     loss = (fake - real).abs().mean()
     for box, weight in boxes:
         rows, cols = box_slices(box, *fake.shape[-2:])
         loss = loss + weight * (fake[..., rows, cols] - real[..., rows, cols]).abs().mean()
-    for factor in (2, 4) if pyramid else ():
-        loss = loss + pyramid * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()
+    if pyramid:
+        for factor in (2, 4):
+            loss = loss + pyramid * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()
     return loss
 
 
 def perceptual_loss(fake_maps, real_maps):
-    """Mean over layers of the L1 distance of feature maps (N, C, H, W), each relative to the real map's mean size."""
+    """Mean over layers of the L1 distance of feature maps (N, C, H, W), divided by the mean magnitude of the real map"""
     pairs = [(f.float(), r.detach().float()) for f, r in zip(fake_maps, real_maps)]
     terms = [(f - r).abs().mean() / r.abs().mean().clamp_min(1e-6) for f, r in pairs]
     return sum(terms) / len(terms)
 
 
 def identity_loss(fake_embedding, real_embedding):
-    """1 - cosine of a recogniser's embeddings (N, E) of unit length; pSp, section 3.3. In [0, 2]."""
+    """1 - cosine, in [0, 2], of a face recogniser's embeddings (N, E) of unit length; pSp, section 3.3"""
     return 1 - (fake_embedding * real_embedding.detach()).sum(-1).mean()
 
 
 def sync_loss(expert, frames, mel):
-    """The mouth fits the sound, by a frozen SyncNet or another network with its face, sound and logits: frames
-    (B, 5, 3, H, W) in [-1, 1], with gradient; mel (B, 1, 80, 16), the window of each middle frame.
-
-    (-log sigmoid of the logit - log softmax among the sounds of the batch) / scale. The first term vanishes where
-    the expert is convinced. The second, StyleTalker's contrast, asks that this sound fits better than others.
-    scale (ours): an expert's logits grow all its training; undivided, at 45, the gradient was 2800 times L1's."""
+    """Mean of (-log sigmoid of a pair's logit - log of its softmax among all sounds of the batch) / scale. expert: a
+    frozen SyncNet, or another network with its methods face, sound and logits. frames: (B, 5, 3, H, W) in [-1, 1], with
+    gradient. mel: (B, 1, 80, 16), the window of each middle frame. The first term vanishes for pairs of high scores. The
+    second, StyleTalker's contrast, compares with other sounds. scale (ours): the logits of an expert grow throughout its
+    training. Without the division, at a scale of 45, the gradient was 2800 times that of L1."""
     assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
     with torch.no_grad():
         sound = expert.sound(mel.float())
@@ -73,45 +72,45 @@ def sync_loss(expert, frames, mel):
     return (absolute + contrast) / scale
 
 
-# --- two terms of ours, for faces that get the mouth of another: they move the lips of people known from one photo
+# ------- two terms of ours for faces with a swapped mouth: with them, lips move on a person known from one photo only
 
 def preserve_loss(swapped, real, template: str):
-    """L1 outside the mouth of a crop template, and of the hue of the whole at 16 px"""
+    """L1 outside the mouth box of a crop template, plus L1 of the hue of the whole image at 16 px"""
     loss = (mask_mouth(swapped, template) - mask_mouth(real, template)).abs().mean()
     hue = (swapped - swapped.mean(1, keepdim=True)) - (real - real.mean(1, keepdim=True))
     return loss + F.avg_pool2d(hue, max(1, swapped.shape[-1] // 16)).abs().mean()
 
 
-def mouth_cycle_loss(read, target):
-    """Shape of the lips read from generated images, (N, K), and the one they were to have, in units of its variance over
-    the batch. The opening, the first number, is half of it."""
+def mouth_cycle_loss(read_shape, target):
+    """Squared error of the lip shape (N, K) read from generated images, in units of the target's variance over the batch.
+    The opening, the first number, is half of the loss."""
     variance = target.var(0) if len(target) > 1 else torch.ones_like(target[0])  # 1: that of the training clips
-    wrong = (read - target).square() / variance.clamp_min(0.25)
-    return (wrong[:, 0].mean() + wrong[:, 1:].mean()) / 2
+    error = (read_shape - target).square() / variance.clamp_min(0.25)
+    return (error[:, 0].mean() + error[:, 1:].mean()) / 2
 
 
 # ------------------------------------------------------------------------- the GAN terms: scores are (N, 1) logits
 
 def discriminator_loss(real_score, fake_score):
-    """-log D(real) - log(1 - D(fake)); 2 ln 2 where D answers 1/2"""
+    """-log D(real) - log(1 - D(fake)); 2 ln 2 where D = 1/2"""
     return F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
 
 
 def generator_loss(fake_score):
-    """Non-saturating: -log D(fake); ln 2 where D answers 1/2"""
+    """Non-saturating: -log D(fake); ln 2 where D = 1/2"""
     return F.softplus(-fake_score).mean()
 
 
 def r1_penalty(real, score):
-    """E |grad_x D(x)|^2 at real images, Mescheder et al. 2018. real must require a gradient and lead to score."""
+    """E |grad_x D(x)|^2 at real images, Mescheder et al. 2018. `real` requires a gradient, and `score` depends on it."""
     grad, = torch.autograd.grad(score.sum(), real, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()
 
 
 def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01):
-    """E (|J^T y| - a)^2, StyleGAN2 section 3.2, J the Jacobian of the image by w, a the running mean of the
-    length. fake (N, 3, H, W) made from w_plus (N, L, D), which requires a gradient; mean_path: a; noise: y of
-    fake's shape, drawn where None, divided by sqrt(H W): the length of a pixel. -> penalty, the next a"""
+    """E (|J^T y| - a)^2, StyleGAN2 section 3.2, where J is the Jacobian of the image by w and a the running mean of the
+    length -> (penalty, next a). fake: (N, 3, H, W), made from w_plus (N, L, D), which requires a gradient. mean_path: a.
+    noise: y times sqrt(H W), of fake's shape; None: random. The division makes the length that of a pixel."""
     noise = torch.randn_like(fake) if noise is None else noise
     y = noise / math.sqrt(fake.shape[2] * fake.shape[3])
     grad, = torch.autograd.grad((fake * y).sum(), w_plus, create_graph=True)
@@ -122,66 +121,68 @@ def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01
 
 
 class Augment:
-    """Augmentation of the discriminator's input, for small data: DiffAugment's operations (Zhao et al. 2020), each drawn
-    for each image with probability p, and ADA's controller for p (Karras et al. 2020, section 3: E sign D(real) = 0.6).
-    ADA's own pipeline costs three times the generator on a CPU, for little more."""
+    """Augmentation of the discriminator's input, for small datasets: the operations of DiffAugment (Zhao et al. 2020),
+    each with probability p per image, and ADA's controller of p (Karras et al. 2020, section 3: E sign D(real) = 0.6).
+    On a CPU ADA's own pipeline costs three times the generator and improves little."""
 
     def __init__(self, p: float = 0.0, target: float = 0.6, kimg: float = 500.0):
         self.p, self.target, self.kimg = p, target, kimg
 
     def update(self, sign: float, images: int):
-        """Move p by images / 500k towards the target; p in [0, 1]. sign: the mean sign of D's scores of real images"""
+        """Move p by images / 500k towards the target, within [0, 1]. sign: mean sign of the scores of real images."""
         self.p = min(1.0, max(0.0, self.p + math.copysign(images / (self.kimg * 1000), sign - self.target)))
 
     def __call__(self, x):
-        """x (N, 3, H, W) -> augmented, differentiable by x"""
+        """x (N, 3, H, W) -> augmented images, differentiable in x"""
         if self.p == 0:
             return x
         N, _, H, W = x.shape
 
-        def drawn():  # (N, 1, 1, 1), 1 where the operation is applied
+        def random_mask():  # (N, 1, 1, 1): 1 for the images to change
             return (torch.rand(N, 1, 1, 1, device=x.device) < self.p).to(x.dtype)
 
-        flip = drawn()
+        flip = random_mask()
         x = flip * x.flip(3) + (1 - flip) * x
-        x = x + drawn() * (torch.rand(N, 1, 1, 1, device=x.device) - 0.5)                       # brightness
+        x = x + random_mask() * (torch.rand(N, 1, 1, 1, device=x.device) - 0.5)                 # brightness
         for axes, span in ((1, 2.0), ((1, 2, 3), 1.0)):                                         # saturation, contrast
             mean = x.mean(axes, keepdim=True)
-            x = mean + (x - mean) * (1 + span * drawn() * (torch.rand(N, 1, 1, 1, device=x.device) - 0.5))
-        shift = (drawn().flatten() * (torch.rand(N, device=x.device) - 0.5) * W / 4).round().long()  # up to 1/8 sideways
-        columns = (torch.arange(W, device=x.device)[None] + shift[:, None]).clamp(0, W - 1)
+            x = mean + (x - mean) * (1 + span * random_mask() * (torch.rand(N, 1, 1, 1, device=x.device) - 0.5))
+        shift = random_mask().flatten() * (torch.rand(N, device=x.device) - 0.5) * W / 4        # up to 1/8 sideways
+        columns = (torch.arange(W, device=x.device)[None] + shift.round().long()[:, None]).clamp(0, W - 1)
         x = x.gather(3, columns[:, None, None].expand(N, 3, H, W))
-        hole = drawn()                                                                           # cutout: half the edge
+        hole = random_mask()                                                                     # cutout: half the edge
         cy, cx = torch.rand(2, N, 1, 1, device=x.device)
         rows = (torch.arange(H, device=x.device)[None, :, None] - H * cy).abs() < H / 4
         cols = (torch.arange(W, device=x.device)[None, None, :] - W * cx).abs() < W / 4
         return x * (1 - hole * (rows & cols)[:, None].to(x.dtype))
 
 
-# --- all terms of a stage but the adversarial one: train.py's forward pass of the stage -> terms without weights
+# ------- all terms of a stage except the adversarial one: output of train.py's forward pass -> terms without weights
 
-def stage2(model, frozen, out, w):
-    """Reconstruction, perceptual and identity; where mouths are swapped, the rest of the face and the mouth code.
-    frozen: networks by name; w: weights of terms by name, those that are 0 are not computed"""
+def stage2_losses(model, frozen, out, w):
+    """Reconstruction, perceptual and identity terms. With swapped mouths also preserve and mouth_cycle.
+    frozen: networks by name. w: weights of the terms by name; terms of weight 0 are not computed."""
     template = TEMPLATES[model.config.template]
     boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))
     real, fake = out["real"], out["fake"]
     terms = dict(rec=reconstruction_loss(fake, real, boxes))
     if w["l2"]:
         terms["l2"] = (fake - real).square().mean()
-    if w["feat"] and (net := frozen.get("feature_net")):
-        terms["feat"] = perceptual_loss(net.features(fake), net.features(real))
+    if w["feat"] and "feature_net" in frozen:
+        features = frozen["feature_net"].features
+        terms["feat"] = perceptual_loss(features(fake), features(real))
     if w["vgg"]:
         terms["vgg"] = perceptual_loss(frozen["vgg"](fake), frozen["vgg"](real))
     if w["lpips"]:
         terms["lpips"] = frozen["lpips"](fake, real).mean()
-    if w["arcface"] or w["id"]:
-        name, net = ("arcface", frozen["arcface"]) if w["arcface"] else ("id", frozen["judge"])
-        terms[name] = identity_loss(net(fake), net(real))
+    if w["arcface"]:
+        terms["arcface"] = identity_loss(frozen["arcface"](fake), frozen["arcface"](real))
+    elif w["id"]:
+        terms["id"] = identity_loss(frozen["judge"](fake), frozen["judge"](real))
     if "fake_swapped" in out:                                                          # ours
         swapped, target = out["fake_swapped"], out["target_mouth"]
         terms["preserve"] = preserve_loss(swapped, real[-len(swapped):], model.config.template)
-        if "frames" in out:                                                            # stage 3: clips have a truth
+        if "frames" in out:                                                            # stage 3: clips have ground truth
             swapped = torch.cat([swapped, out["frames"].flatten(0, 1)])
             target = torch.cat([target, out["mouth"].flatten(0, 1)])
         terms["mouth_cycle"] = mouth_cycle_loss(
@@ -189,9 +190,9 @@ def stage2(model, frozen, out, w):
     return terms
 
 
-def stage3(model, frozen, out, w):
-    """Stage 2's, orthogonality, and sync where the clips are windows of SYNC_FRAMES"""
-    terms = stage2(model, frozen, out, w)
+def stage3_losses(model, frozen, out, w):
+    """The terms of stage 2, orthogonality, and sync for windows of SYNC_FRAMES"""
+    terms = stage2_losses(model, frozen, out, w)
     terms["orth"] = orthogonality_loss(out["z_s2c"], out["z_c2d"])
     if w["sync"] and out["frames"].shape[1] == SYNC_FRAMES:
         face = recrop(out["frames"], model.config.template, frozen["sync"].template)

@@ -1,12 +1,12 @@
 """StyleGAN2: MappingNetwork, Generator and Discriminator in plain PyTorch.
 
 Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020 (arXiv 1912.04958), sections 2-4.
-Layer names and parameter shapes are those of the public rosinality checkpoints, so that a published `g_ema` loads.
+Layer names and parameter shapes equal those of the public rosinality checkpoints, so that a published `g_ema` loads.
 
-What differs from the public code: no CUDA extension. One convolution with shared weights serves the whole batch,
-see ModulatedConv2d. Tensors are channels_last: on a CPU the depthwise blur is ten times faster there. Demodulation,
-gain, noise and bias act after the blur, in few passes. Generator.forward also takes `deltas` (HyperStyle's), `maps`
-and `picture` (ours, see fusion.py). Minibatch standard deviation accepts every batch size.
+Differences from the public code: no CUDA extension. One convolution with shared weights serves the whole batch,
+see ModulatedConv2d. Tensors are channels_last, which makes the depthwise blur ten times faster on a CPU. Demodulation,
+gain, noise and bias follow the blur, in few passes. Generator.forward also takes `deltas` (HyperStyle's), `maps` and
+`coarse` (ours, see fusion.py). The minibatch standard deviation accepts every batch size.
 """
 
 import functools
@@ -27,11 +27,11 @@ def n_styles(size: int) -> int:
 
 
 def channels_at(res: int, base: int, cap: int) -> int:
-    """Feature channels at a resolution. Published networks: base 32768, cap 512 (512 up to 64 px, 128 at 256)."""
+    """Feature channels at a resolution. Published networks: base 32768, cap 512 (512 up to 64 px, 128 at 256 px)."""
     return min(cap, base // res)
 
 
-# ----------------- layers with an equalised learning rate: weights are N(0, 1) and scaled by He's constant at run time
+# ---------- layers with an equalised learning rate: weights are initially N(0, 1) and scaled by He's constant at run time
 
 class EqualLinear(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, bias_init: float = 0.0, lr_mul: float = 1.0, activate: bool = False):
@@ -57,8 +57,8 @@ class EqualConv2d(nn.Module):
 
 
 class BiasLeakyReLU(nn.Module):
-    """leaky_relu(x + bias, 0.2) * sqrt 2, which keeps unit variance. The layer before scales its weights and `bias` by
-    the gain, not the result: the same for a leaky ReLU."""
+    """leaky_relu(x + bias, 0.2) * sqrt 2, which keeps unit variance. The previous layer applies bias and gain: it scales
+    its weights and `bias` by the gain. For a leaky ReLU this equals scaling the result."""
 
     gain = math.sqrt(2)
 
@@ -66,13 +66,13 @@ class BiasLeakyReLU(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):  # (N, C, H, W), with gain and bias already in it; overwritten
+    def forward(self, x):  # (N, C, H, W), bias and gain already applied; overwritten
         return F.leaky_relu(x, 0.2, inplace=True)
 
 
 class DepthwiseFilter(torch.autograd.Function):
-    """One symmetric 4x4 filter for every channel, stride 1. Its gradient is itself with the other padding, and so is the
-    gradient's gradient, which R1 and path length need: PyTorch's own is one convolution for each channel."""
+    """One symmetric 4x4 filter for all channels, stride 1. Its gradient is the same filter with padding 3 - pad, and so
+    is its second derivative, for R1 and path length. PyTorch's own derivatives run one convolution per channel."""
 
     @staticmethod
     def forward(ctx, x, kernel, pad: int):
@@ -85,7 +85,7 @@ class DepthwiseFilter(torch.autograd.Function):
 
 
 class Blur(nn.Module):
-    """Depthwise [1,3,3,1] low-pass filter, padded on all sides; gain 4 makes up for the zeros of an upsampling."""
+    """Depthwise [1,3,3,1] low-pass filter, padded on all sides. Gain 4 compensates for the zeros of an upsampling."""
 
     def __init__(self, pad: int, gain: float = 1.0):
         super().__init__()
@@ -98,12 +98,12 @@ class Blur(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: zeros between the pixels, then the low-pass filter with padding (2, 1). Each new pixel is 3/4 and
-    1/4 of two old ones: bilinear interpolation, but for the zeros beyond the edge."""
+    """Twice the size: zeros between the pixels, then the low-pass filter with padding (2, 1). On each axis a new pixel is
+    3/4 and 1/4 of two old pixels: bilinear interpolation with zeros outside of the image."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("kernel", Blur(0, gain=4.0).kernel)  # a published key; the interpolation is this filter
+        self.register_buffer("kernel", Blur(0, gain=4.0).kernel)  # a key of published files; equals the interpolation
 
     def forward(self, x):  # (N, 3, H, W) -> (N, 3, 2H, 2W)
         x = F.pad(x, (1, 1, 1, 1))
@@ -113,13 +113,13 @@ class Upsample(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- generator
 
 class ModulatedConv2d(nn.Module):
-    """3x3 convolution whose input channels are scaled by a style, with the output brought back to unit variance.
-    Paper, section 2.2: w'_oik = s_i w_oik, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + eps). As s does not depend on
-    k, conv(x, w'') = conv(s x, w) / sqrt(..): the weights are shared by the batch."""
+    """3x3 convolution. A style scales the input channels (modulation), and the output is scaled to unit variance
+    (demodulation). Paper, section 2.2: w'_oik = s_i w_oik, w''_oik = w'_oik / sqrt(sum_ik w'_oik^2 + eps). s does not
+    depend on k, so that conv(x, w'') = conv(s x, w) / sqrt(..): the whole batch shares the weights w."""
 
     def __init__(self, c_in: int, c_out: int, dim: int, up: bool = False):
         super().__init__()
-        # in memory as the convolution reads it: (O, 3, 3, I), and (I, 3, 3, O) where it is a transposed one
+        # memory order that the convolution reads: (O, 3, 3, I), for a transposed convolution (I, 3, 3, O)
         order = (3, 0, 1, 2) if up else (0, 3, 1, 2)
         weight = torch.randn(c_in, 3, 3, c_out) if up else torch.randn(c_out, 3, 3, c_in)
         self.weight = nn.Parameter(weight.permute(order)[None])                 # (1, O, I, 3, 3)
@@ -129,28 +129,28 @@ class ModulatedConv2d(nn.Module):
             self.blur = Blur(1, gain=4.0)
 
     def convolve(self, x, weight):
-        """x (N, B I, H, W), weight (B, O, I, 3, 3), one for each of B groups of channels -> (N, B O, H', W')"""
+        """x (N, B I, H, W), weight (B, O, I, 3, 3) of B groups of channels -> (N, B O, H', W')"""
         if self.up:
             x = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=len(weight))
-            return self.blur(x)                                                 # 2H + 1, and 2H after the blur
+            return self.blur(x)                                                 # 2H + 1 -> 2H
         return F.conv2d(x, weight.flatten(0, 1), padding=1, groups=len(weight))
 
     def convolve_clips(self, x, weight, grouped: bool):
-        """x (B T, I, H, W), weight (B, O, I, 3, 3), one a clip -> (B T, O, H', W'); grouped: for a GPU"""
+        """x (B T, I, H, W), weight (B, O, I, 3, 3), one per clip -> (B T, O, H', W'). grouped: faster on a GPU."""
         if not grouped:
             return torch.cat([self.convolve(x_b, w_b[None]) for x_b, w_b in zip(x.chunk(len(weight)), weight)])
         x = x.unflatten(0, (len(weight), -1)).transpose(0, 1).flatten(1, 2)     # (T, B I, H, W)
         return self.convolve(x, weight).unflatten(1, (len(weight), -1)).transpose(0, 1).flatten(0, 1)
 
     def forward(self, x, style, delta=None):
-        """x (N, I, H, W), style (N, D), delta (B, O, I) or (B, O, I, 3, 3) or None -> the result before
-        demodulation (N, O, H', W'), and the factors that demodulate it (N, O), in fp32. delta is HyperStyle's
-        relative change of the weights, W (1 + delta), of B clips of N / B frames each."""
+        """x (N, I, H, W), style (N, D) -> result before demodulation (N, O, H', W'), demodulation factors (N, O) in fp32.
+        delta: None, or HyperStyle's relative change of the weights, W (1 + delta), (B, O, I) or (B, O, I, 3, 3), for B
+        clips of N / B frames each."""
         with torch.autocast(x.device.type, enabled=False):
             s = self.modulation(style.to(self.weight.dtype))                    # (N, I)
             weight = self.weight[0]                                             # (O, I, 3, 3)
             if delta is None:
-                w = weight.transpose(0, 1) if self.up else weight               # summed in the order of the memory
+                w = weight.transpose(0, 1) if self.up else weight               # in memory order
                 power = w.square().sum((2, 3))                                  # (I, O) or (O, I)
                 variance = s.square() @ (power if self.up else power.t())       # (N, O)
             else:
@@ -166,7 +166,7 @@ class ModulatedConv2d(nn.Module):
 
 
 class ModulatedPixels(nn.Module):
-    """1x1 convolution to three channels, modulated and not demodulated; scales the few weights, not the pixels"""
+    """1x1 convolution to three channels, modulated, not demodulated. Scales its few weights in place of the pixels."""
 
     def __init__(self, c_in: int, c_out: int, dim: int):
         super().__init__()
@@ -183,11 +183,11 @@ class ModulatedPixels(nn.Module):
 
 
 class NoiseInjection(nn.Module):
-    """What to add to x (N, H, W, C), or None; noise is (1 or N, 1, H, W), "random" for a fresh draw, or "off" """
+    """x (N, H, W, C) -> noise to add, (1 or N, H, W, 1), or None. noise: a map (1 or N, 1, H, W), "random", or "off"."""
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))  # one strength a layer
+        self.weight = nn.Parameter(torch.zeros(1))  # one strength per layer
 
     def forward(self, x, noise="random"):
         if isinstance(noise, str) and noise == "off":
@@ -206,14 +206,14 @@ class StyledConv(nn.Module):
 
     def forward(self, x, style, noise="random", delta=None):
         y, demodulation = self.conv(x, style, delta)
-        y, gain = y.permute(0, 2, 3, 1), self.activate.gain                     # (N, H, W, C), as it lies in memory
+        y, gain = y.permute(0, 2, 3, 1), self.activate.gain                     # (N, H, W, C), the memory order
         factor = demodulation[:, None, None] * gain                             # (N, 1, 1, C)
         offset, noise = self.activate.bias * gain, self.noise(y, noise)         # (C,), (1 or N, H, W, 1)
         if noise is not None and len(noise) == 1:
-            offset = noise * gain + offset                                      # (1, H, W, C): one map for all
-        y = torch.addcmul(offset.to(y.dtype), y, factor.to(y.dtype))            # all of it in one pass
+            offset = noise * gain + offset                                      # (1, H, W, C)
+        y = torch.addcmul(offset.to(y.dtype), y, factor.to(y.dtype))            # one pass over memory
         if noise is not None and len(noise) > 1:
-            y += (noise * gain).to(y.dtype)                                     # never as a tensor of y's size
+            y += (noise * gain).to(y.dtype)                                     # no temporary of y's size
         return self.activate(y).permute(0, 3, 1, 2)
 
 
@@ -235,7 +235,7 @@ class MappingNetwork(nn.Sequential):
 
     def __init__(self, dim: int, n_mlp: int = 8):
         layers = (EqualLinear(dim, dim, lr_mul=0.01, activate=True) for _ in range(n_mlp))
-        super().__init__(nn.Identity(), *layers)                                # the files count PixelNorm as layer 0
+        super().__init__(nn.Identity(), *layers)                                # PixelNorm is layer 0 in the files
 
     def forward(self, z):
         with torch.autocast(z.device.type, enabled=False):                      # w in fp32, as in StyleGAN2-ADA
@@ -243,10 +243,10 @@ class MappingNetwork(nn.Sequential):
 
 
 class StyledLayers(nn.Module):
-    """The layers of a StyleGAN2 generator from its first map up; PC-AVS's generator has them as well"""
+    """The layers of a StyleGAN2 generator after its first map. PC-AVS's generator uses them as well."""
 
     def add_layers(self, ch: list, dim: int):
-        """ch: channels, at the first size and at each doubled one; dim: width of a style"""
+        """ch: channels at the first size and at each doubled size. dim: width of a style."""
         self.conv1, self.to_rgb1 = StyledConv(ch[0], ch[0], dim), ToRGB(ch[0], dim, up=False)
         self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
         for c_in, c_out in zip(ch, ch[1:]):
@@ -257,8 +257,8 @@ class StyledLayers(nn.Module):
         """The 3x3 layers from coarse to fine, in the order of noise maps and of `deltas`."""
         return [self.conv1, *self.convs]
 
-    def synthesise(self, x, w, noise, maps=(), deltas=None, picture=None):
-        """x (N, C, H, W) -> image. w: a style (N, D) for each 3x3 layer and one more. Others: as in Generator"""
+    def synthesise(self, x, w, noise, maps=(), deltas=None, coarse=None):
+        """x (N, C, H, W) -> image. w: styles (N, D) of 3x3 layers and last toRGB. Others: see Generator.forward."""
         n_convs = len(self.convs) + 1
         noise = [noise] * n_convs if isinstance(noise, str) else noise
         deltas = deltas or [None] * n_convs
@@ -269,8 +269,8 @@ class StyledLayers(nn.Module):
             x = self.convs[2 * i](x, w[a], noise[a], deltas[a])                       # (N, C, 2H, 2W)
             x = self.convs[2 * i + 1](add_map(x, maps, i + 1), w[b], noise[b], deltas[b])
             rgb = to_rgb(x, w[b + 1], rgb)
-            if picture is not None and rgb.shape == picture.shape:
-                rgb = rgb + picture
+            if coarse is not None and rgb.shape == coarse.shape:
+                rgb = rgb + coarse
         return rgb
 
 
@@ -287,37 +287,37 @@ class Generator(StyledLayers):
         self.input = nn.ParameterDict(dict(input=torch.randn(1, ch[0], 4, 4)))
         self.add_layers(ch, dim)
         self.noises = nn.Module()
-        for i in range(self.L - 1):  # one noise map for each 3x3 layer: 4x4, then two of each size
+        for i in range(self.L - 1):  # one noise map per 3x3 layer: one of 4x4, then two of each size
             res = self.resolutions[(i + 1) // 2]
             self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, res, res))
 
     def mapping(self, z):  # (N, D) -> w (N, D)
         return self.style(z)
 
-    def forward(self, w_plus, noise="fixed", maps=(), deltas=None, picture=None):
+    def forward(self, w_plus, noise="fixed", maps=(), deltas=None, coarse=None):
         """w_plus (N, L, D) -> image (N, 3, size, size), about [-1, 1], unclamped.
 
-        noise: "fixed" (this generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or a
+        noise: "fixed" (the generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or a
             list of L - 1 maps (1 or N, 1, H, W).
-        maps: (N, C', H, W) each, to add to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
-        deltas: for each layer of `styled_convs` a relative weight change (B, O, I) or (B, O, I, 3, 3), or None.
-        picture: (N, 3, H, H) to add to the RGB of H px, or None; ours, see there."""
+        maps: list of (N, C', H, W), added to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
+        deltas: a relative weight change (B, O, I) or (B, O, I, 3, 3) for each layer of styled_convs(), or None.
+        coarse: (N, 3, H, H), added to the RGB image of H px, or None; ours, see fusion.IdentityMaps."""
         assert w_plus.shape[1:] == (self.L, self.dim), f"W+ is {tuple(w_plus.shape)}, expected (N, {self.L}, {self.dim})"
         if noise == "fixed":
             noise = [*self.noises.buffers()]
         x = self.input.input.to(memory_format=torch.channels_last).expand(len(w_plus), -1, -1, -1)  # (N, C, 4, 4)
-        return self.synthesise(x, w_plus.unbind(1), noise, maps, deltas, picture)
+        return self.synthesise(x, w_plus.unbind(1), noise, maps, deltas, coarse)
 
 
 def add_map(x, maps, i):
-    """Add the i-th map (N, C', H, W), where there is one, to the first C' channels of x (N, C, H, W)."""
+    """Add the i-th map (N, C', H, W), if it exists, to the first C' channels of x (N, C, H, W)."""
     if i >= len(maps):
         return x
     return x + F.pad(maps[i], (0, 0, 0, 0, 0, x.shape[1] - maps[i].shape[1])).to(x.dtype)
 
 
 def mix_styles(w1, w2, L: int, crossover: int):
-    """Style mixing: w1 (N, D) drives the layers before `crossover`, w2 (N, D) the rest -> (N, L, D)."""
+    """Style mixing: w1 (N, D) for the layers before `crossover`, w2 (N, D) for the other layers -> (N, L, D)"""
     first = torch.arange(L, device=w1.device)[None, :, None] < crossover
     return torch.where(first, w1[:, None], w2[:, None])
 
@@ -325,7 +325,7 @@ def mix_styles(w1, w2, L: int, crossover: int):
 # ------------------------------------------------------------------------------------------------------- discriminator
 
 class ConvLayer(nn.Sequential):
-    """EqualConv2d, after a blur and with stride 2 where it halves the size, and bias + leaky ReLU where it activates."""
+    """EqualConv2d. down: a blur before it, and stride 2. activate: bias and leaky ReLU after it."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, down: bool = False, activate: bool = True):
         conv = EqualConv2d(c_in, c_out, kernel, 2, 0) if down else EqualConv2d(c_in, c_out, kernel, 1, kernel // 2)
@@ -333,7 +333,7 @@ class ConvLayer(nn.Sequential):
         super().__init__(*blur, conv, *([BiasLeakyReLU(c_out)] if activate else []))
         self.down, self.activate = down, activate
 
-    def forward(self, x, gain: float = 1.0):  # gain times the layer's result
+    def forward(self, x, gain: float = 1.0):  # -> gain * result of the layer
         if self.down:
             x = self[0](x)
         if not self.activate:
@@ -355,8 +355,8 @@ class ResBlock(nn.Module):
 
 
 def minibatch_stddev(x, group: int = 4):
-    """Append one map with the deviation over groups of images: (N, C, H, W) -> (N, C + 1, H, W). Groups are
-    strided, as published. Where 4 does not divide N, groups of 3 or 2, else the whole batch (ours)."""
+    """Append a map of the mean standard deviation over a group of images: (N, C, H, W) -> (N, C + 1, H, W). Groups are
+    strided, as published. If 4 does not divide N: groups of 3, else of 2, else the whole batch (ours)."""
     N, _, H, W = x.shape
     group = next(g for g in (group, 3, 2, N) if N % g == 0)
     y = x.float().unflatten(0, (group, N // group))                                   # (g, N/g, C, H, W)
@@ -366,7 +366,7 @@ def minibatch_stddev(x, group: int = 4):
 
 
 class Discriminator(nn.Module):
-    """Image -> realness. size, base, cap as in Generator."""
+    """Image -> score of realness. size, base, cap: as in Generator."""
 
     def __init__(self, size: int, base: int = 32768, cap: int = 512):
         super().__init__()
@@ -378,7 +378,7 @@ class Discriminator(nn.Module):
         self.final_linear = nn.Sequential(EqualLinear(ch[-1] * 16, ch[-1], activate=True), EqualLinear(ch[-1], 1))
 
     def features(self, x) -> list:
-        """x (N, 3, size, size) -> the maps after each block, at size/2, .., 4"""
+        """x (N, 3, size, size) -> list of the maps after each block, at size/2, .., 4 px"""
         assert x.shape[1:] == (3, self.size, self.size), (
             f"image is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
         x, maps = self.convs[0](x.contiguous(memory_format=torch.channels_last)), []
@@ -390,35 +390,35 @@ class Discriminator(nn.Module):
     def forward(self, x):  # (N, 3, H, W) -> (N, 1)
         return self.score(self.features(x)[-1])
 
-    def score(self, x):  # the last of the maps -> (N, 1)
-        with torch.autocast(x.device.type, enabled=False):                            # its end in fp32, as StyleGAN2-ADA
+    def score(self, x):  # last map of `features` -> (N, 1)
+        with torch.autocast(x.device.type, enabled=False):                            # in fp32, as in StyleGAN2-ADA
             return self.final_linear(self.final_conv(minibatch_stddev(x.float())).flatten(1))
 
 
 def infer_arguments(network: type, state: dict, source) -> dict:
-    """The arguments of Generator or Discriminator that fit rosinality's state dict. InputError: none do."""
-    shape = {}
+    """Arguments of Generator or Discriminator that fit a state dict of rosinality. InputError: no arguments fit."""
+    arguments = {}
     with wrap_errors(source, f"not the weights of a StyleGAN2 {network.__name__.lower()}"):
         if network is Discriminator:
             blocks = sum(key.endswith(".skip.1.weight") for key in state)
-            widths = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
-            widths = [state["final_linear.1.weight"].shape[1], *widths]               # channels at 4, 8, .. px
+            channels = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
+            channels = [state["final_linear.1.weight"].shape[1], *channels]           # at 4, 8, .. px
         else:
             pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
             layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
-            widths = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
+            channels = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
             n_mlp = sum(f"style.{i}.weight" in state for i in range(1, 100))
-            shape = dict(dim=state["style.1.weight"].shape[1], n_mlp=n_mlp)
-    size, cap = 2 ** (len(widths) + 1), max(widths)
-    base = widths[-1] * size
-    if widths != [channels_at(2 ** (i + 2), base, cap) for i in range(len(widths))]:
-        raise InputError(f"{source}: its channels {widths} at 4, 8, .. {size} px are not StyleGAN2's")
-    return shape | dict(size=size, base=base, cap=cap)
+            arguments = dict(dim=state["style.1.weight"].shape[1], n_mlp=n_mlp)
+    size, cap = 2 ** (len(channels) + 1), max(channels)
+    base = channels[-1] * size
+    if channels != [channels_at(2 ** (i + 2), base, cap) for i in range(len(channels))]:
+        raise InputError(f"{source}: its channels {channels} at 4, 8, .. {size} px are not StyleGAN2's")
+    return arguments | dict(size=size, base=base, cap=cap)
 
 
 def load_rosinality(path: str | Path, size: int | None = None) -> dict:
-    """The networks in a checkpoint of rosinality's stylegan2-pytorch, by name: g and g_ema, Generators, and d.
-    size: of the images wanted; None: any. InputError: see read_weights; not StyleGAN2; another size."""
+    """Networks in a checkpoint of rosinality's stylegan2-pytorch, by name: Generators g and g_ema, Discriminator d.
+    size: expected image size, or None. InputError: see read_weights; not StyleGAN2; another size."""
     content = read_weights(path)
     states = {name: content[name] for name in ("g", "g_ema", "d") if isinstance(content.get(name), dict)}
     if not states:
@@ -426,8 +426,8 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
     networks = {}
     for name, state in states.items():
         source, network = f"{path}, '{name}'", Discriminator if name == "d" else Generator
-        shape = infer_arguments(network, state, source)
-        if size not in (None, shape["size"]):
-            raise InputError(f"{source}: a network for {shape['size']} px, these are {size} px")
-        networks[name] = load_strictly(functools.partial(network, **shape), state, source)
+        arguments = infer_arguments(network, state, source)
+        if size not in (None, arguments["size"]):
+            raise InputError(f"{source}: a network for {arguments['size']} px, expected {size} px")
+        networks[name] = load_strictly(functools.partial(network, **arguments), state, source)
     return networks

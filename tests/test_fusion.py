@@ -1,4 +1,4 @@
-"""The two spaces and the whole network: what sees what, and what must not."""
+"""The two spaces and the whole network: which inputs reach which outputs, streaming, and published files."""
 
 import dataclasses
 import math
@@ -33,8 +33,8 @@ def window(B=2, T=5, seed=1):
             torch.rand(B, T, 1, 80, 16, generator=g) * 8 - 4)
 
 
-def opened(model):
-    """The same network with its zero-initialised doors open, as after training"""
+def randomise_zeros(model):
+    """The same network with random weights in its zero-initialised layers, as after training"""
     torch.manual_seed(3)
     for name, p in model.named_parameters():
         if p.abs().sum() == 0 or "lips.4" in name or "mlp.4" in name:
@@ -44,12 +44,12 @@ def opened(model):
 
 @pytest.mark.parametrize("motion", ["direct", "paper"])
 @pytest.mark.parametrize("B", [1, 3, 5, 6])
-def test_shapes_for_odd_batches(motion, B):
+def test_batches_of_any_size_give_the_expected_shapes(motion, B):
     frames, z_s2c, z_c2d = tiny(motion)(*window(B, T=7), context=2)
     assert frames.shape == (B, 3, 3, 16, 16) and z_s2c.shape == (B, 6, 24) and z_c2d.shape == (B, 3, 6, 24)
 
 
-def test_the_fusion_sees_two_frames_on_each_side_of_time_and_no_other_axis():
+def test_temporal_fusion_reaches_two_frames_on_each_side_within_one_clip_and_style_layer():
     torch.manual_seed(0)
     motion = PaperMotion(Config.at(16, dim=7, motion="paper"))
     z_a, z_v = torch.randn(2, 11, 7), torch.randn(2, 11, 6, 7, requires_grad=True)
@@ -61,7 +61,7 @@ def test_the_fusion_sees_two_frames_on_each_side_of_time_and_no_other_axis():
     assert torch.equal(touched, want)
 
 
-def test_the_sound_of_a_frame_reaches_two_frames_and_one_clip():
+def test_sound_reaches_two_frames_on_each_side_within_one_clip():
     torch.manual_seed(0)
     fusion = TemporalFusion(7)
     z_a = torch.randn(2, 11, 7, requires_grad=True)
@@ -73,7 +73,7 @@ def test_the_sound_of_a_frame_reaches_two_frames_and_one_clip():
 
 @pytest.mark.parametrize("motion", ["direct", "paper"])
 def test_the_driving_mouth_has_no_effect(motion):
-    model = opened(tiny(motion))
+    model = randomise_zeros(tiny(motion))
     source, driving, mel = window()
     other = driving.clone()
     x0, y0, x1, y1 = (round(16 * v) for v in TEMPLATES["toy"].mouth)
@@ -84,24 +84,24 @@ def test_the_driving_mouth_has_no_effect(motion):
 
 
 @pytest.mark.parametrize("motion", ["direct", "paper"])
-def test_another_sound_makes_another_picture(motion):
-    model = opened(tiny(motion))
+def test_different_sound_gives_different_frames(motion):
+    model = randomise_zeros(tiny(motion))
     source, driving, mel = window()
     assert not torch.allclose(model(source, driving, mel)[0], model(source, driving, -mel)[0], atol=1e-4)
 
 
 def test_the_direct_pose_of_a_frame_depends_on_that_frame_alone():
-    model = opened(tiny())
+    model = randomise_zeros(tiny())
     z_v = torch.randn(2, 5, 6, 24, requires_grad=True)
     grad, = torch.autograd.grad(model.motion.pose(z_v)[1, 2].sum(), z_v)
     assert (grad.abs().sum((2, 3)) > 0).nonzero().tolist() == [[1, 2]]
 
 
 def face(**changes):
-    return opened(tiny(**(dict(template="face", mouth_dim=3, shape_dim=2, hyper="none") | changes)))
+    return randomise_zeros(tiny(**(dict(template="face", mouth_dim=3, shape_dim=2, hyper="none") | changes)))
 
 
-def test_with_a_mouth_code_the_lips_of_a_picture_reach_its_code_through_the_code_alone():
+def test_the_lips_of_an_image_reach_its_w_plus_code_only_through_the_mouth_code():
     model, (x, _, _) = face(), window()
     other = x.clone()
     x0, y0, x1, y1 = TEMPLATES["face"].lips
@@ -113,15 +113,15 @@ def test_with_a_mouth_code_the_lips_of_a_picture_reach_its_code_through_the_code
     assert change.abs().max() > 1e-3
 
 
-def test_a_given_mouth_code_replaces_the_images_own():
+def test_a_given_mouth_code_replaces_that_of_the_image():
     model, (x, _, _) = face(), window()
-    own, swapped = model.invert(x), model.invert(x, model.mouth(x).flip(0))      # of two pictures
+    own, swapped = model.invert(x), model.invert(x, model.mouth(x).flip(0))      # of two images
     both = model.motion.mouth_up(model.mouth(x).sum(0)).unflatten(0, own.shape[1:])
     torch.testing.assert_close(own + swapped, 2 * model.encode_source(x) + both)
     assert (own - swapped).abs().max() > 1e-3
 
 
-def test_sound_gives_the_shape_of_the_mouth_code_and_zeros_for_its_appearance():
+def test_sound_predicts_the_shape_numbers_of_the_mouth_code_and_zeros_for_its_appearance():
     model, (x, driving, mel) = face(), window()
     mouth = model.motion.predict_mouth(model.encode_sound(mel), context=2)
     assert mouth.shape == (2, 1, 3) and mouth[..., :2].abs().min() > 0 and mouth[..., 2].abs().max() == 0
@@ -130,22 +130,23 @@ def test_sound_gives_the_shape_of_the_mouth_code_and_zeros_for_its_appearance():
     torch.testing.assert_close(z_c2d, model.motion.join(pose, mouth))
 
 
-def test_speech_replaces_the_opening_and_the_rest_of_a_mouth_stays_its_owners():
+def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source():
     model, (x, driving, mel) = face(), window()
     mouth = model.mouth(x)                                                      # (B, M)
     torch.testing.assert_close(mouth[:, :2], model.mouth.read(model.mouth.mouth_crop(x)))  # the shape
-    own = model.motion.embed_without_opening(mouth)                                   # (B, L, D)
-    rest = mouth * torch.tensor([0.0, 1, 1])                                    # all but the opening
-    torch.testing.assert_close(model.motion.mouth_up(rest).unflatten(1, (6, 24)), own)
-    opened, wider, redder = (mouth + 2 * direction for direction in torch.eye(3))
-    torch.testing.assert_close(model.motion.embed_without_opening(opened), own)       # an open photo starts shut
-    assert all((model.motion.embed_without_opening(m) - own).abs().max() > 1e-3 for m in (wider, redder))
+    motion = model.motion
+    kept = motion.embed_mouth(motion.clear_opening(mouth))                      # (B, L, D)
+    torch.testing.assert_close(motion.embed_mouth(mouth * torch.tensor([0.0, 1, 1])), kept)
+    more_open, wider, redder = (mouth + 2 * direction for direction in torch.eye(3))
+    torch.testing.assert_close(motion.embed_mouth(motion.clear_opening(more_open)), kept)  # an open photo starts shut
+    for changed in (wider, redder):
+        assert (motion.embed_mouth(motion.clear_opening(changed)) - kept).abs().max() > 1e-3
     z_s, z_s2c = model.canonical_code(x)
-    torch.testing.assert_close(z_s2c, model.canonical(z_s) + own)
-    assert own.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
+    torch.testing.assert_close(z_s2c, model.canonical(z_s) + kept)
+    assert kept.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
 
 
-def test_speech_opens_lips_no_wider_than_the_training_clips_did():
+def test_the_predicted_opening_is_clamped_to_the_range_of_the_training_clips():
     model, (_, _, mel) = face(), window()
     free = model.motion.predict_mouth(model.encode_sound(mel))
     low, high = free[..., 0].quantile(torch.tensor([0.2, 0.8]))
@@ -155,18 +156,18 @@ def test_speech_opens_lips_no_wider_than_the_training_clips_did():
     assert (free[..., 0] - limited[..., 0]).abs().max() > 0 and torch.equal(limited[..., 1:], free[..., 1:])
 
 
-def test_a_given_mouth_code_replaces_the_one_from_sound_except_where_it_is_nan():
+def test_a_given_mouth_code_replaces_the_prediction_from_sound_except_for_nan():
     model, (x, driving, mel) = face(), window()
     given = torch.full((2, 1, 3), math.nan)
     torch.testing.assert_close(model(x, driving, mel, 2, given), model(x, driving, mel, 2))
     given[0] = torch.tensor([1.0, -2.0, 0.5])
     loud, quiet = (model(x, driving, sound, 2, given)[0] for sound in (mel, -mel))
-    torch.testing.assert_close(loud[0], quiet[0])                               # the sound does not count
+    torch.testing.assert_close(loud[0], quiet[0])                               # the sound has no effect
     assert not torch.allclose(loud[1], quiet[1], atol=1e-4)
     assert not torch.allclose(loud[0], model(x, driving, mel, 2)[0][0], atol=1e-4)
 
 
-def test_light_and_skin_do_not_change_the_shape_of_lips():
+def test_brightness_and_tint_do_not_change_the_lip_shape():
     model, (x, _, _) = face(), window()
     box = model.mouth.mouth_crop(x)
     tinted = 0.5 * box + torch.tensor([0.3, -0.1, 0.2])[:, None, None]
@@ -176,20 +177,20 @@ def test_light_and_skin_do_not_change_the_shape_of_lips():
 
 
 @pytest.mark.parametrize("changes, context", [({}, 2), (dict(motion="paper"), 2), (dict(audio_width=0), 12)])
-def test_context_frames_give_the_same_middle_as_a_long_window(changes, context):
-    model = opened(tiny(**changes))
+def test_frames_decoded_with_context_equal_the_middle_of_a_longer_window(changes, context):
+    model = randomise_zeros(tiny(**changes))
     source, driving, mel = window(T=5 + 2 * context)
     assert model.config.context == context
     whole = model(source, driving, mel)[0][:, context:-context]
     torch.testing.assert_close(model(source, driving, mel, context)[0], whole, atol=1e-5, rtol=1e-4)
-    if model.config.motion == "direct":  # whose frames need no neighbours
+    if model.config.motion == "direct":  # poses need no neighbouring frames
         alone = model(source, driving[:, context:-context], mel, context)[0]
         torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-4)
 
 
-def test_clips_of_a_batch_do_not_meet():
+def test_clips_of_a_batch_are_independent():
     for motion in ("direct", "paper"):
-        model = opened(tiny(motion))
+        model = randomise_zeros(tiny(motion))
         batch = window(3)
         alone = model(*(x[1:2] for x in batch))[0]
         torch.testing.assert_close(model(*batch)[0][1:2], alone, atol=1e-5, rtol=1e-4)
@@ -197,21 +198,21 @@ def test_clips_of_a_batch_do_not_meet():
 
 def test_every_parameter_gets_a_gradient():
     for motion in ("direct", "paper"):
-        model = opened(tiny(motion)).train()
+        model = randomise_zeros(tiny(motion)).train()
         frames, z_s2c, z_c2d = model(*window())
         z = torch.randn(2, 24)
         noisy = model.generator(model.encoder(window()[0]), noise="random")
         (frames.square().sum() + model.generator.mapping(z).sum() + noisy.sum()).backward()
         unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
-        assert all("shared_weight_hypernet" in name for name in unused), unused     # no layer is as wide as its head
+        assert all("shared_weight_hypernet" in name for name in unused), unused  # no layer is as wide as the shared head
 
 
-def test_canonical_encoder_starts_as_the_identity():
+def test_the_canonical_encoder_is_initially_the_identity():
     z = torch.randn(2, 6, 24)
     assert torch.equal(CanonicalEncoder(6, 24, hidden=8, rank=4)(z), z)
 
 
-def test_identity_maps_are_closed_at_the_start_and_linear_later():
+def test_identity_maps_are_initially_zero_and_linear_in_the_code():
     maps = IdentityMaps(tiny().config)
     (m4, m8), coarse = maps(torch.randn(3, 6, 24))
     assert (m4.shape, m8.shape, coarse) == ((3, 8, 4, 4), (3, 6, 8, 8), None) and m4.abs().max() == m8.abs().max() == 0
@@ -227,7 +228,7 @@ def test_the_coarse_image_is_linear_in_the_code_and_added_to_the_rgb():
     maps, coarse = model.maps(z)
     channels = [min(32, 256 // r) for r in (4, 8)]
     assert [m.shape for m in maps] == [(3, c, r, r) for c, r in zip(channels, (4, 8))] and coarse.shape == (3, 3, 8, 8)
-    assert coarse.abs().max() == 0 and all(m.abs().max() == 0 for m in maps)   # closed at first
+    assert coarse.abs().max() == 0 and all(m.abs().max() == 0 for m in maps)   # initially zero
     before = model.decode(z)
     model.maps.coarse_rgb.bias.data.fill_(0.25)
     torch.testing.assert_close(model.decode(z)[..., 4:-4, 4:-4], before[..., 4:-4, 4:-4] + 0.25, atol=1e-5, rtol=1e-4)
@@ -236,7 +237,7 @@ def test_the_coarse_image_is_linear_in_the_code_and_added_to_the_rgb():
     torch.testing.assert_close(ab, a + b - zero, atol=1e-4, rtol=1e-4)
 
 
-def test_statistics_whiten_the_codes_they_were_taken_from():
+def test_whitened_training_codes_have_zero_mean_and_unit_variance():
     model, z = tiny(), 3 * torch.randn(500, 6, 24) + 7
     model.set_statistics(z, z - 1)
     white = model.canonical.whiten(z)
@@ -245,8 +246,8 @@ def test_statistics_whiten_the_codes_they_were_taken_from():
 
 
 @pytest.mark.parametrize("motion", ["direct", "paper"])
-def test_a_streamed_clip_is_the_clip_in_one_pass(motion):
-    model = opened(tiny(motion))
+def test_streaming_gives_the_frames_of_one_pass(motion):
+    model = randomise_zeros(tiny(motion))
     torch.nn.init.normal_(model.audio.out.weight)
     source, driving, mel = window(B=1, T=23)
     whole = model(source, driving, mel)[0][0].clamp(-1, 1)
@@ -257,39 +258,39 @@ def test_a_streamed_clip_is_the_clip_in_one_pass(motion):
 
 
 @pytest.mark.parametrize("motion", ["direct", "paper"])
-def test_a_photo_alone_moves_only_by_sound_and_idle(motion):
-    model = opened(tiny(motion))
+def test_without_a_driving_clip_only_sound_and_idle_motion_move_the_photo(motion):
+    model = randomise_zeros(tiny(motion))
     source, _, mel = window(B=1, T=13)
     still = torch.cat(list(model.animate(source[0], mel[0, :1].expand(13, -1, -1, -1), batch=5)))
     assert still.shape == (13, 3, 16, 16)
-    torch.testing.assert_close(still[2:-2], still[2:3].expand(9, -1, -1, -1), atol=1e-5, rtol=1e-4)  # ends hear the edge
+    torch.testing.assert_close(still[2:-2], still[2:3].expand(9, -1, -1, -1), atol=1e-5, rtol=1e-4)  # without the padding
     if motion == "direct":
         torch.nn.init.normal_(model.motion.idle)
         alive = torch.cat(list(model.animate(source[0], mel[0, :1].expand(13, -1, -1, -1), batch=5)))
         assert (alive[1:] - alive[:-1]).abs().mean() > 1e-4
 
 
-def test_idle_motion_never_jumps_and_never_ends():
+def test_idle_motion_is_continuous_and_endless():
     idle = torch.arange(1.0, 5)[None, :, None].expand(3, 4, 2)  # a ramp of four frames
     walk = idle_poses(idle, 0, 40)[:, 0]
     assert walk[:9].tolist() == [1, 2, 3, 4, 4, 3, 2, 1, 1] and (walk[1:] - walk[:-1]).abs().max() == 1
     assert torch.equal(idle_poses(idle, 7, 19), idle_poses(idle, 0, 40)[7:19])
 
 
-def test_hypernetwork_starts_silent_and_then_acts_on_its_own_clip():
+def test_the_hypernetwork_initially_changes_nothing_and_changes_frames_after_training():
     model = tiny()
     source = window()[0]
     z = model.encoder(source)
     deltas = model.weight_changes(source, z)
     assert len(deltas) == 5 and all(d.abs().max() == 0 for d in deltas)
     torch.testing.assert_close(model.decode(z, deltas), model.decode(z), atol=1e-5, rtol=1e-4)
-    opened(model)
+    randomise_zeros(model)
     deltas = model.weight_changes(source, z)
     assert not torch.allclose(model.decode(z, deltas), model.decode(z), atol=1e-4)
 
 
-def test_the_hypernetwork_learns_to_repair_images():
-    """Those of the same generator with other weights"""
+def test_the_hypernetwork_learns_the_weight_changes_of_a_generator():
+    """Images of the same generator with other weights"""
     model, errors = tiny(hyper_width=16), []
     opt = torch.optim.Adam(model.hyper.train().parameters(), 2e-3)
     with torch.no_grad():
@@ -305,12 +306,12 @@ def test_the_hypernetwork_learns_to_repair_images():
     assert errors[-1] < 0.8 * errors[0], errors
 
 
-def test_refinements_sum_up_and_pass_gradients_through_the_last_alone():
-    model = opened(tiny(refine=3))
+def test_refinements_add_up_and_gradients_flow_through_the_last_one_only():
+    model = randomise_zeros(tiny(refine=3))
     source = window()[0]
     z = model.encoder(source).detach()
     deltas, pictures = None, []
-    for _ in range(3):  # HyperStyle, by hand: look at what came of it, add the next change
+    for _ in range(3):  # HyperStyle, by hand: decode, then add the next change
         pictures.append(model.decode(z, deltas).detach())
         change = model.hyper(source, pictures[-1])
         deltas = change if deltas is None else [c + d.detach() for c, d in zip(change, deltas)]
@@ -328,7 +329,7 @@ def test_refinements_sum_up_and_pass_gradients_through_the_last_alone():
 
 
 def test_refinements_are_summed_in_fp32_under_autocast():
-    model, source = opened(tiny(refine=2)), window()[0]
+    model, source = randomise_zeros(tiny(refine=2)), window()[0]
     with torch.autocast("cpu", torch.bfloat16):
         deltas = model.weight_changes(source, model.encoder(source))
     assert {d.dtype for d in deltas} == {torch.float32}
@@ -341,7 +342,7 @@ PUBLISHED = dict(encoder_width=16, hyper_width=16, base=1024, cap=128, map_code=
 @pytest.mark.parametrize("hyper", ["shared", "separable"])
 def test_every_parameter_of_the_published_forms_gets_a_gradient(hyper, monkeypatch):
     monkeypatch.setattr(vision, "resize_to_256", lambda x: F.interpolate(x, 64))        # a sixteenth of the pixels
-    model = opened(tiny(encoder="psp", hyper=hyper, refine=2, **PUBLISHED))
+    model = randomise_zeros(tiny(encoder="psp", hyper=hyper, refine=2, **PUBLISHED))
     frames, *_ = model(*window(B=1, T=1))
     (frames.square().sum() + model.generator.mapping(torch.randn(2, 24)).sum()).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
@@ -349,7 +350,7 @@ def test_every_parameter_of_the_published_forms_gets_a_gradient(hyper, monkeypat
     assert all(".res_layer.5.fc" in name or ".latlayer2." in name for name in unused), unused
 
 
-def test_the_dial_gives_the_papers_networks_at_256():
+def test_the_dial_at_256_px_gives_networks_of_the_published_sizes():
     with torch.device("meta"):
         model = FCTFG(Config.at(256))
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -360,8 +361,8 @@ def test_the_dial_gives_the_papers_networks_at_256():
     assert [name for name, _ in alone.named_children()] == ["generator"]
 
 
-def files(tmp_path):
-    """Published files in small: a generator with its discriminator; pSp's and HyperStyle's, which hold it too"""
+def write_published_files(tmp_path):
+    """Small files in the published forms: generator and discriminator, pSp, HyperStyle (both with the generator)"""
     torch.manual_seed(0)
     G, D = Generator(16, dim=24, n_mlp=2, base=1024, cap=128), Discriminator(16, base=1024, cap=128)
     encoder, hyper = GradualStyleEncoder(6, 24, 16), HyperStyleNet(weight_shapes(G), "shared", 16)
@@ -374,8 +375,8 @@ def files(tmp_path):
     return (str(tmp_path / name) for name in ("g.pt", "psp.pt", "h.pt", "bare.pt")), G, D, encoder, hyper
 
 
-def test_published_files_build_a_network_that_fits_them(tmp_path):
-    (g, psp, h, bare), G, D, encoder, hyper = files(tmp_path)
+def test_a_network_is_built_from_published_files(tmp_path):
+    (g, psp, h, bare), G, D, encoder, hyper = write_published_files(tmp_path)
     changes, parts = load_published(16, g, psp, h)
     assert set(parts) == {"generator", "D", "encoder", "hyper"}
     model = FCTFG(Config.at(**changes))
@@ -393,7 +394,7 @@ def test_published_files_build_a_network_that_fits_them(tmp_path):
 
 
 def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
-    (g, psp, h, bare), G, *_ = files(tmp_path)
+    (g, psp, h, bare), G, *_ = write_published_files(tmp_path)
     torch.save(dict(g=Generator(16, dim=40, n_mlp=2, base=256, cap=32).state_dict()), tmp_path / "wide.pt")
     torch.save(dict(d=Discriminator(16, base=256, cap=32).state_dict()), tmp_path / "d.pt")
     torch.save(dict(g=Generator(16, dim=24, n_mlp=2, base=512, cap=128).state_dict()), tmp_path / "thin.pt")
@@ -405,7 +406,7 @@ def test_published_files_that_do_not_fit_together_are_refused(tmp_path):
             load_published(*arguments)
 
 
-def test_every_size_of_the_dial_builds_and_the_toy_fits_its_file():
+def test_every_size_of_the_dial_builds_and_the_64_px_network_takes_less_than_12_mb():
     for size in (16, 32, 64):
         model = FCTFG(Config.at(size))
         assert model.generator.size == size and model.config.L == model.generator.L
@@ -415,7 +416,7 @@ def test_every_size_of_the_dial_builds_and_the_toy_fits_its_file():
         Config.at(48)
 
 
-def test_weights_load_as_they_were_saved_and_others_are_refused(tmp_path):
+def test_saved_weights_load_unchanged_and_unsuitable_files_are_refused(tmp_path):
     model, path = tiny(), str(tmp_path / "w.pt")
     config = dataclasses.asdict(model.config)
     good = dict(kind="weights", format=1, config=config, networks=dict(model=model.state_dict()))
@@ -429,7 +430,7 @@ def test_weights_load_as_they_were_saved_and_others_are_refused(tmp_path):
             load_model(path)
 
 
-def test_a_device_that_is_not_there_is_refused_in_one_line():
+def test_an_unavailable_device_is_refused_in_one_line():
     assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(InputError, match="nonsense"):
         pick_device("nonsense")

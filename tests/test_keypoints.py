@@ -235,15 +235,15 @@ def test_missing_landmarks_and_those_of_another_pack_are_refused(pack, tmp_path)
 
 def test_mouth_shape_has_the_opening_and_ignores_position_and_mirroring():
     shut, wide = (toyfaces.compute_landmarks(toyfaces.make_person(2), dict(open=v), 100)[None] for v in (0.0, 1.0))
-    a, b = initialise.mouth_shape(shut)[0], initialise.mouth_shape(wide)[0]
+    a, b = initialise.mouth_features(shut)[0], initialise.mouth_features(wide)[0]
     assert b[0] == pytest.approx(np.mean([wide[0, k, 1] - wide[0, j, 1] for j, k in ((61, 67), (62, 66), (63, 65))]))
     assert a.shape == (42,) and b[0] > a[0] + 3
-    np.testing.assert_allclose(initialise.mouth_shape(wide + (5, -7))[0], b, atol=1e-4)
+    np.testing.assert_allclose(initialise.mouth_features(wide + (5, -7))[0], b, atol=1e-4)
     mirror = wide[:, [*range(48), *initialise.MIRROR[48:]]] * (-1, 1)
-    np.testing.assert_allclose(initialise.mouth_shape(mirror)[0], b, atol=1e-4)
+    np.testing.assert_allclose(initialise.mouth_features(mirror)[0], b, atol=1e-4)
     crooked = wide.copy()
     crooked[0, 48] += (-4, 2)                                                   # one corner: half of it is seen
-    assert np.abs(initialise.mouth_shape(crooked)[0] - b)[2:].max() < 2.1
+    assert np.abs(initialise.mouth_features(crooked)[0] - b)[2:].max() < 2.1
 
 
 # ------------------------------------------------------------------------------------------------- the shape of a mouth

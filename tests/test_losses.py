@@ -13,13 +13,13 @@ import losses
 # the terms
 
 
-def test_a_discriminator_that_knows_nothing_costs_two_ln_2_and_its_generator_ln_2():
+def test_scores_of_zero_give_2_ln_2_for_the_discriminator_and_ln_2_for_the_generator():
     zero = torch.zeros(5, 1)
     assert losses.discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2), rel=1e-6)
     assert losses.generator_loss(zero).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
-def test_gan_losses_are_the_logarithms_of_the_paper():
+def test_gan_losses_equal_the_logarithms_of_the_paper():
     real, fake = torch.randn(7, 1, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64)
     p_real, p_fake = 1 / (1 + torch.exp(-real)), 1 / (1 + torch.exp(-fake))
     expected = -p_real.log().mean() - (1 - p_fake).log().mean()
@@ -27,16 +27,16 @@ def test_gan_losses_are_the_logarithms_of_the_paper():
     assert torch.allclose(losses.generator_loss(fake), -p_fake.log().mean())
 
 
-def test_r1_of_a_linear_discriminator_is_the_square_of_its_weight():
+def test_r1_of_a_linear_discriminator_is_its_squared_weight_norm():
     real = torch.randn(4, 3, 5, 7, requires_grad=True)
     w = torch.randn(3, 5, 7, requires_grad=True)
     penalty = losses.r1_penalty(real, (real * w).sum((1, 2, 3))[:, None])
     assert torch.allclose(penalty, w.square().sum())
     penalty.backward()
-    assert torch.allclose(w.grad, 2 * w)  # second order: it trains the discriminator
+    assert torch.allclose(w.grad, 2 * w)  # second order: trains the discriminator
 
 
-def test_path_length_of_a_linear_generator_is_the_length_of_its_columns():
+def test_path_length_of_a_linear_generator_follows_from_its_jacobian():
     N, L, D, H, W = 2, 5, 3, 4, 6
     A = torch.randn(3 * H * W, L, D, dtype=torch.float64)  # the Jacobian itself
     w_plus = torch.randn(N, L, D, dtype=torch.float64, requires_grad=True)
@@ -53,7 +53,7 @@ def test_path_length_of_a_linear_generator_is_the_length_of_its_columns():
     assert penalty.item() == pytest.approx(sum((x - expected_mean) ** 2 for x in lengths) / N)
 
 
-def test_the_gradient_of_path_length_goes_through_the_running_mean():
+def test_the_gradient_of_path_length_includes_the_running_mean():
     noise = torch.randn(4, 3, 4, 6)
     scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     A = torch.randn(3 * 4 * 6, 5, 3, dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_the_gradient_of_path_length_goes_through_the_running_mean():
     assert slope.item() == pytest.approx(numeric.item(), rel=1e-6)
 
 
-def test_orthogonality_is_0_for_right_angles_1_for_parallels_and_blind_to_length():
+def test_orthogonality_is_0_for_orthogonal_and_1_for_parallel_codes_of_any_length():
     z = torch.randn(2, 5, 8)  # (B, L, D)
     assert losses.orthogonality_loss(z, -3 * z[:, None].expand(2, 3, 5, 8)).item() == pytest.approx(1, abs=1e-5)
     a, b = torch.zeros(2, 5, 8), torch.zeros(2, 3, 5, 8)
@@ -80,42 +80,42 @@ def test_orthogonality_is_0_for_right_angles_1_for_parallels_and_blind_to_length
     assert torch.allclose(losses.orthogonality_loss(7 * a, mixed), expected.mean())
 
 
-def test_orthogonality_compares_each_style_layer_with_itself_only():
+def test_orthogonality_compares_equal_style_layers_only():
     a, b = torch.zeros(2, 5, 8), torch.zeros(2, 3, 5, 8)
     a[:, 0, 1], b[:, :, 1:, 1] = 1, 1  # the same direction, in other layers
     assert losses.orthogonality_loss(a, b).item() == 0
 
 
-def test_reconstruction_is_0_for_equal_pictures_and_weighs_boxes_and_pyramid():
+def test_reconstruction_is_0_for_equal_images_and_weights_boxes_and_pyramid():
     x = torch.rand(2, 3, 16, 24)
     assert losses.reconstruction_loss(x, x, (((0, 0, 1, 1), 5),)).item() == 0
     assert losses.reconstruction_loss(x + 0.25, x, pyramid=0).item() == pytest.approx(0.25, rel=1e-5)
     assert losses.reconstruction_loss(x + 0.25, x, pyramid=0.5).item() == pytest.approx(0.25 * 2, rel=1e-5)
     left = x.clone()
-    left[..., 4:8, 6:12] += 0.5  # rows 1/4..1/2 of 16, columns 1/4..1/2 of 24: a sixteenth of the picture
+    left[..., 4:8, 6:12] += 0.5  # rows 1/4..1/2 of 16, columns 1/4..1/2 of 24: a sixteenth of the image
     inside, outside = (((0.25, 0.25, 0.5, 0.5), 3.0),), (((0.5, 0.25, 0.75, 0.5), 3.0),)
     assert losses.reconstruction_loss(left, x, inside, pyramid=0).item() == pytest.approx(0.5 / 16 + 3 * 0.5, rel=1e-5)
     assert losses.reconstruction_loss(left, x, outside, pyramid=0).item() == pytest.approx(0.5 / 16, rel=1e-5)
 
 
-def test_perceptual_loss_is_relative_to_the_size_of_each_map():
+def test_perceptual_loss_is_relative_to_the_magnitude_of_each_map():
     real = [torch.rand(2, 4, 6, 5) + 0.1, 100 * torch.rand(2, 8, 3, 2) + 1]
     assert losses.perceptual_loss(real, real).item() == 0
     assert losses.perceptual_loss([1.5 * real[0], 1.1 * real[1]], real).item() == pytest.approx((0.5 + 0.1) / 2, rel=1e-4)
     for maps in real:
         maps.requires_grad_()
     losses.perceptual_loss([2 * real[0].detach().requires_grad_(), real[1].detach()], real).backward()
-    assert real[0].grad is None  # the real side is a target
+    assert real[0].grad is None  # the real maps are the target
 
 
-def test_identity_loss_is_0_1_or_2_for_the_same_another_or_the_opposite_direction():
+def test_identity_loss_is_0_1_or_2_for_equal_orthogonal_or_opposite_embeddings():
     e = torch.eye(4)[:3]
     assert losses.identity_loss(e, e).item() == 0
     assert losses.identity_loss(e, e.roll(1, 1)).item() == 1
     assert losses.identity_loss(e, -e).item() == 2
 
 
-def test_augmentation_at_p_0_changes_nothing_and_at_p_1_changes_every_picture():
+def test_augmentation_changes_no_image_at_p_0_and_every_image_at_p_1():
     x = torch.rand(5, 3, 16, 24) * 2 - 1
     assert torch.equal(losses.Augment(0.0)(x), x)
     torch.manual_seed(0)
@@ -123,10 +123,10 @@ def test_augmentation_at_p_0_changes_nothing_and_at_p_1_changes_every_picture():
     assert y.shape == x.shape and all(not torch.equal(a, b) for a, b in zip(x, y))
     many = x.repeat(40, 1, 1, 1)
     changed = ((losses.Augment(0.05)(many) - many).abs().amax((1, 2, 3)) > 1e-5).sum()
-    assert 20 < changed < 90  # 1 - 0.95^6 = 26 % of 200 pictures
+    assert 20 < changed < 90  # 1 - 0.95^6 = 26 % of 200 images
 
 
-def test_augmentation_has_the_gradient_of_finite_differences():
+def test_the_gradient_of_augmentation_equals_finite_differences():
     x, d = (torch.randn(3, 3, 8, 12, dtype=torch.float64) for _ in range(2))
     augment = losses.Augment(1.0)
 
@@ -140,7 +140,7 @@ def test_augmentation_has_the_gradient_of_finite_differences():
     assert slope.item() != 0 and slope.item() == pytest.approx(numeric.item(), rel=1e-6)
 
 
-def test_augmentation_treats_each_picture_apart():
+def test_augmentation_treats_images_independently():
     x = torch.rand(4, 3, 8, 12)
     other = x.clone()
     other[1] = torch.rand(3, 8, 12)
@@ -151,7 +151,7 @@ def test_augmentation_treats_each_picture_apart():
     assert torch.equal(a[[0, 2, 3]], b[[0, 2, 3]])
 
 
-def test_the_controller_moves_p_by_n_of_500k_towards_the_target_and_stays_in_0_1():
+def test_the_controller_moves_p_by_images_over_500k_towards_the_target_within_0_and_1():
     for p, sign, images, expected in ((0.5, 1.0, 32, 0.5 + 32 / 500_000), (0.5, 1 / 3, 3, 0.5 - 3 / 500_000),
                                       (1.0, 1.0, 32, 1.0), (0.0, -1.0, 32, 0.0)):
         augment = losses.Augment(p)
@@ -159,7 +159,7 @@ def test_the_controller_moves_p_by_n_of_500k_towards_the_target_and_stays_in_0_1
         assert augment.p == pytest.approx(expected)
 
 
-def test_a_swapped_mouth_may_change_its_box_and_nothing_else():
+def test_preserve_loss_allows_changes_of_equal_hue_in_the_mouth_box_only():
     real = torch.rand(2, 3, 32, 32)
     rows, cols = faces.box_slices(faces.TEMPLATES["face"].mouth, 32, 32)
     swapped = real.clone()
@@ -172,7 +172,7 @@ def test_a_swapped_mouth_may_change_its_box_and_nothing_else():
     assert brighter.item() == pytest.approx(0.25 * outside, rel=1e-4)
 
 
-def test_the_mouth_cycle_counts_the_opening_as_much_as_all_other_numbers_in_units_of_their_variance():
+def test_mouth_cycle_weights_the_opening_like_all_other_numbers_together_in_units_of_variance():
     target = torch.tensor([[1.0, 0, 2], [-1, 0, -2], [0, 0, 0]])                      # variances 1, 0 (taken as .25), 4
     assert losses.mouth_cycle_loss(target, target).item() == 0
     for k, expected in ((0, 1 / 2), (1, 4 / 4), (2, 1 / 16)):

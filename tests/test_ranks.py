@@ -1,4 +1,4 @@
-"""Several processes train as one with their batches together, and end together. This file is also what they run."""
+"""Several processes train like one process with all their batches, and end together. They run this file as a script."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def few_channels(size, **changes):
 
 
 def process(folder: Path, cases: list, patch: pytest.MonkeyPatch):
-    """Trains every stage. All that is drawn in the loop is a row of a draw for the whole batch."""
+    """Trains every stage. Random numbers in the loop are rows of those of the whole batch."""
     now = dict(step=0, call=0)
     check, penalty = train.terms_to_floats, losses.path_length_penalty
 
@@ -138,7 +138,7 @@ def finish(processes):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """One process, and two, of which the second is killed at last -> the folder, what both printed"""
+    """Runs of one process, and of two processes, the second of which is finally killed -> folder, stdouts, stderrs"""
     two, threads = start(folder, ("double", "nan", "killed")), torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -149,8 +149,8 @@ def runs(folder):
     return folder, outs, errors
 
 
-def assert_alike(folder, case, name):
-    """Every logged term, and the weights of every network"""
+def assert_close_runs(folder, case, name):
+    """Compares every logged term and the weights of every network."""
     stage = RUNS[name][0]
     logs = [(folder / c / name / f"log_stage{stage}.jsonl").read_text().splitlines()[1:] for c in ("single", case)]
     for a, b in zip(*(map(json.loads, lines) for lines in logs), strict=True):
@@ -168,32 +168,32 @@ def assert_alike(folder, case, name):
 
 
 @pytest.mark.parametrize("name", CASES["double"])
-def test_two_processes_follow_one_with_their_batches_together(name, runs):
-    assert_alike(runs[0], "double", name)
+def test_two_processes_follow_one_process_with_twice_the_batch(name, runs):
+    assert_close_runs(runs[0], "double", name)
 
 
 @pytest.mark.parametrize("name", CASES["micro"])
-def test_two_accumulated_batches_follow_one_of_twice_the_size(name, runs):
-    assert_alike(runs[0], "micro", name)
+def test_two_accumulated_batches_follow_one_batch_of_twice_the_size(name, runs):
+    assert_close_runs(runs[0], "micro", name)
 
 
-def test_processes_draw_from_seeds_of_their_own(runs):
+def test_processes_use_different_seeds(runs):
     assert (runs[0] / "double" / "seed0").read_text() == "0" != (runs[0] / "double" / "seed1").read_text()
 
 
-def test_items_are_dealt_to_processes_each_once():
-    dealt = [next(batches(range(99), 3, 2, 0, rank, 2)).tolist() for rank in (0, 1)]  # the step before ended with 11
+def test_each_item_goes_to_one_process():
+    dealt = [next(batches(range(99), 3, 2, 0, rank, 2)).tolist() for rank in (0, 1)]  # step 1 ended with item 11
     assert dealt == [[12, 14, 16], [13, 15, 17]]
 
 
-def test_a_nan_in_one_process_ends_both_with_a_line(runs):
+def test_a_nan_in_one_process_ends_both_processes_with_one_line(runs):
     lines = [(runs[0] / "nan" / f"error{rank}").read_text() for rank in (0, 1)]
     assert all("step 2: the loss term 'd' is nan" in line for line in lines)
 
 
-def test_where_one_process_is_killed_the_other_ends(runs):
+def test_when_one_process_is_killed_the_other_ends(runs):
     _, outs, errors = runs
-    assert not outs[1]                                                       # the first alone prints
+    assert not outs[1]                                                       # only process 0 prints
     assert "torchrun: another process of this run has ended" in errors[0].splitlines()[-1]
 
 

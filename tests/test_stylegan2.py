@@ -1,4 +1,4 @@
-"""StyleGAN2's layers against naive float64 references, and the mathematics that the training relies on."""
+"""StyleGAN2's layers against naive float64 references, and properties that training relies on."""
 
 import argparse
 import math
@@ -42,7 +42,7 @@ def modulated(layer, x, style, delta=None):
 
 
 @pytest.mark.parametrize("layer", [ModulatedConv2d(6, 5, 7), ModulatedConv2d(6, 5, 7, up=True), ModulatedPixels(6, 3, 7)])
-def test_scaled_activations_give_the_papers_modulated_weights(layer):
+def test_scaled_activations_are_equivalent_to_modulated_weights(layer):
     torch.manual_seed(0)
     layer = layer.double()
     x, style = torch.randn(3, 6, 8, 10).double(), torch.randn(3, 7).double()
@@ -50,18 +50,18 @@ def test_scaled_activations_give_the_papers_modulated_weights(layer):
 
 
 @pytest.mark.parametrize("up", [False, True])
-def test_weights_of_clips_give_the_same_in_groups_and_one_after_the_other(up):
+def test_grouped_convolution_equals_one_convolution_per_clip(up):
     torch.manual_seed(0)
     layer, x, weight = ModulatedConv2d(6, 5, 7, up), torch.randn(6, 6, 8, 10), torch.randn(2, 5, 6, 3, 3)
     grouped, single = (layer.convolve_clips(x, weight, grouped) for grouped in (True, False))
     torch.testing.assert_close(grouped, single, atol=1e-4, rtol=1e-4)
 
 
-def test_weight_changes_belong_to_the_clip_and_not_to_its_neighbour():
+def test_weight_changes_apply_to_their_own_clip_only():
     torch.manual_seed(0)
     layer = ModulatedConv2d(6, 5, 7).double()
     x, style = torch.randn(6, 6, 8, 10).double(), torch.randn(6, 7).double()
-    delta = torch.randn(2, 5, 6).double()  # 2 clips of 3 pictures
+    delta = torch.randn(2, 5, 6).double()  # 2 clips of 3 frames
     torch.testing.assert_close(modulated(layer, x, style, delta), naive_modulated(layer, x, style, delta))
     torch.testing.assert_close(modulated(layer, x, style, torch.zeros_like(delta)), modulated(layer, x, style))
 
@@ -88,16 +88,16 @@ def test_w_and_the_score_are_fp32_under_autocast():
     assert ends == [torch.float32] * 3
 
 
-def test_upsample_is_zeros_between_pixels_and_a_filter():
+def test_upsample_equals_zeros_between_pixels_and_a_filter():
     x, up = torch.randn(2, 3, 5, 7), Upsample()
     zeros = torch.zeros(2, 3, 10, 14)
     zeros[:, :, ::2, ::2] = x
     want = F.conv2d(F.pad(zeros, (2, 1, 2, 1)), up.kernel.expand(3, 1, 4, 4), groups=3)
     torch.testing.assert_close(up(x), want)
-    assert up(torch.ones(1, 3, 6, 8))[0, 0, 3:-3, 3:-3].sub(1).abs().max() < 1e-6  # keeps a grey picture grey
+    assert up(torch.ones(1, 3, 6, 8))[0, 0, 3:-3, 3:-3].sub(1).abs().max() < 1e-6  # preserves a constant
 
 
-def test_blur_keeps_a_constant():
+def test_blur_preserves_a_constant():
     assert Blur(2)(torch.ones(1, 2, 9, 11))[:, :, 4:-4, 4:-4].sub(1).abs().max() < 1e-6
 
 
@@ -112,8 +112,8 @@ def test_blur_has_the_right_first_and_second_derivative(pad):
 
 
 @pytest.mark.parametrize("up", [False, True])
-def test_styled_layer_is_convolution_then_noise_then_bias_then_activation(up):
-    """The gain that lies in factor, noise and bias is the one that the paper's layer multiplies its result by."""
+def test_styled_conv_equals_convolution_noise_bias_and_activation_in_turn(up):
+    """The gain in factor, noise and bias equals a gain after the activation, as in the paper."""
     torch.manual_seed(0)
     layer = StyledConv(6, 5, 7, up).double()
     torch.nn.init.normal_(layer.activate.bias)
@@ -136,7 +136,7 @@ def naive_conv(layer: ConvLayer, x):
     return F.leaky_relu(y + layer[-1].bias[:, None, None], 0.2) * math.sqrt(2)
 
 
-def test_residual_block_is_the_mean_of_two_paths_times_root_two():
+def test_residual_block_equals_the_sum_of_two_paths_over_root_two():
     torch.manual_seed(0)
     block, x = ResBlock(4, 5).double(), torch.randn(3, 4, 8, 12).double()
     for layer in (block.conv1, block.conv2):
@@ -146,14 +146,14 @@ def test_residual_block_is_the_mean_of_two_paths_times_root_two():
     torch.testing.assert_close(block(x), want)
 
 
-def test_equalised_layer_scales_by_he_and_learning_rate():
+def test_equal_linear_scales_by_he_and_the_learning_rate():
     layer = EqualLinear(9, 4, bias_init=1, lr_mul=0.01)
     assert layer.weight.std() > 50  # N(0, 1) / lr_mul
     x = torch.randn(5, 9)
     torch.testing.assert_close(layer(x), x @ (layer.weight * 0.01 / 3).t() + 0.01 * layer.bias)
 
 
-def test_published_widths_and_parameter_count():
+def test_default_networks_have_the_published_widths_and_parameter_counts():
     with torch.device("meta"):
         G, D = Generator(256), Discriminator(256)
     assert n_styles(256) == 14 and G.L == 14
@@ -162,7 +162,7 @@ def test_published_widths_and_parameter_count():
     assert sum(p.numel() for p in D.parameters()) == 28_864_129
 
 
-def test_an_element_of_the_batch_does_not_depend_on_another():
+def test_elements_of_a_batch_are_independent():
     torch.manual_seed(0)
     G = Generator(32, dim=24, n_mlp=2, base=512, cap=32).eval()
     w = torch.randn(5, 8, 24)
@@ -170,8 +170,8 @@ def test_an_element_of_the_batch_does_not_depend_on_another():
     torch.testing.assert_close(G(w), one_by_one, atol=1e-5, rtol=1e-4)
 
 
-def test_each_style_acts_from_its_own_layer_on():
-    """Style 7 of 8 is the last toRGB's: changing it leaves all features, and changing style 0 changes everything."""
+def test_each_style_affects_its_own_layer_and_later_ones():
+    """Style 7 of 8 belongs to the last toRGB: it changes no features. Style 0 changes all features."""
     torch.manual_seed(0)
     G = Generator(32, dim=24, n_mlp=2, base=512, cap=32).eval()
     w = torch.randn(1, 8, 24)
@@ -187,7 +187,7 @@ def test_each_style_acts_from_its_own_layer_on():
     assert torch.equal(features[0], features[1]) and not torch.allclose(features[0], features[2])
 
 
-def test_noise_is_fixed_unless_random_is_asked_for():
+def test_noise_is_fixed_unless_random():
     G = Generator(16, dim=24, n_mlp=2, base=256, cap=32)
     for layer in G.styled_convs():
         torch.nn.init.ones_(layer.noise.weight)
@@ -197,18 +197,18 @@ def test_noise_is_fixed_unless_random_is_asked_for():
     assert not torch.equal(G(w, noise=given), G(w))
 
 
-def test_style_mixing_changes_hands_at_the_crossover():
+def test_style_mixing_switches_at_the_crossover():
     w = mix_styles(torch.zeros(2, 5), torch.ones(2, 5), L=6, crossover=4)
     assert w.shape == (2, 6, 5) and w[:, :4].sum() == 0 and w[:, 4:].min() == 1
 
 
-def test_identity_maps_reach_the_first_channels_only():
+def test_identity_maps_are_added_to_the_first_channels_only():
     x, m = torch.zeros(2, 5, 4, 4), torch.ones(2, 3, 4, 4)
     assert add_map(x, [m], 0)[:, :3].min() == 1 and add_map(x, [m], 0)[:, 3:].max() == 0 and add_map(x, [m], 1) is x
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 6, 8, 12])
-def test_minibatch_deviation_accepts_every_batch(N):
+def test_minibatch_stddev_accepts_every_batch_size(N):
     x = torch.randn(N, 3, 4, 5)
     y = minibatch_stddev(x)
     assert y.shape == (N, 4, 4, 5) and torch.isfinite(y).all() and torch.equal(y[:, :3], x)
@@ -236,11 +236,11 @@ def test_discriminator_features_halve_down_to_four():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# whole networks in rosinality's names, against a float64 restatement of the papers on nothing but the file's tensors
+# whole networks in rosinality's names, against float64 references of the papers that use the tensors of a file only
 
 
 def filtered(x, up=1, pad=(0, 0)):
-    """Zeros between pixels, padding, the [1,3,3,1] filter (gain up^2) as a sum of shifted pictures."""
+    """Zeros between pixels, padding, the [1,3,3,1] filter (gain up^2) as a sum of shifted images."""
     N, C, H, W = x.shape
     y = x.new_zeros(N, C, H * up, W * up)
     y[:, :, ::up, ::up] = x
@@ -270,7 +270,7 @@ def reference_mapping(s, z):
 def reference_modulated(s, name, x, style, up=False, demodulate=True, delta=None):
     weight = s[f"{name}.weight"][0]
     out = []
-    for n in range(len(x)):  # every sample has weights of its own
+    for n in range(len(x)):  # each sample has its own weights
         w = weight / math.sqrt(weight[0].numel()) * (1 if delta is None else 1 + delta[n])
         w = w * equalised(s, f"{name}.modulation", style[n])[None, :, None, None]
         if demodulate:
@@ -328,7 +328,7 @@ def reference_discriminator(s, x):
 
 
 def alive(network, seed=0):
-    """Random weights everywhere, biases and noise strengths too; (network, its tensors in float64)"""
+    """Random weights, biases and noise strengths -> (network, its tensors in float64)"""
     g = torch.Generator().manual_seed(seed)
     for name, p in network.named_parameters():
         torch.nn.init.normal_(p, std=0.5 if name.endswith(("bias", "noise.weight")) else 1.0, generator=g)
@@ -370,20 +370,20 @@ def test_weight_changes_of_whole_kernels_are_hyperstyles():
     own = [s[f"noises.noise_{i}"] for i in range(G.L - 1)]
     want = reference_generator(s, codes.double(), own, [d.double() for d in deltas])
     torch.testing.assert_close(G(codes, deltas=deltas).double(), want, atol=2e-4 * float(want.std()), rtol=1e-3)
-    whole = [d.mean((3, 4)) for d in deltas]  # a number a pair of channels is that number on every tap
+    whole = [d.mean((3, 4)) for d in deltas]  # one number for a pair of channels applies to every tap
     spread = [d[..., None, None].expand(-1, -1, -1, 3, 3) for d in whole]
     torch.testing.assert_close(G(codes, deltas=whole), G(codes, deltas=spread))
 
 
 @pytest.mark.parametrize("N", [4, 8, 6, 5])
-def test_a_discriminator_is_the_papers_in_every_batch(N):
+def test_the_discriminator_equals_a_float64_reference_for_every_batch_size(N):
     D, s = alive(narrow_pair()[1])
     x = torch.randn(N, 3, 32, 32)
     want = reference_discriminator(s, x.double())
     torch.testing.assert_close(D(x).double(), want, atol=1e-3 * float(want.abs().mean()), rtol=1e-3)
 
 
-def test_results_depend_on_neither_memory_format_nor_threads():
+def test_results_do_not_depend_on_memory_format_or_threads():
     G, D = (alive(net)[0] for net in narrow_pair())
     codes, threads = torch.randn(3, G.L, 24), torch.get_num_threads()
     try:
@@ -408,7 +408,7 @@ def test_names_and_shapes_are_those_of_the_published_file(name):
     assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == listed(f"stylegan2_256_{name}.txt")
 
 
-def test_a_file_is_read_with_its_very_weights_and_widths(tmp_path):
+def test_a_file_gives_networks_of_its_weights_and_widths(tmp_path):
     (G, s), (D, _) = alive(narrow_pair()[0]), alive(narrow_pair()[1])
     ema, _ = alive(narrow_pair()[0], seed=2)
     torch.save(dict(g=G.state_dict(), d=D.state_dict(), g_ema=ema.state_dict()), tmp_path / "all.pt")
@@ -419,13 +419,13 @@ def test_a_file_is_read_with_its_very_weights_and_widths(tmp_path):
     assert torch.equal(found["g"](w), G(w)) and torch.equal(found["g_ema"](w), ema(w))
     assert torch.equal(found["d"](G(w)), D(G(w))) and len(found["g"].style) == 4
     training = dict(content, g_optim=dict(state={}), args=argparse.Namespace(size=32), ada_aug_p=0.1)
-    torch.save(training, tmp_path / "training.pt")  # as its training script leaves it
+    torch.save(training, tmp_path / "training.pt")  # as written by its training script
     assert list(load_rosinality(tmp_path / "training.pt")) == ["g", "g_ema", "d"]
     torch.save(dict(g_ema=ema.state_dict()), tmp_path / "ema.pt")
     assert list(load_rosinality(tmp_path / "ema.pt")) == ["g_ema"]
 
 
-def test_files_that_are_something_else_are_refused_in_one_line(tmp_path):
+def test_unsuitable_files_are_refused_in_one_line(tmp_path):
     G, D = narrow_pair()
     torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "good.pt")
     content, path = torch.load(tmp_path / "good.pt", weights_only=True), tmp_path / "bad.pt"
@@ -437,7 +437,7 @@ def test_files_that_are_something_else_are_refused_in_one_line(tmp_path):
             load_rosinality(path, size)
         assert "bad.pt" in str(error.value) and "\n" not in str(error.value)
 
-    refused(content, "for 32 px, these are 64", size=64)
+    refused(content, "for 32 px, expected 64", size=64)
     refused(dict(state_dict=g), "none of g, g_ema, d")
     refused(dict(d=content["g_ema"]), "not StyleGAN2's|not the weights of a StyleGAN2 discriminator")
     refused(dict(g_ema=content["d"]), "not the weights of a StyleGAN2 generator")

@@ -1,4 +1,4 @@
-"""The three stages run, resume bit for bit, respond to every loss weight, and refuse bad input before anything slow."""
+"""All stages train, resume bit for bit, respond to every loss weight, and refuse bad input before anything slow."""
 
 import functools
 import json
@@ -33,17 +33,17 @@ from stylegan2 import ConvLayer, Discriminator, Generator
 from syncnet import SyncNet
 from vision import GradualStyleEncoder, HyperStyleNet
 
-TRAIN_JUDGE = initialise.train_judge  # the tests of stages use a quick stand-in
+TRAIN_JUDGE = initialise.train_judge  # most tests replace it by an untrained judge
 
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_networks():
-    """The dial with few channels, and short regressions before the first step"""
+    """Few channels at each size of the dial, and short regressions before the first step"""
     at, few = Config.at.__func__, dict(dim=32, n_mlp=2, base=256, cap=32, encoder_width=8, hyper_width=8, linear=24)
 
     def narrow(cls, size, **changes):
-        face = changes.get("template", "toy") != "toy"
-        return at(cls, size, **(few | dict(map_code=48 if face else 16) | changes))
+        real_faces = changes.get("template", "toy") != "toy"
+        return at(cls, size, **(few | dict(map_code=48 if real_faces else 16) | changes))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, "at", classmethod(narrow))
@@ -63,27 +63,27 @@ def stages(pack, narrow_networks, tmp_path_factory):
     save_checkpoint(str(out / "sync.pt"), dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),
                                                networks=dict(expert=SyncNet(**net).state_dict())))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(initialise, "train_judge", lambda *_: quick_judge())
+        patch.setattr(initialise, "train_judge", lambda *_: untrained_judge())
         patch.setattr(initialise, "FINETUNE_GENERATOR", 0)
         patch.setattr(train, "LOG_EVERY", 1)
-        go(pack, out, 1)
-        go(pack, out, 2)
-        go(pack, out, 2, "--part", "hyper")
-        go(pack, out, 3)
+        run_stage(pack, out, 1)
+        run_stage(pack, out, 2)
+        run_stage(pack, out, 2, "--part", "hyper")
+        run_stage(pack, out, 3)
     return out
 
 
 @pytest.fixture(scope="module")
-def saved(stages):
-    """What they wrote"""
+def checkpoints(stages):
+    """Checkpoints of `stages` by name"""
     return {name: load_checkpoint(stages / f"{name}.pt", name[:6])
             for name in ("stage1", "stage2", "stage2_hyper", "stage3")}
 
 
 @pytest.fixture(autouse=True)
-def one_short_judge(monkeypatch):
-    """.. and no images or pages, which `stages` writes"""
-    monkeypatch.setattr(initialise, "train_judge", lambda *_: quick_judge())
+def quick_outputs(monkeypatch):
+    """No training of the face judge, and no images or reports. `stages` writes those."""
+    monkeypatch.setattr(initialise, "train_judge", lambda *_: untrained_judge())
     monkeypatch.setattr(train, "save_examples", lambda *_: None)
     monkeypatch.setattr(checkpoint, "write_report", lambda *_: None)
     monkeypatch.setattr(train, "write_report", lambda *_: None)
@@ -91,7 +91,7 @@ def one_short_judge(monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
 
-def quick_judge():
+def untrained_judge():
     torch.manual_seed(4)
     return judges.SmallFaceJudge(width=32)
 
@@ -102,22 +102,22 @@ def options(pack, out, stage, *more, steps=4):
             *more]
 
 
-def go(pack, out, stage, *more, **k):
+def run_stage(pack, out, stage, *more, **k):
     train.main(options(pack, out, stage, *more, **k))
 
 
-def equal(a, b, path=""):
-    """Every tensor and number of two checkpoints"""
+def assert_equal(a, b, path=""):
+    """Compares every tensor and number of two checkpoints."""
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for k in a:
             if k != "args":
-                equal(a[k], b[k], f"{path}.{k}")
+                assert_equal(a[k], b[k], f"{path}.{k}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), path
         for i, (x, y) in enumerate(zip(a, b)):
-            equal(x, y, f"{path}[{i}]")
+            assert_equal(x, y, f"{path}[{i}]")
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
     else:
@@ -129,7 +129,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_hyper", "stage3"])
-def test_four_steps_are_two_and_resume_and_two(name, pack, stages, saved, tmp_path, monkeypatch):
+def test_four_steps_equal_two_steps_then_resume_and_two_more(name, pack, stages, checkpoints, tmp_path, monkeypatch):
     stage, before = int(name[5]), dict(stage2="stage1", stage2_hyper="stage2", stage3="stage2_hyper").get(name)
     more = ["--part", "hyper"] if name == "stage2_hyper" else []
     more += ["--init", str(stages / f"{before}.pt")] if before else []
@@ -143,20 +143,20 @@ def test_four_steps_are_two_and_resume_and_two(name, pack, stages, saved, tmp_pa
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, "save_run", save_and_die)
-        go(pack, tmp_path, stage, *more)
-    torch.manual_seed(99)  # whatever happened in between
-    go(pack, tmp_path, stage, "--resume", *more)
-    assert saved[name]["step"] == 4
-    equal(saved[name], load_checkpoint(tmp_path / f"{name}.pt", f"stage{stage}"))
+        run_stage(pack, tmp_path, stage, *more)
+    torch.manual_seed(99)  # other random numbers in between
+    run_stage(pack, tmp_path, stage, "--resume", *more)
+    assert checkpoints[name]["step"] == 4
+    assert_equal(checkpoints[name], load_checkpoint(tmp_path / f"{name}.pt", f"stage{stage}"))
 
 
-def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack, stages, tmp_path, capsys):
+def test_resumed_runs_keep_their_options_except_changeable_ones_and_print_the_changes(pack, stages, tmp_path, capsys):
     shutil.copy(stages / "stage1.pt", tmp_path / "stage1.pt")
     here = ["--stage", "1", "--out", str(tmp_path), "--resume"]
     for change in (["--size", "32"], ["--augment", "0.5"], ["--batch", "3", "--lr-gan", "0.1"]):
-        assert f"cannot change {change[0]} " in refused(capsys, [*here, *change])
+        assert f"cannot change {change[0]} " in refusal(capsys, [*here, *change])
     changes = ["--steps", "5", "--lr-gan", "0.0005", "--w", "r1=7", "--path", "vgg19=mine.pth"]
-    train.main([*here, *changes])                                           # neither --size nor --data nor --batch
+    train.main([*here, *changes])                                           # --size, --data, --batch: of the checkpoint
     line = capsys.readouterr().out.splitlines()[0]
     assert all(f"--{word}" in line for word in ("steps 4 -> 5", "lr-gan 0.004 -> 0.0005", "w r1 1.0 -> 7.0"))
     saved = load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")
@@ -166,31 +166,31 @@ def test_resumed_runs_keep_their_options_but_for_what_may_change_and_say_so(pack
     assert saved["optimisers"]["d"]["param_groups"][0]["lr"] == pytest.approx(0.0005 * 16 / 17)
 
 
-def test_a_run_goes_on_with_other_numbers_of_images_a_step_to_the_same_number_in_all(pack, stages, tmp_path):
+def test_a_run_resumed_with_another_number_of_images_per_step_sees_the_same_number_in_total(pack, stages, tmp_path):
     shutil.copy(stages / "stage1.pt", tmp_path / "stage1.pt")                # 4 steps of 6
     train.main(["--stage", "1", "--out", str(tmp_path), "--resume", "--steps", "6", "--accumulate", "2"])
     saved = load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")
-    assert (saved["step"], saved["images"]) == (6, 72)                       # 2 steps done, as many images
+    assert (saved["step"], saved["images"]) == (6, 72)                       # 2 old steps of 12, 4 new steps of 12
     lines = [json.loads(line) for line in (tmp_path / "log_stage1.jsonl").read_text().splitlines()[1:]]
     assert [line["step"] for line in lines] == [2, 3, 4, 5]
     argv = ["--stage", "1", "--resume", "--accumulate", "3"]
     assert train.resume_options(argv, train.parse(argv), saved["args"], "here").steps == 4  # 72 / 18
 
 
-def test_compiled_networks_train_as_eager_ones(pack, stages, tmp_path, monkeypatch):
-    """Traced, without the C++ that the next test compiles"""
+def test_compiled_networks_train_like_eager_ones(pack, stages, tmp_path, monkeypatch):
+    """Traced only: the next test runs the passes of the compiler."""
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
-    go(pack, tmp_path, 1, "--compile", steps=1)                              # with R1 and path length
+    run_stage(pack, tmp_path, 1, "--compile", steps=1)                              # with R1 and path length
     compiled, eager = (json.loads((folder / "log_stage1.jsonl").read_text().splitlines()[1])
                        for folder in (tmp_path, stages))
     for term in ("d", "real", "fake", "adv", "r1", "path"):
         assert compiled[term] == pytest.approx(eager[term], rel=1e-4, abs=1e-6), term
 
 
-def test_a_compiled_layer_and_its_gradient_are_the_eager_ones():
-    """By the compiler's own passes, but for the C++ at their end"""
+def test_a_compiled_layer_gives_the_output_and_gradient_of_the_eager_layer():
+    """All passes of the compiler except the generation of C++"""
     torch.manual_seed(0)
-    layer, x = ConvLayer(3, 5, 1, down=True), torch.randn(2, 3, 8, 8)        # the blur has a gradient of its own
+    layer, x = ConvLayer(3, 5, 1, down=True), torch.randn(2, 3, 8, 8)        # the blur defines its own gradient
     results = []
     for _ in range(2):
         y = layer(x)
@@ -200,33 +200,33 @@ def test_a_compiled_layer_and_its_gradient_are_the_eager_ones():
         torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
 
 
-def test_a_resumed_run_keeps_its_judge_until_a_weight_changes(pack, stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "arcface", lambda device, path, template: freeze(quick_judge()))
-    go(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w", "arcface=0.1", steps=1)
+def test_a_resumed_run_keeps_its_identity_judge_until_a_loss_weight_changes(pack, stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "arcface", lambda device, path, template: freeze(untrained_judge()))
+    run_stage(pack, tmp_path, 2, "--init", str(stages / "stage1.pt"), "--w", "arcface=0.1", steps=1)
     for steps, change, term in ((2, [], "arcface"), (3, ["--w", "arcface=0"], "id"), (4, ["--w", "id=2"], "id")):
         train.main(["--stage", "2", "--out", str(tmp_path), "--resume", "--steps", str(steps), *change])
         last = json.loads((tmp_path / "log_stage2.jsonl").read_text().splitlines()[-1])
         assert last["step"] == steps - 1 and term in last and len({"id", "arcface"} & set(last)) == 1
 
 
-def test_rates_that_become_equal_do_not_mix_up_groups():
+def test_optimiser_groups_do_not_depend_on_the_learning_rates():
     model, D, shapes = FCTFG(Config.at(16)), Discriminator(16, 512, 32), []
     for rate in ("4e-3", "1e-3"):  # the second is that of --lr
-        opt = initialise.optimizers(model, D, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
+        opt = initialise.make_optimisers(model, D, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
         shapes.append([[q.shape for q in group["params"]] for group in opt.param_groups])
     assert shapes[0] == shapes[1]
 
 
-def test_wav2lip_is_the_name_of_a_published_expert_here_too(pack, tmp_path, monkeypatch):
+def test_expert_wav2lip_downloads_the_published_expert(pack, tmp_path, monkeypatch):
     def fetched(device, path):
         raise InputError(f"fetched: {path}")
 
     monkeypatch.setattr(syncnet, "wav2lip_expert", fetched)
     with pytest.raises(InputError, match="fetched: None"):
-        go(pack, tmp_path, 3, "--expert", "wav2lip")
+        run_stage(pack, tmp_path, 3, "--expert", "wav2lip")
 
 
-def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
+def test_each_log_line_times_the_steps_since_the_previous_line(pack, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
     batches, (forward, terms) = initialise.batches, train.STAGES["stage1"]
@@ -243,12 +243,12 @@ def test_log_lines_time_the_steps_since_the_last(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(initialise, "batches", waiting)
     monkeypatch.setitem(train.STAGES, "stage1", (working, terms))
     monkeypatch.setattr(train, "LOG_EVERY", 3)
-    go(pack, tmp_path, 1, "--w", "path=0", steps=5)
+    run_stage(pack, tmp_path, 1, "--w", "path=0", steps=5)
     lines = [json.loads(line) for line in (tmp_path / "log_stage1.jsonl").read_text().splitlines()[1:]]
     assert [(x["step"], x["ms"], x["images_s"], x["waiting"]) for x in lines] == [(k, 4000, 1.5, 0.25) for k in (0, 3, 4)]
 
 
-def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path, monkeypatch):
+def test_published_files_replace_stages_1_and_2(pack, stages, tmp_path, monkeypatch):
     """Stage 2 trains pSp's encoder or HyperStyle's hypernetwork; stage 3 starts from files without either stage."""
     monkeypatch.setattr(initialise, "FINETUNE_GENERATOR", 0)
     monkeypatch.setattr(vision, "resize_to_256", lambda x: F.interpolate(x, 64))  # a sixteenth of the pixels
@@ -266,7 +266,7 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
         return any(not torch.equal(now[f"{part}.{k}"], v) for k, v in author.named_parameters())
 
     for part, name in (("encoder", "stage2"), ("hyper", "stage2_hyper")):
-        go(pack, tmp_path / part, 2, *given, "--part", part, steps=1)
+        run_stage(pack, tmp_path / part, 2, *given, "--part", part, steps=1)
         two = load_checkpoint(str(tmp_path / part / f"{name}.pt"), "stage2")
         now = two["networks"]["model"]
         assert (changed("encoder", encoder), changed("hyper", hyper)) == (part == "encoder", part == "hyper")
@@ -274,29 +274,29 @@ def test_published_files_stand_in_for_stages_one_and_two(pack, stages, tmp_path,
         assert (two["config"]["encoder"], two["config"]["hyper"]) == ("psp", "separable")
         assert torch.equal(two["networks"]["feature_net"]["final_conv.0.weight"], D.final_conv[0].weight)
     monkeypatch.setattr(initialise, "fit_motion_space", lambda *a: None)
-    go(pack, tmp_path / "three", 3, *given, "--expert", str(stages / "sync.pt"), steps=1)
+    run_stage(pack, tmp_path / "three", 3, *given, "--expert", str(stages / "sync.pt"), steps=1)
     now = load_checkpoint(str(tmp_path / "three" / "stage3.pt"), "stage3")["networks"]["model"]
     assert changed("hyper", hyper) and changed("generator", G) and changed("encoder", encoder)
 
 
-def test_each_stage_trains_what_is_its_own(saved):
-    one, two, hyper, three = saved.values()
+def test_each_stage_trains_its_own_networks_only(checkpoints):
+    one, two, hyper, three = checkpoints.values()
 
     def moved(a, b, part):
         x, y = a["networks"]["model"], b["networks"]["model"]
         return any(not torch.equal(x[k], y[k]) for k in x if k.startswith(part) and k in y)
 
-    assert not moved(dict(networks=one["ema"]), two, "generator.")         # stage 2 leaves the generator alone
+    assert not moved(dict(networks=one["ema"]), two, "generator.")         # stage 2 keeps the generator
     assert not any(moved(dict(networks=two["ema"]), hyper, part) for part in ("generator.", "encoder.", "maps."))
     trained = ("generator.conv", "encoder.", "maps.", "hyper.", "canonical.", "audio.", "motion.")
     assert all(moved(hyper, three, part) for part in trained)
-    assert not moved(hyper, three, "generator.style")                      # z -> w is stage 1's
+    assert not moved(hyper, three, "generator.style")                      # z -> w is trained in stage 1 only
     assert any(not torch.equal(v, three["networks"]["D"][k]) for k, v in two["networks"]["D"].items())
     features = three["networks"]["feature_net"]
     assert all(torch.equal(v, features[k]) for k, v in one["networks"]["D"].items())
 
 
-def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
+def test_the_log_holds_revision_and_terms_and_the_weights_file_loads(stages):
     lines = [json.loads(line) for line in (stages / "log_stage3.jsonl").read_text().splitlines()]
     assert {"revision", "torch", "args"} <= set(lines[0])
     assert {"rec", "feat", "id", "orth", "adv", "d", "real", "fake", "ms", "images_s", "waiting"} <= set(lines[2])
@@ -305,34 +305,34 @@ def test_the_log_says_revision_and_terms_and_the_weights_file_loads(stages):
     model = load_model(str(stages / "weights.pt"))
     frames = torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(7, 1, 80, 16))))
     assert frames.shape == (7, 3, 16, 16) and torch.isfinite(frames).all()
-    assert Image.open(stages / "stage3.png").size == (8 * 128, 3 * (128 + 18))  # three rows, each below its words
+    assert Image.open(stages / "stage3.png").size == (8 * 128, 3 * (128 + 18))  # three rows, each with a label
     page = (stages / "report.html").read_text()
-    assert all(f"<h2>stage{k}</h2>" in page for k in (1, 2, 3)) and page.count("<img") == 4  # the hypernetwork's too
+    assert all(f"<h2>stage{k}</h2>" in page for k in (1, 2, 3)) and page.count("<img") == 4  # one of the hypernetwork
 
 
-def built(args):
-    """Networks of a stage before its first step"""
+def start_stage3(args):
+    """Networks before the first step"""
     cpu, data = torch.device("cpu"), initialise.load_data(args)
     model, D, known = initialise.build_networks(args, data, None, cpu)
-    frozen = initialise.stage(args, model, D, data, known, cpu)
+    frozen = initialise.start_stage(args, model, D, data, known, cpu)
     return model, D, frozen
 
 
-def test_every_loss_weight_changes_what_is_learned(pack, stages, tmp_path):
+def test_every_loss_weight_changes_the_gradient(pack, stages, tmp_path):
     """The gradient of each term, and of each box of the reconstruction. Windows of five frames."""
     args = train.parse(options(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), steps=1))
     torch.manual_seed(1)
-    model, D, frozen = built(args)
+    model, D, frozen = start_stage3(args)
     frozen["sync"] = initialise.load_sync(str(stages / "sync.pt"), "cpu")
-    initialise.optimizers(model, D, args)
+    initialise.make_optimisers(model, D, args)
     data = initialise.Clips(Pack(pack), losses.SYNC_FRAMES, 0, context=model.config.context)
     for p in model.motion.lips[4].parameters():
-        torch.nn.init.normal_(p, std=0.1)                                   # sound has a way to the picture
+        torch.nn.init.normal_(p, std=0.1)                                   # connect the sound to the image
     out = train.forward_stage3(model, torch.utils.data.default_collate([data[i] for i in range(2)]))
     learned = [p for p in model.motion.parameters() if p.requires_grad]
 
     def gradient(name, **w):
-        loss = losses.stage3(model, frozen, out, args.w | w)[name]
+        loss = losses.stage3_losses(model, frozen, out, args.w | w)[name]
         found = torch.autograd.grad(loss, learned, retain_graph=True, allow_unused=True)
         return torch.cat([g.flatten() for g in found if g is not None])
 
@@ -346,8 +346,8 @@ def test_one_batch_can_be_overfitted(pack, stages):
     torch.manual_seed(0)
     more = ["--init", str(stages / "stage2.pt"), "--lr", "3e-4", "--lr-gan", "1e-3"]
     args = train.parse(options(pack, stages, 3, *more))
-    model, D, _ = built(args)
-    opt, _ = initialise.optimizers(model, D, args)
+    model, D, _ = start_stage3(args)
+    opt, _ = initialise.make_optimisers(model, D, args)
     data = initialise.Clips(Pack(pack), 1, 0, context=model.config.context)
     batch = torch.utils.data.default_collate([data[i] for i in range(2)])
     errors = []
@@ -361,7 +361,7 @@ def test_one_batch_can_be_overfitted(pack, stages):
     assert errors[-1] < 0.5 * errors[0], errors
 
 
-def test_the_face_judge_is_trained_on_clips_alone(pack):
+def test_the_face_judge_learns_from_clips_without_photos(pack):
     before = judges.SmallFaceJudge()
     data = dict(pack=Pack(pack), photos=None, clips=np.arange(5))
     judge = TRAIN_JUDGE(data, torch.device("cpu"), seed=0, steps=30, batch=8)
@@ -374,7 +374,7 @@ def test_the_face_judge_is_trained_on_clips_alone(pack):
     assert margin(judge) > margin(before) + 0.1
 
 
-def test_with_clips_of_one_person_the_face_judge_tells_clips_and_held_out_ones_are_not_used(pack, monkeypatch):
+def test_with_one_person_the_face_judge_distinguishes_clips_and_uses_no_held_out_clips(pack, monkeypatch):
     one, seen = Pack(pack), set()
     one.identity = np.zeros(5, np.int32)
     frames = one.frames
@@ -388,20 +388,20 @@ def test_with_clips_of_one_person_the_face_judge_tells_clips_and_held_out_ones_a
         TRAIN_JUDGE(data | dict(clips=np.arange(1)), torch.device("cpu"), seed=0, steps=1)
 
 
-def test_idle_motion_is_of_clips_to_train_on(monkeypatch):
+def test_idle_motion_comes_from_training_clips(monkeypatch):
     model = FCTFG(Config.at(16))
     pack = types.SimpleNamespace(n_frames=np.array([80, 80, 20, 80]))
     pack.frames = lambda c, ks: seen.append(int(c)) or np.full((len(ks), 16, 16, 3), 60, np.uint8)
     seen = []
-    initialise.collect_idle(model, pack, np.array([0, 2, 3]), torch.device("cpu"))
+    initialise.collect_idle_motion(model, pack, np.array([0, 2, 3]), torch.device("cpu"))
     assert seen == [0, 3]                                                    # 1 is held out, 2 is too short
 
 
 @pytest.mark.parametrize("stage, sync, due", [(1, 0, [0, 16]), (3, 0, [0, 16]), (3, 1, [1, 33])])
-def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, sync, due, pack, stages, tmp_path, monkeypatch):
+def test_r1_is_applied_in_every_16th_step_of_the_discriminator(stage, sync, due, pack, stages, tmp_path, monkeypatch):
     came, now = [], [-1]
     monkeypatch.setattr(losses, "r1_penalty", lambda real, score: came.append(now[0]) or score.square().mean())
-    images = torch.rand(2, 3, 16, 16)                                        # the generator's stand-in
+    images = torch.rand(2, 3, 16, 16)                                        # in place of generated images
 
     def forward(model, batch):
         now[0] += 1
@@ -410,17 +410,17 @@ def test_r1_comes_with_every_16th_step_of_the_discriminator(stage, sync, due, pa
 
     monkeypatch.setitem(train.STAGES, f"stage{stage}", (forward, lambda model, *_: dict(r1=next(
         q for q in model.parameters() if q.requires_grad).mean())))
-    monkeypatch.setattr(initialise, "stage", lambda *a: {})
+    monkeypatch.setattr(initialise, "start_stage", lambda *a: {})
     for name in ("save_checkpoint", "save_run", "save_examples", "update_ema"):
         monkeypatch.setattr(train, name, lambda *a: None)
     more = ["--w", "path=0", f"sync={sync}", "--augment", "-1"]
     more += ["--init", str(stages / "stage2.pt"), "--expert", str(stages / "sync.pt")] if stage == 3 else []
-    go(pack, tmp_path, stage, *more, "--batch", "2", steps=due[-1] + 1)
+    run_stage(pack, tmp_path, stage, *more, "--batch", "2", steps=due[-1] + 1)
     assert came == due
 
 
 class Apple(torch.Tensor):
-    """A tensor on a chip without float64 and without eigenvalues"""
+    """A tensor on a device without float64 and without eigenvalues"""
 
     @classmethod
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
@@ -431,7 +431,7 @@ class Apple(torch.Tensor):
         return result.as_subclass(torch.Tensor) if name == "cpu" else result
 
 
-def test_closed_forms_are_solved_where_there_is_float64():
+def test_closed_forms_are_solved_on_a_device_with_float64():
     torch.manual_seed(0)
     x, y = torch.randn(40, 6), torch.randn(40, 5)
     for a, b in zip(initialise.reduced_rank_regression(x.as_subclass(Apple), y.as_subclass(Apple), 2, 0.1),
@@ -444,8 +444,8 @@ def test_closed_forms_are_solved_where_there_is_float64():
     assert model.encoder.linear_down.weight.isfinite().all() and model.maps.coarse_rgb.weight.abs().sum() > 0
 
 
-def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
-    """Codes = person + motion in two directions: the map returns the motion and nothing of the person."""
+def test_the_closed_form_start_finds_planted_motion_and_ignores_the_person():
+    """Codes = person + motion in two directions. The map returns the motion only."""
     torch.manual_seed(0)
     person, motion = torch.randn(900, 1, 12), torch.zeros(900, 20, 12)
     motion[..., 3:5] = torch.randn(900, 20, 2)
@@ -462,7 +462,7 @@ def test_the_closed_form_start_finds_a_planted_motion_and_ignores_the_person():
 
 @pytest.fixture(scope="module")
 def real_packs(pack, tmp_path_factory):
-    """The same clips cropped "as real faces", so that the dial gives a mouth code; and 12 photos"""
+    """The clips of `pack` with the template of real faces, so that the dial gives a mouth code, and 12 photos"""
     folder, toys = tmp_path_factory.mktemp("real"), Pack(pack)
     with PackWriter(folder / "clips", 16, "face") as clips:
         for c in range(len(toys)):
@@ -474,8 +474,8 @@ def real_packs(pack, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def marked_packs(real_packs, pack, tmp_path_factory):
-    """Copies of these packs with the drawn faces' true landmarks beside them"""
+def packs_with_landmarks(real_packs, pack, tmp_path_factory):
+    """Copies of `real_packs` with the true landmarks of the drawn faces"""
     toys, folders = Pack(pack), []
     truth = np.load(toys.folder / "truth.npy")
     for source in real_packs:
@@ -496,26 +496,26 @@ def marked_packs(real_packs, pack, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def real_stage1(marked_packs, tmp_path_factory):
-    """Stage 1 on clips and photos, one at a time"""
+def real_stage1(packs_with_landmarks, tmp_path_factory):
+    """Stage 1 on clips and photos with batch 1"""
     out = tmp_path_factory.mktemp("real1")
-    go(marked_packs[0], out, 1, "--photos", str(marked_packs[1]), "--batch", "1", steps=2)
+    run_stage(packs_with_landmarks[0], out, 1, "--photos", str(packs_with_landmarks[1]), "--batch", "1", steps=2)
     return out / "stage1.pt"
 
 
 @pytest.mark.parametrize("motion, world", [("paper", "toys"), ("paper", "real"), ("direct", "real")])
-def test_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at_a_time(
-        motion, world, pack, stages, marked_packs, real_stage1, tmp_path):
+def test_stages_train_with_both_motion_encoders_on_toys_and_on_real_faces_with_batch_1(
+        motion, world, pack, stages, packs_with_landmarks, real_stage1, tmp_path):
     clips, more = pack, ["--motion", motion, "--expert", str(stages / "sync.pt")]
     shutil.copy(stages / "stage1.pt" if world == "toys" else real_stage1, tmp_path / "stage1.pt")
     if world == "real":
-        clips, photos = marked_packs
+        clips, photos = packs_with_landmarks
         more += ["--photos", str(photos), "--batch", "1"]
     for stage in (2, 3):
-        go(clips, tmp_path, stage, *more, steps=2)
+        run_stage(clips, tmp_path, stage, *more, steps=2)
     log = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
     mouth = (motion, world) == ("direct", "real")
-    assert "sync" in log[0] and ("preserve" in log[1]) == mouth              # the odd step has photos
+    assert "sync" in log[0] and ("preserve" in log[1]) == mouth              # odd steps have photos
     before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
     for part in ("generator.conv1", "encoder.blocks", "canonical.mlp", "audio.", "motion."):
         assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(part)), part
@@ -524,7 +524,7 @@ def test_stages_train_in_both_forms_on_toys_and_on_clips_with_photos_even_one_at
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
 
 
-def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_stage_2_that_has_one(real_packs):
+def test_the_papers_motion_encoder_has_no_mouth_code_and_refuses_a_stage_2_with_one(real_packs):
     pack = Pack(real_packs[0])
     for first in ("direct", "paper"):
         previous = dict(config=vars(Config.at(16, template="face", motion=first)))
@@ -538,37 +538,37 @@ def test_the_papers_form_has_no_mouth_code_whatever_stage_1_was_and_follows_no_s
         initialise.make_config(args, pack, previous, {})
 
 
-def test_real_faces_without_landmarks_are_told_about_in_stage_1_and_refused_in_stage_2(real_packs, tmp_path, capsys):
+def test_real_faces_without_landmarks_give_a_hint_in_stage_1_and_are_refused_in_stage_2(real_packs, tmp_path, capsys):
     clips, photos = real_packs
-    go(clips, tmp_path, 1, "--photos", str(photos), steps=1)
+    run_stage(clips, tmp_path, 1, "--photos", str(photos), steps=1)
     assert "from stage 2 on real faces need landmarks" in capsys.readouterr().out
     with pytest.raises(InputError, match="need landmarks, for each pack: python keypoints.py extract"):
-        go(clips, tmp_path, 2, "--photos", str(photos), steps=1)
+        run_stage(clips, tmp_path, 2, "--photos", str(photos), steps=1)
 
 
 MOUTH = dict(template="face", linear=20, map_code=24, mouth_dim=5, shape_dim=3)
 
 
 @pytest.mark.parametrize("N", [1, 2])
-def test_a_mouth_code_learns_from_one_or_two_images(N):
+def test_losses_of_a_mouth_code_are_finite_for_one_or_two_images(N):
     torch.manual_seed(0)
     model = FCTFG(Config.at(16, **MOUTH))
     out = train.forward_stage2(model, dict(image=torch.rand(N, 3, 16, 16) - 0.5))
     w = dict.fromkeys(train.WEIGHTS, 0.0) | dict(preserve=1.0, mouth_cycle=1.0)
-    terms = losses.stage2(model, {}, out, w)
+    terms = losses.stage2_losses(model, {}, out, w)
     assert {"preserve", "mouth_cycle"} <= set(terms) and all(v.isfinite() for v in terms.values())
 
 
-def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
-        marked_packs, real_stage1, tmp_path, monkeypatch, capsys):
+def test_the_lip_reader_learns_from_landmarks_and_stages_2_and_3_keep_it(
+        packs_with_landmarks, real_stage1, tmp_path, monkeypatch, capsys):
     reader = initialise.train_reader
     monkeypatch.setattr(initialise, "train_reader", lambda *args: reader(*args[:-1], steps=120))
-    clips, photos = marked_packs
+    clips, photos = packs_with_landmarks
     more = ["--photos", str(photos)]
     shutil.copy(real_stage1, tmp_path / "stage1.pt")
-    go(clips, tmp_path, 2, *more, steps=2)
-    go(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0", steps=2)
-    shown = capsys.readouterr().out                                          # how long, and how well beyond training
+    run_stage(clips, tmp_path, 2, *more, steps=2)
+    run_stage(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0", steps=2)
+    shown = capsys.readouterr().out                                          # minutes, and the held-out error
     assert re.search(r"before the first step: 120 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
     assert re.search(r"before the first step: 2 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
     assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ % in [12] held-out clips", shown)
@@ -578,7 +578,7 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
     assert all("mouth_cycle" in line for line in three)                      # without the sync loss every step has photos
     before, after = (load_checkpoint(str(tmp_path / f"stage{k}.pt"), f"stage{k}")["networks"]["model"] for k in (2, 3))
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("mouth."))
-    assert torch.equal(before["motion.mouth_up.weight"], after["motion.mouth_up.weight"])  # a closed form, and stays
+    assert torch.equal(before["motion.mouth_up.weight"], after["motion.mouth_up.weight"])  # a closed form, not trained
     assert not torch.equal(before["motion.lips.0.weight"], after["motion.lips.0.weight"])
     model, toys = load_model(str(tmp_path / "weights.pt")), Pack(clips)
     assert model.config.shape_dim == 6 and model.motion.opening_limits.isfinite().all()
@@ -588,24 +588,24 @@ def test_landmarks_teach_the_shape_of_lips_and_all_stages_keep_it(
     read, true = [], []
     for c in range(len(toys)):
         read.append(model.mouth(to_tensor(toys.frames(c, range(toys.n_frames[c]))))[:, 0].detach().numpy())
-        true.append(initialise.mouth_shape(landmarks.clip(c))[:, 0])
+        true.append(initialise.mouth_features(landmarks.clip(c))[:, 0])
     read, true = np.concatenate(read), np.concatenate(true)
     assert np.corrcoef(read, true)[0, 1] > 0.6
-    targets = torch.cat(initialise.lip_shapes(model, toys, landmarks, np.arange(len(toys)), "cpu"))[:, 0].numpy()
+    targets = torch.cat(initialise.lip_targets(model, toys, landmarks, np.arange(len(toys)), "cpu"))[:, 0].numpy()
     assert abs(targets.mean() - read.mean()) < 0.5 * read.std() and np.corrcoef(targets, true)[0, 1] > 0.6
-    go(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
+    run_stage(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
     before, mine = model.state_dict(), load_model(str(tmp_path / "mine/weights.pt"))
     changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, before[k])}
-    assert {"audio.0", "audio.5", "motion.fusion.convs.0", "motion.lips.0"} <= changed     # nothing that draws
+    assert {"audio.0", "audio.5", "motion.fusion.convs.0", "motion.lips.0"} <= changed  # no generator, no encoder
     assert all(k.startswith(("audio", "motion.fusion", "motion.lips")) or k == "motion" for k in changed)
     with pytest.raises(InputError, match="landmarks"):
         shutil.copytree(photos / "landmarks", tmp_path / "clips" / "landmarks")
         shutil.copytree(clips, tmp_path / "clips", dirs_exist_ok=True,
                         ignore=lambda folder, names: names if "landmarks" in folder else ["landmarks"])
-        go(tmp_path / "clips", tmp_path / "other", 1, *more)
+        run_stage(tmp_path / "clips", tmp_path / "other", 1, *more)
 
 
-def test_everybodys_lips_get_one_rest_and_spread_of_the_opening_and_keep_their_course():
+def test_openings_of_all_people_get_the_same_rest_and_deviation_and_keep_their_course():
     torch.manual_seed(0)
     people = np.array([4, 9, 4])
     shapes = [torch.randn(50, 3), 1.5 * torch.randn(60, 3) + 3, torch.randn(70, 3) + 0.5]
@@ -619,15 +619,15 @@ def test_everybodys_lips_get_one_rest_and_spread_of_the_opening_and_keep_their_c
 
 
 @pytest.mark.parametrize("coarse_rgb", [0, 16])
-def test_the_lip_reader_is_not_trained_by_the_images(coarse_rgb):
+def test_the_losses_of_images_do_not_train_the_lip_reader(coarse_rgb):
     for stage in ("2", "3"):
         model = FCTFG(Config.at(16, **MOUTH, coarse_rgb=coarse_rgb))
-        initialise.optimizers(model, Discriminator(16, 512, 32), train.parse(["--stage", stage, "--size", "16"]))
+        initialise.make_optimisers(model, Discriminator(16, 512, 32), train.parse(["--stage", stage, "--size", "16"]))
         assert not any(q.requires_grad for q in model.mouth.reader.parameters())
         assert model.mouth.linear.weight.requires_grad == (coarse_rgb == 0)
 
 
-def test_every_other_clip_gets_the_true_shape_of_its_lips_and_keeps_the_appearance_of_its_source():
+def test_every_other_clip_gets_its_true_lip_shape_and_the_appearance_of_its_source():
     torch.manual_seed(0)
     model = FCTFG(Config.at(16, **MOUTH)).eval()
     batch = dict(source=torch.rand(2, 3, 16, 16) - 0.5, driving=torch.rand(2, 1, 3, 16, 16) - 0.5,
@@ -640,27 +640,27 @@ def test_every_other_clip_gets_the_true_shape_of_its_lips_and_keeps_the_appearan
         mouth = out["z_s2c"] + out["z_c2d"][:, 0] - still
         true = model.motion.mouth_up(torch.cat([shape, appearance], 1)).unflatten(1, model.motion.shape)
     torch.testing.assert_close(mouth[0], true[0], atol=1e-4, rtol=1e-3)
-    assert (mouth[1] - true[1]).abs().max() > 1e-2                           # this one comes from the sound
+    assert (mouth[1] - true[1]).abs().max() > 1e-2                           # predicted from sound
     torch.testing.assert_close(out["mouth"][:, 0, :3], shape)
 
 
-def test_a_published_generator_takes_real_faces_without_the_coarse_image(marked_packs, tmp_path):
-    clips, photos = marked_packs
+def test_a_published_generator_trains_on_real_faces_without_a_coarse_image(packs_with_landmarks, tmp_path):
+    clips, photos = packs_with_landmarks
     torch.manual_seed(0)
     G, D = Generator(16, 32, 2, 512, 32), Discriminator(16, 512, 32)
     torch.save(dict(g_ema=G.state_dict(), d=D.state_dict()), tmp_path / "g.pt")
-    go(clips, tmp_path, 2, "--generator", str(tmp_path / "g.pt"), "--photos", str(photos), "--w", "adv=0", steps=2)
+    run_stage(clips, tmp_path, 2, "--generator", str(tmp_path / "g.pt"), "--photos", str(photos), "--w", "adv=0", steps=2)
     assert load_checkpoint(str(tmp_path / "stage2.pt"), "stage2")["config"]["coarse_rgb"] == 0
 
 
-def test_the_coarse_image_holds_faces_and_moves_mouths_before_the_first_step():
-    """Faces of 12 independent numbers and mouths of 3: the closed form finds both, and separates them."""
+def test_the_closed_form_coarse_image_reconstructs_faces_and_swaps_mouths():
+    """Faces of 12 independent numbers and mouths of 3. The closed form finds and separates both."""
     torch.manual_seed(0)
     shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2)
     model = FCTFG(Config.at(16, **shape)).eval()
     face, lips = torch.randn(12, 3, 16, 16), torch.randn(3, 3, 16, 16)
     face, lips = mask_mouth(face, "face", "lips"), lips - mask_mouth(lips, "face", "lips")
-    model.mouth.linear = torch.nn.Linear(3 * 32 * 32, 3)                        # all of the mouth is linear here
+    model.mouth.linear = torch.nn.Linear(3 * 32 * 32, 3)                        # here the whole mouth code is linear
     model.mouth.read = lambda box: box.new_zeros(len(box), 0)
     people, mouths = torch.randn(300, 12), torch.randn(300, 3)
 
@@ -669,7 +669,7 @@ def test_the_coarse_image_holds_faces_and_moves_mouths_before_the_first_step():
 
     seen = [dict(image=x) for x in draw(people, mouths)]
     initialise.fit_encoder(model, seen, torch.device("cpu"), most=300)
-    other, new = torch.randn(2, 40, 12), torch.randn(2, 40, 3)                  # people and mouths never seen
+    other, new = torch.randn(2, 40, 12), torch.randn(2, 40, 3)                  # held-out people and mouths
     with torch.no_grad():
         for swapped in (False, True):
             mouth = model.mouth(draw(other[1], new[1])) if swapped else None
@@ -681,13 +681,13 @@ def test_the_coarse_image_holds_faces_and_moves_mouths_before_the_first_step():
                 assert error < 0.1, (swapped, part, float(error))
 
 
-def test_photos_are_faces_that_keep_still(monkeypatch):
-    """One man's clips cannot tell a pose from the rest of him; photos of others say what is no pose."""
+def test_photos_teach_the_motion_space_which_directions_are_identity(monkeypatch):
+    """In the clips of one man pose and appearance are correlated. Photos of other people separate them."""
     torch.manual_seed(0)
     L, D = 6, 24
     turn, looks = torch.linalg.qr(torch.randn(L * D, 21))[0].t().split([1, 20])
 
-    class Codes:  # a "picture" is its code already
+    class Codes:  # an "image" is its own code
         config = types.SimpleNamespace(motion="direct", pose_dim=2)
         canonical, motion = CanonicalEncoder(L, D, 8, 4), DirectMotion(Config.at(16, dim=D, pose_dim=2))
         set_statistics = FCTFG.set_statistics
@@ -697,16 +697,16 @@ def test_photos_are_faces_that_keep_still(monkeypatch):
     class Clips:
         n_frames = np.full(40, 8)
 
-        def frames(self, c, k):  # he turns, and his looks always turn along
+        def frames(self, c, k):  # his appearance changes with his pose
             angle = torch.randn(len(k), 1, generator=torch.Generator().manual_seed(int(c)))
             return (angle @ turn + 0.5 * angle @ looks.sum(0, keepdim=True)).unflatten(1, (L, D))
 
-    others = [dict(image=(torch.randn(20) @ looks).unflatten(0, (L, D))) for _ in range(64 * 5)]
+    strangers = [dict(image=(torch.randn(20) @ looks).unflatten(0, (L, D))) for _ in range(64 * 5)]
     monkeypatch.setattr(initialise, "to_tensor", lambda x: x)
     moved = {}
-    for photos in (None, others):
+    for photos in (None, strangers):
         initialise.fit_motion_space(Codes(), Clips(), np.arange(40), torch.device("cpu"), photos, clips=40, per_clip=16)
-        faces = torch.stack([photo["image"] for photo in others])
+        faces = torch.stack([photo["image"] for photo in strangers])
         moved[photos is None] = Codes.motion.pose_up(Codes.motion.pose(faces)).norm(dim=1).mean()
     assert moved[False] < 0.3 * moved[True]
 
@@ -722,8 +722,8 @@ def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
     assert hidden and not hidden & {data["photos"][n]["identity"] for n in range(300)}
 
 
-def test_few_pictures_of_many_numbers_give_the_same_map_as_the_long_way():
-    """With fewer rows than columns the smaller Gram matrix is solved; beyond their number directions are zero."""
+def test_ridge_regression_gives_the_same_map_with_fewer_rows_than_columns():
+    """With fewer rows than columns the smaller Gram matrix is solved. Directions beyond the rank are zero."""
     torch.manual_seed(0)
     x, y, ridge = torch.randn(9, 14).double(), torch.randn(9, 11).double(), 0.02
     full = torch.linalg.solve(x.t() @ x + ridge * 9 * torch.eye(14), x.t() @ y)
@@ -735,7 +735,7 @@ def test_few_pictures_of_many_numbers_give_the_same_map_as_the_long_way():
     torch.testing.assert_close((down.t() @ up.t()).double(), full, atol=1e-5, rtol=1e-4)
 
 
-def refused(capsys, argv):
+def refusal(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         run(lambda: train.main(argv))
     err = capsys.readouterr().err.strip()
@@ -743,28 +743,28 @@ def refused(capsys, argv):
     return err
 
 
-def test_what_the_user_got_wrong_is_one_line_and_status_two(pack, stages, tmp_path, capsys):
+def test_user_errors_give_one_line_and_status_2(pack, stages, tmp_path, capsys):
     new = tmp_path / "new"
-    assert "--resume" in refused(capsys, options(pack, stages, 1))                                   # would overwrite
-    assert "stage1.pt" in refused(capsys, options(pack, new, 2))                                     # nothing before it
-    assert "no such" in refused(capsys, options(tmp_path / "nowhere", new, 1)).lower()
-    assert "--size" in refused(capsys, [*options(pack, new, 1), "--size", "32"])
-    line = refused(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))               # no expert there
+    assert "--resume" in refusal(capsys, options(pack, stages, 1))                                   # would overwrite
+    assert "stage1.pt" in refusal(capsys, options(pack, new, 2))                                     # no previous stage
+    assert "no such" in refusal(capsys, options(tmp_path / "nowhere", new, 1)).lower()
+    assert "--size" in refusal(capsys, [*options(pack, new, 1), "--size", "32"])
+    line = refusal(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))               # no sync expert
     assert f"python syncnet.py train --data {pack}" in line and "--w sync=0 does without" in line
-    assert "'stage1'" in refused(capsys, options(pack, new, 3, "--init", str(stages / "stage1.pt"), "--w", "sync=0"))
-    assert "stage1.pt" in refused(capsys, options(pack, new, 1, "--resume"))                         # nothing to resume
+    assert "'stage1'" in refusal(capsys, options(pack, new, 3, "--init", str(stages / "stage1.pt"), "--w", "sync=0"))
+    assert "stage1.pt" in refusal(capsys, options(pack, new, 1, "--resume"))                         # no checkpoint
     (new / "stage1.pt").write_bytes((stages / "stage1.pt").read_bytes()[:5000])
-    assert "cut short" in refused(capsys, options(pack, new, 1, "--resume"))
-    assert "nonsense" in refused(capsys, options(pack, new, 1, "--overwrite", "--device", "nonsense"))
-    assert "--part" in refused(capsys, options(pack, new, 1, "--part", "hyper", "--overwrite"))
-    assert "rex=1" in refused(capsys, options(pack, new, 1, "--overwrite", "--w", "r1=2", "rex=1"))
-    assert "rec=-1" in refused(capsys, options(pack, new, 1, "--overwrite", "--w", "rec=-1"))
-    assert "vgg=x" in refused(capsys, options(pack, new, 1, "--overwrite", "--path", "vgg=x"))
+    assert "cut short" in refusal(capsys, options(pack, new, 1, "--resume"))
+    assert "nonsense" in refusal(capsys, options(pack, new, 1, "--overwrite", "--device", "nonsense"))
+    assert "--part" in refusal(capsys, options(pack, new, 1, "--part", "hyper", "--overwrite"))
+    assert "rex=1" in refusal(capsys, options(pack, new, 1, "--overwrite", "--w", "r1=2", "rex=1"))
+    assert "rec=-1" in refusal(capsys, options(pack, new, 1, "--overwrite", "--w", "rec=-1"))
+    assert "vgg=x" in refusal(capsys, options(pack, new, 1, "--overwrite", "--path", "vgg=x"))
     (tmp_path / "file").write_text("x")
-    assert "file" in refused(capsys, options(pack, tmp_path / "file", 1))
+    assert "file" in refusal(capsys, options(pack, tmp_path / "file", 1))
 
 
-def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(pack, tmp_path, monkeypatch):
+def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(pack, tmp_path, monkeypatch):
     (forward, _), calls = train.STAGES["stage1"], []
 
     def poisoned(model, frozen, out, w):
@@ -773,16 +773,16 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(pack, tmp_pa
 
     monkeypatch.setitem(train.STAGES, "stage1", (forward, poisoned))
     with pytest.raises(InputError, match="step 3: the loss term 'path' is nan"):
-        go(pack, tmp_path, 1, steps=6)
+        run_stage(pack, tmp_path, 1, steps=6)
     assert load_checkpoint(str(tmp_path / "stage1.pt"), "stage1")["step"] == 2
 
 
-def test_the_papers_judges_are_the_default_from_128_px_on_and_small_ones_below():
+def test_published_judges_are_the_default_from_128_px_on():
     for size, vgg, arcface, feat in ((64, 0, 0, 0.2), (128, 0.2, 0.1, 0), (256, 0.2, 0.1, 0)):
         args = train.parse(["--stage", "2", "--size", str(size)])
         assert (args.w["vgg"], args.w["arcface"], args.w["feat"]) == (vgg, arcface, feat)
     args = train.parse(["--stage", "2", "--size", "128", "--w", "vgg=0"])
-    assert (args.w["vgg"], args.w["feat"]) == (0, 0.2)  # the stand-in is back
+    assert (args.w["vgg"], args.w["feat"]) == (0, 0.2)  # back to the discriminator's features
 
 
 @pytest.mark.parametrize("more, file, flag", [
@@ -791,7 +791,7 @@ def test_the_papers_judges_are_the_default_from_128_px_on_and_small_ones_below()
     (["--stage", "3", "--data", "pack"], "lipsync_expert.pth", "--w sync=0"),
     (["--stage", "3", "--expert", "syncnet_v2"], "syncnet_v2.model", "--w sync=0"),
 ])
-def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without(more, file, flag, tmp_path, monkeypatch):
+def test_without_internet_one_line_names_the_file_its_url_and_an_option(more, file, flag, tmp_path, monkeypatch):
     def offline(*_):
         raise OSError("no route")
 
@@ -801,10 +801,10 @@ def test_without_a_network_one_line_names_the_file_its_url_and_what_does_without
         train.main(["--size", "128", "--out", str(tmp_path / "out"), "--device", "cpu", *more])
     line = str(caught.value)
     assert "\n" not in line and file in line and f"{flag} does without" in line and "https://" in line
-    assert not list((tmp_path / "out").iterdir())  # before the toy world was drawn
+    assert not list((tmp_path / "out").iterdir())  # the toy world is not drawn before
 
 
-def test_psps_trunk_starts_from_arcface_unless_arcface_is_off(monkeypatch):
+def test_psps_trunk_is_initialised_by_arcface_unless_arcface_is_off(monkeypatch):
     monkeypatch.setattr(initialise, "fetch", lambda name, path: path or name)
 
     def stop(size, generator, encoder, hyper):
@@ -831,9 +831,9 @@ class TinySyncNetV2(judges.SyncNetV2):
         return self.ear(mfcc.flatten(1))
 
 
-def test_syncnet_v2_teaches_stage_3_by_a_margin_on_its_distance(pack, stages, tmp_path, monkeypatch, capsys):
+def test_syncnet_v2_works_as_the_sync_expert_of_stage_3(pack, stages, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judges, "syncnet_v2", lambda device, path: freeze(TinySyncNetV2()))
-    go(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--expert", "syncnet_v2", steps=2)
+    run_stage(pack, tmp_path, 3, "--init", str(stages / "stage2.pt"), "--expert", "syncnet_v2", steps=2)
     assert "no independent measure" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "log_stage3.jsonl").read_text().splitlines()[1:]]
     assert lines[0]["sync"] > 0

@@ -1,4 +1,4 @@
-"""Networks that look at images: the published forms against float64 references, and their files."""
+"""Networks that read images: the published forms against float64 references, and their files."""
 
 import functools
 from pathlib import Path
@@ -12,7 +12,7 @@ from media import InputError
 from stylegan2 import Generator
 
 # ------------------------------------------------------------------------------------------------------------
-# the published networks, against a float64 restatement of their papers on nothing but the files' tensors
+# the published networks, against float64 references of their papers that use the tensors of a file only
 
 FORMATS = Path(__file__).parent.parent.parent / "shared" / "formats"  # key lists of the published files, where present
 
@@ -21,7 +21,7 @@ def listed(name, part=""):
     """Key list of a published file -> {key without `part`: shape} of keys that begin with it. Skips without the list"""
     path = FORMATS / name
     if not path.is_file():
-        pytest.skip(f"the key list {name} is not at hand")
+        pytest.skip(f"the key list {name} is not available")
     rows = [line.split() for line in path.read_text().splitlines() if line and not line.startswith("#")]
     shapes = {key: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for key, shape, *_ in rows}
     return {key.removeprefix(part): shape for key, shape in shapes.items() if key.startswith(part)}
@@ -39,10 +39,10 @@ def published_forms():
 
 
 @pytest.mark.parametrize("name", ["psp", "separable", "shared"])
-def test_names_shapes_and_sizes_are_those_of_the_published_files(name):
+def test_names_shapes_and_sizes_equal_those_of_the_published_files(name):
     network, file, part, parameters = published_forms()[name]
     assert sum(p.numel() for p in network.parameters()) == parameters
-    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if k != "latent_avg"}  # it lies beside them
+    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if k != "latent_avg"}  # outside the state dict
     assert shapes == listed(file, part)
 
 
@@ -116,7 +116,7 @@ def enlarged(x):
     return weight @ x @ weight.t()
 
 
-def test_psps_encoder_is_the_published_one(monkeypatch):
+def test_psps_encoder_equals_a_float64_reference(monkeypatch):
     monkeypatch.setattr(vision, "resize_to_256", lambda x: x)                         # a quarter of the pixels
     torch.manual_seed(0)
     encoder, s = lively(vision.GradualStyleEncoder(10, dim=24, width=16))
@@ -133,7 +133,7 @@ def test_psps_encoder_is_the_published_one(monkeypatch):
     got = encoder(x)
     assert got.shape == (2, 10, 24)
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(encoder(x[1:]), got[1:], atol=1e-4, rtol=1e-3)  # no picture sees another
+    torch.testing.assert_close(encoder(x[1:]), got[1:], atol=1e-4, rtol=1e-3)  # images are independent
     torch.testing.assert_close(encoder(x.contiguous(memory_format=torch.channels_last)), got, atol=1e-4, rtol=1e-3)
 
 
@@ -181,13 +181,13 @@ def separable_head(s, b, h, O, I):  # noqa: E741
 
 
 @pytest.mark.parametrize("form", ["shared", "separable"])
-def test_hyperstyles_hypernetwork_is_the_published_one(form):
+def test_hyperstyles_hypernetwork_equals_a_float64_reference(form):
     torch.manual_seed(0)
     network, s = lively(vision.HyperStyleNet(LAYERS, form, width=4))
     x, y = (torch.rand(3, 3, 256, 256) * 2 - 1 for _ in "xy")
     h = hyperstyle_trunk(s, torch.cat([x, y], 1).double())
     got = network(x, y)
-    for delta, (O, I), place in zip(got, LAYERS, (0, 2, 3, 5, 6)):  # toRGB layers have places, too: 1, 4  # noqa: E741
+    for delta, (O, I), place in zip(got, LAYERS, (0, 2, 3, 5, 6)):  # places 1 and 4 belong to toRGB layers  # noqa: E741
         b = f"refinement_blocks.{place}"
         if (O, I) == (32, 32):
             want = shared_head(s, b, h)
@@ -204,7 +204,7 @@ def test_hyperstyles_hypernetwork_is_the_published_one(form):
     assert heads == {id(network.shared_weight_hypernet)} and network.refinement_blocks[1] is None
 
 
-def test_pictures_of_other_sizes_are_brought_to_256_and_small_ones_stay_small_for_the_hypernetwork():
+def test_images_are_resized_to_256_px_except_small_ones_for_the_hypernetwork():
     x = torch.rand(2, 3, 512, 512)
     torch.testing.assert_close(vision.resize_to_256(x), F.avg_pool2d(x, 2))
     assert vision.resize_to_256(x[..., :64, :64]).shape == (2, 3, 256, 256)
@@ -220,7 +220,7 @@ def test_pictures_of_other_sizes_are_brought_to_256_and_small_ones_stay_small_fo
 
 
 def psp_file(path, L=10, **more):
-    """What pSp's training writes, with a narrow encoder"""
+    """A file as pSp's training writes it, with a narrow encoder"""
     encoder, _ = lively(vision.GradualStyleEncoder(L, dim=24, width=16), seed=L)
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items() if k != "latent_avg"}
     state |= {f"decoder.{k}": v for k, v in Generator(16, dim=24, n_mlp=2, base=256, cap=32).state_dict().items()}
@@ -228,7 +228,7 @@ def psp_file(path, L=10, **more):
     return encoder
 
 
-def test_a_psp_file_loads_and_a_larger_one_gives_its_first_styles(tmp_path, monkeypatch):
+def test_a_psp_file_loads_and_one_with_more_styles_gives_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(vision, "resize_to_256", lambda x: x)                         # a sixteenth of the pixels
     x, path = torch.rand(1, 3, 64, 64) * 2 - 1, tmp_path / "psp.pt"
     author = psp_file(path)
@@ -240,7 +240,7 @@ def test_a_psp_file_loads_and_a_larger_one_gives_its_first_styles(tmp_path, monk
     assert vision.load_encoder(path, 10).latent_avg.isnan().all()
 
 
-def test_arcface_gives_a_trunk_with_new_heads(tmp_path):
+def test_an_arcface_file_gives_a_trunk_with_new_heads(tmp_path):
     path = tmp_path / "file.pt"
     author, _ = lively(vision.GradualStyleEncoder(8, dim=24, width=16))
     state = {k: v for k, v in author.state_dict().items() if k.startswith(("input_layer", "body"))}
@@ -251,7 +251,7 @@ def test_arcface_gives_a_trunk_with_new_heads(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["shared", "separable"])
-def test_a_hyperstyle_file_loads_in_the_form_that_it_has(tmp_path, form):
+def test_a_hyperstyle_file_loads_in_its_form(tmp_path, form):
     path = tmp_path / "hyper.pt"
     author, _ = lively(vision.HyperStyleNet(LAYERS, form, width=4))
     torch.save(dict(state_dict={f"hypernet.{k}": v for k, v in author.state_dict().items()}, latent_avg=None), path)
@@ -260,7 +260,7 @@ def test_a_hyperstyle_file_loads_in_the_form_that_it_has(tmp_path, form):
     for a, b in zip(network.state_dict().values(), author.state_dict().values()):
         assert torch.equal(a, b)
     with pytest.raises(InputError, match="hyper.pt: not the weights of HyperStyleNet"):
-        vision.load_hypernet(path, LAYERS[:3])  # another generator's
+        vision.load_hypernet(path, LAYERS[:3])  # for another generator
 
 
 class Hostile:
@@ -268,7 +268,7 @@ class Hostile:
         return exec, ("raise SystemExit('code from a file was run')",)
 
 
-def test_files_of_other_kinds_are_refused_in_one_line(tmp_path):
+def test_unsuitable_files_are_refused_in_one_line(tmp_path):
     path, good = tmp_path / "bad.pt", tmp_path / "good.pt"
     psp_file(good)
     state = torch.load(good, weights_only=True)["state_dict"]
