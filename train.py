@@ -225,7 +225,8 @@ def forward_photos(model, batch, out):
     """Stage 3 with photos and a mouth code: each photo is its own driving frame, decoded with its own mouth and with the
     mouth that the sound of a clip predicts (fake_swapped)"""
     photo, motion = batch["photo"], model.motion                                       # (N, 3, H, W)
-    (_, z_s2c), pose = model.canonical_code(photo), motion.pose(model.encode_driving(photo[None]))[0]
+    _, z_s2c = model.canonical_code(photo)                                             # (N, L, D)
+    pose = motion.pose(model.encode_driving(photo[None]))[0]                           # (N, P)
     mouth = model.mouth(photo)                                                         # (N, M)
     source_part = motion.clear_opening(mouth)                                          # z_s2c holds this part
     with torch.no_grad():
