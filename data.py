@@ -12,7 +12,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import sys
 from array import array
 from functools import cached_property
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from audio import mfcc, sound_windows
 from checkpoint import FORMAT, wrap_errors
 from faces import TEMPLATES
-from media import SAMPLES_PER_FRAME, InputError, Parser, check_file, to_int16, to_tensor, wrap_os_errors
+from media import SAMPLES_PER_FRAME, InputError, Parser, atomic_write, check_file, to_int16, to_tensor, wrap_os_errors
 
 # ----------------------------------------------------------------------------------------------------------- packs
 
@@ -119,11 +118,10 @@ class PackWriter:
         for name, dtype in INDEX.items():
             np.save(self.folder / f"{name}.npy", np.asarray(columns[name], dtype))
         meta = dict(format=FORMAT, **self.header, identities=list(self.identities), **self.origin)
-        draft = self.folder / ".meta.json"
-        draft.write_text(json.dumps(meta))
-        self.close_files()
-        os.replace(draft, self.folder / "meta.json")
+        with atomic_write(self.folder / "meta.json") as draft:
+            draft.write_text(json.dumps(meta))
         (self.folder / "journal.jsonl").unlink()
+        self.close_files()
 
     def close_files(self):  # without finish(), it leaves an unfinished pack
         for file in self.files:

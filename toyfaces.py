@@ -106,10 +106,6 @@ def rounded(c, power: float):
     return np.sign(c) * np.abs(c) ** power
 
 
-def rgb(colour) -> tuple:
-    return tuple(int(min(max(v, 0), 255)) for v in colour)
-
-
 class Head:
     """Geometry of the turned head, and drawing on an image of S x S pixels"""
 
@@ -129,7 +125,7 @@ class Head:
         self.rotation = tilt @ nod @ turn
         # scales outlines in x and y: a flat outline shrinks when it turns, the silhouette of an ellipsoid does not
         self.swell = np.hypot(cy, sy * DEPTH / who.width) / cy, np.hypot(cp, sp * DEPTH / 1.04) / cp
-        self.image = Image.new("RGB", (S, S), rgb(who.backdrop))
+        self.image = Image.new("RGB", (S, S), tuple(who.backdrop.astype(int)))
         self.pen = ImageDraw.Draw(self.image)
 
     # head units to pixels: x, y (n,) -> (n, 2)
@@ -150,7 +146,7 @@ class Head:
 
     # drawing
     def fill(self, colour, *lines):  # the polygon of these lines, (n, 2) each, one after another
-        self.pen.polygon(np.concatenate(lines).ravel().tolist(), fill=rgb(colour))
+        self.pen.polygon(np.concatenate(lines).ravel().tolist(), fill=tuple(map(int, colour)))
 
     def oval(self, colour, place, centre: tuple, radii: tuple):  # place: plane, outline, surface or body
         self.fill(colour, place(centre[0] + COS * radii[0], centre[1] + SIN * radii[1], *centre[2:]))

@@ -217,7 +217,7 @@ def test_an_index_of_a_hundred_thousand_clips_is_mapped_and_not_read(tmp_path):
     pack = Pack(tmp_path)
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert held < 100_000, f"{held} bytes"  # a byte a clip: NumPy tells tracemalloc of what it allocates
+    assert held < 100_000, f"{held} bytes"  # one byte per clip; tracemalloc counts NumPy's arrays
     assert len(pack) == n and pack.n_frames[n - 1] == k and pack.windows(n - 1, [0, 1]).shape == (2, 1, 80, 16)
 
 
@@ -375,14 +375,14 @@ def test_used_clips_are_found_by_their_sound_in_a_pack_of_another_size_and_order
 
 
 def test_the_source_is_any_frame_except_the_driving_frames(pack):
-    seen = set()
+    seen, clips = set(), [to_tensor(pack.frames(c, range(length))) for c, length in enumerate(LENGTHS)]
     for n in range(400):
         item = Clips(pack, 5, seed=1, flip=False)[n]
         frames = item["frames"].tolist()
         if item["clip"] == 2:
             continue  # its three frames are all driving frames
         assert frames == list(range(frames[0], frames[0] + 5)) and frames[-1] < LENGTHS[item["clip"]]
-        whole = to_tensor(pack.frames(item["clip"], range(LENGTHS[item["clip"]])))
+        whole = clips[item["clip"]]
         source = int((whole - item["source"]).abs().mean((1, 2, 3)).argmin())
         assert torch.equal(whole[source], item["source"]) and source not in frames
         assert torch.equal(whole[frames], item["driving"])
