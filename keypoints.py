@@ -218,8 +218,7 @@ def open_source(args, checkpoints=None):
     parts = dict.fromkeys(PART_PURPOSES, np.arange(len(source.pack))) if checkpoints else split(source.pack, args)
     for path, saved in (checkpoints or {}).items():
         for part, clips in find_used_clips(saved, source.pack, path).items():
-            parts[part] = np.intersect1d(parts[part], clips)
-            parts["test"] = np.setdiff1d(parts["test"], clips)
+            parts[part], parts["test"] = np.intersect1d(parts[part], clips), np.setdiff1d(parts["test"], clips)
     parts = {part: np.intersect1d(clips, source.landmarks.usable_clips) for part, clips in parts.items()}
     for part in ("test",) if checkpoints else ("train", "valid"):
         if not len(parts[part]):
@@ -489,8 +488,7 @@ def load_keypoints(path, device, which: str | None = None):
     which = which or ("average" if "average" in saved.get("networks", {}) else "best")
     with wrap_errors(path, "its networks do not fit this version"):
         network = dict(lstm=Wav2KP, transformer=Humans, context=Context)[saved["config"]["kind"]]
-        options = saved["config"]["net"]
-        model = load_strictly(lambda: network(**options), saved["networks"][which], path)
+        model = load_strictly(lambda: network(**saved["config"]["net"]), saved["networks"][which], path)
         return model.to(device).eval(), Mouth.load(saved["mouth"])
 
 
@@ -578,17 +576,15 @@ def train(args):
             pace = timer.pace(args.batch * ITEM_FRAMES[model.kind])
             scores = validate(model.eval(), mouth, source, parts["valid"], device)
             state = {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
-            top.append(dict(mse=scores["mse"], step=done, state=state))
-            top = sorted(top, key=lambda candidate: candidate["mse"])[:10]  # ten: Humans
+            top = sorted([*top, dict(mse=scores["mse"], step=done, state=state)], key=lambda t: t["mse"])[:10]  # Humans
             write_log(log, bar, dict(step=done, **scores, **values, best=top[0]["mse"], **pace), args.steps)
             timer = StepTimer(device)  # without the time of validation
         if done % SAVE_EVERY == 0 or end:
-            average = {name: torch.stack([t["state"][name] for t in top]).mean(0) for name in state}
-            networks = {which: {name: p.half() for name, p in weights.items()}
-                        for which, weights in (("best", top[0]["state"]), ("average", average))}
+            best = {name: p.half() for name, p in top[0]["state"].items()}
+            average = {name: torch.stack([t["state"][name] for t in top]).mean(0).half() for name in best}
             checkpoint = dict(kind="keypoints", format=1, config=dict(kind=model.kind, net=model.config), step=done,
                               mouth=mouth.state(), clips=used)
-            save_checkpoint(out, checkpoint | dict(networks=networks))
+            save_checkpoint(out, checkpoint | dict(networks=dict(best=best, average=average)))
             save_run(last, checkpoint | dict(top=top), args, dict(last=model), dict(adamw=opt))
     print(f"{out}: python keypoints.py evaluate {args.out}")
 
@@ -684,16 +680,16 @@ def viseme_codes(visemes: dict, alignment: list[tuple], T: int, rest: np.ndarray
     return codes
 
 
-def draw_visemes(args):
+def visemes(args):
     """Draws for each word or phone the lips of up to 40 samples, thin, and their mean, at four phases."""
     out = check_output(args.out, args.overwrite, (".png",))
     source, parts = open_source(args)
     mouth = Mouth.fit(source, parts["train"], codes=8)
-    visemes = fit_visemes(source, parts["train"], mouth)
+    motions_by_name = fit_visemes(source, parts["train"], mouth)
     cell, columns = 64 * OVERSAMPLING, 4
-    image = Image.new("RGB", (columns * 5 * cell, -(-len(visemes) // columns) * cell), DARK)
+    image = Image.new("RGB", (columns * 5 * cell, -(-len(motions_by_name) // columns) * cell), DARK)
     pen = ImageDraw.Draw(image, "RGBA")
-    for n, (name, motions) in enumerate(visemes.items()):
+    for n, (name, motions) in enumerate(motions_by_name.items()):
         x, y = n % columns * 5 * cell, n // columns * cell
         pen.text((x + cell / 8, y + cell / 3), f"{name}\n{len(motions)}", LIGHT, font_size=12 * OVERSAMPLING)
         for k in range(4):
@@ -705,7 +701,7 @@ def draw_visemes(args):
                 for line in LINES[-2:]:
                     pen.line([tuple(points[p - MOUTH.start]) for p in line], *style)
     image.reduce(OVERSAMPLING).save(out)
-    print(f"{out}: {len(visemes)} words or phones of {len(parts['train'])} clips")
+    print(f"{out}: {len(motions_by_name)} words or phones of {len(parts['train'])} clips")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -838,8 +834,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    commands = dict(extract=extract, train=train, evaluate=evaluate, sample=sample, visemes=draw_visemes, show=show)
-    commands[args.command](args)
+    dict(extract=extract, train=train, evaluate=evaluate, sample=sample, visemes=visemes, show=show)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -186,10 +186,10 @@ def expert_loss(logits, clip, middle, min_shift: int = MIN_SHIFT, other_clips: b
     if not terms:
         raise InputError("a batch has no negative pair: give more --windows, or more than one clip")
     loss = (in_sync + sum(terms.values()) / len(terms)) / 2
-    diagonal = torch.arange(N, device=logits.device)
-    candidates = negatives["shifted"] | negatives["other"] | (diagonal[:, None] == diagonal)
+    index = torch.arange(N, device=logits.device)
+    candidates = negatives["shifted"] | negatives["other"] | (index[:, None] == index)
     logits = logits.masked_fill(~candidates, -1e4)
-    contrast = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.t(), diagonal)) / 2
+    contrast = (F.cross_entropy(logits, index) + F.cross_entropy(logits.t(), index)) / 2
     return dict(loss=loss, in_sync=in_sync, **terms, contrast=contrast)
 
 
@@ -210,12 +210,12 @@ class Windows(Dataset):
         x, mel = self.read(c)
         K = len(x) - WINDOW_FRAMES + 1
         middle = HALF_WINDOW + np.sort(rng.choice(K, self.windows, replace=K < self.windows))  # (windows,)
-        x = x[torch.from_numpy(middle[:, None] + np.arange(-HALF_WINDOW, HALF_WINDOW + 1))]
-        mel = mel_windows(mel, middle)
+        frames = middle[:, None] + np.arange(-HALF_WINDOW, HALF_WINDOW + 1)  # (windows, 5)
+        x, mel = x[torch.from_numpy(frames)], mel_windows(mel, middle)
         if self.augment:
             x = augment_lips(x, self.read(other)[0], rng) if self.expert.lips else augment_images(x, rng)
             mel = change_voice(mel, rng)
-        clip = torch.full((len(middle),), c)
+        clip = torch.full(middle.shape, c)
         return dict(frames=x, mel=torch.from_numpy(mel), clip=clip, middle=torch.from_numpy(middle))
 
     @torch.no_grad()
@@ -469,7 +469,7 @@ def test(args):
 
 
 def draw_offset_errors(results: list[dict]):
-    """Results of measure_clips -> a histogram for each length of pieces; errors beyond -15 .. 15 count at the ends"""
+    """Results of measure_clips -> a histogram for each length of pieces; its ends include larger errors"""
     images, titles = [], []
     for name, seconds in PIECE_SECONDS.items():
         errors = np.concatenate([result[name] for result in results]).astype(int).clip(-MAX_OFFSET, MAX_OFFSET)
@@ -483,20 +483,20 @@ def draw_offset_errors(results: list[dict]):
 def open_test_clips(data: list | None, expert, path) -> tuple:
     """-> pack, numbers of its clips outside the training and validation data of the expert, a description. data: packs;
     None: toy people who are reserved for tests. InputError: no such clip."""
+    if not data and expert.template != "toy":
+        raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
     if not data:
-        if expert.template != "toy":
-            raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
         pack = open_toy_pack(Path(path).absolute().parent, expert.size, TOY_HELD_OUT, 3.0, "test")
         return pack, np.arange(len(pack)), "toy people and speech held out for good"
     pack, description = open_packs(data), " ".join(data)
-    clips = np.arange(len(pack))
-    if isinstance(expert, SyncNet):
-        used = np.concatenate([*find_used_clips(load_checkpoint(path, "syncnet"), pack, path).values()])
-        clips = np.setdiff1d(clips, used)
-        if len(used):
-            description += ", the clips held out from training and validation"
-        if not len(clips):
-            raise InputError(f"{pack.folder}: {path} was trained or validated on all its clips, none is left to test on")
+    if not isinstance(expert, SyncNet):
+        return pack, np.arange(len(pack)), description
+    used = np.concatenate([*find_used_clips(load_checkpoint(path, "syncnet"), pack, path).values()])
+    clips = np.setdiff1d(np.arange(len(pack)), used)
+    if not len(clips):
+        raise InputError(f"{pack.folder}: {path} was trained or validated on all its clips, none is left to test on")
+    if len(used):
+        description += ", the clips held out from training and validation"
     return pack, clips, description
 
 
@@ -581,15 +581,13 @@ def parse(argv=None):
     p.add_argument("--data", nargs="+", help="packs; default: the toy world, drawn beside --out")
     add_split_options(p)
     add_run_options(p, out=TOY_EXPERT, steps=1000, batch=16, lr=2e-3)
-    p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96),
-                   help="edge to which drawn faces are shrunk; real faces: 64")
+    p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96), help="edge of drawn faces; real: 64")
     p.add_argument("--people", type=int, default=400, help="toy world: number of people, with one clip each")
     p.add_argument("--dim", type=int, default=128, help="length of an embedding (Wav2Lip: 512)")
     p.add_argument("--width", type=float, help="channels, 1 as in Wav2Lip; default: .25 up to 32 px, else .5")
     p.add_argument("--windows", type=int, default=4, help="windows per clip in a batch")
     p.add_argument("--cosine", action="store_true", help="Wav2Lip's loss: the cosine after a ReLU is the probability")
-    p.add_argument("--negatives", type=float, default=MIN_SHIFT / FPS,
-                   help="seconds from which sound of the same clip is a negative")
+    p.add_argument("--negatives", type=float, default=MIN_SHIFT / FPS, help="seconds apart, sound of a clip is negative")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
     t.add_argument("--data", nargs="+", help="packs: their held-out clips; default: toy people held out for good")
     t.add_argument("--out", metavar="PNG", help="a histogram of offset errors")

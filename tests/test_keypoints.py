@@ -95,12 +95,10 @@ def bare_pack(pack, tmp_path):
 
 def make_network(kind="transformer", seed=3, **options):
     torch.manual_seed(seed)
-    if kind == "lstm":
-        model = Wav2KP(5, 12, **options).eval()
-    elif kind == "context":
-        model = kp.Context(5, 12, **options).eval()
-    else:
+    if kind == "transformer":
         model = Humans(5, width=16, layers=2, heads=4, look=3, **options).eval()
+    else:
+        model = dict(lstm=Wav2KP, context=kp.Context)[kind](5, 12, **options).eval()
     if model.target == "heatmaps":
         model.basis.copy_(torch.linalg.qr(torch.randn(40, 5)).Q.T)
     return model
@@ -638,7 +636,7 @@ def test_the_picture_of_visemes_shows_every_word_with_its_mean(cut_pack, tmp_pat
 
 # ----------------------------------------------------------------------------------------------------------- end to end
 
-BRIEF = "--width 16 --batch 3 --codes 5 --device cpu".split()
+SMALL_RUN = "--width 16 --batch 3 --codes 5 --device cpu".split()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -652,7 +650,7 @@ def validate_in_every_step():
 
 def run_training(pack, out, *options):
     """Trains a network -> the checkpoint that --resume loads"""
-    kp.main(["train", "--data", str(pack), "--out", str(out), *BRIEF, *options])
+    kp.main(["train", "--data", str(pack), "--out", str(out), *SMALL_RUN, *options])
     return load_checkpoint(out.with_stem(f"{out.stem}_last"), "keypoints")
 
 
@@ -668,18 +666,15 @@ def checkpoint(pack, tmp_path_factory):
 
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_four_steps_equal_two_steps_and_two_resumed_steps(pack, tmp_path, model, monkeypatch):
-    options, real = ["--model", model, "--steps", "4"], kp.save_run
+    options, save_run = ["--model", model, "--steps", "4"], kp.save_run
     whole = run_training(pack, tmp_path / "whole.pt", *options)
 
-    class Killed(Exception):
-        pass
-
     def save_and_die(path, *content):
-        real(path, *content)
-        raise Killed
+        save_run(path, *content)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(kp, "save_run", save_and_die)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         run_training(pack, tmp_path / "half.pt", *options)
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "half_last.pt", "keypoints")["step"] == 2
@@ -695,8 +690,8 @@ def test_training_reduces_the_error_and_evaluate_prints_it(pack, checkpoint, cap
     assert lines[0]["args"]["steps"] == 40 and "revision" in lines[0]
     scores = [line["mse"] for line in lines if "mse" in line]
     mouth = kp.load_keypoints(checkpoint, "cpu")[1]
-    still = kp.baselines(mouth, {}, kp.PackSource(pack), [9])["mean mouth"]["mse"]
-    assert min(scores) < 0.8 * still and lines[-1]["best"] == min(scores)
+    mean_mouth = kp.baselines(mouth, {}, kp.PackSource(pack), [9])["mean mouth"]["mse"]
+    assert min(scores) < 0.8 * mean_mouth and lines[-1]["best"] == min(scores)
     capsys.readouterr()
     kp.main(["evaluate", str(checkpoint), "--data", str(pack)])
     out = capsys.readouterr().out
@@ -713,10 +708,9 @@ def test_sample_writes_a_video_and_numbers_as_long_as_the_sound(checkpoint, tmp_
         write_wav(tmp_path / "s.wav", make_noise(32)[:samples])
         out = tmp_path / f"{frames}.mp4"
         kp.main(["sample", str(tmp_path / "s.wav"), "--weights", str(checkpoint), "--out", str(out)])
-        shown = list(read_video(out))
-        table = np.load(out.with_suffix(".npy"), allow_pickle=False)
-        assert len(shown) == frames and table.shape == (frames, 68, 2) and table.dtype == np.float32
-        assert shown[0].shape == (256, 256, 3) and shown[0].std() > 10
+        video, keypoints = list(read_video(out)), np.load(out.with_suffix(".npy"), allow_pickle=False)
+        assert len(video) == frames and keypoints.shape == (frames, 68, 2) and keypoints.dtype == np.float32
+        assert video[0].shape == (256, 256, 3) and video[0].std() > 10
     assert len(load_audio(out)) >= 31 * 640
 
 
@@ -799,7 +793,7 @@ def test_words_of_a_pack_are_labels_of_its_frames(cut_pack, tmp_path, mouth, mon
 def test_every_target_and_head_can_be_trained_and_evaluated(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kp, "TOY_CLIPS", dict(train=range(40, 44), valid=range(44, 45), test=range(45, 46)))
     out = tmp_path / "kp.pt"
-    kp.main(["train", "--out", str(out), *BRIEF, "--steps", "2", *options])
+    kp.main(["train", "--out", str(out), *SMALL_RUN, "--steps", "2", *options])
     kp.main(["evaluate", str(out)])
     assert "visemes, true timing" in capsys.readouterr().out
     model, mouth = kp.load_keypoints(out, "cpu")
@@ -811,11 +805,11 @@ def test_every_target_and_head_can_be_trained_and_evaluated(options, tmp_path, m
 
 def test_a_network_with_an_experts_tower_is_not_tested_on_clips_of_the_expert(tmp_path):
     folder = make_noise_pack(tmp_path / "pack", range(40))
-    brief = "--size 16 --steps 1 --batch 2 --windows 6 --dim 8 --width 0.25 --device cpu".split()
+    small_run = "--size 16 --steps 1 --batch 2 --windows 6 --dim 8 --width 0.25 --device cpu".split()
     (tmp_path / "list").write_text("p19\n")
     lists = ["--train", str(tmp_path / "list"), "--valid", str(tmp_path / "list2")]
     (tmp_path / "list2").write_text("p29\n")
-    syncnet.main(["train", "--data", str(folder), "--out", str(tmp_path / "sync.pt"), *brief, *lists])
+    syncnet.main(["train", "--data", str(folder), "--out", str(tmp_path / "sync.pt"), *small_run, *lists])
     expert = Pack(folder).fingerprints[[19, 29]]
     tuned = run_training(folder, tmp_path / "kp.pt", "--expert", str(tmp_path / "sync.pt"), "--finetune", "--steps", "2")
     assert torch.isin(expert, tuned["clips"]["train"]).all()

@@ -56,8 +56,8 @@ def world(tmp_path_factory):
         for seed in range(24):
             pack.add(*bar_clip(seed), identity=f"p{seed}", source=f"bar {seed}")
     command = ["train", "--data", str(folder / "pack"), "--out", str(folder / "sync.pt"), "--device", "cpu"]
-    brief = "--size 16 --steps 60 --batch 6 --windows 5 --dim 24 --width 0.1"
-    syncnet.main(command + brief.split())
+    small_run = "--size 16 --steps 60 --batch 6 --windows 5 --dim 24 --width 0.1"
+    syncnet.main(command + small_run.split())
     return folder / "pack", folder / "sync.pt"
 
 
@@ -709,8 +709,8 @@ def test_the_log_has_options_losses_and_validations(world):
 
 
 def training(folder, pack, *more):
-    brief = "--size 16 --steps 4 --batch 3 --windows 2 --dim 8 --width 0.05 --device cpu"
-    return ["train", "--data", str(pack), "--out", str(folder / "sync.pt"), *brief.split(), *more]
+    small_run = "--size 16 --steps 4 --batch 3 --windows 2 --dim 8 --width 0.05 --device cpu"
+    return ["train", "--data", str(pack), "--out", str(folder / "sync.pt"), *small_run.split(), *more]
 
 
 def same(a, b):
