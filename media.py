@@ -185,8 +185,8 @@ def make_folder(path: str | Path) -> Path:
 
 
 def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
-    """Absolute path of a file that can be written, checked before slow work. InputError: it does not end in one of
-    `suffixes`; it exists, without `overwrite`; it is a directory; its directory is missing or not writable."""
+    """Absolute path of a file that can be written, checked before slow work. InputError: wrong suffix; exists, without
+    `overwrite`; is a directory; its directory is missing or not writable."""
     path = Path(path).absolute()
     with wrap_os_errors(path, "written"):
         if suffixes and path.suffix.lower() not in suffixes:
@@ -259,7 +259,7 @@ def has_open_length(path: Path) -> bool:
     start = header.find(b"data", 12) + 4
     fields = {b"RIFF": header[start : start + 4][::-1], b"caff": header[start : start + 8], b"RF64": header[28:36][::-1]}
     length = int.from_bytes(fields.get(header[:4], b""), "big")
-    # open: 0 or about the largest number of the field; ours: from 1.9e9 on, where the file is shorter
+    # an open length is 0 or near the maximum of its field; the bound is ours
     return start > 3 and header[:4] in fields and not 0 < length < 1.9e9
 
 

@@ -58,38 +58,38 @@ class Hostile:
         return os.mkdir, ("hacked",)
 
 
-def file_with(tmp_path, what):
+def file_with(tmp_path, defect):
     path = tmp_path / "a.pt"
     save_checkpoint(path, toy_checkpoint())
-    if what == "missing":
+    if defect == "missing":
         path.unlink()
-    elif what == "directory":
+    elif defect == "directory":
         path = tmp_path
-    elif what == "empty":
+    elif defect == "empty":
         path.write_bytes(b"")
-    elif what.startswith("truncated"):
-        os.truncate(path, path.stat().st_size * int(what.split()[1]) // 100)
-    elif what == "damaged":
+    elif defect.startswith("truncated"):
+        os.truncate(path, path.stat().st_size * int(defect.split()[1]) // 100)
+    elif defect == "damaged":
         content = bytearray(path.read_bytes())
         content[60:90] = bytes(30)
         path.write_bytes(content)
-    elif what == "text":
+    elif defect == "text":
         path.write_text("<html>404 not found</html>")
-    elif what == "hostile":
+    elif defect == "hostile":
         torch.save(dict(kind="stage1", format=1, step=Hostile()), path)
-    elif what == "hostile pickle":
+    elif defect == "hostile pickle":
         path.write_bytes(pickle.dumps(Hostile()))
-    elif what == "a network":
+    elif defect == "a network":
         torch.save(torch.nn.Linear(2, 3), path)
-    elif what == "state_dict":
+    elif defect == "state_dict":
         torch.save(torch.nn.Linear(2, 3).state_dict(), path)
-    elif what == "list":
+    elif defect == "list":
         torch.save([1, 2], path)
-    elif what == "tensor kind":
+    elif defect == "tensor kind":
         torch.save(dict(kind=torch.zeros(3), format=1), path)
-    elif what == "other kind":
+    elif defect == "other kind":
         save_checkpoint(path, dict(kind="weights", format=1))
-    elif what == "other format":
+    elif defect == "other format":
         save_checkpoint(path, dict(kind="stage1", format=2))
     return path
 
@@ -112,11 +112,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_file_that_is_not_the_expected_checkpoint_is_refused_in_one_line(tmp_path, what, monkeypatch):
+@pytest.mark.parametrize("defect", REFUSED)
+def test_a_file_that_is_not_the_expected_checkpoint_is_refused_in_one_line(tmp_path, defect, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = file_with(tmp_path, what)
-    with pytest.raises(InputError, match=REFUSED[what]) as caught:
+    path = file_with(tmp_path, defect)
+    with pytest.raises(InputError, match=REFUSED[defect]) as caught:
         load_checkpoint(path, ("stage1", "stage2"))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "hacked").exists()
@@ -225,7 +225,7 @@ NARROW = dict(dim=24, n_mlp=2, base=256, cap=32)
 LAYERS = [(32, 32), (32, 32), (16, 32)]
 
 
-def specimen(name):
+def valid_file(name):
     """Content of a small valid file and the function that reads it."""
     torch.manual_seed(0)
     if name == "stylegan2":
@@ -245,90 +245,90 @@ def specimen(name):
         content = dict(state_dict={f"hypernet.{k}": v for k, v in state.items()})
         return content, lambda path: vision.load_hypernet(path, LAYERS)
     if name == "weights":
-        more = dict(encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5, hyper="none")
-        model = FCTFG(Config.at(16, **NARROW, **more))
+        options = dict(encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5, hyper="none")
+        model = FCTFG(Config.at(16, **NARROW, **options))
         return dict(kind=name, format=1, config=vars(model.config), networks=dict(model=plain(model))), load_model
     if name == "sync":
         net = dict(size=16, dim=32, width=0.125)
         state, config = plain(SyncNet(**net)), dict(net=net, template="toy")
         content = dict(kind="syncnet", format=1, config=config, networks=dict(expert=state))
         return content, lambda path: load_sync(path, "cpu")
-    part = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}  # complete ones hold 80 MB and more
+    # complete files of these networks have 80 MB and more
+    incomplete = {"features.0.weight": torch.ones(64, 3, 3, 3), "fc.bias": torch.ones(4)}
     if name == "wav2lip":
-        return dict(state_dict=part), lambda path: judges.wav2lip_expert("cpu", path)
+        return dict(state_dict=incomplete), lambda path: judges.wav2lip_expert("cpu", path)
     if name == "vgg":
-        return part | {"classifier.0.bias": torch.ones(2)}, lambda path: judges.vgg19("cpu", path)
-    return part, lambda path: judges.lpips("cpu", path, path)
+        return incomplete | {"classifier.0.bias": torch.ones(2)}, lambda path: judges.vgg19("cpu", path)
+    return incomplete, lambda path: judges.lpips("cpu", path, path)
 
 
-ODD = dict(  # replacements of a valid tensor; a few bytes in a file can take terabytes in memory
+REPLACEMENTS = dict(  # of a valid tensor; a few bytes in a file can take terabytes in memory
     sparse=lambda v: v.to_sparse(), meta=lambda v: v.to("meta"), scalar=lambda v: torch.tensor(1.0),
     repeated=lambda v: torch.zeros(1).expand(*v.shape[:-1], 1 << 40), hollow=lambda v: torch.ones(1 << 40, 0),
     integers=lambda v: v.long(), complex=lambda v: v + 1j, longer=lambda v: torch.ones(*v.shape[:-1], v.shape[-1] + 1),
     quantised=lambda v: torch.quantize_per_tensor(v.float(), 1.0, 0, torch.quint8),
     nested=lambda v: torch.nested.nested_tensor([v, v]), nothing=lambda v: None, text=lambda v: "a\nb",
     rows=lambda v: [v])
+DEFECTS = [*REPLACEMENTS, "absent", "numbered", "surplus"]
+WRONG_SIZES = (-1, 1 << 40, 10 ** 400, math.nan, "many", None, torch.ones(2), [1])
 
 
-WRONG = [*ODD, "absent", "numbered", "surplus"]
-SIZES = (-1, 1 << 40, 10 ** 400, math.nan, "many", None, torch.ones(2), [1])
+def copy_dicts(content):
+    return {k: copy_dicts(v) if isinstance(v, dict) else v for k, v in content.items()}
 
 
-def copied(content):
-    return {k: copied(v) if isinstance(v, dict) else v for k, v in content.items()}
-
-
-def spoiled(content, what, rng):
+def with_defect(content, defect, rng):
     """A copy of the content with one wrong tensor."""
-    copy = copied(content)
+    copy = copy_dicts(content)
     dicts = [d for d in iterate_nested(copy) if isinstance(d, dict)]
     states = [d for d in dicts if sum(isinstance(v, torch.Tensor) for v in d.values()) > 1]
     state = rng.choice(states)
     key = rng.choice([k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim])
-    if what == "surplus":
+    if defect == "surplus":
         state[rng.choice([7, "a\nb", "body.99", ("x", 1), ""])] = torch.ones(2)
     else:
         value = state.pop(key)
-        if what != "absent":
-            state[7 if what == "numbered" else key] = value if what == "numbered" else ODD[what](value)
+        if defect != "absent":
+            state[7 if defect == "numbered" else key] = value if defect == "numbered" else REPLACEMENTS[defect](value)
     return copy
 
 
-def resized(content, k):
+def with_wrong_size(content, k):
     """A copy with the k-th wrong size in its config; None if it has no config."""
-    copy = copied(content)
+    copy = copy_dicts(content)
     dicts = [d for d in iterate_nested(copy) if isinstance(d, dict)]
     sizes = [(d, key) for d in dicts for key in d if key in ("size", "dim", "n_mlp", "base")]
     if sizes:
         config, key = sizes[k % len(sizes)]
-        config[key] = SIZES[k]
+        config[key] = WRONG_SIZES[k]
         return copy
 
 
 # load_strictly reads all of them, so files of large networks are tested with a third of the errors each
-READERS = dict(stylegan2=WRONG, weights=WRONG, sync=WRONG, psp=WRONG[::3], trunk=WRONG[1::3], hyperstyle=WRONG[2::3],
-               vgg=WRONG[::3], lpips=WRONG[1::3], wav2lip=WRONG[2::3])
+READERS = dict(stylegan2=DEFECTS, weights=DEFECTS, sync=DEFECTS,
+               psp=DEFECTS[::3], trunk=DEFECTS[1::3], hyperstyle=DEFECTS[2::3],
+               vgg=DEFECTS[::3], lpips=DEFECTS[1::3], wav2lip=DEFECTS[2::3])
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantize|nested)")
 @pytest.mark.parametrize("name", READERS)
 def test_files_with_one_error_are_refused_in_one_line(name, tmp_path):
-    (content, reader), rng, path = specimen(name), random.Random(name), tmp_path / "odd.pt"
+    (content, reader), rng, path = valid_file(name), random.Random(name), tmp_path / "odd.pt"
     torch.save(content, path)
-    good = path.read_bytes()
+    valid = path.read_bytes()
     if name not in ("vgg", "lpips", "wav2lip"):
         reader(path)
-    files = {what: spoiled(content, what, rng) for what in READERS[name]}
-    files |= {f"size {k}": odd for k in range(len(SIZES)) if (odd := resized(content, k))}
-    for what, odd in files.items():
+    files = {defect: with_defect(content, defect, rng) for defect in READERS[name]}
+    files |= {f"size {k}": odd for k in range(len(WRONG_SIZES)) if (odd := with_wrong_size(content, k))}
+    for defect, odd in files.items():
         torch.save(odd, path)
         with pytest.raises(InputError) as caught:
             reader(path)
-            pytest.fail(f"{what}: accepted")
-        assert "odd.pt" in str(caught.value) and "\n" not in str(caught.value), what
+            pytest.fail(f"{defect}: accepted")
+        assert "odd.pt" in str(caught.value) and "\n" not in str(caught.value), defect
     for turn in range(4):  # a wrong byte may lie where it does not matter
-        at = rng.randrange(len(good))
-        path.write_bytes(good[:at] if turn % 2 else good[:at] + bytes([good[at] ^ 255]) + good[at + 1:])
+        at = rng.randrange(len(valid))
+        path.write_bytes(valid[:at] if turn % 2 else valid[:at] + bytes([valid[at] ^ 255]) + valid[at + 1:])
         with contextlib.suppress(InputError):
             reader(path)
     assert turn == 3
@@ -529,7 +529,7 @@ def test_processes_that_fetch_at_the_same_time_all_get_a_complete_file(server):
 
 def test_memory_is_counted_in_bytes_on_macos(monkeypatch):
     fake, cpu = types.SimpleNamespace(RUSAGE_SELF=0), torch.device("cpu")
-    fake.getrusage = lambda who: types.SimpleNamespace(ru_maxrss=3 * 2 ** 20)
+    fake.getrusage = lambda _: types.SimpleNamespace(ru_maxrss=3 * 2 ** 20)
     monkeypatch.setattr(checkpoint, "resource", fake)
     for system, gib in (("linux", 3), ("darwin", 3 / 1024)):
         monkeypatch.setattr(sys, "platform", system)

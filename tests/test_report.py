@@ -198,8 +198,8 @@ def test_every_logged_term_has_a_caption():
 def test_an_image_grid_has_labels_above_sharp_pixels():
     dots = np.zeros((2, 4, 4, 3), np.uint8)
     dots[0, 1, 2], dots[1, 3, 0] = 255, 200
-    words = ["one row", ["a", "a name that is longer than its image"]]
-    grid = np.asarray(report.image_grid([list(dots), list(dots)], words, 64))
+    labels = ["one row", ["a", "a name that is longer than its image"]]
+    grid = np.asarray(report.image_grid([list(dots), list(dots)], labels, 64))
     assert grid.shape == (2 * (64 + 18), 128, 3)
     assert (grid[18 + 16:18 + 32, 32:48] == 255).all() and (grid[18 + 48:18 + 64, 64:80] == 200).all()
     assert (grid[18:82] == 255).all(-1).sum() == 256       # nothing else is drawn
@@ -226,8 +226,8 @@ def test_the_page_of_pairs_has_the_table_and_the_frames_of_the_best_and_the_wors
     report.write_pairs_page(tmp_path / "n.json", content, files)
     tags = check_page((tmp_path / "n.html").read_text())
     assert shown == ["good/real.mp4", "good/fake.mp4", "bad/real.mp4", "bad/fake.mp4"]
-    words = [word for word in tags.shown if word in ("good", "middle", "bad", "The best: good", "The worst: bad")]
-    assert words == ["good", "middle", "bad", "The best: good", "The worst: bad"] and "a <note>" in tags.shown
+    shown_names = [text for text in tags.shown if text in ("good", "middle", "bad", "The best: good", "The worst: bad")]
+    assert shown_names == ["good", "middle", "bad", "The best: good", "The worst: bad"] and "a <note>" in tags.shown
     assert ("div", "style", "width:56%") in tags.attributes and ("div", "style", "width:33%") in tags.attributes
 
 
