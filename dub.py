@@ -175,8 +175,7 @@ class Take:
         return colour * shade[..., None] * light ** np.array([1, 1.3, 1.25])
 
     def render(self, t: int, frame: np.ndarray, shut_frames: list, opening: float, shape: np.ndarray) -> np.ndarray:
-        """Frame t of the take, uint8 (H, W, 3) -> the same with lips open by `opening`, of shape (K - 1,). shut_frames:
-        (number in the take, weight, frame) of the nearest ones"""
+        """Frame t, uint8 (H, W, 3) -> the same with new lips. shut_frames: the nearest, (number, weight, frame) each"""
         place = self.face_plane(t)
         s, q = self.source_points(t), self.target_points(t, opening, shape)
         top, low = np.array([-REGION[0], s[33, 1] - REGION[1]]), np.array([REGION[0], max(s[8, 1], 0.7) + REGION[2]])

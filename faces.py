@@ -265,8 +265,7 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
 
 
 def detect_faces_fast(frames: list) -> list[list[tuple]]:
-    """Frames of one video, uint8 (H, W, 3) -> the upright faces of each, by one or two detections instead of eight:
-    link_tracks tolerates errors."""
+    """Frames of one video -> the upright faces of each, by one or two detections: link_tracks tolerates errors"""
     faces = [[] for _ in frames]
     for detector in require_detectors():
         missing = [i for i, of_frame in enumerate(faces) if not of_frame]
@@ -278,8 +277,7 @@ def detect_faces_fast(frames: list) -> list[list[tuple]]:
 
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
-    """A photo, uint8 (H, W, 3) -> the photo turned until faces in it are upright, these faces, a description of the turn;
-    unchanged if no orientation shows a face"""
+    """Turns a photo, uint8 (H, W, 3), until it shows upright faces -> photo, faces, the turn; without faces unchanged"""
     for k, turn in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
         turned = np.ascontiguousarray(np.rot90(image, k))
         if faces := detect_faces(turned):
@@ -386,8 +384,7 @@ def to_complex(points: np.ndarray) -> np.ndarray:
 
 
 def similarity(points: np.ndarray, target: np.ndarray):
-    """Least squares similarity transform a p + b from points (K,) to target (.., K) -> a, b (..). All are complex x + iy,
-    of NumPy or torch; |a| is the scale, arg a the rotation."""
+    """Least squares similarity transform a p + b from points (K,) to target (.., K), all complex x + iy -> a, b (..)"""
     centred = points - points.mean()
     a = (target * centred.conj()).sum(-1) / (abs(centred) ** 2).sum()
     return a, target.mean(-1) - a * points.mean()
@@ -510,12 +507,11 @@ def dlib_landmarks(path: Path, template: str, *_):
 
 
 def fan_landmarks(_, template: str, device):
-    """face-alignment's FAN (Bulat & Tzimiropoulos 2017), a function: image uint8 (H, W, 3), box of the template's crop
-    -> (68, 2) in pixels or None; .7 s a frame on a CPU"""
+    """FAN (Bulat & Tzimiropoulos 2017), a function: image, box of its crop -> (68, 2) in pixels or None; .7 s on a CPU"""
     fetch("fan")  # into face-alignment's cache
     from face_alignment import FaceAlignment, LandmarksType
 
-    # "folder": without a face detector; without a compiler and a second pass over the mirror image
+    # "folder": without a face detector
     options = dict(device=torch.device(device).type, flip_input=False, compile=False, face_detector="folder")
     fan, t = FaceAlignment(LandmarksType.TWO_D, **options), TEMPLATES[template]
 

@@ -193,8 +193,7 @@ def predict_both_sides(net, crops: torch.Tensor, mirrored: np.ndarray) -> torch.
 
 
 def predict_face(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, shifts=(0,)) -> np.ndarray:
-    """The crop a, b of a photo, uint8 (H, W, 3), shifted by sides -> points (2, len(shifts), K) in pixels, by the crop
-    and by its mirror image"""
+    """Photo, uint8 (H, W, 3), crop a, b, shifts in sides -> predict_both_sides (2, len(shifts), K) in pixels"""
     grey, corner = grey_crop(photo, a, b)
     b = b + a * np.array(shifts)
     crops = sample_crops(grey, np.full(len(b), a), b - corner, FACE_SIZE)
@@ -266,8 +265,7 @@ def track_landmarks(net: LandmarkNet, frames, box) -> np.ndarray:
 
 def track_face(net: LandmarkNet, frames, box):
     """Yields the arguments of refine_parts for each frame. The crop follows the points: one pass a frame, two if it
-    moves. A face is lost where crop and mirror image disagree or the crop jumps: its points are NaN, and the next frame
-    is searched with three passes from the last crop."""
+    moves, three after a loss. Points are NaN where crop and mirror image disagree or the crop jumps: then it stays."""
     is_first, passes, (a, b) = True, 3, box_crop(box)
     for frame in frames:
         last_a, last_b, may_reread = a, b, passes == 1
@@ -440,15 +438,13 @@ def train(network: nn.Module, sample_batch, weights, steps: int, peak: float, na
 
 
 def face_batches(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, rng):
-    """Sets the mean and components of a network from grey frames, uint8 (n, 1, S, S), and points (n, K) in units of the
-    frame -> sample_batch for `train`. The errors of the crops are those of a detector's box (every second crop) or of a
-    first pass."""
+    """Sets a network's mean and components from grey frames, uint8 (n, 1, S, S), and points (n, K) in their units ->
+    sample_batch for `train`. Crops have the errors of a detector's box (every second one) or of a first pass."""
     n, S, mean = CROPS_PER_BATCH, images.shape[-1], mean_shape(points)
     is_wide = np.arange(n) % 2 == 0
     right_a, right_b = similarity(mean, points)
 
-    def sample_places():
-        """Frames of a batch, its crops a, b in units of the frame, points in units of the crops"""
+    def sample_places():  # frames of a batch, its crops a, b in units of the frame, points in units of the crops
         i = rng.integers(len(points), size=n)
         a, b = random_crops(n, *np.where(is_wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
         a, b = right_a[i] * a, right_a[i] * b + right_b[i]

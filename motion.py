@@ -82,8 +82,7 @@ def mouth_motion(opening, shape, speech, rest_opening: float, strength: float = 
 
 
 def idle_motion(n: int, speech: np.ndarray, seed: int, head: bool = True) -> Motion:
-    """Motion without a driving clip: blinks at a natural rate; unless head is False, a slow sway that starts from the
-    photo's pose, and nods with the speech activity (n,)"""
+    """Motion without a driving clip: blinks; with `head` a slow sway from the photo's pose, and nods with speech (n,)"""
     rng = np.random.default_rng(seed)
     blinks, seconds = np.zeros(n + len(BLINK)), rng.uniform(1.0, BLINK_EVERY[1])
     while seconds * FPS < n:
@@ -106,8 +105,7 @@ def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean
 
     points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; all are
     NaN, and interpolated, in frames without a face. mean: (77, 3) shape; turn_limits: of yaw and pitch in degrees, see
-    warp.Head. Blinks are not smoothed: they last three frames. Raises ValueError: no frame has a face
-    """
+    warp.Head. Blinks are not smoothed: they last three frames. Raises ValueError: no frame has a face"""
     has_face = np.isfinite(points).all((1, 2))
     if not has_face.any():
         raise ValueError("no face")

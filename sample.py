@@ -163,8 +163,8 @@ def limit_size(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
 # ----------------------------------------------------------------------------------------------- the driving video
 
 def find_driving_face(path, n: int, template: str) -> tuple[int, tuple, int]:
-    """Reads the first n frames of a driving video in low resolution, which also finds damage before the network
-    starts -> number of frames, one face box for all of them, height of the video to which the box refers"""
+    """Reads the first n frames of a driving video in low resolution, which also finds damage -> number of frames, one
+    face box for all of them, height of the video to which the box refers"""
     height = min(probe(path).height, SEARCH_HEIGHT)
     searched, count = [], 0
     for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
@@ -232,9 +232,8 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
 
 
 def talking_photo(model, photo, box, mel, speech, args):
-    """Frames of a talking photo, an iterator of T x uint8 (H, W, 3): the network predicts the shape of the lips from
-    sound, warp.py moves the photo's pixels. mel: chunks (n, 1, 80, 16); speech: (T,) in [0, 1]. Raises InputError:
-    no face that can be moved"""
+    """Streams T frames, uint8 (H, W, 3): the network predicts the lips, warp.py moves the photo's pixels. mel: chunks
+    (n, 1, 80, 16); speech: (T,) in [0, 1], see detect_speech. Raises InputError: no face that can be moved"""
     net, T = load_landmarks(), len(speech)
     mean = net.solid.double().numpy()
     try:
@@ -257,7 +256,7 @@ def talking_photo(model, photo, box, mel, speech, args):
 
 
 def dubbed_video(model, mel, speech, args):
-    """Frames of a video with new words, an iterator of T x uint8 (H, W, 3). mel, speech: as in talking_photo"""
+    """Streams T frames, uint8 (H, W, 3), of a video with new words. mel, speech: as in talking_photo"""
     if args.crop or args.driving or args.box or args.landmarks or args.network or args.still:
         raise InputError(f"{args.face}: a video is dubbed, without --driving, --box, --landmarks, --crop, --network "
                          "or --still")
@@ -277,7 +276,7 @@ def has_lip_moves(model) -> bool:
 
 
 def compute_ahead(jobs, workers: int = 2):
-    """Yields the results of functions without arguments, in order. Threads compute them ahead."""
+    """Yields the results of functions without arguments, in order; threads compute them ahead"""
     torch.set_num_threads(1)  # threads compute whole frames: threads inside an operation would wait for each other
     jobs = iter(jobs)
     with ThreadPoolExecutor(workers) as pool:

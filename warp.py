@@ -210,8 +210,7 @@ class Nodes:
         return np.ascontiguousarray(np.moveaxis(values, (0, 1), (-3, -2)), np.float32)
 
     def invert(self, forward: np.ndarray) -> np.ndarray:
-        """Displacements (gh, gw, 2) of the pixels that start at the nodes -> `back`, of those that arrive there: a pixel
-        that arrives at p started at p - back(p)"""
+        """Displacements (gh, gw, 2) of pixels that start at the nodes -> back: a pixel at p came from p - back(p)"""
         back = forward
         for _ in range(INVERSION_STEPS):
             back = read_grid(forward, self.positions - back, self.box)
@@ -395,9 +394,8 @@ def edge_width(grey: np.ndarray) -> float:
 
 
 def lip_layers(mouth: Lips, box):
-    """Both layers over a box of h x w pixels around the lips -> two masks (h, w, 2): opacity of the upper lip and
-    visibility of the teeth, opacity of the lower lip and brightness of the cavity; painted teeth (h, w, 3), None: the
-    photo's own; colour (3, 1, 1) of a bright cavity"""
+    """Both layers over a box of h x w pixels -> masks (h, w, 2) of the upper lip (opacity, visibility of the teeth) and
+    of the lower lip (opacity, brightness of the cavity); painted teeth (h, w, 3) or None; cavity's colour (3, 1, 1)"""
     face, q, half_width, (x0, y0, x1, y1) = mouth.face, mouth.q, mouth.half_width, box
     region = face.photo[y0:y1, x0:x1].astype(np.float64)               # (h, w, 3)
     v = mouth.local(pixel_centres(box))                                # (h, w, 2)
