@@ -290,8 +290,8 @@ def logits_by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: flo
     """An expert's `logits`, embeddings of face and sound (K, E) -> (K, S), S = 2 reach + 1: column reach + d has the
     logits of face k and sound k + d. beyond: value of sound embeddings outside the clip."""
     rows, sound = [], F.pad(sound, (0, 0, reach, reach), value=beyond)
-    for a in range(0, len(face), 256):  # a block of windows at once
-        logits = logits_of(face[a : a + 256], sound[a : a + 256 + 2 * reach])  # (b, b + 2 reach)
+    for first in range(0, len(face), 256):  # a block of b windows at once
+        logits = logits_of(face[first:][:256], sound[first:][: 256 + 2 * reach])  # (b, b + 2 reach)
         rows.append(torch.stack([logits.diagonal(d) for d in range(2 * reach + 1)], 1))
     return torch.cat(rows).cpu().numpy()
 
@@ -319,11 +319,11 @@ def measure_clips(expert, windows: Windows, clips) -> list[dict]:
         result = dict(clip=c, table=table, offset_clip=[best_offset(table)[0]])
         for name, seconds in PIECE_SECONDS.items():
             K, result[name] = seconds * FPS - WINDOW_FRAMES + 1, []
-            for a in range(0, len(face) - K + 1, WINDOW_FRAMES):
-                for b in (a - WINDOW_FRAMES, a, a + WINDOW_FRAMES):  # the sound is moved by five frames, or not
-                    if 0 <= b <= len(face) - K:
-                        piece = logits_by_shift(expert.logits, face[a : a + K], sound[b : b + K])
-                        result[name].append(best_offset(piece)[0] - (a - b))
+            for start in range(0, len(face) - K + 1, WINDOW_FRAMES):
+                for shift in (-WINDOW_FRAMES, 0, WINDOW_FRAMES):  # artificial shift of the sound
+                    if 0 <= start + shift <= len(face) - K:
+                        piece = logits_by_shift(expert.logits, face[start:][:K], sound[start + shift :][:K])
+                        result[name].append(best_offset(piece)[0] + shift)
         results.append(result)
     return results
 
