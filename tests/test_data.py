@@ -396,7 +396,8 @@ def test_sound_and_frames_of_an_item_are_aligned(pack):
         item, first = data_set[n], int(data_set[n]["frames"][0])
         for one, mel in ((item, log_mel(pack.sound(item["clip"]))), (norm[n], log_mel(pack.sound(item["clip"]), True))):
             assert (one["mel"].numpy() == mel_windows(mel, np.arange(first - 2, first + 6))).all()
-        assert item["mel"].shape == (8, 1, 80, 16) and torch.equal(norm[n]["sync_sound"], item["mel"][3])
+        assert item["mel"].shape == (8, 1, 80, 16) and torch.equal(item["sync_sound"], item["mel"][3])
+        assert torch.equal(norm[n]["sync_sound"], item["mel"][3])
 
 
 def test_a_clip_shorter_than_the_window_repeats_its_last_frame(pack):
