@@ -276,7 +276,6 @@ def weight_shapes(generator: Generator) -> list:
 
 class FCTFG(nn.Module):
     """The whole network. generator_only (stage 1): without all other parts."""
-
     kind = "fctfg"  # control.py also measures networks of pcavs.py
 
     def __init__(self, config: Config, generator_only: bool = False):
@@ -408,9 +407,11 @@ class FCTFG(nn.Module):
     def stream_motion(self, source, z_a, driving, sway, batch):
         """Yields z_c2d (b, L, D) in order. Each batch sees the frames within reach of the temporal convolutions."""
         n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
+        if direct:
+            idle = self.motion.idle if sway else extract_blinks(self.motion.idle)
         z_source = self.encode_driving(source[None])                              # (1, 1, L, D)
         frames = iter(() if driving is None else driving)
-        z_v, first = z_source[:, :0], 0                                           # of driving frames `first` and later
+        z_v, first = z_source[:, :0], 0                                           # codes of driving frames first, ..
         for start in range(0, n, batch):
             stop = min(start + batch, n)
             lo, hi = max(0, start - reach), min(n, stop + reach)
@@ -422,7 +423,6 @@ class FCTFG(nn.Module):
                 z_v, first = z_v[:, lo - first:], lo                              # drop old frames
                 z_c2d = self.motion(z_a[:, lo:hi], z_v)
             elif direct:
-                idle = self.motion.idle if sway else extract_blinks(self.motion.idle)
                 pose = self.motion.pose(z_source) + idle_poses(idle, lo, hi)[None]
                 z_c2d = self.motion.join(pose, self.motion.predict_mouth(z_a[:, lo:hi]))
             else:

@@ -38,9 +38,8 @@ def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
     for box, weight in boxes:
         rows, cols = box_slices(box, *fake.shape[-2:])
         loss = loss + weight * (fake[..., rows, cols] - real[..., rows, cols]).abs().mean()
-    if pyramid:
-        for factor in (2, 4):
-            loss = loss + pyramid * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()
+    for factor in (2, 4):
+        loss = loss + pyramid * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()
     return loss
 
 
