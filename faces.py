@@ -266,14 +266,17 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
 
 def detect_faces_fast(frames: list) -> list[list[tuple]]:
     """Frames of one video -> the upright faces of each, by one or two detections: link_tracks tolerates errors"""
-    faces = [[] for _ in frames]
+    pairs = []  # number of a frame, face in it
     for detector in require_detectors():
-        missing = [i for i, of_frame in enumerate(faces) if not of_frame]
+        done = {i for i, _ in pairs}
+        missing = [i for i in range(len(frames)) if i not in done]
         squares = [whole_square(frames[i], VIDEO_MARGIN) for i in missing]
-        for i, detections in zip(missing, detect_in_squares(detector, [frames[i] for i in missing], squares)):
-            faces[i] = [face for face in detections if face[4] >= MIN_SCORE]
-    near = iter(detect_again([frame for frame, of_frame in zip(frames, faces) for _ in of_frame], sum(faces, [])))
-    return [largest_first(filter(is_upright, itertools.islice(near, len(of_frame)))) for of_frame in faces]
+        for i, faces in zip(missing, detect_in_squares(detector, [frames[i] for i in missing], squares)):
+            pairs += [(i, face) for face in faces if face[4] >= MIN_SCORE]
+    pairs.sort(key=lambda pair: pair[0])
+    near = detect_again([frames[i] for i, _ in pairs], [face for _, face in pairs])
+    upright = [(i, face) for (i, _), face in zip(pairs, near) if is_upright(face)]
+    return [largest_first(face for i, face in upright if i == k) for k in range(len(frames))]
 
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
