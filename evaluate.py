@@ -63,9 +63,6 @@ class Metric(NamedTuple):
     def heading(self, name: str) -> str:  # "LMD, px ↓"
         return name + (f", {self.unit}" if self.unit else "") + dict(higher=" ↑", lower=" ↓").get(self.better, "")
 
-    def cell(self, value: float | None) -> str:
-        return "–" if value is None else f"{value:.{self.digits}f}"
-
 
 METRICS = {
     "SSIM": Metric("", "higher", 1, 3, "structural similarity, windows of 11 px, colour; Wang et al. 2004"),
@@ -381,10 +378,8 @@ class Clip:
     def sync(self) -> dict:
         """By our expert, or that of --expert."""
         net, K = self.networks.sync, self.n_windows(n_frames(len(self.wav)))
-        if net.template == "toy":  # such clips are face crops already
-            boxes = map(middle_square, self.frames)
-        else:
-            boxes = (face_box([face], "face") for face in self.detections)
+        toy = net.template == "toy"  # such clips are face crops already
+        boxes = map(middle_square, self.frames) if toy else (face_box([face], "face") for face in self.detections)
         crops = (crop_face(frame, box, net.size) for frame, box in zip(self.frames, boxes))
         face, sound = embed_clip(net, crops, log_mel(self.wav), self.networks.device)
         return dict(zip(SYNC_METRICS, lip_sync_error(face[:K], sound[:K], pad=False)))
@@ -394,11 +389,8 @@ class Clip:
         net, K = self.networks.syncnet, self.n_windows(len(self.wav) // SAMPLES_PER_FRAME, unused=1)
         boxes = (face_box([face[:5]], "syncnet") for face in self.detections)
         crops = [crop_face(frame, box, 224) for frame, box in zip(self.frames, boxes)]
-        face = []
-        for i in range(0, K, 64):
-            block = to_tensor(np.stack(crops[i : i + 63 + WINDOW_FRAMES])).to(self.networks.device)
-            face.append(net.windows(block[None])[0])
-        face = torch.cat(face)[:K]
+        blocks = (to_tensor(np.stack(crops[i : i + 63 + WINDOW_FRAMES])) for i in range(0, K, 64))
+        face = torch.cat([net.windows(block[None].to(self.networks.device))[0] for block in blocks])[:K]
         sound = sliding_window_view(mfcc(self.wav), 20, 1)[:, ::4].swapaxes(0, 1)[:K]  # (K, 13, 20)
         return dict(zip(LSE_METRICS, lip_sync_error(face, embed_sound(net, sound.astype(np.float32)))))
 
@@ -549,8 +541,11 @@ def measure_pairs(args, device):
         rows["closeness of these means"] = near
     rows = {row: {name: values.get(name) for name in names} for row, values in rows.items()}
     seconds, frames = time.perf_counter() - start, sum(report["frames"] for report in measured)
-    table = {row: {METRICS[name].heading(name): METRICS[name].cell(value) for name, value in values.items()}
-             for row, values in rows.items()}
+    table = {row: {} for row in rows}
+    for row, values in rows.items():
+        for name, value in values.items():
+            cell = "–" if value is None else f"{value:.{METRICS[name].digits}f}"
+            table[row][METRICS[name].heading(name)] = cell
     print(markdown_table(table))
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
     notes = explain(args, networks, names, n_features) + list_problems(networks.left_out, reports, unpaired)

@@ -64,9 +64,8 @@ def vgg_layers(*depths: int) -> list[nn.Module]:
 
 
 class VGG19Features(nn.Module):
-    """Perceptual features: images (N, 3, H, W) in [-1, 1], H, W >= 16 -> maps relu1_1, 2_1, 3_1, 4_1, 5_1: (N, 64, H, W),
-    (N, 128, H/2, W/2), (N, 256, H/4, W/4), (N, 512, H/8, W/8), (N, 512, H/16, W/16). The paper names VGG19 without
-    layers. These are the layers of pix2pixHD."""
+    """Images (N, 3, H, W) in [-1, 1], H, W >= 16 -> maps relu1_1, 2_1, 3_1, 4_1, 5_1 of 64, 128, 256, 512, 512 channels,
+    each half as large as the one before. These are the layers of pix2pixHD, as the paper names none."""
 
     TAPS = (1, 6, 11, 20, 29)
 
@@ -313,8 +312,7 @@ class Inception:
 # ------------------------------------------------------------------------------------- loading the published weights
 
 def load_published(name: str, make_network, device, path=None, to_state_dict=lambda content: content) -> nn.Module:
-    """A frozen network with the weights in `path`, the user's copy of the file PUBLISHED[name]. None downloads the file.
-    to_state_dict converts its content."""
+    """A frozen network with the weights of the file PUBLISHED[name]. path: the user's copy; None downloads it."""
     path = fetch(name, path)
     content = read_weights(path)
     with wrap_errors(path, f"not the weights of {name}"):

@@ -88,7 +88,7 @@ class Config:
     mouth_gain: float = 1.2                    # factor on the speech feature at inference, as published
 
     @classmethod
-    def for_size(cls, size: int, template: str = "toy") -> "Config":
+    def at(cls, size: int, template: str = "toy") -> "Config":
         """The dial of `train`: 16 (tests), 32 and 64 for a CPU, 128 for a GPU."""
         common = dict(mask=True, noise=False, v_base=8, v_groups=8, v_blocks=(1, 1, 1, 1), e_width=32, e_depth=2,
                       e_maps=16, dropout=0.0, a_filters=(16, 32, 32, 64), a_blocks=(1, 1, 1, 1), a_hidden=32,
@@ -101,7 +101,7 @@ class Config:
         return cls(**dict(size=size, template=template) | common | by_size[size])
 
 
-# -------------------------------------------------------------- V, identity: ResNeXt50 32x4d (Xie et al. 2017) and a 1x1
+# ---------------------------------------------------------------------------------------------------- the four networks
 
 def resnet_stages(block, c_in: int, widths, depths) -> dict:
     """layer1, layer2, ... of a ResNet, each of `depths` blocks. All but layer1 halve the size in their first block."""
@@ -131,7 +131,7 @@ class Bottleneck(nn.Module):
 
 
 class IdentityEncoder(nn.Module):
-    """V: photo (B, 3, H, W) -> identity vector (B, 32 base), identity map (B, C, start, start)."""
+    """V, ResNeXt50 32x4d (Xie et al. 2017): photo (B, 3, H, W) -> vector (B, 32 base), map (B, C, start, start)."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -146,8 +146,6 @@ class IdentityEncoder(nn.Module):
         x = self.model(x.contiguous(memory_format=torch.channels_last))         # (B, 32 base, H/(8 stem), W/(8 stem))
         return x.mean((2, 3)), self.conv1x1(x)
 
-
-# ---------------- E, all but identity: FAN (Bulat & Tzimiropoulos 2017) with one hourglass, then a mouth and a pose head
 
 class Hourglass(nn.Module):
     """(N, C, H, W) -> the same shape: down `depth` times and up again, with a branch across at every size. Its blocks are
@@ -170,7 +168,8 @@ class Hourglass(nn.Module):
 
 
 class NonIdentityEncoder(nn.Module):
-    """E: frames (N, 3, H, W) -> pose code (N, P). Training and the mouth code call its modules one by one."""
+    """E, FAN with one hourglass (Bulat & Tzimiropoulos 2017), then a mouth and a pose head: frames (N, 3, H, W) -> pose
+    code (N, P). Training and the mouth code call its modules one by one."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -192,8 +191,6 @@ class NonIdentityEncoder(nn.Module):
         return self.headpose_embed(self.to_headpose(self.model(frames)))
 
 
-# ------------------- A_sync, speech: a ResNet with squeeze and excitation (Chung et al. 2020), then attention over time
-
 class SEBlock(nn.Module):
     """(N, C, M, S) -> (N, C', M/stride, S/stride). As published: ReLU before BatchNorm, a gate of reduction 8."""
 
@@ -212,7 +209,8 @@ class SEBlock(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    """A_sync: mel windows (N, 1, 80, 20) of `lws_windows` -> speech feature (N, hidden)."""
+    """A_sync, a ResNet with squeeze and excitation (Chung et al. 2020), then attention over time: mel windows (N, 1, 80,
+    20) of `lws_windows` -> speech feature (N, hidden)."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -231,8 +229,6 @@ class SpeechEncoder(nn.Module):
         x = m.layer4(m.layer3(m.layer2(x))).flatten(1, 2)                       # (N, 10 C, 3): 3 steps of time
         return m.fc((x * m.attention(x)).sum(2))
 
-
-# ------------------------------------------------------------------------------ G, and the four networks as one model
 
 class FaceGenerator(StyledLayers):
     """G: StyleGAN2's layers from the identity map up, with one style for all layers."""
@@ -616,7 +612,7 @@ def discriminator_losses(D, real, fake, step: int) -> dict:
 
 def build_networks(args, pack, device) -> tuple[dict, dict]:
     """-> {name: network} of a checkpoint, {name: optimiser}"""
-    model = PCAVS(Config.for_size(args.size, pack.template)).to(device)
+    model = PCAVS(Config.at(args.size, pack.template)).to(device)
     nets = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                 teacher=nn.utils.skip_init(nn.Linear, 768, model.config.pose).to(device).requires_grad_(False),
                 people=nn.Linear(32 * model.config.v_base, len(pack.identities)).to(device))

@@ -414,7 +414,7 @@ def count_images(model, monkeypatch):
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(2)
-    return randomised(PCAVS(Config.for_size(16)))
+    return randomised(PCAVS(Config.at(16)))
 
 
 def test_V_runs_once_E_once_a_pose_frame_A_and_G_once_a_frame(tiny, monkeypatch):
@@ -862,7 +862,7 @@ def test_two_steps_equal_one_step_and_a_resumed_one_bit_for_bit(pack, two_steps,
     assert "args" in lines[0] and [line["step"] for line in lines[1:]] == [0, 1]
     assert Image.open(two_steps / "pcavs.png").size == (8 * 128, 4 * (128 + 18))             # a title above each row
     model = pcavs.load_pcavs(two_steps / "weights.pt")
-    assert model.config == Config.for_size(16)
+    assert model.config == Config.at(16)
     with pytest.raises(InputError, match="--resume continues it"):
         run_train(pack, two_steps)
 
