@@ -262,7 +262,7 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
 
 def measure_toy(args, device):
     """`python evaluate.py toy WEIGHTS ..`: prints the control table, and the matrix of each network."""
-    page = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
+    json_path = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
     models, report = {path: load_network(path, device) for path in args.weights}, {}
     for size in sorted({model.config.size for model in models.values()}):
         test = prepare_toy_test(size, args.people, args.cache, device)
@@ -274,6 +274,6 @@ def measure_toy(args, device):
         for path, animate in animators.items():
             matrix = report[f"{path} matrix"] = change_matrix(animate, test)
             print(f"\n{path}: change one input (row), see what moves (column)\n{markdown_table(matrix)}\n")
-    if page:
-        page.write_text(json.dumps(report, indent=1))
-        write_toy_page(page, report, args.weights)
+    if json_path:
+        json_path.write_text(json.dumps(report, indent=1))
+        write_toy_page(json_path, report, args.weights)

@@ -517,7 +517,7 @@ def mean_rows(reports: list[dict]) -> tuple[dict, dict]:
 def measure_pairs(args, device):
     """`python evaluate.py pair REAL FAKE`: prints the table and writes --json."""
     start, reports = time.perf_counter(), []
-    page = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
+    json_path = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
     pairs, unpaired = pair_clips(Path(args.real), Path(args.fake))
     with contextlib.ExitStack() as stack:
         networks = load_networks(args, device, stack)
@@ -550,14 +550,14 @@ def measure_pairs(args, device):
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
     notes = explain(args, networks, names, n_features) + list_problems(networks.left_out, reports, unpaired)
     print("\n".join(notes))
-    if page:
+    if json_path:
         versions = dict(revision=git_revision(), torch=torch.__version__, numpy=np.__version__)
         columns = {name: METRICS[name]._asdict() for name in names}
         report = dict(rows=rows, columns=columns, pairs=reports, frames=frames, seconds=seconds,
                       left_out=networks.left_out, alone=unpaired, notes=notes, versions=versions, device=str(device))
         report = json.loads(json.dumps(report), parse_constant=str)  # JSON has no infinity: the string "Infinity"
-        page.write_text(json.dumps(report, indent=1))
-        write_pairs_page(page, report, {name: files for name, *files in pairs})
+        json_path.write_text(json.dumps(report, indent=1))
+        write_pairs_page(json_path, report, {name: files for name, *files in pairs})
 
 
 def explain(args, networks, names, n_features: int) -> list[str]:

@@ -69,11 +69,11 @@ class Config:
     template: str = "voxceleb"                 # crop of the images: the authors', or one of faces.TEMPLATES
     mask: bool = False                         # ours: E's input has no mouth, so that the pose code cannot carry lips
     noise: bool = True                         # the generator's noise; off at toy sizes, as in fusion.Config
-    v_stem: int = 4                            # V: shrinkage of its first layers; the four stages shrink by 8 more
+    v_stem: int = 4                            # V: downsampling of its first layers; its four stages downsample by 8
     v_base: int = 64                           # channels of the first stage; the identity vector has 32 times as many
     v_groups: int = 32
     v_blocks: tuple = (3, 4, 6, 3)
-    e_stem: int = 4                            # E: shrinkage before the hourglass
+    e_stem: int = 4                            # E: downsampling before the hourglass
     e_width: int = 256
     e_depth: int = 4                           # of the hourglass
     e_maps: int = 68                           # heat maps
@@ -186,9 +186,15 @@ class NonIdentityEncoder(nn.Module):
         self.mouth_embed = nn.Sequential(nn.ReLU(), nn.Linear(h, c.mouth))
         self.to_headpose = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Linear(h, h))
         self.headpose_embed = nn.Sequential(nn.ReLU(), nn.Linear(h, c.pose))
+        self.config = c
+
+    def pose_input(self, frames):
+        """Frames (N, 3, H, W), with a masked mouth if the config says so."""
+        frames = mask_mouth(frames, self.config.template) if self.config.mask else frames
+        return frames.contiguous(memory_format=torch.channels_last)
 
     def forward(self, frames):
-        return self.headpose_embed(self.to_headpose(self.model(frames)))
+        return self.headpose_embed(self.to_headpose(self.model(self.pose_input(frames))))
 
 
 class SEBlock(nn.Module):
@@ -261,15 +267,6 @@ class PCAVS(nn.Module):
         for name, network_class in self.NETWORKS.items():
             setattr(self, name, networks.get(name) or network_class(config))
 
-    def pose_input(self, frames):
-        """E's input for a pose code: frames (N, 3, H, W), with a masked mouth if the config says so."""
-        frames = mask_mouth(frames, self.config.template) if self.config.mask else frames
-        return frames.contiguous(memory_format=torch.channels_last)
-
-    def encode_pose(self, frames):
-        """frames (N, 3, H, W) -> pose codes (N, P)"""
-        return self.E(self.pose_input(frames))
-
     def decode(self, identity, speech, pose, noise="random"):
         """identity: output of V for 1 or N photos, speech (N, hidden), pose (N, P) -> frames (N, 3, H, W) in (-1, 1)"""
         vector, identity_map = (x.expand(len(pose), *x.shape[1:]) for x in identity)
@@ -287,7 +284,7 @@ class PCAVS(nn.Module):
         with autocast:
             identity = self.V(photo[None])
             while chunk := list(itertools.islice(frames, batch)):
-                codes.append(self.encode_pose(torch.stack(chunk).to(photo)))
+                codes.append(self.E(torch.stack(chunk).to(photo)))
         codes = torch.cat(codes)                                                # (T, P)
         codes = codes[[ping_pong(k, len(codes)) for k in range(n)]]             # (n, P)
         for first in range(0, n, batch):
@@ -372,8 +369,8 @@ def crop_aligned(frame: np.ndarray, config: Config) -> np.ndarray:
 
 
 def crop_clip(path: str | Path, n: int, config: Config, aligned: bool = False):
-    """The first n frames of a video or of images as the networks' input: a stream of uint8 (size, size, 3). Images are
-    aligned already. aligned: a video for published weights is as well. InputError, before the first frame: no face."""
+    """The first n images, or frames of a video, as the networks' input: a stream of uint8 (size, size, 3). Images are
+    taken as aligned. aligned: so are videos, for published weights. InputError, before the first frame: no face."""
     path, size, published = Path(path), config.size, config.template == "voxceleb"
     if list_images(path) or aligned and published:
         return (crop_aligned(frame, config) for frame in read_frames(path, n))
@@ -388,7 +385,7 @@ def crop_photo(photo: np.ndarray, args, config: Config) -> np.ndarray:
     """A photo as V's input, uint8 (size, size, 3). InputError: no face."""
     published = config.template == "voxceleb"
     if args.aligned and published:
-        return next(crop_clip(args.face, 1, config, aligned=True))
+        return crop_aligned(photo, config)
     if config.template == "toy" and not is_drawn(photo):
         print(f"{args.weights}: these weights draw the toy world only; {args.face} is not a drawing of it")
     photo, box, description = find_photo_face(photo, args, "face" if published else config.template)
@@ -582,8 +579,8 @@ def generator_losses(nets, batch, step, args) -> tuple:
     template = TEMPLATES[model.config.template]
     with torch.autocast(real.device.type, enabled=False):
         teacher_pose = nets["teacher"](teacher_input(real, model.config.template))  # (N, P)
-        inputs = torch.cat([augment_frames(real), augment_frames(model.pose_input(real))])  # for the mouth, for the pose
-    mouth, head = model.E.model(inputs.contiguous(memory_format=torch.channels_last)).chunk(2)  # (N, hidden) each
+        mouth_and_pose = torch.cat([augment_frames(real), augment_frames(model.E.pose_input(real))])
+    mouth, head = model.E.model(mouth_and_pose.contiguous(memory_format=torch.channels_last)).chunk(2)  # (N, hidden) each
     mouth = model.E.to_mouth(mouth).float()
     pose = model.E.headpose_embed(model.E.to_headpose(head)).float()
     G_pose = teacher_pose if step < TEACHER_SHARE * args.steps else pose
@@ -595,7 +592,7 @@ def generator_losses(nets, batch, step, args) -> tuple:
                  pose=F.mse_loss(pose, teacher_pose))
     if args.w_vgg:
         terms["vgg"] = perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
-    if args.w_adv:                                                              # D's own step clears its gradients
+    if args.w_adv:                                                              # D's own step clears D's gradients
         D, maps = nets["D"], nets["D"].features(fake)
         terms |= dict(adv=generator_loss(D.score(maps[-1])), feat=perceptual_loss(maps, D.features(real)))
     return terms, real, fake
@@ -684,7 +681,7 @@ def save_samples(path, model, pack, clips, device, n=8):
     items = [data[i] for i in range(n)]
     source, frames, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "frames", "mel"))
     pose, spoken = frames[:, 0].roll(1, 0), frames[:, 0].roll(2, 0)
-    fake = model.decode(model.V(source), model.A(mel[:, 0].roll(2, 0)), model.encode_pose(pose), "off")
+    fake = model.decode(model.V(source), model.A(mel[:, 0].roll(2, 0)), model.E(pose), "off")
     titles = f"photo; held out: {len(clips)} clips", "pose", "result", "frame of the speech: lips as in the result"
     image_grid([to_uint8(row.clamp(-1, 1)) for row in (source, pose, fake, spoken)], titles, 128).save(path)
 

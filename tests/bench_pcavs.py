@@ -36,8 +36,8 @@ def generate_as_authors(model, photo, wav, clip, frames, noise, batch=16):
         heads = torch.stack([clip[ping_pong(k, len(clip))] for k in ks])
         identity = model.V(photos)
         speech = model.config.mouth_gain * model.A(torch.from_numpy(lws_windows(mel, ks)))
-        to_uint8(model.decode(identity, speech, model.encode_pose(photos), noise))  # with the photo's pose
-        results.append(to_uint8(model.decode(identity, speech, model.encode_pose(heads), noise)))
+        to_uint8(model.decode(identity, speech, model.E(photos), noise))  # with the photo's pose
+        results.append(to_uint8(model.decode(identity, speech, model.E(heads), noise)))
     return np.concatenate(results)
 
 

@@ -132,7 +132,7 @@ def test_E_is_FAN_with_one_hourglass_whose_heat_maps_are_reduced_to_one(narrow):
     torch.testing.assert_close(narrow.E.model(x.float()).double(), feature, rtol=1e-4, atol=1e-4)
     pose = linear(w, "to_headpose.2", linear(w, "to_headpose.0", feature).relu())
     pose = linear(w, "headpose_embed.1", pose.relu())
-    torch.testing.assert_close(narrow.encode_pose(x.float()).double(), pose, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(narrow.E(x.float()).double(), pose, rtol=1e-4, atol=1e-4)
 
 
 def test_A_is_a_ResNet_with_squeeze_and_excitation_and_attention_over_time(narrow):
@@ -434,7 +434,7 @@ def test_pose_codes_repeat_backwards_and_forwards_at_any_batch_size(tiny):
     with torch.no_grad():
         speech = tiny.A(torch.from_numpy(lws_windows(mel, range(14))))
         identity = tiny.V(photo[None])
-        one_by_one = torch.cat([tiny.decode(identity, speech[i:i + 1], tiny.encode_pose(pose_frames[i:i + 1]), "off")
+        one_by_one = torch.cat([tiny.decode(identity, speech[i:i + 1], tiny.E(pose_frames[i:i + 1]), "off")
                                 for i in range(14)])
     torch.testing.assert_close(frames, one_by_one, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=1))), frames, rtol=1e-4, atol=1e-5)
@@ -448,9 +448,9 @@ def test_the_mouth_does_not_change_the_pose_code_of_our_networks(tiny, narrow):
     frames = torch.randn(2, 3, 16, 16)
     changed = frames.clone()
     changed[:, :, 11, 6:10] += 3
-    assert torch.equal(tiny.encode_pose(frames), tiny.encode_pose(changed))
+    assert torch.equal(tiny.E(frames), tiny.E(changed))
     frames = torch.randn(1, 3, 96, 96)
-    assert torch.equal(narrow.pose_input(frames), frames)                           # the published E has no mask
+    assert torch.equal(narrow.E.pose_input(frames), frames)                     # the published E has no mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def test_an_aligned_image_is_cropped_as_by_the_authors(tmp_path):
     Image.fromarray(image).save(tmp_path / "0.png")
     cut, = pcavs.crop_clip(tmp_path, 9, Config(size=192))
     np.testing.assert_array_equal(cut, image[:192, 16:208])
-    args = types.SimpleNamespace(aligned=True, face=tmp_path / "0.png")  # noise, in which no face could be found
+    args = types.SimpleNamespace(aligned=True)                                  # noise, in which no face could be found
     np.testing.assert_array_equal(pcavs.crop_photo(image, args, Config(size=192)), cut)
 
 
