@@ -529,7 +529,7 @@ def measure_pairs(args, device):
                 reports.append(dict(name=name, error=str(error)))
     measured = [report for report in reports if "error" not in report]
     if not measured:
-        raise InputError(f"{reports[0]['error']} (no pair could be measured, this is the first of {len(pairs)})")
+        raise InputError(f"{reports[0]['error']} (pairs measured: 0 of {len(pairs)})")
     real, fake = mean_rows(measured)
     features = [torch.cat(side) for side in zip(*(report.pop("features") for report in measured))]  # real, fake; or []
     n_features = len(features[0]) if features else 0

@@ -311,12 +311,12 @@ class Inception:
 
 # ------------------------------------------------------------------------------------- loading the published weights
 
-def load_published(name: str, make_network, device, path=None, to_state_dict=lambda content: content) -> nn.Module:
-    """A frozen network with the weights of the file PUBLISHED[name]. path: the user's copy; None downloads it."""
+def load_published(name: str, make_network, device, path=None, convert=lambda content: content) -> nn.Module:
+    """A frozen network with the weights of the file PUBLISHED[name]. path: the user's copy. None downloads it."""
     path = fetch(name, path)
     content = read_weights(path)
     with wrap_errors(path, f"not the weights of {name}"):
-        state = to_state_dict(content)
+        state = convert(content)
     return load_frozen(make_network, state, path, device)
 
 
@@ -326,10 +326,9 @@ def without_classifier(content: dict) -> dict:
 
 
 # functions of a device and optionally of a copy of the file
-vgg19 = functools.partial(load_published, "vgg19", VGG19Features, to_state_dict=without_classifier)
+vgg19 = functools.partial(load_published, "vgg19", VGG19Features, convert=without_classifier)
 syncnet_v2 = functools.partial(load_published, "syncnet_v2", SyncNetV2)
-wav2lip_expert = functools.partial(
-    load_published, "wav2lip_expert", Wav2LipExpert, to_state_dict=itemgetter("state_dict"))
+wav2lip_expert = functools.partial(load_published, "wav2lip_expert", Wav2LipExpert, convert=itemgetter("state_dict"))
 
 
 def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
