@@ -9,7 +9,7 @@ Jang et al., "That's What I Said: Fully-Controllable Talking Face Generation", A
     z_v      (B, T, L, D)   driving frames with masked mouths           z_v   = VisualEncoder(mask(driving))
     z_c2d    (B, T, L, D)   motion without identity                     z_c2d = MotionEncoder(TemporalFusion(z_a, z_v))
     z_s2d    (B, T, L, D)   the source person with this motion          z_s2d = z_s2c + z_c2d
-    frames   (B, T, 3, H, W)   output, by weights that a hypernetwork changes   frames = Generator(z_s2d)
+    frames   (B, T, 3, H, W)   output; a hypernetwork may change the weights    frames = Generator(z_s2d)
 
 Sizes: B clips, T consecutive frames, N = B * T images, L style layers, D latent width, P width of the pose code, M width
 of the mouth code. The first K numbers of the mouth code describe the shape of the lips.
@@ -131,7 +131,7 @@ class CanonicalEncoder(nn.Module):
 
 class TemporalFusion(nn.ModuleDict):
     """One residual 1-D convolution over time for each modality (paper, section 3.3). Reach: two frames.
-    DirectMotion omits the visual one: it would let the rhythm of the mouth into the pose."""
+    DirectMotion omits the visual one, through which the rhythm of the mouth would reach the pose."""
 
     def __init__(self, dim: int, modalities: tuple = ("audio",)):
         super().__init__({modality: nn.Conv1d(dim, dim, 5, padding=2) for modality in modalities})
@@ -181,7 +181,8 @@ class PaperMotion(nn.Module):
 
 class DirectMotion(nn.Module):
     """z_c2d = pose(z_v) + lips(z_a), ours. The pose code of a frame is P linear functions of its whitened code. The lips
-    are an MLP of the sound. (A joint MLP misses the pose or copies the driver's face: training pairs share a clip.)
+    are an MLP of the sound. A joint MLP misses the pose, or copies the driver's face: in training, source and driving
+    frames are of one clip.
 
     Mouth code, for real faces: the sound predicts its first K numbers, the shape of the lips. The first number, the
     opening, replaces that of the source, within `opening_limits`. The other K - 1 numbers are added to those of the
@@ -202,8 +203,8 @@ class DirectMotion(nn.Module):
         nn.init.zeros_(self.lips[4].bias)
         self.register_buffer("idle", torch.zeros(8, 75, P))                       # pose deviations of 8 clips of 3 s
         self.register_buffer("opening_limits", torch.tensor([-torch.inf, torch.inf]) if M else None)  # of training clips
-        # for warp.py, set by initialise.fit_warp: displacement of the landmarks per unit of each shape number; slope and
-        # offset that map the opening of the mouth code to distances of the outer corners of the eyes
+        # for warp.py, set by initialise.fit_warp: landmark displacements per unit of each shape number; slope and offset
+        # from the opening in the mouth code to that in warp.py, whose unit is the distance of the eyes' outer corners
         self.register_buffer("moves", torch.zeros(K, 68, 2) if M else None)
         self.register_buffer("opening", torch.zeros(2) if M else None)
 
@@ -216,12 +217,13 @@ class DirectMotion(nn.Module):
         return self.lips(z_a[:, context:z_a.shape[1] - context])
 
     def predict_mouth(self, z_a, context=0):
-        """z_a (B, T + 2 context, D) -> mouth code (B, T, M), its opening clamped to the range of the training clips"""
-        mouth = self.predict_lip_shape(z_a, context)
+        """z_a (B, T + 2 context, D) -> mouth code (B, T, M): the opening clamped to the range of the training clips, the
+        last M - K numbers 0. Without a mouth code: as predict_lip_shape."""
+        lips = self.predict_lip_shape(z_a, context)                               # (B, T, K)
         if not self.M:
-            return mouth
-        opening = mouth[..., :1].clamp(*self.opening_limits)
-        return F.pad(torch.cat([opening, mouth[..., 1:]], -1), (0, self.M - mouth.shape[-1]))
+            return lips
+        opening = lips[..., :1].clamp(*self.opening_limits)
+        return F.pad(torch.cat([opening, lips[..., 1:]], -1), (0, self.M - lips.shape[-1]))
 
     def clear_opening(self, mouth):
         """Mouth code (.., M) -> the same with an opening of 0: the part of the source's code that speech keeps"""
@@ -242,7 +244,7 @@ class DirectMotion(nn.Module):
 
 class IdentityMaps(nn.Module):
     """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image (N, 3, h, h)
-    to add to its RGB, or None. Ours. Linear in z_s2d: maps of the source code z_s would bypass the motion space. For
+    to add to its RGB, or None. Ours, linear. The input is z_s2d, because maps of z_s would bypass the motion space. For
     real faces initialise.fit_coarse_rgb fits the coarse image in closed form, and the maps are computed from it."""
 
     def __init__(self, config: Config):
@@ -313,7 +315,7 @@ class FCTFG(nn.Module):
 
     def weight_changes(self, source, z_s):
         """source (B, 3, H, W), z_s (B, L, D) -> deltas after config.refine refinements, the last with gradients"""
-        deltas, steps = None, self.config.refine if self.hyper else 0
+        steps, deltas = (self.config.refine if self.hyper else 0), None
         if steps and self.mouth:
             z_s = self.invert(source)                                             # the code with the mouth of the source
         for i in range(steps):
@@ -405,13 +407,13 @@ class FCTFG(nn.Module):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
     def stream_motion(self, source, z_a, driving, sway, batch):
-        """Yields z_c2d (b, L, D) in order. Each batch sees the frames within reach of the temporal convolutions."""
+        """Yields z_c2d (b, L, D) in order. Each batch includes the frames within reach of the temporal convolutions."""
         n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
         if direct:
             idle = self.motion.idle if sway else extract_blinks(self.motion.idle)
         z_source = self.encode_driving(source[None])                              # (1, 1, L, D)
         frames = iter(() if driving is None else driving)
-        z_v, first = z_source[:, :0], 0                                           # codes of driving frames first, ..
+        z_v, first = z_source[:, :0], 0                                           # codes of driving frames from first on
         for start in range(0, n, batch):
             stop = min(start + batch, n)
             lo, hi = max(0, start - reach), min(n, stop + reach)

@@ -36,9 +36,9 @@ TOY_PEOPLE = 400  # of the toy world, one clip each, as in syncnet.py
 PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
 FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator: after minutes of stage 1 it is half trained
 LIP_STEPS = 4000  # most steps of train_lips: 11 minutes of one core. After 3000 steps unseen people were good as well
-NO_SPEECH = 0.1  # share of its items that are silence, noise or music, with shut lips
-NOISY = 0.3  # share of its voices in a noisy room
-LIP_GAIN = 1.25  # a regression on sound moves lips too little (it averages), and the generator paints less than its input
+NO_SPEECH = 0.1  # share of items of train_lips that are silence, noise or music, with shut lips
+NOISY = 0.3  # share of its voices that get echo and noise
+LIP_GAIN = 1.25  # the regression of lips on sound averages, and the generator paints smaller movements than its input
 progress = functools.partial(tqdm, leave=False, disable=None)
 
 
@@ -64,8 +64,9 @@ def start_stage(args, model, D, data, states, device) -> dict:
 # ------------------------------------------------------------------------------------------------------------ data
 
 def load_data(args) -> dict:
-    """-> dict. pack. photos: Frames, or None. images: dataset of stages 1 and 2. landmarks: of pack and photos, or None.
-    Numbers of clips: clips (for training), clips_with_landmarks (of these), held_out, held_out_photos."""
+    """-> dict with: pack; photos, Frames or None; images, the dataset of stages 1 and 2; landmarks, a list for pack and
+    photos, or None; and arrays of clip numbers: clips (for training), clips_with_landmarks (of these), held_out, and
+    held_out_photos."""
     if args.data:
         pack = open_packs(args.data)
     else:
@@ -96,14 +97,15 @@ def load_batches(args, data, config, mfcc: bool, start: int):
     def load(dataset, size, first_step):
         return batches(dataset, max(1, size) * args.accumulate, first_step, args.workers, RANK, WORLD_SIZE)
 
-    if args.stage < 3:
+    if args.stage < 3:                                                                 # an endless stream
         yield from load(data["images"], args.batch, start)
     with_photos, with_sync = args.photos and config.mouth_dim, args.w["sync"] > 0
     windows = stage3_clips(data["pack"], SYNC_FRAMES, config, args.seed + SYNC_FRAMES, clips=data["clips"],
                            sync_sound="mfcc" if mfcc else "mel")
-    windows = load(windows, args.batch // SYNC_FRAMES, (start + 1) // 2)
+    windows = load(windows, args.batch // SYNC_FRAMES, (start + 1) // 2)               # even steps before start
     singles = stage3_clips(data["pack"], 1, config, args.seed + 1, clips=data["clips"])
-    size, first_step = args.batch // 2 if with_photos else args.batch, start // 2 if with_sync else start
+    size = args.batch // 2 if with_photos else args.batch
+    first_step = start // 2 if with_sync else start                                    # odd steps before start, or all
     singles = load(singles, size, first_step)
     if with_photos:
         photos = load(data["photos"], size, first_step)
@@ -137,16 +139,16 @@ def build_networks(args, data, checkpoint, device):
     model = FCTFG(config, generator_only=args.stage == 1).to(device)
     D = Discriminator(args.size, config.base, config.cap).to(device)
     states = dict((checkpoint or previous or {}).get("networks", {}))
-    state = states.pop("model", {})
+    model_state = states.pop("model", {})
     if not checkpoint:
-        state = previous["ema"]["model"] if previous else {}
-        if "motion" not in states:                                                     # previous is not of stage 3
+        model_state = previous["ema"]["model"] if previous else {}
+        if "motion" not in states:                                                     # see load_previous
             trained = ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
-            state = {k: v for k, v in state.items() if k.startswith(trained)}
+            model_state = {k: v for k, v in model_state.items() if k.startswith(trained)}
         states |= {name: network.state_dict() for name, network in files.items()}
-        state |= {f"{name}.{k}": v for name in files for k, v in states[name].items()}
-    model.load_state_dict(state, strict=bool(checkpoint))
-    if "D" in states:
+        model_state |= {f"{name}.{k}": v for name in files for k, v in states[name].items()}
+    model.load_state_dict(model_state, strict=bool(checkpoint))
+    if "D" in states:                                                                  # a new stage: also feature_net
         D.load_state_dict(states.pop("D") if checkpoint else states["D"])
     return model, D, states
 
@@ -157,13 +159,15 @@ def load_previous(args, files) -> dict | None:
     replaced = "generator" in files and ("encoder" in files or not needs_encoder)
     if args.stage == 1 or replaced and not args.init:
         return None
-    names = ["stage2_hyper.pt", "stage2.pt"] if args.stage == 3 else ["stage2.pt" if needs_encoder else "stage1.pt"]
+    names, kinds = (["stage2.pt"], ("stage2", "weights")) if needs_encoder else (["stage1.pt"], "stage1")
+    names = ["stage2_hyper.pt", *names] if args.stage == 3 else names
+    kinds = "weights" if args.part == "lips" else kinds
     paths = [args.init] if args.init else [os.path.join(args.out, name) for name in names]
     path = next(filter(os.path.exists, paths), paths[-1])
-    kinds = "weights" if args.part == "lips" else ("stage2", "weights") if needs_encoder else "stage1"
     previous = load_checkpoint(path, kinds)
     if previous["kind"] == "weights":                                                  # of stage 3, without D and judges
-        previous["ema"], previous["networks"] = previous["networks"], dict(motion=None)
+        previous["ema"] = previous["networks"]
+        previous["networks"] = dict(motion=None)                                       # the key says: motion is trained
     if previous["config"]["size"] != args.size:
         raise InputError(f"{path}: a network of {previous['config']['size']} px, --size is {args.size}")
     print(f"starts from {path}")
@@ -178,7 +182,8 @@ def make_config(args, pack, previous, changes) -> Config:
     if not config.map_code or config.encoder != "slim":                                # published networks
         config.coarse_rgb = 0
     if "hyper" not in changes and (args.stage == 2 or not previous):
-        config.hyper, config.hyper_width = dial.hyper if args.part == "hyper" else "none", dial.hyper_width
+        config.hyper = dial.hyper if args.part == "hyper" else "none"
+        config.hyper_width = dial.hyper_width
     if args.stage == 2:                                                                # stage 3 inherits these
         config.mouth_dim, config.shape_dim, config.audio_width = dial.mouth_dim, dial.shape_dim, dial.audio_width
     elif args.stage == 3 and not previous:                                             # the mouth code needs stage 2
@@ -238,21 +243,22 @@ def small_judges(args, D, data, states, device) -> dict:
 # ------------------------------------------------------------------------------------------------------ optimisers
 
 def make_optimisers(model, D, args):
-    """-> Adam of the trained parameters, at the rates of rate_shares, and Adam of D. Rates times c and betas to the power
-    of c, c = k / (k + 1), correct for regularisation in every k-th step (StyleGAN2)."""
+    """-> Adam of the trained parameters, at the rates of rate_shares, and Adam of D. Regularisation adds a step to every
+    k-th one: rates are multiplied by c = k / (k + 1), and betas are raised to the power of c (StyleGAN2)."""
     shares, groups = rate_shares(args, model.config), {}
     for name, parameter in model.named_parameters():
         prefix = max((p for p in shares if name.startswith(p)), key=len, default=None)
         share = shares.get(prefix, 0.0)
         parameter.requires_grad_(share > 0)
-        if share:                                                                      # keyed without the rates
-            groups.setdefault(("lr_gan" if name.startswith("generator.") else "lr", share), []).append(parameter)
+        option = "lr_gan" if name.startswith("generator.") else "lr"
+        if share:                                                                      # --resume may change rates
+            groups.setdefault((option, share), []).append(parameter)
     model.eval()
-    if args.stage == 2:                                                                # BatchNorm of published forms:
-        (model.hyper if args.part == "hyper" else model.encoder).train()               # batch statistics, as theirs
+    if args.stage == 2:                                                                # BatchNorm as in pSp, HyperStyle
+        (model.hyper if args.part == "hyper" else model.encoder).train()
     groups = [dict(params=q, lr=share * getattr(args, option)) for (option, share), q in groups.items()]
     beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # path length: k = 4
-    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # ours: 0.9 where L1 leads
+    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # 0.9: ours, for L1 terms
     c = 16 / 17                                                                        # R1: k = 16
     opt_d = torch.optim.Adam(D.parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
     return opt_g, opt_d
@@ -262,18 +268,18 @@ def rate_shares(args, config) -> dict:
     """{prefix of parameter names: share of --lr, or, for the generator, of --lr-gan}. The longest prefix counts."""
     if args.stage == 1:
         return {"generator": 4 / 5}                                                    # path length: k / (k + 1), k = 4
-    small, stage3 = config.encoder == "slim", args.stage == 3                          # not small: 1e-4, pSp, HyperStyle
+    small, stage3 = config.encoder == "slim", args.stage == 3                          # else .1: 1e-4, pSp, HyperStyle
     if args.part == "hyper":
         return {"hyper": 1.0 if small else 0.1}
     trained_before = 0.2 if stage3 else 1.0                                            # codes drift slowly in stage 3
-    encoder = trained_before if small else 0.1
+    encoder_share = trained_before if small else 0.1
     shares = {"generator": float(stage3 or args.size <= FINETUNE_GENERATOR), "generator.style": 0.0,  # z -> w: stage 1
-              "encoder": encoder, "encoder.linear_down": 0.1,
+              "encoder": encoder_share, "encoder.linear_down": 0.1,
               "maps": trained_before, "maps.down": 0.1, "mouth.linear": trained_before, "motion.mouth_up": 1.0}
     if stage3:
-        shares |= {"hyper": encoder, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
+        shares |= {"hyper": encoder_share, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
                    "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
-    if config.coarse_rgb:                                                              # keep the closed forms
+    if config.coarse_rgb:                                                              # real faces: keep closed forms
         shares |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,
                    "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
         shares |= {prefix: 0.01 for prefix in shares if prefix.startswith(("canonical", "motion.pose_"))}
@@ -318,12 +324,13 @@ def fit_encoder(model, dataset, device, most=3000):
 
 @torch.no_grad()
 def fit_coarse_rgb(model, masked, images, scale=0.1, ridge=0.02):
-    """Fit linear path -> W+ -> coarse RGB to images (n, 3, H, W), in closed form, ours. masked: the images without lips.
-    The mouth code is fitted to the lips that the face around them does not predict. Both codes enter W+ along orthonormal
-    directions of length `scale`, so short that the generator hardly responds, longer for the lip shape, to which it must
-    respond. `maps.down` reads the codes back from W+. Coarse RGB is a ridge regression on them."""
+    """Fit linear path -> W+ -> coarse RGB to images (n, 3, H, W) in closed form, ours. masked: the images without lips.
+    The mouth code is fitted to the part of the lips that the face around them does not predict. Both codes enter W+
+    along orthogonal directions of length `scale`, so short that the generator hardly responds. For the lip shape, to
+    which it must respond, they are 40 times longer. `maps.down` reads the codes back from W+. Coarse RGB is a ridge
+    regression on the codes."""
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
-    for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # zero output of the trunk
+    for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at 0
         zero_init(layer)
     codes = encoder.linear_down(to_small_image(masked)).cpu()                          # (n, k), of unit variance
     generated, target = (F.adaptive_avg_pool2d(x, edge).cpu()                          # CPU: Apple's GPUs lack float64
@@ -335,15 +342,16 @@ def fit_coarse_rgb(model, masked, images, scale=0.1, ridge=0.02):
     if model.mouth:
         residual = (residual.float() - codes.float() @ effect).unflatten(1, (3, edge, edge))
         residual = (residual - mask_mouth(residual, model.config.template, "lips")).flatten(1)  # of the lips only
-        box = model.mouth.mouth_crop(images)
-        shape, box = torch.cat([model.mouth.read(x) for x in box.split(256)]).cpu(), box.flatten(1).cpu()
+        crops = model.mouth.mouth_crop(images)                                         # (n, 3, 32, 32)
+        shape = torch.cat([model.mouth.read(x) for x in crops.split(256)]).cpu()       # (n, K)
+        pixels = crops.flatten(1).cpu()
         code_mean, shape = torch.cat([code_mean, shape.mean(0)]), shape - shape.mean(0)
         shape_effect = ridge_regression(shape, residual, ridge)                        # (K, 3 * edge * edge)
         appearance_dim = len(model.mouth.linear.weight)                                # M - K
         down, up = reduced_rank_regression(
-            box - box.mean(0), residual - shape @ shape_effect, appearance_dim, ridge * box.var(0).mean())
+            pixels - pixels.mean(0), residual - shape @ shape_effect, appearance_dim, ridge * pixels.var(0).mean())
         model.mouth.linear.weight.copy_(down)
-        model.mouth.linear.bias.copy_(-down @ box.mean(0))
+        model.mouth.linear.bias.copy_(-down @ pixels.mean(0))
         effect, code_mean = torch.cat([effect, shape_effect, up.t()]), F.pad(code_mean, (0, appearance_dim))
         lengths = torch.cat([lengths, torch.full((len(shape_effect),), 40 * scale), torch.full((appearance_dim,), scale)])
     directions = lengths * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(effect)))[0]
@@ -413,8 +421,9 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
 
 
 def train_judge(data, device, seed, steps, batch=48):
-    """Train a small face recogniser: frames of a clip show one person, clips of other people (of one person: other clips)
-    show another. With photos: two views of a photo, shifted and mirrored, one without the mouth, which varies."""
+    """Train a small face recogniser on two frames of each clip. Negative pairs are frames of different people, or of
+    different clips if all clips show one person. With photos: on two views of each, shifted and mirrored, one without
+    lips, which vary."""
     photos, label = data["photos"], "identity"
     dataset = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
     if photos is None and len(np.unique(dataset.pack.identity[dataset.clips])) == 1:
@@ -487,13 +496,15 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     if not len(clips):
         raise InputError(f"{pack.folder}: no clip has the {span} frames that the regression of lips on sound needs")
     chosen = rng.permutation(np.unique(clips))[:most]
+    # items: n training clips, then held-out clips up to n_speech, then items without speech
     n, index = len(chosen), {c: i for i, c in enumerate(chosen)}
-    train_items, chosen = [index[c] for c in clips if c in index], [*chosen, *held_out.astype(int)]
+    train_items = [index[c] for c in clips if c in index]
+    chosen = [*chosen, *held_out.astype(int)]
     shapes, n_speech = lip_targets(model, pack, landmarks, chosen, device), len(chosen)  # (T, K) each
     train = torch.cat(shapes[:n])
     openings, variance = train[:, 0], train.var(0).clamp_min(1e-3)
     shut = train[openings <= openings.quantile(0.05)].mean(0)
-    shapes += [shut.expand(5 * span, -1)] * 199                                        # items without speech
+    shapes += [shut.expand(5 * span, -1)] * 199                                        # without speech; ours: 199
     weight = 1 / variance
     weight[0] *= 5                                                                     # ours: the opening shows most
     weight = weight / (weight @ variance)                                              # the mean shape has loss 1
@@ -610,7 +621,7 @@ def collect_idle_motion(model, pack, chosen, device):
         walks.append(pose - pose[:1])                                                  # (T, P)
     walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: calm ones first
     for i, walk in enumerate(walks[:n]):
-        model.motion.idle[i] = 0.7 * walk                                              # ours: a little less than speech
+        model.motion.idle[i] = 0.7 * walk                                              # ours: less than in the clips
 
 
 # ---------------------------------------------------------------------------------------- least squares in float64

@@ -31,9 +31,9 @@ def orthogonality_loss(z_s2c, z_c2d):
 
 
 def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
-    """L1 of the image, plus weighted L1 in boxes, plus L1 of the image at a half and a quarter of its size. boxes: ((x0,
-    y0, x1, y1) as fractions, weight) pairs; ours: mouth and eyes are few pixels, and viewers look at them most.
-    pyramid: weight of the smaller images; ours: colour and place settle before edges."""
+    """L1 of the image, plus weighted L1 in boxes, plus L1 of the image at a half and a quarter of its size.
+    boxes: pairs of a box (x0, y0, x1, y1), as fractions, and its weight; ours: mouth and eyes are few pixels, and viewers
+    look at them most. pyramid: weight of the smaller images; ours: colour and place settle before edges."""
     loss = (fake - real).abs().mean()
     for box, weight in boxes:
         rows, cols = box_slices(box, *fake.shape[-2:])
@@ -56,15 +56,15 @@ def identity_loss(fake_embedding, real_embedding):
 
 
 def sync_loss(expert, frames, mel):
-    """Mean of (-log sigmoid of a pair's logit - log of its softmax among all sounds of the batch) / scale. expert: a
-    frozen SyncNet, or another network with its methods face, sound and logits. frames: (B, 5, 3, H, W) in [-1, 1], with
-    gradient. mel: (B, 1, 80, 16), the window of each middle frame. The first term vanishes for pairs of high scores. The
-    second, StyleTalker's contrast, compares with other sounds. scale (ours): the logits of an expert grow throughout its
-    training. Without the division, at a scale of 45, the gradient was 2800 times that of L1."""
+    """(absolute + contrast) / scale. absolute: -log sigmoid of the logit of each face and its own sound; it vanishes at
+    high logits. contrast: -log softmax of this logit among all sounds of the batch, as in StyleTalker.
+    expert: a frozen SyncNet, or another network with its methods face, sound and logits. frames: (B, 5, 3, H, W) in
+    [-1, 1], with gradient. mel: (B, 1, 80, 16), the window of each middle frame. scale (ours): the logits of an expert
+    grow throughout its training. Without the division, at a scale of 45, the gradient was 2800 times that of L1."""
     assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
     with torch.no_grad():
         sound = expert.sound(mel.float())
-    logits = expert.logits(expert.face(frames.float()), sound)  # (B, B)
+    logits = expert.logits(expert.face(frames.float()), sound)  # (B, B) of faces and sounds; pairs on the diagonal
     absolute = F.softplus(-logits.diagonal()).mean()
     contrast = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
     scale = expert.log_scale.exp() if hasattr(expert, "log_scale") else 1.0
@@ -76,8 +76,8 @@ def sync_loss(expert, frames, mel):
 def preserve_loss(swapped, real, template: str):
     """L1 outside the mouth box of a crop template, plus L1 of the hue of the whole image at 16 px"""
     loss = (mask_mouth(swapped, template) - mask_mouth(real, template)).abs().mean()
-    hue = (swapped - swapped.mean(1, keepdim=True)) - (real - real.mean(1, keepdim=True))
-    return loss + F.avg_pool2d(hue, max(1, swapped.shape[-1] // 16)).abs().mean()
+    hue_error = (swapped - swapped.mean(1, keepdim=True)) - (real - real.mean(1, keepdim=True))
+    return loss + F.avg_pool2d(hue_error, max(1, swapped.shape[-1] // 16)).abs().mean()
 
 
 def mouth_cycle_loss(read_shape, target):
@@ -109,7 +109,7 @@ def r1_penalty(real, score):
 def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01):
     """E (|J^T y| - a)^2, StyleGAN2 section 3.2, where J is the Jacobian of the image by w and a the running mean of the
     length -> (penalty, next a). fake: (N, 3, H, W), made from w_plus (N, L, D), which requires a gradient. mean_path: a.
-    noise: y times sqrt(H W), of fake's shape; None: random. The division makes the length that of a pixel."""
+    noise: N(0, 1) of fake's shape, drawn if None. y is noise / sqrt(H W), so that lengths do not grow with the size."""
     noise = torch.randn_like(fake) if noise is None else noise
     y = noise / math.sqrt(fake.shape[2] * fake.shape[3])
     grad, = torch.autograd.grad((fake * y).sum(), w_plus, create_graph=True)
@@ -128,7 +128,8 @@ class Augment:
         self.p, self.target, self.kimg = p, target, kimg
 
     def update(self, sign: float, images: int):
-        """Move p by images / 500k towards the target, within [0, 1]. sign: mean sign of the scores of real images."""
+        """sign: mean sign of the scores of real images. Above the target p rises by images / 500k, below it p falls by as
+        much, within [0, 1]."""
         self.p = min(1.0, max(0.0, self.p + math.copysign(images / (self.kimg * 1000), sign - self.target)))
 
     def __call__(self, x):
@@ -180,7 +181,8 @@ def stage2_losses(model, frozen, out, w):
         terms["id"] = identity_loss(frozen["judge"](fake), frozen["judge"](real))
     if "fake_swapped" in out:                                                          # ours
         swapped, target = out["fake_swapped"], out["target_mouth"]
-        terms["preserve"] = preserve_loss(swapped, real[-len(swapped):], model.config.template)
+        original = real[-len(swapped):]                                                # with their own mouths
+        terms["preserve"] = preserve_loss(swapped, original, model.config.template)
         if "frames" in out:                                                            # stage 3: clips have ground truth
             swapped = torch.cat([swapped, out["frames"].flatten(0, 1)])
             target = torch.cat([target, out["mouth"].flatten(0, 1)])

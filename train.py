@@ -50,8 +50,8 @@ WEIGHTS = dict(
     r1=(1.0, 1.0, 1.0),             # R1 of the discriminator, every 16th of its steps
     path=(2.0, None, None),         # path length of the generator, every 4th step
     rec=(None, 1.0, 1.0),           # reconstruction, L1
-    mouth=(None, 3.0, 3.0),         # .. additional L1 in the mouth box; with a mouth code, in the lips box
-    eyes=(None, 3.0, 3.0),          # .. additional L1 in the eyes box
+    mouth=(None, 3.0, 3.0),         # within rec: additional L1 in the mouth box; with a mouth code, in the lips box
+    eyes=(None, 3.0, 3.0),          # within rec: additional L1 in the eyes box
     l2=(None, 0.0, 0.0),            # squared error; pSp and HyperStyle: l2=1 lpips=.8 arcface=.1, all other terms 0
     feat=(None, 0.2, 0.2),          # perceptual, features of stage 1's discriminator; 0 if vgg is on
     vgg=(None, 0.0, 0.0),           # perceptual, VGG19 (downloaded); 0.2 from 128 px on
@@ -59,7 +59,7 @@ WEIGHTS = dict(
     id=(None, 0.1, 0.1),            # identity, small face judge; replaced by arcface if that is on
     arcface=(None, 0.0, 0.0),       # identity, ArcFace (downloaded; also initialises pSp's trunk); 0.1 from 128 px on
     preserve=(None, 1.0, 1.0),      # swapped mouth: L1 outside the mouth
-    mouth_cycle=(None, 0.5, 0.3),   # .. mouth code read from the result
+    mouth_cycle=(None, 0.5, 0.3),   # swapped mouth: lip shape read from the result
     orth=(None, None, 0.1),         # orthogonality
     sync=(None, None, 0.3))         # sync
 
@@ -71,7 +71,7 @@ def parse(argv=None, saved=None):
     add("--stage", type=int, choices=(1, 2, 3), required=True,
         help="1: StyleGAN2, 2: inversion, 3: end to end; default steps: %s, %s and %s" % tuple(STEPS.values()))
     add("--part", choices=("encoder", "hyper", "lips"), help="stage 2: encoder (default), or hypernetwork for stage2.pt; "
-        "stage 3: lips trains the lips of the weights --init from sound alone, with --data of any size")
+        "stage 3: lips trains only sound -> lips of the weights in --init; images in --data may have another size")
     add_run_options(p, "out/toy32", steps=None, batch=16, lr=1e-3, batch_of="images")
     add("--data", nargs="+", help="packs of clips, by prepare.py; default: the toy world, drawn into --out on first use")
     add_split_options(p)
@@ -102,7 +102,8 @@ def parse(argv=None, saved=None):
     if args.part and args.stage != (3 if args.part == "lips" else 2):
         p.error("--part encoder and --part hyper need --stage 2, --part lips needs --stage 3")
     args.part = args.part or ("encoder" if args.stage == 2 else None)
-    args.path, args.w, args.world = dict(args.path or ()), loss_weights(args, dict(args.w or ())), WORLD_SIZE
+    args.w = loss_weights(args, dict(args.w or ()))
+    args.path, args.world = dict(args.path or ()), WORLD_SIZE
     if args.steps is None and saved:                                                   # the same number of images
         args.steps = round(saved["steps"] * images_per_step(saved) / images_per_step(vars(args)))
     elif args.steps is None:
@@ -125,7 +126,7 @@ def loss_weights(args, given: dict) -> dict:
     if args.part == "lips":
         return dict.fromkeys(weights, 0.0)
     for name, value in given.items():
-        if not 0 <= value < float("inf") or value == 0 and name == "adv" and args.stage == 1:
+        if not 0 <= value < float("inf") or (value == 0 and name == "adv" and args.stage == 1):
             raise InputError(f"--w {name}={value:g}: expected a number from 0 on, and above 0 for adv in stage 1")
     if args.stage == 2 and args.photos:
         weights["adv"] = WEIGHTS["adv"][2]
@@ -145,6 +146,7 @@ def resume_options(argv, args, saved: dict, path):
     changes. InputError: argv gives another value for another option."""
     given = {k: getattr(args, k) for k in ("stage", "part", "out", "resume", "overwrite")}
     args = parse(argv, saved | given)
+    # an entry "w NAME" for each loss weight
     old, new = (options | {f"w {k}": v for k, v in options["w"].items()} for options in (saved, vars(args)))
     changes = {k: f"--{k.replace('_', '-')} {old[k]} -> {v}" for k, v in new.items()
                if k in old and v != old[k] and k not in (*given, "w", "world")}
@@ -174,8 +176,8 @@ def forward_stage1(model, batch):
 
 def forward_stage2(model, batch):
     """image -> code -> image. With a mouth code (ours), half of the faces are decoded again with another mouth
-    (fake_swapped): the opening of the previous face, and random changes of the other shape numbers. A quarter of the true
-    codes lose their appearance, so that the generator responds to the shape."""
+    (fake_swapped): the opening of the previous face, and random changes of the other shape numbers. In a quarter of the
+    faces' own mouth codes the appearance is set to 0, so that the generator responds to the shape."""
     real = batch["image"]                                                              # (N, 3, H, W)
     if not model.mouth:
         return dict(real=real, fake=model.decode(model.invert(real)))
@@ -218,7 +220,7 @@ def forward_stage3(model, batch):
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
     out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
                sound=batch.get("sync_sound", middle_frames(batch["mel"], 1)[:, 0]))         # of the middle frame
-    return out | forward_photos(model, batch, out) if "photo" in batch else out
+    return out | (forward_photos(model, batch, out) if "photo" in batch else {})
 
 
 def forward_photos(model, batch, out):
@@ -270,7 +272,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model, D, states = initialise.build_networks(args, data, checkpoint, device)
     frozen |= initialise.start_stage(args, model, D, data, states, device)
-    if args.part == "lips":
+    if args.part == "lips":                                                            # start_stage has trained them
         return export_weights(model.eval().requires_grad_(False), data, args)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt_g, opt_d = initialise.make_optimisers(model, D, args)
@@ -314,7 +316,7 @@ def main(argv=None):
         last = step + 1 == args.steps
         batch = timer.next_batch(stream)                                               # images (N, 3, H, W), see data.py
         micro_batches = [{k: v[i::args.accumulate] for k, v in batch.items()} for i in range(args.accumulate)]
-        rate = 1.0 if args.stage == 1 else cosine_warmup(step, args.steps, 100)        # slow: keep the learned weights
+        rate = 1.0 if args.stage == 1 else cosine_warmup(step, args.steps, 100)        # long warm-up of trained weights
         # no adversary on windows: five frames of one clip are nearly one sample
         adversarial = w["adv"] and (args.stage < 3 or batch["mel"].shape[1] == 1 + 2 * model.config.context)
         g_terms, d_terms, reals = defaultdict(list), defaultdict(list), []             # of each micro-batch
@@ -324,13 +326,13 @@ def main(argv=None):
             with optimiser_step(opt_d, rate):
                 for micro in micro_batches:
                     with bf16():
-                        with torch.set_grad_enabled(args.accumulate == 1):             # several graphs: too much memory
+                        with torch.set_grad_enabled(args.accumulate == 1):             # memory for one graph only
                             out = forward(model, micro)
                         real, fake = D(augment(out["real"])), D(augment(all_fakes(out).detach()))  # (N, 1)
                     loss = losses.discriminator_loss(real, fake)
                     (loss / args.accumulate).backward()
                     append_terms(d_terms, d=loss, real=real.mean(), fake=fake.mean(), sign=real.sign().mean())
-                    micro["out"] = out if args.accumulate == 1 else None
+                    micro["out"] = out if args.accumulate == 1 else None               # used again below
 
         D.requires_grad_(False)                                                        # generator and encoders
         with optimiser_step(opt_g, rate):
@@ -349,7 +351,8 @@ def main(argv=None):
         del micro_batches, micro, out, terms                                           # free graphs and weight changes
 
         # lazy regularisation in fp32: R1 in every 16th step of D, path length in every 4th step, on half a batch
-        if adversarial and step // (2 if w.get("sync") else 1) % 16 == 0:
+        d_step = step // 2 if w.get("sync") else step                                  # with sync every second step has D
+        if adversarial and d_step % 16 == 0:
             D.requires_grad_(True)
             with optimiser_step(opt_d, rate), eager():
                 for real in reals:
@@ -415,7 +418,7 @@ def save_examples(path, ema, data, args, n=8):
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
         rows = dict(zip(("samples", "more samples", "and more"), ema.generator(w).unflatten(0, (3, n))))
     else:
-        clips = initialise.stage3_clips(data["pack"], 1, ema.config, 12345, flip=False, clips=data["held_out"])
+        clips = initialise.stage3_clips(data["pack"], 1, ema.config, seed=12345, flip=False, clips=data["held_out"])
         items, held_out = [clips[i] for i in range(n)], f"held out: {len(data['held_out'])} clips"
         if args.photos:
             held_out += f", {len(data['held_out_photos'])} photos (from the third column on)"
