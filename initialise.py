@@ -142,7 +142,7 @@ def build_networks(args, data, checkpoint, device):
     model_state = states.pop("model", {})
     if not checkpoint:
         model_state = previous["ema"]["model"] if previous else {}
-        if "motion" not in states:                                                     # see load_previous
+        if "motion" not in states:                                                     # previous is not of stage 3
             trained = ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
             model_state = {k: v for k, v in model_state.items() if k.startswith(trained)}
         states |= {name: network.state_dict() for name, network in files.items()}
@@ -167,7 +167,7 @@ def load_previous(args, files) -> dict | None:
     previous = load_checkpoint(path, kinds)
     if previous["kind"] == "weights":                                                  # of stage 3, without D and judges
         previous["ema"] = previous["networks"]
-        previous["networks"] = dict(motion=None)                                       # the key says: motion is trained
+        previous["networks"] = dict(motion=None)                                       # mark for build_networks
     if previous["config"]["size"] != args.size:
         raise InputError(f"{path}: a network of {previous['config']['size']} px, --size is {args.size}")
     print(f"starts from {path}")
@@ -254,7 +254,7 @@ def make_optimisers(model, D, args):
         if share:                                                                      # --resume may change rates
             groups.setdefault((option, share), []).append(parameter)
     model.eval()
-    if args.stage == 2:                                                                # BatchNorm as in pSp, HyperStyle
+    if args.stage == 2:                                                                # BatchNorm by batches, as in pSp
         (model.hyper if args.part == "hyper" else model.encoder).train()
     groups = [dict(params=q, lr=share * getattr(args, option)) for (option, share), q in groups.items()]
     beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # path length: k = 4
@@ -268,7 +268,7 @@ def rate_shares(args, config) -> dict:
     """{prefix of parameter names: share of --lr, or, for the generator, of --lr-gan}. The longest prefix counts."""
     if args.stage == 1:
         return {"generator": 4 / 5}                                                    # path length: k / (k + 1), k = 4
-    small, stage3 = config.encoder == "slim", args.stage == 3                          # else .1: 1e-4, pSp, HyperStyle
+    small, stage3 = config.encoder == "slim", args.stage == 3                          # else 1e-4, as in pSp, HyperStyle
     if args.part == "hyper":
         return {"hyper": 1.0 if small else 0.1}
     trained_before = 0.2 if stage3 else 1.0                                            # codes drift slowly in stage 3

@@ -85,7 +85,7 @@ class DepthwiseFilter(torch.autograd.Function):
 
 
 class Blur(nn.Module):
-    """Depthwise [1,3,3,1] low-pass filter, padded on all sides. Gain 4 compensates for the zeros of an upsampling."""
+    """Depthwise [1, 3, 3, 1] low-pass filter, padded on all sides. gain: 4 after an upsampling that inserts zeros."""
 
     def __init__(self, pad: int, gain: float = 1.0):
         super().__init__()
@@ -144,8 +144,8 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x, style, delta=None):
         """x (N, I, H, W), style (N, D) -> result before demodulation (N, O, H', W'), demodulation factors (N, O) in fp32.
-        delta: None, or HyperStyle's relative change of the weights, W (1 + delta), (B, O, I) or (B, O, I, 3, 3), for B
-        clips of N / B frames each."""
+        delta: None, or HyperStyle's relative change of the weights, (B, O, I) or (B, O, I, 3, 3), for B clips of N / B
+        frames each; the weights become W (1 + delta)."""
         with torch.autocast(x.device.type, enabled=False):
             s = self.modulation(style.to(self.weight.dtype))                    # (N, I)
             weight = self.weight[0]                                             # (O, I, 3, 3)
@@ -258,7 +258,8 @@ class StyledLayers(nn.Module):
         return [self.conv1, *self.convs]
 
     def synthesise(self, x, w, noise, maps=(), deltas=None, coarse=None):
-        """x (N, C, H, W) -> image. w: styles (N, D) of 3x3 layers and last toRGB. Others: see Generator.forward."""
+        """x (N, C, H, W) -> image. w: styles (N, D) of the 3x3 layers and, last, of the last toRGB. Each other toRGB has
+        the style of the next 3x3 layer. Other arguments: see Generator.forward."""
         n_convs = len(self.convs) + 1
         noise = [noise] * n_convs if isinstance(noise, str) else noise
         deltas = deltas or [None] * n_convs

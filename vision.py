@@ -43,7 +43,7 @@ class ResDown(nn.Module):
 class VisualEncoder(nn.Module):
     """Image -> W+ code, after pSp: styles 0-2 from the coarse map of a feature pyramid, 3-6 from the middle map, later
     ones from the fine map. Differences: a slim residual trunk, one head per level, and (ours) a parallel linear path,
-    image at 32x32 -> `linear` numbers -> W+. Initialised by principal components, it soon fits unseen faces."""
+    image at 32x32 -> `linear` numbers -> W+. It starts from principal components and soon fits unseen faces."""
 
     def __init__(self, size: int, dim: int, L: int, width: int = 48, linear: int = 192):
         super().__init__()
@@ -98,7 +98,7 @@ def to_float64(x):
 
 
 def to_small_image(x):
-    """(N, 3, H, W) -> (N, 3 * 32 * 32), the input of the linear path; images below 32 px keep their size"""
+    """(N, 3, H, H) -> (N, 3 * 32 * 32), the input of the linear path; images below 32 px keep their size"""
     if x.shape[-1] > 32:
         x = F.avg_pool2d(x, x.shape[-1] // 32)
     return x.contiguous().flatten(1)
@@ -118,7 +118,7 @@ class MouthEncoder(nn.Module):
         self.reader = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 16, K))
 
     def mouth_crop(self, x, margin: float = 0.0):
-        """(N, 3, H, W) -> the lips (N, 3, 32, 32). margin: of the box on each side; enlarges the crop at equal scale."""
+        """(N, 3, H, W) -> the lips (N, 3, 32, 32). margin: share of the box added on each side; the crop grows alike."""
         x0, y0, x1, y1 = TEMPLATES[self.template].lips
         dx, dy, edge = margin * (x1 - x0), margin * (y1 - y0), round(32 * (1 + 2 * margin))
         rows, cols = box_slices((x0 - dx, y0 - dy, x1 + dx, y1 + dy), *x.shape[-2:])
@@ -291,8 +291,11 @@ class LayerBlock(nn.Module):
     def __init__(self, channels: int, O: int, I: int, form: str):
         super().__init__()
         self.convs = head_convolutions(channels, channels // 2, channels, (2,) * (3 if form == "shared" else 4))
-        self.output = nn.Sequential(SeparableKernel(channels, O, I)) if form == "separable" else nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), zero_init(nn.Conv2d(channels, O * I, 1)), nn.Flatten(), nn.Unflatten(1, (O, I)))
+        if form == "separable":
+            self.output = nn.Sequential(SeparableKernel(channels, O, I))
+        else:
+            last = zero_init(nn.Conv2d(channels, O * I, 1))
+            self.output = nn.Sequential(nn.AdaptiveAvgPool2d(1), last, nn.Flatten(), nn.Unflatten(1, (O, I)))
 
     def forward(self, x):
         return self.output(self.convs(x))
@@ -355,17 +358,19 @@ def read_part(path: str | Path, part: str) -> tuple[dict, dict]:
     state = content.get("state_dict", content)
     if not isinstance(state, dict):
         raise InputError(f"{path}: its 'state_dict' is a {type(state).__name__}, expected a dict of weights")
+    beside = content if "state_dict" in content else {}
     part_state = {key.removeprefix(f"{part}."): v for key, v in state.items() if str(key).startswith(f"{part}.")}
     unknown = [key for key in state if not str(key).startswith(("encoder.", "hypernet.", "decoder."))]
     if part_state and unknown:
         raise InputError(f"{path}: {one_line(unknown[0]) or 'a nameless weight'} is unknown beside {part}")
-    return content if "state_dict" in content else {}, part_state or state
+    return beside, part_state or state
 
 
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
-    """pSp's encoder for L styles from the authors' file. Of a file with more styles (18 at 1024 px) the first L. From
-    ArcFace's IR-SE50 only the trunk, which initialises the training of pSp, with new heads for codes of `dim` numbers.
-    latent_avg is NaN if the file has none. InputError: see read_weights; another kind of file; fewer than L styles."""
+    """pSp's encoder for L styles from the authors' file; a file with more styles (18 at 1024 px) gives the first L.
+    ArcFace's IR-SE50 gives the trunk alone, which initialises the training of pSp, with new heads for codes of `dim`
+    numbers. latent_avg is NaN if the file has none. InputError: see read_weights; another kind of file; fewer than L
+    styles."""
     beside, state = read_part(path, "encoder")
     with wrap_errors(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
