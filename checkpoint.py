@@ -101,7 +101,7 @@ def is_dense(value) -> bool:
 
 
 class AllocationLimit(TorchFunctionMode):
-    """Raises ValueError when a block creates more than `left` numbers. (The meta device takes 2 s to import.)"""
+    """Raises ValueError when a block creates more than `left` numbers. The meta device would take 2 s to import."""
 
     FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
 
@@ -145,7 +145,7 @@ def load_strictly(make_network, state: dict, source) -> nn.Module:
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """Disable gradients of the parameters and set eval mode, which train() keeps."""
+    """Disable gradients of the parameters and set eval mode. A later train() has no effect."""
     network.requires_grad_(False).eval()
     network.train = lambda mode=True: network
     return network
@@ -310,14 +310,14 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")         # TF32, the default of its convolutions
+        torch.set_float32_matmul_precision("high")         # TF32, as cuDNN's convolutions by default
         torch.backends.cudnn.benchmark = True              # a run has few different shapes
     return device
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory for the next tensor. By default it maps and zeroes a tensor above 32 MB anew each
-    time, which takes twice as long as an elementwise operation itself at 256 px."""
+    """Let glibc keep freed memory for the next tensor. By default it maps and zeroes every new tensor above 32 MB. At
+    256 px this takes twice as long as an elementwise operation on it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no separate mapping for one tensor
@@ -443,8 +443,8 @@ def terms_to_floats(terms: dict, step: int) -> dict:
 
 @torch.no_grad()
 def update_ema(ema, model, images: int, batch: int, kimg: float = 3.0):
-    """Average the weights: half-life of kimg thousand images, shorter at the start (StyleGAN2-ADA's ramp-up of 0.05).
-    images: number seen so far, in steps of `batch`."""
+    """Average the weights: half-life of kimg thousand images, at the start 0.05 of the images so far (StyleGAN2-ADA's
+    ramp-up). images: number so far. batch: images per step."""
     beta = 0.5 ** (batch / min(1000 * kimg, 0.05 * images + batch))
     trained = [(average, p) for average, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     torch._foreach_lerp_([average for average, _ in trained], [p for _, p in trained], 1 - beta)

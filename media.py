@@ -164,8 +164,8 @@ def atomic_write(path: Path):
 
 
 def check_file(path: str | Path) -> Path:
-    """Absolute path of an existing, readable file that is not empty; InputError otherwise. ffmpeg would take the
-    relative path '-i.wav' for an option and 'http:x.wav' for an address."""
+    """Absolute path of an existing, readable file that is not empty; InputError otherwise. Absolute, because ffmpeg
+    would take the relative path '-i.wav' for an option and 'http:x.wav' for an address."""
     path = Path(path).absolute()
     with wrap_os_errors(path, "read"):
         if not path.is_file():
@@ -203,8 +203,8 @@ def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()
 
 # -------------------------------------------------------------------------------------------------------------- ffmpeg
 
-# Also read every stream that is not decoded. Where timestamps jump, as in concatenated transport streams, ffmpeg shifts
-# all streams that it reads by one amount. So separate runs for sound and pictures get the same shift
+# options for a second output that reads every stream. Where timestamps jump, as in concatenated transport streams, ffmpeg
+# shifts all streams that it reads by one amount. Separate runs for sound and pictures then shift by the same amount
 READ_ALL_STREAMS = ["-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
 
 
@@ -253,10 +253,11 @@ def stated_duration(log: str) -> float:
 
 
 def has_open_length(path: Path) -> bool:
-    """Whether the header of a WAV, RF64 or CAF file leaves its length open, as programs do that write to a pipe."""
+    """Whether the header of a WAV, RF64 or CAF file leaves its length open, as when a program writes to a pipe."""
     with open(path, "rb") as file:
         header = file.read(65536)
     start = header.find(b"data", 12) + 4
+    # the length in each format, brought to big-endian
     fields = {b"RIFF": header[start : start + 4][::-1], b"caff": header[start : start + 8], b"RF64": header[28:36][::-1]}
     length = int.from_bytes(fields.get(header[:4], b""), "big")
     # an open length is 0 or near the maximum of its field; the bound is ours
@@ -275,8 +276,8 @@ def last_packet_end(path: Path, *streams: str) -> float:
 
 def check_complete(path: Path, log: str, status: int, stream: str, seconds: float):
     """InputError if ffmpeg's log, status and the decoded length in seconds show a damaged or cut file. A decoding
-    error alone does not: many files have one at the start and play well. A stream may end before its file. A short one
-    with an error counts only if its packets continue, or if no stream reaches the duration in the header."""
+    error alone does not: many files have one at the start and play well. Nor does a stream that ends before its file.
+    Both together do, if packets follow the decoded part, or if no stream reaches the duration in the header."""
     container = "".join(re.findall(r"^\[info\] Input #0, ([^,]*)", log, re.M))
     estimated = container in ("mpegts", "mpeg", "h264", "hevc") or "Estimating duration" in log
     expected = 0.9 * stated_duration(log)
@@ -342,7 +343,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
     path = check_file(path)
     stream, track_channels, track_rate = find_sound_track(path)
     channels, rate = channels or track_channels, rate or track_rate
-    # pan keeps the number of channels constant where that of the file changes. It mixes nothing here; it allows up to 8
+    # pan keeps the number of channels constant where that of the file changes. It mixes nothing, and supports 8 at most
     pan = f",pan={channels}c|" + "|".join(f"c{i}=c{i}" for i in range(channels)) if channels <= 8 else ""
     args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{pan},atrim=start=0", "-c:a", "pcm_f32le"]
     args += ["-f", "nut", "pipe:1", *READ_ALL_STREAMS]
@@ -410,7 +411,7 @@ def normalise_loudness(wav: np.ndarray) -> np.ndarray:
     if power.max() > 1e-7 and loud >= 4 * quiet:
         for _ in range(2):
             power = power[power >= power.mean() / 10]
-        offset = np.mean([block.mean() for block in blocks if block.any()])  # the gain would amplify it out of range
+        offset = np.mean([block.mean() for block in blocks if block.any()])  # removed: the gain would amplify it
         np.subtract(wav, offset, out=wav, where=wav != 0)
         wav *= np.float32(10 ** (LOUDNESS / 20) / np.sqrt(power.mean()))
     return wav.clip(-1, 1, out=wav)
