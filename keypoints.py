@@ -61,7 +61,8 @@ def normalise(points: np.ndarray) -> np.ndarray:
     the origin. Unit: the median distance of these corners; single ones vary with jitter and rotation of the head."""
     z = to_complex(points)  # (T, 68)
     left, right = z[:, EYE_CORNERS[0], None], z[:, EYE_CORNERS[1], None]
-    return to_real((z - (left + right) / 2) * abs(right - left) / (right - left) / np.median(abs(right - left)))
+    distance = abs(right - left)  # (T, 1)
+    return to_real((z - (left + right) / 2) * distance / (right - left) / np.median(distance))
 
 
 def principal_components(rows: np.ndarray, n: int) -> np.ndarray:
@@ -167,7 +168,7 @@ class ToySource:
 
 
 class PackSource:
-    """Clips of packs with landmarks. align_folder: has an .align file of GRID for each video"""
+    """Clips of packs with landmarks. align_folder: folder with an .align file of GRID for each video"""
 
     def __init__(self, folders, align_folder=None):
         self.pack, self.align_folder = open_packs(folders), align_folder
@@ -208,8 +209,8 @@ class PackSource:
 
 
 def open_source(args, checkpoints=None):
-    """-> source of --data or of the toy world, dict(train, valid, test) of clip numbers. checkpoints: {path: content};
-    train and valid are then the clips that all checkpoints used for this purpose, test those that none used.
+    """-> source of --data or of the toy world, dict(train, valid, test) of clip numbers. checkpoints: {path: content}; if
+    given, train and valid are the clips that all of them used for this purpose, test those that none of them used.
     InputError: no clip is left."""
     if not args.data:
         split((), args)  # raises InputError for lists of clips
@@ -290,12 +291,13 @@ class KeypointDataset(Dataset):
         else:
             noisy = self.voice_norm and rng.random() < self.NOISY
             features, codes, labels = self.load_clip(int(rng.choice(self.clips)), noisy)
-            first, decibel = int(rng.integers(max(1, len(codes) // rate - self.T + 1))), np.float32(rng.uniform(-8, 8))
+            first = int(rng.integers(max(1, len(codes) // rate - self.T + 1)))
+            decibel = np.float32(rng.uniform(-8, 8))
             if self.kind == "lstm":
                 features = features + np.float32(math.log(10) / 10 * decibel) * (np.arange(13) == 0)  # the log energy
             else:
                 if not self.voice_norm:
-                    features = np.clip(features + np.float32(0.08) * decibel * (features > -4), -4, 4)  # 8 for 100 dB
+                    features = np.clip(features + np.float32(0.08) * decibel * (features > -4), -4, 4)  # .08 a dB
                 features = spec_augment(features, rng, steps=8)
         sound = audio_windows(self.kind, features, first, first + self.T)
         codes, labels = (values[first * rate : (first + self.T) * rate] for values in (codes, labels))
@@ -415,8 +417,8 @@ class Block(nn.Module):
 
 class Humans(Network):
     """Humans: an audio encoder, by default of mel windows, and a Transformer whose blocks attend to `look` frames on each
-    side. tower: config of a sync expert, whose sound tower with a linear layer is the audio encoder. autoregressive: a
-    GRU combines the Transformer's output with the codes predicted for the last frame, without teacher forcing."""
+    side. tower: config of a sync expert; its sound tower and a linear layer are then the audio encoder. autoregressive:
+    a GRU combines the Transformer's output with the codes predicted for the last frame, without teacher forcing."""
 
     kind = "transformer"
 
@@ -576,7 +578,8 @@ def train(args):
             pace = timer.pace(args.batch * ITEM_FRAMES[model.kind])
             scores = validate(model.eval(), mouth, source, parts["valid"], device)
             state = {name: p.detach().cpu().clone() for name, p in model.state_dict().items()}
-            top = sorted([*top, dict(mse=scores["mse"], step=done, state=state)], key=lambda t: t["mse"])[:10]  # Humans
+            top = sorted([*top, dict(mse=scores["mse"], step=done, state=state)], key=lambda t: t["mse"])
+            top = top[:10]  # Humans averages the ten best
             write_log(log, bar, dict(step=done, **scores, **values, best=top[0]["mse"], **pace), args.steps)
             timer = StepTimer(device)  # without the time of validation
         if done % SAVE_EVERY == 0 or end:
@@ -626,7 +629,7 @@ def baselines(mouth: Mouth, visemes: dict, source, clips, profile=None) -> dict:
 
 
 def evaluate(args):
-    """Prints scores of baselines and networks on the test part. Visemes need clips that trained all of the networks."""
+    """Prints scores of baselines and networks on the test part. Visemes are fitted on clips that trained all networks."""
     device, networks = pick_device(args.device), {}
     checkpoints = {path: load_checkpoint(path, "keypoints") for path in args.weights}
     for path, saved in checkpoints.items():
@@ -638,7 +641,7 @@ def evaluate(args):
     train, test = parts["train"], parts["test"]
     clips = tqdm(train if len(train) else test, "clips", disable=None)
     curves = [Mouth.opening(source.clip(c)[1]) for c in clips]
-    T = sorted(map(len, curves), reverse=True)[len(curves) // 5]  # a fifth of the clips have as many frames
+    T = sorted(map(len, curves), reverse=True)[len(curves) // 5]  # frames that a fifth of the clips have
     profile = np.array([np.mean([curve[k] for curve in curves if len(curve) > k]) for k in range(T)])  # mean opening
     visemes = fit_visemes(source, train, mouth) if len(train) and (args.words or not args.data) else {}
     rows = baselines(mouth, visemes, source, test, profile)

@@ -11,12 +11,12 @@ Differences from Wav2Lip, besides 3x3 kernels throughout (measurements: docs/syn
 - Real faces enter as the shape of the lips, 50 numbers per frame by landmarks.py, which generalises from few people.
   Drawn faces have no landmarks and enter as pixels.
 - The cosine has a learned scale and bias. In Wav2Lip the cosine after a ReLU is itself the probability (--cosine).
-- All pairs of a batch count: several windows of each clip (hard negatives) and, for drawn faces, other clips' sound.
+- Negatives are all other pairs of a batch: of the same clip (hard) and, for drawn faces, of other clips.
 - A softmax over the batch, which does not depend on the bias, is added: the sigmoid alone stays at ln 2 for long.
 - Deviations of the five frames from their mean are enlarged, because most of the variance is identity, not motion.
 - GroupNorm replaces BatchNorm, whose statistics reveal to the towers which windows of a batch share a clip.
 
-Axes: n images, B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts, C H W.
+Axes: n images, B pairs, N windows of a batch, K windows of a clip, E embedding, S shifts or mel steps, C H W.
 """
 
 import math
@@ -200,8 +200,9 @@ class Windows(Dataset):
     the outputs of the expert's `read`, and mels, in memory. augment: vary faces and voices."""
 
     def __init__(self, pack: Pack, clips, expert, windows: int = 0, seed: int = 0, augment: bool = True):
-        self.pack, self.clips, self.expert, self.read = pack, np.asarray(clips), expert, cache(self.read)
+        self.pack, self.clips, self.expert = pack, np.asarray(clips), expert
         self.windows, self.seed, self.augment = windows, seed, augment
+        self.read = cache(self.read)
 
     def __getitem__(self, n: int) -> dict:
         """-> frames (windows, 5, ..), mel (windows, 1, 80, 16), clip (windows,), middle (windows,): middle frames"""
@@ -227,7 +228,8 @@ class Windows(Dataset):
 
 
 def augment_lips(x, other, rng):
-    """Varies windows of one clip (K, 5, 50) alike, but for noise. other (T, 50): another clip. Ranges are ours"""
+    """Varies all windows of a clip (K, 5, 50) in the same way, and adds noise. other (T, 50): another clip. Ranges are
+    ours."""
     mean = x.mean((0, 1))
     to_other = rng.uniform(0, 0.8) * (rng.random() < 0.7) * (other.mean(0) - mean)
     x = (mean + to_other + np.exp(rng.normal(0, 0.15)) * (x - mean)).unflatten(-1, (-1, 2))  # (K, 5, 25, 2)
@@ -240,7 +242,8 @@ def augment_lips(x, other, rng):
 
 
 def augment_images(frames, rng):
-    """Varies windows of one clip (K, 5, 3, H, H), the five frames alike, all mirrored or none. Ranges are ours"""
+    """Varies each window of a clip (K, 5, 3, H, H), its five frames in the same way. All or no windows are mirrored.
+    Ranges are ours."""
     K, H = len(frames), frames.shape[-1]
     turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
@@ -298,8 +301,9 @@ def logits_by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: flo
 
 def best_offset(table):
     """(K, S) of logits_by_shift -> lag of the sound in frames, confidence, fit. Offsets with fewer than half of the
-    windows are left out. confidence: mean logit at the lag minus the median over offsets (SyncNet's, with logits for
-    distances). fit: that mean minus MATCH_LOGIT * sqrt(3 s / length); above 0 mouth and sound match."""
+    windows are left out. confidence: mean logit at the lag minus the median over offsets (SyncNet's, with logits in
+    place of distances). fit: mean logit at the lag minus MATCH_LOGIT * sqrt(3 s / length); above 0 mouth and sound
+    match."""
     counts = np.isfinite(table).sum(0)
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
     best = int(np.nanargmax(means))
@@ -318,7 +322,7 @@ def measure_clips(expert, windows: Windows, clips) -> list[dict]:
         table = logits_by_shift(expert.logits, face, sound)
         result = dict(clip=c, table=table, offset_clip=[best_offset(table)[0]])
         for name, seconds in PIECE_SECONDS.items():
-            K, result[name] = seconds * FPS - WINDOW_FRAMES + 1, []
+            result[name], K = [], seconds * FPS - WINDOW_FRAMES + 1  # K windows of the piece
             for start in range(0, len(face) - K + 1, WINDOW_FRAMES):
                 for shift in (-WINDOW_FRAMES, 0, WINDOW_FRAMES):  # artificial shift of the sound
                     if 0 <= start + shift <= len(face) - K:
@@ -329,20 +333,21 @@ def measure_clips(expert, windows: Windows, clips) -> list[dict]:
 
 
 def summarise(results: list[dict]) -> dict:
-    """Results of measure_clips -> accuracy: of the sign of logits, half of windows in sync, half of those shifted by five
-    frames or more; second: of the mean logit of each second; by_shift: both for shifts 0 .. MAX_OFFSET; loss: the
-    sigmoid loss; offset_window, _1s, _3s, _clip: share of offsets found within one frame."""
+    """Results of measure_clips -> accuracy: share of logits with the right sign, the mean of windows in sync and windows
+    shifted by five frames or more; second: the same for the mean logit of each second; by_shift: both for shifts
+    0 .. MAX_OFFSET; loss: the sigmoid loss; offset_window, _1s, _3s, _clip: share of offsets found within one frame."""
     tables = [result["table"] for result in results]
     table = np.concatenate(tables)  # (windows, S)
     second = [sliding_window_view(t, min(FPS - WINDOW_FRAMES + 1, len(t)), 0).mean(-1) for t in tables]
     rates = dict(accuracy=accuracy_by_shift(table), second=accuracy_by_shift(np.concatenate(second)))
     close = range(MAX_OFFSET - WINDOW_FRAMES + 1, MAX_OFFSET + WINDOW_FRAMES)  # columns of windows that share frames
     in_sync, shifted = table[:, MAX_OFFSET], np.delete(table, close, 1)
-    shifted = np.logaddexp(0, shifted[np.isfinite(shifted)])
+    shifted_losses = np.logaddexp(0, shifted[np.isfinite(shifted)])
+    shifted_loss = shifted_losses.mean() if len(shifted_losses) else CHANCE_LOSS
     errors = {name: np.concatenate([result[name] for result in results]) for name in (*PIECE_SECONDS, "offset_clip")}
     errors["offset_window"] = np.nanargmax(table, 1) - MAX_OFFSET
     return dict(by_shift={name: rate.tolist() for name, rate in rates.items()}, windows=len(table),
-                loss=float(np.logaddexp(0, -in_sync).mean() + (shifted.mean() if len(shifted) else CHANCE_LOSS)) / 2,
+                loss=float(np.logaddexp(0, -in_sync).mean() + shifted_loss) / 2,
                 **{name: float(np.nanmean(rate[WINDOW_FRAMES:])) for name, rate in rates.items()},
                 **{name: float((abs(e) <= 1).mean()) if len(e) else math.nan for name, e in errors.items()})
 
@@ -419,7 +424,7 @@ def start_or_resume(args, path: Path, device) -> tuple:
         expert.landmarks.requires_grad_(False)
     towers, scale = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()], [expert.log_scale, expert.bias]
     groups = [dict(params=towers, initial_lr=args.lr),
-              dict(params=scale, weight_decay=0.0, initial_lr=10 * args.lr)]  # ours: 10, it has to grow from 5 to 40
+              dict(params=scale, weight_decay=0.0, initial_lr=10 * args.lr)]  # ours: 10, as it grows from 5 to 40
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
     if not args.resume:
         return expert, opt, 0, math.inf
@@ -550,8 +555,8 @@ def crop_faces(path: Path, expert, box: str | None = None):
 
 
 def write_shifted(path: Path, lag: int, out: Path):
-    """Writes the video with its sound `lag` frames earlier and silence in the gap. H.264 is copied where possible. It is
-    encoded from MP4 to .mkv, which would show the frames that an edit list hides. Other codecs are encoded."""
+    """Writes the video with its sound `lag` frames earlier and silence in the gap. H.264 is copied, other codecs are
+    encoded. From MP4 to .mkv H.264 is encoded as well: a copy would show the frames that an edit list hides."""
     description = describe_media(path)
     # scale: for sizes that change within the video; players need even sizes
     video_options = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
