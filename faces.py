@@ -149,7 +149,8 @@ def box_slices(box: tuple, H: int, W: int) -> tuple[slice, slice]:
 
 
 def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torch.Tensor:
-    """frames (.., 3, H, W) -> a copy with a grey (0) box: this forces the network to take the lips from sound"""
+    """frames (.., 3, H, W) -> a copy with a grey (0) box. part: "mouth" for driving frames, so that lips can only come
+    from the sound; "lips", the smaller box, for images whose lips a mouth code describes"""
     rows, cols = box_slices(getattr(TEMPLATES[template], part), *frames.shape[-2:])
     frames = frames.clone()
     frames[..., rows, cols] = 0

@@ -510,7 +510,7 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     weight = weight / (weight @ variance)                                              # the mean shape has loss 1
 
     @functools.cache
-    def load_mel(i, noisy):
+    def load_mel(i, noisy):  # the sounds without speech do not depend on the number of clips
         draw = np.random.default_rng([args.seed, 5, i if i < n_speech else i - n_speech + 1])
         wav = pack.sound(chosen[i]) if i < n_speech else make_non_speech(5 * span * SAMPLES_PER_FRAME, draw)
         return log_mel(add_echo_and_noise(wav, draw) if noisy else wav, model.config.voice_norm)

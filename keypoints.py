@@ -523,7 +523,8 @@ def make_model(args, source, clips, words: int):
             model.front.tower.load_state_dict(expert.state_dict(), strict=False)
     model.scale.copy_(torch.from_numpy(mouth.scale))
     if args.target != "components":
-        spacing = 2 * MAP_REACH / (MAP_SIZE - 1) * np.hypot.reduce(mouth.scale[:, None] * mouth.basis).reshape(20, 2)
+        deviation = np.hypot.reduce(mouth.scale[:, None] * mouth.basis)  # (40,), of the coordinates
+        spacing = 2 * MAP_REACH / (MAP_SIZE - 1) * deviation.reshape(20, 2)
         for buffer, values in ((model.rest, mouth.rest), (model.basis, mouth.basis), (model.spacing, spacing)):
             buffer.copy_(torch.from_numpy(values))
     return model, mouth

@@ -118,7 +118,7 @@ class MouthEncoder(nn.Module):
         self.reader = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * 16, K))
 
     def mouth_crop(self, x, margin: float = 0.0):
-        """(N, 3, H, W) -> the lips (N, 3, 32, 32). margin: share of the box added on each side; the crop grows alike."""
+        """(N, 3, H, W) -> the lips (N, 3, 32, 32). margin: share of the box added on each side, at the same scale"""
         x0, y0, x1, y1 = TEMPLATES[self.template].lips
         dx, dy, edge = margin * (x1 - x0), margin * (y1 - y0), round(32 * (1 + 2 * margin))
         rows, cols = box_slices((x0 - dx, y0 - dy, x1 + dx, y1 + dy), *x.shape[-2:])
