@@ -315,7 +315,8 @@ class FCTFG(nn.Module):
 
     def weight_changes(self, source, z_s):
         """source (B, 3, H, W), z_s (B, L, D) -> deltas after config.refine refinements, the last with gradients"""
-        steps, deltas = (self.config.refine if self.hyper else 0), None
+        deltas = None
+        steps = self.config.refine if self.hyper else 0
         if steps and self.mouth:
             z_s = self.invert(source)                                             # the code with the mouth of the source
         for i in range(steps):

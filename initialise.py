@@ -35,7 +35,7 @@ PAPERS_JUDGES = 128  # px from which VGG19, ArcFace and a published sync expert 
 TOY_PEOPLE = 400  # of the toy world, one clip each, as in syncnet.py
 PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
 FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator: after minutes of stage 1 it is half trained
-LIP_STEPS = 4000  # most steps of train_lips: 11 minutes of one core. After 3000 steps unseen people were good as well
+LIP_STEPS = 4000  # steps of train_lips, at most: 11 minutes of one core. After 3000 unseen people were good as well
 NO_SPEECH = 0.1  # share of items of train_lips that are silence, noise or music, with shut lips
 NOISY = 0.3  # share of its voices that get echo and noise
 LIP_GAIN = 1.25  # the regression of lips on sound averages, and the generator paints smaller movements than its input
@@ -257,8 +257,9 @@ def make_optimisers(model, D, args):
     if args.stage == 2:                                                                # BatchNorm by batches, as in pSp
         (model.hyper if args.part == "hyper" else model.encoder).train()
     groups = [dict(params=q, lr=share * getattr(args, option)) for (option, share), q in groups.items()]
-    beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)                         # path length: k = 4
-    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)               # 0.9: ours, for L1 terms
+    # stage 1: path length, k = 4. Stages 2 and 3: beta1 of 0.9 is ours, because L1 terms lead
+    beta1, c = (0.0, 4 / 5) if args.stage == 1 else (0.9, 1.0)
+    opt_g = torch.optim.Adam(groups, betas=(beta1, 0.99 ** c), eps=1e-8)
     c = 16 / 17                                                                        # R1: k = 16
     opt_d = torch.optim.Adam(D.parameters(), args.lr_gan * c, betas=(0.0, 0.99 ** c), eps=1e-8)
     return opt_g, opt_d

@@ -638,7 +638,7 @@ def evaluate(args):
             model, mouth = load_keypoints(path, device, which)
             features = [name for name in ("autoregressive", "tower", "words") if model.config.get(name)]
             networks[f"{Path(path).stem} ({', '.join([model.kind, model.target, *features])}), {which}"] = model, mouth
-    source, parts = open_source(args, checkpoints)
+    source, parts = open_source(args, checkpoints)  # baselines use the Mouth of the last file
     train, test = parts["train"], parts["test"]
     clips = tqdm(train if len(train) else test, "clips", disable=None)
     curves = [Mouth.opening(source.clip(c)[1]) for c in clips]

@@ -426,7 +426,8 @@ def load_rosinality(path: str | Path, size: int | None = None) -> dict:
         raise InputError(f"{path}: not a StyleGAN2 checkpoint: none of g, g_ema, d in it")
     networks = {}
     for name, state in states.items():
-        source, network = f"{path}, '{name}'", Discriminator if name == "d" else Generator
+        network = Discriminator if name == "d" else Generator
+        source = f"{path}, '{name}'"
         arguments = infer_arguments(network, state, source)
         if size not in (None, arguments["size"]):
             raise InputError(f"{source}: a network for {arguments['size']} px, expected {size} px")
