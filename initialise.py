@@ -35,7 +35,7 @@ PAPERS_JUDGES = 128  # px from which VGG19, ArcFace and a published sync expert 
 TOY_PEOPLE = 400  # of the toy world, one clip each, as in syncnet.py
 PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
 FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator: after minutes of stage 1 it is half trained
-LIP_STEPS = 4000  # steps of train_lips, at most: 11 minutes of one core. After 3000 unseen people were good as well
+LIP_STEPS = 4000  # of train_lips, most in stage 3: 11 minutes of one core. After 3000 unseen people were good as well
 NO_SPEECH = 0.1  # share of items of train_lips that are silence, noise or music, with shut lips
 NOISY = 0.3  # share of its voices that get echo and noise
 LIP_GAIN = 1.25  # the regression of lips on sound averages, and the generator paints smaller movements than its input
@@ -489,7 +489,8 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
 def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     """Train sound -> shape of the lips, before any image is generated, and set the limits of the opening. A step costs a
     tenth of one through the generator. A batch holds spans of `span` frames: neighbours share their sound windows."""
-    pack, landmarks, steps = data["pack"], data["landmarks"][0], min(LIP_STEPS, args.steps)
+    pack, landmarks = data["pack"], data["landmarks"][0]
+    steps = args.steps if args.part == "lips" else min(LIP_STEPS, args.steps)
     rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
     clips = data["clips_with_landmarks"]                                               # with repeats if --by-person
     clips = clips[pack.n_frames[clips] >= span]
