@@ -1,10 +1,10 @@
 """Frame by frame motion of a talking photo, for warp.py: lips, blinks, brows, pose of the head.
 
-    mouth_motion(opening, shape, speech)      -> opening (T,), shape (T, K - 1); in silence those of the photo
+    mouth_motion(opening, shape, speech, ..)  -> opening (T,), shape (T, K - 1); in silence those of the photo
     idle_motion(T, speech, seed)              -> Motion: blinks, and a head that sways a little with the speech
     driving_motion(landmarks, eyelids, brows) -> Motion of a driving clip, relative to its first frame
 
-Ours: in the paper a generator's codes carry the motion. Units and signs are those of warp.py; 25 frames a second.
+Ours: in the paper a generator's codes carry the motion. Units, signs and K are those of warp.py; 25 frames a second.
 """
 
 from dataclasses import dataclass
@@ -25,16 +25,16 @@ VOICE_BAND = 250, 3400  # Hz, in which noise of any colour is steady
 PAUSE = 25  # frames: in shorter pauses the lips stay shut, in longer ones the photo's own mouth returns
 BLINK = (0.35, 0.85, 1.0, 0.85, 0.5, 0.2)  # closure of the lids in each frame: .24 s, faster down than up
 BLINK_EVERY = 2.5, 6.0  # seconds between two blinks: 14 a minute on average
-SWAY = 1.3, 0.8, 0.7  # standard deviation of yaw, pitch, roll in degrees: more looks afloat, less looks frozen
+SWAY = 1.3, 0.8, 0.7  # standard deviations of yaw, pitch, roll in degrees: more looks like floating, less like a still
 SWAY_SECONDS = 0.55  # sigma of the smoothing of the sway
 NOD = 1.2  # degrees by which the chin drops where speech starts
 DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
 # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 times the slope of dlib's
 OPENING_GAIN = 1.4
-NODDING = np.r_[27:48]  # nose and eyes: their pose follows a nod further than RIGID's, with more noise; the mean is used
-DRIVE_GAIN = 1.15, 1.2  # yaw and pitch: those of our landmarks are smaller than those of MediaPipe's on the same clips
-LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # roll in degrees, shift right and down, scale, brows; see Head.turn_limits
-LID_SHUT, LID_OPEN = 0.35, 0.85  # of a driver's usual opening: shut (blinks reach .05 to .3), not yet a blink
+NODDING = np.r_[27:48]  # nose and eyes: their pitch follows a nod further than RIGID's, with more noise; the mean is used
+DRIVE_GAIN = 1.15, 1.2  # of yaw and pitch: turns measured by our landmarks are smaller than by MediaPipe's, same clips
+LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # roll in degrees, shift right and down, scale, brows; for turns Head.turn_limits
+LID_SHUT, LID_OPEN = 0.35, 0.85  # shares of a driver's usual opening: fully shut (blinks reach .05 to .3), fully open
 
 
 def ping_pong(k: int, count: int) -> int:
@@ -95,13 +95,14 @@ def idle_motion(n: int, speech: np.ndarray, seed: int, head: bool = True) -> Mot
         walk = gaussian_filter1d(rng.standard_normal((n + 2 * margin, 3)), sigma, axis=0)[margin : margin + n]
         poses[:, :3] = walk * np.array(SWAY) * np.sqrt(2 * np.sqrt(np.pi) * sigma)  # undoes the filter's loss of variance
         poses[:, 1] -= NOD * (gaussian_filter1d(speech, 6.0) - 0.5 * gaussian_filter1d(speech, 40.0))
-        poses -= poses[:1]
-        poses *= smoothstep(np.arange(n) / FPS)[:, None]
+        poses -= poses[:1]                                             # the first frame is the photo
+        poses *= smoothstep(np.arange(n) / FPS)[:, None]               # the sway begins within a second
     return Motion(poses, blinks[:n], np.zeros(n))
 
 
 def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, turn_limits) -> Motion:
-    """Motion of a driving clip relative to its first frame, softly limited to what looks right on the photo.
+    """Motion of a driving clip, softly limited to what looks right on the photo. Poses are relative to its first frame,
+    brows to their median, blinks to the usual opening of the eyes.
 
     points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; all are
     NaN, and interpolated, in frames without a face. mean: (77, 3) shape; turn_limits: of yaw and pitch in degrees, see
@@ -133,11 +134,11 @@ def remove_head_motion(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
     transform of each frame brings its rigid points nearest to the clip's median face."""
     median = np.median(points, 0)
     scale, R, _ = fit_pose(median, mean)
-    a, b = points[:, RIGID], median[RIGID]
-    ma, mb = a.mean(1, keepdims=True), b.mean(0)
-    za, zb = (a - ma) @ (1, 1j), (b - mb) @ (1, 1j)                    # (T, n), (n,): x + iy
-    turn = (za.conj() * zb).sum(1) / (abs(za) ** 2).sum(1)             # (T,): scale and rotation
-    z = (points - ma) @ (1, 1j) * turn[:, None]
+    rigid, target = points[:, RIGID], median[RIGID]
+    centre = rigid.mean(1, keepdims=True)                              # (T, 1, 2)
+    z_rigid, z_target = (rigid - centre) @ (1, 1j), (target - target.mean(0)) @ (1, 1j)  # (T, n), (n,): x + iy
+    turn = (z_rigid.conj() * z_target).sum(1) / (abs(z_rigid) ** 2).sum(1)  # (T,): scale and rotation
+    z = (points - centre) @ (1, 1j) * turn[:, None]
     q = np.stack([z.real, z.imag], -1) @ np.linalg.inv(scale * R[:2, :2]).T
     return (q + q[:, MIRROR] * (-1, 1)) / 2
 
@@ -163,7 +164,7 @@ def fit_moves(clips: list, mean: np.ndarray) -> np.ndarray:
 
 
 def fit_opening(predicted: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Fits max(0, slope predicted + offset) to the mean and deviation of real openings -> slope, offset
+    """slope, offset with which max(0, slope predicted + offset) has the mean and the deviation of real openings.
 
     predicted: (n,) first number from sound; real: (n,), whose smallest twentieth counts as shut (see OPENING_GAIN).
     Least squares would open mouths less: its predictions have less variance than the truth."""

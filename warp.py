@@ -16,6 +16,7 @@ bit for bit. Ours: in the paper a generator paints every frame.
 
 Units: the outer corners of the eyes are 1 apart, seen from the front. x points right, y down, z away from the
 viewer. Angles are degrees: yaw > 0 turns to the picture's right, pitch > 0 lifts the chin, roll > 0 is clockwise.
+Axes: h w pixels of a box, gh gw nodes of a grid, K lip numbers: the opening and K - 1 numbers of the lips' shape.
 """
 
 from dataclasses import dataclass
@@ -39,13 +40,13 @@ RIGID = np.r_[0:3, 14:17, 17:48]  # for the pose: without chin and lips, which m
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
 
 # all constants below are ours, chosen by looking at frames, unless a source is given
-LIP_NODE, HEAD_NODE = 0.045, 0.06  # distance between two nodes
+LIP_NODE, HEAD_NODE = 0.045, 0.06  # distances between neighbouring nodes
 INVERSION_STEPS = 4  # of the fixed point x = p - displacement(x); each step halves the error at least
 LIP_OVAL = 1.10, 1.38  # multiples of the jaw's distance from the nose between which the lips' field fades
 BELOW_EYES = 0.06, 0.22  # distances below the lower lids between which the lips' field fades in
 MOUTH_REACH = 1.12  # half widths of the mouth: farther out both layers are one
-# least edge between two layers; multiple of the photo's edge_width: then both are equally soft (an edge of deviation s
-# has an edge_width of 1.4 s, a smoothstep of that deviation is 4.5 s long)
+# width of an edge between two layers: at least FEATHER, else BLUR times the photo's edge_width, which makes both equally
+# soft (an edge of deviation s has an edge_width of 1.4 s; a smoothstep of that deviation is 4.5 s long)
 FEATHER, BLUR = 0.012, 3.2
 MAX_SHAPE_ERROR = 0.12  # 45 people and paintings had .03 to .06
 VISIBLE_OPENING = 0.024  # opening from which a photo shows the inside of its mouth
@@ -91,7 +92,7 @@ def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[float, n
     mean: (>= 68, 3) in units -> scale in pixels a unit, R (3, 3), shift (2,) in pixels: the position of mean's origin"""
     x, p = mean[used] - mean[used].mean(0), points[used] - points[used].mean(0)
     U, _, V = np.linalg.svd(np.linalg.lstsq(x, p, rcond=None)[0].T, full_matrices=False)
-    R = np.stack([*(U @ V), np.cross(*(U @ V))])
+    R = np.stack([*(U @ V), np.cross(*(U @ V))])  # U V: the orthonormal rows nearest to the fitted ones
     flat = x @ R[:2].T
     scale = (flat * p).sum() / (flat**2).sum()
     return float(scale), R, points[used].mean(0) - scale * R[:2] @ mean[used].mean(0)
@@ -104,7 +105,7 @@ def shape_error(points: np.ndarray, mean: np.ndarray, scale: float, R: np.ndarra
 
 
 def enlarge_small_face(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Enlarges a photo and its landmarks until a unit has MIN_UNIT pixels. Others are returned unchanged."""
+    """Enlarges a photo and its landmarks until a unit has MIN_UNIT pixels. Larger faces stay unchanged."""
     k = MIN_UNIT / fit_pose(points, mean)[0]
     if k <= 1:
         return photo, points
@@ -117,7 +118,8 @@ class Face:
     """A photo with its landmarks and the pose of its head.
 
     photo: uint8 (H, W, 3); points: (68, 2) iBUG, in pixels; mean: (77, 3) in units, 68 landmarks and 9 points of the
-    hairline; sharpest: size of the original photo over this one's. Raises ValueError: not landmarks of an upright face"""
+    hairline; sharpest: size of the original over that of this photo, below 1 after enlarge_small_face. Raises ValueError:
+    not landmarks of an upright face"""
 
     def __init__(self, photo: np.ndarray, points: np.ndarray, mean: np.ndarray, sharpest: float = 1.0):
         points = np.asarray(points, np.float64)
@@ -187,8 +189,8 @@ def double_resolution(photo: np.ndarray) -> np.ndarray:
 def read_grid(values: np.ndarray, where: np.ndarray, box) -> np.ndarray:
     """float32 (rows, columns, C > 1) that cover a box evenly, at where (h, w, 2) in pixels -> (h, w, C), bilinear"""
     (rows, columns, _), (x0, y0, x1, y1) = values.shape, box
-    x, y = ((np.asarray(where[..., k], np.float32) - low) * np.float32(n / (high - low)) - np.float32(0.5)
-            for k, n, low, high in ((0, columns, x0, x1), (1, rows, y0, y1)))
+    x = (np.asarray(where[..., 0], np.float32) - x0) * np.float32(columns / (x1 - x0)) - np.float32(0.5)
+    y = (np.asarray(where[..., 1], np.float32) - y0) * np.float32(rows / (y1 - y0)) - np.float32(0.5)
     return cv2.merge([cv2.remap(channel, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
                       for channel in cv2.split(values)])  # one by one: faster, and exact
 
@@ -230,7 +232,7 @@ def thin_plate(points: np.ndarray, values: np.ndarray, at: np.ndarray, stiffness
 
 
 def bounding_box(photo, points) -> tuple[int, int, int, int]:
-    """The box of whole pixels around points (n, 2), clipped at the photo's edges"""
+    """The box of whole pixels around points (n, 2), inside the photo, each side at least 4 pixels long"""
     sides = photo.shape[1::-1]
     x0, y0 = (int(min(max(v, 0), side - 4)) for v, side in zip(points.min(0), sides))
     x1, y1 = (int(min(max(np.ceil(v), low + 4), side)) for v, low, side in zip(points.max(0), (x0, y0), sides))
@@ -247,7 +249,7 @@ def pixel_centres(box) -> np.ndarray:
 
 
 def covering_slices(box, where: np.ndarray, stride: int = 4) -> tuple[slice, slice] | None:
-    """Rows and columns of smooth coordinates `where` (h, w, 2) that contain all that fall into a box; None: none do"""
+    """Smooth coordinates `where` (h, w, 2) -> slices of rows and columns that cover all in a box. None: none is in it"""
     hits = cv2.inRange(where[::stride, ::stride], np.subtract(box[:2], stride), np.add(box[2:], stride))
     x, y, w, h = cv2.boundingRect(hits)
     rows, columns = (slice(max(0, stride * (k - 1)), stride * (k + n) + 1) for k, n in ((y, h), (x, w)))
@@ -314,11 +316,11 @@ class Lips(FacePlane):
         self.box = self.box_around((ring[:, 0].min(), ring[:, 0].max()), (lids, ring[:, 1].max()))
         self.nodes = Nodes(self.box, LIP_NODE * face.scale)
         at = self.local(self.nodes.flat)                               # (n, 2)
-        moves = np.stack([moves[0], self.closing(moves[0]), *moves[1:]], 1)  # (68, 1 + K, 2)
+        moves = np.stack([moves[0], self.closing(moves[0]), *moves[1:]], 1)  # (68, 1 + K, 2): opening, closing, shape
         fields = np.stack(lip_surfaces(q, moves, np.r_[q[FIXED], ring], at), 1)
         self.fields = self.nodes.to_grid(fields * self.fade(at)[:, None, None, None] @ face.plane.T)
 
-        # between these heights the upper field blends into the lower one, inside the box of the lips
+        # skin inside the box of the lips: between these heights the upper field blends into the lower one
         top = q[UPPER_OUTER, 1].min() - 0.10
         bottom = max(q[LOWER_OUTER, 1].max(), q[66, 1] + self.rest_opening + MAX_OPENING) + 0.12
         self.blend = self.nodes.to_grid(smoothstep((at[:, 1:] - top) / (bottom - top)))  # (gh, gw, 1)
@@ -344,9 +346,9 @@ class Lips(FacePlane):
         widened = max(0.0, self.half_width - (mean[64, 0] - mean[60, 0]) / 2) / self.half_width
         raised = max(0.0, q[[61, 63], 1].mean() - q[[60, 64], 1].mean() - (mean[[61, 63], 1].mean() - mean[60, 1]))
         lips = np.r_[48:68]
-        x = (q[lips, 0] - self.centre) / self.half_width               # -1 at the left corner, 1 at the right
-        closing[lips, 0] += RELAX * widened * (q[lips, 0] - self.centre) / self.rest_opening
-        closing[lips, 1] -= RELAX * raised * x**2 / self.rest_opening
+        from_centre = q[lips, 0] - self.centre
+        closing[lips, 0] += RELAX * widened * from_centre / self.rest_opening
+        closing[lips, 1] -= RELAX * raised * (from_centre / self.half_width) ** 2 / self.rest_opening
         return closing
 
     def fade(self, at: np.ndarray) -> np.ndarray:
@@ -418,10 +420,10 @@ def lip_layers(mouth: Lips, box):
     tongue = smoothstep((0.42 - e / half_width) / 0.4) * smoothstep((0.8 - np.abs(x)) / 0.5)
     lower = stack_channels(ground, dark + tongue * np.maximum(0.62 * (0.3 + 0.7 * front) - dark, 0))
     red = np.float32(red)[:, None, None]
-    if mouth.rest_opening > max(VISIBLE_OPENING, 4 / face.scale):
+    if mouth.rest_opening > max(VISIBLE_OPENING, 4 / face.scale):      # the photo's own teeth
         return (stack_channels(cover, smoothstep(2 * e / soft)), lower), None, red
 
-    # painted upper teeth: colours (h, w, 3), visibility (h, w)
+    # painted upper teeth (dubbing: dub.Take.render_inside): colours (h, w, 3), visibility (h, w)
     skin, tall = near.mean(0), 0.15 * half_width * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
     fine = smoothstep(half_width * face.scale * face.sharpest / 40 - 0.25)  # few pixels: a strip without gaps
     gaps = fine * np.exp(-((np.abs(np.abs(x)[..., None] - (0, 0.30, 0.54, 0.74)).min(-1) / 0.03) ** 2))
@@ -522,9 +524,10 @@ class Head:
 
         # share of a turn, of a shift and of raised brows that each node follows
         chin = ((place[8, :2] - middle) @ upright.T)[1]
-        (x0, y0, x1, y1), (H, W) = self.box, face.photo.shape[:2]      # edges stay, except those of the photo itself
-        distances = zip((*(nodes - nodes.min(0)).T, *(nodes.max(0) - nodes).T), (x0 > 0, y0 > 0, x1 < W, y1 < H))
-        inside = np.prod([smoothstep(distance / 0.25) for distance, edge in distances if edge], 0)
+        (x0, y0, x1, y1), (H, W) = self.box, face.photo.shape[:2]
+        (left, top), (right, bottom) = (nodes - nodes.min(0)).T, (nodes.max(0) - nodes).T  # distances to the edges
+        fixed_edges = (left, x0 > 0), (top, y0 > 0), (right, x1 < W), (bottom, y1 < H)  # not those of the photo itself
+        inside = np.prod([smoothstep(distance / 0.25) for distance, is_fixed in fixed_edges if is_fixed], 0)
         turns = (1 - smoothstep((v[:, 1] - chin) / self.NECK)) * inside
         shifts = turns * (1 - smoothstep(out * self.AXES[0] / self.AIR))
         fixed = np.r_[0:17, 27:48, 68:len(mean)]
@@ -536,8 +539,8 @@ class Head:
     def displace(self, pose: Pose, brows: float) -> np.ndarray:
         """Backward displacements (gh, gw, 2) in pixels, see Nodes.invert"""
         xyz, turns, shifts, lift = np.split(self.fields, (3, 4, 5), -1)
-        full, flat = (pose.scale * rotation(yaw, pitch, pose.roll)[:2] - np.eye(3)[:2]
-                      for yaw, pitch in ((pose.yaw, pose.pitch), (0, 0)))  # flat: in the plane of the picture
+        full = pose.scale * rotation(pose.yaw, pose.pitch, pose.roll)[:2] - np.eye(3)[:2]
+        flat = pose.scale * rotation(0, 0, pose.roll)[:2] - np.eye(3)[:2]  # in the plane of the picture
         flat[:, 2] = 0
         bent, rigid = xyz @ (full - flat).T, xyz @ flat.T + pose.shift
         return self.nodes.invert(np.float32(self.scale * (turns * bent + shifts * rigid + brows * lift)))
@@ -546,7 +549,7 @@ class Head:
 # ----------------------------------------------------------------------------------------------------------- the whole
 
 class Warp:
-    """Frames of a photo, uint8 (H, W, 3). rest_opening: of Lips; turn_limits: of Head"""
+    """Renders frames of a photo, uint8 (H, W, 3). rest_opening: see Lips; turn_limits: see Head"""
 
     def __init__(self, face: Face, moves: np.ndarray):
         self.face, self.lips, self.head = face, Lips(face, moves), Head(face)
