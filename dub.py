@@ -29,17 +29,18 @@ from warp import (
 TRACKING_HEIGHT = 480  # pixels of the frames in which landmarks are found
 MAX_TURN = 35.0, 30.0  # degrees of yaw and pitch; frames beyond are left unchanged
 MIN_TAKE, FADE = 15, 5  # frames: shorter takes are left unchanged; length of the fade beside unchanged frames
-SMILE_SIGMA = 10  # frames: slower changes of the source mouth are a smile, not speech
+SMILE_SIGMA = 10  # frames: slower changes of the source mouth count as a smile, not as speech
 SHUT = 0.023  # opening up to which lips count as shut
-REGION = 1.15, 0.12, 0.46  # beside the mouth's middle, above the base of the nose (33), below the chin
+REGION = 1.15, 0.12, 0.46  # reach beside the mouth's middle, above the base of the nose (33), below the chin
 SKIN_NODE, LIP_NODE = 0.067, 0.038  # distance between two nodes of the fields
 SEAM_INSET = 0.027  # the seam of nearly shut lips lies this far inside the lip, or teeth would stick to it
-RIM = 1.15, 1.6  # lips are replaced inside the first multiple of the ellipse around them, fading to the second
+RIM = 1.15, 1.6  # lips are replaced inside the first multiple of the ellipse around them, and fade out up to the second
 COLOUR_RANGE, COLOUR_SIGMA = 25.0, 0.077  # grey levels up to which colours at the rim are matched; blur of that match
 CANVAS, CELLS = (-0.58, -0.16, 0.58, 0.42), 110  # of the bank: x0, y0, x1, y1 about the mouth's middle; cells a unit
 BANK_OPENING = 0.75  # least opening of the bank's frames, as a share of the widest; their weight is the share ** 10
-BORDER = np.array([(x, y) for x in np.linspace(0, 1, 8) for y in np.linspace(0, 1, 8) if {x, y} & {0, 1}])  # of a square
-VISIBLE_OPENING = 0.058  # a take whose widest opening is less has no bank
+# 28 points on the edges of the unit square
+BORDER = np.array([(x, y) for x in np.linspace(0, 1, 8) for y in np.linspace(0, 1, 8) if {x, y} & {0, 1}])
+VISIBLE_OPENING = 0.058  # if a take opens no wider, its teeth are painted
 
 
 def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
@@ -68,7 +69,7 @@ class Take:
             self.frontal[t] = FacePlane(plane, shift[t]).local(points[t] - np.outer(mean[:68, 2], depths[t]))
         self.opening = np.maximum(0, lip_opening(self.frontal))        # (T,)
 
-        # frontal = shut + opening moves[0] + smile + speech
+        # frontal = shut + opening moves[0] + smile + speech; `smile` is first all but the opening, then without `shut`
         smile = self.opening[:, None, None] * -moves[0].astype(np.float32)
         smile += self.frontal
         weight = np.exp(-(self.opening - self.opening.min()) / SHUT)
@@ -159,7 +160,7 @@ class Take:
 
     def render_inside(self, v, q, d, e, opening: float) -> np.ndarray:
         """Inside of the mouth at v (h, w, 2), d below the upper and e above the lower lip of q -> (h, w, 3), skin is 1"""
-        if not self.dark_colours or self.max_opening < VISIBLE_OPENING:  # never seen in the clip: painted teeth
+        if not self.dark_colours or self.max_opening < VISIBLE_OPENING:  # painted teeth (photos: warp.lip_layers)
             half_width = (q[64, 0] - q[60, 0]) / 2
             x = v[..., 0] / half_width
             tall = 0.16 * half_width * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
@@ -178,8 +179,9 @@ class Take:
         """Frame t, uint8 (H, W, 3) -> the same with new lips. shut_frames: the nearest, (number, weight, frame) each"""
         place = self.face_plane(t)
         s, q = self.source_points(t), self.target_points(t, opening, shape)
+        # upper left and lower right corner of the region, local; pixels outside stay unchanged
         top, low = np.array([-REGION[0], s[33, 1] - REGION[1]]), np.array([REGION[0], max(s[8, 1], 0.7) + REGION[2]])
-        border = top + (low - top) * BORDER                            # pixels outside stay unchanged
+        border = top + (low - top) * BORDER
         ellipse = (q[48:60].max(0) + q[48:60].min(0)) / 2, np.ptp(q[48:60], axis=0) / 2 + 0.03  # around the lips
         around = (ellipse[0] + RIM[1] * ellipse[1] * (2 * BORDER - 1)).clip(top, low)
         skin_nodes, lip_nodes = (Nodes(bounding_box(frame, place.pixels(p)), spacing * place.scale)
@@ -199,7 +201,7 @@ class Take:
         (a0, b0, a1, b1), (x0, y0, x1, y1) = lip_nodes.box, skin_nodes.box
         area = slice(b0 - y0, b1 - y0), slice(a0 - x0, a1 - x0)
         out[area] = self.render_mouth(t, frame, shut_frames, out[area], lip_nodes, lip_sources, q, ellipse, opening)
-        distances = [n for n, fades in zip((t + 1, self.T - t), self.fades) if fades]  # frames to unchanged ones
+        distances = [n for n, fades in zip((t + 1, self.T - t), self.fades) if fades]  # from unchanged frames
         weight = smoothstep(np.float64(min([FADE + 1, *distances]) / (FADE + 1)))
         result, old = frame.copy(), frame[y0:y1, x0:x1]
         result[y0:y1, x0:x1] = to_bytes(old + weight * (out - old))
@@ -237,7 +239,7 @@ class Take:
 # ------------------------------------------------------------------------------------------------------ the whole clip
 
 def scene_landmarks(net, frames, number: int) -> np.ndarray:
-    """Frames of one scene -> landmarks (n, 68, 2) in pixels of the number-th largest face; NaN in frames without it"""
+    """Frames of one scene -> landmarks (n, 68, 2) in pixels of its `number`-th largest face; NaN in frames without it"""
     frames, skipped = iter(frames), deque(maxlen=DETECT_EVERY)
     for k, frame in enumerate(frames):
         faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()
@@ -275,8 +277,8 @@ def is_usable(points: np.ndarray, mean: np.ndarray) -> bool:
         return False
     scale, R, shift = fit_pose(points, mean)
     yaw, pitch, _ = angles(R)
-    is_turned = abs(yaw) >= MAX_TURN[0] or abs(pitch) >= MAX_TURN[1]
-    return not is_turned and shape_error(points, mean, scale, R, shift) < MAX_SHAPE_ERROR
+    is_frontal = abs(yaw) < MAX_TURN[0] and abs(pitch) < MAX_TURN[1]
+    return is_frontal and shape_error(points, mean, scale, R, shift) < MAX_SHAPE_ERROR
 
 
 def frame_jobs(path, takes: list[Take], count: int, opening: np.ndarray, shape: np.ndarray):

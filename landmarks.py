@@ -42,10 +42,10 @@ CENTRE = 0.5 + 0.5j
 class FacePart(NamedTuple):
     """A part with a network of its own, which reads it in the image and in the mirror image"""
 
-    points: np.ndarray  # (2, k) of the 68; second row: those that the mirror image shows in their place
-    weights: list  # of the points in the loss
-    first: int  # the points from here on determine the crop
-    place: complex  # of their mean in the crop
+    points: np.ndarray  # (2, k): indices of its points in the image, and of the points in their place in the mirror image
+    weights: list  # (k,): of the points in the loss
+    first: int  # the part's points from this one on determine the crop
+    place: complex  # position of their mean in the crop
     side: float  # of the crop, in sides of the face's crop
     size: int  # pixels of the crop
 
@@ -57,15 +57,15 @@ MOUTH = FacePart(np.stack([LIPS, MIRROR[LIPS]]), [1] * 12 + [3] * 8, 0, CENTRE, 
 FRAMES_PER_BATCH = 8  # frames whose eyes and mouths are read at once: a third of the time of single frames
 # tracking, in sides of the crop
 REREAD_SHIFT = 0.02  # a frame is read again if its crop moves further
-MAX_MIRROR_ERROR = 0.04  # mean distance of the points of the crop and of its mirror image; larger without a face
+MAX_MIRROR_ERROR = 0.04  # mean distance of the points by the crop and by its mirror image; it is larger without a face
 MAX_SHIFT, MAX_GROWTH = 0.35, 1.4  # motion and change of scale of a face between two frames
 SCATTER_LIMIT = 0.02  # 99 of 100 UTKFace photos lie below; of 28 images without a face all but a dog lie above
 CROPS_PER_BATCH = 64  # in training
-# sides: dlib's points lie too low: its line between shut lips is .0077 below the darkest row (median of 431 places in
+# in sides: dlib's points lie too low. Its line between shut lips is .0077 below the darkest row (median of 431 places in
 # UTKFace's photos). Half of that is corrected, which is the error of lids and of the corners of eyes and mouth
 DLIB_SHIFT = 0.004
-# sides: above dlib's gap between touching lips (.006 in photos, .015 in GRID's videos); error of its line between them
-SHUT_GAP, SEARCH_RANGE = 0.016, 0.025
+SHUT_GAP = 0.016  # in sides: dlib's gap between touching lips is smaller, .006 in photos, .015 in GRID's videos
+SEARCH_RANGE = 0.025  # in sides: error of dlib's line between shut lips
 
 
 # ----------------------------------------------------------------------------------------------------- the network
@@ -149,7 +149,7 @@ def box_crop(box) -> tuple[float, complex]:
 
 
 def part_crops(part: FacePart, a, points: np.ndarray):
-    """a (..) of face crops, their points (.., K) -> a (..), b (.., 2) of the crops of a part, left and right"""
+    """a (..) of face crops, points (.., K) of the picture -> a (..), b (.., 2) of a part's crops, left and right"""
     a = part.side * a
     return a, points[..., part.points[:, part.first :]].mean(-1) - a[..., None] * part.place
 
@@ -193,7 +193,7 @@ def predict_both_sides(net, crops: torch.Tensor, mirrored: np.ndarray) -> torch.
 
 
 def predict_face(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, shifts=(0,)) -> np.ndarray:
-    """Photo, uint8 (H, W, 3), crop a, b, shifts in sides -> predict_both_sides (2, len(shifts), K) in pixels"""
+    """Photo, uint8 (H, W, 3), crop a, b, shifts of it in sides -> predict_both_sides, (2, len(shifts), K), in pixels"""
     grey, corner = grey_crop(photo, a, b)
     b = b + a * np.array(shifts)
     crops = sample_crops(grey, np.full(len(b), a), b - corner, FACE_SIZE)
@@ -201,7 +201,7 @@ def predict_face(net: LandmarkNet, photo: np.ndarray, a: complex, b: complex, sh
 
 
 def refine_parts(net: LandmarkNet, views, a, points) -> np.ndarray:
-    """n faces: grey_crop, a of the crop, points (K,) in pixels -> points (n, K) with refined eyes and mouth"""
+    """grey_crop, crop's a and points (K,) in pixels of each of n faces -> points (n, K) with refined eyes and mouth"""
     points = np.array(points)
     for network, part in ((net.eye, EYE), (net.mouth, MOUTH)):
         side, b = part_crops(part, np.array(a), points)  # (n,), (n, 2)
@@ -211,7 +211,7 @@ def refine_parts(net: LandmarkNet, views, a, points) -> np.ndarray:
         refined = to_complex(network(crops).numpy()).reshape(len(points), 2, -1)  # (n, 2, k)
         refined[:, 1] = 1 - refined[:, 1].conj()
         refined = side[:, None, None] * refined + b[..., None]
-        total, count = np.zeros_like(points), np.bincount(part.points.ravel(), minlength=K)  # the mouth's points: 2
+        total, count = np.zeros_like(points), np.bincount(part.points.ravel(), minlength=K)  # the mouth is read twice
         for row in (0, 1):
             total[:, part.points[row]] += refined[:, row]
         points = np.where(count, total / count.clip(1), points)
@@ -248,7 +248,8 @@ def measure_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for part, sign in ((LEFT_EYE, 1), (RIGHT_EYE, -1)):
         p = points[..., part]  # brow 0..4, corner 5, upper lid 6, 7, corner 8, lower lid 9, 10
         with np.errstate(invalid="ignore"):  # NaN stays NaN
-            openings.append(sign * ((p[..., 9] + p[..., 10] - p[..., 6] - p[..., 7]) / (p[..., 8] - p[..., 5])).imag / 2)
+            gap = (p[..., 9] + p[..., 10] - p[..., 6] - p[..., 7]) / 2
+            openings.append(sign * (gap / (p[..., 8] - p[..., 5])).imag)  # the right eye's corners run from right to left
             height = (p[..., 5] + p[..., 8]) / 2 - p[..., :5].mean(-1)
             brows.append((height / (points[..., 45] - points[..., 36])).imag)
     return np.stack(openings, -1), np.stack(brows, -1)
@@ -270,15 +271,16 @@ def track_face(net: LandmarkNet, frames, box):
     for frame in frames:
         last_a, last_b, may_reread = a, b, passes == 1
         while passes:
-            both = predict_face(net, frame, a, b)[:, 0]  # (2, K)
+            both = predict_face(net, frame, a, b)[:, 0]  # (2, K): by the crop and by its mirror image
             centre, (a, b) = a * CENTRE + b, net.crop_of(both.mean(0))
             passes -= 1
             if may_reread and abs(a * CENTRE + b - centre) > REREAD_SHIFT * abs(a):
                 passes, may_reread = 1, False
         shift = abs(a * CENTRE + b - last_a * CENTRE - last_b) / abs(last_a)
-        is_steady = is_first or shift < MAX_SHIFT and 1 / MAX_GROWTH < abs(a / last_a) < MAX_GROWTH
+        is_steady = is_first or (shift < MAX_SHIFT and 1 / MAX_GROWTH < abs(a / last_a) < MAX_GROWTH)
+        is_face = np.abs(both[0] - both[1]).mean() < MAX_MIRROR_ERROR * abs(a)
         is_first, passes, points = False, 1, both.mean(0)
-        if not (is_steady and np.abs(both[0] - both[1]).mean() < MAX_MIRROR_ERROR * abs(a)):
+        if not (is_steady and is_face):
             points, passes, a, b = np.full(K, complex(np.nan, np.nan)), 3, last_a, last_b
         yield grey_crop(frame, a, b), a, points
 
@@ -340,13 +342,14 @@ def mean_shape(points: np.ndarray) -> np.ndarray:
 
 
 def random_crops(n: int, scale, turn, shift, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random errors of a crop: a, b (n,) in units of the right crop; deviations of log scale, radians, sides"""
+    """Random crops beside the exact one -> a, b (n,) in its units. scale, turn, shift: deviations of the logarithm of the
+    scale, of the rotation in radians, and of the position in sides"""
     a = np.exp(scale * rng.normal(size=n) + 1j * turn * rng.normal(size=n))
     return a, CENTRE - a * CENTRE + shift * (rng.normal(size=(n, 2)) @ (1, 1j))
 
 
 def degrade(x: torch.Tensor) -> torch.Tensor:
-    """Crops (n, 1, S, S) with the variations of other cameras: gamma, noise, every fourth blurred"""
+    """Crops (n, 1, S, S) -> the same as by other cameras: random gamma and noise, every fourth is blurred"""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     x = ((x - low) / (high - low + 1)) ** torch.exp(0.3 * torch.randn(len(x), 1, 1, 1)) * 200
     x[::4] = F.interpolate(F.avg_pool2d(x[::4], 2), scale_factor=2, mode="bilinear")
@@ -354,17 +357,17 @@ def degrade(x: torch.Tensor) -> torch.Tensor:
 
 
 def shut_eyes(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Shuts eyes by moving their own lids: dlib's points hardly follow a blink, so they cannot teach it. Positions of
-    pixels in the right crops v (n, S, S), points y (n, 11), share (n,) of the gap that closes -> where each pixel is
-    read, the moved points. The skin between brow and lid is stretched."""
+    """Shuts eyes by moving their own lids and stretching the skin between brow and lid. dlib's points hardly follow a
+    blink, so real blinks are no ground truth. v (n, S, S): positions of pixels, and y (n, 11): points, both in the exact
+    crop; share (n,) of the gap that closes -> positions (n, S, S) at which the pixels are read, moved points (n, 11)"""
     corner, far = y[:, 5, None], y[:, 8, None]
 
     def corner_line(z):
-        """Height at z of the line through both corners, and of a parabola above it, 1 in the middle"""
+        """At z: height of the line through both corners; a parabola of x that is 0 at the corners and 1 in the middle"""
         t = (z.real - corner.real) / (far.real - corner.real)
         return corner.imag + t * (far - corner).imag, np.clip(4 * t * (1 - t), 0, None)
 
-    def lid_height(z):  # of the parabola through a lid's two points
+    def lid_height(z):  # of the parabola nearest to a lid's two points
         base, arch = corner_line(z)
         return ((base - z.imag) / arch.clip(0.3)).mean(1, keepdims=True)
 
@@ -375,9 +378,10 @@ def shut_eyes(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.
     y[:, [10, 9]] -= 0.12j * closing * corner_line(bottom)[1]
     upper, lower = (h + 0.02 * rng.normal(size=h.shape) for h in (upper, lower))  # errors of the landmarks
     (base, arch), height = corner_line(flat), flat.imag
-    up, low = base - upper * arch, base + lower * arch
+    up, low = base - upper * arch, base + lower * arch  # edges of the lids; new_up and new_low after the closure
     gap = share[:, None] * (low - up).clip(0)
     new_up, new_low = up + 0.88 * gap, low - 0.12 * gap
+    # the skin between `above` and the upper lid, and between the lower lid and `below`, is stretched
     above, below = up - 0.6 * (corner.imag - y[:, :5].imag.mean(1, keepdims=True)).clip(0.1), low + 0.15
     is_upper, is_lower = (height > above) & (height < new_up), (height < below) & (height > new_low)
     source = np.where(is_upper, above + (height - above) * (up - above) / (new_up - above), height)
@@ -393,14 +397,14 @@ def seal_lips(images: torch.Tensor, points: np.ndarray) -> np.ndarray:
     i = np.flatnonzero(gap < 2 * SHUT_GAP)
     if not len(i):
         return points
-    grey, fine = images[torch.from_numpy(i)].float(), np.linspace(-0.8, 0.8, 13)  # -1, 1: corners
+    grey, fine = images[torch.from_numpy(i)].float(), np.linspace(-0.8, 0.8, 13)  # across the mouth; -1, 1: corners
     grey = grey / (grey.std((2, 3), keepdim=True) + 1)
     line = (points[i][:, upper] + points[i][:, lower]) / 2 @ np.stack([np.interp(fine, across, one) for one in np.eye(5)])
     steps = np.meshgrid(np.linspace(-1, 1, 21) * SEARCH_RANGE, np.linspace(-0.5, 0.5, 5) * SEARCH_RANGE)
     rise, bend = (v.ravel() for v in steps)
     curves = line[:, None] + 1j * (rise[:, None] + bend[:, None] * (1 - fine**2))  # (n, 105, 13)
 
-    def brightness(curves):
+    def brightness(curves):  # (.., m, 13) -> (.., m), mean along each curve
         return read_pixels(grey, S * curves)[:, 0].mean(-1).numpy()
 
     distance = 0.2 * (rise**2 + 4 * bend**2) / SEARCH_RANGE**2
@@ -425,7 +429,7 @@ def train(network: nn.Module, sample_batch, weights, steps: int, peak: float, na
     network.to(memory_format=torch.channels_last)  # a third faster on a CPU
     weights = torch.tensor(weights / np.mean(weights), dtype=torch.float32)
     opt = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, peak, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, peak, total_steps=steps)
     for _ in tqdm(range(steps), desc=name, disable=None):
         x, y = sample_batch()
         error = network(degrade(x).contiguous(memory_format=torch.channels_last)) - torch.from_numpy(to_real(y))
@@ -433,21 +437,21 @@ def train(network: nn.Module, sample_batch, weights, steps: int, peak: float, na
         opt.zero_grad()
         loss.backward()
         opt.step()
-        rate.step()
+        schedule.step()
     network.to(memory_format=torch.contiguous_format)
 
 
 def face_batches(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, rng):
     """Sets a network's mean and components from grey frames, uint8 (n, 1, S, S), and points (n, K) in their units ->
-    sample_batch for `train`. Crops have the errors of a detector's box (every second one) or of a first pass."""
+    sample_batch for `train`. Half of the crops have the errors of a detector's box, the others those of a first pass."""
     n, S, mean = CROPS_PER_BATCH, images.shape[-1], mean_shape(points)
     is_wide = np.arange(n) % 2 == 0
-    right_a, right_b = similarity(mean, points)
+    exact_a, exact_b = similarity(mean, points)
 
     def sample_places():  # frames of a batch, its crops a, b in units of the frame, points in units of the crops
         i = rng.integers(len(points), size=n)
         a, b = random_crops(n, *np.where(is_wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
-        a, b = right_a[i] * a, right_a[i] * b + right_b[i]
+        a, b = exact_a[i] * a, exact_a[i] * b + exact_b[i]
         return i, a, b, (points[i] - b[:, None]) / a[:, None]
 
     def sample_batch():
@@ -464,7 +468,7 @@ def face_batches(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, rng
 
 
 def part_batches(net: LandmarkNet, network: PartNet, part: FacePart, images: torch.Tensor, points: np.ndarray, rng):
-    """As face_batches, for the network of a part. Eyes: open ones alone, of which two thirds of a batch get shut"""
+    """As face_batches, for the network of a part. Only open eyes are used; shut_eyes shuts two thirds of a batch"""
     if part is EYE:
         is_open = (measure_eyes(to_real(points))[0] > 0.2).all(1)
         images, points = images[torch.from_numpy(is_open)], points[is_open]
@@ -521,10 +525,10 @@ def extract(args):
         detect = partial(detect_clips, pack=pack, detector=args.landmarks, selected=selected)
         results = tqdm(parallel_map(detect, jobs, args.workers), f"{CLIPS_PER_JOB} clips", len(jobs), disable=None)
         with open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out:
-            for lines, clips in zip(results, jobs):
-                for c, line in zip(clips, lines):
-                    out.write(line.pop("points").astype("<f4").tobytes())
-                    log.write(json.dumps(dict(source=pack.source(c)) | line).encode() + b"\n")
+            for clip_results, clips in zip(results, jobs):
+                for c, result in zip(clips, clip_results):
+                    out.write(result.pop("points").astype("<f4").tobytes())
+                    log.write(json.dumps(dict(source=pack.source(c)) | result).encode() + b"\n")
     print(f"{folder}: {len(Landmarks(pack).usable_clips)} of {len(pack)} clips have landmarks ({args.landmarks})")
 
 
