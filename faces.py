@@ -82,8 +82,8 @@ def square_in_crop(template: str, wanted: str) -> tuple[float, float, float]:
 
 
 def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
-    """Faces of detect_faces -> square crop x0, y0, x1, y1 of the number-th largest. It follows from the key points, which
-    are three times as exact as the detector's box; without key points from the box."""
+    """Faces of detect_faces -> square crop x0, y0, x1, y1 of the `number`-th largest. It is fitted to the key points,
+    which are three times as exact as the detector's box; without key points to the box. InputError: fewer faces"""
     if not 1 <= number <= len(faces):
         raise InputError(f"--face {number}: the number of faces found is {len(faces)}")
     x0, y0, x1, y1 = faces[number - 1][:4]
@@ -206,7 +206,7 @@ def detect_in_squares(detector, images: list, squares: list) -> list[list[np.nda
     size = 256 if network.back_model else 128
     views = [square_view(image, *square, size) for image, square in zip(images, squares)]
     batches = [network.predict_on_batch(np.stack(views[i : i + 16])) for i in range(0, len(views), 16)]
-    # from y0, x0, y1, x1, then x, y of eye, eye, nose, mouth, ear, ear as fractions, score
+    # the network's output: y0, x0, y1, x1, then x, y of eye, eye, nose, mouth, ear, ear as fractions, score; see above
     order, coordinates = [1, 0, 3, 2, 16, 4, 5, 6, 7, 10, 11], [0, 1, 2, 3, *range(5, 11)]
     results = []
     for faces, (x, y, side) in zip(itertools.chain(*batches), squares):
@@ -248,10 +248,10 @@ def largest_first(faces) -> list[tuple]:
 
 
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple]:
-    """uint8 (H, W, 3) -> its faces, the largest first. A single detection is not reliable: a dog can score .82 and
-    a woman .55. So both models search the image with several margins. A face is kept if a third of the searches
-    detect it, with a mean score of MIN_SCORE, and `detect_again` finds it upright with that score (a cup seen from above
-    has .7 from afar and .5 from near). Its box is the mean."""
+    """uint8 (H, W, 3) -> its upright faces, the largest first. A single detection is not reliable: a dog can score .82
+    and a woman .55. So both models search the image with several margins. A face is kept if at least a third of the
+    searches detect it, if their mean score is at least MIN_SCORE, and if `detect_again` finds it upright with such a
+    score (a cup seen from above has .7 from afar and .5 from near). Box and key points are means."""
     detectors, groups = require_detectors(), []  # one group of detections for each face
     for detector, margin in itertools.product(detectors, margins):
         for face in detect_in_squares(detector, [image], [whole_square(image, margin)])[0]:
@@ -266,8 +266,8 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
 
 
 def detect_faces_fast(frames: list) -> list[list[tuple]]:
-    """Frames of one video -> the upright faces of each, by one or two detections: link_tracks tolerates errors"""
-    pairs = []  # number of a frame, face in it
+    """Frames of one video -> the upright faces of each. The second model searches those without a face by the first"""
+    pairs = []  # number of a frame, face in it; link_tracks tolerates errors
     for detector in require_detectors():
         done = {i for i, _ in pairs}
         missing = [i for i in range(len(frames)) if i not in done]
@@ -281,7 +281,8 @@ def detect_faces_fast(frames: list) -> list[list[tuple]]:
 
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
-    """Turns a photo, uint8 (H, W, 3), until it shows upright faces -> photo, faces, the turn; without faces unchanged"""
+    """Turns a photo, uint8 (H, W, 3), until upright faces are found -> photo, its faces, the turn in words. Without
+    faces the photo is unchanged"""
     for k, turn in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
         turned = np.ascontiguousarray(np.rot90(image, k))
         if faces := detect_faces(turned):
@@ -293,7 +294,7 @@ def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
 
 DETECT_EVERY = 5  # frames (ours: a fifth of a second)
 MAX_GAP = 3  # detections; ours: a clip ends where a face is missing for longer, .6 s
-MAX_CLIP_FRAMES = 150  # frames in memory while a box is found, 415 MB at 720p
+MAX_CLIP_FRAMES = 150  # frames in memory while a box is searched, 415 MB at 720p
 MIN_CLIP_FRAMES = 10  # ours: two five-frame windows that are not neighbours
 MAX_HEIGHT = 720  # pixels at which videos are decoded
 MAX_MOTION = 0.35  # sides of the box by which a face may move in a clip
@@ -310,13 +311,13 @@ def label_scenes(frames) -> np.ndarray:
         last = small
     is_cut = np.zeros(len(change), bool)
     for k in np.flatnonzero(np.array(change) > CUT):
-        near = np.delete(change[max(1, k - DETECT_EVERY) : k + DETECT_EVERY + 1], min(k - 1, DETECT_EVERY))
-        is_cut[k] = not len(near) or change[k] > CUT_RATIO * np.median(near)
+        neighbours = np.delete(change[max(1, k - DETECT_EVERY) : k + DETECT_EVERY + 1], min(k - 1, DETECT_EVERY))
+        is_cut[k] = not len(neighbours) or change[k] > CUT_RATIO * np.median(neighbours)
     return np.cumsum(is_cut)
 
 
 def link_tracks(faces_by_frame: list[list[tuple]], scene: np.ndarray) -> list[dict]:
-    """Faces of detect_faces_fast, and the scene of each of its frames -> tracks, {frame: face} of one person each"""
+    """Faces and scene of each searched frame -> tracks of one person each: {number of the searched frame: face}"""
     tracks = []
     for i, faces in enumerate(faces_by_frame):
         open_tracks = [t for t in tracks if i - max(t) <= MAX_GAP and scene[max(t)] == scene[i]]
@@ -331,7 +332,8 @@ def link_tracks(faces_by_frame: list[list[tuple]], scene: np.ndarray) -> list[di
 
 
 def split_until_steady(track: dict, begin: int, end: int, template: str) -> list[tuple]:
-    """A track in frames begin .. end - 1 -> [(begin, end, median box, "")], halved until one box holds the face"""
+    """A track of link_tracks in frames begin .. end - 1 of the video -> [(begin, end, median box, "")]. It is halved
+    until one box holds the face of each part"""
     boxes = np.array([face_box([face], template) for face in track.values()])  # (n, 4)
     box = np.median(boxes, 0)
     if np.percentile(np.abs(boxes - box).max(1), 90) <= MAX_MOTION * (box[2] - box[0]):
@@ -425,7 +427,7 @@ def align_frames(frames, points: np.ndarray, size: int, box: tuple = PCAVS_INPUT
 # ----------------------------------------------------------------------------------------- published landmark detectors
 
 MIN_FAN_SCORE = 0.2  # ours: least mean height of FAN's 68 heat maps on a face
-VIEW_MARGIN, VIEW_SIDE = 0.25, 256  # input of MediaPipe and dlib: the crop with this margin on each side, in pixels; ours
+VIEW_MARGIN, VIEW_SIDE = 0.25, 256  # ours: MediaPipe and dlib get the crop with this margin on each side; its pixels
 # centre and side of dlib's box in a crop: ours, best of a few; both templates give the same part of the face
 DLIB_BOX = {"face": ((0.5, 0.58), 0.9), "ffhq": ((0.5, 0.64), 0.55)}
 # those of MediaPipe's 478 points that lie nearest to iBUG's 68. Where published choices differ, those nearer to dlib's
@@ -535,12 +537,12 @@ def fan_landmarks(_, template: str, device):
 
 MAX_FILLED_GAP = 5  # frames, ours: a fifth of a second; a mouth may open and shut in a longer gap
 MAX_MISSING = 0.2  # share of a clip
-MAX_SPAN_CHANGE = 0.3  # of the eye distance, relative to the clip's median: other landmarks are wrong
+MAX_SPAN_CHANGE = 0.3  # of the eye distance from the clip's median: landmarks that change it more are wrong
 
 
 def interpolate_gaps(detections: list) -> tuple[np.ndarray, int]:
     """Landmarks of a clip, (68, 2) or None for each frame -> float32 (T, 68, 2) without gaps and outliers, the number of
-    interpolated frames. Raises InputError, without the clip's name: too many, too long a gap"""
+    interpolated frames. InputError, without the clip's name: too many frames without a face, or too many in a row"""
     valid = np.array([p is not None for p in detections])
     points = np.stack([np.full((K, 2), np.nan, np.float32) if p is None else np.float32(p) for p in detections])
     if valid.any():
@@ -606,7 +608,7 @@ class Landmarks:
 
 
 def complete_lines(path: Path) -> list[bytes]:
-    """The lines of a file without an incomplete last one, left by an interrupted run"""
+    """The lines of a file. An incomplete last line, left by an interrupted run, is dropped"""
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 

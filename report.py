@@ -81,10 +81,10 @@ def write_report(folder: str | Path) -> Path:
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:
-    """Read a log -> its last header and its lines by increasing step; a resumed run replaces later steps of the first."""
+    """Read a log -> its last header, its lines by increasing step. A resumed run replaces the first run's later steps."""
     header, lines, rows = {}, [], path.read_text(errors="replace").splitlines()
     for k, row in enumerate(rows):
-        # a sample of the lines, the last one, and the rare lines without a pace
+        # read a sample of the lines, the last one, and the rare lines without a pace
         if k % (1 + len(rows) // MAX_LOG_LINES) and '"ms"' in row and k < len(rows) - 1:
             continue
         with contextlib.suppress(ValueError):              # an incomplete line
@@ -134,7 +134,7 @@ def describe_progress(lines: list[dict], steps: int | None) -> str:
 
 
 def describe_pace(line: dict, steps: int | None) -> str:
-    """Of a log line: time per step, images a second, share of waiting for data, memory, time left."""
+    """A log line as text: time per step, images a second, share of waiting for data, memory, time left."""
     left = ((steps or 0) - 1 - line["step"]) * line["ms"] / 60000
     pace = f"{line['ms']:.0f} ms, {line['images_s']:.0f} images/s, {100 * line['waiting']:.0f} % waiting, "
     return pace + f"{line['gib']:.1f} GiB" + (f", {left:.1f} min left" if left > 0 else "")
@@ -187,9 +187,13 @@ def html_table(rows: dict, full: float | None = None) -> str:
     largest = {c: max([abs(row[c]) for row in rows.values() if is_finite(row.get(c))], default=0) for c in columns}
     lines = ["<tr><th>" + "".join(f"<th>{escape(c)}" for c in columns)]
     for name, row in rows.items():
-        cells = [f"{row[c]:.3f}" + bar.format(min(100, 100 * abs(row[c]) / (full or largest[c] or 1)))
-                 if is_finite(row.get(c)) else escape(row.get(c) or "") for c in columns]
-        lines.append(f"<tr><th>{escape(name)}" + "".join(f"<td>{cell}" for cell in cells))
+        line = f"<tr><th>{escape(name)}"
+        for c in columns:
+            if is_finite(row.get(c)):
+                line += f"<td>{row[c]:.3f}" + bar.format(min(100, 100 * abs(row[c]) / (full or largest[c] or 1)))
+            else:
+                line += f"<td>{escape(row.get(c) or '')}"
+        lines.append(line)
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 

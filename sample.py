@@ -44,17 +44,17 @@ EXAMPLE_BOX = "134.5,130.1,381.7,377.3"  # blazeface's box of the astronaut: sav
 TOY_PHOTO, TOY_SPEECH = HERE / "examples/face.png", HERE / "examples/speech.wav"
 TOY_WEIGHTS, FACE_WEIGHTS = HERE / "weights/toy.pt", HERE / "weights/face.pt"
 # all constants below are ours
-# errors of weights/toy.pt up to which a picture is drawn: mean, in [-1, 1] (drawn portraits up to .10, a disc .14, photos
-# .25); share of the variance (portraits up to .31; blank pictures lose all contrast)
+# a picture counts as drawn if weights/toy.pt reconstructs it with smaller errors: mean error, in [-1, 1] (drawn portraits
+# up to .10, a disc .14, photos .25); squared error over variance (portraits up to .31; blank pictures lose all contrast)
 DRAWN_ERROR, DRAWN_LOSS = 0.12, 0.4
 SQUARE_TOLERANCE = 0.05  # relative difference of the sides of a square portrait
-SEARCHED_FRAMES, SEARCH_HEIGHT = 8, 360  # number and height of the frames in which a driving face is searched
+SEARCHED_FRAMES, SEARCH_HEIGHT = 8, 360  # number, and height in pixels, of the frames in which a driving face is searched
 MAX_SIDE = 1280  # pixels of the video: the window of a player, and 25 frames/s on a CPU
 MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's cache
 FEATHER = 0.12  # of the crop: width of a seam of Paste
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
 SHARPEN = 0.6  # unsharp mask on the generator's frames, radius 1 pixel: more gives rings
-CHANGE_RANGE = 0.06, 0.2  # change, in [-1, 1], up to which all of the photo's detail stays; from which none stays
+CHANGE_RANGE = 0.06, 0.2  # in [-1, 1]: up to the first change all of the photo's detail stays, from the second on none
 BOX_ADVICE = "give the place of the face with --box x0,y0,x1,y1 (pixels)"
 
 
@@ -82,8 +82,10 @@ def parse(argv=None):
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--seed", type=int, default=0, help="random seed of blinks and sway (default: 0)")
     args = p.parse_args(argv, mouth=(0, 2), blink=(0, 1))
-    if args.face is None:
-        args.face, args.box = (TOY_PHOTO, args.box) if args.toy else (EXAMPLE_PHOTO, args.box or EXAMPLE_BOX)
+    if args.face is None and args.toy:
+        args.face = TOY_PHOTO
+    elif args.face is None:
+        args.face, args.box = EXAMPLE_PHOTO, args.box or EXAMPLE_BOX
     args.speech = args.speech or (TOY_SPEECH if args.toy else EXAMPLE_SPEECH)
     return args
 
@@ -125,8 +127,8 @@ def pick_weights(photo: np.ndarray | None, args) -> Path:
     """--weights, else weights/toy.pt for drawn portraits, else weights/face.pt. photo: None for a video"""
     if args.weights or photo is None:
         return Path(args.weights or FACE_WEIGHTS)
-    face_is_given = args.box or args.number
-    return TOY_WEIGHTS if args.toy or not face_is_given and is_drawn(photo) else FACE_WEIGHTS
+    whole_photo = not (args.box or args.number)  # else the face is a part of the photo
+    return TOY_WEIGHTS if args.toy or (whole_photo and is_drawn(photo)) else FACE_WEIGHTS
 
 
 def find_photo_face(photo: np.ndarray, args, template: str) -> tuple[np.ndarray, tuple, str]:
@@ -142,8 +144,9 @@ def find_photo_face(photo: np.ndarray, args, template: str) -> tuple[np.ndarray,
             raise InputError("no face was found in any of the four orientations")
     except InputError as error:
         raise InputError(f"{args.face}: {error}; {BOX_ADVICE}") from None
-    box, scale = face_box(faces, template, args.number or 1), max(photo_size(args.face)) / max(photo.shape)
-    file_box = [scale * min(max(0, v), limit) for v, limit in zip(box, 2 * photo.shape[1::-1])]  # a valid --box
+    (H, W), box = photo.shape[:2], face_box(faces, template, args.number or 1)
+    scale = max(photo_size(args.face)) / max(H, W)  # from pixels of the photo, which may be shrunk, to those of the file
+    file_box = scale * np.clip(box, 0, (W, H, W, H))  # as --box expects it
     message = (f"turned {turn}, " if turn else "") + "face at " + ",".join(f"{v:.0f}" for v in file_box)
     if len(faces) > 1 and not args.number:
         message += f", the largest of {len(faces)} (or --face N, or --box)"
@@ -163,8 +166,8 @@ def limit_size(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
 # ----------------------------------------------------------------------------------------------- the driving video
 
 def find_driving_face(path, n: int, template: str) -> tuple[int, tuple, int]:
-    """Reads the first n frames of a driving video in low resolution, which also finds damage -> number of frames, one
-    face box for all of them, height of the video to which the box refers"""
+    """Reads up to n frames of a driving video in low resolution -> their number, one face box for all of them, the height
+    in pixels to which the box refers. Raises InputError: no face; the video is damaged"""
     height = min(probe(path).height, SEARCH_HEIGHT)
     searched, count = [], 0
     for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
@@ -206,8 +209,8 @@ def side_by_side(photo, frames, n: int, args):
     if photo is None:  # it starts again where the speech is longer
         columns = [itertools.chain.from_iterable(read_video(args.face, height) for _ in itertools.count())]
     else:
-        size = round(height * photo.shape[1] / photo.shape[0]), height
-        columns = [itertools.repeat(np.array(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS)))]
+        width = round(height * photo.shape[1] / photo.shape[0])
+        columns = [itertools.repeat(np.array(Image.fromarray(photo).resize((width, height), Image.Resampling.LANCZOS)))]
     if args.driving:
         count = sum(1 for _ in itertools.islice(read_video(args.driving, 16), n))
         columns.append(read_ping_pong(args.driving, height, count, n))
@@ -233,7 +236,7 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
 
 def talking_photo(model, photo, box, mel, speech, args):
     """Streams T frames, uint8 (H, W, 3): the network predicts the lips, warp.py moves the photo's pixels. mel: chunks
-    (n, 1, 80, 16); speech: (T,) in [0, 1], see detect_speech. Raises InputError: no face that can be moved"""
+    (n, 1, 80, 16) of the T windows; speech: (T,), see detect_speech. Raises InputError: no face that can be moved"""
     net, T = load_landmarks(), len(speech)
     mean = net.solid.double().numpy()
     try:
@@ -297,8 +300,8 @@ def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
     to_picture, turning = to_uint8, driving is not None
     if whole:
         to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, device, turning), turning)
-    frames = (to_picture(frame) for frames in model.animate(source, mel, driving, sway=not (whole or args.still))
-              for frame in frames.cpu())
+    batches = model.animate(source, mel, driving, sway=not (whole or args.still))  # (b, 3, size, size) each
+    frames = (to_picture(frame) for batch in batches for frame in batch.cpu())
     return map(to_grey, frames) if is_grey(photo) else frames
 
 
@@ -332,7 +335,7 @@ class Paste:
         return x + SHARPEN * (x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 3, 1))
 
     def enlarge(self, x):
-        """(C, S, S) in units of the network -> (C, h, w) in grey levels"""
+        """Differences (C, S, S) in units of the network -> (C, h, w) in grey levels; x + 1 for colours x"""
         return F.interpolate(127.5 * x[None], self.size, mode="bicubic")[0][(slice(None), *self.inside)]
 
     def __call__(self, frame):
@@ -349,7 +352,7 @@ class Paste:
 
 
 def soft_box(size: int, box: tuple):
-    """(size, size): 1 inside a box (fractions of the crop), falling to 0 at its edges over FEATHER"""
+    """(size, size): 1 inside a box (fractions of the crop), falling to 0 at its edges within FEATHER"""
     t = (torch.arange(size) + 0.5) / size
     x, y = (smoothstep((t - low) / FEATHER) * smoothstep((high - t) / FEATHER) for low, high in (box[::2], box[1::2]))
     return y[:, None] * x
@@ -402,7 +405,7 @@ def main(argv=None):
     mel = (torch.from_numpy(mel_windows(spectrogram, frames)).to(device) for frames in chunks)  # (n, 1, 80, 16)
     del wav  # 4 MB a minute
     torch.manual_seed(args.seed)
-    whole = photo is not None and not args.crop and max(photo.shape[:2]) > model.config.size
+    whole = photo is not None and not args.crop and max(photo.shape[:2]) > model.config.size  # the whole photo is shown
     if whole:
         photo, box = limit_size(photo, box)
     if photo is None:
