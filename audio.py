@@ -62,7 +62,8 @@ def triangle_filters(corners: np.ndarray, bins: np.ndarray) -> np.ndarray:
 
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
     """Steps first .. stop - 1 of the log-mel of wav (n,) -> float32 (M, stop - first). Step s is centred on sample
-    200 s. The result is bit for bit that part of the whole mel: a dense filter bank would round by its shape."""
+    200 s. The result is bit for bit that part of the whole mel. With a dense filter bank the rounding would depend on the
+    number of steps."""
     mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
     for a in range(first, stop, BLOCK):
         b = min(a + BLOCK, stop)
@@ -163,7 +164,7 @@ LOUD_RANGE = 1.0                         # steps at most this far below the 95th
 MIN_LEVEL = -1.2                         # lowest level of speech: silence stays silent
 BELOW, ABOVE = 2.6, 2.4                  # distances from the level of speech that become -4 and 4
 MEAN_PITCH, MIN_PITCH, MAX_PITCH = 108.0, 70, 400  # Hz: GRID's speaker 1, the first voice in training; search range
-KNEE = 4800.0                            # Hz: frequencies are scaled up to here; a line leads on to the last band
+KNEE = 4800.0                            # Hz: lower frequencies are scaled; from here a line leads to MEL_HIGH
 
 
 def estimate_pitch(wav: np.ndarray) -> float | None:
@@ -186,7 +187,7 @@ def estimate_pitch(wav: np.ndarray) -> float | None:
 
 
 def normalise_voice(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
-    """log_mel (M, S) of a sound (n,) -> mel without the level and the vocal tract length of the voice, so that a
+    """log_mel (M, S) of a sound (n,) -> mel with one level and one vocal tract length for all voices, so that a
     network trained on few voices also follows others. Loud speech gets one mean level. Frequencies are divided by
     (pitch / MEAN_PITCH)^(1/3), piecewise linearly, as in vocal tract length normalisation (Lee & Rose 1996)."""
     loud = mel.mean(0) >= np.quantile(mel.mean(0), 0.95) - LOUD_RANGE    # (S,)
@@ -222,11 +223,11 @@ def make_non_speech(n: int, rng: np.random.Generator) -> np.ndarray:
     """Sound (n,) for shut lips: a quiet room, steady noise, noise that swells like breath, or fading chords"""
     t, wav = np.arange(n) / SAMPLE_RATE, coloured_noise(n, rng)
     kind = rng.integers(4)
-    if kind == 0:
+    if kind == 0:                                                        # a quiet room
         return (wav * rng.integers(2) * 10 ** (-rng.uniform(50, 100) / 20)).astype(np.float32)
-    if kind == 1:
+    if kind == 1:                                                        # breath; kind 3 stays steady noise
         wav *= np.maximum(0.05, np.sin(2 * np.pi * (rng.uniform(0.3, 1.5) * t + rng.random()))) ** rng.uniform(1, 3)
-    if kind == 2:
+    if kind == 2:                                                        # chords
         notes = rng.uniform(80, 350) * 2 ** (rng.integers(0, 24, rng.integers(1, 5)) / 12)
         hz = (notes[:, None] * np.arange(1, 7)).ravel()                  # six partials each
         loudness = np.tile(np.arange(1, 7) ** -rng.uniform(0.5, 2), len(notes))
@@ -301,7 +302,7 @@ LWS_STEPS, LWS_STEPS_A_FRAME = 20, SAMPLES_PER_FRAME // LWS_HOP  # of a window, 
 
 @lru_cache
 def lws_hann() -> np.ndarray:
-    """(1280,): the analysis window of lws, a sine whose squares, shifted by all hops, add up to one"""
+    """(1280,): the analysis window of lws, a half sine. The squares of its copies, a hop apart, add up to one"""
     w2 = (1 - np.cos(2 * np.pi * (2 * np.arange(LWS_FFT) + 1) / (2 * LWS_FFT))) / 2
     overlap = w2.reshape(-1, LWS_HOP).sum(0)  # (160,): the same for every hop
     return np.sqrt(w2 / np.tile(overlap, LWS_FFT // LWS_HOP))

@@ -36,7 +36,7 @@ INDEX = dict(
 
 
 def encode_jpeg(frame: np.ndarray, size: int) -> bytes:
-    """uint8 (size, size, 3) -> JPEG. Up to 64 px colour keeps its full resolution: half of it blurs the lips."""
+    """uint8 (size, size, 3) -> JPEG. Up to 64 px colour keeps its full resolution, since halving it blurs the lips."""
     assert frame.shape == (size, size, 3) and frame.dtype == np.uint8, f"frame is {frame.dtype} {frame.shape}"
     file = io.BytesIO()
     Image.fromarray(frame).save(file, format="JPEG", quality=95, subsampling=0 if size <= 64 else 2)
@@ -276,9 +276,9 @@ def add_split_options(p: Parser):
 def split(pack: Pack, args=None) -> dict:
     """-> dict(train, valid, test) of clip numbers. Each clip is in at most one part. test may be empty.
 
-    Every tenth person is held out, or every tenth clip if there are fewer than MIN_PEOPLE people; of fewer than twenty,
-    the last two. They alternate between valid, which selects the checkpoint, and test. args: data and the options of
-    add_split_options. A list replaces the rule for its part; with one for training all other clips are held out.
+    Every tenth person is held out, or every tenth clip if there are fewer than MIN_PEOPLE people; if these are fewer than
+    twenty, the last two. They go to valid, which selects the checkpoint, and to test in turn. args: data and the options
+    of add_split_options. A list replaces the rule for its part. With a list for training all other clips are held out.
     Without data (the toy world) each part has all clips. InputError: see read_clip_list; a clip in two lists; no clip."""
     lists = {part: getattr(args, part) for part in PART_PURPOSES if getattr(args, part, None)}
     if args is not None and not args.data:
@@ -290,7 +290,7 @@ def split(pack: Pack, args=None) -> dict:
     if (count > 1).any():
         raise InputError(f"{', '.join(lists.values())}: {pack.source(listed[count > 1][0])} is in two of them")
     unlisted = np.setdiff1d(np.arange(len(pack)), listed)
-    # held out as a whole: all clips of a person, or one clip
+    # a unit is held out as a whole: all clips of a person, or one clip
     unit_of_clip = np.asarray(pack.identity) if len(pack.identities) >= MIN_PEOPLE else np.arange(len(pack))
     units = np.unique(unit_of_clip[unlisted])
     unlisted_parts = [part for part in ("valid", "test") if part not in lists]
@@ -308,8 +308,8 @@ def split(pack: Pack, args=None) -> dict:
 
 
 def balance_people(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
-    """Training clips -> clip numbers that are drawn with equal probability. With --by-person people take turns and
-    clips of people who have few are repeated. Beyond MAX_BALANCED the last clips of people who have many are lost."""
+    """Training clips -> clip numbers that are drawn with equal probability. With --by-person people take turns, and
+    people with few clips repeat them. Beyond MAX_BALANCED numbers, people with many clips lose the last ones."""
     if not getattr(args, "by_person", False):
         return clips
     if not args.data:
@@ -427,7 +427,7 @@ class Frames(Dataset):
 
 
 class Mixed(Dataset):
-    """Items of two datasets, frames of clips and photos. share: of the second dataset."""
+    """Items of two datasets, such as frames of clips and photos. share: probability of an item of the second one."""
 
     def __init__(self, first: Dataset, second: Dataset, share: float, seed: int):
         self.datasets, self.share, self.seed = (first, second), share, seed

@@ -52,7 +52,7 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
     InputError: not a video, no sound, damaged sound. If only the pictures break off, earlier segments are kept."""
     info, wav = probe(path), load_audio(path)
     if isolate:
-        wav = normalise_loudness(isolate_voice(wav))  # again: music was a part of the level
+        wav = normalise_loudness(isolate_voice(wav))  # again, because load_audio's level included the music
     if lag:
         wav = cut_sound(wav, lag, lag + n_frames(len(wav)))
     height, total, first = min(info.height, MAX_HEIGHT), n_frames(len(wav)), 0
@@ -78,8 +78,8 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
 
 
 def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
-    """Number of frames by which a clip's sound is late, according to the sync expert in the file `path`; 0 within its
-    tolerance. Adds the measurement to the segment, and a reason to skip it if mouth and sound fit at no offset."""
+    """Number of frames by which a clip's sound is late, by the sync expert in the file `path`; 0 up to OFFSET_TOLERANCE.
+    Adds the measurement to the segment, and a reason to skip it if mouth and sound fit at no offset."""
     expert, size = sync_expert(path, "cpu"), len(crops[0])
     x, y, side = (size * v for v in square_in_crop(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
@@ -92,8 +92,8 @@ def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.nda
 
 
 def prepare_photo(path: Path, size: int, template: str, **_):
-    """Yields what prepare_video does, for a photo: one frame without sound, around the largest face. A square photo that
-    already has the template's crop is used whole. InputError: not a picture; no upright face; a face cut off"""
+    """As prepare_video, for a photo: yields one frame without sound, around the largest face. A square photo that already
+    has the template's crop is used whole. InputError: not a picture; no upright face; a face cut off"""
     image = load_photo(path)
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
@@ -193,8 +193,9 @@ def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
     segments = [segment for outcome in outcomes for segment in outcome["segments"]]
     used = sum(any(segment["outcome"] == "packed" for segment in outcome["segments"]) for outcome in outcomes)
     total, packed = sum(segment["frames"] for segment in segments), int(pack.frame_start[-1])
-    print(f"{out}: {len(pack)} clips, {len(pack.identities)} people, {packed} frames, {100 * packed / total:.1f} % of "
-          f"{total} in {len(outcomes)} files, {used} of them used; {out}/manifest.jsonl has the reasons for the others")
+    print(f"{out}: {len(pack)} clips, {len(pack.identities)} people, {packed} of {total} frames "
+          f"({100 * packed / total:.1f} %), from {used} of {len(outcomes)} files; {out}/manifest.jsonl has the reasons "
+          "for the others")
     offsets = np.array([segment["late"] for segment in segments if "late" in segment])
     if len(offsets):
         print(f"sound late by {np.median(offsets):+.0f} frames at the median; off by more than {OFFSET_TOLERANCE}, so "
