@@ -109,7 +109,7 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
 # ----------------------------------------------------------------------------- held-out clips, and networks to test
 
 class ToyTest(NamedTuple):
-    """The probe, and clips of T frames of n held-out people with their ground truth (n, T, 10)."""
+    """The probe, and a clip of T frames of each of n held-out people, with the ground truth (n, T, 10)."""
 
     probe: Probe
     pack: Pack
@@ -184,7 +184,8 @@ def retrieval(queries, gallery) -> float:
 
 
 def table_row(factors, speech, driving, unrelated, identity: float) -> dict:
-    """Measured factors, true ones of the clips that gave speech, driving frames, no input, each (n, T, 10) -> a row."""
+    """Measured factors, and the true ones of the clips that gave the speech, the driving frames and no input, each
+    (n, T, 10) -> a row of the table."""
     def r(name, truth):
         return correlation(factors[..., FACTOR_INDEX[name]], truth[..., FACTOR_INDEX[name]])
 
@@ -230,7 +231,7 @@ def driving_frames(test: ToyTest, c: int, T: int, group: str = "", other: int = 
 
 
 def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
-    """{changed input: {group of factors: how far it moves}}. Each clip is generated twice. The second time, one input is
+    """{changed input: {group of factors: how far it moves}}. Each clip is generated twice, the second time with one input
     replaced: the face, the sound, or one group of factors of the driving clip. A cell is the r.m.s. difference of the two
     clips over that of two unrelated real clips. Perfect is 1 for the group that belongs to the input, else 0."""
     n, pack, truth = len(test.pack), test.pack, test.truth

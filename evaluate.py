@@ -44,7 +44,7 @@ from syncnet import MAX_OFFSET, WINDOW_FRAMES, best_offset, embed_clip, embed_so
 from warp import angles, fit_pose
 
 MAX_CLIP_BYTES = 1 << 31  # of frames in memory: 7 minutes at 256 px, 14 s at 1920x1080; only the beginning is measured
-DETECT_EVERY = 75  # frames
+DETECT_EVERY = 75  # frames, three seconds (not faces.DETECT_EVERY, which is for packs and dubbing)
 FRAME_STEP = 5  # LPIPS, CSIM and FID: neighbouring frames are nearly equal, and the networks are slow
 DEFAULT_EXPERT = Path(__file__).parent / "weights" / "sync.pt"
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".mpg", ".mpeg", ".webm", ".gif")
@@ -213,7 +213,7 @@ def speech_frames(wav, T: int) -> np.ndarray:
         speech[:] = False
         for segment in detect(torch.from_numpy(wav)):
             speech[segment["start"] // SAMPLES_PER_FRAME : -(-segment["end"] // SAMPLES_PER_FRAME)] = True
-    pauses = np.flatnonzero(np.diff(speech, prepend=True, append=True)).reshape(-1, 2)
+    pauses = np.flatnonzero(np.diff(speech, prepend=True, append=True)).reshape(-1, 2)  # begin and end of each
     for begin, end in pauses:
         if end - begin < MIN_PAUSE:
             speech[begin:end] = True
@@ -221,7 +221,7 @@ def speech_frames(wav, T: int) -> np.ndarray:
 
 
 def dynamics(points) -> float:
-    """Points (T, k, 2) -> deviation over time of the distance of two points, mean over all pairs."""
+    """Points (T, k, 2) -> standard deviation over time of the distance of two points, mean over all pairs of points."""
     i, j = np.triu_indices(points.shape[1], 1)
     return float(np.linalg.norm(points[:, i] - points[:, j], axis=-1).std(0).mean())
 
@@ -257,7 +257,7 @@ def closeness(real: dict, fake: dict) -> dict:
 def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
     """Embeddings (K, E) of face and sound windows -> D, C, and the number of frames by which the sound is late. D is the
     smallest mean distance over the offsets, C the median over the offsets minus D: SyncNet's (2016), LSE-D and LSE-C of
-    Wav2Lip (Prajwal et al. 2020). pad: as published, the sound is zero beyond its ends; else see best_offset."""
+    Wav2Lip (Prajwal et al. 2020). pad: the sound is zero beyond its ends, as published; without, see best_offset."""
     distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
     logits = -logits_by_shift(distance, face.float(), sound.float(), reach, 0.0 if pad else math.nan)  # (K, S)
     late, confidence, _ = best_offset(logits)
@@ -267,7 +267,8 @@ def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
 # ------------------------------------------------------------------------------------------------------- the networks
 
 def load_networks(args, device, stack) -> SimpleNamespace:
-    """The networks of the metrics, None if missing. left_out: {metric: reason}. stack closes the landmark detector."""
+    """-> device; the networks of the metrics, None if missing; left_out: {metric: reason}. stack: an ExitStack, which
+    closes the landmark detector. InputError: --skip names no metric; a network named by an option cannot be loaded."""
     left_out = {name.strip(): "--skip" for name in args.skip.split(",") if name.strip()}
     for name in left_out.keys() - METRICS.keys():
         raise InputError(f"--skip {name}: not a metric; the metrics are {', '.join(METRICS)}")
@@ -275,7 +276,7 @@ def load_networks(args, device, stack) -> SimpleNamespace:
                                lpips=None, inception=None)
 
     def load(name, metrics, make_network, files=(), required=False):
-        """Sets networks.NAME, or the reason why its metrics are left out. required: it is named by an option."""
+        """Sets networks.NAME, or the reason why its metrics are left out. required: an option names it."""
         if left_out.keys() >= set(metrics):
             return
         try:
@@ -302,7 +303,8 @@ def load_networks(args, device, stack) -> SimpleNamespace:
     load("sync", SYNC_METRICS, lambda: load_sync(args.expert or DEFAULT_EXPERT, device), required=args.expert)
     load("syncnet", LSE_METRICS, lambda: judges.syncnet_v2(device), ["syncnet_v2"])
     fan = args.landmarks == "fan"
-    load("landmarks", (*LANDMARK_METRICS, "CSIM"), landmarks, ["fan"] * fan, required=args.landmarks and not fan)
+    files = ["fan"] if fan else []
+    load("landmarks", (*LANDMARK_METRICS, "CSIM"), landmarks, files, required=args.landmarks and not fan)
     load("arcface", ["CSIM"], lambda: judges.arcface(device), ["arcface"])
     load("lpips", ["LPIPS"], lambda: judges.lpips(device), ["vgg16", "lpips_heads"])
     load("inception", ["FID"], lambda: judges.Inception(device), ["inception"])
@@ -312,7 +314,7 @@ def load_networks(args, device, stack) -> SimpleNamespace:
 # ------------------------------------------------------------------------------------------------------------- one clip
 
 class Clip:
-    """A clip in memory. Sound, faces and landmarks are computed on first use. InputError without the path: none found."""
+    """A clip in memory. Sound, faces and landmarks are computed on first use. InputError without the path: none."""
 
     def __init__(self, path, networks):
         self.path, self.networks, stream = path, networks, read_video(path)
@@ -358,7 +360,7 @@ class Clip:
         return torch.cat([network(batch).float().cpu() for batch in batches])
 
     def metrics(self) -> tuple[dict, dict]:
-        """{metric: value} of the metrics that need no second clip, {name: reason} for the missing ones."""
+        """{metric: value} of the metrics that need no second clip, {group of metrics: reason} of those that fail."""
         nets = self.networks
         return collect(Sync=nets.sync and self.sync, LSE=nets.syncnet and self.lse, motion=nets.landmarks and self.motion)
 

@@ -55,7 +55,7 @@ from stylegan2 import Discriminator, StyledLayers
 from toyfaces import open_toy_pack
 from vision import conv_norm, shortcut
 
-# the authors' files, and the prefixes of weights that inference does not use: heads of training, G's mapping and constant
+# the authors' files; prefixes of the weights that inference does not use: heads for training, G's mapping and constant
 PUBLISHED = {"G": ("latest_net_G.pth", ("style.", "input.", "noises.")), "V": ("latest_net_V.pth", ("fc.", "model.fc.")),
              "E": ("latest_net_E.pth", ("classifier.", "mouth_fc.", "headpose_fc.")),
              "A": ("latest_net_A_sync.pth", ("fc.",))}
@@ -322,7 +322,7 @@ def load_pcavs(path: str | Path, device="cpu") -> PCAVS:
     return model.to(device).eval()
 
 
-# -------- the networks' input: the authors' alignment for published weights, a template's square for weights of `train`
+# -------- the networks' input: the authors' alignment for published weights, a template's crop for weights of `train`
 
 def list_images(path: Path) -> list[Path]:
     """The images of a folder, or the path itself if it is an image. Empty for a video."""
@@ -369,10 +369,10 @@ def crop_aligned(frame: np.ndarray, config: Config) -> np.ndarray:
 
 
 def crop_clip(path: str | Path, n: int, config: Config, aligned: bool = False):
-    """The first n images, or frames of a video, as the networks' input: a stream of uint8 (size, size, 3). Images are
-    taken as aligned. aligned: so are videos, for published weights. InputError, before the first frame: no face."""
+    """The first n images, or frames of a video, as the networks' input: a stream of uint8 (size, size, 3). Images count
+    as aligned. aligned: so do videos, for published weights. InputError, before the first frame: no face."""
     path, size, published = Path(path), config.size, config.template == "voxceleb"
-    if list_images(path) or aligned and published:
+    if list_images(path) or (aligned and published):
         return (crop_aligned(frame, config) for frame in read_frames(path, n))
     if published:
         return align_clip(path, n, size)
@@ -561,7 +561,8 @@ def fit_pose_teacher(teacher: nn.Linear, pack: Pack, clips, per_clip: int = 16, 
     inputs = [(x - mean) / std for x in inputs]
     motion = torch.cat([x - x.mean(0) for x in inputs])
     down, _ = reduced_rank_regression(torch.cat(inputs), motion, teacher.out_features, ridge)   # (P, 768), unit variance
-    # with fewer than P motions, some numbers describe the person: each is weighted by its share of variance within clips
+    # if there are fewer than P motions, some of the P numbers describe the person instead: each number is weighted by its
+    # share of variance within clips
     poses = [x @ down.t() for x in inputs]
     share = torch.stack([x.var(0) for x in poses]).mean(0) / torch.cat(poses).var(0)
     teacher.weight.copy_(share[:, None] * down / std)
@@ -569,7 +570,7 @@ def fit_pose_teacher(teacher: nn.Linear, pack: Pack, clips, per_clip: int = 16, 
 
 
 def generator_losses(nets, batch, step, args) -> tuple:
-    """Generates the frames again from photo, speech and augmented frames -> losses, real and fake (N, 3, H, W)."""
+    """Reconstructs the frames from photo, speech and augmented frames -> losses, real and fake (N, 3, H, W)."""
     model, K = nets["model"], batch["frames"].shape[1]
     real = batch["frames"].flatten(0, 1)                                        # (N, 3, H, W), N = B K
     identity = model.V(batch["source"])
@@ -592,7 +593,7 @@ def generator_losses(nets, batch, step, args) -> tuple:
                  pose=F.mse_loss(pose, teacher_pose))
     if args.w_vgg:
         terms["vgg"] = perceptual_loss(nets["vgg"](fake), nets["vgg"](real))
-    if args.w_adv:                                                              # D's own step clears D's gradients
+    if args.w_adv:                                                              # D's gradients are zeroed before D's step
         D, maps = nets["D"], nets["D"].features(fake)
         terms |= dict(adv=generator_loss(D.score(maps[-1])), feat=perceptual_loss(maps, D.features(real)))
     return terms, real, fake
@@ -677,7 +678,7 @@ def train(args):
 @torch.no_grad()
 def save_samples(path, model, pack, clips, device, n=8):
     """Four rows of n images: photos, pose frames (of the next item), results, frames of the speech (the item after)."""
-    data = ClipFrames(pack, 1, seed=12345, clips=clips, flip=False)
+    data = ClipFrames(pack, 1, seed=12345, clips=clips, flip=False)             # the same items in every picture
     items = [data[i] for i in range(n)]
     source, frames, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "frames", "mel"))
     pose, spoken = frames[:, 0].roll(1, 0), frames[:, 0].roll(2, 0)

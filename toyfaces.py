@@ -8,7 +8,7 @@ A person is a set of flat colours and shapes on a head that turns in 2.5-D. The 
     python toyfaces.py --pack out/toy32 --size 32 --people 300     # a pack to train on              (1 min)
 
 Axes: T frames, H W, n sound samples, K control steps of 5 ms. Head units: half a head is 1 high; x right, y down,
-z towards the viewer, origin in the middle of the head. who: a person of make_person. state: factor -> value.
+z towards the viewer, origin in the middle of the head. who: a person of make_person. state: {factor: value}.
 """
 
 import json
@@ -111,9 +111,9 @@ class Head:
 
     def __init__(self, who, state: dict, size: int, supersample: int):
         self.who, self.state, S = who, state, size * supersample
-        # 0 from 64 px on, 1 at 32 px and below: small portraits have a larger head, larger eyes and a larger mouth
+        # small: 0 from 64 px on, 1 at 32 px and below. Small portraits have a larger head, larger eyes and a larger mouth
         small = float(np.clip(np.log2(64 / size), 0, 1))
-        self.feature = 1 + 0.25 * small
+        self.feature = 1 + 0.25 * small  # scale of eyes, brows and mouth
         self.unit = S * 0.305 * (1 + 0.15 * small)
         self.middle = np.array((0.5, 0.497 - 0.018 * small)) * S
         yaw, pitch, roll = np.deg2rad([state["yaw"], state["pitch"], state["roll"]])
@@ -334,7 +334,7 @@ def draw_mouth(head, who, state):
         fill_between(up, down, (92, 22, 34))
     if gap > 0.1:
         height, tongue = down - up, np.sqrt(np.clip(1 - (U / 0.72) ** 2, 0, 1))
-        fill_between(down - 0.42 * height * tongue, down - 0.04 * height, (232, 108, 116), 4)
+        fill_between(down - 0.42 * height * tongue, down - 0.04 * height, (232, 108, 116), 4)  # tongue
         fill_between(up, up + np.minimum(0.40 * height, 0.085 * f) * (1 - 0.15 * U**2), (252, 250, 246), 2)  # teeth
 
 
@@ -431,7 +431,7 @@ def make_controls(syllables: list[tuple], K: int) -> dict:
         if consonant and consonant not in CLOSURES:  # the tongue is raised: low F1, F2 half-way to the locus
             formants[a:b, 0] = 300
             formants[a:b, 1] = 0.5 * VOWELS[vowel][1] + 0.5 * (1700 if consonant in "stn" else 1400)
-    # jaw and formants are smoothed over 75 ms, lips over 45 ms
+    # running means of n steps of 5 ms: jaw and formants over 75 ms, lips over 45 ms
     return dict(formants=smooth(formants, 15), speaking=smooth(speaking, 15), stress=smooth(stress, 31),
                 voice=smooth(voice, 7), hiss=smooth(hiss, 5), nasal=smooth(nasal, 7), closed=smooth(closed, 9))
 
@@ -483,7 +483,7 @@ def synthesise_voice(rng, c: dict, who, n: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------- motion
 
 def sway(rng, T: int, seconds: float, reach: float):
-    """A smooth curve (T,) in +-reach that changes direction every `seconds`: each clip covers much of the range"""
+    """A smooth curve (T,) within +-reach that turns back every `seconds`, so that each clip covers much of the range"""
     turns = int(T / FPS / seconds) + 3
     knots = rng.choice(SIDES) * (-1) ** np.arange(turns) * rng.uniform(0.15, 1.0, turns) * reach
     position = np.arange(T) / FPS / seconds + rng.random()
