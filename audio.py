@@ -62,8 +62,7 @@ def triangle_filters(corners: np.ndarray, bins: np.ndarray) -> np.ndarray:
 
 def mel_steps(wav: np.ndarray, first: int, stop: int) -> np.ndarray:
     """Steps first .. stop - 1 of the log-mel of wav (n,) -> float32 (M, stop - first). Step s is centred on sample
-    200 s. The result is bit for bit that part of the whole mel. With a dense filter bank the rounding would depend on the
-    number of steps."""
+    200 s. Bit for bit that part of the whole mel: a dense filter bank's rounding depends on the number of steps."""
     mel = np.full((N_MELS, max(0, stop - first)), SILENCE, np.float32)
     for a in range(first, stop, BLOCK):
         b = min(a + BLOCK, stop)

@@ -184,8 +184,7 @@ def retrieval(queries, gallery) -> float:
 
 
 def table_row(factors, speech, driving, unrelated, identity: float) -> dict:
-    """Measured factors, and the true ones of the clips that gave the speech, the driving frames and no input, each
-    (n, T, 10) -> a row of the table."""
+    """Measured factors; the true ones of clips that gave speech, driving frames, no input; each (n, T, 10) -> a row."""
     def r(name, truth):
         return correlation(factors[..., FACTOR_INDEX[name]], truth[..., FACTOR_INDEX[name]])
 

@@ -281,8 +281,7 @@ def detect_faces_fast(frames: list) -> list[list[tuple]]:
 
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
-    """Turns a photo, uint8 (H, W, 3), until upright faces are found -> photo, its faces, the turn in words. Without
-    faces the photo is unchanged"""
+    """Turns uint8 (H, W, 3) until upright faces are found -> photo, faces, the turn in words. None found: unchanged"""
     for k, turn in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
         turned = np.ascontiguousarray(np.rot90(image, k))
         if faces := detect_faces(turned):
@@ -332,8 +331,7 @@ def link_tracks(faces_by_frame: list[list[tuple]], scene: np.ndarray) -> list[di
 
 
 def split_until_steady(track: dict, begin: int, end: int, template: str) -> list[tuple]:
-    """A track of link_tracks in frames begin .. end - 1 of the video -> [(begin, end, median box, "")]. It is halved
-    until one box holds the face of each part"""
+    """A track in a video's frames begin .. end - 1 -> [(begin, end, median box, "")], halved until one holds the face"""
     boxes = np.array([face_box([face], template) for face in track.values()])  # (n, 4)
     box = np.median(boxes, 0)
     if np.percentile(np.abs(boxes - box).max(1), 90) <= MAX_MOTION * (box[2] - box[0]):

@@ -342,8 +342,7 @@ def mean_shape(points: np.ndarray) -> np.ndarray:
 
 
 def random_crops(n: int, scale, turn, shift, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random crops beside the exact one -> a, b (n,) in its units. scale, turn, shift: deviations of the logarithm of the
-    scale, of the rotation in radians, and of the position in sides"""
+    """Random crops a, b (n,) in units of the exact one. Deviations: scale of log |a|, turn in radians, shift in sides"""
     a = np.exp(scale * rng.normal(size=n) + 1j * turn * rng.normal(size=n))
     return a, CENTRE - a * CENTRE + shift * (rng.normal(size=(n, 2)) @ (1, 1j))
 

@@ -561,8 +561,7 @@ def fit_pose_teacher(teacher: nn.Linear, pack: Pack, clips, per_clip: int = 16, 
     inputs = [(x - mean) / std for x in inputs]
     motion = torch.cat([x - x.mean(0) for x in inputs])
     down, _ = reduced_rank_regression(torch.cat(inputs), motion, teacher.out_features, ridge)   # (P, 768), unit variance
-    # if there are fewer than P motions, some of the P numbers describe the person instead: each number is weighted by its
-    # share of variance within clips
+    # with fewer than P motions, some numbers describe the person: each is weighted by its share of variance within clips
     poses = [x @ down.t() for x in inputs]
     share = torch.stack([x.var(0) for x in poses]).mean(0) / torch.cat(poses).var(0)
     teacher.weight.copy_(share[:, None] * down / std)
