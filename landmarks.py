@@ -269,7 +269,7 @@ def track_face(net: LandmarkNet, frames, box):
     moves, three after a loss. Points are NaN where crop and mirror image disagree or the crop jumps: then it stays."""
     is_first, passes, (a, b) = True, 3, box_crop(box)
     for frame in frames:
-        last_a, last_b, may_reread = a, b, passes == 1
+        last_a, last_b, may_reread = a, b, passes == 1  # with three passes the crop has settled
         while passes:
             both = predict_face(net, frame, a, b)[:, 0]  # (2, K): by the crop and by its mirror image
             centre, (a, b) = a * CENTRE + b, net.crop_of(both.mean(0))
@@ -449,7 +449,8 @@ def face_batches(net: LandmarkNet, images: torch.Tensor, points: np.ndarray, rng
 
     def sample_places():  # frames of a batch, its crops a, b in units of the frame, points in units of the crops
         i = rng.integers(len(points), size=n)
-        a, b = random_crops(n, *np.where(is_wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]]), rng)
+        deviations = np.where(is_wide, [[0.10], [0.25], [0.06]], [[0.04], [0.05], [0.02]])  # scale, turn, shift
+        a, b = random_crops(n, *deviations, rng)
         a, b = exact_a[i] * a, exact_a[i] * b + exact_b[i]
         return i, a, b, (points[i] - b[:, None]) / a[:, None]
 
