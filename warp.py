@@ -467,6 +467,7 @@ class Eyelids:
     def render(self, where, blink: float, read):
         """where (h, w, 2) -> uint8 (h, w, 3): the eye shut by `blink`, 0 to 1. read: coordinates -> colours"""
         up, low, v, gap, near, height = cv2.split(read_grid(self.maps, where, self.box))
+        # heights by which the lower lid rises and the upper lid falls, in widths of the eye
         rise, fall = blink * self.LOWER_SHARE * gap, blink * ((1 - self.LOWER_SHARE) * gap + self.OVERLAP * near)
         d = up + fall - v                                              # distance above the moved edge of the upper lid
         skin = where - (fall * (1 - smoothstep(d / (height + fall))))[..., None] * self.down
