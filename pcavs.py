@@ -466,6 +466,8 @@ def generate_pairs(args):
     """Generates each clip from its own first frame, sound and head pose, or each line of a file of pairs."""
     device = pick_device(args.device)
     if args.clips[0].endswith(".csv"):
+        if len(args.clips) > 1:
+            raise InputError(f"{args.clips[1]}: a file of pairs, {args.clips[0]}, has to stand alone")
         pairs, args.aligned = read_pairs(Path(args.clips[0])), True             # the authors' pairs are aligned
     else:
         pairs = [[check_file(clip)] * 4 for clip in args.clips]

@@ -147,7 +147,9 @@ def find_photo_face(photo: np.ndarray, args, template: str) -> tuple[np.ndarray,
     (H, W), box = photo.shape[:2], face_box(faces, template, args.number or 1)
     scale = max(photo_size(args.face)) / max(H, W)  # from pixels of the photo, which may be shrunk, to those of the file
     file_box = scale * np.clip(box, 0, (W, H, W, H))  # as --box expects it
-    message = (f"turned {turn}, " if turn else "") + "face at " + ",".join(f"{v:.0f}" for v in file_box)
+    message = "face at " + ",".join(f"{v:.0f}" for v in file_box)
+    if turn:  # --box turns no photo
+        message = f"turned {turn}, {message} of the turned photo (--box needs an upright file)"
     if len(faces) > 1 and not args.number:
         message += f", the largest of {len(faces)} (or --face N, or --box)"
     return photo, box, message
@@ -168,10 +170,11 @@ def limit_size(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
 def find_driving_face(path, n: int, template: str) -> tuple[int, tuple, int]:
     """Reads up to n frames of a driving video in low resolution -> their number, one face box for all of them, the height
     in pixels to which the box refers. Raises InputError: no face; the video is damaged"""
-    height = min(probe(path).height, SEARCH_HEIGHT)
-    searched, count = [], 0
+    info = probe(path)
+    height, searched, count = min(info.height, SEARCH_HEIGHT), [], 0
+    length = min(n, round(info.seconds * FPS) or n)  # of a video that states none, n
     for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
-        if (count - 1) % max(1, n // SEARCHED_FRAMES) == 0:
+        if (count - 1) % max(1, length // SEARCHED_FRAMES) == 0:
             searched.append(frame)
     if template == "toy" and square_box(searched[0]):
         return count, square_box(searched[0]), height
@@ -293,7 +296,11 @@ def compute_ahead(jobs, workers: int = 2):
 # --------------------------------------------------------- the generator's own frames, alone or pasted into the photo
 
 def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
-    """Streams n frames of the generator: the crop alone, or pasted into the photo (`whole`)"""
+    """Streams n frames of the generator: the crop alone, or pasted into the photo (`whole`). Raises InputError: an option
+    that only moves pixels of a photo"""
+    if args.mouth != 1 or args.blink != 1 or args.landmarks:
+        raise InputError(f"{args.face}: the generator draws its frames (a drawn face, a tiny photo, --crop, --network): "
+                         "leave out --mouth, --blink and --landmarks, which have no effect there")
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
     driving = driving_frames(args.driving, n, size, model.config.template) if args.driving else None

@@ -647,6 +647,7 @@ BAD = [  # (prepared file, arguments, part of the message)
     ("another kind", ["sample", "face.png", "speech.wav", "--weights", "other.pt"], "is a 'weights' checkpoint"),
     ("", ["sample", "face.png", "speech.wav", "--device", "toaster"], "--device toaster"),
     ("text", ["pairs", "text.csv"], "line 1 has 3 fields, expected 8"),
+    ("text", ["pairs", "text.csv", "pose.mp4"], "pose.mp4: a file of pairs, text.csv, has to stand alone"),
 ]
 
 

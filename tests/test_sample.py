@@ -182,7 +182,7 @@ def test_a_photo_on_its_side_is_turned_with_a_message(monkeypatch):
     monkeypatch.setattr(sample, "turn_upright", lambda photo: (upright, [face], "by 180 degrees"))
     photo, box, how = sample.find_photo_face(np.zeros((90, 60, 3), np.uint8), options(), "face")
     assert photo is upright and box == faces.face_box([face], "face")
-    assert how.startswith("turned by 180 degrees, face at ")
+    assert how.startswith("turned by 180 degrees, face at ") and how.endswith("(--box needs an upright file)")
 
 
 def test_a_drawn_portrait_is_recognised_and_pictures_of_things_are_not():
@@ -520,6 +520,25 @@ def test_every_bad_file_is_refused_in_one_line_before_slow_work(folder, weights,
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("hacked",)
+
+
+@pytest.mark.usefixtures("nothing_slow")
+@pytest.mark.parametrize("option", [["--mouth", "1.5"], ["--blink", "0"], ["--landmarks", "fan"]])
+def test_options_without_an_effect_on_generated_frames_are_refused(folder, weights, capsys, monkeypatch, option):
+    assert option[0] in refused(capsys, monkeypatch, *option, weights=weights)
+
+
+def test_the_face_of_a_driving_clip_shorter_than_the_speech_is_searched_in_all_its_frames(folder, monkeypatch):
+    face, searched = (9, 9, 40, 40, 0.9), []
+
+    def detect_faces(frame, **_):  # finds a face in the last frame only
+        searched.append(frame)
+        return [face] if len(searched) == 6 else []
+
+    monkeypatch.setattr(sample, "detect_faces", detect_faces)
+    media.write_video("drive.mp4", iter(np.zeros((6, 48, 64, 3), np.uint8)), 6)
+    count, box, _ = sample.find_driving_face("drive.mp4", 1000, "face")
+    assert count == len(searched) == 6 and box == faces.face_box([face], "face")
 
 
 @pytest.mark.usefixtures("nothing_slow")
