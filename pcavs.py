@@ -376,7 +376,8 @@ def crop_clip(path: str | Path, n: int, config: Config, aligned: bool = False):
         return (crop_aligned(frame, config) for frame in read_frames(path, n))
     if published:
         return align_clip(path, n, size)
-    _, box, height = find_driving_face(path, n, config.template)
+    _, boxes, height = find_driving_face(path, n, config.template)
+    box = np.median(boxes, axis=0)
     frames = read_frames(path, n, max(2, round(2 * size * height / (box[3] - box[1]))))  # twice the crop's resolution
     return (crop_face(frame, tuple(v * len(frame) / height for v in box), size) for frame in frames)
 

@@ -167,9 +167,9 @@ def limit_size(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
 
 # ----------------------------------------------------------------------------------------------- the driving video
 
-def find_driving_face(path, n: int, template: str) -> tuple[int, tuple, int]:
-    """Reads up to n frames of a driving video in low resolution -> their number, one face box for all of them, the height
-    in pixels to which the box refers. Raises InputError: no face; the video is damaged"""
+def find_driving_face(path, n: int, template: str) -> tuple[int, list, int]:
+    """Reads up to n frames of a driving video in low resolution -> their number, face boxes in up to 8 of them in order,
+    the height in pixels to which the boxes refer. Raises InputError: no face; the video is damaged"""
     info = probe(path)
     height, searched, count = min(info.height, SEARCH_HEIGHT), [], 0
     length = min(n, round(info.seconds * FPS) or n)  # of a video that states none, n
@@ -177,12 +177,12 @@ def find_driving_face(path, n: int, template: str) -> tuple[int, tuple, int]:
         if (count - 1) % max(1, length // SEARCHED_FRAMES) == 0:
             searched.append(frame)
     if template == "toy" and square_box(searched[0]):
-        return count, square_box(searched[0]), height
+        return count, [square_box(searched[0])], height
     detections = (detect_faces(frame, margins=(1.2, 1.5)) for frame in searched)
     boxes = [face_box(faces, template) for faces in detections if faces]
     if not boxes:
         raise InputError(f"{path}: no upright face was found")
-    return count, tuple(np.median(boxes, axis=0)), height
+    return count, boxes, height
 
 
 def read_ping_pong(path, height: int, count: int, n: int):
@@ -198,7 +198,8 @@ def read_ping_pong(path, height: int, count: int, n: int):
 
 def driving_frames(path, n: int, size: int, template: str):
     """Streams n crops (3, size, size) of the face in a driving video"""
-    count, box, box_height = find_driving_face(path, n, template)
+    count, boxes, box_height = find_driving_face(path, n, template)
+    box = np.median(boxes, axis=0)  # one crop for all frames: the head moves in it
     # decoding at twice the crop's resolution is enough: for 4K video it costs a tenth
     height = min(probe(path).height, max(2, round(2 * size * box_height / (box[3] - box[1]))))
     box = tuple(v * height / box_height for v in box)
@@ -249,8 +250,8 @@ def talking_photo(model, photo, box, mel, speech, args):
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, warp.rest_opening, args.mouth)
     if args.driving:
-        _, box, height = find_driving_face(args.driving, T, "face")
-        points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), box)
+        _, boxes, height = find_driving_face(args.driving, T, "face")
+        points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), boxes[0])
         try:
             motion = driving_motion(points, *measure_eyes(points), mean, warp.turn_limits)
         except ValueError as error:

@@ -537,8 +537,8 @@ def test_the_face_of_a_driving_clip_shorter_than_the_speech_is_searched_in_all_i
 
     monkeypatch.setattr(sample, "detect_faces", detect_faces)
     media.write_video("drive.mp4", iter(np.zeros((6, 48, 64, 3), np.uint8)), 6)
-    count, box, _ = sample.find_driving_face("drive.mp4", 1000, "face")
-    assert count == len(searched) == 6 and box == faces.face_box([face], "face")
+    count, boxes, _ = sample.find_driving_face("drive.mp4", 1000, "face")
+    assert count == len(searched) == 6 and boxes == [faces.face_box([face], "face")]
 
 
 @pytest.mark.usefixtures("nothing_slow")
@@ -642,7 +642,7 @@ def test_a_head_sways_or_follows_the_landmarks_of_a_driving_clip(short, monkeypa
         photo = media.load_photo(sample.EXAMPLE_PHOTO)
         turned = (Image.fromarray(photo).rotate(-k, Image.Resampling.BICUBIC, center=(255, 255)) for k in range(12))
         media.write_video("drive.mp4", map(np.array, turned), 12)
-        monkeypatch.setattr(sample, "find_driving_face", lambda *a: (12, (134.5, 130.1, 381.7, 377.3), 512))
+        monkeypatch.setattr(sample, "find_driving_face", lambda *a: (12, [(134.5, 130.1, 381.7, 377.3)], 512))
         options = ["--driving", "drive.mp4"]
     example("--out", "a.mp4", *options)
     calls.sort(key=lambda pose: pose.roll)
