@@ -135,7 +135,7 @@ def prepare_toy_test(size: int, people: int, cache: str | Path, device) -> ToyTe
     return ToyTest(probe, Pack(pack_folder), truth, device)
 
 
-def make_animator(model, device):
+def animator(model, device):
     """A network of fusion.py or pcavs.py -> the function that the tables measure: face uint8 (H, W, 3), wav (samples,)
     at 16 kHz, driving uint8 (T, H, W, 3) -> clip (T, 3, H, W) in [-1, 1]. Wrap any other model in the same way."""
 
@@ -267,7 +267,7 @@ def measure_toy(args, device):
     for size in sorted({model.config.size for model in models.values()}):
         test = prepare_toy_test(size, args.people, args.cache, device)
         rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(test)}
-        animators = {path: make_animator(m, device) for path, m in models.items() if m.config.size == size}
+        animators = {path: animator(m, device) for path, m in models.items() if m.config.size == size}
         rows |= {path: control_table(animate, test) for path, animate in animators.items()}
         print(markdown_table(rows))
         report |= rows

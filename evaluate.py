@@ -470,7 +470,7 @@ def face_metrics(real: Clip, fake: Clip) -> dict:
     return {name: float(x.mean()) for name, x in values.items()}
 
 
-def pair_clips(real: Path, fake: Path) -> tuple[list, list]:
+def pairs_of(real: Path, fake: Path) -> tuple[list, list]:
     """Two files or two folders -> [(name, real file, fake file)], clips without a partner. InputError: no pair."""
     if real.is_dir() != fake.is_dir():
         raise InputError(f"{real} and {fake}: one is a directory, one is not")
@@ -520,7 +520,7 @@ def measure_pairs(args, device):
     """`python evaluate.py pair REAL FAKE`: prints the table and writes --json."""
     start, reports = time.perf_counter(), []
     json_path = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
-    pairs, unpaired = pair_clips(Path(args.real), Path(args.fake))
+    pairs, unpaired = pairs_of(Path(args.real), Path(args.fake))
     with contextlib.ExitStack() as stack:
         networks = load_networks(args, device, stack)
         for name, real, fake in tqdm(pairs, "pairs", disable=None):

@@ -163,7 +163,7 @@ def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torc
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
 SAME_FACE = 0.3  # intersection over union of two boxes of one face; ours
 VIDEO_MARGIN = 1.2  # searched square, in larger sides of a frame (ours: faces at the edge are found)
-NEAR_SIDE = 2.0  # square of `detect_again`, in sides of a face (ours: there key points scatter least, 2 of 128 px)
+NEAR_SIDE = 2.0  # square of `redetect`, in sides of a face (ours: there key points scatter least, 2 of 128 px)
 
 
 @lru_cache
@@ -216,7 +216,7 @@ def detect_in_squares(detector, images: list, squares: list) -> list[list[np.nda
     return results
 
 
-def detect_again(images: list, faces: list) -> list[np.ndarray]:
+def redetect(images: list, faces: list) -> list[np.ndarray]:
     """One face in each image -> the same from a second detection near it, or unchanged if that fails"""
     squares = []
     for x0, y0, x1, y1 in (face[:4] for face in faces):
@@ -250,7 +250,7 @@ def largest_first(faces) -> list[tuple]:
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple]:
     """uint8 (H, W, 3) -> its upright faces, the largest first. A single detection is not reliable: a dog can score .82
     and a woman .55. So both models search the image with several margins. A face is kept if at least a third of the
-    searches detect it, if their mean score is at least MIN_SCORE, and if `detect_again` finds it upright with such a
+    searches detect it, if their mean score is at least MIN_SCORE, and if `redetect` finds it upright with such a
     score (a cup seen from above has .7 from afar and .5 from near). Box and key points are means."""
     detectors, groups = require_detectors(), []  # one group of detections for each face
     for detector, margin in itertools.product(detectors, margins):
@@ -261,7 +261,7 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
             group.append(face)
     faces = [np.mean(group, 0) for group in groups if 3 * len(group) >= len(margins) * len(detectors)]
     faces = [face for face in faces if face[4] >= MIN_SCORE]
-    near = detect_again([image] * len(faces), faces)
+    near = redetect([image] * len(faces), faces)
     return largest_first(face for face, again in zip(faces, near) if is_upright(again) and again[4] >= MIN_SCORE)
 
 
@@ -275,7 +275,7 @@ def detect_faces_fast(frames: list) -> list[list[tuple]]:
         for i, faces in zip(missing, detect_in_squares(detector, [frames[i] for i in missing], squares)):
             pairs += [(i, face) for face in faces if face[4] >= MIN_SCORE]
     pairs.sort(key=lambda pair: pair[0])
-    near = detect_again([frames[i] for i, _ in pairs], [face for _, face in pairs])
+    near = redetect([frames[i] for i, _ in pairs], [face for _, face in pairs])
     upright = [(i, face) for (i, _), face in zip(pairs, near) if is_upright(face)]
     return [largest_first(face for i, face in upright if i == k) for k in range(len(frames))]
 

@@ -216,7 +216,7 @@ class DirectMotion(nn.Module):
         z_a = self.fusion(z_a)
         return self.lips(z_a[:, context:z_a.shape[1] - context])
 
-    def predict_mouth(self, z_a, context=0):
+    def audio_to_mouth(self, z_a, context=0):
         """z_a (B, T + 2 context, D) -> mouth code (B, T, M): the opening clamped to the range of the training clips, the
         last M - K numbers 0. Without a mouth code: as predict_lip_shape."""
         lips = self.predict_lip_shape(z_a, context)                               # (B, T, K)
@@ -225,7 +225,7 @@ class DirectMotion(nn.Module):
         opening = lips[..., :1].clamp(*self.opening_limits)
         return F.pad(torch.cat([opening, lips[..., 1:]], -1), (0, self.M - lips.shape[-1]))
 
-    def clear_opening(self, mouth):
+    def appearance_part(self, mouth):
         """Mouth code (.., M) -> the same with an opening of 0: the part of the source's code that speech keeps"""
         return F.pad(mouth[..., 1:], (1, 0))
 
@@ -236,7 +236,7 @@ class DirectMotion(nn.Module):
         return (self.pose_up(pose) + self.mouth_up(mouth)).unflatten(-1, self.shape)
 
     def forward(self, z_a, z_v, context=0, mouth=None):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
-        pose, predicted = self.pose(z_v), self.predict_mouth(z_a, context)
+        pose, predicted = self.pose(z_v), self.audio_to_mouth(z_a, context)
         if mouth is not None:                                                     # (B, T, M), NaN: use the prediction
             predicted = torch.where(mouth.isnan(), predicted, mouth.to(predicted))
         return self.join(pose, predicted)
@@ -329,7 +329,7 @@ class FCTFG(nn.Module):
         z_s = self.encode_source(source)
         z_s2c = self.canonical(z_s)
         if self.mouth:
-            z_s2c = z_s2c + self.motion.embed_mouth(self.motion.clear_opening(self.mouth(source)))
+            z_s2c = z_s2c + self.motion.embed_mouth(self.motion.appearance_part(self.mouth(source)))
         return z_s, z_s2c
 
     def encode_source(self, source):
@@ -427,7 +427,7 @@ class FCTFG(nn.Module):
                 z_c2d = self.motion(z_a[:, lo:hi], z_v)
             elif direct:
                 pose = self.motion.pose(z_source) + idle_poses(idle, lo, hi)[None]
-                z_c2d = self.motion.join(pose, self.motion.predict_mouth(z_a[:, lo:hi]))
+                z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[:, lo:hi]))
             else:
                 z_c2d = self.motion(z_a[:, lo:hi], z_source.expand(1, hi - lo, -1, -1))
             yield z_c2d[0, start - lo:stop - lo]

@@ -124,13 +124,13 @@ def stage3_clips(pack, T, config, seed, **options):
 
 def build_networks(args, data, checkpoint, device):
     """-> model, D, and the state dicts of all other networks in the checkpoint or in that of the previous stage"""
-    files, changes, previous, encoder = {}, {}, None, args.encoder
+    files, overrides, previous, encoder = {}, {}, None, args.encoder
     if not checkpoint:
         if args.part == "encoder" and not encoder and args.w["arcface"] and Config.at(args.size).encoder == "psp":
             encoder = fetch("arcface", args.path.get("arcface"))                       # initialises pSp's trunk
-        changes, files = load_published(args.size, args.generator, encoder, args.hyper)
+        overrides, files = load_published(args.size, args.generator, encoder, args.hyper)
         previous = load_previous(args, files)
-    config = Config(**checkpoint["config"]) if checkpoint else make_config(args, data["pack"], previous, changes)
+    config = Config(**checkpoint["config"]) if checkpoint else make_config(args, data["pack"], previous, overrides)
     if config.mouth_dim and not data["landmarks"]:
         hint = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
         if args.stage > 1:
@@ -174,14 +174,14 @@ def load_previous(args, files) -> dict | None:
     return previous
 
 
-def make_config(args, pack, previous, changes) -> Config:
-    """Config of the dial, or of the previous stage, with the changes for published files"""
+def make_config(args, pack, previous, overrides) -> Config:
+    """Config of the dial, or of the previous stage, with the overrides for published files"""
     dial = Config.at(args.size, template=pack.template, motion=args.motion)
     config = Config(**previous["config"]) if previous else dial
-    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **changes)
+    config = dataclasses.replace(config, template=pack.template, motion=args.motion, **overrides)
     if not config.map_code or config.encoder != "slim":                                # published networks
         config.coarse_rgb = 0
-    if "hyper" not in changes and (args.stage == 2 or not previous):
+    if "hyper" not in overrides and (args.stage == 2 or not previous):
         config.hyper = dial.hyper if args.part == "hyper" else "none"
         config.hyper_width = dial.hyper_width
     if args.stage == 2:                                                                # stage 3 inherits these
@@ -242,7 +242,7 @@ def small_judges(args, D, data, states, device) -> dict:
 
 # ------------------------------------------------------------------------------------------------------ optimisers
 
-def make_optimisers(model, D, args):
+def optimizers(model, D, args):
     """-> Adam of the trained parameters, at the rates of rate_shares, and Adam of D. Regularisation adds a step to every
     k-th one: rates are multiplied by c = k / (k + 1), and betas are raised to the power of c (StyleGAN2)."""
     shares, groups = rate_shares(args, model.config), {}

@@ -217,7 +217,7 @@ def ffmpeg_path() -> str:
         raise InputError("ffmpeg is missing: pip install imageio-ffmpeg, or install ffmpeg") from None
 
 
-def decode_command(path: str | Path, *output: str, input_options: tuple = ()) -> list[str]:
+def decoder(path: str | Path, *output: str, input_options: tuple = ()) -> list[str]:
     """ffmpeg command that reads `path`, a local media file, and no other file."""
     quiet = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
@@ -226,7 +226,7 @@ def decode_command(path: str | Path, *output: str, input_options: tuple = ()) ->
 
 def describe_media(path: str | Path) -> str:
     """ffmpeg's description of a file: container, duration and streams."""
-    return subprocess.run(decode_command(path), capture_output=True).stderr.decode(errors="replace")
+    return subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
 
 
 def read_log(log) -> str:
@@ -267,7 +267,7 @@ def has_open_length(path: Path) -> bool:
 def last_packet_end(path: Path, *streams: str) -> float:
     """End of the last packet of these streams in seconds from the start of the file, without decoding."""
     maps = chain(*(("-map", stream) for stream in streams))
-    command = decode_command(path, *maps, "-c", "copy", "-f", "framecrc", "pipe:1")
+    command = decoder(path, *maps, "-c", "copy", "-f", "framecrc", "pipe:1")
     listing = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
     unit = {stream: int(a) / int(b) for stream, a, b in re.findall(r"^#tb (\d+): (\d+)/(\d+)", listing, re.M)}
     packets = re.findall(r"^(\d+),[^,]*, *(-?\d+), *(\d+),", listing, re.M)  # stream, dts, pts, duration
@@ -349,7 +349,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
     args += ["-f", "nut", "pipe:1", *READ_ALL_STREAMS]
     with open(path, "rb") as file:                           # ffmpeg takes an RF64 file of open length as empty
         is_open = file.read(4) == b"RF64" and has_open_length(path)
-    decode = decode_command(path, *args, input_options=("-ignore_length", "1") if is_open else ())
+    decode = decoder(path, *args, input_options=("-ignore_length", "1") if is_open else ())
     # A second ffmpeg fills the gaps. Where rate or channels change, the first one builds its filters anew, and they count
     # time from 0 again
     fill_gaps = [ffmpeg_path(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
@@ -583,7 +583,7 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
     args = ["-map", "0:V:0", "-vf", frame_filters(info, H, W), "-fps_mode", "passthrough"]
     args += ["-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1", *READ_ALL_STREAMS]
     # -reinit_filter 0: where the size changes, ffmpeg would build the filters anew, and fps would count from 0 again
-    command = decode_command(path, *args, input_options=("-reinit_filter", "0"))
+    command = decoder(path, *args, input_options=("-reinit_filter", "0"))
 
     def frames():
         count = 0
@@ -603,7 +603,7 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
 
 # ----------------------------------------------------------------------------------------------------------- video out
 
-def encode_command(height: int, width: int, track: Path | None, draft: Path) -> list[str]:
+def encoder(height: int, width: int, track: Path | None, draft: Path) -> list[str]:
     """ffmpeg command that encodes raw frames from its standard input, with the sound of a WAV file."""
     command = [ffmpeg_path(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0"]
@@ -633,7 +633,7 @@ def write_video(path, frames, n: int, sound: np.ndarray | tuple | None = None, o
             write_original_sound(sound[0], track, sound[1])
         elif sound is not None:
             write_wav(track, sound)
-        command = encode_command(*first.shape[:2], None if sound is None else track, draft)
+        command = encoder(*first.shape[:2], None if sound is None else track, draft)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, start_new_session=True) as process:
             try:
                 with contextlib.suppress(BrokenPipeError), process.stdin:  # ffmpeg has stopped: see its status

@@ -524,7 +524,7 @@ class ClipFrames(Dataset):
         return dict(source=images[0], frames=images[1:], mel=mel, person=int(self.pack.identity[c]))
 
 
-def augment_frames(frames):
+def pose_augment(frames):
     """The paper's augmentation of E's input (N, 3, H, W), which keeps the head pose: width and height +-10 %, shift
     +-5 %, colours mixed and shifted. Numbers: ours."""
     N, device = len(frames), frames.device
@@ -582,7 +582,7 @@ def generator_losses(nets, batch, step, args) -> tuple:
     template = TEMPLATES[model.config.template]
     with torch.autocast(real.device.type, enabled=False):
         teacher_pose = nets["teacher"](teacher_input(real, model.config.template))  # (N, P)
-        mouth_and_pose = torch.cat([augment_frames(real), augment_frames(model.E.pose_input(real))])
+        mouth_and_pose = torch.cat([pose_augment(real), pose_augment(model.E.pose_input(real))])
     mouth, head = model.E.model(mouth_and_pose.contiguous(memory_format=torch.channels_last)).chunk(2)  # (N, hidden) each
     mouth = model.E.to_mouth(mouth).float()
     pose = model.E.headpose_embed(model.E.to_headpose(head)).float()

@@ -214,7 +214,7 @@ def forward_stage3(model, batch):
         with torch.no_grad():
             source_mouth = model.mouth(batch["source"])                                # (B, M)
             mouth = model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])       # (B, T, M)
-            true_mouth = mouth - model.motion.clear_opening(source_mouth)[:, None]     # z_s2c holds this part
+            true_mouth = mouth - model.motion.appearance_part(source_mouth)[:, None]   # z_s2c holds this part
             true_mouth[..., model.config.shape_dim:] = 0                               # appearance
             true_mouth[1::2] = torch.nan                                               # predicted from sound
     frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
@@ -230,9 +230,9 @@ def forward_photos(model, batch, out):
     _, z_s2c = model.canonical_code(photo)                                             # (N, L, D)
     pose = motion.pose(model.encode_driving(photo[None]))[0]                           # (N, P)
     mouth = model.mouth(photo)                                                         # (N, M)
-    source_part = motion.clear_opening(mouth)                                          # z_s2c holds this part
+    source_part = motion.appearance_part(mouth)                                        # z_s2c holds this part
     with torch.no_grad():
-        predicted = motion.predict_mouth(model.encode_sound(batch["mel"]), model.config.context)[:, 0]
+        predicted = motion.audio_to_mouth(model.encode_sound(batch["mel"]), model.config.context)[:, 0]
         predicted = predicted[torch.arange(len(photo), device=photo.device) % len(predicted)]  # (N, M)
     z_s2d = torch.cat([z_s2c + motion.join(pose, m) for m in (mouth - source_part, predicted)])
     fake, swapped = model.decode(z_s2d).chunk(2)
@@ -275,12 +275,12 @@ def main(argv=None):
     if args.part == "lips":                                                            # start_stage has trained them
         return export_weights(model.eval().requires_grad_(False), data, args)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    opt_g, opt_d = initialise.make_optimisers(model, D, args)
-    augment, mean_path, start = losses.Augment(max(args.augment, 0.0)), 0.0, 0
+    opt_g, opt_d = initialise.optimizers(model, D, args)
+    augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), 0.0, 0
     if checkpoint:
         ema.load_state_dict(checkpoint["ema"]["model"])
         restore_run(path, checkpoint, dict(g=opt_g, d=opt_d))
-        augment.p, mean_path, start = checkpoint["augment_p"], checkpoint["mean_path"], checkpoint["images"] // images
+        augment.p, mean_path, step0 = checkpoint["augment_p"], checkpoint["mean_path"], checkpoint["images"] // images
         if RANK:                                                                       # another seed than process 0
             torch.manual_seed(args.seed + checkpoint["images"] + RANK)
     del checkpoint, states                                                             # free their tensors
@@ -292,13 +292,13 @@ def main(argv=None):
                  args, dict(model=model, D=D) | trained_here, dict(g=opt_g, d=opt_d))
 
     if WORLD_SIZE > 1 and not RANK:
-        save(start)
+        save(step0)
         barrier()
     trained = sum(q.numel() for q in model.parameters() if q.requires_grad) / 1e6
     print(f"stage {args.stage} on {WORLD_SIZE} x {device}: {len(data['pack'])} clips, "
           f"{trained:.2f} of {count_parameters(model)} trained; loss weights "
           + " ".join(f"{k}={v:g}" for k, v in w.items()))
-    forward, stage_losses = STAGES[name]
+    forward, losses_of = STAGES[name]
     refinements = model.config.refine if args.part == "hyper" else 1
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     eager = contextlib.nullcontext
@@ -309,9 +309,9 @@ def main(argv=None):
 
     log = None if RANK else open_log(os.path.join(args.out, f"log_{name}.jsonl"), args)
     uses_mfcc = getattr(frozen.get("sync"), "uses_mfcc", False)
-    stream = initialise.load_batches(args, data, model.config, uses_mfcc, start)
+    stream = initialise.load_batches(args, data, model.config, uses_mfcc, step0)
     timer, logged = StepTimer(device), {}                                              # latest value of each term
-    bar = progress_bar(name, start, args.steps)
+    bar = progress_bar(name, step0, args.steps)
     for step in bar:
         last = step + 1 == args.steps
         batch = timer.next_batch(stream)                                               # images (N, 3, H, W), see data.py
@@ -340,7 +340,7 @@ def main(argv=None):
                 for _ in range(refinements):                                           # 1, except for the hypernetwork
                     with bf16():
                         out = micro.pop("out", None) or forward(model, micro)
-                        terms = stage_losses(model, frozen, out, w)
+                        terms = losses_of(model, frozen, out, w)
                         if adversarial:
                             terms["adv"] = losses.generator_loss(D(augment(all_fakes(out))))
                     terms = {k: w[k] * v for k, v in terms.items()}

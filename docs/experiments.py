@@ -56,7 +56,7 @@ def run_experiment(name: str, run32: Path, test) -> tuple[dict, list]:
             stack.enter_context(patch(target, replacement))
         if not (out / "weights.pt").exists():
             train.main(["--stage", "3", "--steps", STEPS, "--out", str(out), "--overwrite", *options])
-        animate = control.make_animator(fusion.load_model(out / "weights.pt"), "cpu")
+        animate = control.animator(fusion.load_model(out / "weights.pt"), "cpu")
 
         def animate_and_keep_frame(face, wav, driving):
             clip = animate(face, wav, driving)

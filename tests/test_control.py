@@ -14,7 +14,7 @@ import evaluate
 import toyfaces
 from audio import log_mel, mel_windows
 from control import (
-    Probe, ToyTest, change_matrix, control_table, correlation, load_network, make_animator, markdown_table, probe_row,
+    Probe, ToyTest, change_matrix, control_table, correlation, load_network, animator, markdown_table, probe_row,
     retrieval)
 from media import run, to_tensor, to_uint8
 from toyfaces import FACTORS, TEST_SEED, make_person
@@ -186,7 +186,7 @@ def toy_test_of(world, probe=None):
 
 
 def table_of(world, *ignores):
-    return control_table(make_animator(Network(world, ignores), CPU), toy_test_of(world))
+    return control_table(animator(Network(world, ignores), CPU), toy_test_of(world))
 
 
 READ = ("open", "wide", "yaw", "pitch", "roll", "blink")
@@ -247,7 +247,7 @@ MOVES = dict(face="identity", sound="lips", pose="pose", eyes="eyes", mouth=None
     ((), {}), (("sound",), dict(sound=None, mouth="lips")), (("face",), dict(face=None))])
 def test_the_matrix_is_one_where_an_input_should_move_something_and_zero_elsewhere(world, monkeypatch, ignores, moves):
     monkeypatch.setattr(control, "draw", world.draw)
-    matrix = change_matrix(make_animator(Network(world, ignores), CPU), toy_test_of(world), trials=1, T=world.T)
+    matrix = change_matrix(animator(Network(world, ignores), CPU), toy_test_of(world), trials=1, T=world.T)
     for name, moved in {**MOVES, **moves}.items():
         for column, value in matrix[name].items():
             assert value == pytest.approx(float(column == moved), abs=0.02), (name, column)
@@ -315,5 +315,5 @@ def test_user_errors_are_one_line_with_status_2(toy_world, tmp_path, capsys, mon
 def test_pc_avs_can_be_measured_by_the_same_table():
     model = load_network(ROOT / "weights" / "pcavs_toy.pt", "cpu")
     frames, wav, _ = toyfaces.make_toy_clip(3, 0.28, 32)
-    clip = make_animator(model, "cpu")(frames[0], wav, frames)
+    clip = animator(model, "cpu")(frames[0], wav, frames)
     assert clip.shape == (7, 3, 32, 32) and clip.dtype == torch.float32 and (clip - to_tensor(frames)).abs().mean() < 0.2

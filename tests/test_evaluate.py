@@ -558,11 +558,11 @@ def test_clips_are_paired_by_name_and_two_of_one_name_are_refused(tmp_path):
     for name in ("a/x.mp4", "b/x.mpg", "b/.x.mp4", "b/y.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"clip")
-    pairs, unpaired = evaluate.pair_clips(tmp_path / "a", tmp_path / "b")
+    pairs, unpaired = evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
     assert [p[0] for p in pairs] == ["x"] and pairs[0][2].name == "x.mpg" and unpaired == []
     (tmp_path / "b" / "x.avi").write_bytes(b"clip")
     with pytest.raises(InputError, match="same name"):
-        evaluate.pair_clips(tmp_path / "a", tmp_path / "b")
+        evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
 
 
 def test_inception_agrees_with_a_restatement_of_tensorflows_network_of_2015(monkeypatch):

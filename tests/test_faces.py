@@ -148,13 +148,13 @@ def mock_detector(monkeypatch, near):
     def detect(detector, images, squares):
         return [[np.array([10, 10, 30, 30, 0.9])] for _ in images]
 
-    def detect_again(images, found):
+    def redetect(images, found):
         points, score = near
         return [np.array([*face[:4], score, *(np.array(points) * 20 + face[0])]) for face in found]
 
     monkeypatch.setattr(faces, "face_detectors", lambda: ["one"])
     monkeypatch.setattr(faces, "detect_in_squares", detect)
-    monkeypatch.setattr(faces, "detect_again", detect_again)
+    monkeypatch.setattr(faces, "redetect", redetect)
 
 
 UPRIGHT, LYING = (0.3, 0.3, 0.7, 0.3, 0.5, 0.7), (0.3, 0.7, 0.3, 0.3, 0.7, 0.5)

@@ -123,7 +123,7 @@ def test_a_given_mouth_code_replaces_that_of_the_image():
 
 def test_sound_predicts_the_shape_numbers_of_the_mouth_code_and_zeros_for_its_appearance():
     model, (x, driving, mel) = face(), window()
-    mouth = model.motion.predict_mouth(model.encode_sound(mel), context=2)
+    mouth = model.motion.audio_to_mouth(model.encode_sound(mel), context=2)
     assert mouth.shape == (2, 1, 3) and mouth[..., :2].abs().min() > 0 and mouth[..., 2].abs().max() == 0
     pose = model.motion.pose(model.encode_driving(driving[:, 2:3]))
     _, _, z_c2d = model(x, driving, mel, context=2)
@@ -135,12 +135,12 @@ def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source()
     mouth = model.mouth(x)                                                      # (B, M)
     torch.testing.assert_close(mouth[:, :2], model.mouth.read(model.mouth.mouth_crop(x)))  # the shape
     motion = model.motion
-    kept = motion.embed_mouth(motion.clear_opening(mouth))                      # (B, L, D)
+    kept = motion.embed_mouth(motion.appearance_part(mouth))                      # (B, L, D)
     torch.testing.assert_close(motion.embed_mouth(mouth * torch.tensor([0.0, 1, 1])), kept)
     more_open, wider, redder = (mouth + 2 * direction for direction in torch.eye(3))
-    torch.testing.assert_close(motion.embed_mouth(motion.clear_opening(more_open)), kept)  # an open photo starts shut
+    torch.testing.assert_close(motion.embed_mouth(motion.appearance_part(more_open)), kept)  # an open photo starts shut
     for changed in (wider, redder):
-        assert (motion.embed_mouth(motion.clear_opening(changed)) - kept).abs().max() > 1e-3
+        assert (motion.embed_mouth(motion.appearance_part(changed)) - kept).abs().max() > 1e-3
     z_s, z_s2c = model.canonical_code(x)
     torch.testing.assert_close(z_s2c, model.canonical(z_s) + kept)
     assert kept.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
@@ -148,10 +148,10 @@ def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source()
 
 def test_the_predicted_opening_is_clamped_to_the_range_of_the_training_clips():
     model, (_, _, mel) = face(), window()
-    free = model.motion.predict_mouth(model.encode_sound(mel))
+    free = model.motion.audio_to_mouth(model.encode_sound(mel))
     low, high = free[..., 0].quantile(torch.tensor([0.2, 0.8]))
     model.motion.opening_limits.copy_(torch.stack([low, high]))
-    limited = model.motion.predict_mouth(model.encode_sound(mel))
+    limited = model.motion.audio_to_mouth(model.encode_sound(mel))
     torch.testing.assert_close(limited[..., 0], free[..., 0].clamp(low, high))
     assert (free[..., 0] - limited[..., 0]).abs().max() > 0 and torch.equal(limited[..., 1:], free[..., 1:])
 

@@ -771,7 +771,7 @@ def test_the_pose_augmentation_changes_colours_and_size_and_rotates_nothing():
     torch.manual_seed(0)
     frames = torch.zeros(40, 3, 32, 32)
     frames[:, :, 16] = 1                                                        # a level line
-    out = pcavs.augment_frames(frames)
+    out = pcavs.pose_augment(frames)
     assert out.shape == frames.shape and float((out.mean((2, 3)) - frames.mean((2, 3))).abs().mean()) > 0.1
     assert float((out - out[..., :1]).abs().max()) < 1e-4                       # still level
 

@@ -212,7 +212,7 @@ def test_a_resumed_run_keeps_its_identity_judge_until_a_loss_weight_changes(pack
 def test_optimiser_groups_do_not_depend_on_the_learning_rates():
     model, D, shapes = FCTFG(Config.at(16)), Discriminator(16, 512, 32), []
     for rate in ("4e-3", "1e-3"):  # the second is that of --lr
-        opt = initialise.make_optimisers(model, D, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
+        opt = initialise.optimizers(model, D, train.parse(["--stage", "3", "--size", "16", "--lr-gan", rate]))[0]
         shapes.append([[q.shape for q in group["params"]] for group in opt.param_groups])
     assert shapes[0] == shapes[1]
 
@@ -324,7 +324,7 @@ def test_every_loss_weight_changes_the_gradient(pack, stages, tmp_path):
     torch.manual_seed(1)
     model, D, frozen = start_stage3(args)
     frozen["sync"] = initialise.load_sync(str(stages / "sync.pt"), "cpu")
-    initialise.make_optimisers(model, D, args)
+    initialise.optimizers(model, D, args)
     data = initialise.Clips(Pack(pack), losses.SYNC_FRAMES, 0, context=model.config.context)
     for p in model.motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # connect the sound to the image
@@ -347,7 +347,7 @@ def test_one_batch_can_be_overfitted(pack, stages):
     more = ["--init", str(stages / "stage2.pt"), "--lr", "3e-4", "--lr-gan", "1e-3"]
     args = train.parse(options(pack, stages, 3, *more))
     model, D, _ = start_stage3(args)
-    opt, _ = initialise.make_optimisers(model, D, args)
+    opt, _ = initialise.optimizers(model, D, args)
     data = initialise.Clips(Pack(pack), 1, 0, context=model.config.context)
     batch = torch.utils.data.default_collate([data[i] for i in range(2)])
     errors = []
@@ -622,7 +622,7 @@ def test_openings_of_all_people_get_the_same_rest_and_deviation_and_keep_their_c
 def test_the_losses_of_images_do_not_train_the_lip_reader(coarse_rgb):
     for stage in ("2", "3"):
         model = FCTFG(Config.at(16, **MOUTH, coarse_rgb=coarse_rgb))
-        initialise.make_optimisers(model, Discriminator(16, 512, 32), train.parse(["--stage", stage, "--size", "16"]))
+        initialise.optimizers(model, Discriminator(16, 512, 32), train.parse(["--stage", stage, "--size", "16"]))
         assert not any(q.requires_grad for q in model.mouth.reader.parameters())
         assert model.mouth.linear.weight.requires_grad == (coarse_rgb == 0)
 
