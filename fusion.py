@@ -465,11 +465,11 @@ def estimate_mean_w(generator: Generator, n: int = 4096):
 # --------------------------------------------------------------------------------------------------------------- files
 
 def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple[dict, dict]:
-    """Networks from published files, in place of stages 1 and 2 at `size` px -> (changes of Config's fields, networks by
+    """Networks from published files, in place of stages 1 and 2 at `size` px -> (overrides of Config, networks by
     name: "generator", "D", "encoder", "hyper"). generator: rosinality's StyleGAN2. encoder: pSp's or ArcFace's, see
     load_encoder. hyper: HyperStyle's, for this generator. InputError: a file is missing, damaged, hostile, or of another
     kind or size; networks do not fit together."""
-    networks, changes, dim = {}, {}, Config.at(size).dim
+    networks, overrides, dim = {}, {}, Config.at(size).dim
     if generator:
         content = load_rosinality(generator, size)
         G = content.get("g_ema", content.get("g"))
@@ -478,18 +478,18 @@ def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple
         dim, networks["generator"] = G.dim, G
         if "d" in content:
             networks["D"] = content["d"]
-        changes = infer_arguments(Generator, G.state_dict(), generator) | dict(noise=True, map_code=0)
+        overrides = infer_arguments(Generator, G.state_dict(), generator) | dict(noise=True, map_code=0)
     if encoder:
         networks["encoder"] = load_encoder(encoder, n_styles(size), dim)
-        changes |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
+        overrides |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
         if generator and networks["encoder"].latent_avg.shape[1] != dim:
             raise InputError(f"{encoder}: the width of its codes is not the generator's {dim}")
     if hyper:
         if not generator:
             raise InputError(f"{hyper}: name its generator of {size} px with --generator")
         networks["hyper"], form = load_hypernet(hyper, weight_shapes(G))
-        changes |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
-    return changes, networks
+        overrides |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
+    return overrides, networks
 
 
 def load_model(path: str, device="cpu") -> FCTFG:

@@ -253,6 +253,12 @@ def test_the_matrix_is_one_where_an_input_should_move_something_and_zero_elsewhe
             assert value == pytest.approx(float(column == moved), abs=0.02), (name, column)
 
 
+def test_the_matrix_of_fewer_people_than_trials_uses_each_person_once(world, monkeypatch):
+    monkeypatch.setattr(control, "draw", world.draw)
+    matrix = change_matrix(animator(Network(world), CPU), toy_test_of(world), trials=8, T=world.T)
+    assert all(np.isfinite(value) for row in matrix.values() for value in row.values())
+
+
 @pytest.fixture
 def toy_world(world, monkeypatch):
     """Stand-ins for the toy world on disk, the probe, and the networks "good" and "deaf" (ignores the sound)"""

@@ -593,7 +593,9 @@ def test_the_lip_reader_learns_from_landmarks_and_stages_2_and_3_keep_it(
     assert np.corrcoef(read, true)[0, 1] > 0.6
     targets = torch.cat(initialise.lip_targets(model, toys, landmarks, np.arange(len(toys)), "cpu"))[:, 0].numpy()
     assert abs(targets.mean() - read.mean()) < 0.5 * read.std() and np.corrcoef(targets, true)[0, 1] > 0.6
+    monkeypatch.setattr(initialise, "LIP_STEPS", 2)                          # most of stage 3, not of --part lips
     run_stage(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
+    assert "before the first step: 3 steps of the regression of lips on sound" in capsys.readouterr().out
     before, mine = model.state_dict(), load_model(str(tmp_path / "mine/weights.pt"))
     changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, before[k])}
     assert {"audio.0", "audio.5", "motion.fusion.convs.0", "motion.lips.0"} <= changed  # no generator, no encoder
