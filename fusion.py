@@ -18,6 +18,7 @@ Differences from the paper (docs/differences.md gives the reasons):
 - Motion encoder: `Config.motion` is "direct" (default, ours) or "paper". See DirectMotion and PaperMotion.
 - IdentityMaps: the W+ code also feeds the generator's coarse features. For real faces it also feeds a coarse RGB image.
 - Mouth code, for real faces: M numbers describe the lips, which are masked in the encoder's input. See DirectMotion.
+- Pose code, for real faces: P numbers are read from landmarks. They move the image by a flow. See IdentityMaps.
 """
 
 import dataclasses
@@ -31,12 +32,14 @@ from torch.nn import functional as F
 from audio import AudioEncoder, WindowEncoder
 from checkpoint import load_checkpoint, load_strictly, wrap_errors
 from faces import mask_mouth
+from landmarks import POSE_DIM, PoseReader
 from media import InputError
 from stylegan2 import Generator, channels_at, infer_arguments, load_rosinality, n_styles
 from vision import (
     GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zero_init)
 
 REACH = 6  # frames on each side of a convolution of SpeechContext; ours
+TURN_LIMIT = 3.0  # of a driven real face, in deviations of the training frames; ours: beyond it the flow tears
 SPEECH_DIM = 128  # width of z_a in front of SpeechContext; ours
 
 
@@ -57,6 +60,7 @@ class Config:
     map_code: int = 0           # width of the code behind the identity maps; 0 (published generators): no maps
     map_channels: tuple = (256, 64, 16, 4)  # at 4x4, 8x8, 16x16, 32x32
     coarse_rgb: int = 0         # edge of the coarse image in pixels, see IdentityMaps; 0: no coarse image
+    flow: int = 0               # nodes along an edge of the flow that moves the head, see IdentityMaps; 0: no flow
     audio_width: float = 1.0    # factor of Wav2Lip's channel counts; 0: WindowEncoder and SpeechContext
     voice_norm: bool = False    # real faces: normalise sound by audio.normalise_voice. Older files lack this field
     motion: str = "direct"      # or "paper"
@@ -89,10 +93,10 @@ class Config:
             if real_faces or size == 128:
                 dial |= dict(dim=256, base=64 * size, cap=256, audio_width=0.5, hyper_width=32)
             if real_faces:  # ours: real faces are harder than drawn faces
-                dial |= dict(linear=200, map_code=224) if size == 16 else dict(linear=1000, map_code=1024)
+                dial |= dict(linear=200, map_code=231) if size == 16 else dict(linear=1000, map_code=1031)
                 dial |= dict(map_channels=(), coarse_rgb=min(32, size))
                 if changes.get("motion") != "paper":
-                    dial |= dict(mouth_dim=24, shape_dim=6, audio_width=0)
+                    dial |= dict(mouth_dim=24, shape_dim=6, audio_width=0, pose_dim=POSE_DIM, flow=16)
             elif size == 128:
                 dial |= dict(n_mlp=8, noise=True, encoder_width=48, linear=256, map_code=256,
                              map_channels=(256, 64, 16, 4))
@@ -180,9 +184,9 @@ class PaperMotion(nn.Module):
 
 
 class DirectMotion(nn.Module):
-    """z_c2d = pose(z_v) + lips(z_a), ours. The pose code of a frame is P linear functions of its whitened code. The lips
-    are an MLP of the sound. A joint MLP misses the pose, or copies the driver's face: in training, source and driving
-    frames are of one clip.
+    """z_c2d = pose(z_v) + lips(z_a), ours. The pose code of a frame is P linear functions of its whitened code; for real
+    faces it is read from landmarks. The lips are an MLP of the sound. A joint MLP misses the pose, or copies the driver's
+    face: in training, source and driving frames are of one clip.
 
     Mouth code, for real faces: the sound predicts its first K numbers, the shape of the lips. The first number, the
     opening, replaces that of the source, within `opening_limits`. The other K - 1 numbers are added to those of the
@@ -192,10 +196,10 @@ class DirectMotion(nn.Module):
         super().__init__()
         L, D, P, M, K = config.L, config.dim, config.pose_dim, config.mouth_dim, config.shape_dim
         self.shape, self.M = (L, D), M
-        self.whiten = Whiten(L, D)
         A = D if config.audio_width else SPEECH_DIM                               # width of z_a
         self.fusion = TemporalFusion(A) if config.audio_width else SpeechContext(A)
-        self.pose_down, self.pose_up = nn.Linear(L * D, P), nn.Linear(P, L * D, bias=False)
+        self.whiten, self.pose_down = (None, None) if config.flow else (Whiten(L, D), nn.Linear(L * D, P))
+        self.pose_up = nn.Linear(P, L * D, bias=False)
         self.lips = nn.Sequential(nn.Linear(A, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
                                   nn.Linear(hidden, K or L * D))
         self.mouth_up = nn.Linear(M, L * D, bias=False) if M else nn.Identity()   # mouth code -> W+
@@ -208,8 +212,8 @@ class DirectMotion(nn.Module):
         self.register_buffer("moves", torch.zeros(K, 68, 2) if M else None)
         self.register_buffer("opening", torch.zeros(2) if M else None)
 
-    def pose(self, z_v):  # (B, T, L, D) -> (B, T, P)
-        return self.pose_down(self.whiten(z_v))
+    def pose(self, z_v):  # (B, T, L, D) -> (B, T, P). The z_v of a PoseReader are pose codes
+        return self.pose_down(self.whiten(z_v)) if self.pose_down else z_v
 
     def predict_lip_shape(self, z_a, context=0):
         """z_a (B, T + 2 context, D) -> shape of the lips (B, T, K). Without a mouth code: lips in W+, (B, T, L * D)."""
@@ -232,8 +236,11 @@ class DirectMotion(nn.Module):
     def embed_mouth(self, mouth):  # (.., M) -> (.., L, D)
         return self.mouth_up(mouth).unflatten(-1, self.shape)
 
+    def embed_pose(self, pose):  # (.., P) -> (.., L, D)
+        return self.pose_up(pose).unflatten(-1, self.shape)
+
     def join(self, pose, mouth):  # (.., P), (.., M) -> (.., L, D)
-        return (self.pose_up(pose) + self.mouth_up(mouth)).unflatten(-1, self.shape)
+        return self.embed_pose(pose) + self.mouth_up(mouth).unflatten(-1, self.shape)
 
     def forward(self, z_a, z_v, context=0, mouth=None):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
         pose, predicted = self.pose(z_v), self.audio_to_mouth(z_a, context)
@@ -243,9 +250,10 @@ class DirectMotion(nn.Module):
 
 
 class IdentityMaps(nn.Module):
-    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, and a coarse image (N, 3, h, h)
-    to add to its RGB, or None. Ours, linear. The input is z_s2d, because maps of z_s would bypass the motion space. For
-    real faces initialise.fit_coarse_rgb fits the coarse image in closed form, and the maps are computed from it."""
+    """W+ code (N, L, D) -> maps (N, C', H, W) for the generator's features up to 32x32, a coarse image (N, 3, h, h) to
+    add to its RGB, and a flow (N, h, h, 2) that moves both with the head, or None. Ours, linear: the input is z_s2d,
+    because maps of z_s would bypass the motion space. For real faces the maps are computed from the coarse image, which
+    initialise.fit_coarse_rgb fits in closed form; added pixels alone would not turn the head of a stranger."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -256,6 +264,7 @@ class IdentityMaps(nn.Module):
         self.down = nn.Linear(config.L * config.dim, config.map_code)
         self.up = nn.ModuleList(zero_init(nn.Linear(config.map_code, math.prod(s))) for s in self.shapes)
         self.coarse_rgb = zero_init(nn.Linear(config.map_code, 3 * self.edge ** 2)) if self.edge else None
+        self.flow = zero_init(nn.Linear(config.map_code, 2 * config.flow ** 2)) if config.flow else None
         self.views = nn.ModuleList(zero_init(nn.Conv2d(3, c, 3, padding=1)) for c in channels if self.edge)
 
     def forward(self, w_plus):
@@ -263,10 +272,17 @@ class IdentityMaps(nn.Module):
         if self.edge:
             coarse = self.coarse_rgb(code).unflatten(1, (3, self.edge, self.edge))
             maps = [view(F.adaptive_avg_pool2d(coarse, 4 * 2 ** i)) for i, view in enumerate(self.views)]
+            flow = enlarge_flow(self.flow(code), self.edge) if self.flow else None
         else:
-            coarse = None
+            coarse = flow = None
             maps = [up(code).unflatten(1, shape) for up, shape in zip(self.up, self.shapes)]
-        return [x.contiguous(memory_format=torch.channels_last) for x in maps], coarse
+        return [x.contiguous(memory_format=torch.channels_last) for x in maps], coarse, flow
+
+
+def enlarge_flow(flow, edge: int):
+    """Values of a flow at f x f nodes, (N, 2 f f) -> flow (N, edge, edge, 2) for move_pixels"""
+    nodes = flow.unflatten(1, (2, math.isqrt(flow.shape[1] // 2), -1))
+    return F.interpolate(nodes, (edge, edge), mode="bilinear", align_corners=False).movedim(1, -1)
 
 
 # --------------------------------------------------------------------------------------------------- the whole network
@@ -284,7 +300,7 @@ class FCTFG(nn.Module):
         super().__init__()
         c = self.config = config
         self.generator = Generator(c.size, c.dim, c.n_mlp, c.base, c.cap)
-        self.encoder = self.maps = self.hyper = self.mouth = None
+        self.encoder = self.maps = self.hyper = self.mouth = self.pose = None
         if generator_only:
             return
         if c.encoder == "slim":
@@ -299,11 +315,12 @@ class FCTFG(nn.Module):
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
         assert not c.mouth_dim or c.motion == "direct", "a mouth code needs the direct motion encoder"
         self.mouth = MouthEncoder(c.template, c.mouth_dim, c.shape_dim) if c.mouth_dim else None
+        self.pose = PoseReader() if c.flow else None
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> images (N, 3, H, W)"""
-        maps, coarse = self.maps(w_plus) if self.maps else ((), None)
-        return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, coarse)
+        maps, coarse, flow = self.maps(w_plus) if self.maps else ((), None, None)
+        return self.generator(w_plus, "fixed" if self.config.noise else "off", maps, deltas, coarse, flow)
 
     def refine(self, source, z_s, deltas=None):
         """One refinement by the hypernetwork: source (B, 3, H, W), its code z_s (B, L, D), previous deltas -> new deltas,
@@ -328,6 +345,8 @@ class FCTFG(nn.Module):
         """source (B, 3, H, W) -> its code z_s and its canonical code z_s2c, both (B, L, D)"""
         z_s = self.encode_source(source)
         z_s2c = self.canonical(z_s)
+        if self.pose:
+            z_s2c = z_s2c - self.motion.embed_pose(self.encode_driving(source[:, None])[:, 0])
         if self.mouth:
             z_s2c = z_s2c + self.motion.embed_mouth(self.motion.appearance_part(self.mouth(source)))
         return z_s, z_s2c
@@ -344,9 +363,11 @@ class FCTFG(nn.Module):
         return self.encode_source(images) + self.motion.embed_mouth(mouth)
 
     def encode_driving(self, driving):
-        """driving (B, T, 3, H, W) -> z_v (B, T, L, D). The mouths are masked here: the lips must come from the sound."""
-        masked = mask_mouth(driving.flatten(0, 1), self.config.template)
-        return self.encoder(masked).unflatten(0, driving.shape[:2])
+        """driving (B, T, 3, H, W) -> z_v (B, T, L, D). The mouths are masked here: the lips must come from the sound. For
+        real faces the pose codes (B, T, P), read from nose and eyes alone."""
+        frames = driving.flatten(0, 1)
+        z_v = self.pose(frames) if self.pose else self.encoder(mask_mouth(frames, self.config.template))
+        return z_v.unflatten(0, driving.shape[:2])
 
     def encode_sound(self, mel):
         """mel (B, T, 1, 80, 16) -> z_a (B, T, D)"""
@@ -370,9 +391,11 @@ class FCTFG(nn.Module):
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
 
     @torch.no_grad()
-    def set_statistics(self, z, z_masked):
-        """Set the whitening from codes of training frames: z (n, L, D), and z_masked (n, L, D) with masked mouths."""
+    def set_statistics(self, z, z_masked=None):
+        """Set the whitening from codes of training frames: z (n, L, D); z_masked (n, L, D) with masked mouths, or None"""
         for whiten, codes in ((self.canonical.whiten, z), (self.motion.whiten, z_masked)):
+            if codes is None:
+                continue
             whiten.mean.copy_(codes.mean(0))
             whiten.std.copy_(codes.std(0).clamp_min(0.05 * codes.std()))          # ours: constant numbers stay small
 
@@ -399,8 +422,9 @@ class FCTFG(nn.Module):
     def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
         """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
         source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of consecutive pieces of it.
-        driving: iterable of n frames (3, H, W). None: the pose of the source with idle motion. sway: idle motion moves
-        the head; if False, only blinks. batch: frames decoded at a time. Memory does not grow with n."""
+        driving: iterable of n frames (3, H, W). Real faces start from their own pose. None: the pose of the source with
+        idle motion. sway: idle motion moves the head; if False, only blinks. batch: frames decoded at a time. Memory does
+        not grow with n."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
         deltas, z_a = self.weight_changes(source, z_s), self.encode_whole_sound(mel)
@@ -414,15 +438,19 @@ class FCTFG(nn.Module):
             idle = self.motion.idle if sway else extract_blinks(self.motion.idle)
         z_source = self.encode_driving(source[None])                              # (1, 1, L, D)
         frames = iter(() if driving is None else driving)
-        z_v, first = z_source[:, :0], 0                                           # codes of driving frames from first on
+        z_v, first, still = z_source[:, :0], 0, None                              # codes of driving frames from first on
         for start in range(0, n, batch):
             stop = min(start + batch, n)
             lo, hi = max(0, start - reach), min(n, stop + reach)
             if driving is not None:
                 while first + z_v.shape[1] < hi:                                  # encode new frames
                     count = min(batch, hi - first - z_v.shape[1])
-                    new = torch.stack([next(frames).to(source) for _ in range(count)])
-                    z_v = torch.cat([z_v, self.encode_driving(new[None])], 1)
+                    new = self.encode_driving(torch.stack([next(frames).to(source) for _ in range(count)])[None])
+                    if self.pose:  # relative to the first frame, except for the eyelids, the last number
+                        still = new[:, :1] if still is None else still
+                        turn = (new - still) / (1 + ((new - still) / TURN_LIMIT) ** 4) ** 0.25
+                        new = torch.cat([(z_source + turn)[..., :-1], new[..., -1:]], -1)
+                    z_v = torch.cat([z_v, new], 1)
                 z_v, first = z_v[:, lo - first:], lo                              # drop old frames
                 z_c2d = self.motion(z_a[:, lo:hi], z_v)
             elif direct:

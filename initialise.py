@@ -21,13 +21,13 @@ import judges
 from audio import add_echo_and_noise, log_mel, make_non_speech, mel_windows, spec_augment
 from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
-from faces import Landmarks, mask_mouth
-from fusion import FCTFG, Config, estimate_mean_w, load_published
-from landmarks import MIRROR, load_landmarks
-from losses import SYNC_FRAMES, Augment
+from faces import TEMPLATES, Landmarks, mask_mouth
+from fusion import FCTFG, Config, enlarge_flow, estimate_mean_w, load_published
+from landmarks import MIRROR, load_landmarks, read_pose
+from losses import SYNC_FRAMES, Augment, reconstruction_loss
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
 from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, remove_head_motion
-from stylegan2 import Discriminator
+from stylegan2 import Discriminator, move_pixels
 from syncnet import load_sync
 from vision import to_float64, to_small_image, zero_init
 
@@ -38,6 +38,7 @@ FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator: after m
 LIP_STEPS = 4000  # of train_lips, most in stage 3: 11 minutes of one core. After 3000 unseen people were good as well
 NO_SPEECH = 0.1  # share of items of train_lips that are silence, noise or music, with shut lips
 NOISY = 0.3  # share of its voices that get echo and noise
+FLOW_STEPS = 2000  # of fit_flow: with its reading of 22,000 poses four minutes of one core
 LIP_GAIN = 1.25  # the regression of lips on sound averages, and the generator paints smaller movements than its input
 progress = functools.partial(tqdm, leave=False, disable=None)
 
@@ -55,7 +56,10 @@ def start_stage(args, model, D, data, states, device) -> dict:
         model.encoder.latent_avg.copy_(estimate_mean_w(model.generator))
     frozen = small_judges(args, D, data, states, device)
     if new and args.stage == 3 and "motion" not in states:                             # --init lacks this part
-        fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
+        if model.pose:
+            fit_flow(model, data, device, args.seed, min(FLOW_STEPS, args.steps))
+        else:
+            fit_motion_space(model, data["pack"], data["clips"], device, data["photos"])
     if new and args.stage == 3 and model.mouth:
         train_lips(model, data, args, device)
     return frozen
@@ -144,6 +148,7 @@ def build_networks(args, data, checkpoint, device):
         model_state = previous["ema"]["model"] if previous else {}
         if "motion" not in states:                                                     # previous is not of stage 3
             trained = ("generator.", "encoder.", "maps.", "hyper.", "mouth.", "motion.mouth_up.")
+            trained += ("motion.pose_up.",) if model.pose else ()                          # directions of fit_coarse_rgb
             model_state = {k: v for k, v in model_state.items() if k.startswith(trained)}
         states |= {name: network.state_dict() for name, network in files.items()}
         model_state |= {f"{name}.{k}": v for name in files for k, v in states[name].items()}
@@ -186,8 +191,11 @@ def make_config(args, pack, previous, overrides) -> Config:
         config.hyper_width = dial.hyper_width
     if args.stage == 2:                                                                # stage 3 inherits these
         config.mouth_dim, config.shape_dim, config.audio_width = dial.mouth_dim, dial.shape_dim, dial.audio_width
+        config.flow, config.pose_dim = dial.flow, dial.pose_dim
     elif args.stage == 3 and not previous:                                             # the mouth code needs stage 2
         config.mouth_dim = config.shape_dim = 0
+    if not config.coarse_rgb:
+        config.flow, config.pose_dim = 0, Config.pose_dim
     if args.stage == 3 and config.mouth_dim and config.motion == "paper":
         raise InputError("--motion paper has no mouth code, but stage 2 trained one: train stage 2 with --motion paper")
     return config
@@ -328,8 +336,8 @@ def fit_coarse_rgb(model, masked, images, scale=0.1, ridge=0.02):
     """Fit linear path -> W+ -> coarse RGB to images (n, 3, H, W) in closed form, ours. masked: the images without lips.
     The mouth code is fitted to the part of the lips that the face around them does not predict. Both codes enter W+
     along orthogonal directions of length `scale`, so short that the generator hardly responds. For the lip shape, to
-    which it must respond, they are 40 times longer. `maps.down` reads the codes back from W+. Coarse RGB is a ridge
-    regression on the codes."""
+    which it must respond, they are 40 times longer. The pose gets directions as well, see fit_flow; that of the eyelids
+    is 10 times longer. `maps.down` reads the codes back from W+. Coarse RGB is a ridge regression on the codes."""
     encoder, maps, edge = model.encoder, model.maps, model.config.coarse_rgb
     for layer in (*(head[-1] for head in encoder.heads), maps.coarse_rgb):             # the trunk starts at 0
         zero_init(layer)
@@ -355,10 +363,15 @@ def fit_coarse_rgb(model, masked, images, scale=0.1, ridge=0.02):
         model.mouth.linear.bias.copy_(-down @ pixels.mean(0))
         effect, code_mean = torch.cat([effect, shape_effect, up.t()]), F.pad(code_mean, (0, appearance_dim))
         lengths = torch.cat([lengths, torch.full((len(shape_effect),), 40 * scale), torch.full((appearance_dim,), scale)])
+    P = model.config.pose_dim if model.pose else 0                                     # of the pose: no effect so far
+    effect, code_mean = torch.cat([effect, effect.new_zeros(P, effect.shape[1])]), F.pad(code_mean, (0, P))
+    lengths = torch.cat([lengths, scale * torch.tensor([1.0] * (P - 1) + [10.0] * (P > 0))])
     directions = lengths * torch.linalg.qr(torch.randn(encoder.latent_avg.numel(), len(effect)))[0]
     encoder.linear_up.weight.copy_(directions[:, :k])                                  # (L * D, k)
     if model.mouth:
-        model.motion.mouth_up.weight.copy_(directions[:, k:])
+        model.motion.mouth_up.weight.copy_(directions[:, k:k + model.config.mouth_dim])
+    if model.pose:
+        model.motion.pose_up.weight.copy_(directions[:, -P:])
     inverse, n = (directions / lengths.square()).t(), len(effect)
     maps.down.weight[:n] = inverse
     maps.down.bias[:n] = -inverse @ encoder.latent_avg.flatten().cpu() - code_mean
@@ -484,6 +497,76 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
         motion.pose_down.weight.copy_(down)
         motion.pose_down.bias.zero_()
         motion.pose_up.weight.copy_(up)
+
+
+@torch.no_grad()
+def fit_pose_codes(model, data, device, seed, clips=600, per_clip=20):
+    """Set PoseReader and the whitening of codes -> training frames, uint8 (n, H, W, 3), their pose codes (n, P), and for
+    each the range (begin, end) of frames of its clip. Photos are clips of one frame."""
+    rng, images, ranges, n = np.random.default_rng([seed, 6]), [], [], 0
+    chosen = [(data["pack"], rng.permutation(np.unique(data["clips"]))[:clips])]
+    if data["photos"]:
+        chosen.append((data["photos"].pack, data["photos"].order[:clips * per_clip]))
+    for pack, some in chosen:
+        for c in progress(some, "poses"):
+            images.append(pack.frames(c, np.sort(rng.permutation(pack.n_frames[c])[:per_clip])))
+            ranges += [(n, n + len(images[-1]))] * len(images[-1])
+            n += len(images[-1])
+    images, reader = np.concatenate(images), model.pose
+    batches = np.array_split(images, 1 + n // 256)
+    poses = torch.cat([read_pose(reader.landmarks, to_tensor(x).to(device)) for x in progress(batches, "poses")])
+    reader.mean.copy_(poses.median(0).values)
+    reader.mean[[0, 2, 3]] = torch.tensor([0.0, 0.0, 0.5], device=device)              # of faces and mirror images
+    reader.std.copy_(poses.std(0).clamp_min(1e-3))
+    model.set_statistics(torch.cat([model.encode_source(to_tensor(x[::8]).to(device)) for x in batches]))
+    return images, (poses - reader.mean) / reader.std, np.array(ranges)
+
+
+def similarity_flow(reader, f: int):
+    """Flow (P, 2, f, f) of a unit of each number of the pose code, for f x f nodes: exact for roll, place and size"""
+    flow, t = reader.mean.new_zeros(len(reader.mean), 2, f, f), torch.linspace(1 / f - 1, 1 - 1 / f, f).to(reader.mean)
+    middle, (roll, right, down, size) = 2 * reader.mean[3:5] - 1, reader.std[2:6]      # of the head; half edges
+    x, y = (t - middle[0]).expand(f, f), (t - middle[1])[:, None].expand(f, f)
+    flow[2] = torch.deg2rad(roll) * torch.stack([y, -x])                               # a frame reads the face at rest
+    flow[3, 0], flow[4, 1] = -2 * right, -2 * down
+    flow[5] = -size / reader.mean[5] * torch.stack([x, y])
+    return flow
+
+
+def fit_flow(model, data, device, seed, steps, batch=64):
+    """Fit the flow that moves a face with its pose, ours: a face in one pose, moved by the flow of the difference of two
+    poses, should equal the face in the other pose. Pairs are two frames of a clip, or a photo and its mirror image. The
+    flow is linear in the pose and the same for all people. It starts from similarity_flow and is smooth: half of the
+    nodes of an edge, except for the eyelids, the last number, which slide over the eyes."""
+    images, codes, ranges = fit_pose_codes(model, data, device, seed)
+    rng, maps, edge = np.random.default_rng([seed, 7]), model.maps, model.maps.edge
+    is_photo = ranges[:, 1] - ranges[:, 0] == 1
+    shut = (codes[:, -1] < -2).cpu().numpy() & ~is_photo                               # rare, drawn more often
+    groups = [np.flatnonzero(group) for group in (is_photo, ~is_photo, shut) if group.any()]
+    f = model.config.flow
+    head = similarity_flow(model.pose, f // 2).requires_grad_(True)
+    lids = torch.zeros(1, 2, f, f, device=device, requires_grad=True)
+    sign = torch.tensor([-1, 1, -1, -1, 1, 1, 1], device=device)                       # of the code of a mirror image
+
+    def draw(i, flip):  # -> coarse images (N, 3, h, h), pose codes (N, P)
+        x, flip = to_tensor(images[i]).to(device), torch.as_tensor(flip, device=device)[:, None]
+        x = F.adaptive_avg_pool2d(torch.where(flip[..., None, None], x.flip(-1), x), edge)
+        return x, torch.where(flip, sign * codes[i], codes[i])
+
+    def flow():  # (P, 2 f f)
+        return torch.cat([F.interpolate(head[:-1], (f, f), mode="bilinear"), lids]).flatten(1)
+
+    def loss_of(step):
+        j = np.concatenate([rng.choice(group, batch // len(groups)) for group in groups])
+        i, flip = rng.integers(*ranges[j].T), rng.random(len(j)) < 0.5
+        (x, code), (y, target) = draw(i, flip ^ is_photo[j]), draw(j, flip)
+        made = move_pixels(x, enlarge_flow((target - code) @ flow(), edge))
+        return reconstruction_loss(made, y, ((TEMPLATES[model.config.template].eyes, 3.0),))
+
+    error = train_regression("flow of the pose", [head, lids], steps, 5e-3, loss_of)
+    print(f"flow of the pose: error {error:.3f}")
+    read_pose_code = maps.down.weight.data @ model.motion.pose_up.weight.data          # (map_code, P)
+    maps.flow.weight.data += (read_pose_code @ flow().data).t()
 
 
 def train_lips(model, data, args, device, most=2000, batch=12, span=16):

@@ -29,6 +29,7 @@ from data import Pack, open_packs, read_clip_list, split
 from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
 from media import InputError, Parser, check_output, parallel_map, run, wrap_os_errors
+from warp import angles, fit_pose
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -285,7 +286,55 @@ def track_face(net: LandmarkNet, frames, box):
         yield grey_crop(frame, a, b), a, points
 
 
-# ------------------------------------------------- the shape of the lips, differentiable: input of the sync expert
+# ---------------- read from crops: the pose, for fusion.py; the shape of the lips, differentiable, for the sync expert
+
+POSE_DIM, UPPER_FACE = 7, np.r_[27:48]  # numbers of read_pose; nose and eyes
+USUAL_OPENING = 0.15  # of an eye, in its widths; ours: above it people differ (.2 to .35), in a blink it falls to .05
+
+
+def crops_to_grey(images):
+    """Crops of real faces (n, 3, H, H) in [-1, 1] -> grey levels (n, 1, H, H)"""
+    return (((images.float() + 1) * 127.5).movedim(1, -1) @ GREY.to(images.device))[:, None]
+
+
+@torch.no_grad()
+def read_pose(net: LandmarkNet, images):
+    """Crops of real faces (n, 3, H, H) in [-1, 1] -> (n, 7): yaw, pitch, roll in degrees; place of the head, right and
+    down, and its size, in edges of the crop; opening of the eyes. By the points of nose and eyes alone: others would let
+    the mouth change the pitch."""
+    grey = F.avg_pool2d(crops_to_grey(images), max(1, images.shape[-1] // 128))
+
+    def crop(a, b, size):  # (n,), (n, k), in edges of the image -> (n k, 1, size, size)
+        at = a[:, None, None, None] * torch.from_numpy(unit_square(size)).to(a.device) + b[..., None, None]
+        return read_pixels(grey.repeat_interleave(b.shape[1], 0), grey.shape[-1] * at.flatten(0, 1))
+
+    a, b = torch.tensor([[1], [0]], device=grey.device).expand(2, len(grey))
+    for _ in range(2):  # the second time in the crop that fits
+        points = predict_both_sides(net, crop(a, b[:, None], FACE_SIZE), MIRROR).mean(0)
+        points = a[:, None] * points + b[:, None]                              # (n, 68)
+        a, b = similarity(torch.view_as_complex(net.mean), points)
+    eyes = crop(*part_crops(EYE, a, points), EYE.size)                         # (2n, 1, ..): left and right of each
+    eyes[1::2] = eyes[1::2].flip(-1)
+    eyes = torch.view_as_complex(net.eye(eyes)).unflatten(0, (-1, 2))          # (n, 2, 11), see measure_eyes
+    gap = (eyes[..., 9] + eyes[..., 10] - eyes[..., 6] - eyes[..., 7]) / 2
+    opening = (gap / (eyes[..., 8] - eyes[..., 5])).imag.mean(1)
+    points, mean = torch.view_as_real(points).double().cpu().numpy(), net.solid.double().cpu().numpy()
+    scale, R, _ = (np.array(x) for x in zip(*(fit_pose(p, mean, UPPER_FACE) for p in points)))
+    pose = torch.from_numpy(np.c_[angles(R), points[:, UPPER_FACE].mean(1), scale]).float().to(opening)
+    return torch.cat([pose, opening.clamp(max=USUAL_OPENING)[:, None]], 1)
+
+
+class PoseReader(nn.Module):
+    """Crops of real faces (n, 3, H, H) -> pose codes (n, POSE_DIM): the numbers of read_pose, whitened. Frozen"""
+
+    def __init__(self):
+        super().__init__()
+        self.landmarks = load_landmarks()
+        self.register_buffer("mean", torch.zeros(POSE_DIM))
+        self.register_buffer("std", torch.ones(POSE_DIM))
+
+    def forward(self, images):
+        return (read_pose(self.landmarks, images) - self.mean) / self.std
 
 LIP_POINTS = np.r_[48:68, 6:11]  # lips and chin
 LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]
@@ -294,7 +343,7 @@ LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]
 def read_lips(net: LandmarkNet, images):
     """Crops of real faces (n, 3, 64, 64) in [-1, 1] -> lip_shape (n, 50), the mean of each image and its mirror image.
     Differentiable in the pixels around the mouth alone: the sync loss must not move eyes or head."""
-    grey = (((images.float() + 1) * 127.5).movedim(1, -1) @ GREY.to(images.device))[:, None]  # (n, 1, 64, 64)
+    grey = crops_to_grey(images)
     with torch.no_grad():
         face = predict_both_sides(net, grey, MIRROR).mean(0)  # (n, 68) in units of the image
         a, b = part_crops(MOUTH, similarity(torch.view_as_complex(net.mean), face)[0], face)

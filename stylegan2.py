@@ -257,7 +257,7 @@ class StyledLayers(nn.Module):
         """The 3x3 layers from coarse to fine, in the order of noise maps and of `deltas`."""
         return [self.conv1, *self.convs]
 
-    def synthesise(self, x, w, noise, maps=(), deltas=None, coarse=None):
+    def synthesise(self, x, w, noise, maps=(), deltas=None, coarse=None, flow=None):
         """x (N, C, H, W) -> image. w: styles (N, D) of the 3x3 layers and, last, of the last toRGB. Each other toRGB has
         the style of the next 3x3 layer. Other arguments: see Generator.forward."""
         n_convs = len(self.convs) + 1
@@ -272,6 +272,8 @@ class StyledLayers(nn.Module):
             rgb = to_rgb(x, w[b + 1], rgb)
             if coarse is not None and rgb.shape == coarse.shape:
                 rgb = rgb + coarse
+            if flow is not None and rgb.shape[2] == flow.shape[1]:
+                x, rgb = move_pixels(x, flow), move_pixels(rgb, flow)
         return rgb
 
 
@@ -295,19 +297,26 @@ class Generator(StyledLayers):
     def mapping(self, z):  # (N, D) -> w (N, D)
         return self.style(z)
 
-    def forward(self, w_plus, noise="fixed", maps=(), deltas=None, coarse=None):
+    def forward(self, w_plus, noise="fixed", maps=(), deltas=None, coarse=None, flow=None):
         """w_plus (N, L, D) -> image (N, 3, size, size), about [-1, 1], unclamped.
 
         noise: "fixed" (the generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or a
             list of L - 1 maps (1 or N, 1, H, W).
         maps: list of (N, C', H, W), added to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
         deltas: a relative weight change (B, O, I) or (B, O, I, 3, 3) for each layer of styled_convs(), or None.
-        coarse: (N, 3, H, H), added to the RGB image of H px, or None; ours, see fusion.IdentityMaps."""
+        coarse: (N, 3, H, H), added to the RGB image of H px, or None; ours, see fusion.IdentityMaps.
+        flow: (N, H, H, 2), see move_pixels, moves features and RGB of H px, or None; after StyleHEAT (2022)."""
         assert w_plus.shape[1:] == (self.L, self.dim), f"W+ is {tuple(w_plus.shape)}, expected (N, {self.L}, {self.dim})"
         if noise == "fixed":
             noise = [*self.noises.buffers()]
         x = self.input.input.to(memory_format=torch.channels_last).expand(len(w_plus), -1, -1, -1)  # (N, C, 4, 4)
-        return self.synthesise(x, w_plus.unbind(1), noise, maps, deltas, coarse)
+        return self.synthesise(x, w_plus.unbind(1), noise, maps, deltas, coarse, flow)
+
+
+def move_pixels(x, flow):
+    """x (N, C, H, H), flow (N, H, H, 2) -> (N, C, H, H): each pixel is read that far right and down, in half edges"""
+    still = F.affine_grid(torch.eye(2, 3, device=x.device).expand(len(x), 2, 3), x.shape, align_corners=False)
+    return F.grid_sample(x.float(), still + flow.float(), padding_mode="border", align_corners=False).to(x.dtype)
 
 
 def add_map(x, maps, i):

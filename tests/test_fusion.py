@@ -98,7 +98,7 @@ def test_the_direct_pose_of_a_frame_depends_on_that_frame_alone():
 
 
 def face(**changes):
-    return randomise_zeros(tiny(**(dict(template="face", mouth_dim=3, shape_dim=2, hyper="none") | changes)))
+    return randomise_zeros(tiny(**(dict(template="face", mouth_dim=3, shape_dim=2, pose_dim=7, hyper="none") | changes)))
 
 
 def test_the_lips_of_an_image_reach_its_w_plus_code_only_through_the_mouth_code():
@@ -130,6 +130,34 @@ def test_sound_predicts_the_shape_numbers_of_the_mouth_code_and_zeros_for_its_ap
     torch.testing.assert_close(z_c2d, model.motion.join(pose, mouth))
 
 
+def test_a_face_that_drives_itself_keeps_its_pose_and_other_poses_move_it():
+    model, (x, _, mel) = face(), window(T=1)
+    pose = torch.randn(4, 7)
+    model.pose.forward = lambda images: pose[:len(images)]                         # a pose for each image
+    own = model(x, x[:, None], mel)[0]
+    pose = pose + 1                                                             # another canonical pose, the same turn
+    torch.testing.assert_close(model(x, x[:, None], mel)[0], own, atol=1e-3, rtol=1e-3)
+    assert model.pose(x).shape == (2, 7)
+    poses = iter((pose[:2], pose[2:]))                                          # of the source, of the driving frame
+    model.pose.forward = lambda images: next(poses)
+    assert (model(x, x[:, None], mel)[0] - own).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("batch", [1, 4, 20])
+def test_a_driven_real_face_starts_from_its_own_pose_and_shuts_its_eyes_as_the_driver_does(batch):
+    model, codes = face(), 0.2 * torch.randn(20, 7)
+    codes[19, 0] += 50                                                          # a turn is limited
+    model.pose.forward = lambda images: codes[images[:, 0, 0, 0].long()]        # an "image" holds its number
+    torch.nn.init.zeros_(model.motion.mouth_up.weight)
+    images = torch.arange(20.0)[:, None, None, None].expand(-1, 3, 16, 16)
+    z_a = model.encode_whole_sound(torch.zeros(20, 1, 80, 16))
+    z_c2d = torch.cat(list(model.stream_motion(images[7:8], z_a, iter(images), sway=True, batch=batch)))
+    pose = z_c2d.flatten(1) @ torch.linalg.pinv(model.motion.pose_up.weight).t()
+    want = torch.cat([(codes - codes[0] + codes[7])[:, :6], codes[:, 6:]], 1)
+    want[19, 0] = codes[7, 0] + 3
+    torch.testing.assert_close(pose, want, atol=1e-3, rtol=1e-3)
+
+
 def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source():
     model, (x, driving, mel) = face(), window()
     mouth = model.mouth(x)                                                      # (B, M)
@@ -142,7 +170,8 @@ def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source()
     for changed in (wider, redder):
         assert (motion.embed_mouth(motion.appearance_part(changed)) - kept).abs().max() > 1e-3
     z_s, z_s2c = model.canonical_code(x)
-    torch.testing.assert_close(z_s2c, model.canonical(z_s) + kept)
+    pose = model.motion.embed_pose(model.pose(x))
+    torch.testing.assert_close(z_s2c, model.canonical(z_s) - pose + kept)
     assert kept.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
 
 
@@ -214,8 +243,9 @@ def test_the_canonical_encoder_is_initially_the_identity():
 
 def test_identity_maps_are_initially_zero_and_linear_in_the_code():
     maps = IdentityMaps(tiny().config)
-    (m4, m8), coarse = maps(torch.randn(3, 6, 24))
-    assert (m4.shape, m8.shape, coarse) == ((3, 8, 4, 4), (3, 6, 8, 8), None) and m4.abs().max() == m8.abs().max() == 0
+    (m4, m8), coarse, flow = maps(torch.randn(3, 6, 24))
+    assert (m4.shape, m8.shape, coarse, flow) == ((3, 8, 4, 4), (3, 6, 8, 8), None, None)
+    assert m4.abs().max() == m8.abs().max() == 0
     for layer in maps.up:
         torch.nn.init.normal_(layer.weight)
     a, b = torch.randn(2, 1, 6, 24).unbind(0)
@@ -225,7 +255,7 @@ def test_identity_maps_are_initially_zero_and_linear_in_the_code():
 
 def test_the_coarse_image_is_linear_in_the_code_and_added_to_the_rgb():
     model, z = tiny(coarse_rgb=8, map_channels=()), torch.randn(3, 6, 24)
-    maps, coarse = model.maps(z)
+    maps, coarse, _ = model.maps(z)
     channels = [min(32, 256 // r) for r in (4, 8)]
     assert [m.shape for m in maps] == [(3, c, r, r) for c, r in zip(channels, (4, 8))] and coarse.shape == (3, 3, 8, 8)
     assert coarse.abs().max() == 0 and all(m.abs().max() == 0 for m in maps)   # initially zero

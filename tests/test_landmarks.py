@@ -12,7 +12,8 @@ import landmarks
 from data import Pack, PackWriter
 from faces import crop_face, landmarks_header
 from landmarks import CENTRE, MIRROR, sample_crops, to_real
-from media import InputError, load_photo
+from media import InputError, load_photo, to_tensor
+from warp import Face, Pose, Warp
 
 PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
 BOX = 134, 130, 382, 377  # where the face is in it
@@ -144,6 +145,24 @@ def test_a_hidden_face_is_lost_and_found_again(net):
     assert np.isnan(points).all((1, 2)).tolist() == [False, False, True, False] == np.isnan(eyes).all(1).tolist()
     assert np.abs(points[3] - points[0]).max() < 0.1 * interocular(points[0])
     assert landmarks.track_landmarks(net, [], (0, 0, 9, 9)).shape == (0, 68, 2)
+
+
+def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
+    big = load_photo(PORTRAIT)
+    face = Face(big, landmarks.find_landmarks(net, big, BOX), net.solid.double().numpy())
+    warp = Warp(face, np.zeros((6, 68, 2)))
+    poses = dict(yaw=8), dict(pitch=8), dict(roll=8), dict(shift=(0.1, 0)), dict(shift=(0, 0.1)), dict(scale=1.1)
+    frames = [warp()] + [warp(pose=Pose(**pose)) for pose in poses] + [warp(blink=1.0)]
+    crops = to_tensor(np.stack([crop_face(frame, BOX, 64) for frame in frames]))
+    read = landmarks.read_pose(net, crops)
+    change = (read - read[0])[1:].abs()                                          # (7, POSE_DIM)
+    assert change[:6].argmax(1).tolist()[:3] == [0, 1, 2] and (change.diagonal()[:3] > 4).all()
+    assert (change[3:6, 3:6].argmax(1) == torch.arange(3)).all() and (change.diagonal()[3:6] > 0.02).all()
+    assert change[6, 6] > 0.03 > 3 * change[:6, 6].max()
+    mirrored = landmarks.read_pose(net, crops.flip(-1))
+    torch.testing.assert_close(mirrored[:, [0, 2]], -read[:, [0, 2]], atol=0.01, rtol=0)
+    torch.testing.assert_close(mirrored[:, 3], 1 - read[:, 3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(mirrored[:, [1, 4, 5, 6]], read[:, [1, 4, 5, 6]], atol=0.01, rtol=1e-3)
 
 
 def test_landmarks_scatter_on_noise_and_not_on_a_face(net):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from media import InputError
 from stylegan2 import (
     Blur, ConvLayer, Discriminator, EqualLinear, Generator, ModulatedConv2d, ModulatedPixels, ResBlock,
-    StyledConv, Upsample, add_map, load_rosinality, minibatch_stddev, mix_styles, n_styles)
+    StyledConv, Upsample, add_map, load_rosinality, minibatch_stddev, mix_styles, move_pixels, n_styles)
 from test_vision import Hostile, listed
 
 
@@ -205,6 +205,21 @@ def test_style_mixing_switches_at_the_crossover():
 def test_identity_maps_are_added_to_the_first_channels_only():
     x, m = torch.zeros(2, 5, 4, 4), torch.ones(2, 3, 4, 4)
     assert add_map(x, [m], 0)[:, :3].min() == 1 and add_map(x, [m], 0)[:, 3:].max() == 0 and add_map(x, [m], 1) is x
+
+
+def test_a_flow_reads_pixels_at_its_distance_and_moves_the_image_of_its_size():
+    x, flow = torch.randn(2, 5, 8, 8), torch.zeros(2, 8, 8, 2)
+    torch.testing.assert_close(move_pixels(x, flow), x)
+    flow[1] = torch.tensor([2 * 2 / 8, -1 * 2 / 8])                      # two pixels right, one up
+    moved = move_pixels(x, flow)
+    torch.testing.assert_close(moved[0], x[0])
+    torch.testing.assert_close(moved[1, :, 1:, :-2], x[1, :, :-1, 2:])
+    torch.manual_seed(0)
+    G, w = Generator(16, dim=24, n_mlp=2, base=256, cap=32), torch.randn(2, 6, 24)
+    still, moved = G(w, "off"), G(w, "off", flow=flow)
+    torch.testing.assert_close(moved[0], still[0], atol=1e-5, rtol=1e-4)
+    inner = slice(6, -6)                                                 # far from edges, 8 px move twice as far at 16 px
+    torch.testing.assert_close(moved[1, :, inner, 4:8], still[1, :, 4:8, 8:12], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 6, 8, 12])

@@ -43,7 +43,7 @@ def narrow_networks():
 
     def narrow(cls, size, **changes):
         real_faces = changes.get("template", "toy") != "toy"
-        return at(cls, size, **(few | dict(map_code=48 if real_faces else 16) | changes))
+        return at(cls, size, **(few | dict(map_code=56 if real_faces else 16) | changes))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, "at", classmethod(narrow))
@@ -437,7 +437,7 @@ def test_closed_forms_are_solved_on_a_device_with_float64():
     for a, b in zip(initialise.reduced_rank_regression(x.as_subclass(Apple), y.as_subclass(Apple), 2, 0.1),
                     initialise.reduced_rank_regression(x, y, 2, 0.1)):
         torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
-    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2)
+    shape = dict(template="face", linear=20, map_code=32, mouth_dim=3, shape_dim=2)
     model = FCTFG(Config.at(16, **shape)).eval()
     seen = [dict(image=x.as_subclass(Apple)) for x in torch.rand(160, 3, 16, 16) - 0.5]
     initialise.fit_encoder(model, seen, torch.device("cpu"), most=160)
@@ -546,7 +546,7 @@ def test_real_faces_without_landmarks_give_a_hint_in_stage_1_and_are_refused_in_
         run_stage(clips, tmp_path, 2, "--photos", str(photos), steps=1)
 
 
-MOUTH = dict(template="face", linear=20, map_code=24, mouth_dim=5, shape_dim=3)
+MOUTH = dict(template="face", linear=20, map_code=33, mouth_dim=5, shape_dim=3)
 
 
 @pytest.mark.parametrize("N", [1, 2])
@@ -637,8 +637,8 @@ def test_every_other_clip_gets_its_true_lip_shape_and_the_appearance_of_its_sour
     with torch.no_grad():
         out = train.forward_stage3(model, batch)
         shape, appearance = model.mouth(batch["driving"][:, 0])[:, :3], model.mouth(batch["source"])[:, 3:]
-        pose = model.motion.pose_up(model.motion.pose(model.encode_driving(batch["driving"])[:, 0]))
-        still = model.canonical(model.encode_source(batch["source"])) + pose.unflatten(1, model.motion.shape)
+        pose = model.encode_driving(batch["driving"])[:, 0] - model.encode_driving(batch["source"][:, None])[:, 0]
+        still = model.canonical(model.encode_source(batch["source"])) + model.motion.embed_pose(pose)
         mouth = out["z_s2c"] + out["z_c2d"][:, 0] - still
         true = model.motion.mouth_up(torch.cat([shape, appearance], 1)).unflatten(1, model.motion.shape)
     torch.testing.assert_close(mouth[0], true[0], atol=1e-4, rtol=1e-3)
@@ -658,7 +658,7 @@ def test_a_published_generator_trains_on_real_faces_without_a_coarse_image(packs
 def test_the_closed_form_coarse_image_reconstructs_faces_and_swaps_mouths():
     """Faces of 12 independent numbers and mouths of 3. The closed form finds and separates both."""
     torch.manual_seed(0)
-    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2, flow=0)
     model = FCTFG(Config.at(16, **shape)).eval()
     face, lips = torch.randn(12, 3, 16, 16), torch.randn(3, 3, 16, 16)
     face, lips = mask_mouth(face, "face", "lips"), lips - mask_mouth(lips, "face", "lips")
@@ -711,6 +711,27 @@ def test_photos_teach_the_motion_space_which_directions_are_identity(monkeypatch
         faces = torch.stack([photo["image"] for photo in strangers])
         moved[photos is None] = Codes.motion.pose_up(Codes.motion.pose(faces)).norm(dim=1).mean()
     assert moved[False] < 0.3 * moved[True]
+
+
+def test_the_flow_moves_unseen_pictures_as_far_as_the_pose_code_says(monkeypatch):
+    """A clip shows windows of smooth noise. The first number of the pose code is the place of the window in pixels."""
+    torch.manual_seed(0)
+    model = FCTFG(Config.at(16, template="face", map_code=80)).eval()
+    P, n = model.config.pose_dim, 60 * 8
+    directions = torch.linalg.qr(torch.randn(model.motion.pose_up.weight.numel() // P, P))[0]
+    model.motion.pose_up.weight.data, model.maps.down.weight.data[:P] = directions, directions.t()
+    model.maps.down.weight.data[P:] = model.maps.down.bias.data[:] = 0
+    noise = torch.nn.functional.avg_pool2d(3 * torch.randn(60, 3, 16, 26), 3, 1, 1).clamp(-1, 1)
+    codes = torch.randn(n, P) * (torch.arange(P) > 0)
+    codes[:, 0] = torch.randint(-4, 5, (n,))
+    windows = [noise[k // 8, :, :, 5 + int(x):21 + int(x)] for k, x in enumerate(codes[:, 0])]
+    images = ((torch.stack(windows) + 1) * 127.5).byte().movedim(1, -1).numpy()
+    ranges = np.repeat(np.arange(0, n, 8), 8)[:, None] + np.array([0, 8])
+    monkeypatch.setattr(initialise, "fit_pose_codes", lambda *_: (images, codes, ranges))
+    initialise.fit_flow(model, None, torch.device("cpu"), 0, 200)
+    _, _, flow = model.maps(model.motion.embed_pose(torch.tensor([[3.0] + (P - 1) * [0.0]])))
+    x, y = (flow[0, 4:-4, 4:-4] * 16 / 2).unbind(-1)                         # in pixels
+    assert (x - 3).abs().mean() < 0.3 and y.abs().mean() < 0.3
 
 
 def test_held_out_clips_and_photos_are_never_trained_on(real_packs, tmp_path):
