@@ -164,7 +164,7 @@ def unit_square(size: int) -> np.ndarray:
 def read_pixels(grey: torch.Tensor, at) -> torch.Tensor:
     """Grey images (n or 1, 1, H, W), pixels x + iy (n, S, S) -> (n, 1, S, S), bilinear; the border is repeated"""
     size = torch.tensor([grey.shape[-1], grey.shape[-2]], device=grey.device)
-    grid = torch.view_as_real(torch.as_tensor(at, dtype=torch.complex64)) * 2 / size - 1
+    grid = (torch.view_as_real(torch.as_tensor(at, dtype=torch.complex64)) * 2 / size - 1).nan_to_num()  # NaN would crash
     return F.grid_sample(grey.expand(len(at), -1, -1, -1), grid, padding_mode="border", align_corners=False)
 
 

@@ -316,7 +316,8 @@ class Generator(StyledLayers):
 def move_pixels(x, flow):
     """x (N, C, H, H), flow (N, H, H, 2) -> (N, C, H, H): each pixel is read that far right and down, in half edges"""
     still = F.affine_grid(torch.eye(2, 3, device=x.device).expand(len(x), 2, 3), x.shape, align_corners=False)
-    return F.grid_sample(x.float(), still + flow.float(), padding_mode="border", align_corners=False).to(x.dtype)
+    grid = (still + flow.float()).nan_to_num()                                # on a CPU a NaN would end the process
+    return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False).to(x.dtype)
 
 
 def add_map(x, maps, i):

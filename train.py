@@ -225,21 +225,18 @@ def forward_stage3(model, batch):
 
 def forward_photos(model, batch, out):
     """Stage 3 with photos and a mouth code: each photo is its own driving frame, decoded with its own mouth and with the
-    mouth that the sound of a clip predicts (fake_swapped). With a PoseReader the first half is driven by its mirror
-    images: the same people in other poses."""
-    photo, half, motion = batch["photo"], len(batch["photo"]) // 2, model.motion       # (N, 3, H, W)
-    target = torch.cat([photo[:half].flip(-1), photo[half:]]) if model.pose else photo
+    mouth that the sound of a clip predicts (fake_swapped)"""
+    photo, motion = batch["photo"], model.motion                                       # (N, 3, H, W)
     _, z_s2c = model.canonical_code(photo)                                             # (N, L, D)
-    pose = motion.pose(model.encode_driving(target[None]))[0]                          # (N, P)
-    source_part = motion.appearance_part(model.mouth(photo))                           # z_s2c holds this part, (N, M)
-    own = model.mouth(target) - source_part
-    own[:, model.config.shape_dim:] = 0                                                # appearance
+    pose = motion.pose(model.encode_driving(photo[None]))[0]                           # (N, P)
+    mouth = model.mouth(photo)                                                         # (N, M)
+    source_part = motion.appearance_part(mouth)                                        # z_s2c holds this part
     with torch.no_grad():
         predicted = motion.audio_to_mouth(model.encode_sound(batch["mel"]), model.config.context)[:, 0]
         predicted = predicted[torch.arange(len(photo), device=photo.device) % len(predicted)]  # (N, M)
-    z_s2d = torch.cat([z_s2c + motion.join(pose, m) for m in (own, predicted)])
+    z_s2d = torch.cat([z_s2c + motion.join(pose, m) for m in (mouth - source_part, predicted)])
     fake, swapped = model.decode(z_s2d).chunk(2)
-    return dict(real=torch.cat([out["real"], target]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped,
+    return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped,
                 target_mouth=predicted + source_part.detach())
 
 

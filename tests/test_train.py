@@ -658,7 +658,7 @@ def test_a_published_generator_trains_on_real_faces_without_a_coarse_image(packs
 def test_the_closed_form_coarse_image_reconstructs_faces_and_swaps_mouths():
     """Faces of 12 independent numbers and mouths of 3. The closed form finds and separates both."""
     torch.manual_seed(0)
-    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2, flow=0)
+    shape = dict(template="face", linear=20, map_code=24, mouth_dim=3, shape_dim=2, flow=0, pose_dim=32)
     model = FCTFG(Config.at(16, **shape)).eval()
     face, lips = torch.randn(12, 3, 16, 16), torch.randn(3, 3, 16, 16)
     face, lips = mask_mouth(face, "face", "lips"), lips - mask_mouth(lips, "face", "lips")
@@ -721,6 +721,7 @@ def test_the_flow_moves_unseen_pictures_as_far_as_the_pose_code_says(monkeypatch
     directions = torch.linalg.qr(torch.randn(model.motion.pose_up.weight.numel() // P, P))[0]
     model.motion.pose_up.weight.data, model.maps.down.weight.data[:P] = directions, directions.t()
     model.maps.down.weight.data[P:] = model.maps.down.bias.data[:] = 0
+    model.pose.mean[3:6], model.pose.std[:] = 0.5, 0.02
     noise = torch.nn.functional.avg_pool2d(3 * torch.randn(60, 3, 16, 26), 3, 1, 1).clamp(-1, 1)
     codes = torch.randn(n, P) * (torch.arange(P) > 0)
     codes[:, 0] = torch.randint(-4, 5, (n,))
