@@ -315,7 +315,7 @@ class FCTFG(nn.Module):
         self.motion = DirectMotion(c) if c.motion == "direct" else PaperMotion(c)
         assert not c.mouth_dim or c.motion == "direct", "a mouth code needs the direct motion encoder"
         self.mouth = MouthEncoder(c.template, c.mouth_dim, c.shape_dim) if c.mouth_dim else None
-        self.pose = PoseReader() if c.flow else None
+        self.pose = PoseReader(c.template) if c.flow else None
 
     def decode(self, w_plus, deltas=None):
         """w_plus (N, L, D), deltas as in Generator.forward -> images (N, 3, H, W)"""

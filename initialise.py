@@ -23,7 +23,7 @@ from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
 from faces import TEMPLATES, Landmarks, mask_mouth
 from fusion import FCTFG, Config, enlarge_flow, estimate_mean_w, load_published
-from landmarks import MIRROR, load_landmarks, read_pose
+from landmarks import MIRROR, load_landmarks
 from losses import SYNC_FRAMES, Augment, reconstruction_loss
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
 from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, remove_head_motion
@@ -514,7 +514,7 @@ def fit_pose_codes(model, data, device, seed, clips=600, per_clip=20):
             n += len(images[-1])
     images, reader = np.concatenate(images), model.pose
     batches = np.array_split(images, 1 + n // 256)
-    poses = torch.cat([read_pose(reader.landmarks, to_tensor(x).to(device)) for x in progress(batches, "poses")])
+    poses = torch.cat([reader.read(to_tensor(x).to(device)) for x in progress(batches, "poses")])
     reader.mean.copy_(poses.median(0).values)
     reader.mean[[0, 2, 3]] = torch.tensor([0.0, 0.0, 0.5], device=device)              # of faces and mirror images
     reader.std.copy_(poses.std(0).clamp_min(1e-3))

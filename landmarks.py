@@ -27,7 +27,8 @@ from tqdm import tqdm
 from checkpoint import fp16_state_dict, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, open_packs, read_clip_list, split
 from faces import (
-    K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth, to_complex)
+    K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth,
+    square_in_crop, to_complex)
 from media import InputError, Parser, check_output, parallel_map, run, wrap_os_errors
 from warp import angles, fit_pose
 
@@ -298,17 +299,18 @@ def crops_to_grey(images):
 
 
 @torch.no_grad()
-def read_pose(net: LandmarkNet, images):
+def read_pose(net: LandmarkNet, images, template: str = "face"):
     """Crops of real faces (n, 3, H, H) in [-1, 1] -> (n, 7): yaw, pitch, roll in degrees; place of the head, right and
     down, and its size, in edges of the crop; opening of the eyes. By the points of nose and eyes alone: others would let
-    the mouth change the pitch."""
+    the mouth change the pitch. template: of the crops"""
     grey = F.avg_pool2d(crops_to_grey(images), max(1, images.shape[-1] // 128))
 
     def crop(a, b, size):  # (n,), (n, k), in edges of the image -> (n k, 1, size, size)
         at = a[:, None, None, None] * torch.from_numpy(unit_square(size)).to(a.device) + b[..., None, None]
         return read_pixels(grey.repeat_interleave(b.shape[1], 0), grey.shape[-1] * at.flatten(0, 1))
 
-    a, b = torch.tensor([[1], [0]], device=grey.device).expand(2, len(grey))
+    left, top, side = square_in_crop(template, "face")
+    a, b = torch.tensor([[side], [left + 1j * top]], device=grey.device, dtype=torch.complex64).expand(2, len(grey))
     for _ in range(2):  # the second time in the crop that fits
         points = predict_both_sides(net, crop(a, b[:, None], FACE_SIZE), MIRROR).mean(0)
         points = a[:, None] * points + b[:, None]                              # (n, 68)
@@ -327,14 +329,17 @@ def read_pose(net: LandmarkNet, images):
 class PoseReader(nn.Module):
     """Crops of real faces (n, 3, H, H) -> pose codes (n, POSE_DIM): the numbers of read_pose, whitened. Frozen"""
 
-    def __init__(self):
+    def __init__(self, template: str):
         super().__init__()
-        self.landmarks = load_landmarks()
+        self.template, self.landmarks = template, load_landmarks()
         self.register_buffer("mean", torch.zeros(POSE_DIM))
         self.register_buffer("std", torch.ones(POSE_DIM))
 
     def forward(self, images):
-        return (read_pose(self.landmarks, images) - self.mean) / self.std
+        return (self.read(images) - self.mean) / self.std
+
+    def read(self, images):
+        return read_pose(self.landmarks, images, self.template)
 
 LIP_POINTS = np.r_[48:68, 6:11]  # lips and chin
 LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]

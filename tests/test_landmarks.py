@@ -10,7 +10,7 @@ from PIL import Image
 
 import landmarks
 from data import Pack, PackWriter
-from faces import crop_face, landmarks_header
+from faces import crop_face, landmarks_header, square_in_crop
 from landmarks import CENTRE, MIRROR, sample_crops, to_real
 from media import InputError, load_photo, to_tensor
 from warp import Face, Pose, Warp
@@ -159,6 +159,12 @@ def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
     assert change[:6].argmax(1).tolist()[:3] == [0, 1, 2] and (change.diagonal()[:3] > 4).all()
     assert (change[3:6, 3:6].argmax(1) == torch.arange(3)).all() and (change.diagonal()[3:6] > 0.02).all()
     assert change[6, 6] > 0.03 > 3 * change[:6, 6].max()
+    left, top, side = square_in_crop("face", "ffhq")                             # a wider crop of the same photo
+    wide = (BOX[0] + 247 * left, BOX[1] + 247 * top, BOX[0] + 247 * (left + side), BOX[1] + 247 * (top + side))
+    wider = landmarks.read_pose(net, to_tensor(crop_face(frames[0], wide, 128)[None]), "ffhq")[0]
+    torch.testing.assert_close(wider[:3], read[0, :3], atol=1.5, rtol=0)
+    place = side * wider[3:6] + torch.tensor([left, top, 0]).float()
+    torch.testing.assert_close(place, read[0, 3:6], atol=0.02, rtol=0)
     mirrored = landmarks.read_pose(net, crops.flip(-1))
     torch.testing.assert_close(mirrored[:, [0, 2]], -read[:, [0, 2]], atol=0.01, rtol=0)
     torch.testing.assert_close(mirrored[:, 3], 1 - read[:, 3], atol=1e-4, rtol=0)
