@@ -37,6 +37,7 @@ from media import InputError
 from stylegan2 import Generator, channels_at, infer_arguments, load_rosinality, n_styles
 from vision import (
     GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zero_init)
+from warp import soft_limit
 
 REACH = 6  # frames on each side of a convolution of SpeechContext; ours
 TURN_LIMIT = 3.0  # of a driven real face, in deviations of the training frames; ours: beyond it the flow tears
@@ -448,7 +449,7 @@ class FCTFG(nn.Module):
                     new = self.encode_driving(torch.stack([next(frames).to(source) for _ in range(count)])[None])
                     if self.pose:  # relative to the first frame, except for the eyelids, the last number
                         still = new[:, :1] if still is None else still
-                        turn = (new - still) / (1 + ((new - still) / TURN_LIMIT) ** 4) ** 0.25
+                        turn = soft_limit(new - still, TURN_LIMIT)
                         new = torch.cat([(z_source + turn)[..., :-1], new[..., -1:]], -1)
                     z_v = torch.cat([z_v, new], 1)
                 z_v, first = z_v[:, lo - first:], lo                              # drop old frames

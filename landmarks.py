@@ -30,7 +30,7 @@ from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth,
     square_in_crop, to_complex)
 from media import InputError, Parser, check_output, parallel_map, run, wrap_os_errors
-from warp import angles, fit_pose
+from warp import UPPER_FACE, angles, fit_pose
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -242,16 +242,22 @@ def landmark_scatter(net: LandmarkNet, photo: np.ndarray, points: np.ndarray) ->
     return float(np.abs(predicted - predicted.mean(0)).mean() / np.abs(a))
 
 
+def lid_opening(p):
+    """Points of an EYE, complex (.., 11): brow 0..4, corner 5, upper lid 6, 7, corner 8, lower lid 9, 10 -> gap between
+    its lids (..), in widths of the eye. p: NumPy or torch"""
+    gap = (p[..., 9] + p[..., 10] - p[..., 6] - p[..., 7]) / 2
+    return (gap / (p[..., 8] - p[..., 5])).imag
+
+
 def measure_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks (.., 68, 2) -> eyelid openings (.., 2), left and right in the image, in widths of the eye (.3 open, below
     .1 shut); heights of the brows above the eyes (.., 2), in distances of the eyes' outer corners"""
     points = to_complex(points)
     openings, brows = [], []
     for part, sign in ((LEFT_EYE, 1), (RIGHT_EYE, -1)):
-        p = points[..., part]  # brow 0..4, corner 5, upper lid 6, 7, corner 8, lower lid 9, 10
+        p = points[..., part]
         with np.errstate(invalid="ignore"):  # NaN stays NaN
-            gap = (p[..., 9] + p[..., 10] - p[..., 6] - p[..., 7]) / 2
-            openings.append(sign * (gap / (p[..., 8] - p[..., 5])).imag)  # the right eye's corners run from right to left
+            openings.append(sign * lid_opening(p))  # the right eye's corners run from right to left
             height = (p[..., 5] + p[..., 8]) / 2 - p[..., :5].mean(-1)
             brows.append((height / (points[..., 45] - points[..., 36])).imag)
     return np.stack(openings, -1), np.stack(brows, -1)
@@ -289,7 +295,7 @@ def track_face(net: LandmarkNet, frames, box):
 
 # ---------------- read from crops: the pose, for fusion.py; the shape of the lips, differentiable, for the sync expert
 
-POSE_DIM, UPPER_FACE = 7, np.r_[27:48]  # numbers of read_pose; nose and eyes
+POSE_DIM = 7  # numbers of read_pose
 USUAL_OPENING = 0.15  # of an eye, in its widths; ours: above it people differ (.2 to .35), in a blink it falls to .05
 
 
@@ -317,9 +323,8 @@ def read_pose(net: LandmarkNet, images, template: str = "face"):
         a, b = similarity(torch.view_as_complex(net.mean), points)
     eyes = crop(*part_crops(EYE, a, points), EYE.size)                         # (2n, 1, ..): left and right of each
     eyes[1::2] = eyes[1::2].flip(-1)
-    eyes = torch.view_as_complex(net.eye(eyes)).unflatten(0, (-1, 2))          # (n, 2, 11), see measure_eyes
-    gap = (eyes[..., 9] + eyes[..., 10] - eyes[..., 6] - eyes[..., 7]) / 2
-    opening = (gap / (eyes[..., 8] - eyes[..., 5])).imag.mean(1)
+    eyes = torch.view_as_complex(net.eye(eyes)).unflatten(0, (-1, 2))          # (n, 2, 11)
+    opening = lid_opening(eyes).mean(1)
     points, mean = torch.view_as_real(points).double().cpu().numpy(), net.solid.double().cpu().numpy()
     scale, R, _ = (np.array(x) for x in zip(*(fit_pose(p, mean, UPPER_FACE) for p in points)))
     pose = torch.from_numpy(np.c_[angles(R), points[:, UPPER_FACE].mean(1), scale]).float().to(opening)

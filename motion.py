@@ -16,7 +16,8 @@ from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 from faces import fill_missing
 from landmarks import MIRROR
 from media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
-from warp import LOWER_INNER, RIGID, UPPER_INNER, Pose, angles, fit_pose, smoothstep
+from warp import (
+    LOWER_INNER, RIGID, UPPER_FACE, UPPER_INNER, Pose, angles, fit_pose, smoothstep, soft_limit)
 
 # all constants are ours
 SILENCE_DEPTH = 30.0  # dB below the 95th percentile of the level: breath lies lower, GRID's noise floor at 40
@@ -31,7 +32,6 @@ NOD = 1.2  # degrees by which the chin drops where speech starts
 DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
 # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 times the slope of dlib's
 OPENING_GAIN = 1.4
-NODDING = np.r_[27:48]  # nose and eyes: their pitch follows a nod further than RIGID's, with more noise; the mean is used
 DRIVE_GAIN = 1.15, 1.2  # of yaw and pitch: turns measured by our landmarks are smaller than by MediaPipe's, same clips
 LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # roll in degrees, shift right and down, scale, brows; for turns Head.turn_limits
 LID_SHUT, LID_OPEN = 0.35, 0.85  # shares of a driver's usual opening: fully shut (blinks reach .05 to .3), fully open
@@ -112,7 +112,7 @@ def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean
         raise ValueError("no face")
     points, lids, brows = (fill_missing(x, has_face) for x in (points, lids, brows))
     scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))  # (T,), (T, 3, 3), (T, 2)
-    nods = angles(np.array([fit_pose(p, mean, NODDING)[1] for p in points]))[:, 1]
+    nods = angles(np.array([fit_pose(p, mean, UPPER_FACE)[1] for p in points]))[:, 1]
     yaws, pitches, rolls = angles(R @ R[0].T).T
     places = scale[:, None] * (R[:, :2, :2] @ mean[:68, :2].mean(0)) + shift
     raised = brows.mean(1) - np.median(brows)
@@ -121,7 +121,7 @@ def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean
     motion[:, :6] -= motion[0, :6]
     motion[:, :2] *= DRIVE_GAIN
     limits = np.array([*turn_limits, *LIMITS])
-    motion = motion / (1 + (motion / limits) ** 4) ** 0.25             # nearly linear up to .7 of the limit
+    motion = soft_limit(motion, limits)
     opening = lids.mean(1) / max(np.percentile(lids.mean(1), 80), 1e-6)
     blinks = smoothstep((LID_OPEN - opening) / (LID_OPEN - LID_SHUT))
     return Motion(motion[:, :6], blinks, motion[:, 6])

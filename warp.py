@@ -36,6 +36,7 @@ UPPER_OUTER, LOWER_OUTER = np.arange(49, 54), np.arange(59, 54, -1)
 JAW, CORNERS = np.arange(2, 15), np.array([48, 54, 60, 64])
 FIXED = np.r_[17, 21, 22, 26:48]  # ends of the brows, nose and eyes do not follow the mouth
 RIGID = np.r_[0:3, 14:17, 17:48]  # for the pose: without chin and lips, which move in speech
+UPPER_FACE = np.r_[27:48]  # nose and eyes: their pitch follows a nod further than RIGID's, with more noise
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
 
@@ -62,6 +63,11 @@ def smoothstep(x):
     """0 below 0, 1 above 1, smooth in between. x: NumPy or torch"""
     x = x.clip(0, 1)
     return x * x * (3 - 2 * x)
+
+
+def soft_limit(x, limit):
+    """x, nearly unchanged up to .7 of the limit, and never beyond it. x: NumPy or torch"""
+    return x / (1 + (x / limit) ** 4) ** 0.25
 
 
 # ----------------------------------------------------------------------------------------------- the head in the photo
