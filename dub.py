@@ -62,7 +62,7 @@ class Take:
     def __init__(self, first: int, points: np.ndarray, mean: np.ndarray, moves: np.ndarray, fades=(False, False)):
         self.first, self.moves, self.T, self.fades = int(first), moves, len(points), fades
         self.points = points = smooth(points.astype(np.float32, copy=False))
-        scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))
+        scale, R, shift = fit_pose(points, mean)
         self.planes, depths = smooth(scale[:, None, None] * R[:, :2, :2]), smooth(scale[:, None] * R[:, :2, 2])
         self.frontal = np.empty_like(points)                           # (T, 68, 2) in units, without the head's motion
         for t, plane in enumerate(self.planes):

@@ -174,7 +174,7 @@ def head_pose(points) -> np.ndarray:
     """Landmarks (n, 68, 2) -> yaw, pitch, roll (n, 3) in degrees: towards the image's right, chin up, clockwise. A face
     unlike the mean shape has a constant error, which cancels between two clips of one person. See warp.fit_pose."""
     mean = load_landmarks().solid.double().numpy()
-    return np.array([angles(fit_pose(p, mean)[1]) for p in points])
+    return angles(fit_pose(points, mean)[1])
 
 
 def align_face(image, points) -> np.ndarray:

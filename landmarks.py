@@ -326,7 +326,7 @@ def read_pose(net: LandmarkNet, images, template: str = "face"):
     eyes = torch.view_as_complex(net.eye(eyes)).unflatten(0, (-1, 2))          # (n, 2, 11)
     opening = lid_opening(eyes).mean(1)
     points, mean = torch.view_as_real(points).double().cpu().numpy(), net.solid.double().cpu().numpy()
-    scale, R, _ = (np.array(x) for x in zip(*(fit_pose(p, mean, UPPER_FACE) for p in points)))
+    scale, R, _ = fit_pose(points, mean, UPPER_FACE)
     pose = torch.from_numpy(np.c_[angles(R), points[:, UPPER_FACE].mean(1), scale]).float().to(opening)
     return torch.cat([pose, opening.clamp(max=USUAL_OPENING)[:, None]], 1)
 

@@ -111,8 +111,8 @@ def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean
     if not has_face.any():
         raise ValueError("no face")
     points, lids, brows = (fill_missing(x, has_face) for x in (points, lids, brows))
-    scale, R, shift = (np.array(x) for x in zip(*(fit_pose(p, mean) for p in points)))  # (T,), (T, 3, 3), (T, 2)
-    nods = angles(np.array([fit_pose(p, mean, UPPER_FACE)[1] for p in points]))[:, 1]
+    scale, R, shift = fit_pose(points, mean)                       # (T,), (T, 3, 3), (T, 2)
+    nods = angles(fit_pose(points, mean, UPPER_FACE)[1])[:, 1]
     yaws, pitches, rolls = angles(R @ R[0].T).T
     places = scale[:, None] * (R[:, :2, :2] @ mean[:68, :2].mean(0)) + shift
     raised = brows.mean(1) - np.median(brows)

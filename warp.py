@@ -93,15 +93,17 @@ def angles(R: np.ndarray) -> np.ndarray:
     return Rotation.from_matrix(R).as_euler("xyz", degrees=True)[..., [1, 0, 2]] * (-1, -1, 1)
 
 
-def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[float, np.ndarray, np.ndarray]:
-    """Least squares fit points (68, 2) ~ scale (mean R^T)[:, :2] + shift over the landmarks `used` (weak perspective).
-    mean: (>= 68, 3) in units -> scale in pixels a unit, R (3, 3), shift (2,) in pixels: the position of mean's origin"""
-    x, p = mean[used] - mean[used].mean(0), points[used] - points[used].mean(0)
-    U, _, V = np.linalg.svd(np.linalg.lstsq(x, p, rcond=None)[0].T, full_matrices=False)
-    R = np.stack([*(U @ V), np.cross(*(U @ V))])  # U V: the orthonormal rows nearest to the fitted ones
-    flat = x @ R[:2].T
-    scale = (flat * p).sum() / (flat**2).sum()
-    return float(scale), R, points[used].mean(0) - scale * R[:2] @ mean[used].mean(0)
+def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least squares fit points (.., 68, 2) ~ scale (mean R^T)[:, :2] + shift over landmarks `used` (weak perspective).
+    mean: (>= 68, 3) in units -> scale (..) in pixels a unit, R (.., 3, 3), shift (.., 2): the place of mean's origin"""
+    middle, centre = mean[used].mean(0), points[..., used, :].mean(-2)
+    x, p = mean[used] - middle, points[..., used, :] - centre[..., None, :]
+    U, _, V = np.linalg.svd(np.swapaxes(np.linalg.pinv(x) @ p, -1, -2), full_matrices=False)
+    rows = U @ V  # (.., 2, 3): the orthonormal rows nearest to the fitted ones
+    flat = x @ np.swapaxes(rows, -1, -2)
+    scale = (flat * p).sum((-2, -1)) / (flat**2).sum((-2, -1))
+    R = np.concatenate([rows, np.cross(rows[..., :1, :], rows[..., 1:, :])], -2)
+    return scale, R, centre - scale[..., None] * (rows @ middle)
 
 
 def shape_error(points: np.ndarray, mean: np.ndarray, scale: float, R: np.ndarray, shift: np.ndarray) -> float:
@@ -132,7 +134,8 @@ class Face:
         if points.shape != (68, 2) or not np.isfinite(points).all():
             raise ValueError("landmarks are not 68 finite points")
         self.photo, self.points, self.mean, self.sharpest = photo, points, mean, sharpest
-        self.scale, self.R, self.shift = fit_pose(points, mean)
+        scale, self.R, self.shift = fit_pose(points, mean)
+        self.scale = float(scale)  # a NumPy number would turn float32 arrays into float64
         H, W = photo.shape[:2]
         yaw, pitch, roll = angles(self.R)
         if self.scale < 4 or not ((points > (-W, -H)) & (points < (2 * W, 2 * H))).all():
@@ -486,6 +489,21 @@ class Eyelids:
         return to_bytes(under + (smoothstep(edge) * smoothstep(fall / 0.02))[..., None] * (skin - under))
 
 
+def both_eyelids(face: Face) -> tuple[Eyelids, Eyelids]:
+    p = face.points
+    return Eyelids(face, p[36:42], p[17:22]), Eyelids(face, p[42:48], p[22:27])
+
+
+def shut_eyes(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Photo, uint8 (H, W, 3), and its landmarks (68, 2) -> the photo with shut eyes. Raises ValueError: as Face"""
+    face = Face(*enlarge_small_face(photo, points, mean), mean)
+    frame = face.photo.copy()
+    for eye in both_eyelids(face):
+        x0, y0, x1, y1 = eye.box
+        frame[y0:y1, x0:x1] = eye.render(pixel_centres(eye.box), 1.0, face.read)
+    return cv2.resize(frame, photo.shape[1::-1], interpolation=cv2.INTER_AREA)
+
+
 # ------------------------------------------------------------------------------------------------------------ the head
 
 class Head:
@@ -560,8 +578,7 @@ class Warp:
 
     def __init__(self, face: Face, moves: np.ndarray):
         self.face, self.lips, self.head = face, Lips(face, moves), Head(face)
-        p = face.points
-        self.eyes = Eyelids(face, p[36:42], p[17:22]), Eyelids(face, p[42:48], p[22:27])
+        self.eyes = both_eyelids(face)
         self.rest_opening, self.turn_limits = self.lips.rest_opening, self.head.turn_limits
 
     def __call__(self, opening=None, shape=None, blink: float = 0.0, brows: float = 0.0, pose: Pose | None = None):

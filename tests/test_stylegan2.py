@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from media import InputError
 from stylegan2 import (
     Blur, ConvLayer, Discriminator, EqualLinear, Generator, ModulatedConv2d, ModulatedPixels, ResBlock,
-    StyledConv, Upsample, add_map, load_rosinality, minibatch_stddev, mix_styles, move_pixels, n_styles)
+    StyledConv, Upsample, add_map, blur_by_means, load_rosinality, minibatch_stddev, mix_styles, move_pixels, n_styles)
 from test_vision import Hostile, listed
 
 
@@ -109,6 +109,8 @@ def test_blur_has_the_right_first_and_second_derivative(pad):
     assert torch.autograd.gradgradcheck(lambda x: blur(x).square(), x)
     want = F.conv2d(F.pad(x, (pad,) * 4), blur.kernel.expand(3, 1, 4, 4), groups=3)
     torch.testing.assert_close(blur(x), want)
+    torch.testing.assert_close(blur_by_means(x, pad, gain=4.0), want)
+    torch.testing.assert_close(blur_by_means(x, pad, gain=1.0), want / 4)
 
 
 @pytest.mark.parametrize("up", [False, True])
