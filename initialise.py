@@ -30,6 +30,7 @@ from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, remove_hea
 from stylegan2 import Discriminator, move_pixels
 from syncnet import load_sync
 from vision import to_float64, to_small_image, zero_init
+from warp import shut_eyes
 
 PAPERS_JUDGES = 128  # px from which VGG19, ArcFace and a published sync expert are the default
 TOY_PEOPLE = 400  # of the toy world, one clip each, as in syncnet.py
@@ -97,7 +98,8 @@ def load_data(args) -> dict:
 
 def load_batches(args, data, config, mfcc: bool, start: int):
     """Yields the batches of this process from step `start` on. Stage 3: single frames of many clips; with a sync loss,
-    windows of five frames in even steps. With a mouth code and --photos, half of the single frames are photos."""
+    windows of five frames in even steps. With a mouth code and --photos, half of the single frames are photos, each with
+    the same photo as a driving frame, see ShutEyes."""
     def load(dataset, size, first_step):
         return batches(dataset, max(1, size) * args.accumulate, first_step, args.workers, RANK, WORLD_SIZE)
 
@@ -112,10 +114,27 @@ def load_batches(args, data, config, mfcc: bool, start: int):
     first_step = start // 2 if with_sync else start                                    # odd steps before start, or all
     singles = load(singles, size, first_step)
     if with_photos:
-        photos = load(data["photos"], size, first_step)
-        singles = (clips | dict(photo=images["image"]) for clips, images in zip(singles, photos))
+        photos = copy.copy(data["photos"])
+        photos.change = ShutEyes(data["landmarks"][1])
+        photos = load(photos, size, first_step)
+        singles = (clips | dict(photo=images["image"], photo_driving=images["changed"])
+                   for clips, images in zip(singles, photos))
     for step in itertools.count(start):
         yield next(windows if with_sync and step % 2 == 0 else singles)
+
+
+class ShutEyes:
+    """Photo, uint8 (H, W, 3), and its number in the pack -> the photo with shut eyes, or, without usable landmarks, the
+    photo. Clips blink in few frames, and the generator learns the lids of strangers from these photos; ours."""
+
+    def __init__(self, landmarks):
+        self.landmarks, self.mean = landmarks, load_landmarks().solid.double().numpy()
+
+    def __call__(self, photo, c):
+        try:
+            return shut_eyes(photo, self.landmarks.clip(c)[0], self.mean)
+        except ValueError:
+            return photo
 
 
 def stage3_clips(pack, T, config, seed, **options):
@@ -289,7 +308,7 @@ def rate_shares(args, config) -> dict:
         shares |= {"hyper": encoder_share, "canonical": 0.2, "canonical.down": 0.1, "canonical.mlp.0": 0.1, "audio": 1.0,
                    "motion": 1.0, "motion.pose_down": 0.1, "motion.pose_up": 0.2}
     if config.coarse_rgb:                                                              # real faces: keep closed forms
-        shares |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0,
+        shares |= {"encoder": 0.1, "encoder.linear_": 0.0, "maps.down": 0.0, "maps.coarse_rgb": 0.0, "maps.flow": 0.01,
                    "encoder.linear_down": 0.0, "mouth.linear": 0.0, "motion.mouth_up": 0.0}
         shares |= {prefix: 0.01 for prefix in shares if prefix.startswith(("canonical", "motion.pose_"))}
     if config.mouth_dim and stage3:                                                    # already trained by train_lips

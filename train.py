@@ -208,36 +208,39 @@ def forward_stage3(model, batch):
 
     With a mouth code, every other clip gets its true mouth (teacher forcing). Sound alone is ambiguous: regression
     averages, and the generator would learn to draw half of each movement."""
-    T = batch["mel"].shape[1] - 2 * model.config.context
-    real, mouth, true_mouth = middle_frames(batch["driving"], T), None, None           # (B, T, 3, H, W)
+    source, driving, mel = batch["source"], batch["driving"], batch["mel"]
+    B, T = len(mel), mel.shape[1] - 2 * model.config.context
+    real, mouth, given = middle_frames(driving, T), None, None                         # (B, T, 3, H, W)
     if model.mouth:
         with torch.no_grad():
-            source_mouth = model.mouth(batch["source"])                                # (B, M)
-            mouth = model.mouth(real.flatten(0, 1)).unflatten(0, real.shape[:2])       # (B, T, M)
-            true_mouth = mouth - model.motion.appearance_part(source_mouth)[:, None]   # z_s2c holds this part
-            true_mouth[..., model.config.shape_dim:] = 0                               # appearance
-            true_mouth[1::2] = torch.nan                                               # predicted from sound
-    frames, z_s2c, z_c2d = model(batch["source"], batch["driving"], batch["mel"], model.config.context, true_mouth)
-    out = dict(real=real.flatten(0, 1), fake=frames.flatten(0, 1), frames=frames, mouth=mouth, z_s2c=z_s2c, z_c2d=z_c2d,
-               sound=batch.get("sync_sound", middle_frames(batch["mel"], 1)[:, 0]))         # of the middle frame
-    return out | (forward_photos(model, batch, out) if "photo" in batch else {})
+            mouth = model.mouth(real.flatten(0, 1)).unflatten(0, (B, T))               # (B, T, M)
+            given = mouth - model.motion.appearance_part(model.mouth(source))[:, None]  # z_s2c holds this part
+            given[..., model.config.shape_dim:] = 0                                    # appearance
+            given[1::2] = torch.nan                                                    # predicted from sound
+    sound = batch.get("sync_sound", middle_frames(mel, 1)[:, 0])                       # of the middle frame
+    out = dict(real=real.flatten(0, 1), mouth=mouth, sound=sound)
+    if "photo" in batch:
+        source, driving, mel, given, target = append_photos(model, batch, given)
+        out |= dict(real=torch.cat([out["real"], batch["photo_driving"]]), target_mouth=target)
+    frames, z_s2c, z_c2d = model(source, driving, mel, model.config.context, given)
+    fake, swapped = frames.flatten(0, 1).tensor_split([len(out["real"])])
+    out |= dict(fake=fake, frames=frames[:B], z_s2c=z_s2c, z_c2d=z_c2d)
+    return out | (dict(fake_swapped=swapped) if len(swapped) else {})
 
 
-def forward_photos(model, batch, out):
-    """Stage 3 with photos and a mouth code: each photo is its own driving frame, decoded with its own mouth and with the
-    mouth that the sound of a clip predicts (fake_swapped)"""
-    photo, motion = batch["photo"], model.motion                                       # (N, 3, H, W)
-    _, z_s2c = model.canonical_code(photo)                                             # (N, L, D)
-    pose = motion.pose(model.encode_driving(photo[None]))[0]                           # (N, P)
-    mouth = model.mouth(photo)                                                         # (N, M)
-    source_part = motion.appearance_part(mouth)                                        # z_s2c holds this part
+def append_photos(model, batch, mouth):
+    """N photos as further clips of one frame, driven by themselves, half of them with shut eyes: with their own mouth,
+    then with one that the sound of a clip predicts -> source, driving, mel, mouth; mouth codes (N, M) of the latter"""
+    photo, mel, motion, context = batch["photo"], batch["mel"], model.motion, model.config.context
+    clip = torch.arange(len(photo), device=photo.device) % len(mel)
     with torch.no_grad():
-        predicted = motion.audio_to_mouth(model.encode_sound(batch["mel"]), model.config.context)[:, 0]
-        predicted = predicted[torch.arange(len(photo), device=photo.device) % len(predicted)]  # (N, M)
-    z_s2d = torch.cat([z_s2c + motion.join(pose, m) for m in (mouth - source_part, predicted)])
-    fake, swapped = model.decode(z_s2d).chunk(2)
-    return dict(real=torch.cat([out["real"], photo]), fake=torch.cat([out["fake"], fake]), fake_swapped=swapped,
-                target_mouth=predicted + source_part.detach())
+        own = model.mouth(photo)                                                       # (N, M)
+        source_part = motion.appearance_part(own)                                      # z_s2c holds this part
+        predicted = motion.audio_to_mouth(model.encode_sound(mel), context)[clip, 0]   # (N, M)
+    driving = batch["photo_driving"][:, None]                                          # (N, 1, 3, H, W)
+    return (torch.cat([batch["source"], photo, photo]), torch.cat([batch["driving"], driving, driving]),
+            torch.cat([mel, mel[clip], mel[clip]]),
+            torch.cat([mouth, own[:, None] - source_part[:, None], predicted[:, None]]), predicted + source_part)
 
 
 def all_fakes(out):

@@ -452,6 +452,16 @@ def test_single_images_are_drawn_by_person_not_by_clip(tmp_path):
     assert frames[0]["image"].shape == (3, 16, 16)
 
 
+def test_a_change_applies_to_half_of_the_images_before_they_are_mirrored(pack):
+    plain = Frames(pack, seed=0)
+    items = [Frames(pack, seed=0, change=lambda frame, c: np.roll(frame, c + 1, 1))[n] for n in range(200)]
+    assert all(torch.equal(item["image"], plain[n]["image"]) for n, item in enumerate(items))
+    moved = [not torch.equal(item["image"], item["changed"]) for item in items]
+    assert 70 < sum(moved) < 130
+    shifts = {tuple(s for s in range(-9, 10) if torch.equal(item["image"].roll(s, 2), item["changed"])) for item in items}
+    assert {s for s in shifts if s != (0,)} == {(sign * (c + 1),) for c in range(len(pack)) for sign in (1, -1)}
+
+
 def test_a_mixed_dataset_draws_item_n_of_either_dataset_by_their_shares(pack):
     frames, others = Frames(pack, seed=1), [dict(image=n) for n in range(400)]
     mixed = Mixed(frames, others, share=0.25, seed=3)

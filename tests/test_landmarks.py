@@ -13,7 +13,7 @@ from data import Pack, PackWriter
 from faces import crop_face, landmarks_header, square_in_crop
 from landmarks import CENTRE, MIRROR, sample_crops, to_real
 from media import InputError, load_photo, to_tensor
-from warp import Face, Pose, Warp
+from warp import Face, Pose, Warp, shut_eyes
 
 PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
 BOX = 134, 130, 382, 377  # where the face is in it
@@ -159,6 +159,9 @@ def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
     assert change[:6].argmax(1).tolist()[:3] == [0, 1, 2] and (change.diagonal()[:3] > 4).all()
     assert (change[3:6, 3:6].argmax(1) == torch.arange(3)).all() and (change.diagonal()[3:6] > 0.02).all()
     assert change[6, 6] > 0.03 > 3 * change[:6, 6].max()
+    assert np.array_equal(shut_eyes(big, face.points, face.mean), frames[7])
+    small = shut_eyes(crop_face(big, BOX, 64), (face.points - BOX[:2]) * 64 / 247.5, face.mean)
+    assert read[0, 6] - landmarks.read_pose(net, to_tensor(small[None]))[0, 6] > 0.03
     left, top, side = square_in_crop("face", "ffhq")                             # a wider crop of the same photo
     wide = (BOX[0] + 247 * left, BOX[1] + 247 * top, BOX[0] + 247 * (left + side), BOX[1] + 247 * (top + side))
     wider = landmarks.read_pose(net, to_tensor(crop_face(frames[0], wide, 128)[None]), "ffhq")[0]
