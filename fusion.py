@@ -34,6 +34,7 @@ from checkpoint import load_checkpoint, load_strictly, wrap_errors
 from faces import mask_mouth
 from landmarks import POSE_DIM, PoseReader
 from media import InputError
+from motion import DRIVE_SIGMA
 from stylegan2 import Generator, channels_at, infer_arguments, load_rosinality, n_styles
 from vision import (
     GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zero_init)
@@ -453,7 +454,7 @@ class FCTFG(nn.Module):
                         new = torch.cat([(z_source + turn)[..., :-1], new[..., -1:]], -1)
                     z_v = torch.cat([z_v, new], 1)
                 z_v, first = z_v[:, lo - first:], lo                              # drop old frames
-                z_c2d = self.motion(z_a[:, lo:hi], z_v)
+                z_c2d = self.motion(z_a[:, lo:hi], smooth_turns(z_v) if self.pose else z_v)
             elif direct:
                 pose = self.motion.pose(z_source) + idle_poses(idle, lo, hi)[None]
                 z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[:, lo:hi]))
@@ -466,6 +467,14 @@ def middle_frames(x, T: int):
     """x (B, T', ..) -> its middle (B, T, ..)"""
     start = (x.shape[1] - T) // 2
     return x[:, start:start + T]
+
+
+def smooth_turns(pose, reach: int = 6):
+    """Pose codes (B, T, P) -> the same, a Gaussian over time of all but the eyelids, the last number, as in motion.py"""
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=pose.device) / DRIVE_SIGMA) ** 2)
+    padded = F.pad(pose[..., :-1].transpose(1, 2), (reach, reach), mode="replicate")
+    smooth = padded.unfold(2, 2 * reach + 1, 1) @ (kernel / kernel.sum())             # (B, P - 1, T)
+    return torch.cat([smooth.transpose(1, 2), pose[..., -1:]], -1)
 
 
 def idle_poses(idle, lo: int, hi: int):

@@ -296,7 +296,8 @@ def track_face(net: LandmarkNet, frames, box):
 # ---------------- read from crops: the pose, for fusion.py; the shape of the lips, differentiable, for the sync expert
 
 POSE_DIM = 7  # numbers of read_pose
-USUAL_OPENING = 0.15  # of an eye, in its widths; ours: above it people differ (.2 to .35), in a blink it falls to .05
+# of an eye, in its widths; ours: above the usual opening people differ (.2 to .35), below the other one eyes are shut
+SHUT_OPENING, USUAL_OPENING = 0.07, 0.15
 
 
 def crops_to_grey(images):
@@ -328,7 +329,7 @@ def read_pose(net: LandmarkNet, images, template: str = "face"):
     points, mean = torch.view_as_real(points).double().cpu().numpy(), net.solid.double().cpu().numpy()
     scale, R, _ = fit_pose(points, mean, UPPER_FACE)
     pose = torch.from_numpy(np.c_[angles(R), points[:, UPPER_FACE].mean(1), scale]).float().to(opening)
-    return torch.cat([pose, opening.clamp(max=USUAL_OPENING)[:, None]], 1)
+    return torch.cat([pose, opening.clamp(SHUT_OPENING, USUAL_OPENING)[:, None]], 1)
 
 
 class PoseReader(nn.Module):

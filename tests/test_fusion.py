@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter1d
 from torch.nn import functional as F
 
 import vision
@@ -155,6 +156,7 @@ def test_a_driven_real_face_starts_from_its_own_pose_and_shuts_its_eyes_as_the_d
     pose = z_c2d.flatten(1) @ torch.linalg.pinv(model.motion.pose_up.weight).t()
     want = torch.cat([(codes - codes[0] + codes[7])[:, :6], codes[:, 6:]], 1)
     want[19, 0] = codes[7, 0] + 3
+    want[:, :6] = torch.from_numpy(gaussian_filter1d(want[:, :6].double().numpy(), 1.5, axis=0, mode="nearest")).float()
     torch.testing.assert_close(pose, want, atol=1e-3, rtol=1e-3)
 
 

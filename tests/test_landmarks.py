@@ -159,6 +159,7 @@ def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
     assert change[:6].argmax(1).tolist()[:3] == [0, 1, 2] and (change.diagonal()[:3] > 4).all()
     assert (change[3:6, 3:6].argmax(1) == torch.arange(3)).all() and (change.diagonal()[3:6] > 0.02).all()
     assert change[6, 6] > 0.03 > 3 * change[:6, 6].max()
+    assert read[7, 6] == pytest.approx(landmarks.SHUT_OPENING)                   # shut lids are read as .03 to .07
     assert np.array_equal(shut_eyes(big, face.points, face.mean), frames[7])
     small = shut_eyes(crop_face(big, BOX, 64), (face.points - BOX[:2]) * 64 / 247.5, face.mean)
     assert read[0, 6] - landmarks.read_pose(net, to_tensor(small[None]))[0, 6] > 0.03
