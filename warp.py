@@ -114,7 +114,7 @@ def shape_error(points: np.ndarray, mean: np.ndarray, scale: float, R: np.ndarra
 
 def enlarge_small_face(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Enlarges a photo and its landmarks until a unit has MIN_UNIT pixels. Larger faces stay unchanged."""
-    k = MIN_UNIT / fit_pose(points, mean)[0]
+    k = MIN_UNIT / max(float(fit_pose(points, mean)[0]), 4)  # damaged landmarks must not make a huge photo
     if k <= 1:
         return photo, points
     H, W = photo.shape[:2]
