@@ -26,6 +26,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter1d
 from torch import nn
 from torch.nn import functional as F
 
@@ -469,12 +470,10 @@ def middle_frames(x, T: int):
     return x[:, start:start + T]
 
 
-def smooth_turns(pose, reach: int = 6):
-    """Pose codes (B, T, P) -> the same, a Gaussian over time of all but the eyelids, the last number, as in motion.py"""
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=pose.device) / DRIVE_SIGMA) ** 2)
-    padded = F.pad(pose[..., :-1].transpose(1, 2), (reach, reach), mode="replicate")
-    smooth = padded.unfold(2, 2 * reach + 1, 1) @ (kernel / kernel.sum())             # (B, P - 1, T)
-    return torch.cat([smooth.transpose(1, 2), pose[..., -1:]], -1)
+def smooth_turns(pose):
+    """Pose codes (B, T, P) -> the same, all but the eyelids, the last number, smoothed over time as in motion.py"""
+    turns = gaussian_filter1d(pose[..., :-1].cpu().numpy(), DRIVE_SIGMA, axis=1, mode="nearest")  # reaches 6 frames
+    return torch.cat([torch.from_numpy(turns).to(pose), pose[..., -1:]], -1)
 
 
 def idle_poses(idle, lo: int, hi: int):

@@ -124,16 +124,16 @@ def load_batches(args, data, config, mfcc: bool, start: int):
 
 
 class ShutEyes:
-    """Photo, uint8 (H, W, 3), and its number in the pack -> the photo with shut eyes, or, without usable landmarks, the
+    """Photo, uint8 (H, W, 3), its clip and number in it -> the photo with shut eyes, or, without usable landmarks, the
     photo. Clips blink in few frames, and the generator learns the lids of strangers from these photos; ours."""
 
     def __init__(self, landmarks):
         self.landmarks, self.mean = landmarks, load_landmarks().solid.double().numpy()
 
-    def __call__(self, photo, c):
+    def __call__(self, photo, c, k):
         try:
-            return shut_eyes(photo, self.landmarks.clip(c)[0], self.mean)
-        except ValueError:
+            return shut_eyes(photo, self.landmarks.clip(c)[k], self.mean)
+        except (ValueError, IndexError):                                               # no face; landmarks unfinished
             return photo
 
 

@@ -5,8 +5,8 @@ Layer names and parameter shapes equal those of the public rosinality checkpoint
 
 Differences from the public code: no CUDA extension. One convolution with shared weights serves the whole batch,
 see ModulatedConv2d. Tensors are channels_last, which makes the depthwise blur ten times faster on a CPU. Demodulation,
-gain, noise and bias follow the blur, in few passes. Generator.forward also takes `deltas` (HyperStyle's), `maps` and
-`coarse` (ours, see fusion.py). The minibatch standard deviation accepts every batch size.
+gain, noise and bias follow the blur, in few passes. Generator.forward also takes `deltas` (HyperStyle's), `maps`,
+`coarse` and `flow` (ours, see fusion.py). The minibatch standard deviation accepts every batch size.
 """
 
 import functools

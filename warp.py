@@ -490,6 +490,7 @@ class Eyelids:
 
 
 def both_eyelids(face: Face) -> tuple[Eyelids, Eyelids]:
+    """The lids of the left and of the right eye in the picture"""
     p = face.points
     return Eyelids(face, p[36:42], p[17:22]), Eyelids(face, p[42:48], p[22:27])
 

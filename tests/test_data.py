@@ -453,8 +453,11 @@ def test_single_images_are_drawn_by_person_not_by_clip(tmp_path):
 
 
 def test_a_change_applies_to_half_of_the_images_before_they_are_mirrored(pack):
-    plain = Frames(pack, seed=0)
-    items = [Frames(pack, seed=0, change=lambda frame, c: np.roll(frame, c + 1, 1))[n] for n in range(200)]
+    def shifted(frame, c, k):
+        assert np.array_equal(frame, pack.frame(c, k))
+        return np.roll(frame, c + 1, 1)
+
+    plain, items = Frames(pack, seed=0), [Frames(pack, seed=0, change=shifted)[n] for n in range(200)]
     assert all(torch.equal(item["image"], plain[n]["image"]) for n, item in enumerate(items))
     moved = [not torch.equal(item["image"], item["changed"]) for item in items]
     assert 70 < sum(moved) < 130

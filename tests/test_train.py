@@ -672,9 +672,9 @@ def test_photos_are_driven_by_themselves_half_of_them_with_shut_eyes(packs_with_
 
 def test_a_photo_without_usable_landmarks_keeps_its_eyes_open():
     photo, anywhere = np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0).uniform(0, 64, (1, 68, 2))
-    for points in (np.full((1, 68, 2), np.nan), np.zeros((1, 68, 2)), anywhere):
+    for points in (np.full((1, 68, 2), np.nan), np.zeros((1, 68, 2)), anywhere, np.zeros((0, 68, 2))):
         shut = initialise.ShutEyes(types.SimpleNamespace(clip=lambda c, points=points: points))
-        assert shut(photo, 0) is photo
+        assert shut(photo, 0, 0) is photo
 
 
 def test_a_published_generator_trains_on_real_faces_without_a_coarse_image(packs_with_landmarks, tmp_path):
