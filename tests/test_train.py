@@ -629,6 +629,13 @@ def test_the_losses_of_images_do_not_train_the_lip_reader(coarse_rgb):
         assert model.mouth.linear.weight.requires_grad == (coarse_rgb == 0)
 
 
+def test_the_flow_fitted_before_stage_3_trains_at_a_hundredth_of_the_rate():
+    model, args = FCTFG(Config.at(16, **MOUTH)), train.parse(["--stage", "3", "--size", "16"])
+    groups = initialise.optimizers(model, Discriminator(16, 512, 32), args)[0].param_groups
+    rate, = (group["lr"] for group in groups if any(q is model.maps.flow.weight for q in group["params"]))
+    assert rate == pytest.approx(0.01 * args.lr)
+
+
 def test_every_other_clip_gets_its_true_lip_shape_and_the_appearance_of_its_source():
     torch.manual_seed(0)
     model = FCTFG(Config.at(16, **MOUTH)).eval()
