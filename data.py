@@ -409,7 +409,7 @@ def to_flipped_tensor(images: np.ndarray, flip: bool) -> torch.Tensor:
 class Frames(Dataset):
     """Single images for stages 1 and 2: a person is drawn uniformly, then one of their clips, then a frame of it.
     Item: image (3, H, W) in [-1, 1], identity. clips: numbers of the clips to draw from, default all. change: a function
-    (frame, clip, its number in the clip) -> frame; items get `changed`, the same image, in half of them after it."""
+    (frame, clip, its number in the clip, rng) -> frame; items get `changed`, the same image, in half of them after it."""
 
     def __init__(self, pack: Pack, seed: int, flip: bool = True, clips=None, change=None):
         self.pack, self.seed, self.flip, self.change = pack, seed, flip, change
@@ -428,7 +428,7 @@ class Frames(Dataset):
         flip = self.flip and rng.random() < 0.5
         item = dict(image=to_flipped_tensor(frame, flip), identity=int(self.people[person]))
         if self.change:
-            item["changed"] = to_flipped_tensor(self.change(frame, c, k) if rng.random() < 0.5 else frame, flip)
+            item["changed"] = to_flipped_tensor(self.change(frame, c, k, rng) if rng.random() < 0.5 else frame, flip)
         return item
 
 

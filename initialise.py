@@ -21,16 +21,16 @@ import judges
 from audio import add_echo_and_noise, log_mel, make_non_speech, mel_windows, spec_augment
 from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
-from faces import TEMPLATES, Landmarks, mask_mouth
+from faces import TEMPLATES, Landmarks, crop_face, mask_mouth
 from fusion import FCTFG, Config, enlarge_flow, estimate_mean_w, load_published
 from landmarks import MIRROR, load_landmarks
 from losses import SYNC_FRAMES, Augment, reconstruction_loss
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
-from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, remove_head_motion
+from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, random_motion, remove_head_motion
 from stylegan2 import Discriminator, move_pixels
 from syncnet import load_sync
 from vision import to_float64, to_small_image, zero_init
-from warp import shut_eyes
+from warp import Face, Warp, enlarge_small_face
 
 PAPERS_JUDGES = 128  # px from which VGG19, ArcFace and a published sync expert are the default
 TOY_PEOPLE = 400  # of the toy world, one clip each, as in syncnet.py
@@ -99,7 +99,7 @@ def load_data(args) -> dict:
 def load_batches(args, data, config, mfcc: bool, start: int):
     """Yields the batches of this process from step `start` on. Stage 3: single frames of many clips; with a sync loss,
     windows of five frames in even steps. With a mouth code and --photos, half of the single frames are photos, each with
-    the same photo as a driving frame, see ShutEyes."""
+    the same photo as a driving frame, see MovePhotos."""
     def load(dataset, size, first_step):
         return batches(dataset, max(1, size) * args.accumulate, first_step, args.workers, RANK, WORLD_SIZE)
 
@@ -115,7 +115,7 @@ def load_batches(args, data, config, mfcc: bool, start: int):
     singles = load(singles, size, first_step)
     if with_photos:
         photos = copy.copy(data["photos"])
-        photos.change = ShutEyes(data["landmarks"][1])
+        photos.change = MovePhotos(data["landmarks"][1])
         photos = load(photos, size, first_step)
         singles = (clips | dict(photo=images["image"], photo_driving=images["changed"])
                    for clips, images in zip(singles, photos))
@@ -123,18 +123,21 @@ def load_batches(args, data, config, mfcc: bool, start: int):
         yield next(windows if with_sync and step % 2 == 0 else singles)
 
 
-class ShutEyes:
-    """Photo, uint8 (H, W, 3), its clip and number in it -> the photo with shut eyes, or, without usable landmarks, the
-    photo. Clips blink in few frames, and the generator learns the lids of strangers from these photos; ours."""
+class MovePhotos:
+    """Photo, uint8 (H, W, 3), its clip and number in it, rng -> the photo with a random motion of head and eyelids, or,
+    without usable landmarks, the photo. Clips turn little and blink in few frames: the generator learns the heads and
+    lids of strangers from these photos; ours."""
 
     def __init__(self, landmarks):
         self.landmarks, self.mean = landmarks, load_landmarks().solid.double().numpy()
 
-    def __call__(self, photo, c, k):
+    def __call__(self, photo, c, k, rng):
         try:
-            return shut_eyes(photo, self.landmarks.clip(c)[k], self.mean)
+            warp = Warp(Face(*enlarge_small_face(photo, self.landmarks.clip(c)[k], self.mean), self.mean))
         except (ValueError, IndexError):                                               # no face; landmarks unfinished
             return photo
+        frame = warp(**random_motion(rng, warp.head.turn_limits)[0])
+        return crop_face(frame, (0, 0, *frame.shape[1::-1]), len(photo))
 
 
 def stage3_clips(pack, T, config, seed, **options):

@@ -32,6 +32,8 @@ NOD = 1.2  # degrees by which the chin drops where speech starts
 DRIVE_SIGMA = 1.5  # frames: landmarks jitter more than heads do
 # dlib's points of shut lips lie apart: on five GRID clips MediaPipe's opening has 1.35 to 1.5 times the slope of dlib's
 OPENING_GAIN = 1.4
+# standard deviations of random motion: yaw, pitch, roll in degrees, shift right and down, scale, brows
+RANDOM = 10.0, 7.0, 5.0, 0.05, 0.05, 0.04, 0.02
 DRIVE_GAIN = 1.15, 1.2  # of yaw and pitch: turns measured by our landmarks are smaller than by MediaPipe's, same clips
 LIMITS = 15.0, 0.15, 0.15, 0.10, 0.08  # roll in degrees, shift right and down, scale, brows; for turns Head.turn_limits
 LID_SHUT, LID_OPEN = 0.35, 0.85  # shares of a driver's usual opening: fully shut (blinks reach .05 to .3), fully open
@@ -98,6 +100,12 @@ def idle_motion(n: int, speech: np.ndarray, seed: int, head: bool = True) -> Mot
         poses -= poses[:1]                                             # the first frame is the photo
         poses *= smoothstep(np.arange(n) / FPS)[:, None]               # the sway begins within a second
     return Motion(poses, blinks[:n], np.zeros(n))
+
+
+def random_motion(rng: np.random.Generator, turn_limits) -> Motion:
+    """One frame to train on: a random pose and brows within the limits of driving_motion, eyes shut in every second one"""
+    motion = soft_limit(rng.normal(0, RANDOM), np.array([*turn_limits, *LIMITS]))
+    return Motion(motion[None, :6], rng.integers(2, size=1), motion[6:])
 
 
 def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, turn_limits) -> Motion:

@@ -248,12 +248,12 @@ def talking_photo(model, photo, box, mel, speech, args):
         warp = Warp(Face(larger, points, mean, len(photo) / len(larger)), model.motion.moves.double().cpu().numpy())
     except ValueError as error:
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
-    opening, shape = mouth_motion(*model.predict_lips(mel), speech, warp.rest_opening, args.mouth)
+    opening, shape = mouth_motion(*model.predict_lips(mel), speech, warp.lips.rest_opening, args.mouth)
     if args.driving:
         _, boxes, height = find_driving_face(args.driving, T, "face")
         points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), boxes[0])
         try:
-            motion = driving_motion(points, *measure_eyes(points), mean, warp.turn_limits)
+            motion = driving_motion(points, *measure_eyes(points), mean, warp.head.turn_limits)
         except ValueError as error:
             raise InputError(f"{args.driving}: {error} that can be followed") from None
     else:

@@ -229,7 +229,7 @@ def forward_stage3(model, batch):
 
 
 def append_photos(model, batch, mouth):
-    """N photos as further clips of one frame, driven by themselves, half of them with shut eyes: with their own mouth,
+    """N photos as further clips of one frame, driven by themselves, half of them moved by warp.py: with their own mouth,
     then with one that the sound of a clip predicts -> source, driving, mel, mouth; mouth codes (N, M) of the latter"""
     photo, mel, motion, context = batch["photo"], batch["mel"], model.motion, model.config.context
     clip = torch.arange(len(photo), device=photo.device) % len(mel)

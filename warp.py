@@ -369,9 +369,11 @@ class Lips(FacePlane):
         inside = 1 - smoothstep((radius - LIP_OVAL[0]) / (LIP_OVAL[1] - LIP_OVAL[0]))
         return inside * smoothstep((at[:, 1] - lids - BELOW_EYES[0]) / (BELOW_EYES[1] - BELOW_EYES[0]))
 
-    def displace(self, opening: float, shape):
-        """opening >= 0 in units, shape (K - 1,) -> backward displacements on the nodes: (gh, gw, 4) of both layers, and
-        (gh, gw, 2) outside the lips' box; light on the teeth. None: nothing moves"""
+    def displace(self, opening: float | None, shape):
+        """opening in units, shape (K - 1,), None: as in the photo -> backward displacements on the nodes: (gh, gw, 4) of
+        both layers, and (gh, gw, 2) outside the lips' box; light on the teeth. None: nothing moves"""
+        opening = self.rest_opening if opening is None else max(0.0, float(opening))
+        shape = np.zeros(self.fields.shape[1] - 2) if shape is None else shape
         change = opening - self.rest_opening
         amount = np.float32([max(change, 0.0), min(change, 0.0), *shape])
         if np.abs(amount).max() < 1e-6:
@@ -495,16 +497,6 @@ def both_eyelids(face: Face) -> tuple[Eyelids, Eyelids]:
     return Eyelids(face, p[36:42], p[17:22]), Eyelids(face, p[42:48], p[22:27])
 
 
-def shut_eyes(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Photo, uint8 (H, W, 3), and its landmarks (68, 2) -> the photo with shut eyes. Raises ValueError: as Face"""
-    face = Face(*enlarge_small_face(photo, points, mean), mean)
-    frame = face.photo.copy()
-    for eye in both_eyelids(face):
-        x0, y0, x1, y1 = eye.box
-        frame[y0:y1, x0:x1] = eye.render(pixel_centres(eye.box), 1.0, face.read)
-    return cv2.resize(frame, photo.shape[1::-1], interpolation=cv2.INTER_AREA)
-
-
 # ------------------------------------------------------------------------------------------------------------ the head
 
 class Head:
@@ -575,18 +567,16 @@ class Head:
 # ----------------------------------------------------------------------------------------------------------- the whole
 
 class Warp:
-    """Renders frames of a photo, uint8 (H, W, 3). rest_opening: see Lips; turn_limits: see Head"""
+    """Renders frames of a photo, uint8 (H, W, 3). moves: see Lips, None: the lips do not move"""
 
-    def __init__(self, face: Face, moves: np.ndarray):
-        self.face, self.lips, self.head = face, Lips(face, moves), Head(face)
-        self.eyes = both_eyelids(face)
-        self.rest_opening, self.turn_limits = self.lips.rest_opening, self.head.turn_limits
+    def __init__(self, face: Face, moves: np.ndarray | None = None):
+        self.face, self.head, self.eyes = face, Head(face), both_eyelids(face)
+        self.lips = None if moves is None else Lips(face, moves)
 
     def __call__(self, opening=None, shape=None, blink: float = 0.0, brows: float = 0.0, pose: Pose | None = None):
         """opening, brows: in units, None: as in the photo; shape: (K - 1,), see Lips; blink: 0 to 1"""
         lips, frame = self.lips, self.face.photo.copy()
-        shape = np.zeros(lips.fields.shape[1] - 2) if shape is None else shape
-        moved = lips.displace(lips.rest_opening if opening is None else max(0.0, float(opening)), shape)
+        moved = lips and lips.displace(opening, shape)
         layers = self.layers(moved, min(float(blink), 1.0))
         if brows or pose not in (None, Pose()):
             patches = [self.render_head(moved, layers, self.head.displace(pose or Pose(), brows))]

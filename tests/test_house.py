@@ -45,6 +45,14 @@ def test_there_are_no_circular_imports():
     assert not circular
 
 
+def test_files_import_only_files_above_them_in_the_readme():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    order = re.findall(r"`(\w+)\.py`", " ".join(rows))
+    assert sorted(order) == sorted(ROOMS)
+    for k, room in enumerate(order):
+        assert TOP[room] <= set(order[:k]), room
+
+
 def test_the_method_imports_no_sibling():
     wrong = {room: imports(ROOMS[room], everywhere=True) & SIBLINGS for room in METHOD & set(ROOMS)}
     assert wrong.pop("initialise") <= {"toyfaces"} and "toyfaces" not in TOP["initialise"]  # in one function

@@ -2,18 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import initialise
 import landmarks
 from data import Pack, PackWriter
 from faces import crop_face, landmarks_header, square_in_crop
 from landmarks import CENTRE, MIRROR, sample_crops, to_real
 from media import InputError, load_photo, to_tensor
-from warp import Face, Pose, Warp, shut_eyes
+from motion import Motion
+from warp import Face, Pose, Warp
 
 PORTRAIT = Path(__file__).parents[1] / "examples/astronaut.jpg"
 BOX = 134, 130, 382, 377  # where the face is in it
@@ -150,7 +153,7 @@ def test_a_hidden_face_is_lost_and_found_again(net):
 def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
     big = load_photo(PORTRAIT)
     face = Face(big, landmarks.find_landmarks(net, big, BOX), net.solid.double().numpy())
-    warp = Warp(face, np.zeros((6, 68, 2)))
+    warp = Warp(face)
     poses = dict(yaw=8), dict(pitch=8), dict(roll=8), dict(shift=(0.1, 0)), dict(shift=(0, 0.1)), dict(scale=1.1)
     frames = [warp()] + [warp(pose=Pose(**pose)) for pose in poses] + [warp(blink=1.0)]
     crops = to_tensor(np.stack([crop_face(frame, BOX, 64) for frame in frames]))
@@ -160,9 +163,6 @@ def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
     assert (change[3:6, 3:6].argmax(1) == torch.arange(3)).all() and (change.diagonal()[3:6] > 0.02).all()
     assert change[6, 6] > 0.03 > 3 * change[:6, 6].max()
     assert read[7, 6] == pytest.approx(landmarks.SHUT_OPENING)                   # shut lids are read as .03 to .07
-    assert np.array_equal(shut_eyes(big, face.points, face.mean), frames[7])
-    small = shut_eyes(crop_face(big, BOX, 64), (face.points - BOX[:2]) * 64 / 247.5, face.mean)
-    assert read[0, 6] - landmarks.read_pose(net, to_tensor(small[None]))[0, 6] > 0.03
     left, top, side = square_in_crop("face", "ffhq")                             # a wider crop of the same photo
     wide = (BOX[0] + 247 * left, BOX[1] + 247 * top, BOX[0] + 247 * (left + side), BOX[1] + 247 * (top + side))
     wider = landmarks.read_pose(net, to_tensor(crop_face(frames[0], wide, 128)[None]), "ffhq")[0]
@@ -173,6 +173,23 @@ def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
     torch.testing.assert_close(mirrored[:, [0, 2]], -read[:, [0, 2]], atol=0.01, rtol=0)
     torch.testing.assert_close(mirrored[:, 3], 1 - read[:, 3], atol=1e-4, rtol=0)
     torch.testing.assert_close(mirrored[:, [1, 4, 5, 6]], read[:, [1, 4, 5, 6]], atol=0.01, rtol=1e-3)
+
+
+def test_a_moved_photo_has_another_pose_and_shut_eyes(net, monkeypatch):
+    big = load_photo(PORTRAIT)
+    points = (landmarks.find_landmarks(net, big, BOX) - BOX[:2]) * 64 / 247.5
+    move = initialise.MovePhotos(SimpleNamespace(clip=lambda c: {3: points[None]}[c]))
+    photo, read = crop_face(big, BOX, 64), []
+    for yaw, blink in ((0, 0), (9, 0), (0, 1)):
+        motion = Motion(np.array([[yaw, 0, 0, 0, 0, 0]]), np.array([blink]), np.zeros(1))
+        monkeypatch.setattr(initialise, "random_motion", lambda rng, limits, motion=motion: motion)
+        moved = move(photo, 3, 0, None)
+        assert moved.shape == photo.shape and moved.dtype == np.uint8
+        read.append(landmarks.read_pose(net, to_tensor(moved[None]))[0])
+    still, turned, shut = read
+    torch.testing.assert_close(still, landmarks.read_pose(net, to_tensor(photo[None]))[0], atol=0.6, rtol=0)
+    assert turned[0] - still[0] > 4 and abs(shut[0] - still[0]) < 1
+    assert still[6] - shut[6] > 0.03 and abs(still[6] - turned[6]) < 0.02
 
 
 def test_landmarks_scatter_on_noise_and_not_on_a_face(net):

@@ -60,6 +60,15 @@ def test_idle_motion_starts_at_rest_blinks_at_a_natural_rate_and_sways_by_its_se
     assert not still.poses.any() and still.blinks.any() and still[5]["pose"] == Pose()
 
 
+def test_random_motion_fills_the_limits_and_shuts_every_second_pair_of_eyes():
+    rng, limits = np.random.default_rng(0), np.array([12, 9, *motion.LIMITS])
+    drawn = [motion.random_motion(rng, (12, 9)) for _ in range(400)]
+    numbers, blinks = np.array([np.r_[m.poses[0], m.brows] for m in drawn]), np.array([m.blinks[0] for m in drawn])
+    assert (abs(numbers) < limits).all() and (numbers.std(0) > 0.2 * limits).all()
+    assert (abs(numbers.mean(0)) < 0.1 * limits).all()
+    assert set(blinks) == {0, 1} and 0.4 < blinks.mean() < 0.6
+
+
 def test_a_short_motion_is_played_back_and_forth():
     m = Motion(np.arange(3)[:, None] * np.ones((3, 6)), np.arange(3.0), np.zeros(3))
     assert [m[k]["blink"] for k in range(7)] == [0, 1, 2, 1, 0, 1, 2]

@@ -665,7 +665,7 @@ def test_mouth_and_blink_scale_the_motion_of_lips_and_eyelids(short, monkeypatch
     calls = []
 
     def record(self, opening, shape, **motion):
-        calls.append((opening - self.rest_opening, np.abs(shape).max(), motion["blink"]))
+        calls.append((opening - self.lips.rest_opening, np.abs(shape).max(), motion["blink"]))
         return self.face.photo
 
     monkeypatch.setattr(sample.Warp, "__call__", record)

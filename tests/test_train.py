@@ -653,35 +653,35 @@ def test_every_other_clip_gets_its_true_lip_shape_and_the_appearance_of_its_sour
     torch.testing.assert_close(out["mouth"][:, 0, :3], shape)
 
 
-def test_photos_are_driven_by_themselves_half_of_them_with_shut_eyes(packs_with_landmarks, tmp_path, monkeypatch):
+def test_photos_are_driven_by_themselves_half_of_them_moved(packs_with_landmarks, tmp_path, monkeypatch):
     def seen(model, source, driving, mel, context, mouth):
         calls.append((source, driving[:, 0], mouth[:, 0]))
         return forward(model, source, driving, mel, context, mouth)
 
     calls, forward = [], FCTFG.forward
     monkeypatch.setattr(FCTFG, "forward", seen)
-    monkeypatch.setattr(initialise, "shut_eyes", lambda photo, points, mean: 255 - photo)
+    monkeypatch.setattr(initialise.MovePhotos, "__call__", lambda self, photo, c, k, rng: 255 - photo)
     clips, photos = packs_with_landmarks
     args = train.parse(options(clips, tmp_path, 3, "--photos", str(photos), "--w", "sync=0", steps=1))
     args.batch, data, model = 24, initialise.load_data(args), FCTFG(Config.at(16, **MOUTH)).eval()
     with torch.no_grad():
         out = train.forward_stage3(model, next(initialise.load_batches(args, data, model.config, False, 0)))
     (source, driving, mouth), = calls
-    photo, shut, shape = source[12:24], driving[12:24], model.mouth(source[12:24])
-    assert torch.equal(photo, source[24:]) and torch.equal(shut, driving[24:])
-    changed = [torch.allclose(b, -a, atol=1e-5) for a, b in zip(photo, shut)]
-    assert 1 < sum(changed) < 11 and all(c or torch.equal(a, b) for a, b, c in zip(photo, shut, changed))
-    assert torch.equal(out["real"][12:], shut) and len(out["fake"]) == 24 and len(out["fake_swapped"]) == 12
+    photo, moved, shape = source[12:24], driving[12:24], model.mouth(source[12:24])
+    assert torch.equal(photo, source[24:]) and torch.equal(moved, driving[24:])
+    changed = [torch.allclose(b, -a, atol=1e-5) for a, b in zip(photo, moved)]
+    assert 1 < sum(changed) < 11 and all(c or torch.equal(a, b) for a, b, c in zip(photo, moved, changed))
+    assert torch.equal(out["real"][12:], moved) and len(out["fake"]) == 24 and len(out["fake_swapped"]) == 12
     own = mouth[12:24] + model.motion.appearance_part(shape)
     torch.testing.assert_close(own, shape)
     torch.testing.assert_close(mouth[24:] + model.motion.appearance_part(shape), out["target_mouth"])
 
 
-def test_a_photo_without_usable_landmarks_keeps_its_eyes_open():
+def test_a_photo_without_usable_landmarks_is_not_moved():
     photo, anywhere = np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0).uniform(0, 64, (1, 68, 2))
     for points in (np.full((1, 68, 2), np.nan), np.zeros((1, 68, 2)), anywhere, np.zeros((0, 68, 2))):
-        shut = initialise.ShutEyes(types.SimpleNamespace(clip=lambda c, points=points: points))
-        assert shut(photo, 0, 0) is photo
+        move = initialise.MovePhotos(types.SimpleNamespace(clip=lambda c, points=points: points))
+        assert move(photo, 0, 0, np.random.default_rng(0)) is photo
 
 
 def test_a_published_generator_trains_on_real_faces_without_a_coarse_image(packs_with_landmarks, tmp_path):

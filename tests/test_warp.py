@@ -78,7 +78,7 @@ def test_at_rest_a_frame_is_the_photo_bit_for_bit(gap):
     f = face(gap=gap)
     warp = Warp(f, moves())
     assert np.array_equal(warp(), f.photo)
-    assert np.array_equal(warp(warp.rest_opening, np.zeros(2)), f.photo)
+    assert np.array_equal(warp(warp.lips.rest_opening, np.zeros(2)), f.photo)
     x0, y0, x1, y1 = warp.lips.box
     for read in f.read, functools.partial(W.read_photo, f.photo):     # reading alone changes nothing either
         assert np.array_equal(read(W.pixel_centres(warp.lips.box)), f.photo[y0:y1, x0:x1])
@@ -131,7 +131,7 @@ def move_forwards(points, back, box):
 @pytest.mark.parametrize("gap", [0.0, 0.10])
 def test_the_gap_between_the_lips_equals_the_opening(gap):
     warp = Warp(face(gap=gap), moves())
-    assert abs(warp.rest_opening - gap) < 1e-6
+    assert abs(warp.lips.rest_opening - gap) < 1e-6
     for opening in (0.0, 0.03, 0.08, 0.14):
         if abs(opening - gap) > 1e-3:
             upper, lower = moved_landmarks(warp, opening)
