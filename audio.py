@@ -13,7 +13,7 @@ from scipy.fft import dct, irfft, next_fast_len, rfft
 from scipy.sparse import csr_array
 from torch import nn
 
-from media import SAMPLE_RATE, SAMPLES_PER_FRAME
+from media import SAMPLE_RATE, SAMPLES_PER_FRAME, to_int16
 
 # mel spectrogram, all numbers from Wav2Lip's hparams
 N_MELS = 80                              # M; change it here alone and before any training; at least 55
@@ -279,7 +279,7 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     """Samples (n,) in [-1, 1] -> float64 (13, 1 + ceil((n - 400) / 160)), by the defaults of python_speech_features on
     int16: rectangular windows of 25 ms every 10 ms, 512-point FFT, 26 filters, DCT-II, lifter 22, log energy"""
     check_sound(wav)
-    x = np.clip(np.round(wav.astype(np.float64) * 32768), -32768, 32767)
+    x = to_int16(wav).astype(np.float64)
     x = np.append(x[0], x[1:] - 0.97 * x[:-1])
     S = 1 + max(0, -(-(len(x) - 400) // 160))
     x = np.pad(x, (0, max(0, (S - 1) * 160 + 400 - len(x))))

@@ -47,12 +47,14 @@ class PackWriter:
     """Writes a pack clip by clip. meta.json is written last: without it the directory is an unfinished pack.
     size: edge of the frames in pixels. template: a name in faces.TEMPLATES. n_kept: continue an unfinished pack after
     its first n_kept clips, as listed in journal.jsonl, which gets a line after each clip. shard_of: the folder of
-    videos, if this pack holds a part of it. InputError: the directory holds a pack, or an unfinished one of another
-    size or template; it cannot be written, or is in use."""
+    videos, if this pack holds a part of it. options: of the run, equal when it is continued. InputError: the directory
+    holds a pack, or an unfinished one begun with other options; it cannot be written, or is in use."""
 
-    def __init__(self, folder: str | Path, size: int, template: str, n_kept: int = 0, shard_of: str | None = None):
+    def __init__(self, folder: str | Path, size: int, template: str, n_kept: int = 0, shard_of: str | None = None,
+                 options: dict | None = None):
         assert template in TEMPLATES, f"template '{template}' is none of {sorted(TEMPLATES)}"
         self.folder, self.size, self.header = Path(folder).absolute(), size, dict(size=size, template=template)
+        self.options = options or {}
         self.origin = dict(shard_of=str(shard_of)) if shard_of else {}
         self.index = {name: [] for name in ("n_frames", "n_samples", "identity", "box", "fps")}
         self.jpeg_start = array("q", [0])  # not a list: 75 million numbers take 600 MB here, 3 GB there
@@ -71,7 +73,7 @@ class PackWriter:
 
     def continue_after(self, n_kept: int):
         """Reads the first n_kept clips from the journal and cuts the three files after them."""
-        header, lines = json.dumps(self.header).encode() + b"\n", []
+        header, lines = json.dumps(self.header | self.options).encode() + b"\n", []
         if n_kept:
             with open(self.journal.name, "rb") as file:
                 lines = list(itertools.islice(file, 1 + n_kept))
@@ -136,8 +138,9 @@ class PackWriter:
 
 class Pack:
     """A pack, open for reading: .size, .template, .identities (names of the people), and for each clip c: .n_frames[c],
-    .identity[c] (index in .identities), .box[c] (x0, y0, x1, y1 in the source picture), .fps[c] (of the source).
-    .packs: [self], see Packs. InputError: the directory holds no pack, or one with missing or damaged files."""
+    .identity[c] (index in .identities), .box[c] (x0, y0, x1, y1 in the upright source picture with square pixels),
+    .fps[c] (of the source). .packs: [self], see Packs. InputError: the directory holds no pack, or one with missing or
+    damaged files."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.packs = Path(folder).absolute(), [self]
@@ -324,7 +327,7 @@ def balance_people(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
 def read_clip_list(pack: Pack, path: str | Path) -> np.ndarray:
     """Numbers of the clips in a list. Each line is the name of a person, or the end of a file's path, with or without
     its suffix. InputError: a name fits no clip, or several files"""
-    lines = [line.strip() for line in check_file(path).read_text(errors="replace").splitlines()]
+    lines = [line.strip() for line in check_file(path).read_text("utf-8-sig", "replace").splitlines()]
     matches = {name: {} for name in lines if name}  # name -> {clip: its file}
     for c in range(len(pack)):
         source = pack.source(c)
@@ -343,7 +346,8 @@ def read_clip_list(pack: Pack, path: str | Path) -> np.ndarray:
 
 
 def hash_sounds(sounds) -> torch.Tensor:
-    """Sounds of clips, each (n,) -> int64 hashes. They identify a clip in any pack and at any size of frames."""
+    """Sounds of clips, each (n,) -> int64 hashes. They identify a clip in any pack and at any size of frames.
+    All photos, and silent clips of equal length, share a hash."""
     digests = (hashlib.blake2b(to_int16(wav).tobytes(), digest_size=8).digest() for wav in sounds)
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
 

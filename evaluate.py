@@ -35,7 +35,7 @@ from audio import log_mel, mfcc, n_frames
 from checkpoint import PUBLISHED, checkpoints_dir, git_revision, pick_device
 from control import measure_toy
 from faces import (
-    ARCFACE_POINTS, crop_face, detect_faces, face_box, landmark_detector, middle_square, require_detectors,
+    ARCFACE_POINTS, crop_face, detect_faces, face_box, face_detectors, landmark_detector, middle_square,
     similarity, to_complex, warp_face)
 from landmarks import load_landmarks, measure_eyes, track_landmarks
 from media import (
@@ -286,7 +286,7 @@ def load_networks(args, device, stack) -> SimpleNamespace:
                     raise InputError(f"{PUBLISHED[file].file} is not in {checkpoints_dir()} (--fetch downloads it)")
             network = make_network()
             if name in ("sync", "syncnet", "landmarks") and getattr(network, "template", None) != "toy":
-                require_detectors()  # clips of the toy world are face crops already
+                face_detectors()  # clips of the toy world are face crops already
             setattr(networks, name, network)
         except InputError as error:
             if required:

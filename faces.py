@@ -134,7 +134,7 @@ def cut_square(x: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
 
 
 def recrop(frames: torch.Tensor, template: str, wanted: str) -> torch.Tensor:
-    """Crops (.., 3, H, H) of one template -> crops `wanted` of the same faces, of the same size"""
+    """Crops (N, .., 3, H, H) of one template -> crops `wanted` of the same faces, of the same size"""
     H = frames.shape[-1]
     left, top, side = (round(H * v) for v in square_in_crop(template, wanted))
     if (left, top, side) == (0, 0, H):
@@ -168,22 +168,12 @@ NEAR_SIDE = 2.0  # square of `redetect`, in sides of a face (ours: there key poi
 
 @lru_cache
 def face_detectors() -> list:
-    """Both models of blazeface (1 MB), that for near faces first. Empty if their weights cannot be fetched"""
+    """Both models of blazeface (1 MB), that for near faces first. InputError: their weights cannot be fetched"""
     from face_alignment.detection.blazeface import FaceDetector  # here: the import takes seconds
 
-    try:
-        anchors, near, far = (str(fetch(name)) for name in ("blazeface_anchors", "blazeface", "blazeface_back"))
-    except InputError:
-        return []
+    anchors, near, far = (str(fetch(name)) for name in ("blazeface_anchors", "blazeface", "blazeface_back"))
     options = dict(device="cpu", path_to_anchor=anchors, min_score_thresh=0.3)  # MIN_SCORE is stricter
     return [FaceDetector(path_to_detector=path, back_model=path == far, **options) for path in (near, far)]
-
-
-def require_detectors() -> list:
-    """face_detectors. Raises InputError: their weights cannot be fetched"""
-    if not face_detectors():
-        raise InputError("no face detector's weights are at hand (see TORCH_HOME)")
-    return face_detectors()
 
 
 def square_view(image: np.ndarray, x: int, y: int, side: int, size: int) -> np.ndarray:
@@ -252,7 +242,7 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
     and a woman .55. So both models search the image with several margins. A face is kept if at least a third of the
     searches detect it, if their mean score is at least MIN_SCORE, and if `redetect` finds it upright with such a
     score (a cup seen from above has .7 from afar and .5 from near). Box and key points are means."""
-    detectors, groups = require_detectors(), []  # one group of detections for each face
+    detectors, groups = face_detectors(), []  # one group of detections for each face
     for detector, margin in itertools.product(detectors, margins):
         for face in detect_in_squares(detector, [image], [whole_square(image, margin)])[0]:
             group = next((g for g in groups if overlap(g[0], face) > SAME_FACE), [])
@@ -267,17 +257,15 @@ def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> li
 
 def detect_faces_fast(frames: list) -> list[list[tuple]]:
     """Frames of one video -> the upright faces of each. The second model searches those without a face by the first"""
-    pairs = []  # number of a frame, face in it; link_tracks tolerates errors
-    for detector in require_detectors():
-        done = {i for i, _ in pairs}
-        missing = [i for i in range(len(frames)) if i not in done]
+    found = [[] for _ in frames]
+    for detector in face_detectors():
+        missing = [i for i, faces in enumerate(found) if not faces]
         squares = [whole_square(frames[i], VIDEO_MARGIN) for i in missing]
         for i, faces in zip(missing, detect_in_squares(detector, [frames[i] for i in missing], squares)):
-            pairs += [(i, face) for face in faces if face[4] >= MIN_SCORE]
-    pairs.sort(key=lambda pair: pair[0])
-    near = redetect([frames[i] for i, _ in pairs], [face for _, face in pairs])
-    upright = [(i, face) for (i, _), face in zip(pairs, near) if is_upright(face)]
-    return [largest_first(face for i, face in upright if i == k) for k in range(len(frames))]
+            found[i] = [face for face in faces if face[4] >= MIN_SCORE]  # link_tracks tolerates errors
+    images = [frame for frame, faces in zip(frames, found) for _ in faces]
+    near = iter(redetect(images, list(itertools.chain(*found))))
+    return [largest_first(face for face in itertools.islice(near, len(faces)) if is_upright(face)) for faces in found]
 
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:

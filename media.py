@@ -56,7 +56,8 @@ class InputError(Exception):
 
 
 def run(main):
-    """Run a script's main(). User errors and lack of memory: one line on stderr, status 2. Ctrl-C: 130. SIGTERM: 143."""
+    """Run a script's main(). User errors, lack of memory, a full disk: one line on stderr, status 2. Ctrl-C: 130.
+    SIGTERM: 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit lets `with` and `finally` clean up
     sys.stdout.reconfigure(line_buffering=True)              # lines appear at once in a file or a pipe
     try:
@@ -67,9 +68,13 @@ def run(main):
         out_of_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
         if isinstance(error, RuntimeError):                  # torch has no exception type for the memory of a CPU
             out_of_memory = re.search("allocat|bad_alloc|out of memory", str(error))
-        if not (out_of_memory or isinstance(error, InputError)):
+        reason = error
+        if out_of_memory:
+            reason = "not enough memory: close other programs or reduce the input"
+        elif getattr(error, "errno", None) == errno.ENOSPC:
+            reason = f"no space left on the disk of {error.filename or tempfile.gettempdir()}"
+        elif not isinstance(error, InputError):
             raise
-        reason = "not enough memory: close other programs or reduce the input" if out_of_memory else error
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         sys.exit(2)
 
@@ -87,9 +92,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_args(self, args=None, namespace=None, **limits):
+    def parse_args(self, args=None, **limits):
         """limits: NAME=(lowest, highest), in place of LIMITS. InputError: a number is outside, or NaN."""
-        args = super().parse_args(args, namespace)
+        args = super().parse_args(args)
         for name, value in vars(args).items():
             if type(value) in (int, float):
                 low, high = (LIMITS | limits).get(name, (1 if type(value) is int else 0, 10**9))
@@ -356,10 +361,12 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
     fill_gaps += ["-af", f"aresample=async=1:min_hard_comp={MAX_JITTER}:first_pts=0", "-f", "f32le", "pipe:1"]
     raw = tempfile.TemporaryFile()
     with tempfile.TemporaryFile() as log, subprocess.Popen(decode, stdout=subprocess.PIPE, stderr=log) as process:
-        subprocess.run(fill_gaps, stdin=process.stdout, stdout=raw, stderr=subprocess.DEVNULL)
+        filled = subprocess.run(fill_gaps, stdin=process.stdout, stdout=raw, stderr=subprocess.PIPE)
         process.stdout.close()
         status = process.wait()
         text = read_log(log)
+    if b"No space left" in filled.stderr:
+        raise InputError(f"{tempfile.gettempdir()}: is full, the sound of {path} does not fit (set TMPDIR)")
     if "audio parameters changed" in text and channels < 8:
         return decode_sound(path, rate, mono=True, channels=8)
     n = raw.seek(0, os.SEEK_END) // (4 * channels)

@@ -10,6 +10,7 @@ outcome for each file; sheet.png shows one frame of each clip.
 """
 
 import bisect
+import errno
 import json
 import math
 import os
@@ -29,10 +30,10 @@ from tqdm import tqdm
 from audio import isolate_voice, log_mel, n_frames
 from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import (
-    MAX_CLIP_FRAMES, MAX_HEIGHT, complete_lines, crop_face, detect_faces, face_box, find_clips, require_detectors,
+    MAX_CLIP_FRAMES, MAX_HEIGHT, complete_lines, crop_face, detect_faces, face_box, face_detectors, find_clips,
     square_in_crop)
 from media import (
-    InputError, Parser, load_audio, load_photo, normalise_loudness, parallel_map, probe, read_video, run, to_int16,
+    FPS, InputError, Parser, load_audio, load_photo, normalise_loudness, parallel_map, probe, read_video, run, to_int16,
     wrap_os_errors)
 from report import image_grid, markdown_table
 from syncnet import best_offset, embed_clip, load_sync, logits_by_shift
@@ -75,6 +76,8 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
         first += len(frames)
     if first < total - 1:  # the sound is longer than the pictures
         yield dict(begin=first, frames=total - first, outcome="skipped", reason="sound without picture"), [], None
+    elif (rest := round(FPS * info.seconds) - first) > 1:
+        yield dict(begin=first, frames=rest, outcome="skipped", reason="picture without sound"), [], None
 
 
 def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
@@ -113,14 +116,19 @@ def list_files(folder: Path, out: Path | None = None) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
 
 
-def read_file(job: tuple[Path, Path], folder: Path, read) -> dict:
-    """job: a file and its spool -> line of the manifest. read: prepare_video or prepare_photo. JPEGs and samples go to
-    the spool and their lengths into the segment, so memory does not grow with the length of a video."""
+def is_photo(path: Path) -> bool:
+    return path.suffix.lower() in PHOTO_SUFFIXES
+
+
+def read_file(job: tuple[Path, Path], folder: Path, **options) -> dict:
+    """job: a file and its spool -> line of the manifest. options: of prepare_video. JPEGs and samples go to the spool
+    and their lengths into the segment, so memory does not grow with the length of a video."""
     path, spool = job
+    read = prepare_photo if is_photo(path) else prepare_video
     line = dict(path=str(path.relative_to(folder)), segments=[])
     with open(spool, "wb") as file:
         try:
-            for segment, jpegs, samples in read(path):
+            for segment, jpegs, samples in read(path, **options):
                 if jpegs:
                     segment |= dict(jpegs=list(map(file.write, jpegs)), n_samples=len(samples))
                     file.write(samples.tobytes())
@@ -128,11 +136,13 @@ def read_file(job: tuple[Path, Path], folder: Path, read) -> dict:
         except InputError as error:
             line["reason"] = str(error)
         except Exception as error:  # a bug, marked by its type: it must not end a run of days
+            if getattr(error, "errno", None) == errno.ENOSPC:  # a full disk must: the next run reads the file again
+                raise
             line["reason"] = f"{type(error).__name__}: {error}"
     return line
 
 
-def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, manifest, person: str | None, photo: bool):
+def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, manifest, person: str | None):
     """Moves the clips of a file from its spool into the pack and writes its line of the manifest."""
     parts = Path(line["path"]).parts
     identity = person or (parts[0] if len(parts) > 1 else path.stem)  # the folder, else the name of the file
@@ -141,7 +151,7 @@ def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, manifest, 
             if segment["outcome"] == "packed":
                 jpegs = [content.read(length) for length in segment.pop("jpegs")]
                 samples = np.frombuffer(content.read(2 * segment.pop("n_samples")), "<i2")
-                source = str(path) if photo else f"{path}#{segment['begin']}"
+                source = str(path) if is_photo(path) else f"{path}#{segment['begin']}"
                 pack.add(jpegs, samples, identity, source, segment["box"], segment["fps"])
     manifest.write(json.dumps(line).encode() + b"\n")
     manifest.flush()
@@ -154,26 +164,28 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
     lines of out/manifest.jsonl, one per file. A killed run continues after the last of them. person: identity of all
     files; None: each folder in `folder` is one person. shard: (i, n), every n-th file from file i on. options: of
     prepare_video. InputError: no detector; no clip; `out` cannot be written or holds a pack."""
-    require_detectors()
+    face_detectors()
     path = out / "manifest.jsonl"
     lines = complete_lines(path) if path.exists() else []
     outcomes = [json.loads(line) for line in lines]
     n_packed = sum(segment["outcome"] == "packed" for outcome in outcomes for segment in outcome["segments"])
+    if not n_packed:  # nothing to continue: files and options may have changed
+        lines, outcomes = [], []
     shard_of = folder.absolute() if shard[1] > 1 else None
-    with PackWriter(out, size, template, n_packed, shard_of) as pack, open(path, "ab") as manifest:
+    run_options = dict(options, person=person, expert=str(options.get("expert")))
+    with PackWriter(out, size, template, n_packed, shard_of, run_options) as pack, open(path, "ab") as manifest:
         manifest.truncate(sum(map(len, lines)))
         for spools in out.glob(".spool-*"):  # of a killed run: PackWriter holds the lock of this folder
             shutil.rmtree(spools)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
             files = list_files(folder, out.parent if shard_of else out)
-            photos = 2 * sum(file.suffix.lower() in PHOTO_SUFFIXES for file in files) > len(files)  # more than half
-            read = partial(prepare_photo if photos else prepare_video, size=size, template=template, **options)
             finished = {folder / outcome["path"] for outcome in outcomes}
             files = [file for file in files[shard[0] :: shard[1]] if file not in finished]
             jobs = [(file, Path(spools) / str(k)) for k, file in enumerate(files)]
-            results = parallel_map(partial(read_file, folder=folder, read=read), jobs, workers)
+            read = partial(read_file, folder=folder, size=size, template=template, **options)
+            results = parallel_map(read, jobs, workers)
             for line, job in zip(tqdm(results, "files", len(jobs), disable=None), jobs):
-                write_file(*job, line, pack, manifest, person, photos)
+                write_file(*job, line, pack, manifest, person)
                 outcomes.append(line)
         if not pack.sources:
             raise InputError(f"{folder}: no clip in {len(outcomes)} files, see {path} for the reasons")
@@ -200,7 +212,7 @@ def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
     if len(offsets):
         print(f"sound late by {np.median(offsets):+.0f} frames at the median; off by more than {OFFSET_TOLERANCE}, so "
               f"corrected, in {np.mean(np.abs(offsets) > OFFSET_TOLERANCE):.0%} of {len(offsets)} clips")
-    print(f"{seconds:.0f} s, {total / seconds:.0f} frames/s; look at {out}/sheet.png")
+    print(f"{seconds:.0f} s; look at {out}/sheet.png")
 
 
 CENSUS_SECONDS = (0, 1, 2, 3, 5, 10, 20, 60, 600, math.inf)  # the census counts lengths between these
@@ -227,13 +239,9 @@ def census(paths: list[Path], workers: int):
                                       seconds=f"{sum(seconds):.0f}") for label, seconds in rows}))
 
 
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """--shard I/N -> (i, n). Without it, the variables of torchrun, a Slurm array or srun; without these, all files."""
-    for i, n in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-                 ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if not text and os.environ.get(n, "1") != "1":
-            text = f"{os.environ.get(i)}/{os.environ[n]}"
-    match = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
+def parse_shard(text: str) -> tuple[int, int]:
+    """--shard I/N -> (i, n)"""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard {text}: expected I/N, I from 0 to N - 1")
     return int(match[1]), int(match[2])
@@ -245,12 +253,13 @@ def main():
     add("videos", type=Path, help="folder of videos or photos; each folder in it is one person, each file another")
     add("out", type=Path, nargs="?", help="folder of the pack; a killed run is continued")
     add("--census", action="store_true", help="only print the sizes, frame rates and lengths of the videos")
-    add("--shard", metavar="I/N", help="only every N-th file from file I (0 .. N-1) on, into the pack out/I-of-N; set "
-        "for each process by torchrun, a Slurm array or srun")
+    add("--shard", metavar="I/N", default="0/1", help="only every N-th file from file I (0 .. N-1) on, into the pack "
+        "out/I-of-N")
     add("--size", type=int, default=128, choices=(16, 32, 64, 128, 256), help="edge of the crops (128)")
     add("--template", default="face", choices=("face", "ffhq"), help="the crop: face; or ffhq, with more around the "
         "face, for published StyleGAN2, pSp and HyperStyle files")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    add("--workers", type=int, default=min(256, len(os.sched_getaffinity(0))),
+        help="processes (default: one per available core)")
     add("--one-person", action="store_true", help="all files show one person, named after the folder")
     add("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects the "
         "offset of each clip, drops clips that fit at no offset")

@@ -453,7 +453,7 @@ def test_single_images_are_drawn_by_person_not_by_clip(tmp_path):
 
 
 def test_a_change_applies_to_half_of_the_images_before_they_are_mirrored(pack):
-    def shifted(frame, c, k):
+    def shifted(frame, c, k, rng):
         assert np.array_equal(frame, pack.frame(c, k))
         return np.roll(frame, c + 1, 1)
 

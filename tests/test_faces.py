@@ -130,7 +130,7 @@ def test_without_weights_or_network_there_is_no_detector(tmp_path, monkeypatch):
     forget_detectors()
     try:
         for search in (faces.detect_faces, lambda image: faces.detect_faces_fast([image])):
-            with pytest.raises(InputError, match="detector's weights"):
+            with pytest.raises(InputError, match="could not be fetched"):
                 search(picture())
     finally:
         forget_detectors()

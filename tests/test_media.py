@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import wave
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from PIL import Image
 import media
 from audio import n_frames, sound_windows
 from media import (
-    InputError, check_output, load_audio, load_photo, probe, read_video, to_tensor, to_uint8, write_video)
+    InputError, check_output, load_audio, load_photo, probe, read_video, to_tensor, to_uint8, write_video,
+    write_wav)
 
 RATE = 16000
 
@@ -631,6 +633,14 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_file(scratch, monkeypatch):
     assert leftovers(scratch) == ["out/a.mp4"] and (scratch / "out/a.mp4").read_bytes() == b"old"
 
 
+def test_a_full_temporary_disk_is_not_taken_for_a_damaged_file(scratch, monkeypatch):
+    write_wav(scratch / "a.wav", np.zeros(16000))
+    files = iter([open("/dev/full", "r+b"), tempfile.TemporaryFile()])
+    monkeypatch.setattr(media.tempfile, "TemporaryFile", lambda: next(files))
+    with pytest.raises(InputError, match=f"{scratch / 'tmp'}: is full, the sound of .*a.wav does not fit"):
+        load_audio(scratch / "a.wav")
+
+
 @pytest.mark.parametrize("suffix", media.VIDEO_SUFFIXES)
 def test_a_written_video_says_that_it_was_generated(scratch, suffix):
     path = scratch / f"out/a{suffix}"
@@ -1039,6 +1049,17 @@ def test_run_reports_lack_of_memory_in_one_line(capsys, error):
         media.run(main)
     out = capsys.readouterr().err
     assert "not enough memory" in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), OSError(28, "No space left", "/a/b")])
+def test_run_reports_a_full_disk_in_one_line(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        media.run(main)
+    out = capsys.readouterr().err
+    assert f"no space left on the disk of {error.filename or tempfile.gettempdir()}" in out and out.count("\n") == 1
 
 
 def test_run_cleans_up_on_sigterm_and_leaves_other_errors_alone(monkeypatch):

@@ -1,5 +1,6 @@
 """Videos and photos become packs, which do not depend on the number of workers or on killed and continued runs."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from PIL import Image
 import faces
 import media
 import prepare
-from data import Clips, Frames, Pack, open_packs
+from data import Clips, Frames, Pack, PackWriter, open_packs
 from faces import TEMPLATES
 from media import InputError, write_video
 from tests.test_data import brightness, gradient_frames, noise
@@ -35,7 +36,7 @@ def bright_faces(frames):
 
 def detect_by(monkeypatch, detector):
     monkeypatch.setattr(faces, "detect_faces_fast", detector)
-    monkeypatch.setattr(prepare, "require_detectors", lambda: None)
+    monkeypatch.setattr(prepare, "face_detectors", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +132,8 @@ def test_shards_have_every_nth_file_and_together_equal_the_whole_pack(videos, tm
     assert sum(len(manifest(pack.folder)) for pack in shards.packs) == 9  # packs inside the folder of videos are skipped
 
 
-def test_the_shard_comes_from_the_option_or_else_from_the_launcher(monkeypatch):
-    assert prepare.parse_shard(None) == (0, 1) and prepare.parse_shard("3/8") == (3, 8)
-    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process
-    for i, n in (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-                 ("RANK", "WORLD_SIZE")):
-        monkeypatch.setenv(i, str(len(i)))
-        monkeypatch.setenv(n, "40")
-        assert prepare.parse_shard(None) == (len(i), 40) and prepare.parse_shard("0/2") == (0, 2)
+def test_a_shard_is_i_of_n():
+    assert prepare.parse_shard("0/1") == (0, 1) and prepare.parse_shard("3/8") == (3, 8)
     for wrong in ("8/8", "1", "-1/3", "a/b"):
         with pytest.raises(InputError, match=f"--shard {wrong}: expected I/N"):
             prepare.parse_shard(wrong)
@@ -350,10 +345,59 @@ def test_a_folder_without_files_is_refused_and_leaves_no_pack(tmp_path, monkeypa
         Pack(tmp_path / "out")
 
 
-def test_without_a_detector_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(faces, "face_detectors", list)
+def test_after_a_run_without_a_clip_all_files_are_read_again(videos, tmp_path):
+    (tmp_path / "mine").mkdir()
+    shutil.copy(videos / "mute.mp4", tmp_path / "mine/bob.mkv")
+    with pytest.raises(InputError, match="no clip in 1 files"):
+        prepare.prepare(tmp_path / "mine", tmp_path / "out", 32)
+    shutil.copy(videos / "bob.mkv", tmp_path / "mine/bob.mkv")
+    prepare.prepare(tmp_path / "mine", tmp_path / "out", 64)
+    assert Pack(tmp_path / "out").size == 64 and len(manifest(tmp_path / "out")) == 1
+
+
+def test_a_full_disk_ends_the_run_and_the_file_is_read_again(speakers, tmp_path, monkeypatch):
+    def fill(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare, "read_video", fill)
+    with pytest.raises(OSError, match="No space left"):
+        prepare.prepare(speakers, tmp_path / "out", 32)
+    monkeypatch.undo()
+    detect_by(monkeypatch, bright_faces)
+    prepare.prepare(speakers, tmp_path / "out", 32)
+    assert Pack(tmp_path / "out").identities == ["anna", "bob"]
+
+
+def test_a_run_is_not_continued_with_other_options(videos, tmp_path, monkeypatch):
+    real = PackWriter.add
+    monkeypatch.setattr(PackWriter, "add", lambda self, *args: 1 // 0 if self.sources else real(self, *args))
+    with pytest.raises(ZeroDivisionError):
+        prepare.prepare(videos, tmp_path / "out", 32)
+    monkeypatch.setattr(PackWriter, "add", real)
+    for options in (dict(lag=2), dict(person="anna"), dict(isolate=True), dict(expert=Path("sync.pt"))):
+        with pytest.raises(InputError, match="begun with other options"):
+            prepare.prepare(videos, tmp_path / "out", 32, **options)
+    prepare.prepare(videos, tmp_path / "out", 32)
+    assert len(Pack(tmp_path / "out")) == 2
+
+
+def test_pictures_after_the_end_of_the_sound_are_listed(tmp_path, monkeypatch):
+    detect_by(monkeypatch, bright_faces)
     (tmp_path / "videos").mkdir()
-    with pytest.raises(InputError, match="TORCH_HOME"):
+    write_video(tmp_path / "videos/a.mp4", iter(gradient_frames(40, 64, 80.0)), 40, noise(25, 2))
+    prepare.prepare(tmp_path / "videos", tmp_path / "out", 32)
+    packed, rest = manifest(tmp_path / "out")["a.mp4"]["segments"]
+    assert packed["outcome"] == "packed" and rest["reason"] == "picture without sound"
+    assert packed["frames"] + rest["frames"] == 40
+
+
+def test_without_a_detector_nothing_is_written(tmp_path, monkeypatch):
+    def missing():
+        raise InputError("anchors.npy is missing")
+
+    monkeypatch.setattr(prepare, "face_detectors", missing)
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(InputError, match="anchors.npy is missing"):
         prepare.prepare(tmp_path / "videos", tmp_path / "out", 32)
     assert not (tmp_path / "out").exists()
 
