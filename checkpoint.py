@@ -159,16 +159,16 @@ def load_frozen(make_network, state: dict, source, device) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
-    """Write a dict of tensors, numbers and strings with "kind" and "format". `path` is never a partial file.
+    """Write a dict of tensors, numbers and strings with a "kind", and this FORMAT. `path` is never a partial file.
     InputError: the disk is full or not writable."""
-    assert {"kind", "format"} <= set(checkpoint), "a checkpoint has a kind and a format"
+    assert "kind" in checkpoint, "a checkpoint has a kind"
     path = Path(path).absolute()
     try:
         with atomic_write(path) as draft, open(draft, "wb") as file:
             for old_draft in path.parent.glob(f".{path.name}-*"):
                 if time.time() - old_draft.stat().st_mtime > STALE_SECONDS:
                     old_draft.unlink()
-            torch.save(checkpoint, file)
+            torch.save(checkpoint | dict(format=FORMAT), file)
             file.flush()
             os.fsync(file.fileno())                       # else a power cut could keep the name without the content
     except RuntimeError as error:                         # torch's writer reports a full disk by this type
@@ -201,7 +201,7 @@ def save_run(path: str | Path, checkpoint: dict, args, networks: dict, optimiser
     """Save a checkpoint with the whole state that the next step depends on, for --resume."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     save_checkpoint(path, checkpoint | dict(
-        format=FORMAT, args=vars(args), rng=dict(torch=torch.get_rng_state(), cuda=cuda),
+        args=vars(args), rng=dict(torch=torch.get_rng_state(), cuda=cuda),
         networks={name: network.state_dict() for name, network in networks.items()},
         optimisers={name: optimiser.state_dict() for name, optimiser in optimisers.items()}))
 

@@ -102,7 +102,7 @@ def train_probe(size: int, folder: Path, device, people: int = 800, steps: int =
         loss.backward()
         opt.step()
         schedule.step()
-    save_checkpoint(str(path), dict(kind="probe", format=1, networks=dict(probe=probe.state_dict())))
+    save_checkpoint(str(path), dict(kind="probe", networks=dict(probe=probe.state_dict())))
     return probe.eval()
 
 

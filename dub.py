@@ -5,8 +5,8 @@
     the frames with the widest openings        ->  a bank of teeth and tongue                       (Take.add_to_bank)
     skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame    (Take.render)
 
-Fields lead from the target points back to the source points, so no field is inverted. The video is read four times
-(scenes, landmarks, bank, frames) and never stored. Ours, without a paper. Units are those of warp.py.
+Fields lead from the target points back to the source points, so no field is inverted. The video is read five times
+(scenes, landmarks, bank, frames, shut lips ahead of them) and never stored. Ours, without a paper. Units are those of warp.py.
 """
 
 import itertools
@@ -263,10 +263,10 @@ def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[i
     points *= max(1.0, info.height / TRACKING_HEIGHT)
     usable = np.array([is_usable(p, mean) for p in points])
     ends = [0, *np.flatnonzero(np.diff(scene) | np.diff(usable)) + 1, len(points)]
-    spans = [(a, b) for a, b in itertools.pairwise(ends) if usable[a] and b - a >= MIN_TAKE]
+    spans = [(a, b) for a, b in itertools.pairwise(ends) if usable[a] and b - a >= min(MIN_TAKE, len(points))]
     if not spans:
         few = "none" if number == 1 else f"fewer than {number}"
-        raise InputError(f"{path}: no face that can be tracked (turned over {MAX_TURN[0]:.0f} degrees, hidden, or {few})")
+        raise InputError(f"{path}: no face that can be tracked (turned too far, hidden, shown briefly, or {few})")
     fades = [[0 <= k < len(scene) and scene[k] == scene[a] for k in (a - 1, b)] for a, b in spans]
     return len(points), [Take(a, points[a:b], mean, moves, fade) for (a, b), fade in zip(spans, fades)]
 

@@ -36,7 +36,7 @@ from faces import mask_mouth
 from landmarks import POSE_DIM, PoseReader
 from media import InputError
 from motion import DRIVE_SIGMA
-from stylegan2 import Generator, channels_at, infer_arguments, load_rosinality, n_styles
+from stylegan2 import Generator, channels_at, load_rosinality, n_styles
 from vision import (
     GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zero_init)
 from warp import soft_limit
@@ -243,7 +243,7 @@ class DirectMotion(nn.Module):
         return self.pose_up(pose).unflatten(-1, self.shape)
 
     def join(self, pose, mouth):  # (.., P), (.., M) -> (.., L, D)
-        return self.embed_pose(pose) + self.mouth_up(mouth).unflatten(-1, self.shape)
+        return self.embed_pose(pose) + self.embed_mouth(mouth)
 
     def forward(self, z_a, z_v, context=0, mouth=None):  # (B, T + 2 context, D), (B, T, L, D) -> (B, T, L, D)
         pose, predicted = self.pose(z_v), self.audio_to_mouth(z_a, context)
@@ -508,14 +508,11 @@ def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple
     kind or size; networks do not fit together."""
     networks, overrides, dim = {}, {}, Config.at(size).dim
     if generator:
-        content = load_rosinality(generator, size)
-        G = content.get("g_ema", content.get("g"))
-        if G is None:
-            raise InputError(f"{generator}: no generator in it")
+        G, D, arguments = load_rosinality(generator, size)
         dim, networks["generator"] = G.dim, G
-        if "d" in content:
-            networks["D"] = content["d"]
-        overrides = infer_arguments(Generator, G.state_dict(), generator) | dict(noise=True, map_code=0)
+        if D:
+            networks["D"] = D
+        overrides = arguments | dict(noise=True, map_code=0)
     if encoder:
         networks["encoder"] = load_encoder(encoder, n_styles(size), dim)
         overrides |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))

@@ -157,6 +157,8 @@ def build_networks(args, data, checkpoint, device):
         overrides, files = load_published(args.size, args.generator, encoder, args.hyper)
         previous = load_previous(args, files)
     config = Config(**checkpoint["config"]) if checkpoint else make_config(args, data["pack"], previous, overrides)
+    if "encoder" in files and files["encoder"].latent_avg.shape[1] != config.dim:
+        raise InputError(f"{encoder}: the width of its codes is not the generator's {config.dim}")
     if config.mouth_dim and not data["landmarks"]:
         hint = "real faces need landmarks, for each pack: python keypoints.py extract PACK"
         if args.stage > 1:
@@ -193,6 +195,11 @@ def load_previous(args, files) -> dict | None:
     path = next(filter(os.path.exists, paths), paths[-1])
     previous = load_checkpoint(path, kinds)
     if previous["kind"] == "weights":                                                  # of stage 3, without D and judges
+        config = Config(**previous["config"])
+        if args.part == "lips" and not config.mouth_dim:
+            raise InputError(f"{path}: has no mouth code, --part lips trains networks of real faces")
+        if config.motion != args.motion:
+            raise InputError(f"{path}: its motion encoder is --motion {config.motion}")
         previous["ema"] = previous["networks"]
         previous["networks"] = dict(motion=None)                                       # mark for build_networks
     if previous["config"]["size"] != args.size:
@@ -246,7 +253,8 @@ def load_expert(args, device):
     path = args.expert or os.path.join(args.out, "sync.pt")
     if not args.expert and not os.path.exists(path):
         if not args.data or args.size < PAPERS_JUDGES:
-            options = f" --data {' '.join(args.data)} --size {args.size}" if args.data else ""
+            options = f" --size {args.size if args.data else min(args.size, 64)}"
+            options += f" --data {' '.join(args.data)}" if args.data else ""
             raise InputError(f"{path}: no sync expert for stage 3; python syncnet.py train{options} --out {path} trains "
                              "one, --expert FILE names one")
         path = "wav2lip"
@@ -722,13 +730,14 @@ def collect_idle_motion(model, pack, chosen, device):
         return
     n, T, _ = model.motion.idle.shape
     walks = []
+    chosen = chosen[np.sort(np.unique(chosen, return_index=True)[1])]                  # --by-person repeats clips
     for c in chosen[pack.n_frames[chosen] >= T][:64]:
         pieces = to_tensor(pack.frames(c, range(T))).split(16)                         # bounded memory
         pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in pieces])
         walks.append(pose - pose[:1])                                                  # (T, P)
     walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: calm ones first
-    for i, walk in enumerate(walks[:n]):
-        model.motion.idle[i] = 0.7 * walk                                              # ours: less than in the clips
+    for i in range(n if walks else 0):                                                 # few clips repeat
+        model.motion.idle[i] = 0.7 * walks[i % len(walks)]                             # ours: less than in the clips
 
 
 # ---------------------------------------------------------------------------------------- least squares in float64

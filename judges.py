@@ -23,7 +23,7 @@ from vision import trunk_ir_se50
 
 class SmallFaceJudge(nn.Module):
     """Face recognition at toy size, in place of ArcFace: images (N, 3, H, W), resized to 32 px -> (N, 64) of unit length.
-    It is trained by train.py to tell frames of one clip from frames of other clips, see `same_person_loss`."""
+    initialise.train_judge trains it to tell people apart, see `same_person_loss`."""
 
     def __init__(self, width: int = 32, dim: int = 64):
         super().__init__()
@@ -311,7 +311,7 @@ class Inception:
 
 # ------------------------------------------------------------------------------------- loading the published weights
 
-def load_published(name: str, make_network, device, path=None, convert=lambda content: content) -> nn.Module:
+def load_network(name: str, make_network, device, path=None, convert=lambda content: content) -> nn.Module:
     """A frozen network with the weights of the file PUBLISHED[name]. path: the user's copy. None downloads it."""
     path = fetch(name, path)
     content = read_weights(path)
@@ -326,14 +326,14 @@ def without_classifier(content: dict) -> dict:
 
 
 # functions of a device and optionally of a copy of the file
-vgg19 = functools.partial(load_published, "vgg19", VGG19Features, convert=without_classifier)
-syncnet_v2 = functools.partial(load_published, "syncnet_v2", SyncNetV2)
-wav2lip_expert = functools.partial(load_published, "wav2lip_expert", Wav2LipExpert, convert=itemgetter("state_dict"))
+vgg19 = functools.partial(load_network, "vgg19", VGG19Features, convert=without_classifier)
+syncnet_v2 = functools.partial(load_network, "syncnet_v2", SyncNetV2)
+wav2lip_expert = functools.partial(load_network, "wav2lip_expert", Wav2LipExpert, convert=itemgetter("state_dict"))
 
 
 def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> ArcFace:
     """template: the crop of the images. pSp's model_ir_se50.pth holds the same weights."""
-    return load_published("arcface", lambda: ArcFace(template), device, path)
+    return load_network("arcface", lambda: ArcFace(template), device, path)
 
 
 def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
@@ -350,4 +350,4 @@ def lpips(device, path: str | Path | None = None, heads: str | Path | None = Non
             state[key] = state[key.replace("lin", "lins.", 1)] = value
         return state
 
-    return load_published("vgg16", LPIPS, device, path, to_state_dict)
+    return load_network("vgg16", LPIPS, device, path, to_state_dict)

@@ -586,7 +586,7 @@ def train(args):
         if done % SAVE_EVERY == 0 or end:
             best = {name: p.half() for name, p in top[0]["state"].items()}
             average = {name: torch.stack([t["state"][name] for t in top]).mean(0).half() for name in best}
-            checkpoint = dict(kind="keypoints", format=1, config=dict(kind=model.kind, net=model.config), step=done,
+            checkpoint = dict(kind="keypoints", config=dict(kind=model.kind, net=model.config), step=done,
                               mouth=mouth.state(), clips=used)
             save_checkpoint(out, checkpoint | dict(networks=dict(best=best, average=average)))
             save_run(last, checkpoint | dict(top=top), args, dict(last=model), dict(adamw=opt))

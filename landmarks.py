@@ -4,7 +4,7 @@ The crop is the square in which the mean shape, fitted to the face by a similari
 template. It follows from the points, so each pass gives a better crop for the next one. Eyes, brows and mouth are then
 refined in crops of their own: in the 64 pixels of a face an eye is 4 pixels high.
 
-    python landmarks.py out/photos out/clips      # trains weights/landmarks.pt from packs with landmarks (4 minutes)
+    python landmarks.py out/photos out/clips      # trains ./landmarks.pt on packs with landmarks (8 minutes of a core)
 
 Points are complex numbers x + iy. A crop is a pair a, b: point u of the unit square lies at pixel a u + b of the photo;
 |a| is the crop's side in pixels, arg a its rotation. Fitting one shape to another is then one division.
@@ -30,7 +30,7 @@ from faces import (
     K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth,
     square_in_crop, to_complex)
 from media import InputError, Parser, check_output, parallel_map, run, wrap_os_errors
-from warp import UPPER_FACE, angles, fit_pose
+from warp import LOWER_INNER, UPPER_FACE, UPPER_INNER, angles, fit_pose
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -347,6 +347,7 @@ class PoseReader(nn.Module):
     def read(self, images):
         return read_pose(self.landmarks, images, self.template)
 
+
 LIP_POINTS = np.r_[48:68, 6:11]  # lips and chin
 LIP_MIRROR = [LIP_POINTS.tolist().index(i) for i in MIRROR[LIP_POINTS]]
 
@@ -451,7 +452,7 @@ def shut_eyes(v: np.ndarray, y: np.ndarray, share: np.ndarray, rng) -> tuple[np.
 def seal_lips(images: torch.Tensor, points: np.ndarray) -> np.ndarray:
     """Points (n, K) of dlib in units of upright grey images (n, 1, S, S) -> the same, but nearly shut lips meet on the
     seam of the image: the curve near dlib's line that is dark and brighter below"""
-    upper, lower, across, S = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64], np.linspace(-1, 1, 5), images.shape[-1]
+    upper, lower, across, S = UPPER_INNER, LOWER_INNER, np.linspace(-1, 1, 5), images.shape[-1]
     gap = (points[:, lower] - points[:, upper]).imag[:, 1:4].mean(1)
     i = np.flatnonzero(gap < 2 * SHUT_GAP)
     if not len(i):
@@ -605,6 +606,8 @@ def main(argv=None):
     out, rng = check_output(args.out, args.overwrite, (".pt",)), np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     images, points = read_packs(args.packs, rng)
+    if images.shape[-1] < 128:
+        raise InputError(f"packs must have --size 128 or more, these have {images.shape[-1]}")
     net = LandmarkNet()
     net.solid.copy_(load_landmarks().solid)
     points = seal_lips(images, points)
@@ -612,7 +615,7 @@ def main(argv=None):
     train(net, face_batches(net, images, points, rng), weights, args.steps, 3e-3, "landmarks")
     for name, network, part in (("eyes", net.eye, EYE), ("mouth", net.mouth, MOUTH)):
         train(network, part_batches(net, network, part, images, points, rng), part.weights, args.steps, 5e-3, name)
-    save_checkpoint(out, dict(kind="landmarks", format=1, config=net.config, net=fp16_state_dict(net)))
+    save_checkpoint(out, dict(kind="landmarks", config=net.config, net=fp16_state_dict(net)))
     print(f"{out}: trained on {len(points)} frames")
 
 

@@ -469,12 +469,16 @@ def open_image(path: str | Path):
         except (InputError, MemoryError):
             raise
         except Exception as error:                           # damaged files raise a dozen types in Pillow
-            file.seek(0)
-            reason = f"is not a picture that can be read ({error})"
-            if re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.S):
-                reason = ("is HEIC, which is not supported: convert it to JPEG with heif-convert, or on a Mac with "
-                          "sips -s format jpeg FILE --out FILE.jpg")
-            raise InputError(f"{path}: {reason}") from None
+            check_not_heic(path)
+            raise InputError(f"{path}: is not a picture that can be read ({error})") from None
+
+
+def check_not_heic(path: Path):
+    """InputError: a photo in HEIC, which Pillow cannot read, and which ffmpeg takes for a video of one second."""
+    with open(path, "rb") as file:
+        if re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.S):
+            raise InputError(f"{path}: is HEIC, which is not supported: convert it to JPEG with heif-convert, or on a Mac "
+                             "with sips -s format jpeg FILE --out FILE.jpg")
 
 
 def scale_to_uint8(grey: np.ndarray) -> np.ndarray:
@@ -543,6 +547,7 @@ class VideoInfo:
 def probe(path: str | Path) -> VideoInfo:
     """Properties of a video from ffmpeg's description (ffprobe may be absent). InputError: not a video."""
     path = check_file(path)
+    check_not_heic(path)
     text = describe_media(path)
     video = re.search(STREAM + r"Video: (?!.*\(attached pic\)).*, (?P<w>\d+)x(?P<h>\d+).*", text, re.M)
     if not video:

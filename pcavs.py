@@ -673,7 +673,7 @@ def train(args):
             save_run(path, dict(kind="pcavs-train", config=vars(ema.config), step=step + 1), args, nets, opts)
     write_report(path.parent)  # with the last image
     save_checkpoint(path.with_name("weights.pt"), dict(
-        kind="pcavs", format=1, config=vars(ema.config), args=vars(args), networks=dict(model=fp16_state_dict(ema))))
+        kind="pcavs", config=vars(ema.config), args=vars(args), networks=dict(model=fp16_state_dict(ema))))
     print(f"{path.with_name('weights.pt')}: for pcavs.py --weights")
 
 

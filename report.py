@@ -144,7 +144,8 @@ def machine_name() -> str:
     """Name of the GPU, else of the processor with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [*re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()), platform.machine()]
+    cpu = Path("/proc/cpuinfo")                            # Linux's
+    names = [*re.findall("model name.*: (.*)", cpu.read_text() if cpu.exists() else ""), platform.machine()]
     return f"{names[0]}, threads: {torch.get_num_threads()}"
 
 

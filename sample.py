@@ -14,6 +14,7 @@ Errors in the input files are reported before the network starts.
 import contextlib
 import functools
 import itertools
+import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_finite, check_output, is_grey, load_audio, load_photo, photo_size,
     probe, read_video, run, to_tensor, to_uint8, write_video)
 from motion import detect_speech, driving_motion, idle_motion, mouth_motion, ping_pong
-from warp import Face, Warp, enlarge_small_face, smoothstep
+from warp import MAX_SIDE, Face, Warp, enlarge_small_face, smoothstep
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE_PHOTO, EXAMPLE_SPEECH = HERE / "examples/astronaut.jpg", HERE / "examples/speech.flac"
@@ -49,7 +50,7 @@ TOY_WEIGHTS, FACE_WEIGHTS = HERE / "weights/toy.pt", HERE / "weights/face.pt"
 DRAWN_ERROR, DRAWN_LOSS = 0.12, 0.4
 SQUARE_TOLERANCE = 0.05  # relative difference of the sides of a square portrait
 SEARCHED_FRAMES, SEARCH_HEIGHT = 8, 360  # number, and height in pixels, of the frames in which a driving face is searched
-MAX_SIDE = 1280  # pixels of the video: the window of a player, and 25 frames/s on a CPU
+THREADS = torch.get_num_threads()  # of the machine, before anything here changes it
 MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's cache
 FEATHER = 0.12  # of the crop: width of a seam of Paste
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
@@ -62,21 +63,24 @@ def parse(argv=None):
     p = Parser(description="A photo and speech (and a driving video) -> a talking face.")
     p.add_argument("face", nargs="?", help="photo, or a video to dub (default: examples/astronaut.jpg)")
     p.add_argument("speech", nargs="?", help="audio or video file with the speech (default: examples/speech.flac)")
-    p.add_argument("--toy", action="store_true", help="use the drawn example instead of the photo")
-    p.add_argument("--driving", help="video that gives pose, eyes and brows (default: idle motion)")
+    p.add_argument("--toy", action="store_true", help="the drawn example; with FACE: weights/toy.pt draws it")
+    motion = p.add_mutually_exclusive_group()
+    motion.add_argument("--driving", help="video that gives pose, eyes and brows (default: idle motion)")
+    motion.add_argument("--still", action="store_true", help="keep the head of a photo still; lips and eyelids move")
     p.add_argument("--weights", help="network (default: weights/face.pt, for drawn portraits weights/toy.pt)")
-    p.add_argument("--refine", type=int, help="refinement steps of the hypernetwork, 0 for none (default: as trained)")
+    p.add_argument("--refine", type=int, help="refinement steps of the hypernetwork for generated frames, 0 for none "
+                   "(default: as trained)")
     p.add_argument("--out", default="talk.mp4", help="video to write (default: talk.mp4)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    p.add_argument("--box", metavar="x0,y0,x1,y1", help="place of the face in the photo, in pixels")
-    p.add_argument("--face", type=int, dest="number", metavar="N", help="use the N-th largest face (default: 1)")
+    place = p.add_mutually_exclusive_group()
+    place.add_argument("--box", metavar="x0,y0,x1,y1", help="place of the face in the photo, in pixels")
+    place.add_argument("--face", type=int, dest="number", metavar="N", help="use the N-th largest face (default: 1)")
     generated = p.add_mutually_exclusive_group()
     generated.add_argument("--crop", action="store_true", help="show the generator's own frames: only the crop")
     generated.add_argument("--network", action="store_true", help="paste the generator's own frames into the photo")
     p.add_argument("--landmarks", metavar="NAME", help="landmark detector for the photo: mediapipe:FILE, dlib:FILE or "
                    "fan (default: a small network, weights/landmarks.pt)")
     p.add_argument("--grid", action="store_true", help="show photo, driving video and result side by side")
-    p.add_argument("--still", action="store_true", help="keep the head of a photo still; lips and eyelids move")
     p.add_argument("--mouth", type=float, default=1.0, help="strength of the lip motion, 0 to 2 (default: 1)")
     p.add_argument("--blink", type=float, default=1.0, help="how far a photo's eyes close, 0 to 1 (default: 1)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -145,8 +149,9 @@ def find_photo_face(photo: np.ndarray, args, template: str) -> tuple[np.ndarray,
     except InputError as error:
         raise InputError(f"{args.face}: {error}; {BOX_ADVICE}") from None
     (H, W), box = photo.shape[:2], face_box(faces, template, args.number or 1)
-    scale = max(photo_size(args.face)) / max(H, W)  # from pixels of the photo, which may be shrunk, to those of the file
-    file_box = scale * np.clip(box, 0, (W, H, W, H))  # as --box expects it
+    file_size = sorted(photo_size(args.face), reverse=W > H)  # width, height; the photo may be shrunk and turned
+    scale = max(file_size) / max(H, W)
+    file_box = np.clip(scale * np.array(box), 0, file_size * 2)  # as --box expects it
     message = "face at " + ",".join(f"{v:.0f}" for v in file_box)
     if turn:  # --box turns no photo
         message = f"turned {turn}, {message} of the turned photo (--box needs an upright file)"
@@ -174,7 +179,7 @@ def find_driving_face(path, n: int, template: str) -> tuple[int, list, int]:
     height, searched, count = min(info.height, SEARCH_HEIGHT), [], 0
     length = min(n, round(info.seconds * FPS) or n)  # of a video that states none, n
     for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
-        if (count - 1) % max(1, length // SEARCHED_FRAMES) == 0:
+        if (count - 1) % -(-length // SEARCHED_FRAMES) == 0:
             searched.append(frame)
     if template == "toy" and square_box(searched[0]):
         return count, [square_box(searched[0])], height
@@ -187,13 +192,14 @@ def find_driving_face(path, n: int, template: str) -> tuple[int, list, int]:
 
 def read_ping_pong(path, height: int, count: int, n: int):
     """Streams n frames, uint8 (height, W, 3), of a video of `count` frames. A short one is played back and forth."""
-    frames = []
-    for frame in itertools.islice(read_video(path, height), n):
-        if count < n:
-            frames.append(frame)
-        yield frame
-    for k in range(count, n):
-        yield frames[ping_pong(k, count)]
+    with tempfile.TemporaryFile() as stored:  # not in memory: a frame of --grid has up to 5 MB
+        for frame in itertools.islice(read_video(path, height), n):
+            if count < n:
+                stored.write(frame)
+            yield frame
+        for k in range(count, n):
+            stored.seek(ping_pong(k, count) * frame.nbytes)
+            yield np.fromfile(stored, np.uint8, frame.size).reshape(frame.shape)
 
 
 def driving_frames(path, n: int, size: int, template: str):
@@ -264,9 +270,10 @@ def talking_photo(model, photo, box, mel, speech, args):
 
 def dubbed_video(model, mel, speech, args):
     """Streams T frames, uint8 (H, W, 3), of a video with new words. mel, speech: as in talking_photo"""
-    if args.crop or args.driving or args.box or args.landmarks or args.network or args.still:
-        raise InputError(f"{args.face}: a video is dubbed, without --driving, --box, --landmarks, --crop, --network "
-                         "or --still")
+    if (args.crop or args.driving or args.box or args.landmarks or args.network or args.still or args.toy
+            or args.blink != 1 or args.refine is not None):
+        raise InputError(f"{args.face}: a video is dubbed, without --driving, --box, --landmarks, --crop, --network, "
+                         "--still, --toy, --blink or --refine")
     if not has_lip_moves(model):
         raise InputError(f"{args.weights}: dubbing needs a network of real faces, as weights/face.pt")
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, 0.0, args.mouth)
@@ -307,7 +314,7 @@ def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
     driving = driving_frames(args.driving, n, size, model.config.template) if args.driving else None
     to_picture, turning = to_uint8, driving is not None
     if whole:
-        to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, device, turning), turning)
+        to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, turning), turning)
     batches = model.animate(source, mel, driving, sway=not (whole or args.still))  # (b, 3, size, size) each
     frames = (to_picture(frame) for batch in batches for frame in batch.cpu())
     return map(to_grey, frames) if is_grey(photo) else frames
@@ -315,7 +322,7 @@ def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
 
 def to_grey(frame: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) -> the same without colour, for grey photos: the networks were trained on coloured faces"""
-    return np.asarray(Image.fromarray(frame).convert("L"))[..., None].repeat(3, 2)
+    return np.asarray(Image.fromarray(frame).convert("L").convert("RGB"))
 
 
 class Paste:
@@ -366,21 +373,21 @@ def soft_box(size: int, box: tuple):
     return y[:, None] * x
 
 
-def still_and_mask(model, source, device, turning: bool):
+def still_and_mask(model, source, turning: bool):
     """The generated face at rest (3, S, S) for a photo's crop `source`, and the mask (S, S) of the pixels that may
     change. A turning head: the inversion of the photo, and all of the head. Else the face in silence, and mouth and
     eyes; its mouth is the least squares mix of silence and inversion: a smile is closed, a shut mouth stays."""
     S, template = source.shape[-1], TEMPLATES[model.config.template]
-    inversion = model.reconstruct(source.to(device)).cpu()
+    inversion = model.reconstruct(source).cpu()
     if turning:  # 1 in the middle, 0 from the circle on: the outline of the head stays
         t = (torch.arange(S) + 0.5) / S * 2 - 1
         return inversion, smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
-    silence = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=device)
-    rest = next(model.animate(source.to(device), silence, sway=False))[2].cpu()
+    silence = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=source.device)
+    rest = next(model.animate(source, silence, sway=False))[2].cpu()
     mouth = soft_box(S, template.lips if model.mouth else template.mouth)  # a mouth code controls the lips alone
     difference = inversion - rest
     weighted = mouth * difference
-    share = float((weighted * (source - rest)).sum() / (weighted * difference).sum().clamp_min(1e-6))
+    share = float((weighted * (source.cpu() - rest)).sum() / (weighted * difference).sum().clamp_min(1e-6))
     return rest + min(max(share, 0), 1) * mouth * difference, torch.maximum(mouth, soft_box(S, template.eyes))
 
 
@@ -394,7 +401,7 @@ def main(argv=None):
     wav = load_audio(args.speech)  # (n,) at 16 kHz
     if args.driving:
         probe(args.driving)
-    device, threads = pick_device(args.device), torch.get_num_threads()
+    device = pick_device(args.device)
     torch.set_num_threads(1)  # the detector's layers are too small for several threads
     weights = pick_weights(photo, args)
     model = load_model(weights, device)
@@ -403,9 +410,9 @@ def main(argv=None):
     if photo is not None:
         photo, box, message = find_photo_face(photo, args, model.config.template)
         print(f"{args.face}: {message}; network: {weights}")
-        if model.config.template == "toy" and args.weights and not is_drawn(photo):
+        if model.config.template == "toy" and not is_drawn(crop_face(photo, box, model.config.size)):
             print(f"{weights}: trained on drawn faces, but {args.face} is not one: the frames will not resemble it")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
 
     sound, T = (args.speech, len(wav)), n_frames(len(wav))
     spectrogram, speech = log_mel(wav, model.config.voice_norm), detect_speech(wav, T)  # (80, S), (T,)

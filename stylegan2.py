@@ -415,40 +415,33 @@ class Discriminator(nn.Module):
             return self.final_linear(self.final_conv(minibatch_stddev(x.float())).flatten(1))
 
 
-def infer_arguments(network: type, state: dict, source) -> dict:
-    """Arguments of Generator or Discriminator that fit a state dict of rosinality. InputError: no arguments fit."""
-    arguments = {}
-    with wrap_errors(source, f"not the weights of a StyleGAN2 {network.__name__.lower()}"):
-        if network is Discriminator:
-            blocks = sum(key.endswith(".skip.1.weight") for key in state)
-            channels = [state[f"convs.{i}.conv1.0.weight"].shape[0] for i in range(blocks, 0, -1)]
-            channels = [state["final_linear.1.weight"].shape[1], *channels]           # at 4, 8, .. px
-        else:
-            pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
-            layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
-            channels = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]
-            n_mlp = sum(f"style.{i}.weight" in state for i in range(1, 100))
-            arguments = dict(dim=state["style.1.weight"].shape[1], n_mlp=n_mlp)
+def infer_arguments(state: dict, source) -> dict:
+    """Arguments of the Generator that fits a state dict of rosinality. InputError: none fits."""
+    with wrap_errors(source, "not the weights of a StyleGAN2 generator"):
+        pairs = sum(key.startswith("convs.") and key.endswith(".conv.weight") for key in state) // 2
+        layers = ["conv1", *(f"convs.{2 * i}" for i in range(pairs))]
+        channels = [state[f"{layer}.conv.weight"].shape[1] for layer in layers]       # at 4, 8, .. px
+        n_mlp = sum(f"style.{i}.weight" in state for i in range(1, 100))
+        dim = state["style.1.weight"].shape[1]
     size, cap = 2 ** (len(channels) + 1), max(channels)
     base = channels[-1] * size
     if channels != [channels_at(2 ** (i + 2), base, cap) for i in range(len(channels))]:
         raise InputError(f"{source}: its channels {channels} at 4, 8, .. {size} px are not StyleGAN2's")
-    return arguments | dict(size=size, base=base, cap=cap)
+    return dict(size=size, dim=dim, n_mlp=n_mlp, base=base, cap=cap)
 
 
-def load_rosinality(path: str | Path, size: int | None = None) -> dict:
-    """Networks in a checkpoint of rosinality's stylegan2-pytorch, by name: Generators g and g_ema, Discriminator d.
-    size: expected image size, or None. InputError: see read_weights; not StyleGAN2; another size."""
+def load_rosinality(path: str | Path, size: int) -> tuple[Generator, Discriminator | None, dict]:
+    """Generator (g_ema, else g) and Discriminator (d, or None) in a checkpoint of rosinality's stylegan2-pytorch, and the
+    generator's arguments. InputError: see read_weights; not StyleGAN2; for another size than `size` px."""
     content = read_weights(path)
-    states = {name: content[name] for name in ("g", "g_ema", "d") if isinstance(content.get(name), dict)}
-    if not states:
-        raise InputError(f"{path}: not a StyleGAN2 checkpoint: none of g, g_ema, d in it")
-    networks = {}
-    for name, state in states.items():
-        network = Discriminator if name == "d" else Generator
-        source = f"{path}, '{name}'"
-        arguments = infer_arguments(network, state, source)
-        if size not in (None, arguments["size"]):
-            raise InputError(f"{source}: a network for {arguments['size']} px, expected {size} px")
-        networks[name] = load_strictly(functools.partial(network, **arguments), state, source)
-    return networks
+    name = "g_ema" if isinstance(content.get("g_ema"), dict) else "g"
+    if not isinstance(content.get(name), dict):
+        raise InputError(f"{path}: not a StyleGAN2 checkpoint: neither g_ema nor g in it")
+    source, D = f"{path}, '{name}'", None
+    arguments = infer_arguments(content[name], source)
+    if arguments["size"] != size:
+        raise InputError(f"{source}: a network for {arguments['size']} px, expected {size} px")
+    G = load_strictly(functools.partial(Generator, **arguments), content[name], source)
+    if isinstance(content.get("d"), dict):
+        D = load_strictly(lambda: Discriminator(size, arguments["base"], arguments["cap"]), content["d"], f"{path}, 'd'")
+    return G, D, arguments

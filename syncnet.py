@@ -398,7 +398,7 @@ def train(args):
             summary = summarise(measure_clips(expert.eval(), val_windows, val_clips))
             expert.train()
             write_log(log, bar, dict(step=done) | {f"val_{k}": v for k, v in summary.items() if type(v) is float})
-            checkpoint = dict(kind="syncnet", format=1, config=dict(net=expert.config, template=pack.template),
+            checkpoint = dict(kind="syncnet", config=dict(net=expert.config, template=pack.template),
                               step=done, clips=used, val=summary)
             if summary["loss"] < best:
                 best = summary["loss"]

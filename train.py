@@ -75,7 +75,7 @@ def parse(argv=None, saved=None):
     add_run_options(p, "out/toy32", steps=None, batch=16, lr=1e-3, batch_of="images")
     add("--data", nargs="+", help="packs of clips, by prepare.py; default: the toy world, drawn into --out on first use")
     add_split_options(p)
-    add("--photos", help="pack of photos: more identities than the clips have; stage 3 uses it with a mouth code only")
+    add("--photos", help="pack of photos: more identities than the clips have; stage 3 trains on it with a mouth code only")
     add("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the images in pixels: the dial")
     add("--motion", default="direct", choices=("direct", "paper"), help="motion encoder, see fusion.py")
     add("--init", help="checkpoint of the previous stage; default: the one in --out")
@@ -101,6 +101,8 @@ def parse(argv=None, saved=None):
     args = p.parse_args(argv)
     if args.part and args.stage != (3 if args.part == "lips" else 2):
         p.error("--part encoder and --part hyper need --stage 2, --part lips needs --stage 3")
+    if args.part == "lips" and (args.resume or not args.init or WORLD_SIZE > 1):
+        p.error("--part lips needs --init WEIGHTS and one process, and cannot --resume")
     args.part = args.part or ("encoder" if args.stage == 2 else None)
     args.w = loss_weights(args, dict(args.w or ()))
     args.path, args.world = dict(args.path or ()), WORLD_SIZE
@@ -148,7 +150,7 @@ def resume_options(argv, args, saved: dict, path):
     args = parse(argv, saved | given)
     # an entry "w NAME" for each loss weight
     old, new = (options | {f"w {k}": v for k, v in options["w"].items()} for options in (saved, vars(args)))
-    changes = {k: f"--{k.replace('_', '-')} {old[k]} -> {v}" for k, v in new.items()
+    changes = {k: f"--{k if k[:2] == 'w ' else k.replace('_', '-')} {old[k]} -> {v}" for k, v in new.items()
                if k in old and v != old[k] and k not in (*given, "w", "world")}
     refused = [change for k, change in changes.items() if k not in CHANGEABLE and not k.startswith("w ")]
     if refused:
@@ -258,7 +260,7 @@ STAGES = dict(stage1=(forward_stage1, lambda *_: {}), stage2=(forward_stage2, lo
 def main(argv=None):
     args = parse(argv)
     name = f"stage{args.stage}" + ("_hyper" if args.part == "hyper" else "")
-    path = os.path.join(args.out, f"{name}.pt")
+    path = os.path.join(args.out, "weights.pt" if args.part == "lips" else f"{name}.pt")
     device = init_distributed(args.device)
     if RANK:  # process 0 alone downloads, draws and fits; the other processes load the checkpoint that it saves
         barrier()
@@ -300,7 +302,7 @@ def main(argv=None):
     trained = sum(q.numel() for q in model.parameters() if q.requires_grad) / 1e6
     print(f"stage {args.stage} on {WORLD_SIZE} x {device}: {len(data['pack'])} clips, "
           f"{trained:.2f} of {count_parameters(model)} trained; loss weights "
-          + " ".join(f"{k}={v:g}" for k, v in w.items()))
+          + " ".join(f"{k}={v:g}" for k, v in w.items() if k != "feat" or "feature_net" in frozen))
     forward, losses_of = STAGES[name]
     refinements = model.config.refine if args.part == "hyper" else 1
     bf16 = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
@@ -399,7 +401,7 @@ def export_weights(model, data, args):
     if model.mouth:
         initialise.fit_warp(model, data)
     weights = os.path.join(args.out, "weights.pt")
-    save_checkpoint(weights, dict(kind="weights", format=1, config=vars(model.config), args=vars(args),
+    save_checkpoint(weights, dict(kind="weights", config=vars(model.config), args=vars(args),
                                   networks=dict(model=fp16_state_dict(model))))
     print(f"{weights}: for sample.py --weights")
 

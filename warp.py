@@ -53,9 +53,10 @@ MAX_SHAPE_ERROR = 0.12  # 45 people and paintings had .03 to .06
 VISIBLE_OPENING = 0.024  # opening from which a photo shows the inside of its mouth
 OUTER_LIP_SHARE = 0.8  # of a closing inner lip: lips that a smile stretches thin get thicker as they close
 RELAX = 0.5  # share of a smile's extra width and raised corners that is removed while the mouth is shut
-MAX_OPENING = 0.22  # beyond the photo's own opening
+MAX_OPENING = 0.22  # beyond the photo's own: the box of the lips has room for a lower lip that opens so far
 # filter between pixels: moved photos keep .8 to 1.1 of their Laplacian's variance (film grain .8); cubic: .5 to .9
 BETWEEN_PIXELS = np.float32([[0.05, -0.25, 0.7, 0.7, -0.25, 0.05]])
+MAX_SIDE = 1280  # pixels of the video: the window of a player, and 25 frames/s on a CPU
 MIN_UNIT = 135  # pixels between the eyes' corners: smaller faces are enlarged first, or edges get steps
 
 
@@ -113,8 +114,9 @@ def shape_error(points: np.ndarray, mean: np.ndarray, scale: float, R: np.ndarra
 
 
 def enlarge_small_face(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Enlarges a photo and its landmarks until a unit has MIN_UNIT pixels. Larger faces stay unchanged."""
-    k = MIN_UNIT / max(float(fit_pose(points, mean)[0]), 4)  # damaged landmarks must not make a huge photo
+    """Enlarges a photo and its landmarks until a unit has MIN_UNIT pixels, or the photo MAX_SIDE. Larger ones stay."""
+    unit = max(float(fit_pose(points, mean)[0]), 4)  # damaged landmarks have 0
+    k = min(MIN_UNIT / unit, MAX_SIDE / max(photo.shape))
     if k <= 1:
         return photo, points
     H, W = photo.shape[:2]
@@ -126,14 +128,14 @@ class Face:
     """A photo with its landmarks and the pose of its head.
 
     photo: uint8 (H, W, 3); points: (68, 2) iBUG, in pixels; mean: (77, 3) in units, 68 landmarks and 9 points of the
-    hairline; sharpest: size of the original over that of this photo, below 1 after enlarge_small_face. Raises ValueError:
+    hairline; sharpness: size of the original over that of this photo, below 1 after enlarge_small_face. Raises ValueError:
     not landmarks of an upright face"""
 
-    def __init__(self, photo: np.ndarray, points: np.ndarray, mean: np.ndarray, sharpest: float = 1.0):
+    def __init__(self, photo: np.ndarray, points: np.ndarray, mean: np.ndarray, sharpness: float = 1.0):
         points = np.asarray(points, np.float64)
         if points.shape != (68, 2) or not np.isfinite(points).all():
             raise ValueError("landmarks are not 68 finite points")
-        self.photo, self.points, self.mean, self.sharpest = photo, points, mean, sharpest
+        self.photo, self.points, self.mean, self.sharpness = photo, points, mean, sharpness
         scale, self.R, self.shift = fit_pose(points, mean)
         self.scale = float(scale)  # a NumPy number would turn float32 arrays into float64
         H, W = photo.shape[:2]
@@ -414,7 +416,7 @@ def lip_layers(mouth: Lips, box):
     v = mouth.local(pixel_centres(box))                                # (h, w, 2)
     x, y = (v[..., 0] - mouth.centre) / half_width, v[..., 1]          # x: -1 .. 1 between the corners
     d, e = inner_lips(q, v)                                            # below the upper lip's edge, above the lower one's
-    edge = max(1.5 / face.sharpest, BLUR * edge_width(region @ GREY))  # pixels
+    edge = max(1.5 / face.sharpness, BLUR * edge_width(region @ GREY))  # pixels
     soft = max(FEATHER, edge / face.scale)
     cover = smoothstep(0.5 - d / soft)                                 # 1 on the upper lip and all above it
     ground = 1 - (np.abs(x) < 1.02) * smoothstep(e / soft + 0.5)       # 1 on the lower lip and all below it
@@ -436,7 +438,7 @@ def lip_layers(mouth: Lips, box):
 
     # painted upper teeth (dubbing: dub.Take.render_inside): colours (h, w, 3), visibility (h, w)
     skin, tall = near.mean(0), 0.15 * half_width * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
-    fine = smoothstep(half_width * face.scale * face.sharpest / 40 - 0.25)  # few pixels: a strip without gaps
+    fine = smoothstep(half_width * face.scale * face.sharpness / 40 - 0.25)  # few pixels: a strip without gaps
     gaps = fine * np.exp(-((np.abs(np.abs(x)[..., None] - (0, 0.30, 0.54, 0.74)).min(-1) / 0.03) ** 2))
     bright = (0.65 + 0.35 * smoothstep(d / (0.5 * tall))) * (0.35 + 0.65 * front) * (1 - 0.14 * gaps)
     teeth = 0.85 * light * bright[..., None] * (1 + 0.4 * (skin / max(skin @ GREY, 1) - 1))

@@ -26,8 +26,8 @@ STEPS, PEOPLE, COLUMNS = "150", 12, 8
 def zero_maps(forward):
     """IdentityMaps of zeros: the code alone shows the generator the person."""
     def forward_zeros(self, w_plus):
-        maps, coarse = forward(self, w_plus)
-        return [0 * x for x in maps], coarse
+        maps, *rest = forward(self, w_plus)
+        return [0 * x for x in maps], *rest
     return forward_zeros
 
 
@@ -79,7 +79,7 @@ def main(run32: Path):
     for name in EXPERIMENTS:
         table[name], rows[name] = run_experiment(name, run32, test)
     image_grid([row[:COLUMNS] for row in rows.values()], list(rows), 128).save(Path(__file__).parent / "experiments.png")
-    print(markdown_table({name: {key: f"{value:.2f}" for key, value in row.items()} for name, row in table.items()}))
+    print(markdown_table(table))
 
 
 if __name__ == "__main__":

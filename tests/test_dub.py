@@ -150,6 +150,12 @@ def test_a_video_without_a_trackable_face_is_refused_in_one_line(clip, net, move
         dub.find_takes(clip, net, moves, T)
 
 
+@pytest.mark.parametrize("n", [1, dub.MIN_TAKE - 1])
+def test_a_short_sentence_is_dubbed(clip, net, moves, n):
+    _, takes = dub.find_takes(clip, net, moves, n)
+    assert [take.T for take in takes] == [n]
+
+
 def test_turned_lost_or_hidden_faces_are_not_usable(net):
     mean = net.solid.double().numpy()
     front = 100 * mean[:68, :2] + 128
@@ -167,7 +173,7 @@ def test_the_script_dubs_a_video_and_refuses_options_of_photos(clip, tmp_path, c
     assert "30 of 30 frames have a face" in capsys.readouterr().out
     frames, source = list(read_video(out)), list(read_video(clip))[:30]
     assert len(frames) == 30 and any(not np.array_equal(a, b) for a, b in zip(frames, source))
-    for wrong in (["--crop"], ["--still"], ["--box", "1,2,30,40"]):
+    for wrong in (["--crop"], ["--still"], ["--box", "1,2,30,40"], ["--blink", "0"], ["--toy"], ["--refine", "0"]):
         with pytest.raises(InputError, match="a video is dubbed"):
             sample.main([str(clip), str(speech), "--out", str(out), "--overwrite", *wrong])
     with pytest.raises(InputError, match="real faces"):

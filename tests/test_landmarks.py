@@ -1,6 +1,7 @@
 """landmarks.py: geometry of crops, corrections of training data, the shipped network on turned and hidden faces."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +218,14 @@ def test_training_on_a_pack_brings_the_landmarks_near_those_of_the_pack(net, tmp
     (tmp_path / "photos/landmarks/clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (points + rng.normal(0, 0.1, (12, 1, 2))).astype("<f4").tofile(tmp_path / "photos/landmarks/points.bin")
     images, found = landmarks.read_packs([tmp_path / "photos"], rng)
+    with PackWriter(tmp_path / "small", 64, "face") as writer:
+        for i in range(12):
+            writer.add([image[::2, ::2]], np.zeros(640, np.float32), identity=f"person {i}", source=f"{i}.jpg")
+    shutil.copytree(tmp_path / "photos/landmarks", tmp_path / "small/landmarks")
+    lines[0] = landmarks_header(Pack(tmp_path / "small"), "dlib")
+    (tmp_path / "small/landmarks/clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match="--size 128 or more, these have 64"):
+        landmarks.main([str(tmp_path / "small"), "--out", str(tmp_path / "net.pt")])
     assert images.shape == (len(found), 1, 128, 128) and len(found) == 10, "one held out, one without a face"
     lower = landmarks.DLIB_SHIFT * 128
     np.testing.assert_allclose(to_real(found * 128) + (0, lower), np.stack([points] * 10), atol=0.5)

@@ -169,6 +169,10 @@ def test_the_face_is_in_the_box_or_the_chosen_detection_or_a_square_drawing(monk
     at = how.removeprefix("face at ").split(", the")[0]
     again = found(tall, "face", box=at)[0]  # the message has the format of --box: pixels of the file, inside it
     np.testing.assert_allclose(np.mean(np.reshape(again, (2, 2)), 0), np.mean(np.reshape(box, (2, 2)), 0), atol=1)
+    monkeypatch.setattr(sample, "photo_size", lambda path: (119, 178))
+    edge = found(tall, "face", faces=[(30, 60, 62, 92, 0.9)])[1].removeprefix("face at ")
+    assert sample.parse_box(edge, 119, 178, 1)  # inside the file
+    monkeypatch.setattr(sample, "photo_size", lambda path: (120, 180))
     assert found(tall, "face", number=2)[0] == faces.face_box(two, "face", 2)
     assert found(square, "face")[0] == faces.face_box(two, "face", 1)
     box, how = found(square, "toy")  # detectors find no drawn faces
@@ -323,20 +327,20 @@ class Smiler(LoudFrames):
 
 @pytest.mark.parametrize("photo, mouth", [(-0.5, -0.5), (0.5, 0.5), (0.2, 0.2), (0.9, 0.5), (-0.9, -0.5)])
 def test_the_still_mixes_rest_and_inversion_to_fit_the_photos_mouth(photo, mouth):
-    still, mask = sample.still_and_mask(Smiler(), torch.full((3, 16, 16), photo), "cpu", False)
+    still, mask = sample.still_and_mask(Smiler(), torch.full((3, 16, 16), photo), False)
     assert mask[11, 8] == 1 and mask[6, 5] > 0.9 and mask[0].max() == 0
     torch.testing.assert_close(still[:, 11, 8], torch.full((3,), mouth))
     torch.testing.assert_close(still[:, 6, 5], torch.full((3,), -0.5))
-    still, mask = sample.still_and_mask(Smiler(), torch.full((3, 16, 16), photo), "cpu", True)
+    still, mask = sample.still_and_mask(Smiler(), torch.full((3, 16, 16), photo), True)
     assert (still == 0.5).all() and mask[8, 8] == 1 and mask[0].max() < 0.1 and mask[:, 0].max() < 0.1
 
 
 def test_with_a_mouth_code_the_mask_is_the_box_of_the_lips():
     model = Smiler()
     model.config = Config.at(64, template="face")
-    _, wide = sample.still_and_mask(model, torch.zeros(3, 64, 64), "cpu", False)
+    _, wide = sample.still_and_mask(model, torch.zeros(3, 64, 64), False)
     model.mouth = "a network"
-    _, mask = sample.still_and_mask(model, torch.zeros(3, 64, 64), "cpu", False)
+    _, mask = sample.still_and_mask(model, torch.zeros(3, 64, 64), False)
     x0, y0, x1, y1 = (round(64 * v) for v in TEMPLATES["face"].lips)
     below = mask[round(0.45 * 64):]  # without the eyes
     assert below[:, :x0].max() == below[:, x1:].max() == mask[y1:].max() == 0 and mask[50, 32] == 1
@@ -374,7 +378,7 @@ def test_the_shipped_face_keeps_its_mouth_shut_in_silence_and_opens_it_to_speech
     source = media.to_tensor(faces.crop_face(photo, (0, 0, *photo.shape[:2]), model.config.size))
     speech = load_audio(HERE.parent / "examples/speech.wav")[: 2 * RATE]
     show = media.to_uint8 if crop else sample.Paste(
-        photo, (0, 0, *photo.shape[:2]), source, *sample.still_and_mask(model, source, "cpu", False), False)
+        photo, (0, 0, *photo.shape[:2]), source, *sample.still_and_mask(model, source, False), False)
 
     def mouth(wav):  # how much its pixels change over the clip
         mel = torch.from_numpy(audio.sound_windows(wav, range(8, 40, 4)))
@@ -539,6 +543,12 @@ def test_the_face_of_a_driving_clip_shorter_than_the_speech_is_searched_in_all_i
     media.write_video("drive.mp4", iter(np.zeros((6, 48, 64, 3), np.uint8)), 6)
     count, boxes, _ = sample.find_driving_face("drive.mp4", 1000, "face")
     assert count == len(searched) == 6 and boxes == [faces.face_box([face], "face")]
+    monkeypatch.setattr(sample, "detect_faces", lambda frame, **_: searched.append(frame) or [face])
+    for n in (8, 9, 15, 16, 23):
+        searched.clear()
+        media.write_video("drive.mp4", iter(np.zeros((n, 48, 64, 3), np.uint8)), n, overwrite=True)
+        sample.find_driving_face("drive.mp4", 1000, "face")
+        assert sample.SEARCHED_FRAMES / 2 < len(searched) <= sample.SEARCHED_FRAMES
 
 
 @pytest.mark.usefixtures("nothing_slow")
@@ -564,6 +574,8 @@ def test_bad_outputs_and_options_are_refused_in_one_line(folder, weights, capsys
     Path("there.mp4").write_bytes(b"x")
     rows = [("--out", "there.mp4", "--overwrite"), ("--out", "no/where.mp4", "no such directory")]
     rows += [("--out", str(folder), "must end in"), ("--out", "a.avi", "must end in")]
+    assert "not allowed with" in refused(capsys, monkeypatch, "--still", "--driving", "d.mp4", weights=weights)
+    assert "not allowed with" in refused(capsys, monkeypatch, "--box", "0,0,9,9", "--face", "2", weights=weights)
     rows += [("--box", "9,9", "--box"), ("--box", "0,0,99,99", "30x30"), ("--device", "abacus", "--device")]
     for option, value, reason in rows:
         assert reason in refused(capsys, monkeypatch, option, value, weights=weights)
@@ -648,6 +660,28 @@ def test_a_head_sways_or_follows_the_landmarks_of_a_driving_clip(short, monkeypa
     calls.sort(key=lambda pose: pose.roll)
     assert len(calls) == 15 and any(pose == Pose() for pose in calls)
     assert (7 < calls[-1].roll < 13 and abs(calls[-1].yaw) < 3) if driven else 0 < max(abs(p.yaw) for p in calls) < 4
+
+
+def test_a_photo_drawn_by_toy_weights_is_reported_and_a_drawing_in_a_wide_picture_is_not(short, capsys):
+    example("--toy", "--out", "a.mp4")
+    assert "but examples" not in (out := capsys.readouterr().out) and "is not one: the frames will not resemble" in out
+    drawing = media.load_photo(sample.TOY_PHOTO)
+    side = len(drawing)
+    Image.fromarray(np.pad(drawing, ((0, 0), (0, side), (0, 0)))).save("wide.png")
+    sample.main(["wide.png", "speech.wav", "--toy", "--box", f"0,0,{side},{side}", "--crop", "--out", "b.mp4"])
+    assert "will not resemble" not in capsys.readouterr().out
+
+
+def test_a_refused_job_leaves_the_number_of_threads(short, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(sample, "THREADS", 3)
+    try:
+        for k in range(2):
+            with pytest.raises(InputError):
+                example("--landmarks", "dlib:missing.dat", "--out", "a.mp4")
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_photo_that_cannot_be_moved_is_refused_in_one_line_with_advice(short, monkeypatch):

@@ -279,6 +279,23 @@ def test_published_files_replace_stages_1_and_2(pack, stages, tmp_path, monkeypa
     assert changed("hyper", hyper) and changed("generator", G) and changed("encoder", encoder)
 
 
+def test_weights_that_a_run_cannot_continue_are_refused(pack, stages, tmp_path, capsys):
+    init = "--w", "sync=0", "--init", str(stages / "weights.pt")
+    with pytest.raises(InputError, match="has no mouth code"):
+        run_stage(pack, tmp_path, 3, *init, "--part", "lips")
+    with pytest.raises(InputError, match="its motion encoder is --motion direct"):
+        run_stage(pack, tmp_path, 3, *init, "--motion", "paper")
+    for more in ((), (*init, "--resume")):
+        with pytest.raises(SystemExit):
+            run_stage(pack, tmp_path, 3, "--part", "lips", *more)
+        assert "--part lips needs --init" in capsys.readouterr().err
+    state = {f"encoder.{k}": v for k, v in GradualStyleEncoder(6, 512, 16).state_dict().items() if k != "latent_avg"}
+    torch.save(dict(state_dict=state, latent_avg=torch.zeros(6, 512)), tmp_path / "psp.pt")
+    with pytest.raises(InputError, match="psp.pt.*width"):
+        run_stage(pack, tmp_path, 3, *init, "--encoder", str(tmp_path / "psp.pt"))
+    assert not (tmp_path / "stage3.pt").exists()
+
+
 def test_each_stage_trains_its_own_networks_only(checkpoints):
     one, two, hyper, three = checkpoints.values()
 
@@ -388,13 +405,17 @@ def test_with_one_person_the_face_judge_distinguishes_clips_and_uses_no_held_out
         TRAIN_JUDGE(data | dict(clips=np.arange(1)), torch.device("cpu"), seed=0, steps=1)
 
 
-def test_idle_motion_comes_from_training_clips(monkeypatch):
+def test_idle_motion_comes_from_training_clips_which_repeat_if_they_are_few(monkeypatch):
     model = FCTFG(Config.at(16))
     pack = types.SimpleNamespace(n_frames=np.array([80, 80, 20, 80]))
-    pack.frames = lambda c, ks: seen.append(int(c)) or np.full((len(ks), 16, 16, 3), 60, np.uint8)
+    pack.frames = lambda c, ks: seen.append(int(c)) or np.stack([np.full((16, 16, 3), (c + 1) * k // 4, np.uint8) for k in ks])
+    monkeypatch.setattr(model, "encode_driving", lambda x: x.mean((2, 3, 4))[..., None])
+    monkeypatch.setattr(model.motion, "pose", lambda z: z.expand(-1, -1, model.config.pose_dim))
     seen = []
-    initialise.collect_idle_motion(model, pack, np.array([0, 2, 3]), torch.device("cpu"))
-    assert seen == [0, 3]                                                    # 1 is held out, 2 is too short
+    initialise.collect_idle_motion(model, pack, np.array([3, 0, 2, 3]), torch.device("cpu"))
+    assert seen == [3, 0]                                                    # 1 is held out, 2 is too short
+    ends = model.motion.idle[:, -1, 0]
+    assert 0 < ends[0] < ends[1] and torch.equal(ends[::2], ends[:1].expand(4)) and torch.equal(ends[1::2], ends[1:2].expand(4))
 
 
 @pytest.mark.parametrize("stage, sync, due", [(1, 0, [0, 16]), (3, 0, [0, 16]), (3, 1, [1, 33])])
@@ -600,6 +621,8 @@ def test_the_lip_reader_learns_from_landmarks_and_stages_2_and_3_keep_it(
     changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, before[k])}
     assert {"audio.0", "audio.5", "motion.fusion.convs.0", "motion.lips.0"} <= changed  # no generator, no encoder
     assert all(k.startswith(("audio", "motion.fusion", "motion.lips")) or k == "motion" for k in changed)
+    with pytest.raises(InputError, match="weights.pt exists"):
+        run_stage(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
     with pytest.raises(InputError, match="landmarks"):
         shutil.copytree(photos / "landmarks", tmp_path / "clips" / "landmarks")
         shutil.copytree(clips, tmp_path / "clips", dirs_exist_ok=True,
@@ -812,7 +835,7 @@ def test_user_errors_give_one_line_and_status_2(pack, stages, tmp_path, capsys):
     assert "no such" in refusal(capsys, options(tmp_path / "nowhere", new, 1)).lower()
     assert "--size" in refusal(capsys, [*options(pack, new, 1), "--size", "32"])
     line = refusal(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))               # no sync expert
-    assert f"python syncnet.py train --data {pack}" in line and "--w sync=0 does without" in line
+    assert f"python syncnet.py train --size 16 --data {pack}" in line and "--w sync=0 does without" in line
     assert "'stage1'" in refusal(capsys, options(pack, new, 3, "--init", str(stages / "stage1.pt"), "--w", "sync=0"))
     assert "stage1.pt" in refusal(capsys, options(pack, new, 1, "--resume"))                         # no checkpoint
     (new / "stage1.pt").write_bytes((stages / "stage1.pt").read_bytes()[:5000])

@@ -226,6 +226,8 @@ def test_a_grey_photo_stays_grey():
 def test_a_small_face_is_enlarged_and_a_large_one_unchanged():
     large, p = W.enlarge_small_face(photo(), points(), mean_shape())
     assert large.shape[0] == 450 and abs(W.fit_pose(p, mean_shape())[0] - W.MIN_UNIT) < 1
+    wide = np.zeros((40, 900, 3), np.uint8)
+    assert W.enlarge_small_face(wide, points() / 8, mean_shape())[0].shape == (56, W.MAX_SIDE, 3)
     same, p = W.enlarge_small_face(large, 2 * p, mean_shape())
     assert same is large
 
