@@ -354,6 +354,28 @@ def claim_output(path: str | Path, args) -> Path:
     return check_output(path, overwrite=True)
 
 
+# options that --resume may change, besides loss weights (--w)
+CHANGEABLE = {"steps", "lr", "lr_gan", "data", "photos", "expert", "path", "device", "workers", "accumulate", "compile"}
+
+
+def resume_options(parse, argv, args, checkpoint: dict, path):
+    """Options of a resumed run: those of its checkpoint, except CHANGEABLE ones that argv gives. Prints the changes.
+    parse: (argv, defaults) -> options. InputError: argv gives another value for another option."""
+    with wrap_errors(path, "not a run of this version"):
+        saved = checkpoint["args"]
+    own = {k: v for k, v in vars(args).items() if k in ("command", "stage", "part", "out", "resume", "overwrite")}
+    args = parse(argv, saved | own)
+    # an entry "w NAME" for each loss weight
+    old, new = (options | {f"w {k}": v for k, v in options.get("w", {}).items()} for options in (saved, vars(args)))
+    changes = {k: f"--{k if k[:2] == 'w ' else k.replace('_', '-')} {old[k]} -> {v}" for k, v in new.items()
+               if k in old and v != old[k] and k not in (*own, "w", "world")}
+    refused = [change for k, change in changes.items() if k not in CHANGEABLE and not k.startswith("w ")]
+    if refused:
+        raise InputError(f"{path}: --resume cannot change {', '.join(refused)}; --overwrite starts anew")
+    print(", ".join([f"{path}: continues with its own options", *changes.values()]))
+    return args
+
+
 def git_revision() -> str | None:
     """The git commit of this folder; None outside a repository."""
     with contextlib.suppress(OSError):

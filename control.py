@@ -24,7 +24,7 @@ from checkpoint import load_checkpoint, load_frozen, save_checkpoint
 from data import Pack
 from fusion import load_model
 from judges import same_person_loss
-from media import InputError, check_output, make_folder, to_tensor
+from media import SAMPLES_PER_FRAME, InputError, check_output, make_folder, to_tensor
 from report import markdown_table, write_toy_page
 from toyfaces import FACTORS, TEST_SEED, WORLD_VERSION, draw, make_pack, make_person
 
@@ -243,14 +243,14 @@ def change_matrix(animate, test: ToyTest, trials: int = 8, T: int = 50) -> dict:
 
     unrelated = [difference(truth[c, :T], truth[(c + 5) % n, :T]) for c in range(n)]
     unrelated = np.sqrt(np.square(unrelated).mean(0))  # (3,)
-    people = torch.stack([test.measure_real(c, slice(0, 50, 10))[1] for c in range(n)])
+    people = torch.stack([test.measure_real(c, slice(0, T, 10))[1] for c in range(n)])
     unrelated_people = float(1 - (people * people.roll(-5, 0)).sum(1).mean())  # cosine distance of two people
     rows = {name: [] for name in ("face", "sound", *GROUPS)}
     for c in tqdm(range(min(trials, n)), desc="one change at a time", leave=False, disable=None):
         a, b, other = (c + 1) % n, (c + 2) % n, (c + 5) % n
-        face, sound, driving = pack.frame(a, 0), pack.sound(b)[: 640 * T], driving_frames(test, c, T)
+        face, sound, driving = pack.frame(a, 0), pack.sound(b)[: SAMPLES_PER_FRAME * T], driving_frames(test, c, T)
         variants = dict(face=(pack.frame(other, 0), sound, driving),
-                        sound=(face, pack.sound(other)[: 640 * T], driving))
+                        sound=(face, pack.sound(other)[: SAMPLES_PER_FRAME * T], driving))
         variants |= {group: (face, sound, driving_frames(test, c, T, group, other)) for group in GROUPS}
         factors, embedding = test.measure(animate(face, sound, driving))
         for name, inputs in variants.items():

@@ -6,7 +6,7 @@
     skin of the frame, lips of the nearest frames with a shut mouth, the bank  ->  the new frame    (Take.render)
 
 Fields lead from the target points back to the source points, so no field is inverted. The video is read five times
-(scenes, landmarks, bank, frames, shut lips ahead of them) and never stored. Ours, without a paper. Units are those of warp.py.
+(scenes, landmarks, bank, frames, shut lips ahead of them) and never stored. Ours, without a paper. Units: see warp.py.
 """
 
 import itertools

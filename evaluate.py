@@ -35,19 +35,19 @@ from audio import log_mel, mfcc, n_frames
 from checkpoint import PUBLISHED, checkpoints_dir, git_revision, pick_device
 from control import measure_toy
 from faces import (
-    ARCFACE_POINTS, crop_face, detect_faces, face_box, face_detectors, landmark_detector, middle_square,
+    ARCFACE_POINTS, EYE_CORNERS, crop_face, detect_faces, face_box, face_detectors, landmark_detector, middle_square,
     similarity, to_complex, warp_face)
 from landmarks import load_landmarks, measure_eyes, track_landmarks
 from media import (
     SAMPLES_PER_FRAME, InputError, Parser, check_file, check_output, load_audio, read_video, run, to_tensor)
 from report import markdown_table, write_pairs_page
-from syncnet import MAX_OFFSET, WINDOW_FRAMES, best_offset, embed_clip, embed_sound, load_sync, logits_by_shift
-from warp import angles, fit_pose
+from syncnet import (
+    MAX_OFFSET, SHIPPED_EXPERT, WINDOW_FRAMES, best_offset, embed_clip, embed_sound, load_sync, logits_by_shift)
+from warp import LOWER_INNER, UPPER_INNER, angles, fit_pose
 
 MAX_CLIP_BYTES = 1 << 31  # of frames in memory: 7 minutes at 256 px, 14 s at 1920x1080; only the beginning is measured
 DETECT_EVERY = 75  # frames, three seconds (not faces.DETECT_EVERY, which is for packs and dubbing)
 FRAME_STEP = 5  # LPIPS, CSIM and FID: neighbouring frames are nearly equal, and the networks are slow
-DEFAULT_EXPERT = Path(__file__).parent / "weights" / "sync.pt"
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".mpg", ".mpeg", ".webm", ".gif")
 
 
@@ -63,6 +63,9 @@ class Metric(NamedTuple):
 
     def heading(self, name: str) -> str:  # "LMD, px ↓"
         return name + (f", {self.unit}" if self.unit else "") + dict(higher=" ↑", lower=" ↓").get(self.better, "")
+
+    def cell(self, value: float | None) -> str:
+        return "–" if value is None else f"{value:.{self.digits}f}"
 
 
 METRICS = {
@@ -236,8 +239,8 @@ def motion_metrics(points, wav, height: int) -> dict:
     if wav is None:
         return values
     speech, level = speech_frames(wav, len(points))[detected], loudness(wav, len(points))[detected]
-    gap = np.linalg.norm(p[:, [67, 66, 65]] - p[:, [61, 62, 63]], axis=-1).mean(1)  # between the inner lips
-    gap /= np.linalg.norm(p[:, 45] - p[:, 36], axis=-1)  # in distances of the eyes' outer corners
+    gap = np.linalg.norm(p[:, LOWER_INNER[1:4]] - p[:, UPPER_INNER[1:4]], axis=-1).mean(1)  # between the inner lips
+    gap /= np.linalg.norm(p[:, EYE_CORNERS[1]] - p[:, EYE_CORNERS[0]], axis=-1)  # in distances of the eyes' outer corners
     if (~speech).sum() >= MIN_PAUSE:
         values["silent lips"] = float(np.median(np.abs(gap[~speech] - gap[~speech].mean())))
     if speech.sum() >= MIN_PAUSE:
@@ -301,11 +304,10 @@ def load_networks(args, device, stack) -> SimpleNamespace:
         network = load_landmarks()
         return lambda frames, boxes: track_landmarks(network, frames, boxes[0])
 
-    load("sync", SYNC_METRICS, lambda: load_sync(args.expert or DEFAULT_EXPERT, device), required=args.expert)
+    load("sync", SYNC_METRICS, lambda: load_sync(args.expert or SHIPPED_EXPERT, device), required=args.expert)
     load("syncnet", LSE_METRICS, lambda: judges.syncnet_v2(device), ["syncnet_v2"])
-    fan = args.landmarks == "fan"
-    files = ["fan"] if fan else []
-    load("landmarks", (*LANDMARK_METRICS, "CSIM"), landmarks, files, required=args.landmarks and not fan)
+    fan = args.landmarks == "fan"  # the detector whose weights are downloaded
+    load("landmarks", (*LANDMARK_METRICS, "CSIM"), landmarks, ["fan"] * fan, required=args.landmarks and not fan)
     load("arcface", ["CSIM"], lambda: judges.arcface(device), ["arcface"])
     load("lpips", ["LPIPS"], lambda: judges.lpips(device), ["vgg16", "lpips_heads"])
     load("inception", ["FID"], lambda: judges.Inception(device), ["inception"])
@@ -375,7 +377,8 @@ class Clip:
         """The number of five-frame windows with both picture and sound, without the `unused` last ones."""
         K = min(len(self.frames), sound_frames) - WINDOW_FRAMES + 1 - unused
         if K <= 0:
-            raise InputError(f"too short: {len(self.frames)} frames, {len(self.wav) / SAMPLES_PER_FRAME:.1f} of sound")
+            sound = len(self.wav) / SAMPLES_PER_FRAME
+            raise InputError(f"too short: {len(self.frames)} frames of picture, {sound:.1f} of sound")
         return K
 
     def sync(self) -> dict:
@@ -544,18 +547,14 @@ def measure_pairs(args, device):
         rows["closeness of these means"] = near
     rows = {row: {name: values.get(name) for name in names} for row, values in rows.items()}
     seconds, frames = time.perf_counter() - start, sum(report["frames"] for report in measured)
-    table = {row: {} for row in rows}
-    for row, values in rows.items():
-        for name, value in values.items():
-            cell = "–" if value is None else f"{value:.{METRICS[name].digits}f}"
-            table[row][METRICS[name].heading(name)] = cell
-    print(markdown_table(table))
+    print(markdown_table({row: {METRICS[k].heading(k): METRICS[k].cell(value) for k, value in values.items()}
+                          for row, values in rows.items()}))
     print(f"\n{len(measured)} pairs, {frames} frames, {seconds:.1f} s")
     notes = explain(args, networks, names, n_features) + list_problems(networks.left_out, reports, unpaired)
     print("\n".join(notes))
     if json_path:
         versions = dict(revision=git_revision(), torch=torch.__version__, numpy=np.__version__)
-        columns = {name: METRICS[name]._asdict() for name in names}
+        columns = {name: METRICS[name]._asdict() | dict(heading=METRICS[name].heading(name)) for name in names}
         report = dict(rows=rows, columns=columns, pairs=reports, frames=frames, seconds=seconds,
                       left_out=networks.left_out, alone=unpaired, notes=notes, versions=versions, device=str(device))
         report = json.loads(json.dumps(report), parse_constant=str)  # JSON has no infinity: the string "Infinity"
@@ -567,8 +566,8 @@ def explain(args, networks, names, n_features: int) -> list[str]:
     """Lines under the table: the networks that measured, usual values, and doubts about a number."""
     lines = [f"LSE scored by SyncNet v2, as published: {PUBLISHED['syncnet_v2'].file}"] if networks.syncnet else []
     if networks.sync:
-        expert = args.expert or DEFAULT_EXPERT.name
-        lines.append(f"Sync scored by our expert: {expert}; fakes trained with it get better scores than they deserve")
+        expert = args.expert or f"our expert, {SHIPPED_EXPERT.name}"
+        lines.append(f"Sync scored by {expert}; fakes trained with it get better scores than they deserve")
     for name in names:
         if METRICS[name].usual and not (name in SYNC_METRICS and args.expert):  # unknown for other experts
             lines.append(f"{name} of real clips is usually {METRICS[name].usual}")

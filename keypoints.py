@@ -15,7 +15,7 @@ Axes: B clips, T frames, J steps of 10 ms, D (+ E) codes, W width, P phases of a
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +32,8 @@ import toyfaces
 from audio import WindowEncoder, add_echo_and_noise, log_mel, make_non_speech, mel_windows, mfcc, n_frames, spec_augment
 from checkpoint import (
     StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, load_checkpoint, load_strictly, open_log,
-    optimiser_step, pick_device, progress_bar, restore_run, save_checkpoint, save_run, terms_to_floats, wrap_errors,
-    write_log)
+    optimiser_step, pick_device, progress_bar, restore_run, resume_options, save_checkpoint, save_run, terms_to_floats,
+    wrap_errors, write_log)
 from control import correlation, partial_correlation
 from data import (
     PART_PURPOSES, add_split_options, balance_people, batches, find_used_clips, hash_sounds, open_packs, split)
@@ -498,7 +498,6 @@ def load_keypoints(path, device, which: str | None = None):
 
 ITEM_FRAMES = dict(transformer=50, context=50, lstm=5)  # ours
 LOSS_WEIGHTS = dict(position=1, velocity=1, maps=1, words=0.3)  # ours
-NEW_ON_RESUME = "steps out resume overwrite device".split()  # options that --resume does not restore
 VALIDATE_EVERY, SAVE_EVERY = 15, 60  # steps
 
 
@@ -538,13 +537,14 @@ def make_optimiser(model, args):
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
 
-def train(args):
+def train(args, argv=None):
     """Writes --out, the best and the averaged weights, and OUT_last.pt for --resume, which is exact on a CPU."""
-    device, out = pick_device(args.device), claim_output(args.out, args)
+    out = claim_output(args.out, args)
     last, saved, start, top = out.with_stem(f"{out.stem}_last"), None, 0, []
     if args.resume:
         saved = load_checkpoint(last, "keypoints")
-        vars(args).update({name: value for name, value in saved["args"].items() if name not in NEW_ON_RESUME})
+        args = resume_options(parse, argv, args, saved, last)
+    device = pick_device(args.device)
     torch.manual_seed(args.seed)
     source, parts = open_source(args)
     words = sorted({word for c in parts["train"] for _, _, word in source.alignment(c)}) if args.phones else []
@@ -637,7 +637,7 @@ def evaluate(args):
         for which in [name for name in ("best", "average") if name in saved.get("networks", {})] or ["best"]:
             model, mouth = load_keypoints(path, device, which)
             features = [name for name in ("autoregressive", "tower", "words") if model.config.get(name)]
-            networks[f"{Path(path).stem} ({', '.join([model.kind, model.target, *features])}), {which}"] = model, mouth
+            networks[f"{path} ({', '.join([model.kind, model.target, *features])}), {which}"] = model, mouth
     source, parts = open_source(args, checkpoints)  # baselines use the Mouth of the last file
     train, test = parts["train"], parts["test"]
     clips = tqdm(train if len(train) else test, "clips", disable=None)
@@ -782,7 +782,7 @@ def sample(args):
     print(f"{out}, {npy}: {len(faces)} frames, {len(faces) / FPS:.2f} s")
 
 
-def parse(argv=None):
+def parse(argv=None, saved=None):
     parser = Parser(description="audio -> facial keypoints")
     ex, tr, ev, sa, vi, sh = parser.add_commands(
         extract="landmarks of a pack, beside it", train="train a network", evaluate="the table, on held-out clips",
@@ -820,6 +820,7 @@ def parse(argv=None):
         p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     for p in (ex, sa, vi, sh):
         p.add_argument("--overwrite", action="store_true", help="replace existing files")
+    tr.set_defaults(**saved or {})
     args = parser.parse_args(argv, codes=(1, 40), width=(4, 4096), clip=(0, 10**9), workers=(1, 256))
     needs_words = args.command == "visemes" or args.command == "train" and args.phones
     if needs_words and args.data and not args.words:
@@ -838,7 +839,9 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    dict(extract=extract, train=train, evaluate=evaluate, sample=sample, visemes=visemes, show=show)[args.command](args)
+    commands = dict(extract=extract, train=partial(train, argv=argv), evaluate=evaluate, sample=sample, visemes=visemes,
+                    show=show)
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

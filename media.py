@@ -477,8 +477,8 @@ def check_not_heic(path: Path):
     """InputError: a photo in HEIC, which Pillow cannot read, and which ffmpeg takes for a video of one second."""
     with open(path, "rb") as file:
         if re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.S):
-            raise InputError(f"{path}: is HEIC, which is not supported: convert it to JPEG with heif-convert, or on a Mac "
-                             "with sips -s format jpeg FILE --out FILE.jpg")
+            raise InputError(f"{path}: is HEIC, which is not supported: convert it to JPEG with heif-convert, or on a "
+                             "Mac with sips -s format jpeg FILE --out FILE.jpg")
 
 
 def scale_to_uint8(grey: np.ndarray) -> np.ndarray:

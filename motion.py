@@ -103,7 +103,7 @@ def idle_motion(n: int, speech: np.ndarray, seed: int, head: bool = True) -> Mot
 
 
 def random_motion(rng: np.random.Generator, turn_limits) -> Motion:
-    """One frame to train on: a random pose and brows within the limits of driving_motion, eyes shut in every second one"""
+    """One frame to train on: random pose and brows within the limits of driving_motion, eyes shut in every second one"""
     motion = soft_limit(rng.normal(0, RANDOM), np.array([*turn_limits, *LIMITS]))
     return Motion(motion[None, :6], rng.integers(2, size=1), motion[6:])
 

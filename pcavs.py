@@ -37,7 +37,7 @@ from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
     StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
     load_frozen, load_strictly, open_log, optimiser_step, pick_device, progress_bar, read_weights, restore_run,
-    save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
+    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, open_packs, split, to_flipped_tensor
 from faces import (
     PCAVS_FILE, PCAVS_INPUT, PCAVS_POINTS, TEMPLATES, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box,
@@ -400,12 +400,18 @@ def crop_photo(photo: np.ndarray, args, config: Config) -> np.ndarray:
 def align(args):
     """Writes aligned frames as CLIP_cropped/000000.jpg .., and a file of pairs in which each video drives itself."""
     lines, csv = [], args.csv and check_output(args.csv, args.overwrite)
-    for path in map(Path, args.clips):
-        out = path.with_name(f"{path.stem}_cropped")
+    if csv and any(" " in clip for clip in args.clips):
+        raise InputError("--csv: names in the authors' file of pairs contain no spaces")
+    folders = [Path(clip).with_name(f"{Path(clip).stem}_cropped") for clip in args.clips]
+    if len(set(folders)) < len(folders):
+        raise InputError("two of the clips have the same folder and name, and would share one folder of images")
+    for path, out in zip(map(Path, args.clips), folders):
         if out.exists() and not args.overwrite:
             raise InputError(f"{out}: exists; give --overwrite to replace its images")
         frames = align_clip(path, None, 224, PCAVS_FILE)
         out.mkdir(exist_ok=True)
+        for image in list_images(out):                                          # of an earlier, longer clip
+            image.unlink()
         for k, frame in enumerate(tqdm(frames, path.name, unit="frame", disable=None)):
             Image.fromarray(frame).save(out / f"{k:06d}.jpg", quality=95)
         print(f"{out}: {k + 1} aligned images")
@@ -627,13 +633,18 @@ def build_networks(args, pack, device) -> tuple[dict, dict]:
     return nets, opts
 
 
-def train(args):
-    device, path = pick_device(args.device), claim_output(Path(args.out) / "pcavs.pt", args)
-    saved = load_checkpoint(path, "pcavs-train") if args.resume else dict(step=0)
+def train(args, argv=None):
+    path, saved = claim_output(Path(args.out) / "pcavs.pt", args), dict(step=0)
+    if args.resume:
+        saved = load_checkpoint(path, "pcavs-train")
+        args = resume_options(parse, argv, args, saved, path)
+    device = pick_device(args.device)
     pack = open_packs(args.data) if args.data else open_toy_pack(path.parent, args.size, args.people, 3.0)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
-    clips = split(pack, args)
+    clips = {part: numbers[pack.n_frames[numbers] > 1] for part, numbers in split(pack, args).items()}  # no photos
+    if not (len(clips["train"]) and len(clips["valid"])):
+        raise InputError(f"{pack.folder}: holds too few videos to train and validate on")
     torch.manual_seed(args.seed)
     nets, opts = build_networks(args, pack, device)
     model, ema = nets["model"], nets["ema"]
@@ -689,7 +700,7 @@ def save_samples(path, model, pack, clips, device, n=8):
     image_grid([to_uint8(row.clamp(-1, 1)) for row in (source, pose, fake, spoken)], titles, 128).save(path)
 
 
-def parse(argv=None):
+def parse(argv=None, saved=None):
     parser = Parser(description="PC-AVS: identity from a photo, lips from speech, head pose from a second video")
     p_sample, p_train, p_pairs, p_align = parser.add_commands(
         sample="a photo, speech, a pose video -> a talking face", train="train the four networks together",
@@ -723,12 +734,13 @@ def parse(argv=None):
         p.add_argument("--overwrite", action="store_true", help="replace existing files")
     for p in (p_sample, p_pairs, p_train):
         p.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a GPU or a CPU with AMX")
+    p_train.set_defaults(**saved or {})
     return parser.parse_args(argv, batch=(FRAMES_PER_CLIP, 10**5))
 
 
 def main(argv=None):
     args = parse(argv)
-    command = dict(sample=sample, pairs=generate_pairs, train=train, align=align)[args.command]
+    command = dict(sample=sample, pairs=generate_pairs, train=partial(train, argv=argv), align=align)[args.command]
     command(args)
 
 

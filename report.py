@@ -266,11 +266,10 @@ def write_pairs_page(path: Path, report: dict, files: dict):
     columns = report["columns"]
     pairs = {pair["name"]: pair for pair in report["pairs"] if "fake" in pair}
     names = rank_pairs(pairs, columns)
-    arrows = dict(higher=" ↑", lower=" ↓")
-    heads = {metric: metric + arrows.get(column["better"], " ") for metric, column in columns.items()}
 
     def table(rows):
-        return html_table({name: {heads[k]: row.get(k) for k in heads} for name, row in rows.items()})
+        return html_table({name: {column["heading"]: row.get(k) for k, column in columns.items()}
+                           for name, row in rows.items()})
 
     sections = [table(report["rows"]), "<h2>Each pair, the best first</h2>",
                 table({name: pairs[name]["fake"] for name in names})]

@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import OrderedDict
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -40,8 +40,8 @@ from tqdm import tqdm
 from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel, mel_windows
 from checkpoint import (
     StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
-    load_strictly, open_log, optimiser_step, pick_device, progress_bar, restore_run, save_checkpoint, save_run,
-    terms_to_floats, wrap_errors, write_log)
+    load_strictly, open_log, optimiser_step, pick_device, progress_bar, restore_run, resume_options, save_checkpoint,
+    save_run, terms_to_floats, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, find_used_clips, open_packs, split
 from faces import MAX_CLIP_FRAMES, MAX_HEIGHT, crop_face, find_clip_box, middle_square, parse_box
 from judges import wav2lip_expert
@@ -184,7 +184,7 @@ def expert_loss(logits, clip, middle, min_shift: int = MIN_SHIFT, other_clips: b
     in_sync = F.softplus(-logits.diagonal()).mean()
     terms = {name: F.softplus(logits[pairs]).mean() for name, pairs in negatives.items() if pairs.any()}
     if not terms:
-        raise InputError("a batch has no negative pair: give more --windows, or more than one clip")
+        raise InputError("a batch has no negative pair: give a smaller --negatives, more --windows, or longer clips")
     loss = (in_sync + sum(terms.values()) / len(terms)) / 2
     index = torch.arange(N, device=logits.device)
     candidates = negatives["shifted"] | negatives["other"] | (index[:, None] == index)
@@ -363,10 +363,13 @@ def accuracy_by_shift(table):
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
-def train(args):
+def train(args, argv=None):
     """Writes --out, the weights with the least held-out loss, and OUT_last.pt for --resume, which is exact on a CPU."""
-    device, out = pick_device(args.device), claim_output(args.out, args)
+    out = claim_output(args.out, args)
     last = out.with_stem(f"{out.stem}_last")
+    if args.resume:
+        args = resume_options(parse, argv, args, load_checkpoint(last, "syncnet"), last)
+    device = pick_device(args.device)
     expert, opt, start, best = start_or_resume(args, last, device)
     pack, clips, val_pack, val_clips = load_data(args, out.parent)
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
@@ -443,6 +446,8 @@ def load_data(args, folder: Path):
     if pack.size < args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     train, valid, _ = (clips[pack.n_frames[clips] >= WINDOW_FRAMES] for clips in split(pack, args).values())
+    if not (len(train) and len(valid)):
+        raise InputError(f"{pack.folder}: clips of {WINDOW_FRAMES} frames or more are too few to train and validate on")
     return pack, train, pack, valid
 
 
@@ -454,6 +459,9 @@ def test(args):
     path = args.expert or (SHIPPED_EXPERT if args.data else TOY_EXPERT)
     expert = load_sync(path, device, open_packs(args.data).size if args.data else None)
     pack, clips, description = open_test_clips(args.data, expert, path)
+    clips = clips[pack.n_frames[clips] >= WINDOW_FRAMES]
+    if not len(clips):
+        raise InputError(f"{pack.folder}: no clip to test on has {WINDOW_FRAMES} frames")
     results = measure_clips(expert, Windows(pack, [], expert), tqdm(clips, "clips", disable=None))
     summary, titles = summarise(results), dict(accuracy="accuracy, windows of 0.2 s", second="of seconds")
     rows = {f"shifted by {d} frames": {title: f"{summary['by_shift'][name][d]:.3f}" for name, title in titles.items()}
@@ -579,7 +587,7 @@ def write_shifted(path: Path, lag: int, out: Path):
         raise InputError(f"{out}: could not be written ({last_error(done.stderr.decode(errors='replace'))})")
 
 
-def parse(argv=None):
+def parse(argv=None, saved=None):
     parser = Parser(description="the sync expert: does this mouth fit this sound?")
     p, t, o = parser.add_commands(train="train an expert", test="accuracy by shift on held-out clips",
                               offset="the audio-video offset of a clip")
@@ -604,12 +612,13 @@ def parse(argv=None):
     o.add_argument("--overwrite", action="store_true", help="replace an existing --fix")
     for command in (t, o):
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    return parser.parse_args(argv, dim=(1, 4096), width=(0.01, 4), windows=(2, 100))
+    p.set_defaults(**saved or {})
+    return parser.parse_args(argv, dim=(1, 4096), width=(0.01, 4), windows=(2, 100), negatives=(1 / FPS, 600))
 
 
 def main(argv=None):
     args = parse(argv)
-    dict(train=train, test=test, offset=offset)[args.command](args)
+    dict(train=partial(train, argv=argv), test=test, offset=offset)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, 
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees, ours: beyond, features leave the silhouette
 TRAIN_SEED, TUNE_SEED, TEST_SEED = 0, 1_000_000, 2_000_000  # first person of each split; splits do not overlap
 EXAMPLE_SEED = TEST_SEED + 500_002  # the person of examples/face.png, at rest, and of examples/speech.wav
-WORLD_VERSION = 1  # increased with each change of drawing or sound, so that older packs are drawn anew
+WORLD_VERSION = 1  # increased with each change of drawing or sound: packs of another version are refused
 
 # --------------------------------------------------------------------------------------------------------------- people
 

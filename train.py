@@ -33,7 +33,7 @@ import losses
 from checkpoint import (
     RANK, WORLD_SIZE, StepTimer, add_run_options, barrier, claim_output, cosine_warmup, count_parameters,
     fp16_state_dict, init_distributed, load_checkpoint, open_log, optimiser_step, progress_bar, restore_run,
-    save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
+    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, write_log)
 from data import add_split_options
 from fusion import middle_frames
 from media import InputError, Parser, atomic_write, run, to_tensor, to_uint8
@@ -75,7 +75,7 @@ def parse(argv=None, saved=None):
     add_run_options(p, "out/toy32", steps=None, batch=16, lr=1e-3, batch_of="images")
     add("--data", nargs="+", help="packs of clips, by prepare.py; default: the toy world, drawn into --out on first use")
     add_split_options(p)
-    add("--photos", help="pack of photos: more identities than the clips have; stage 3 trains on it with a mouth code only")
+    add("--photos", help="pack of photos: more people than the clips have; stage 3 trains on it with a mouth code only")
     add("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the images in pixels: the dial")
     add("--motion", default="direct", choices=("direct", "paper"), help="motion encoder, see fusion.py")
     add("--init", help="checkpoint of the previous stage; default: the one in --out")
@@ -137,26 +137,6 @@ def loss_weights(args, given: dict) -> dict:
     if args.stage > 1 and given.get("vgg", weights["vgg"]):
         weights["feat"] = 0.0
     return weights | {name: value for name, value in given.items() if name in weights}
-
-
-# options that --resume may change, besides loss weights
-CHANGEABLE = {"steps", "lr", "lr_gan", "data", "photos", "expert", "path", "device", "workers", "accumulate", "compile"}
-
-
-def resume_options(argv, args, saved: dict, path):
-    """Options of a resumed run: those of its checkpoint (`saved`), except CHANGEABLE ones that argv gives. Prints the
-    changes. InputError: argv gives another value for another option."""
-    given = {k: getattr(args, k) for k in ("stage", "part", "out", "resume", "overwrite")}
-    args = parse(argv, saved | given)
-    # an entry "w NAME" for each loss weight
-    old, new = (options | {f"w {k}": v for k, v in options["w"].items()} for options in (saved, vars(args)))
-    changes = {k: f"--{k if k[:2] == 'w ' else k.replace('_', '-')} {old[k]} -> {v}" for k, v in new.items()
-               if k in old and v != old[k] and k not in (*given, "w", "world")}
-    refused = [change for k, change in changes.items() if k not in CHANGEABLE and not k.startswith("w ")]
-    if refused:
-        raise InputError(f"{path}: --resume cannot change {', '.join(refused)}; --overwrite starts anew")
-    print(", ".join([f"{path}: continues with its own options", *changes.values()]))
-    return args
 
 
 def images_per_step(options: dict) -> int:
@@ -267,8 +247,7 @@ def main(argv=None):
         args.resume = True
     checkpoint = load_checkpoint(path, f"stage{args.stage}") if args.resume else None  # on the CPU
     if checkpoint:
-        with wrap_errors(path, "not a run of this version"):
-            args = resume_options(argv, args, checkpoint["args"], path)
+        args = resume_options(parse, argv, args, checkpoint, path)
     w, images = args.w, images_per_step(vars(args))
     claim_output(path, args)
     frozen = initialise.load_judges(args, device)                                      # fails before anything slow

@@ -30,7 +30,7 @@ NO_NETWORKS = dict(device=CPU, left_out={}, sync=None, landmarks=None, lpips=Non
 @pytest.fixture(autouse=True)
 def no_expert(monkeypatch, tmp_path):
     """Without the shipped expert, whose face detector may need a download"""
-    monkeypatch.setattr(evaluate, "DEFAULT_EXPERT", tmp_path / "no_sync.pt")
+    monkeypatch.setattr(evaluate, "SHIPPED_EXPERT", tmp_path / "no_sync.pt")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_lse_agrees_with_a_loop_over_windows_of_five_frames(monkeypatch):
     assert values["LSE-D"] == pytest.approx(min(means), rel=1e-3)
     assert values["LSE-C"] == pytest.approx(np.median(means) - min(means), abs=2e-3 * max(means)) and "LSE" not in reasons
     monkeypatch.setattr(evaluate, "load_audio", lambda path, normalise: wav[:1600])
-    assert "too short: 8 frames, 2.5 of sound" in clip_of(frames, networks, monkeypatch).metrics()[1]["LSE"]
+    assert "too short: 8 frames of picture, 2.5 of sound" in clip_of(frames, networks, monkeypatch).metrics()[1]["LSE"]
 
 
 def test_frechet_distance_is_0_for_equal_sets_and_has_the_closed_form_for_two_gaussians():
@@ -544,7 +544,7 @@ def test_usual_values_are_printed_for_our_expert_only():
 
 def test_metrics_without_weights_are_left_out_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(evaluate, "DEFAULT_EXPERT", tmp_path / "sync.pt")
+    monkeypatch.setattr(evaluate, "SHIPPED_EXPERT", tmp_path / "sync.pt")
     args = evaluate.parse(["pair", "a.mp4", "b.mp4", "--skip", "SSIM, L1", "--landmarks", "fan"])
     networks = evaluate.load_networks(args, CPU, None)
     assert not any(getattr(networks, k) for k in ("sync", "landmarks", "lpips", "arcface", "syncnet", "inception"))

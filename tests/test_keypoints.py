@@ -678,7 +678,10 @@ def test_four_steps_equal_two_steps_and_two_resumed_steps(pack, tmp_path, model,
         run_training(pack, tmp_path / "half.pt", *options)
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "half_last.pt", "keypoints")["step"] == 2
-    kp.main(["train", "--out", str(tmp_path / "half.pt"), "--steps", "4", "--resume"])  # restores other options
+    resume = ["train", "--out", str(tmp_path / "half.pt"), "--steps", "4", "--resume"]
+    with pytest.raises(InputError, match="cannot change --width"):
+        kp.main([*resume, "--width", "64"])
+    kp.main(resume)  # restores other options
     resumed = load_checkpoint(tmp_path / "half_last.pt", "keypoints")
     assert [t["mse"] for t in whole["top"]] == [t["mse"] for t in resumed["top"]]
     for name, p in whole["networks"]["last"].items():
@@ -697,7 +700,7 @@ def test_training_reduces_the_error_and_evaluate_prints_it(pack, checkpoint, cap
     out = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
     assert cells[0][1:] == ["mse", "relative", "r", "residual", "jaw", "brows", "silence"]
-    rows = {name.replace(" (transformer, components)", ""): values for name, *values in cells}
+    rows = {name.replace(f"{checkpoint} (transformer, components)", "kp"): values for name, *values in cells}
     assert float(rows["PCA, 5 codes"][0]) < float(rows["kp, average"][0]) < float(rows["mean mouth"][0])
     assert float(rows["PCA, 5 codes"][2]) > 0.98
     assert float(rows["kp, best"][6]) > 0 and rows["mean mouth"][6] == ""

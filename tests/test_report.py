@@ -212,12 +212,12 @@ def pair(name, ssim, lmd):
 
 
 def test_the_page_of_pairs_has_the_table_and_the_frames_of_the_best_and_the_worst(tmp_path, monkeypatch):
-    columns = {name: dict(better=better, what=what) for name, better, what in
-               (("SSIM", "higher", "likeness"), ("LMD", "lower", "<distance>"))}
+    columns = {name: dict(better=better, what=what, heading=heading) for name, better, what, heading in
+               (("SSIM", "higher", "likeness", "SSIM ↑"), ("LMD", "lower", "<distance>", "LMD, px ↓"))}
     content = dict(rows=dict(real=dict(SSIM=1, LMD=0), fake=dict(SSIM=0.7, LMD=2)), columns=columns, notes=["a <note>"],
                    pairs=[pair("middle", 0.7, 2.0), pair("good", 0.9, 1.0), pair("bad", 0.5, 3.0),
                           dict(name="broken", error="no")])
-    content["columns"]["CSIM"] = dict(better="higher", what="person")
+    content["columns"]["CSIM"] = dict(better="higher", what="person", heading="CSIM ↑")
     content["pairs"][1]["fake"]["CSIM"] = 0.9              # the remaining pairs lack it and do not gain by it
     shown = []
     frames = [np.zeros((20, 30, 3), np.uint8)] * 9
@@ -227,7 +227,8 @@ def test_the_page_of_pairs_has_the_table_and_the_frames_of_the_best_and_the_wors
     tags = check_page((tmp_path / "n.html").read_text())
     assert shown == ["good/real.mp4", "good/fake.mp4", "bad/real.mp4", "bad/fake.mp4"]
     shown_names = [text for text in tags.shown if text in ("good", "middle", "bad", "The best: good", "The worst: bad")]
-    assert shown_names == ["good", "middle", "bad", "The best: good", "The worst: bad"] and "a <note>" in tags.shown
+    assert shown_names == ["good", "middle", "bad", "The best: good", "The worst: bad"]
+    assert {"a <note>", "LMD, px ↓"} <= set(tags.shown)
     assert ("div", "style", "width:56%") in tags.attributes and ("div", "style", "width:33%") in tags.attributes
 
 

@@ -676,7 +676,7 @@ def test_a_refused_job_leaves_the_number_of_threads(short, monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(sample, "THREADS", 3)
     try:
-        for k in range(2):
+        for _ in range(2):
             with pytest.raises(InputError):
                 example("--landmarks", "dlib:missing.dat", "--out", "a.mp4")
             assert torch.get_num_threads() == 3

@@ -144,7 +144,7 @@ def test_terms_without_a_pair_are_absent_and_a_batch_without_negatives_is_refuse
     singles = expert_loss(torch.zeros(3, 3), torch.arange(3), torch.tensor([5, 5, 5]))
     assert "other" not in one and "shifted" not in singles
     assert one["loss"].item() == pytest.approx(LN2) == singles["loss"].item()
-    with pytest.raises(InputError, match="give more --windows"):
+    with pytest.raises(InputError, match="give a smaller --negatives"):
         expert_loss(torch.zeros(2, 2), torch.zeros(2), torch.tensor([0, 1]))
 
 
@@ -766,6 +766,33 @@ def test_with_cosine_the_probability_and_the_loss_are_those_of_wav2lip():
     assert terms["shifted"].item() == pytest.approx(far.item(), rel=1e-3)
 
 
+def test_a_resumed_run_keeps_its_options_and_prints_changes(world, tmp_path, capsys):
+    command = training(tmp_path, world[0], "--cosine", "--negatives", ".4")
+    syncnet.main(command)
+    resume = ["train", "--out", str(tmp_path / "sync.pt"), "--resume"]
+    with pytest.raises(InputError, match="cannot change --windows 2 -> 3"):
+        syncnet.main([*resume, "--windows", "3"])
+    capsys.readouterr()
+    syncnet.main([*resume, "--steps", "6", "--lr", "1e-4"])
+    assert "continues with its own options, --steps 4 -> 6, --lr 0.002 -> 0.0001" in capsys.readouterr().out
+    saved = load_checkpoint(tmp_path / "sync_last.pt", "syncnet")
+    assert saved["step"] == 6 and saved["args"]["cosine"] and saved["args"]["negatives"] == 0.4
+
+
+def test_clips_shorter_than_a_window_are_left_out_and_packs_of_them_are_refused(world, tmp_path):
+    for name, lengths in (("some", (60, 3) * 12), ("photos", (1,) * 24)):
+        with PackWriter(tmp_path / name, 16, "toy") as pack:
+            for seed, n in enumerate(lengths):
+                frames, wav = bar_clip(100 + seed)
+                pack.add(frames[:n], wav[: 640 * n], identity=f"p{seed}", source=f"bar {seed}")
+    command = ["test", "--expert", str(world[1]), "--device", "cpu", "--data"]
+    syncnet.main([*command, str(tmp_path / "some")])
+    with pytest.raises(InputError, match="no clip to test on has 5 frames"):
+        syncnet.main([*command, str(tmp_path / "photos")])
+    with pytest.raises(InputError, match="too few to train"):
+        syncnet.main(training(tmp_path, tmp_path / "photos"))
+
+
 def test_an_expert_for_real_faces_uses_lips_and_resumes_bit_for_bit(tmp_path, portrait, monkeypatch):
     face = ((portrait[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     with PackWriter(tmp_path / "pack", 64, "face") as pack:
@@ -868,7 +895,7 @@ def test_unsuitable_experts_are_refused(world, tmp_path, capsys, monkeypatch):
     truncated.write_bytes(world[1].read_bytes()[:1000])
     shutil.copy(broken, tmp_path / "broken_last.pt")
     again = refused(capsys, monkeypatch, "train", "--resume", "--out", broken, "--size", 16)
-    assert "not the weights of SyncNet" in again
+    assert "not a run of this version" in again
     missing = tmp_path / "no.pt"
     for path, reason in ((other, "'weights'"), (truncated, "cut short"), (tmp_path, "directory"), (missing, "no such")):
         assert reason in refused(capsys, monkeypatch, "test", "--expert", path)
@@ -883,7 +910,7 @@ def test_unsuitable_experts_are_refused(world, tmp_path, capsys, monkeypatch):
         (["train", "--data", "nowhere", "--out", "new.pt"], "no such directory"),
         (["train", "--out", "."], "exists"),
         (["train", "--out", "file.txt/sync.pt"], "cannot be made a directory"),
-        (["train", "--resume", "--out", "SYNC", "--size", "32"], "images of 16 px, --size is 32"),
+        (["train", "--resume", "--out", "SYNC", "--size", "32"], "cannot change --size 16 -> 32"),
         (["train", "--steps", "0"], "--steps 0: must lie"),
         (["train", "--windows", "1"], "--windows 1: must lie"),
         (["train", "--lr", "nan"], "--lr nan: must lie"),
