@@ -242,7 +242,7 @@ def scene_landmarks(net, frames, number: int) -> np.ndarray:
     """Frames of one scene -> landmarks (n, 68, 2) in pixels of its `number`-th largest face; NaN in frames without it"""
     frames, skipped = iter(frames), deque(maxlen=DETECT_EVERY)
     for k, frame in enumerate(frames):
-        faces = detect_faces(frame, margins=(1.2,)) if k % DETECT_EVERY == 0 else ()
+        faces = detect_faces(frame) if k % DETECT_EVERY == 0 else ()
         if len(faces) >= number:
             box = face_box(faces, "face", number)
             # backwards to the last detection, then forwards

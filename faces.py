@@ -163,6 +163,7 @@ def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torc
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
 SAME_FACE = 0.3  # intersection over union of two boxes of one face; ours
 VIDEO_MARGIN = 1.2  # searched square, in larger sides of a frame (ours: faces at the edge are found)
+TIGHT_MARGINS = (1.5, 2.0, 2.5)  # of `detect_faces`, for portraits that the face fills
 NEAR_SIDE = 2.0  # square of `redetect`, in sides of a face (ours: there key points scatter least, 2 of 128 px)
 
 
@@ -270,7 +271,9 @@ def detect_faces_fast(frames: list) -> list[list[tuple]]:
 
 def turn_upright(image: np.ndarray) -> tuple[np.ndarray, list[tuple], str]:
     """Turns uint8 (H, W, 3) until upright faces are found -> photo, faces, the turn in words. None found: unchanged"""
-    for k, turn in enumerate(("", "by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right")):
+    if faces := detect_faces(image) or detect_faces(image, TIGHT_MARGINS):
+        return image, faces, ""
+    for k, turn in enumerate(("by 90 degrees to the left", "by 180 degrees", "by 90 degrees to the right"), 1):
         turned = np.ascontiguousarray(np.rot90(image, k))
         if faces := detect_faces(turned):
             return turned, faces, turn

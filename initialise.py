@@ -630,30 +630,36 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
         wav = pack.sound(chosen[i]) if i < n_speech else make_non_speech(5 * span * SAMPLES_PER_FRAME, draw)
         return log_mel(add_echo_and_noise(wav, draw) if noisy else wav, model.config.voice_norm)
 
-    def random_span(i, augment):
-        """Item i -> sound windows (span + 2 reach, 1, 80, 16), lip shapes (span, K)"""
+    def take_span(i, first=None):
+        """Item i from frame `first` on -> sound windows (span + 2 reach, 1, 80, 16), lip shapes (span, K). None: from a
+        random frame, augmented, and sometimes an item without speech instead"""
+        augment = first is None
         if augment and rng.random() < NO_SPEECH:
             i = int(rng.integers(n_speech, len(shapes)))
-        first = int(rng.integers(len(shapes[i]) - span + 1))
+        first = int(rng.integers(len(shapes[i]) - span + 1)) if augment else first
         mel = load_mel(i, augment and i < n_speech and rng.random() < NOISY)
         mel = spec_augment(mel, rng) if augment else mel
         return mel_windows(mel, np.arange(first - reach, first + span + reach)), shapes[i][first:first + span]
 
-    def loss_of(step, held_out_items=()):
-        items = held_out_items or rng.choice(train_items, batch)
-        sound, targets = zip(*[random_span(i, augment=not held_out_items) for i in items])
+    def loss_of(step, spans=None):
+        spans = spans or [(i, None) for i in rng.choice(train_items, batch)]
+        sound, targets = zip(*[take_span(*item) for item in spans])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a = model.encode_sound(torch.from_numpy(np.stack(sound)).to(device))
             predicted = model.motion.predict_lip_shape(z_a, reach)                     # (B, span, K)
         return ((predicted.float() - torch.stack(targets)).square() * weight).sum(-1).mean()
 
     parameters = itertools.chain(*(m.parameters() for m in (model.audio, model.motion.fusion, model.motion.lips)))
+    held_out_spans = [(i, k) for i in range(n, n_speech) for k in range(0, len(shapes[i]) - span + 1, span)]
+
+    @torch.no_grad()
+    def explained():
+        return f"{100 * (1 - loss_of(0, held_out_spans)):.0f}" if held_out_spans else ""
+
+    before = explained()
     error = train_regression(f"regression of lips on sound, {n} clips", parameters, steps, 1e-3, loss_of)
-    text = f"lips from sound: {100 * (1 - error):.0f} % of the variance of their shape"
-    if len(held_out):
-        with torch.no_grad():
-            text += f", {100 * (1 - loss_of(0, range(n, n_speech))):.0f} % in {len(held_out)} held-out clips"
-    print(text)
+    print(f"lips from sound: {100 * (1 - error):.0f} % of the variance of their shape"
+          + f", {before} -> {explained()} % in {len(held_out)} held-out clips" * bool(held_out_spans))
     for q in model.motion.lips[-1].parameters():
         q.data.mul_(LIP_GAIN)
     model.motion.opening_limits.copy_(openings.quantile(torch.tensor([0.02, 0.9], device=device)))

@@ -761,7 +761,7 @@ def show(args):
 
 def sample(args):
     """Writes keypoints of speech as a video, drawn or moving a photo, and as .npy, float32 (T, 68, 2), normalised."""
-    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
+    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES, (args.speech, args.photo))
     npy = check_output(out.with_suffix(".npy"), args.overwrite)
     device, wav = pick_device(args.device), load_audio(args.speech)
     model, mouth = load_keypoints(args.weights, device)

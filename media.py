@@ -30,7 +30,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000                          # Hz (FC-TFG)
@@ -189,9 +189,9 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()) -> Path:
+def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = (), inputs: tuple = ()) -> Path:
     """Absolute path of a file that can be written, checked before slow work. InputError: wrong suffix; exists, without
-    `overwrite`; is a directory; its directory is missing or not writable."""
+    `overwrite`; is one of `inputs`; is a directory; its directory is missing or not writable."""
     path = Path(path).absolute()
     with wrap_os_errors(path, "written"):
         if suffixes and path.suffix.lower() not in suffixes:
@@ -202,6 +202,8 @@ def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()
             raise InputError(f"{path}: no such directory to write to: {path.parent}")
         if path.exists() and not overwrite:
             raise InputError(f"{path}: exists; give --overwrite to replace it")
+        if path.exists() and any(os.path.exists(given) and path.samefile(given) for given in inputs if given):
+            raise InputError(f"{path}: is an input as well, name another file to write")
         tempfile.TemporaryFile(dir=path.parent).close()      # permission bits do not show a read-only disk
     return path
 
@@ -470,7 +472,8 @@ def open_image(path: str | Path):
             raise
         except Exception as error:                           # damaged files raise a dozen types in Pillow
             check_not_heic(path)
-            raise InputError(f"{path}: is not a picture that can be read ({error})") from None
+            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+            raise InputError(f"{path}: is not a picture that can be read ({reason})") from None
 
 
 def check_not_heic(path: Path):

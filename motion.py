@@ -108,31 +108,37 @@ def random_motion(rng: np.random.Generator, turn_limits) -> Motion:
     return Motion(motion[None, :6], rng.integers(2, size=1), motion[6:])
 
 
-def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, turn_limits) -> Motion:
-    """Motion of a driving clip, softly limited to what looks right on the photo. Poses are relative to its first frame,
-    brows to their median, blinks to the usual opening of the eyes.
+def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, turn_limits,
+                   scene: np.ndarray) -> Motion:
+    """Motion of a driving clip, softly limited to what looks right on the photo. Poses are relative to the first frame of
+    a scene, brows to their median, blinks to the usual opening of the eyes.
 
     points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; all are
     NaN, and interpolated, in frames without a face. mean: (77, 3) shape; turn_limits: of yaw and pitch in degrees, see
-    warp.Head. Blinks are not smoothed: they last three frames. Raises ValueError: no frame has a face"""
+    warp.Head; scene: (T,) numbers of faces.label_scenes. Blinks are not smoothed: they last three frames. Raises
+    ValueError: no frame has a face"""
     has_face = np.isfinite(points).all((1, 2))
     if not has_face.any():
         raise ValueError("no face")
-    points, lids, brows = (fill_missing(x, has_face) for x in (points, lids, brows))
-    scale, R, shift = fit_pose(points, mean)                       # (T,), (T, 3, 3), (T, 2)
+    cuts, limits = np.flatnonzero(np.diff(scene)) + 1, np.array([*turn_limits, *LIMITS])
+    scenes = zip(*(np.split(fill_missing(x, has_face), cuts) for x in (points, lids, brows)))
+    motion, blinks = map(np.concatenate, zip(*(scene_motion(*clip, mean, limits) for clip in scenes)))
+    return Motion(motion[:, :6], blinks, motion[:, 6])
+
+
+def scene_motion(points, lids, brows, mean, limits) -> tuple[np.ndarray, np.ndarray]:
+    """Motion of one scene, see driving_motion -> pose and brows (n, 7), within limits (7,); blinks (n,)"""
+    scale, R, shift = fit_pose(points, mean)                       # (n,), (n, 3, 3), (n, 2)
     nods = angles(fit_pose(points, mean, UPPER_FACE)[1])[:, 1]
     yaws, pitches, rolls = angles(R @ R[0].T).T
     places = scale[:, None] * (R[:, :2, :2] @ mean[:68, :2].mean(0)) + shift
     raised = brows.mean(1) - np.median(brows)
-    motion = np.c_[yaws, (pitches + nods) / 2, rolls, places / scale[0], scale / scale[0] - 1, raised]  # (T, 7)
+    motion = np.c_[yaws, (pitches + nods) / 2, rolls, places / scale[0], scale / scale[0] - 1, raised]  # (n, 7)
     motion = gaussian_filter1d(motion, DRIVE_SIGMA, axis=0, mode="nearest")
     motion[:, :6] -= motion[0, :6]
     motion[:, :2] *= DRIVE_GAIN
-    limits = np.array([*turn_limits, *LIMITS])
-    motion = soft_limit(motion, limits)
     opening = lids.mean(1) / max(np.percentile(lids.mean(1), 80), 1e-6)
-    blinks = smoothstep((LID_OPEN - opening) / (LID_OPEN - LID_SHUT))
-    return Motion(motion[:, :6], blinks, motion[:, 6])
+    return soft_limit(motion, limits), smoothstep((LID_OPEN - opening) / (LID_OPEN - LID_SHUT))
 
 
 # ---------------------------------------------------------------- fitted once for a network: its lip numbers -> landmarks

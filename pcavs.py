@@ -37,7 +37,8 @@ from audio import LWS_BANDS, LWS_STEPS, lws_mel, lws_windows, n_frames
 from checkpoint import (
     StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
     load_frozen, load_strictly, open_log, optimiser_step, pick_device, progress_bar, read_weights, restore_run,
-    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, wrap_errors, write_log)
+    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, warn_of_slow_bf16, wrap_errors,
+    write_log)
 from data import Pack, add_split_options, balance_people, batches, open_packs, split, to_flipped_tensor
 from faces import (
     PCAVS_FILE, PCAVS_INPUT, PCAVS_POINTS, TEMPLATES, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box,
@@ -436,7 +437,7 @@ def render(model, crop, wav, pose_crops, args, device):
 
 def sample(args):
     start = time.perf_counter()
-    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
+    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES, (args.face, args.speech, args.pose))
     photo, wav, device = load_photo(args.face), load_audio(args.speech), pick_device(args.device)
     model = load_pcavs(args.weights, device)
     crop, n = crop_photo(photo, args, model.config), n_frames(len(wav))
@@ -639,6 +640,7 @@ def train(args, argv=None):
         saved = load_checkpoint(path, "pcavs-train")
         args = resume_options(parse, argv, args, saved, path)
     device = pick_device(args.device)
+    warn_of_slow_bf16(args, device)
     pack = open_packs(args.data) if args.data else open_toy_pack(path.parent, args.size, args.people, 3.0)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")

@@ -268,7 +268,7 @@ def main():
         "0.2 s per second of sound)")
     args = p.parse_args(workers=(1, 256), lag=(-25, 25))
     if not args.videos.is_dir():
-        raise InputError(f"{args.videos}: no such directory")
+        raise InputError(f"{args.videos}: no such directory (a file? name the folder that holds it)")
     if args.census:
         return census(list_files(args.videos), args.workers)
     if not args.out:

@@ -30,7 +30,7 @@ from audio import N_MELS, SILENCE, WINDOW, log_mel, mel_windows, n_frames
 from checkpoint import pick_device
 from dub import find_takes, frame_jobs
 from faces import (
-    TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, middle_square, parse_box, turn_upright)
+    TEMPLATES, crop_face, detect_faces, face_box, label_scenes, landmark_detector, middle_square, parse_box, turn_upright)
 from fusion import load_model
 from landmarks import SCATTER_LIMIT, find_landmarks, landmark_scatter, load_landmarks, measure_eyes, track_landmarks
 from media import (
@@ -258,8 +258,9 @@ def talking_photo(model, photo, box, mel, speech, args):
     if args.driving:
         _, boxes, height = find_driving_face(args.driving, T, "face")
         points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), boxes[0])
+        scene = label_scenes(itertools.islice(read_video(args.driving, 16), T))
         try:
-            motion = driving_motion(points, *measure_eyes(points), mean, warp.head.turn_limits)
+            motion = driving_motion(points, *measure_eyes(points), mean, warp.head.turn_limits, scene)
         except ValueError as error:
             raise InputError(f"{args.driving}: {error} that can be followed") from None
     else:
@@ -396,7 +397,7 @@ def main(argv=None):
     begin = time.perf_counter()
 
     # check all inputs, the quick checks first
-    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES)
+    out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES, (args.face, args.speech, args.driving))
     photo = None if is_video(args.face) else load_photo(args.face)  # (H, W, 3) uint8
     wav = load_audio(args.speech)  # (n,) at 16 kHz
     if args.driving:
@@ -409,7 +410,7 @@ def main(argv=None):
         model.config.refine = args.refine
     if photo is not None:
         photo, box, message = find_photo_face(photo, args, model.config.template)
-        print(f"{args.face}: {message}; network: {weights}")
+        print(f"{args.face}: {message}; network: {weights}; speech: {args.speech}")
         if model.config.template == "toy" and not is_drawn(crop_face(photo, box, model.config.size)):
             print(f"{weights}: trained on drawn faces, but {args.face} is not one: the frames will not resemble it")
     torch.set_num_threads(THREADS)

@@ -41,7 +41,7 @@ from audio import N_MELS, WINDOW, AudioEncoder, ConvBlock, change_voice, log_mel
 from checkpoint import (
     StepTimer, add_run_options, claim_output, cosine_warmup, count_parameters, fp16_state_dict, load_checkpoint,
     load_strictly, open_log, optimiser_step, pick_device, progress_bar, restore_run, resume_options, save_checkpoint,
-    save_run, terms_to_floats, wrap_errors, write_log)
+    save_run, terms_to_floats, warn_of_slow_bf16, wrap_errors, write_log)
 from data import Pack, add_split_options, balance_people, batches, find_used_clips, open_packs, split
 from faces import MAX_CLIP_FRAMES, MAX_HEIGHT, crop_face, find_clip_box, middle_square, parse_box
 from judges import wav2lip_expert
@@ -370,6 +370,7 @@ def train(args, argv=None):
     if args.resume:
         args = resume_options(parse, argv, args, load_checkpoint(last, "syncnet"), last)
     device = pick_device(args.device)
+    warn_of_slow_bf16(args, device)
     expert, opt, start, best = start_or_resume(args, last, device)
     pack, clips, val_pack, val_clips = load_data(args, out.parent)
     print(f"sync expert on {device}: {len(clips)} clips to train on, {len(val_clips)} to validate, "
@@ -519,7 +520,7 @@ def offset(args):
     """Prints the lag of a clip's sound in frames, and the confidence in it; --fix writes the clip in sync."""
     device = pick_device(args.device)
     expert, path = load_sync(args.expert, device), check_file(args.clip)
-    out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES) if args.fix else None
+    out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES, (path,)) if args.fix else None
     lag, confidence, fit, windows = measure_offset(expert, path, device, args.box)
     frames = f"{abs(lag)} frame{'s' * (abs(lag) != 1)} ({abs(lag) / FPS:.2f} s) {'late' if lag > 0 else 'early'}"
     print(f"{path}: the sound is {frames if lag else 'in sync'}; confidence {confidence:.1f}, "

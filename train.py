@@ -33,7 +33,8 @@ import losses
 from checkpoint import (
     RANK, WORLD_SIZE, StepTimer, add_run_options, barrier, claim_output, cosine_warmup, count_parameters,
     fp16_state_dict, init_distributed, load_checkpoint, open_log, optimiser_step, progress_bar, restore_run,
-    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, write_log)
+    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, warn_of_slow_bf16,
+    write_log)
 from data import add_split_options
 from fusion import middle_frames
 from media import InputError, Parser, atomic_write, run, to_tensor, to_uint8
@@ -242,6 +243,7 @@ def main(argv=None):
     name = f"stage{args.stage}" + ("_hyper" if args.part == "hyper" else "")
     path = os.path.join(args.out, "weights.pt" if args.part == "lips" else f"{name}.pt")
     device = init_distributed(args.device)
+    warn_of_slow_bf16(args, device)
     if RANK:  # process 0 alone downloads, draws and fits; the other processes load the checkpoint that it saves
         barrier()
         args.resume = True

@@ -606,3 +606,12 @@ def test_a_file_whose_network_needs_far_more_numbers_than_it_holds_takes_no_memo
     with pytest.raises(InputError, match="w.pt: its sizes do not fit a network.*more numbers"):
         checkpoint.load_strictly(make, {"weight": torch.ones(3)}, "w.pt")
     assert checkpoint.peak_memory_gib(torch.device("cpu")) < before + 1
+
+
+@pytest.mark.parametrize("bf16, device, fast, warned", [
+    (True, "cpu", False, True), (True, "cpu", True, False), (False, "cpu", False, False), (True, "cuda", False, False)])
+def test_bf16_on_a_cpu_without_its_instructions_is_reported(monkeypatch, capsys, bf16, device, fast, warned):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    checkpoint.warn_of_slow_bf16(argparse.Namespace(bf16=bf16), torch.device(device))
+    assert ("--bf16: this CPU" in capsys.readouterr().out) == warned

@@ -171,15 +171,18 @@ def test_a_face_needs_a_second_detection_that_is_upright_with_a_good_score(monke
 def test_a_photo_is_turned_until_a_face_in_it_is_upright(monkeypatch, turns, words):
     image = np.ascontiguousarray(np.rot90(picture(), -turns))
 
-    def detect(turned):
+    def detect(turned, *_):
         return [(1, 2, 3, 4, 0.9)] if np.array_equal(turned, picture()) else []
 
     monkeypatch.setattr(faces, "detect_faces", detect)
     turned, found, how = faces.turn_upright(image)
     assert np.array_equal(turned, picture()) and len(found) == 1 and words in how and bool(how) == bool(turns)
-    monkeypatch.setattr(faces, "detect_faces", lambda turned: [])
+    monkeypatch.setattr(faces, "detect_faces", lambda turned, *_: [])
     turned, found, how = faces.turn_upright(image)
     assert np.array_equal(turned, image) and found == [] and how == ""
+    monkeypatch.setattr(faces, "detect_faces", lambda turned, *tight: [(1, 2, 3, 4, 0.9)] * len(tight))
+    turned, found, how = faces.turn_upright(image)  # a portrait that the face fills
+    assert turned is image and len(found) == 1 and how == ""
 
 
 def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):

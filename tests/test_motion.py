@@ -12,6 +12,7 @@ from media import load_audio
 from motion import Motion, detect_speech, fit_moves, fit_opening, driving_motion, idle_motion, lip_opening, mouth_motion
 from warp import Pose, rotation
 
+ONE = np.zeros(1)  # scene
 ROOT, RATE = Path(__file__).resolve().parents[1], 16000
 
 
@@ -87,20 +88,30 @@ def driver(T=60):
 
 def test_driving_motion_has_the_turns_and_blinks_of_the_clip():
     clip, lids, brows, yaw, pitch = driver()
-    got = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0))
+    got = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0), ONE)
     assert np.abs(got.poses[:, 0] - motion.DRIVE_GAIN[0] * yaw).max() < 1.0  # smoothed, softly limited
     assert np.abs(got.poses[:, 1] - motion.DRIVE_GAIN[1] * pitch).max() < 1.3
     assert (got.blinks[20:23] == 1).all() and np.delete(got.blinks, [20, 21, 22]).max() == 0
-    turned = driving_motion(clip[15:], lids[15:], brows[15:], mean_shape(), (20.0, 20.0))  # starts at 6 degrees
+    turned = driving_motion(clip[15:], lids[15:], brows[15:], mean_shape(), (20.0, 20.0), ONE)  # starts at 6 degrees
     assert (turned.poses[0] == 0).all() and turned.poses[:, 0].min() < -8
-    tight = driving_motion(clip, lids, brows, mean_shape(), (3.0, 3.0))
+    tight = driving_motion(clip, lids, brows, mean_shape(), (3.0, 3.0), ONE)
     assert np.abs(tight.poses[:, :2]).max() < 3.0
+
+
+def test_each_scene_of_a_driving_clip_starts_at_the_photos_pose_and_has_its_own_usual_eyes():
+    clip, lids, brows, _, _ = driver()
+    alone = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0), ONE)
+    both = np.concatenate([clip, 60 + 1.5 * clip]), np.concatenate([lids, lids / 2]), np.concatenate([brows, brows + 0.1])
+    got = driving_motion(*both, mean_shape(), (20.0, 20.0), np.repeat([0, 1], 60))
+    for part in ("poses", "blinks", "brows"):
+        first, second = np.split(getattr(got, part), 2)
+        assert np.array_equal(first, getattr(alone, part)) and np.abs(second - first).max() < 1e-3
 
 
 def test_eyes_of_a_driver_who_looks_down_stay_half_shut():
     clip, lids, brows, _, _ = driver()
     lids[40:50] = 0.19
-    blinks = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0)).blinks
+    blinks = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0), ONE).blinks
     assert (blinks[20:23] == 1).all() and 0.2 < blinks[40:50].min() and blinks[40:50].max() < 0.6
 
 
@@ -109,18 +120,18 @@ def test_the_drivers_mouth_has_no_influence():
     other = clip.copy()
     other[:, 3:14] += 5.0                                              # jaw and chin
     other[:, 48:] += np.random.default_rng(1).normal(0, 8, other[:, 48:].shape)
-    a, b = (driving_motion(c, lids, brows, mean_shape(), (20.0, 20.0)) for c in (clip, other))
+    a, b = (driving_motion(c, lids, brows, mean_shape(), (20.0, 20.0), ONE) for c in (clip, other))
     assert np.array_equal(a.poses, b.poses) and np.array_equal(a.blinks, b.blinks)
 
 
 def test_frames_without_a_face_are_interpolated_and_a_clip_without_any_face_is_refused():
     clip, lids, brows, yaw, _ = driver()
-    whole = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0))
+    whole = driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0), ONE)
     for part in (clip, lids, brows):
         part[30:33] = np.nan
-    assert np.abs(driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0)).poses - whole.poses).max() < 0.5
+    assert np.abs(driving_motion(clip, lids, brows, mean_shape(), (20.0, 20.0), ONE).poses - whole.poses).max() < 0.5
     with pytest.raises(ValueError, match="no face"):
-        driving_motion(clip * np.nan, lids, brows, mean_shape(), (20.0, 20.0))
+        driving_motion(clip * np.nan, lids, brows, mean_shape(), (20.0, 20.0), ONE)
 
 
 def test_fit_moves_recovers_the_moves_of_synthetic_clips():

@@ -324,7 +324,8 @@ def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "none"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="2"):
         media.run(prepare.main)
-    assert capsys.readouterr().err == f"prepare.py: {tmp_path}/none: no such directory\n"
+    line = f"prepare.py: {tmp_path}/none: no such directory (a file? name the folder that holds it)\n"
+    assert capsys.readouterr().err == line
 
 
 def test_an_output_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):

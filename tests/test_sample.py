@@ -672,6 +672,17 @@ def test_a_photo_drawn_by_toy_weights_is_reported_and_a_drawing_in_a_wide_pictur
     assert "will not resemble" not in capsys.readouterr().out
 
 
+def test_an_input_is_not_overwritten(short):
+    speech = Path("speech.wav").read_bytes()
+    media.write_video("d.mp4", iter(np.zeros((5, 48, 64, 3), np.uint8)), 5)
+    Path("link.mp4").symlink_to("d.mp4")
+    for args in (["d.mp4", "speech.wav"], [str(sample.EXAMPLE_PHOTO), "d.mp4"],
+                 [str(sample.EXAMPLE_PHOTO), "speech.wav", "--driving", "link.mp4"]):
+        with pytest.raises(InputError, match="d.mp4: is an input as well"):
+            sample.main([*args, "--out", "d.mp4", "--overwrite"])
+    assert len(list(read_video("d.mp4"))) == 5 and Path("speech.wav").read_bytes() == speech
+
+
 def test_a_refused_job_leaves_the_number_of_threads(short, monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(sample, "THREADS", 3)

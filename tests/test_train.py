@@ -408,7 +408,7 @@ def test_with_one_person_the_face_judge_distinguishes_clips_and_uses_no_held_out
 def test_idle_motion_comes_from_training_clips_which_repeat_if_they_are_few(monkeypatch):
     model = FCTFG(Config.at(16))
     pack = types.SimpleNamespace(n_frames=np.array([80, 80, 20, 80]))
-    pack.frames = lambda c, ks: seen.append(int(c)) or np.stack([np.full((16, 16, 3), (c + 1) * k // 4) for k in ks])
+    pack.frames = lambda c, ks: seen.append(int(c)) or np.full((3, 16, 16, len(ks)), (c + 1) * np.array(ks) // 4, "u1").T
     monkeypatch.setattr(model, "encode_driving", lambda x: x.mean((2, 3, 4))[..., None])
     monkeypatch.setattr(model.motion, "pose", lambda z: z.expand(-1, -1, model.config.pose_dim))
     seen = []
@@ -592,7 +592,7 @@ def test_the_lip_reader_learns_from_landmarks_and_stages_2_and_3_keep_it(
     shown = capsys.readouterr().out                                          # minutes, and the held-out error
     assert re.search(r"before the first step: 120 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
     assert re.search(r"before the first step: 2 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
-    assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ % in [12] held-out clips", shown)
+    assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ -> -?\d+ % in [12] held-out", shown)
     two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
                   for k in (2, 3))
     assert all({"preserve", "mouth_cycle", "adv", "d"} <= set(line) for line in two)
