@@ -672,6 +672,14 @@ def test_a_photo_drawn_by_toy_weights_is_reported_and_a_drawing_in_a_wide_pictur
     assert "will not resemble" not in capsys.readouterr().out
 
 
+def test_a_photo_smaller_than_the_networks_crop_is_shown_whole_and_enlarged(short):
+    photo, box = media.load_photo(sample.EXAMPLE_PHOTO), (24, 20, 492, 488)
+    Image.fromarray(faces.crop_face(photo, box, 60)).save("small.png")
+    at = (np.array(sample.EXAMPLE_BOX.split(","), float) - np.tile(box[:2], 2)) * 60 / 468
+    sample.main(["small.png", "speech.wav", "--box", ",".join(map(str, at)), "--out", "a.mp4"])
+    assert shape_of("a.mp4")[1] > 100
+
+
 def test_an_input_is_not_overwritten(short):
     speech = Path("speech.wav").read_bytes()
     media.write_video("d.mp4", iter(np.zeros((5, 48, 64, 3), np.uint8)), 5)
