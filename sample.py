@@ -421,8 +421,8 @@ def main(argv=None):
     mel = (torch.from_numpy(mel_windows(spectrogram, frames)).to(device) for frames in chunks)  # (n, 1, 80, 16)
     del wav  # 4 MB a minute
     torch.manual_seed(args.seed)
-    shows_photo = has_lip_moves(model) or photo is not None and max(photo.shape[:2]) > model.config.size
-    whole = photo is not None and not args.crop and shows_photo  # a drawing as small as the network's crop: the crop
+    # the whole photo is shown, but of a drawing that is as small as the network's crop: the crop
+    whole = photo is not None and not args.crop and (has_lip_moves(model) or max(photo.shape[:2]) > model.config.size)
     if whole:
         photo, box = limit_size(photo, box)
     if photo is None:

@@ -89,7 +89,7 @@ def test_the_script_writes_the_video_and_reports_it_in_one_line(folder, weights,
 class LoudFrames:
     """Replaces the network: a frame is bright when its own mel window is loudest in the middle."""
 
-    config = SimpleNamespace(size=16, template="toy", voice_norm=False)
+    config, mouth = SimpleNamespace(size=16, template="toy", voice_norm=False), None
 
     def animate(self, source, mel, driving=None, sway=True, batch=7):
         mel = torch.cat(list(mel))
