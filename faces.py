@@ -163,7 +163,7 @@ def mask_mouth(frames: torch.Tensor, template: str, part: str = "mouth") -> torc
 MIN_SCORE = 0.65  # ours: 2 of 100 UTKFace portraits lie below; a dog has .63, a cat .5, textures less
 SAME_FACE = 0.3  # intersection over union of two boxes of one face; ours
 VIDEO_MARGIN = 1.2  # searched square, in larger sides of a frame (ours: faces at the edge are found)
-TIGHT_MARGINS = (1.5, 2.0, 2.5)  # of `detect_faces`, for portraits that the face fills
+TIGHT_MARGINS = (1.5, 2.0, 2.5)  # of `detect_faces`, for portraits that the face fills and photos for packs
 NEAR_SIDE = 2.0  # square of `redetect`, in sides of a face (ours: there key points scatter least, 2 of 128 px)
 
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from audio import isolate_voice, log_mel, n_frames
 from data import Pack, PackWriter, cut_sound, encode_jpeg
 from faces import (
-    MAX_CLIP_FRAMES, MAX_HEIGHT, complete_lines, crop_face, detect_faces, face_box, face_detectors, find_clips,
-    square_in_crop)
+    MAX_CLIP_FRAMES, MAX_HEIGHT, TIGHT_MARGINS, complete_lines, crop_face, detect_faces, face_box, face_detectors,
+    find_clips, square_in_crop)
 from media import (
     FPS, InputError, Parser, load_audio, load_photo, normalise_loudness, parallel_map, probe, read_video, run, to_int16,
     wrap_os_errors)
@@ -100,6 +100,8 @@ def prepare_photo(path: Path, size: int, template: str, **_):
     image = load_photo(path)
     H, W = image.shape[:2]
     faces = detect_faces(image, margins=(1.5,))
+    if len(faces) != 1:  # more searches, which take four times as long, find small faces and reject false ones
+        faces = detect_faces(image, TIGHT_MARGINS)
     if not faces:
         raise InputError("no face that is upright was found")
     box = face_box(faces, template)

@@ -179,12 +179,12 @@ def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
 def test_a_moved_photo_has_another_pose_and_shut_eyes(net, monkeypatch):
     big = load_photo(PORTRAIT)
     points = (landmarks.find_landmarks(net, big, BOX) - BOX[:2]) * 64 / 247.5
-    move = initialise.MovePhotos(SimpleNamespace(clip=lambda c: {3: points[None]}[c]))
+    move = initialise.MovePhotos(SimpleNamespace(clip=lambda c: {3: np.stack([0 * points, points])}[c]))
     photo, read = crop_face(big, BOX, 64), []
     for yaw, blink in ((0, 0), (9, 0), (0, 1)):
         motion = Motion(np.array([[yaw, 0, 0, 0, 0, 0]]), np.array([blink]), np.zeros(1))
         monkeypatch.setattr(initialise, "random_motion", lambda rng, limits, motion=motion: motion)
-        moved = move(photo, 3, 0, None)
+        moved = move(photo, 3, 1, None)
         assert moved.shape == photo.shape and moved.dtype == np.uint8
         read.append(landmarks.read_pose(net, to_tensor(moved[None]))[0])
     still, turned, shut = read

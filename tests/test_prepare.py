@@ -215,6 +215,14 @@ def test_the_pack_records_the_template_of_its_crops(speaker, tmp_path):
         prepare.prepare(speaker, tmp_path / "ffhq", 32, template="face")
 
 
+def test_a_photo_with_several_faces_is_searched_again(photos, tmp_path, monkeypatch):
+    false, true = (2, 2, 38, 38, 0.9), (40, 10, 60, 30, 0.8)
+    monkeypatch.setattr(prepare, "detect_faces",
+                        lambda image, margins: [true] if margins == faces.TIGHT_MARGINS else [false, true])
+    prepare.prepare(photos, tmp_path / "out", 32)
+    assert Pack(tmp_path / "out").box[0].tolist() == pytest.approx(faces.face_box([true], "face"), abs=0.01)
+
+
 def test_photos_become_clips_of_one_frame_without_sound(photos, tmp_path):
     prepare.prepare(photos, tmp_path / "out", 32)
     pack, lines = Pack(tmp_path / "out"), manifest(tmp_path / "out")
