@@ -2,7 +2,7 @@
 
     mouth_motion(opening, shape, speech, ..)  -> opening (T,), shape (T, K - 1); in silence those of the photo
     idle_motion(T, speech, seed)              -> Motion: blinks, and a head that sways a little with the speech
-    driving_motion(landmarks, eyelids, brows) -> Motion of a driving clip, relative to its first frame
+    driving_motion(landmarks, eyelids, brows) -> Motion of a driving clip, relative to the first frame of a scene
 
 Ours: in the paper a generator's codes carry the motion. Units, signs and K are those of warp.py; 25 frames a second.
 """
