@@ -23,13 +23,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import torch
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -215,20 +214,11 @@ def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()
 READ_ALL_STREAMS = ["-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
 
 
-@lru_cache
-def ffmpeg_path() -> str:
-    """The ffmpeg of imageio-ffmpeg, else the one on PATH. InputError: neither exists."""
-    try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:
-        raise InputError("ffmpeg is missing: pip install imageio-ffmpeg, or install ffmpeg") from None
-
-
 def decoder(path: str | Path, *output: str, input_options: tuple = ()) -> list[str]:
     """ffmpeg command that reads `path`, a local media file, and no other file."""
     quiet = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
-    return [ffmpeg_path(), *quiet, *local, *input_options, "-i", f"file:{check_file(path)}", *output]
+    return [get_ffmpeg_exe(), *quiet, *local, *input_options, "-i", f"file:{check_file(path)}", *output]
 
 
 def describe_media(path: str | Path) -> str:
@@ -359,7 +349,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
     decode = decoder(path, *args, input_options=("-ignore_length", "1") if is_open else ())
     # A second ffmpeg fills the gaps. Where rate or channels change, the first one builds its filters anew, and they count
     # time from 0 again
-    fill_gaps = [ffmpeg_path(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
+    fill_gaps = [get_ffmpeg_exe(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
     fill_gaps += ["-af", f"aresample=async=1:min_hard_comp={MAX_JITTER}:first_pts=0", "-f", "f32le", "pipe:1"]
     raw = tempfile.TemporaryFile()
     with tempfile.TemporaryFile() as log, subprocess.Popen(decode, stdout=subprocess.PIPE, stderr=log) as process:
@@ -620,7 +610,7 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
 
 def encoder(height: int, width: int, track: Path | None, draft: Path) -> list[str]:
     """ffmpeg command that encodes raw frames from its standard input, with the sound of a WAV file."""
-    command = [ffmpeg_path(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command = [get_ffmpeg_exe(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0"]
     command += ["-i", str(track), "-c:a", "aac", "-b:a", "192k"] if track else []
     # players show untagged video in different colours, so it is tagged as HDTV

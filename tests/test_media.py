@@ -36,7 +36,7 @@ def tone(hz, n, rate=RATE):
 
 
 def ffmpeg(*args):
-    command = [media.ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
+    command = [media.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-y", *map(str, args)]
     subprocess.run(command, check=True)
 
 
@@ -494,7 +494,7 @@ def test_hdr_colours_are_those_of_bt_709(tmp_path):
     for curve, code in (("arib-std-b67", hlg), ("smpte2084", pq)):
         frame = np.repeat(np.repeat((code * 65535).round().astype("<u2"), 16, 0)[None], 16, 0)  # (16, 64, 3)
         raw = subprocess.run(
-            [media.ffmpeg_path(), "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", "64x16",
+            [media.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", "64x16",
              "-i", "-", "-vf", f"scale=out_color_matrix=bt2020nc:out_range=tv,format=yuv444p10le,"
              f"setparams=color_primaries=bt2020:colorspace=bt2020nc:color_trc={curve}:range=tv", "-c:v", "ffv1",
              str(tmp_path / "a.mkv")], input=frame.tobytes())

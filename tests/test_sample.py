@@ -396,7 +396,7 @@ def test_the_shipped_face_keeps_its_mouth_shut_in_silence_and_opens_it_to_speech
 
 def numbered_video(path, count, height=40, width=40, rate=25):
     """A video in which frame k has brightness 8 k"""
-    command = [media.ffmpeg_path(), "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command = [media.get_ffmpeg_exe(), "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-crf", "1", str(path)]
     data = np.arange(count, dtype=np.uint8).repeat(height * width * 3) * 8
     subprocess.run(command, input=data.tobytes(), check=True)

@@ -520,7 +520,7 @@ def test_other_codecs_become_h264_and_the_sound_keeps_its_rate_and_channels(tmp_
     write_clip(tmp_path / "clip.mp4", frames, wav)
     args = ["-i", tmp_path / "clip.mp4", "-vf", "scale=64:48", "-c:v", "mpeg1video", "-b:v", "2M"]
     args += ["-ac", "2", "-ar", "44100", "-c:a", "mp2"]
-    subprocess.run([media.ffmpeg_path(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
+    subprocess.run([media.get_ffmpeg_exe(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
     syncnet.write_shifted(tmp_path / "old.mpg", 3, tmp_path / "new.mkv")
     text = subprocess.run(media.decoder(tmp_path / "new.mkv"), capture_output=True, text=True).stderr
     assert "Video: h264" in text and "44100 Hz, stereo" in text and "64x48" in text
@@ -539,7 +539,7 @@ def test_a_shifted_click_is_within_a_frame_of_where_it_should_be(tmp_path, sourc
     options = ["-map", "0:v", "-map", "1:a", "-c:v", "libx264", "-c:a", "aac"]
     options = [*late, *options] if "late" in source else ["-c", "copy", "-avoid_negative_ts", "disabled"]
     if source != "whole.mp4":
-        command = [media.ffmpeg_path(), "-loglevel", "error", *start, "-i", tmp_path / "whole.mp4", *options]
+        command = [media.get_ffmpeg_exe(), "-loglevel", "error", *start, "-i", tmp_path / "whole.mp4", *options]
         subprocess.run([*command, tmp_path / source], check=True)
     at, count = flash_and_click(tmp_path / source)
     out = (tmp_path / "out").with_suffix(suffix)
