@@ -52,12 +52,7 @@ def wrap_errors(source, problem: str):
         raise
     except Exception as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise InputError(f"{source}: {problem} ({one_line(reason)})") from error
-
-
-def one_line(text) -> str:
-    """The first 120 characters of a name or message from a file, on one line."""
-    return " ".join(str(text)[:120].split())
+        raise InputError(f"{source}: {problem} ({reason[:120]})") from error
 
 
 def read_weights(path: str | Path) -> dict:
@@ -135,7 +130,7 @@ def load_strictly(make_network, state: dict, source) -> nn.Module:
     expected = {key: describe(value) for key, value in network.state_dict().items()}
     given = {key: describe(value) for key, value in state.items()}
     errors = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
-    errors += [f"{one_line(key)} is unknown" for key in given if key not in expected]
+    errors += [f"{str(key)[:120]} is unknown" for key in given if key not in expected]
     errors += [f"{k} is {given[k]}, expected {form}" for k, form in expected.items() if given.get(k, form) != form]
     if errors:
         more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
@@ -172,7 +167,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
             file.flush()
             os.fsync(file.fileno())                       # else a power cut could keep the name without the content
     except RuntimeError as error:                         # torch's writer reports a full disk by this type
-        raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
+        raise InputError(f"{path}: cannot be written ({error})") from None
 
 
 def load_checkpoint(path: str | Path, kind: str | tuple) -> dict:
@@ -290,7 +285,7 @@ def fetch(name: str, path: str | Path | None = None) -> Path:
                 torch.hub.download_url_to_file(url, str(target), pin.sha256)
                 return target
             except (OSError, HTTPException, RuntimeError) as error:    # no network or full disk; cut; other hash
-                failures.append(f"{urlsplit(url).netloc}: {one_line(error)}")
+                failures.append(f"{urlsplit(url).netloc}: {error}")
     finally:
         socket.setdefaulttimeout(default_timeout)
     raise InputError(f"{pin.file} is {'damaged' if exists else 'missing'} and could not be fetched "

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_strictly, one_line, read_weights, wrap_errors
+from checkpoint import load_strictly, read_weights, wrap_errors
 from faces import TEMPLATES, box_slices, resize_square
 from media import InputError
 from stylegan2 import EqualLinear
@@ -362,7 +362,7 @@ def read_part(path: str | Path, part: str) -> tuple[dict, dict]:
     part_state = {key.removeprefix(f"{part}."): v for key, v in state.items() if str(key).startswith(f"{part}.")}
     unknown = [key for key in state if not str(key).startswith(("encoder.", "hypernet.", "decoder."))]
     if part_state and unknown:
-        raise InputError(f"{path}: {one_line(unknown[0]) or 'a nameless weight'} is unknown beside {part}")
+        raise InputError(f"{path}: {str(unknown[0]).strip()[:120] or 'a nameless weight'} is unknown beside {part}")
     return beside, part_state or state
 
 
