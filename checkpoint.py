@@ -330,8 +330,7 @@ def peak_memory_gib(device) -> float:
     """Peak memory so far in GiB: the device's on a GPU, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 2 ** 10      # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # Linux counts KiB
 
 
 # ------------------------------------------------------------------------------------ shared by all training scripts

@@ -11,7 +11,6 @@ import os
 import pickle
 import random
 import signal
-import sys
 import threading
 import time
 import types
@@ -525,15 +524,6 @@ def test_processes_that_fetch_at_the_same_time_all_get_a_complete_file(server):
 
 # ------------------------------------------------------------------------------------------------------------
 # around a training loop
-
-
-def test_memory_is_counted_in_bytes_on_macos(monkeypatch):
-    fake, cpu = types.SimpleNamespace(RUSAGE_SELF=0), torch.device("cpu")
-    fake.getrusage = lambda _: types.SimpleNamespace(ru_maxrss=3 * 2 ** 20)
-    monkeypatch.setattr(checkpoint, "resource", fake)
-    for system, gib in (("linux", 3), ("darwin", 3 / 1024)):
-        monkeypatch.setattr(sys, "platform", system)
-        assert checkpoint.peak_memory_gib(cpu) == gib
 
 
 def options(**changes):
