@@ -52,7 +52,7 @@ def wrap_errors(source, problem: str):
         raise
     except Exception as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise InputError(f"{source}: {problem} ({reason[:120]})") from error
+        raise InputError(f"{source}: {problem} ({reason[:240]})") from error
 
 
 def read_weights(path: str | Path) -> dict:
@@ -113,29 +113,20 @@ class AllocationLimit(TorchFunctionMode):
 
 
 def load_strictly(make_network, state: dict, source) -> nn.Module:
-    """Build a network and load a state dict whose names, shapes and dtypes all match; fp16 becomes fp32. BatchNorm's
-    counters may be absent (files of 2017). InputError: a mismatch, or sizes in the file that make_network() rejects."""
-    def describe(value):
-        if not is_dense(value):
-            return "no dense tensor"
-        return f"{'' if value.is_floating_point() else f'{value.dtype} '}{tuple(value.shape)}"
-
-    numbers = sum(value.numel() for value in iterate_nested(state) if is_dense(value))
+    """Build a network and load a state dict whose names and shapes all match; fp16 becomes fp32. BatchNorm's counters
+    may be absent (files of 2017). InputError: a mismatch, or sizes in the file that make_network() rejects."""
+    numbers = sum(value.numel() for value in iterate_nested(state) if isinstance(value, torch.Tensor))
     limit = AllocationLimit(2 * numbers + EXTRA_NUMBERS)
     with wrap_errors(source, "its sizes do not fit a network of this version"), limit:
         network = make_network()
-    name = type(network).__name__
-    if not isinstance(state, dict):
-        raise InputError(f"{source}: holds a {type(state).__name__} in place of the weights of {name}")
-    expected = {key: describe(value) for key, value in network.state_dict().items()}
-    given = {key: describe(value) for key, value in state.items()}
-    errors = [f"{key} is absent" for key in expected if key not in given and not key.endswith("num_batches_tracked")]
-    errors += [f"{str(key)[:120]} is unknown" for key in given if key not in expected]
-    errors += [f"{k} is {given[k]}, expected {form}" for k, form in expected.items() if given.get(k, form) != form]
+    problem = f"not the weights of {type(network).__name__}"
+    with wrap_errors(source, problem):                              # a shape differs, or a value is no tensor
+        absent, unknown = network.load_state_dict(state, strict=False)
+    errors = [f"{key} is absent" for key in absent if not key.endswith("num_batches_tracked")]
+    errors += [f"{key[:120]} is unknown" for key in unknown]
     if errors:
         more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
-        raise InputError(f"{source}: not the weights of {name}: {errors[0]}{more}")
-    network.load_state_dict(state, strict=False)
+        raise InputError(f"{source}: {problem}: {errors[0]}{more}")
     return network
 
 

@@ -264,7 +264,7 @@ def valid_file(name):
 REPLACEMENTS = dict(  # of a valid tensor; a few bytes in a file can take terabytes in memory
     sparse=lambda v: v.to_sparse(), meta=lambda v: v.to("meta"), scalar=lambda v: torch.tensor(1.0),
     repeated=lambda v: torch.zeros(1).expand(*v.shape[:-1], 1 << 40), hollow=lambda v: torch.ones(1 << 40, 0),
-    integers=lambda v: v.long(), complex=lambda v: v + 1j, longer=lambda v: torch.ones(*v.shape[:-1], v.shape[-1] + 1),
+    longer=lambda v: torch.ones(*v.shape[:-1], v.shape[-1] + 1),
     quantised=lambda v: torch.quantize_per_tensor(v.float(), 1.0, 0, torch.quint8),
     nested=lambda v: torch.nested.nested_tensor([v, v]), nothing=lambda v: None, text=lambda v: "a\nb",
     rows=lambda v: [v])

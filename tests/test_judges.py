@@ -430,8 +430,8 @@ def test_wrong_keys_or_shapes_are_refused_in_one_line_that_names_them(frozen):
     key = "netfcaud.3.weight"
     cases = (({k: v for k, v in state.items() if k != key}, f"{key} is absent"),
              (state | {"module.x": torch.zeros(2)}, "module.x is unknown"),
-             (state | {key: torch.zeros(1024, 511)}, r"\(1024, 511\), expected \(1024, 512\)"),
-             (state | {key: 7}, "no dense tensor"), ({}, "and .* more"))
+             (state | {key: torch.zeros(1024, 511)}, r"size mismatch for netfcaud.3.weight: .*1024, 511.*1024, 512"),
+             (state | {key: 7}, "expected torch.Tensor"), ({}, "and .* more"))
     for wrong, message in cases:
-        with pytest.raises(InputError, match=f"some.pth: not the weights of SyncNetV2: .*{message}"):
+        with pytest.raises(InputError, match=f"some.pth: not the weights of SyncNetV2.*{message}"):
             checkpoint.load_frozen(judges.SyncNetV2, wrong, "some.pth", "cpu")

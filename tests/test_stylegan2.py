@@ -463,7 +463,7 @@ def test_unsuitable_files_are_refused_in_one_line(tmp_path):
     refused(dict(g_ema=content["d"]), "not the weights of a StyleGAN2 generator")
     refused(dict(g_ema={k: v for k, v in g.items() if k != "convs.3.noise.weight"}), "convs.3.noise.weight is absent")
     refused(dict(g_ema=g | {"more": torch.ones(1)}), "more is unknown")
-    refused(dict(g_ema=g | {"convs.1.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "expected")
+    refused(dict(g_ema=g | {"convs.1.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "size mismatch for convs.1.conv.weight")
     refused(dict(g_ema=g | {"convs.2.conv.weight": torch.ones(1, 9, 40, 3, 3)}), "not StyleGAN2's")
     refused(dict(g_ema=g, args=Hostile()), "holds more than tensors")
     refused([g], "holds a list")
