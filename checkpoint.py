@@ -86,13 +86,12 @@ def iterate_nested(content):
                 stack += value.values() if isinstance(value, dict) else value
 
 
-def is_dense(value) -> bool:
-    """Whether a value is a plain tensor that holds all its numbers. Sparse and meta tensors and those with stride or
-    size 0 need few bytes in a file, but may need any amount of memory later."""
-    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
-            and not (value.is_nested or value.is_quantized or value.is_meta)
-            and value.numel() >= max(value.shape, default=0)
-            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds all its numbers. Sparse and meta tensors and those with stride or size 0 need few bytes in
+    a file, but may need any amount of memory later."""
+    return (tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+            and tensor.numel() >= max(tensor.shape, default=0)
+            and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
 class AllocationLimit(TorchFunctionMode):
