@@ -23,7 +23,6 @@ import warnings
 from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -211,41 +210,38 @@ def fp16_state_dict(network: nn.Module) -> dict:
 
 # ------------------------------------------------------------------------- published files, downloaded on first use
 
-class Published(NamedTuple):
-    file: str               # name in the cache
-    sha256: str             # or its first digits
-    urls: tuple[str, ...]
+class Pinned:
+    """A published file. sha256: or its first digits. file: name in the cache, by default that of the first URL."""
 
-
-def pinned(sha256: str, *urls: str, file: str | None = None) -> Published:
-    return Published(file or urls[0].rpartition("/")[2], sha256, urls)
+    def __init__(self, sha256: str, *urls: str, file: str | None = None):
+        self.sha256, self.urls, self.file = sha256, urls, file or urls[0].rpartition("/")[2]
 
 
 LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/082bb24f84c091ea94de2867d34c4544f68e0963/lpips"
 BLAZEFACE = "https://github.com/hollance/BlazeFace-PyTorch/raw/master"  # Apache-2.0; both models use these anchors
 PUBLISHED = dict(
-    vgg19=pinned("dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",             # 575 MB
+    vgg19=Pinned("dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",             # 575 MB
         "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"),
-    vgg16=pinned("397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",             # 553 MB
+    vgg16=Pinned("397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",             # 553 MB
         "https://download.pytorch.org/models/vgg16-397923af.pth"),
-    lpips_heads=pinned("a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    lpips_heads=Pinned("a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
         f"{LPIPS}/weights/v0.1/vgg.pth", file="lpips_v0.1_vgg.pth"),
-    arcface=pinned("a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",           # 175 MB
+    arcface=Pinned("a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",           # 175 MB
         "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth"),
-    syncnet_v2=pinned("961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",        # 55 MB
+    syncnet_v2=Pinned("961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",        # 55 MB
         "https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model",
         "https://huggingface.co/ByteDance/LatentSync-1.6/resolve/main/auxiliary/syncnet_v2.model"),
-    blazeface=pinned("54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4", f"{BLAZEFACE}/blazeface.pth"),
-    blazeface_anchors=pinned("a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
+    blazeface=Pinned("54ecff653feaaaf1f7d44b6aff28fd2fc50e483a4e847563b6dd261369c43ba4", f"{BLAZEFACE}/blazeface.pth"),
+    blazeface_anchors=Pinned("a10bb2fb93ab54ca426d6c750bfc3aad685028a16dcf231357d03694f261fd95",
         f"{BLAZEFACE}/anchors.npy"),
-    blazeface_back=pinned("e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
+    blazeface_back=Pinned("e2c03bb3ae45e769eaaa0a7cc7d4f61f54a5e3fbae6367d870166702e7022b11",
         f"{BLAZEFACE}/blazefaceback.pth"),
-    wav2lip_expert=pinned("9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",    # 197 MB; of one source
+    wav2lip_expert=Pinned("9b9936c721696446eeed353032cab242a8cf0eed8c46cde540366f6ae5493be5",    # 197 MB; of one source
         "https://huggingface.co/camenduru/Wav2Lip/resolve/main/checkpoints/lipsync_expert.pth",
         "https://huggingface.co/Nekochu/Wav2Lip/resolve/main/lipsync_expert.pth"),
     # only the first digits of these hashes are known, from the file names
-    fan=pinned("11f355bf06", "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"),  # 100 MB
-    inception=pinned("6726825d",                                                                 # 96 MB, for FID
+    fan=Pinned("11f355bf06", "https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar"),  # 100 MB
+    inception=Pinned("6726825d",                                                                 # 96 MB, for FID
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"))
 TIMEOUT = 30                # seconds without data, ours
 

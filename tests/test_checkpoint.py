@@ -371,7 +371,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "*")
     urls = (f"{server.url}/first", f"{server.url}/second")
-    pin = checkpoint.Published("thing.pth", hashlib.sha256(CONTENT).hexdigest(), urls)
+    pin = checkpoint.Pinned(hashlib.sha256(CONTENT).hexdigest(), *urls, file="thing.pth")
     monkeypatch.setitem(checkpoint.PUBLISHED, "thing", pin)
     server.pin, server.cache = pin, tmp_path / "home" / "hub" / "checkpoints"
     server.target = server.cache / "thing.pth"
@@ -411,7 +411,7 @@ def test_every_published_file_is_pinned_by_its_hash_and_fetched_by_https():
 
 def test_the_first_digits_of_a_hash_pin_a_file(server, monkeypatch):
     for sha, whole in ((server.pin.sha256[:8], True), (server.pin.sha256[1:9], False)):
-        monkeypatch.setitem(checkpoint.PUBLISHED, "thing", server.pin._replace(sha256=sha))
+        monkeypatch.setattr(server.pin, "sha256", sha)
         with contextlib.nullcontext() if whole else pytest.raises(InputError, match="hash"):
             assert checkpoint.fetch("thing") == server.target
     assert server.requests == ["/first"] * 2 + ["/second"]
