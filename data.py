@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from audio import mfcc, sound_windows
 from checkpoint import FORMAT, wrap_errors
 from faces import TEMPLATES
-from media import SAMPLES_PER_FRAME, InputError, Parser, atomic_write, check_file, to_int16, to_tensor, wrap_os_errors
+from media import SAMPLES_PER_FRAME, InputError, Parser, atomic_write, check_file, to_int16, to_tensor
 
 # ----------------------------------------------------------------------------------------------------------- packs
 
@@ -48,7 +48,7 @@ class PackWriter:
     size: edge of the frames in pixels. template: a name in faces.TEMPLATES. n_kept: continue an unfinished pack after
     its first n_kept clips, as listed in journal.jsonl, which gets a line after each clip. shard_of: the folder of
     videos, if this pack holds a part of it. options: of the run, equal when it is continued. InputError: the directory
-    holds a pack, or an unfinished one begun with other options; it cannot be written, or is in use."""
+    holds a pack, or an unfinished one begun with other options, or is in use. OSError: it cannot be written."""
 
     def __init__(self, folder: str | Path, size: int, template: str, n_kept: int = 0, shard_of: str | None = None,
                  options: dict | None = None):
@@ -61,15 +61,14 @@ class PackWriter:
         self.identities, self.sources = {}, []  # identities: name -> number, by first appearance
         if (self.folder / "meta.json").exists():
             raise InputError(f"{folder}: holds a pack already, name another directory")
+        self.folder.mkdir(parents=True, exist_ok=True)
         names = ("frames.bin", "sound.bin", "journal.jsonl")
-        with wrap_os_errors(folder, "written"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.files = self.frames, self.sound, self.journal = [open(self.folder / name, "ab") for name in names]
-            try:
-                fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.folder}: another run is writing there") from None
-            self.continue_after(n_kept)
+        self.files = self.frames, self.sound, self.journal = [open(self.folder / name, "ab") for name in names]
+        try:
+            fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another run is writing there") from None
+        self.continue_after(n_kept)
 
     def continue_after(self, n_kept: int):
         """Reads the first n_kept clips from the journal and cuts the three files after them."""
@@ -226,7 +225,7 @@ def check_same_format(packs: list):
 class Packs(Pack):
     """Several packs that read as one. Clips, frames and people are numbered consecutively over .packs. People of
     different packs are different people even if their names are equal, except in shards of one folder. Only .packs
-    have .box, .fps and .jpeg_start. InputError: see check_same_format; a pack is named twice."""
+    have .box, .fps, .frame_start and .jpeg_start. InputError: see check_same_format; a pack is named twice."""
 
     def __init__(self, folders):
         self.packs = packs = [Pack(folder) for folder in folders]
@@ -240,7 +239,6 @@ class Packs(Pack):
             identity.append(np.array(numbers, np.int32)[pack.identity])
         self.identities, self.identity = [name for _, name in people], np.concatenate(identity)
         self.n_frames = np.concatenate([pack.n_frames for pack in packs])
-        self.frame_start = np.append(0, np.cumsum(self.n_frames, dtype=np.int64))
         self.first_clip = np.cumsum([0, *map(len, packs)]).tolist()  # of each pack
 
     def locate(self, c: int) -> tuple[int, int]:
