@@ -358,7 +358,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
         status = process.wait()
         text = read_log(log)
     if b"No space left" in filled.stderr:
-        raise InputError(f"{tempfile.gettempdir()}: is full, the sound of {path} does not fit (set TMPDIR)")
+        raise OSError(errno.ENOSPC, "the sound does not fit", tempfile.gettempdir())
     if "audio parameters changed" in text and channels < 8:
         return decode_sound(path, rate, mono=True, channels=8)
     n = raw.seek(0, os.SEEK_END) // (4 * channels)

@@ -114,8 +114,10 @@ def prepare_photo(path: Path, size: int, template: str, **_):
 
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
-    """All files below a folder, sorted, without those below `out`"""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not (out and out.absolute() in p.absolute().parents))
+    """All files below a folder, sorted, also those in linked folders, without those below an `out` inside of it"""
+    inside = out and folder.absolute() in out.absolute().parents
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(p for p in paths if p.is_file() and not (inside and out.absolute() in p.absolute().parents))
 
 
 def is_photo(path: Path) -> bool:
@@ -165,7 +167,7 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
     """All files below `folder`, videos or photos -> a pack in `out`, independent of the number of workers. Returns the
     lines of out/manifest.jsonl, one per file. A killed run continues after the last of them. person: identity of all
     files; None: each folder in `folder` is one person. shard: (i, n), every n-th file from file i on. options: of
-    prepare_video. InputError: no detector; no clip; `out` cannot be written or holds a pack."""
+    prepare_video. InputError: no detector; no clip; `out` is `folder`, cannot be written, or holds a pack."""
     face_detectors()
     path = out / "manifest.jsonl"
     lines = complete_lines(path) if path.exists() else []
@@ -174,13 +176,16 @@ def prepare(folder: Path, out: Path, size: int, workers: int = 1, person: str | 
     if not n_packed:  # nothing to continue: files and options may have changed
         lines, outcomes = [], []
     shard_of = folder.absolute() if shard[1] > 1 else None
+    written = out.parent if shard_of else out
+    if written.absolute() == folder.absolute():
+        raise InputError(f"{written}: holds the files to read, name another folder to write to")
     run_options = dict(options, person=person, expert=str(options.get("expert")))
     with PackWriter(out, size, template, n_packed, shard_of, run_options) as pack, open(path, "ab") as manifest:
         manifest.truncate(sum(map(len, lines)))
         for spools in out.glob(".spool-*"):  # of a killed run: PackWriter holds the lock of this folder
             shutil.rmtree(spools)
         with tempfile.TemporaryDirectory(prefix=".spool-", dir=out) as spools:
-            files = list_files(folder, out.parent if shard_of else out)
+            files = list_files(folder, written)
             finished = {folder / outcome["path"] for outcome in outcomes}
             files = [file for file in files[shard[0] :: shard[1]] if file not in finished]
             jobs = [(file, Path(spools) / str(k)) for k, file in enumerate(files)]

@@ -345,6 +345,25 @@ def test_an_output_that_cannot_be_written_is_refused_in_one_line(tmp_path, monke
         prepare.main()
 
 
+def test_all_files_are_listed_but_those_of_the_run_itself(tmp_path):
+    for name in ("videos/a/1.mp4", "videos/packs/frames.bin", "elsewhere/2.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    videos = tmp_path / "videos"
+    (videos / "b").symlink_to(tmp_path / "elsewhere")
+    assert prepare.list_files(videos, videos / "packs") == [videos / "a/1.mp4", videos / "b/2.mp4"]
+    assert len(prepare.list_files(videos, tmp_path)) == 3  # `out` is above: it holds nothing of the run there
+
+
+@pytest.mark.parametrize("out, shard", [("videos", (0, 1)), ("videos/shard", (0, 2))])
+def test_the_folder_of_the_videos_is_no_output(tmp_path, monkeypatch, out, shard):
+    (tmp_path / "videos").mkdir()
+    monkeypatch.setattr(prepare, "face_detectors", lambda: None)
+    with pytest.raises(InputError, match="videos: holds the files to read, name another folder"):
+        prepare.prepare(tmp_path / "videos", tmp_path / out, 64, shard=shard)
+    assert not list((tmp_path / "videos").iterdir())
+
+
 def test_a_folder_without_files_is_refused_and_leaves_no_pack(tmp_path, monkeypatch):
     detect_by(monkeypatch, bright_faces)
     (tmp_path / "videos").mkdir()
