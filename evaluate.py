@@ -270,9 +270,9 @@ def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
 
 # ------------------------------------------------------------------------------------------------------- the networks
 
-def load_networks(args, device, stack) -> SimpleNamespace:
-    """-> device; the networks of the metrics, None if missing; left_out: {metric: reason}. stack: an ExitStack, which
-    closes the landmark detector. InputError: --skip names no metric; a network named by an option cannot be loaded."""
+def load_networks(args, device) -> SimpleNamespace:
+    """-> device; the networks of the metrics, None if missing; left_out: {metric: reason}. InputError: --skip names no
+    metric; a network named by an option cannot be loaded."""
     left_out = {name.strip(): "--skip" for name in args.skip.split(",") if name.strip()}
     for name in left_out.keys() - METRICS.keys():
         raise InputError(f"--skip {name}: not a metric; the metrics are {', '.join(METRICS)}")
@@ -299,7 +299,7 @@ def load_networks(args, device, stack) -> SimpleNamespace:
     def landmarks():
         """A function: frames (n, H, W, 3), n boxes -> (68, 2) or None for each frame."""
         if args.landmarks:
-            detect = stack.enter_context(landmark_detector(args.landmarks, "face", device))
+            detect = landmark_detector(args.landmarks, "face", device)
             return lambda frames, boxes: map(detect, frames, boxes)
         network = load_landmarks()
         return lambda frames, boxes: track_landmarks(network, frames, boxes[0])
@@ -525,14 +525,13 @@ def measure_pairs(args, device):
     start, reports = time.perf_counter(), []
     json_path = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
     pairs, unpaired = pairs_of(Path(args.real), Path(args.fake))
-    with contextlib.ExitStack() as stack:
-        networks = load_networks(args, device, stack)
-        for name, real, fake in tqdm(pairs, "pairs", disable=None):
-            try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                    reports.append(dict(name=name) | measure_pair(real, fake, networks))
-            except InputError as error:
-                reports.append(dict(name=name, error=str(error)))
+    networks = load_networks(args, device)
+    for name, real, fake in tqdm(pairs, "pairs", disable=None):
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                reports.append(dict(name=name) | measure_pair(real, fake, networks))
+        except InputError as error:
+            reports.append(dict(name=name, error=str(error)))
     measured = [report for report in reports if "error" not in report]
     if not measured:
         raise InputError(f"{reports[0]['error']} (pairs measured: 0 of {len(pairs)})")

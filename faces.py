@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import sys
-from contextlib import contextmanager
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -427,9 +427,8 @@ MEDIAPIPE_POINTS = [127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 39
                     61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]  # lips
 
 
-@contextmanager
 def landmark_detector(spec: str, template: str = "face", device="cpu"):
-    """Opens a landmark detector, a function: image uint8 (H, W, 3), box -> (68, 2) in pixels of the image, or None
+    """-> a landmark detector, a function: image uint8 (H, W, 3), box -> (68, 2) in pixels of the image, or None
 
     spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: x0, y0, x1, y1 in pixels of the crop of `template`; None: the whole
     image. Raises InputError: a package or weights are missing, a file of another kind"""
@@ -452,11 +451,7 @@ def landmark_detector(spec: str, template: str = "face", device="cpu"):
         scale = (x1 - x0 + 2 * margin) / VIEW_SIDE
         return None if points is None else points * scale + (x0 - margin, y0 - margin)
 
-    try:
-        yield landmarks
-    finally:
-        if kind == "mediapipe":
-            detect.close()  # otherwise it prints a traceback at exit
+    return landmarks
 
 
 def mediapipe_landmarks(path: Path, *_):
@@ -474,7 +469,7 @@ def mediapipe_landmarks(path: Path, *_):
         faces = network.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(image))).face_landmarks
         return np.array([(faces[0][i].x * W, faces[0][i].y * H) for i in MEDIAPIPE_POINTS]) if faces else None
 
-    detect.close = network.close
+    weakref.finalize(detect, network.close)  # without close() it prints a traceback at exit
     return detect
 
 

@@ -559,16 +559,15 @@ CLIPS_PER_JOB = 10  # clips for which a process opens its detector once
 
 def detect_clips(clips, pack: Pack, detector: str, selected) -> list[dict]:
     """Clips of a pack -> dict(points (T, 68, 2), interpolated: number of frames) each, or NaN and the reason"""
-    results = []
-    with landmark_detector(detector, pack.template) as detect:
-        for c in clips:
-            try:
-                if c not in selected:
-                    raise InputError("not in --list")
-                points, interpolated = interpolate_gaps([detect(pack.frame(c, k)) for k in range(pack.n_frames[c])])
-                results.append(dict(points=smooth(points), interpolated=interpolated))
-            except InputError as error:  # too few frames with a face, or not selected
-                results.append(dict(points=np.full((pack.n_frames[c], K, 2), np.nan), reason=str(error)))
+    results, detect = [], landmark_detector(detector, pack.template)
+    for c in clips:
+        try:
+            if c not in selected:
+                raise InputError("not in --list")
+            points, interpolated = interpolate_gaps([detect(pack.frame(c, k)) for k in range(pack.n_frames[c])])
+            results.append(dict(points=smooth(points), interpolated=interpolated))
+        except InputError as error:  # too few frames with a face, or not selected
+            results.append(dict(points=np.full((pack.n_frames[c], K, 2), np.nan), reason=str(error)))
     return results
 
 

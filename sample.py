@@ -237,8 +237,7 @@ def photo_landmarks(net, photo, box, args) -> np.ndarray:
             print(f"{args.face}: landmarks are uncertain (a profile, a covered mouth, or not a face): check the video, "
                   "or try --landmarks or --network")
         return points
-    with landmark_detector(args.landmarks) as detect:
-        points = detect(photo, box)
+    points = landmark_detector(args.landmarks)(photo, box)
     if points is None:
         raise InputError(f"{args.face}: --landmarks {args.landmarks} finds no face; {BOX_ADVICE}")
     return points

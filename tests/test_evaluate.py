@@ -512,7 +512,7 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_other_pairs(tmp_p
     (fake / "cut.mp4").write_bytes(Path(whole).read_bytes()[: Path(whole).stat().st_size // 2])
     write_clip(fake / "wide.mp4", frames[:, :40], wav)
     networks = all_networks(inception=None, left_out={"FID": "no weights"})
-    monkeypatch.setattr(evaluate, "load_networks", lambda args, device, stack: networks)
+    monkeypatch.setattr(evaluate, "load_networks", lambda args, device: networks)
     evaluate.main(["pair", str(real), str(fake), "--json", str(tmp_path / "n.json")])
     out = capsys.readouterr().out
     assert "long: 30 frames, the real clip has 40: 30 compared" in out
@@ -546,7 +546,7 @@ def test_metrics_without_weights_are_left_out_with_the_reason(tmp_path, monkeypa
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(evaluate, "SHIPPED_EXPERT", tmp_path / "sync.pt")
     args = evaluate.parse(["pair", "a.mp4", "b.mp4", "--skip", "SSIM, L1", "--landmarks", "fan"])
-    networks = evaluate.load_networks(args, CPU, None)
+    networks = evaluate.load_networks(args, CPU)
     assert not any(getattr(networks, k) for k in ("sync", "landmarks", "lpips", "arcface", "syncnet", "inception"))
     reasons = networks.left_out
     assert reasons.keys() == METRICS.keys() - {"MS-SSIM", "PSNR"}

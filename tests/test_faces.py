@@ -214,8 +214,7 @@ def test_faces_are_found_where_they_are_in_real_photos(monkeypatch):
 @pytest.mark.parametrize("spec", ["", "fan:x", "dlib", "mediapipe:", "hog:x", "face.task"])
 def test_an_unknown_landmark_detector_is_refused(spec):
     with pytest.raises(InputError, match="expected mediapipe:FILE, dlib:FILE or fan"):
-        with faces.landmark_detector(spec):
-            pass
+        faces.landmark_detector(spec)
 
 
 def test_fan_gets_the_detection_box_of_a_crop_and_a_low_score_gives_no_landmarks(monkeypatch):
@@ -235,11 +234,11 @@ def test_fan_gets_the_detection_box_of_a_crop_and_a_low_score_gives_no_landmarks
     monkeypatch.setattr(faces, "fetch", lambda name: calls.append(name))
     loose = Template(mouth=(), eyes=(), lips=(), side=1.25, shift=(0.02, -0.1))
     monkeypatch.setitem(faces.TEMPLATES, "face", loose)
-    with faces.landmark_detector("fan") as detect:
-        assert detect(np.zeros((100, 100, 3), np.uint8)).shape == (68, 2)
-        detect(np.zeros((100, 300, 3), np.uint8), (200, 10, 250, 60))
-        score[0] = 0.1
-        assert detect(np.zeros((100, 100, 3), np.uint8)) is None
+    detect = faces.landmark_detector("fan")
+    assert detect(np.zeros((100, 100, 3), np.uint8)).shape == (68, 2)
+    detect(np.zeros((100, 300, 3), np.uint8), (200, 10, 250, 60))
+    score[0] = 0.1
+    assert detect(np.zeros((100, 100, 3), np.uint8)) is None
     assert calls[0] == "fan" and calls[1]["device"] == "cpu"
     assert calls[1]["compile"] is False and calls[1]["flip_input"] is False
     np.testing.assert_allclose(calls[2], (8.4, 18, 88.4, 98))  # 80 wide; the crop is shifted off its centre
@@ -260,20 +259,18 @@ def test_dlib_starts_from_five_boxes_derived_from_the_crop(tmp_path, monkeypatch
 
     monkeypatch.setitem(sys.modules, "dlib", SimpleNamespace(rectangle=rectangle, shape_predictor=predictor))
     spec, image = f"dlib:{tmp_path / 'model.dat'}", np.zeros((128, 400, 3), np.uint8)
-    with faces.landmark_detector(spec) as detect:
-        points, moved = detect(image[:, :128]), detect(image, (150, 0, 278, 128))
+    detect = faces.landmark_detector(spec)
+    points, moved = detect(image[:, :128]), detect(image, (150, 0, 278, 128))
     middle, side = faces.DLIB_BOX["face"]
     np.testing.assert_allclose(points, [np.multiply(128, middle)] * 68, atol=1)
     np.testing.assert_allclose(moved - points, [(150, 0)] * 68)
     crop = faces.VIEW_SIDE / (1 + 2 * faces.VIEW_MARGIN)
     assert len(calls) == 10 and all(abs((x1 - x0) / crop - side) < 0.02 for x0, _, x1, _ in calls)
     with pytest.raises(InputError, match="not for crops of the template toy"):
-        with faces.landmark_detector(spec, "toy"):
-            pass
+        faces.landmark_detector(spec, "toy")
     monkeypatch.setitem(sys.modules, "dlib", None)
     with pytest.raises(InputError, match="pip install dlib-bin"):
-        with faces.landmark_detector(spec):
-            pass
+        faces.landmark_detector(spec)
 
 
 def test_mediapipe_finds_the_face_in_the_box_and_not_the_larger_one_beside_it(tmp_path, monkeypatch):
@@ -304,10 +301,11 @@ def test_mediapipe_finds_the_face_in_the_box_and_not_the_larger_one_beside_it(tm
     (tmp_path / "face.task").write_bytes(b"model")
     image = np.zeros((120, 300, 3), np.uint8)
     image[40:80, 30:70], image[50:70, 240:260] = 255, 255
-    with faces.landmark_detector(f"mediapipe:{tmp_path / 'face.task'}") as detect:
-        np.testing.assert_allclose(detect(image, (235, 45, 265, 75)), np.full((68, 2), (250, 60)), atol=0.5)
-        np.testing.assert_allclose(detect(image[:, :120]), np.full((68, 2), (50, 60)), atol=0.5)
-        assert detect(image, (140, 45, 170, 75)) is None and not closed
+    detect = faces.landmark_detector(f"mediapipe:{tmp_path / 'face.task'}")
+    np.testing.assert_allclose(detect(image, (235, 45, 265, 75)), np.full((68, 2), (250, 60)), atol=0.5)
+    np.testing.assert_allclose(detect(image[:, :120]), np.full((68, 2), (50, 60)), atol=0.5)
+    assert detect(image, (140, 45, 170, 75)) is None and not closed
+    del detect
     assert len(closed) == 1
 
 
@@ -317,9 +315,9 @@ def test_mediapipe_finds_the_lips_of_a_real_face():
     if not model.is_file() or not clips.is_dir():
         pytest.skip("../shared has no model or no clips here")
     frame = next(iter(read_video(sorted(clips.iterdir())[0])))
-    with faces.landmark_detector(f"mediapipe:{model}") as detect:
-        assert detect(np.zeros((128, 128, 3), np.uint8)) is None
-        p = detect(frame, (90, 60, 270, 240))
+    detect = faces.landmark_detector(f"mediapipe:{model}")
+    assert detect(np.zeros((128, 128, 3), np.uint8)) is None
+    p = detect(frame, (90, 60, 270, 240))
     assert (np.diff(p[1:16, 0]) > 0).all() and p[0, 0] < p[3, 0] and p[13, 0] < p[16, 0]
     assert p[36, 0] < p[39, 0] < p[42, 0] < p[45, 0]
     assert p[27:31, 1].max() < p[51, 1] < p[62, 1] <= p[66, 1] + 1 < p[57, 1] < p[8, 1]
@@ -335,12 +333,12 @@ def test_mediapipes_points_lie_near_dlibs_where_the_annotations_are_hard_to_matc
     network = Path(models.origin).parent / "models" / "shape_predictor_68_face_landmarks.dat"
     predict_68, off = dlib.shape_predictor(str(network)), []
     detect_dlib = dlib.get_frontal_face_detector()
-    with faces.landmark_detector(f"mediapipe:{model}") as detect:
-        for path in sorted(clips.iterdir()):
-            frame = next(iter(read_video(path)))
-            theirs = np.array([(p.x, p.y) for p in predict_68(frame, detect_dlib(frame)[0]).parts()])
-            found = detect(frame, (90, 60, 270, 240))
-            off.append(np.hypot(*(found - theirs).T) / np.hypot(*(theirs[45] - theirs[36])))
+    detect = faces.landmark_detector(f"mediapipe:{model}")
+    for path in sorted(clips.iterdir()):
+        frame = next(iter(read_video(path)))
+        theirs = np.array([(p.x, p.y) for p in predict_68(frame, detect_dlib(frame)[0]).parts()])
+        found = detect(frame, (90, 60, 270, 240))
+        off.append(np.hypot(*(found - theirs).T) / np.hypot(*(theirs[45] - theirs[36])))
     off = np.mean(off, 0)
     assert off[[0, 16, 17, 26]].mean() < 0.08 and off[[4, 6, 9, 10, 12]].mean() < 0.08
 
