@@ -594,15 +594,3 @@ class Landmarks:
 def complete_lines(path: Path) -> list[bytes]:
     """The lines of a file. An incomplete last line, left by an interrupted run, is dropped"""
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def open_landmarks(folder: Path, header: dict, overwrite: bool) -> list[bytes]:
-    """The complete lines of an earlier run's clips.jsonl. Without one, writes the header and returns it"""
-    path, head = folder / "clips.jsonl", json.dumps(header).encode() + b"\n"
-    lines = complete_lines(path) if path.exists() and not overwrite else []
-    if lines and lines[0] != head:
-        raise InputError(f"{folder}: holds landmarks of another pack or detector; --overwrite replaces them")
-    if not lines:
-        path.write_bytes(head)
-        (folder / "points.bin").write_bytes(b"")
-    return lines or [head]

@@ -13,7 +13,6 @@ Axes: n samples, T frames, K = 68 points, S pixels of a crop. Everything without
 
 import itertools
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import fp16_state_dict, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, open_packs, read_clip_list, split
 from faces import (
-    K, Landmarks, interpolate_gaps, landmark_detector, landmarks_header, open_landmarks, similarity, smooth,
+    K, Landmarks, complete_lines, interpolate_gaps, landmark_detector, landmarks_header, similarity, smooth,
     square_in_crop, to_complex)
 from media import InputError, Parser, check_output, parallel_map, run, wrap_os_errors
 from warp import LOWER_INNER, UPPER_FACE, UPPER_INNER, angles, fit_pose
@@ -574,17 +573,22 @@ def detect_clips(clips, pack: Pack, detector: str, selected) -> list[dict]:
 def extract(args):
     """Writes the landmarks of a pack beside it. An interrupted run continues after its last finished clip."""
     pack = Pack(args.pack)
-    folder, selected = pack.folder / "landmarks", set(read_clip_list(pack, args.list) if args.list else range(len(pack)))
+    folder, path = pack.folder / "landmarks", pack.folder / "landmarks/clips.jsonl"
+    selected = set(read_clip_list(pack, args.list) if args.list else range(len(pack)))
+    header = json.dumps(landmarks_header(pack, args.landmarks.partition(":")[0])).encode() + b"\n"
     with wrap_os_errors(folder, "written"):
         folder.mkdir(exist_ok=True)
-        lines = open_landmarks(folder, landmarks_header(pack, args.landmarks.partition(":")[0]), args.overwrite)
-        (folder / "clips.jsonl").write_bytes(b"".join(lines))  # without an incomplete last line
-        done = len(lines) - 1
-        os.truncate(folder / "points.bin", int(pack.frame_start[done]) * K * 2 * 4)
+        lines = complete_lines(path) if path.exists() and not args.overwrite else []
+        if lines and lines[0] != header:
+            raise InputError(f"{folder}: holds landmarks of another pack or detector; --overwrite replaces them")
+        done = max(0, len(lines) - 1)
         jobs = [range(first, min(first + CLIPS_PER_JOB, len(pack))) for first in range(done, len(pack), CLIPS_PER_JOB)]
         detect = partial(detect_clips, pack=pack, detector=args.landmarks, selected=selected)
         results = tqdm(parallel_map(detect, jobs, args.workers), f"{CLIPS_PER_JOB} clips", len(jobs), disable=None)
-        with open(folder / "clips.jsonl", "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out:
+        with open(path, "ab", 0) as log, open(folder / "points.bin", "ab", 0) as out:
+            log.truncate(sum(map(len, lines)))  # without an incomplete last line
+            log.write(b"" if lines else header)
+            out.truncate(int(pack.frame_start[done]) * K * 2 * 4)
             for clip_results, clips in zip(results, jobs):
                 for c, result in zip(clips, clip_results):
                     out.write(result.pop("points").astype("<f4").tobytes())
