@@ -1,9 +1,10 @@
 """Web page for sample.py: upload a photo or a video and speech, watch the result.
 
     pip install gradio
-    python demo.py               # http://127.0.0.1:7860, for this machine alone
+    python demo.py               # http://127.0.0.1:7860 or the next free port, for this machine alone
 
-Uploads and results are stored in one temporary folder, which is deleted at the end.
+Gradio's variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT change the address. Uploads and results are stored in one
+temporary folder, which is deleted at the end.
 """
 
 import os
@@ -60,20 +61,16 @@ def build_page(gr, folder: str):
 
 
 def main(argv=None):
-    parser = Parser(description="Web page for sample.py.")
-    parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0: all (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
-    args = parser.parse_args(argv, port=(1, 65535))
+    Parser(description="Web page for sample.py.").parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="talk-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/shown"  # gradio copies results there; the next job overwrites talk.mp4
         try:
             import gradio
-            page = build_page(gradio, folder).queue(max_size=8)
-            page.launch(server_name=args.host, server_port=args.port, max_file_size=MAX_UPLOAD)
+            build_page(gradio, folder).queue(max_size=8).launch(max_file_size=MAX_UPLOAD)
         except ImportError:
             raise InputError("the page needs gradio: pip install gradio") from None
-        except OSError:
-            raise InputError(f"--port {args.port} is taken, or --host {args.host} is not this machine") from None
+        except OSError as error:  # no free port, or not an address of this machine
+            raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":
