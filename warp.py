@@ -238,8 +238,7 @@ class Nodes:
 
 def thin_plate(points: np.ndarray, values: np.ndarray, at: np.ndarray, stiffness: float = 1e-4) -> np.ndarray:
     """Thin-plate spline (Duchon 1977) through values (n, ..) at points (n, 2), read at (m, 2) -> (m, ..)"""
-    flat = RBFInterpolator(points, values.reshape(len(points), -1), smoothing=stiffness)(at)
-    return flat.reshape(len(at), *values.shape[1:])
+    return RBFInterpolator(points, values, smoothing=stiffness)(at)
 
 
 def bounding_box(photo, points) -> tuple[int, int, int, int]:
@@ -493,12 +492,6 @@ class Eyelids:
         return to_bytes(under + (smoothstep(edge) * smoothstep(fall / 0.02))[..., None] * (skin - under))
 
 
-def both_eyelids(face: Face) -> tuple[Eyelids, Eyelids]:
-    """The lids of the left and of the right eye in the picture"""
-    p = face.points
-    return Eyelids(face, p[36:42], p[17:22]), Eyelids(face, p[42:48], p[22:27])
-
-
 # ------------------------------------------------------------------------------------------------------------ the head
 
 class Head:
@@ -572,7 +565,8 @@ class Warp:
     """Renders frames of a photo, uint8 (H, W, 3). moves: see Lips, None: the lips do not move"""
 
     def __init__(self, face: Face, moves: np.ndarray | None = None):
-        self.face, self.head, self.eyes = face, Head(face), both_eyelids(face)
+        p, self.face, self.head = face.points, face, Head(face)
+        self.eyes = Eyelids(face, p[36:42], p[17:22]), Eyelids(face, p[42:48], p[22:27])  # left, right in the picture
         self.lips = None if moves is None else Lips(face, moves)
 
     def __call__(self, opening=None, shape=None, blink: float = 0.0, brows: float = 0.0, pose: Pose | None = None):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import warp as W
-from warp import Face, Eyelids, Lips, Nodes, Pose, Warp
+from warp import Face, Lips, Nodes, Pose, Warp
 
 SIZE, SCALE = 300, 90.0
 
@@ -255,7 +255,5 @@ def test_a_face_at_the_edge_of_its_photo_still_talks():
 
 
 def test_each_eye_shuts_by_its_own_landmarks():
-    f = face()
-    parts = (slice(36, 42), slice(17, 22)), (slice(42, 48), slice(22, 27))
-    left, right = (Eyelids(f, f.points[eye], f.points[brow]) for eye, brow in parts)
+    left, right = Warp(face()).eyes
     assert left.box[2] < right.box[2] and abs(left.width - right.width) < 1e-6
