@@ -114,12 +114,10 @@ def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean
     a scene, brows to their median, blinks to the usual opening of the eyes.
 
     points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; all are
-    NaN, and interpolated, in frames without a face. mean: (77, 3) shape; turn_limits: of yaw and pitch in degrees, see
-    warp.Head; scene: (T,) numbers of faces.label_scenes. Blinks are not smoothed: they last three frames. Raises
-    ValueError: no frame has a face"""
+    NaN, and interpolated, in frames without a face (not in all frames). mean: (77, 3) shape; turn_limits: of yaw and
+    pitch in degrees, see warp.Head; scene: (T,) numbers of faces.label_scenes. Blinks are not smoothed: they last three
+    frames."""
     has_face = np.isfinite(points).all((1, 2))
-    if not has_face.any():
-        raise ValueError("no face")
     cuts, limits = np.flatnonzero(np.diff(scene)) + 1, np.array([*turn_limits, *LIMITS])
     scenes = zip(*(np.split(fill_missing(x, has_face), cuts) for x in (points, lids, brows)))
     motion, blinks = map(np.concatenate, zip(*(scene_motion(*clip, mean, limits) for clip in scenes)))

@@ -257,11 +257,10 @@ def talking_photo(model, photo, box, mel, speech, args):
     if args.driving:
         _, boxes, height = find_driving_face(args.driving, T, "face")
         points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), boxes[0])
+        if np.isnan(points).all():
+            raise InputError(f"{args.driving}: no face that can be followed")
         scene = label_scenes(itertools.islice(read_video(args.driving, 16), T))
-        try:
-            motion = driving_motion(points, *measure_eyes(points), mean, warp.head.turn_limits, scene)
-        except ValueError as error:
-            raise InputError(f"{args.driving}: {error} that can be followed") from None
+        motion = driving_motion(points, *measure_eyes(points), mean, warp.head.turn_limits, scene)
     else:
         motion = idle_motion(T, speech, args.seed, head=not args.still)
     motion.blinks *= args.blink

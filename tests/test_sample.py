@@ -657,6 +657,10 @@ def test_a_head_sways_or_follows_the_landmarks_of_a_driving_clip(short, monkeypa
         monkeypatch.setattr(sample, "find_driving_face", lambda *a: (12, [(134.5, 130.1, 381.7, 377.3)], 512))
         options = ["--driving", "drive.mp4"]
     example("--out", "a.mp4", *options)
+    if driven:
+        monkeypatch.setattr(sample, "track_landmarks", lambda *a: np.full((15, 68, 2), np.nan))
+        with pytest.raises(InputError, match="drive.mp4: no face that can be followed"):
+            example("--out", "b.mp4", *options)
     calls.sort(key=lambda pose: pose.roll)
     assert len(calls) == 15 and any(pose == Pose() for pose in calls)
     assert (7 < calls[-1].roll < 13 and abs(calls[-1].yaw) < 3) if driven else 0 < max(abs(p.yaw) for p in calls) < 4
