@@ -90,8 +90,7 @@ def face_box(faces: list[tuple], template: str, number: int = 1) -> tuple:
     t, points = TEMPLATES[template], np.reshape(faces[number - 1][5:], (-1, 2))
     if len(points) and t.points:
         x, y, side = map(float, fit_square(points, t.points))
-        if side > 0:
-            return (x, y, x + side, y + side)
+        return (x, y, x + side, y + side)
     unit = max(x1 - x0, y1 - y0)
     return square_around((x0 + x1) / 2 + t.shift[0] * unit, (y0 + y1) / 2 + t.shift[1] * unit, t.side * unit)
 
