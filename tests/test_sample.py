@@ -406,21 +406,12 @@ def numbers(frames):
     return [round((float(frame.mean()) + 1) * 127.5 / 8) for frame in frames]
 
 
-def test_a_short_driving_video_is_played_back_and_forth(folder):
-    numbered_video("d.mp4", 4)
+@pytest.mark.parametrize("length, expected", [
+    (4, [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]), (30, [*range(15)]), (1, [0] * 15)])
+def test_a_short_driving_video_is_played_back_and_forth_and_a_long_one_is_cut(folder, length, expected):
+    numbered_video("d.mp4", length)
     frames = list(sample.driving_frames("d.mp4", 15, 16, "toy"))
-    assert all(f.shape == (3, 16, 16) for f in frames)
-    assert numbers(frames) == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]
-
-
-def test_a_long_driving_video_is_read_up_to_the_length_of_the_speech(folder):
-    numbered_video("d.mp4", 30)
-    assert numbers(sample.driving_frames("d.mp4", 9, 16, "toy")) == list(range(9))
-
-
-def test_a_driving_video_of_one_frame_is_repeated(folder):
-    numbered_video("d.mp4", 1)
-    assert numbers(sample.driving_frames("d.mp4", 5, 16, "toy")) == [0] * 5
+    assert all(f.shape == (3, 16, 16) for f in frames) and numbers(frames) == expected
 
 
 def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeypatch):
