@@ -274,21 +274,20 @@ def track_landmarks(net: LandmarkNet, frames, box) -> np.ndarray:
 def track_face(net: LandmarkNet, frames, box):
     """Yields the arguments of refine_parts for each frame. The crop follows the points: one pass a frame, two if it
     moves, three after a loss. Points are NaN where crop and mirror image disagree or the crop jumps: then it stays."""
-    is_first, passes, (a, b) = True, 3, box_crop(box)
-    for frame in frames:
-        last_a, last_b, may_reread = a, b, passes == 1  # with three passes the crop has settled
-        while passes:
+    is_lost, (a, b) = True, box_crop(box)
+    for k, frame in enumerate(frames):
+        last_a, last_b = a, b
+        for _ in range(3 if is_lost else 2):
             both = predict_face(net, frame, a, b)[:, 0]  # (2, K): by the crop and by its mirror image
             centre, (a, b) = a * CENTRE + b, net.crop_of(both.mean(0))
-            passes -= 1
-            if may_reread and abs(a * CENTRE + b - centre) > REREAD_SHIFT * abs(a):
-                passes, may_reread = 1, False
+            if not is_lost and abs(a * CENTRE + b - centre) <= REREAD_SHIFT * abs(a):
+                break
         shift = abs(a * CENTRE + b - last_a * CENTRE - last_b) / abs(last_a)
-        is_steady = is_first or (shift < MAX_SHIFT and 1 / MAX_GROWTH < abs(a / last_a) < MAX_GROWTH)
+        is_steady = k == 0 or (shift < MAX_SHIFT and 1 / MAX_GROWTH < abs(a / last_a) < MAX_GROWTH)
         is_face = np.abs(both[0] - both[1]).mean() < MAX_MIRROR_ERROR * abs(a)
-        is_first, passes, points = False, 1, both.mean(0)
-        if not (is_steady and is_face):
-            points, passes, a, b = np.full(K, complex(np.nan, np.nan)), 3, last_a, last_b
+        is_lost, points = not (is_steady and is_face), both.mean(0)
+        if is_lost:
+            points, a, b = np.full(K, complex(np.nan, np.nan)), last_a, last_b
         yield grey_crop(frame, a, b), a, points
 
 
