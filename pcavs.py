@@ -51,7 +51,7 @@ from media import (
     probe, read_video, run, to_tensor, to_uint8, write_video)
 from motion import ping_pong
 from report import image_grid, write_report
-from sample import SEARCH_HEIGHT, find_driving_face, find_photo_face, is_drawn, to_grey
+from sample import SEARCH_HEIGHT, driving_crops, find_photo_face, is_drawn, to_grey
 from stylegan2 import Discriminator, StyledLayers
 from toyfaces import open_toy_pack
 from vision import conv_norm, shortcut
@@ -377,10 +377,7 @@ def crop_clip(path: str | Path, n: int, config: Config, aligned: bool = False):
         return (crop_aligned(frame, config) for frame in read_frames(path, n))
     if published:
         return align_clip(path, n, size)
-    _, boxes, height = find_driving_face(path, n, config.template)
-    box = np.median(boxes, axis=0)
-    frames = read_frames(path, n, max(2, round(2 * size * height / (box[3] - box[1]))))  # twice the crop's resolution
-    return (crop_face(frame, tuple(v * len(frame) / height for v in box), size) for frame in frames)
+    return driving_crops(path, n, size, config.template)[1]
 
 
 def crop_photo(photo: np.ndarray, args, config: Config) -> np.ndarray:

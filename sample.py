@@ -190,10 +190,10 @@ def find_driving_face(path, n: int, template: str) -> tuple[int, list, int]:
     return count, boxes, height
 
 
-def read_ping_pong(path, height: int, count: int, n: int):
-    """Streams n frames, uint8 (height, W, 3), of a video of `count` frames. A short one is played back and forth."""
+def play_ping_pong(frames, count: int, n: int):
+    """Streams n of `count` frames, uint8 (H, W, 3). Too few are played back and forth."""
     with tempfile.TemporaryFile() as stored:  # not in memory: a frame of --grid has up to 5 MB
-        for frame in itertools.islice(read_video(path, height), n):
+        for frame in itertools.islice(frames, n):
             if count < n:
                 stored.write(frame)
             yield frame
@@ -202,14 +202,14 @@ def read_ping_pong(path, height: int, count: int, n: int):
             yield np.fromfile(stored, np.uint8, frame.size).reshape(frame.shape)
 
 
-def driving_frames(path, n: int, size: int, template: str):
-    """Streams n crops (3, size, size) of the face in a driving video"""
+def driving_crops(path, n: int, size: int, template: str):
+    """Number of frames of a driving video, at most n, and a stream of the face in them, uint8 (size, size, 3)"""
     count, boxes, box_height = find_driving_face(path, n, template)
     box = np.median(boxes, axis=0)  # one crop for all frames: the head moves in it
     # decoding at twice the crop's resolution is enough: for 4K video it costs a tenth
     height = min(probe(path).height, max(2, round(2 * size * box_height / (box[3] - box[1]))))
     box = tuple(v * height / box_height for v in box)
-    return (to_tensor(crop_face(frame, box, size)) for frame in read_ping_pong(path, height, count, n))
+    return count, (crop_face(frame, box, size) for frame in itertools.islice(read_video(path, height), n))
 
 
 def side_by_side(photo, frames, n: int, args):
@@ -223,7 +223,7 @@ def side_by_side(photo, frames, n: int, args):
         columns = [itertools.repeat(np.array(Image.fromarray(photo).resize((width, height), Image.Resampling.LANCZOS)))]
     if args.driving:
         count = sum(1 for _ in itertools.islice(read_video(args.driving, 16), n))
-        columns.append(read_ping_pong(args.driving, height, count, n))
+        columns.append(play_ping_pong(read_video(args.driving, height), count, n))
     yield from map(np.hstack, zip(*columns, itertools.chain([first], frames)))
 
 
@@ -310,8 +310,10 @@ def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
                          "leave out --mouth, --blink and --landmarks, which have no effect there")
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
-    driving = driving_frames(args.driving, n, size, model.config.template) if args.driving else None
-    to_picture, turning = to_uint8, driving is not None
+    to_picture, turning, driving = to_uint8, bool(args.driving), None
+    if turning:
+        count, crops = driving_crops(args.driving, n, size, model.config.template)
+        driving = map(to_tensor, play_ping_pong(crops, count, n))
     if whole:
         to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, turning), turning)
     batches = model.animate(source, mel, driving, sway=not (whole or args.still))  # (b, 3, size, size) each
