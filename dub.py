@@ -10,15 +10,14 @@ Fields lead from the target points back to the source points, so no field is inv
 """
 
 import itertools
-from collections import deque
 from functools import partial
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter1d
 
-from faces import DETECT_EVERY, detect_faces, face_box, label_scenes, smooth
-from landmarks import track_landmarks
-from media import InputError, probe, read_video
+from faces import smooth
+from landmarks import track_video
+from media import InputError, read_video
 from motion import lip_opening
 from warp import (
     CORNERS, FIXED, LOWER_INNER, LOWER_OUTER, MAX_SHAPE_ERROR, UPPER_INNER, UPPER_OUTER, FacePlane, Nodes, angles,
@@ -26,7 +25,6 @@ from warp import (
     to_bytes)
 
 # all constants are ours, chosen by looking at frames; lengths in units
-TRACKING_HEIGHT = 480  # pixels of the frames in which landmarks are found
 MAX_TURN = 35.0, 30.0  # degrees of yaw and pitch; frames beyond are left unchanged
 MIN_TAKE, FADE = 15, 5  # frames: shorter takes are left unchanged; length of the fade beside unchanged frames
 SMILE_SIGMA = 10  # frames: slower changes of the source mouth count as a smile, not as speech
@@ -238,29 +236,9 @@ class Take:
 
 # ------------------------------------------------------------------------------------------------------ the whole clip
 
-def scene_landmarks(net, frames, number: int) -> np.ndarray:
-    """Frames of one scene -> landmarks (n, 68, 2) in pixels of its `number`-th largest face; NaN in frames without it"""
-    frames, skipped = iter(frames), deque(maxlen=DETECT_EVERY)
-    for k, frame in enumerate(frames):
-        faces = detect_faces(frame) if k % DETECT_EVERY == 0 else ()
-        if len(faces) >= number:
-            box = face_box(faces, "face", number)
-            # backwards to the last detection, then forwards
-            before = track_landmarks(net, [frame, *reversed(skipped)], box)[:0:-1]
-            after = track_landmarks(net, itertools.chain([frame], frames), box)
-            return np.concatenate([np.full((k - len(skipped), 68, 2), np.nan, np.float32), before, after])
-        skipped.append(frame)
-    return np.full((k + 1, 68, 2), np.nan, np.float32)
-
-
 def find_takes(path, net, moves: np.ndarray, n: int, number: int = 1) -> tuple[int, list[Take]]:
     """Number of frames, at most n, and the takes of a video. Raises InputError: no face that can be tracked"""
-    info, mean = probe(path), net.solid.double().numpy()
-    scene = label_scenes(itertools.islice(read_video(path, 16), n))
-    small = zip(scene, read_video(path, min(info.height, TRACKING_HEIGHT)))
-    points = np.concatenate([scene_landmarks(net, (frame for _, frame in group), number)
-                             for _, group in itertools.groupby(small, key=lambda pair: pair[0])])
-    points *= max(1.0, info.height / TRACKING_HEIGHT)
+    (points, scene), mean = track_video(net, path, n, number), net.solid.double().numpy()
     usable = np.array([is_usable(p, mean) for p in points])
     ends = [0, *np.flatnonzero(np.diff(scene) | np.diff(usable)) + 1, len(points)]
     spans = [(a, b) for a, b in itertools.pairwise(ends) if usable[a] and b - a >= min(MIN_TAKE, len(points))]

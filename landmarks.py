@@ -13,6 +13,7 @@ Axes: n samples, T frames, K = 68 points, S pixels of a crop. Everything without
 
 import itertools
 import json
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,9 @@ from tqdm import tqdm
 from checkpoint import fp16_state_dict, load_checkpoint, load_frozen, save_checkpoint
 from data import Pack, open_packs, read_clip_list, split
 from faces import (
-    K, Landmarks, complete_lines, interpolate_gaps, landmark_detector, landmarks_header, similarity, smooth,
-    square_in_crop, to_complex)
-from media import InputError, Parser, check_output, parallel_map, run, wrap_os_errors
+    DETECT_EVERY, K, Landmarks, complete_lines, detect_faces, face_box, interpolate_gaps, label_scenes, landmark_detector,
+    landmarks_header, similarity, smooth, square_in_crop, to_complex)
+from media import InputError, Parser, check_output, parallel_map, probe, read_video, run, wrap_os_errors
 from warp import LOWER_INNER, UPPER_FACE, UPPER_INNER, angles, fit_pose
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
@@ -60,6 +61,7 @@ FRAMES_PER_BATCH = 8  # frames whose eyes and mouths are read at once: a third o
 REREAD_SHIFT = 0.02  # a frame is read again if its crop moves further
 MAX_MIRROR_ERROR = 0.04  # mean distance of the points by the crop and by its mirror image; it is larger without a face
 MAX_SHIFT, MAX_GROWTH = 0.35, 1.4  # motion and change of scale of a face between two frames
+TRACKING_HEIGHT = 480  # pixels of a video's frames in which landmarks are found
 SCATTER_LIMIT = 0.02  # 99 of 100 UTKFace photos lie below; of 28 images without a face all but a dog lie above
 CROPS_PER_BATCH = 64  # in training
 # in sides: dlib's points lie too low. Its line between shut lips is .0077 below the darkest row (median of 431 places in
@@ -260,6 +262,32 @@ def measure_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             height = (p[..., 5] + p[..., 8]) / 2 - p[..., :5].mean(-1)
             brows.append((height / (points[..., 45] - points[..., 36])).imag)
     return np.stack(openings, -1), np.stack(brows, -1)
+
+
+def track_video(net: LandmarkNet, path, n: int, number: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The first n frames of a video -> landmarks (T, 68, 2) in its pixels, of the `number`-th largest face of each scene,
+    NaN in frames without it; the scene of each frame (T,)"""
+    height = probe(path).height
+    scene = label_scenes(itertools.islice(read_video(path, 16), n))
+    small = zip(scene, read_video(path, min(height, TRACKING_HEIGHT)))
+    points = [track_scene(net, (frame for _, frame in group), number)
+              for _, group in itertools.groupby(small, key=lambda pair: pair[0])]
+    return max(1.0, height / TRACKING_HEIGHT) * np.concatenate(points), scene
+
+
+def track_scene(net: LandmarkNet, frames, number: int) -> np.ndarray:
+    """Frames of one scene -> (n, 68, 2), see track_video. The face is tracked from the first detection on, both ways."""
+    frames, skipped = iter(frames), deque(maxlen=DETECT_EVERY)
+    for k, frame in enumerate(frames):
+        faces = detect_faces(frame) if k % DETECT_EVERY == 0 else ()
+        if len(faces) >= number:
+            box = face_box(faces, "face", number)
+            # backwards to the last detection, then forwards
+            before = track_landmarks(net, [frame, *reversed(skipped)], box)[:0:-1]
+            after = track_landmarks(net, itertools.chain([frame], frames), box)
+            return np.concatenate([np.full((k - len(skipped), K, 2), np.nan, np.float32), before, after])
+        skipped.append(frame)
+    return np.full((k + 1, K, 2), np.nan, np.float32)
 
 
 @torch.inference_mode()

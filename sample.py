@@ -30,9 +30,9 @@ from audio import N_MELS, SILENCE, WINDOW, log_mel, mel_windows, n_frames
 from checkpoint import pick_device
 from dub import find_takes, frame_jobs
 from faces import (
-    TEMPLATES, crop_face, detect_faces, face_box, label_scenes, landmark_detector, middle_square, parse_box, turn_upright)
+    TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, middle_square, parse_box, turn_upright)
 from fusion import load_model
-from landmarks import SCATTER_LIMIT, find_landmarks, landmark_scatter, load_landmarks, measure_eyes, track_landmarks
+from landmarks import SCATTER_LIMIT, find_landmarks, landmark_scatter, load_landmarks, measure_eyes, track_video
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_finite, check_output, is_grey, load_audio, load_photo, photo_size,
     probe, read_video, run, to_tensor, to_uint8, write_video)
@@ -255,11 +255,9 @@ def talking_photo(model, photo, box, mel, speech, args):
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, warp.lips.rest_opening, args.mouth)
     if args.driving:
-        _, boxes, height = find_driving_face(args.driving, T, "face")
-        points = track_landmarks(net, itertools.islice(read_video(args.driving, height), T), boxes[0])
+        points, scene = track_video(net, args.driving, T)
         if np.isnan(points).all():
-            raise InputError(f"{args.driving}: no face that can be followed")
-        scene = label_scenes(itertools.islice(read_video(args.driving, 16), T))
+            raise InputError(f"{args.driving}: no upright face was found")
         motion = driving_motion(points, *measure_eyes(points), mean, warp.head.turn_limits, scene)
     else:
         motion = idle_motion(T, speech, args.seed, head=not args.still)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dub
+import landmarks
 import sample
 from fusion import load_model
 from landmarks import find_landmarks, load_landmarks, track_landmarks
@@ -44,8 +45,8 @@ def clip(tmp_path_factory, net, moves):
 
 def find_at_box(patch):
     """Replaces the face detector by the box of the clip's face"""
-    patch.setattr(dub, "detect_faces", lambda frame: [(*BOX, 0.9)])
-    patch.setattr(dub, "face_box", lambda faces, template, number: BOX)
+    patch.setattr(landmarks, "detect_faces", lambda frame: [(*BOX, 0.9)])
+    patch.setattr(landmarks, "face_box", lambda faces, template, number: BOX)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +101,7 @@ def test_frames_of_a_scene_without_a_face_stay_unchanged(clip, net, moves, tmp_p
     frames, path = list(read_video(clip)), tmp_path / "cut.mp4"
     blank = np.full((256, 256, 3), 230, np.uint8)
     write_video(path, iter([*frames[:20], *[blank] * 20, *frames[20:]]), 60, np.zeros(640 * 60, np.float32))
-    monkeypatch.setattr(dub, "detect_faces", lambda frame: [(*BOX, 0.9)] if frame.std() > 10 else [])
+    monkeypatch.setattr(landmarks, "detect_faces", lambda frame: [(*BOX, 0.9)] if frame.std() > 10 else [])
     takes, out = dubbed(path, net, moves, np.zeros(60))
     assert [(int(take.first), take.T) for take in takes] == [(0, 20), (40, 20)]
     assert not any(fade for take in takes for fade in take.fades), "takes do not fade at a cut"
@@ -145,7 +146,7 @@ def test_target_lips_never_cross(take, moves):
 
 
 def test_a_video_without_a_trackable_face_is_refused_in_one_line(clip, net, moves, monkeypatch):
-    monkeypatch.setattr(dub, "detect_faces", lambda frame: [])
+    monkeypatch.setattr(landmarks, "detect_faces", lambda frame: [])
     with pytest.raises(InputError, match="no face that can be tracked"):
         dub.find_takes(clip, net, moves, T)
 

@@ -15,7 +15,7 @@ import landmarks
 from data import Pack, PackWriter
 from faces import crop_face, landmarks_header, square_in_crop
 from landmarks import CENTRE, MIRROR, sample_crops, to_real
-from media import InputError, load_photo, to_tensor
+from media import InputError, load_photo, to_tensor, write_video
 from motion import Motion
 from warp import Face, Pose, Warp
 
@@ -149,6 +149,31 @@ def test_a_hidden_face_is_lost_and_found_again(net):
     assert np.isnan(points).all((1, 2)).tolist() == [False, False, True, False] == np.isnan(eyes).all(1).tolist()
     assert np.abs(points[3] - points[0]).max() < 0.1 * interocular(points[0])
     assert landmarks.track_landmarks(net, [], (0, 0, 9, 9)).shape == (0, 68, 2)
+
+
+def test_each_scene_of_a_video_is_searched_for_its_own_face(net, tmp_path, monkeypatch):
+    """The face jumps to the right in frame 13, and its detection fails in the first frame there: all frames have it"""
+    image, wide = photo(), np.full((640, 1100, 3), 128, np.uint8)
+    left, right, box = wide.copy(), wide[:, :, ::-1] // 3, np.array([40, 60, 600, 620])
+    left[60:620, 40:600] = right[60:620, 500:1060] = np.array(Image.fromarray(image).resize((560, 560)))
+    write_video(tmp_path / "a.mp4", iter([left] * 13 + [right] * 12), 25)
+    searched = []
+
+    def detect_faces(frame):
+        searched.append(frame[10, 10, 0] < 90)  # whether it is the darker scene
+        return [] if searched == [False, True] else [None]
+
+    monkeypatch.setattr(landmarks, "detect_faces", detect_faces)
+    monkeypatch.setattr(landmarks, "face_box", lambda *_: (box + searched[-1] * np.array([460, 0, 460, 0])) * 480 / 640)
+    points, scene = landmarks.track_video(net, tmp_path / "a.mp4", 25)
+    assert points.shape == (25, 68, 2) and scene.tolist() == [0] * 13 + [1] * 12 and len(searched) == 3
+    expected = landmarks.find_landmarks(net, left, box)
+    assert np.abs(points[:13] - expected).mean() < 4 and np.abs(points[13:] - expected - (460, 0)).mean() < 4
+    assert len(landmarks.track_video(net, tmp_path / "a.mp4", 7)[0]) == 7
+    searched[:] = [False]
+    monkeypatch.setattr(landmarks, "detect_faces", lambda frame: [None] * 2)
+    assert np.isfinite(landmarks.track_video(net, tmp_path / "a.mp4", 2, number=2)[0]).all()
+    assert np.isnan(landmarks.track_video(net, tmp_path / "a.mp4", 2, number=3)[0]).all()
 
 
 def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import audio
 import faces
+import landmarks
 import media
 import sample
 from checkpoint import save_checkpoint
@@ -644,12 +645,13 @@ def test_a_head_sways_or_follows_the_landmarks_of_a_driving_clip(short, monkeypa
         photo = media.load_photo(sample.EXAMPLE_PHOTO)
         turned = (Image.fromarray(photo).rotate(-k, Image.Resampling.BICUBIC, center=(255, 255)) for k in range(12))
         media.write_video("drive.mp4", map(np.array, turned), 12)
-        monkeypatch.setattr(sample, "find_driving_face", lambda *a: (12, [(134.5, 130.1, 381.7, 377.3)], 512))
+        monkeypatch.setattr(landmarks, "detect_faces", lambda frame: [()])
+        monkeypatch.setattr(landmarks, "face_box", lambda *a: np.array([134.5, 130.1, 381.7, 377.3]) * 480 / 512)
         options = ["--driving", "drive.mp4"]
     example("--out", "a.mp4", *options)
     if driven:
-        monkeypatch.setattr(sample, "track_landmarks", lambda *a: np.full((15, 68, 2), np.nan))
-        with pytest.raises(InputError, match="drive.mp4: no face that can be followed"):
+        monkeypatch.setattr(landmarks, "detect_faces", lambda frame: [])
+        with pytest.raises(InputError, match="drive.mp4: no upright face was found"):
             example("--out", "b.mp4", *options)
     calls.sort(key=lambda pose: pose.roll)
     assert len(calls) == 15 and any(pose == Pose() for pose in calls)
