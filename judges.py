@@ -7,7 +7,6 @@ research only.
 """
 
 import functools
-from collections import OrderedDict
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from checkpoint import fetch, load_frozen, read_weights, wrap_errors
 from faces import ARCFACE_POINTS, TEMPLATES, cut_square, fit_square, resize_square
-from vision import trunk_ir_se50
+from vision import tapped_maps, trunk_ir_se50
 
 
 class SmallFaceJudge(nn.Module):
@@ -77,48 +76,36 @@ class VGG19Features(nn.Module):
 
     def forward(self, x):
         check_images(x, 16)
-        x, maps = ((x + 1) / 2 - self.mean) / self.std, []             # ImageNet's normalisation
-        for i, layer in enumerate(self.features[:self.TAPS[-1] + 1]):  # the last three convolutions are not needed
-            x = layer(x)
-            if i in self.TAPS:
-                maps.append(x)
-        return maps
+        x = ((x + 1) / 2 - self.mean) / self.std                        # ImageNet's normalisation
+        return tapped_maps(self.features[:30], x, self.TAPS)            # the last three convolutions are not needed
 
 
 class LPIPS(nn.Module):
-    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): two batches (N, 3, H, W) in [-1, 1], H, W >= 16 -> distances (N,). The
-    heads are registered twice, as lin0.. and as lins.0.., as in the published file."""
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): two batches (N, 3, H, W) in [-1, 1], H, W >= 16 -> distances (N,)"""
 
-    SCALING = dict(shift=[-0.030, -0.088, -0.188], scale=[0.458, 0.448, 0.450])  # constants of the authors' code
-    SLICE_ENDS = (4, 9, 16, 23, 30)  # VGG16 is cut behind the last ReLU of each stage
+    TAPS = (3, 8, 15, 22, 29)  # the last ReLU of each stage
 
     def __init__(self):
         super().__init__()
-        layers = vgg_layers(2, 2, 3, 3, 3)
-        self.scaling_layer = nn.Module()
-        for name, value in self.SCALING.items():
-            self.scaling_layer.register_buffer(name, torch.tensor(value)[None, :, None, None])
-        self.net = nn.Sequential()
-        for k, channels in enumerate((64, 128, 256, 512, 512)):
-            indices = range(*(0, *self.SLICE_ENDS)[k:k + 2])
-            self.net.add_module(f"slice{k + 1}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in indices)))
-            model = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))  # one weight per channel
-            self.add_module(f"lin{k}", nn.Sequential(OrderedDict(model=model)))
-        self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(5))
+        self.features = nn.Sequential(*vgg_layers(2, 2, 3, 3, 3))
+        for k, channels in enumerate((64, 128, 256, 512, 512)):         # one weight per channel
+            model = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))
+            self.add_module(f"lin{k}", nn.ModuleDict(dict(model=model)))
+        # constants of the authors' code
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
 
     def feature_maps(self, x):
         """Images -> five feature maps of unit length at each position."""
-        x, maps = (x - self.scaling_layer.shift) / self.scaling_layer.scale, []
-        for vgg_slice in self.net:
-            x = vgg_slice(x)
-            # the published x / (|x| + 1e-10) has no gradient where all channels are 0; this differs by under 1e-10
-            maps.append(x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt())
-        return maps
+        maps = tapped_maps(self.features[:30], (x - self.shift) / self.scale, self.TAPS)
+        # the published x / (|x| + 1e-10) has no gradient where all channels are 0; this differs by under 1e-10
+        return [x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt() for x in maps]
 
     def forward(self, a, b):
         check_images(a, 16)
         assert a.shape == b.shape, f"images are {tuple(a.shape)} and {tuple(b.shape)}, expected the same shape"
-        layers = zip(self.lins, self.feature_maps(a), self.feature_maps(b))
+        heads = (self.get_submodule(f"lin{k}.model") for k in range(5))
+        layers = zip(heads, self.feature_maps(a), self.feature_maps(b))
         return sum(head((x - y).square()).mean((1, 2, 3)) for head, x, y in layers)
 
 
@@ -338,16 +325,5 @@ def arcface(device, path: str | Path | None = None, template: str = "ffhq") -> A
 
 def lpips(device, path: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
     """path: torchvision's VGG16. heads: the authors' vgg.pth."""
-    heads = fetch("lpips_heads", heads)
-
-    def to_state_dict(content):
-        state = {f"scaling_layer.{name}": torch.tensor(v)[None, :, None, None] for name, v in LPIPS.SCALING.items()}
-        for key, value in without_classifier(content).items():
-            _, index, kind = key.split(".")                                                # features.0.weight ..
-            slice_number = 1 + sum(int(index) >= end for end in LPIPS.SLICE_ENDS)
-            state[f"net.slice{slice_number}.{index}.{kind}"] = value
-        for key, value in read_weights(heads).items():                                     # lin0.model.1.weight ..
-            state[key] = state[key.replace("lin", "lins.", 1)] = value
-        return state
-
-    return load_network("vgg16", LPIPS, device, path, to_state_dict)
+    heads = read_weights(fetch("lpips_heads", heads))
+    return load_network("vgg16", LPIPS, device, path, lambda content: without_classifier(content) | heads)

@@ -193,6 +193,16 @@ def trunk_ir_se50(width: int = 64) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*conv_norm(3, width, 3), nn.PReLU(width)), nn.Sequential(*blocks)
 
 
+def tapped_maps(layers, x, taps: tuple) -> list:
+    """Run x through all layers -> the outputs of those numbered in `taps`"""
+    maps = []
+    for i, layer in enumerate(layers):
+        x = layer(x)
+        if i in taps:
+            maps.append(x)
+    return maps
+
+
 def resize_to_256(x):
     """(N, 3, H, H) -> (N, 3, 256, 256). Larger images are pooled, as by pSp's authors, smaller images enlarged (ours)."""
     return F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else resize_square(x, 256)
@@ -233,12 +243,8 @@ class GradualStyleEncoder(nn.Module):
         self.register_buffer("latent_avg", torch.zeros(L, dim))
 
     def forward(self, x):  # (N, 3, H, H) in [-1, 1], brought to 256 px -> (N, L, D)
-        x, maps = self.input_layer(resize_to_256(x).contiguous(memory_format=torch.channels_last)), []
-        for i, block in enumerate(self.body):
-            x = block(x)
-            if i in self.TAPS:
-                maps.append(x)
-        fine, middle, coarse = maps                                            # at 64x64, 32x32, 16x16
+        x = self.input_layer(resize_to_256(x).contiguous(memory_format=torch.channels_last))
+        fine, middle, coarse = tapped_maps(self.body, x, self.TAPS)            # at 64x64, 32x32, 16x16
         middle = self.latlayer1(middle) + F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=True)
         fine = self.latlayer2(fine) + F.interpolate(middle, scale_factor=2, mode="bilinear", align_corners=True)
         levels = [coarse] * 3 + [middle] * 4 + [fine] * len(self.styles)
