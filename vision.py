@@ -358,18 +358,14 @@ class HyperStyleNet(nn.Module):
 # --------------------------------------------------------------------------------------------------------- their files
 
 def read_part(path: str | Path, part: str) -> tuple[dict, dict]:
-    """File of pSp's or HyperStyle's code -> (entries beside the weights, state dict of `part`, which is "encoder" or
-    "hypernet"). Bare keys are kept. InputError: see read_weights; weights of an unknown part."""
+    """File of pSp's or HyperStyle's code -> (its content, state dict of `part`, which is "encoder" or "hypernet", without
+    this prefix; bare keys are kept). InputError: see read_weights."""
     content = read_weights(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict):
         raise InputError(f"{path}: its 'state_dict' is a {type(state).__name__}, expected a dict of weights")
-    beside = content if "state_dict" in content else {}
-    part_state = {key.removeprefix(f"{part}."): v for key, v in state.items() if str(key).startswith(f"{part}.")}
-    unknown = [key for key in state if not str(key).startswith(("encoder.", "hypernet.", "decoder."))]
-    if part_state and unknown:
-        raise InputError(f"{path}: {str(unknown[0]).strip()[:120] or 'a nameless weight'} is unknown beside {part}")
-    return beside, part_state or state
+    others = tuple(f"{other}." for other in {"encoder", "hypernet", "decoder"} - {part})
+    return content, {str(k).removeprefix(f"{part}."): v for k, v in state.items() if not str(k).startswith(others)}
 
 
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
@@ -377,7 +373,7 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
     ArcFace's IR-SE50 gives the trunk alone, which initialises the training of pSp, with new heads for codes of `dim`
     numbers. latent_avg is NaN if the file has none. InputError: see read_weights; another kind of file; fewer than L
     styles."""
-    beside, state = read_part(path, "encoder")
+    content, state = read_part(path, "encoder")
     with wrap_errors(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])
         if "output_layer.3.weight" in state:
@@ -388,7 +384,7 @@ def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
             encoder.load_state_dict(trunk.state_dict(), strict=False)
             encoder.latent_avg.fill_(torch.nan)
             return encoder
-        dim, mean = len(state["styles.0.linear.weight"]), beside.get("latent_avg")
+        dim, mean = len(state["styles.0.linear.weight"]), content.get("latent_avg")
         styles = max(L, sum(f"styles.{i}.linear.weight" in state for i in range(18)))  # 18: at 1024 px
         mean = mean.reshape(-1, mean.shape[-1]) if isinstance(mean, torch.Tensor) else torch.full((1, dim), torch.nan)
         mean = mean.repeat(styles, 1) if len(mean) == 1 else mean[:styles]             # (1, D): a mean w
