@@ -505,7 +505,7 @@ def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple
     """Networks from published files, in place of stages 1 and 2 at `size` px -> (overrides of Config, networks by
     name: "generator", "D", "encoder", "hyper"). generator: rosinality's StyleGAN2. encoder: pSp's or ArcFace's, see
     load_encoder. hyper: HyperStyle's, for this generator. InputError: a file is missing, damaged, hostile, or of another
-    kind or size; networks do not fit together."""
+    kind or size; the hypernetwork does not fit the generator."""
     networks, overrides, dim = {}, {}, Config.at(size).dim
     if generator:
         G, D, arguments = load_rosinality(generator, size)
@@ -516,8 +516,6 @@ def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple
     if encoder:
         networks["encoder"] = load_encoder(encoder, n_styles(size), dim)
         overrides |= dict(encoder="psp", encoder_width=len(networks["encoder"].input_layer[0].weight))
-        if generator and networks["encoder"].latent_avg.shape[1] != dim:
-            raise InputError(f"{encoder}: the width of its codes is not the generator's {dim}")
     if hyper:
         if not generator:
             raise InputError(f"{hyper}: name its generator of {size} px with --generator")

@@ -291,8 +291,10 @@ def test_weights_that_a_run_cannot_continue_are_refused(pack, stages, tmp_path, 
         assert "--part lips needs --init" in capsys.readouterr().err
     state = {f"encoder.{k}": v for k, v in GradualStyleEncoder(6, 512, 16).state_dict().items() if k != "latent_avg"}
     torch.save(dict(state_dict=state, latent_avg=torch.zeros(6, 512)), tmp_path / "psp.pt")
-    with pytest.raises(InputError, match="psp.pt.*width"):
-        run_stage(pack, tmp_path, 3, *init, "--encoder", str(tmp_path / "psp.pt"))
+    torch.save(dict(g=Generator(16, 24, 2, 256, 32).state_dict()), tmp_path / "g.pt")
+    for more in ((), ("--generator", str(tmp_path / "g.pt"))):
+        with pytest.raises(InputError, match="psp.pt: the width of its codes is not"):
+            run_stage(pack, tmp_path, 3, *init, "--encoder", str(tmp_path / "psp.pt"), *more)
     assert not (tmp_path / "stage3.pt").exists()
 
 
