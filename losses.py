@@ -30,16 +30,16 @@ def orthogonality_loss(z_s2c, z_c2d):
     return F.cosine_similarity(z_s2c[:, None], z_c2d, dim=-1, eps=1e-6).square().mean()
 
 
-def reconstruction_loss(fake, real, boxes=(), pyramid: float = 0.5):
-    """L1 of the image, plus weighted L1 in boxes, plus L1 of the image at a half and a quarter of its size.
-    boxes: pairs of a box (x0, y0, x1, y1), as fractions, and its weight; ours: mouth and eyes are few pixels, and viewers
-    look at them most. pyramid: weight of the smaller images; ours: colour and place settle before edges."""
+def reconstruction_loss(fake, real, boxes=()):
+    """L1 of the image, plus weighted L1 in boxes, plus half the L1 of the image at a half and a quarter of its size, ours:
+    colour and place settle before edges. boxes: pairs of a box (x0, y0, x1, y1), as fractions, and its weight; ours: mouth
+    and eyes are few pixels, and viewers look at them most."""
     loss = (fake - real).abs().mean()
     for box, weight in boxes:
         rows, cols = box_slices(box, *fake.shape[-2:])
         loss = loss + weight * (fake[..., rows, cols] - real[..., rows, cols]).abs().mean()
     for factor in (2, 4):
-        loss = loss + pyramid * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()
+        loss = loss + 0.5 * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()
     return loss
 
 
@@ -106,16 +106,15 @@ def r1_penalty(real, score):
     return grad.square().sum((1, 2, 3)).mean()
 
 
-def path_length_penalty(fake, w_plus, mean_path, noise=None, decay: float = 0.01):
+def path_length_penalty(fake, w_plus, mean_path):
     """E (|J^T y| - a)^2, StyleGAN2 section 3.2, where J is the Jacobian of the image by w and a the running mean of the
     length -> (penalty, next a). fake: (N, 3, H, W), made from w_plus (N, L, D), which requires a gradient. mean_path: a.
-    noise: N(0, 1) of fake's shape, drawn if None. y is noise / sqrt(H W), so that lengths do not grow with the size."""
-    noise = torch.randn_like(fake) if noise is None else noise
-    y = noise / math.sqrt(fake.shape[2] * fake.shape[3])
+    y is N(0, 1) noise / sqrt(H W), so that lengths do not grow with the size."""
+    y = torch.randn_like(fake) / math.sqrt(fake.shape[2] * fake.shape[3])
     grad, = torch.autograd.grad((fake * y).sum(), w_plus, create_graph=True)
     lengths = grad.square().sum(2).mean(1).sqrt()                       # (N,): root mean square over the L layers
     mean = MeanOverProcesses.apply(lengths.mean())
-    mean_path = mean_path + decay * (mean - mean_path)                  # with its gradient, as in StyleGAN2
+    mean_path = mean_path + 0.01 * (mean - mean_path)                   # with its gradient, as in StyleGAN2
     return (lengths - mean_path).square().mean(), mean_path.detach()
 
 
@@ -124,13 +123,13 @@ class Augment:
     each with probability p per image, and ADA's controller of p (Karras et al. 2020, section 3: E sign D(real) = 0.6).
     On a CPU ADA's own pipeline costs three times the generator and improves little."""
 
-    def __init__(self, p: float = 0.0, target: float = 0.6, kimg: float = 500.0):
-        self.p, self.target, self.kimg = p, target, kimg
+    def __init__(self, p: float):
+        self.p = p
 
     def update(self, sign: float, images: int):
-        """sign: mean sign of the scores of real images. Above the target p rises by images / 500k, below it p falls by as
-        much, within [0, 1]."""
-        self.p = min(1.0, max(0.0, self.p + math.copysign(images / (self.kimg * 1000), sign - self.target)))
+        """sign: mean sign of the scores of real images. Above 0.6 p rises by images / 500k, below it p falls by as much,
+        within [0, 1]."""
+        self.p = min(1.0, max(0.0, self.p + math.copysign(images / 500_000, sign - 0.6)))
 
     def __call__(self, x):
         """x (N, 3, H, W) -> augmented images, differentiable in x"""
