@@ -9,44 +9,9 @@ import torch.nn.functional as F
 
 from media import InputError
 from stylegan2 import (
-    Blur, ConvLayer, Discriminator, EqualLinear, Generator, ModulatedConv2d, ModulatedPixels, ResBlock,
-    StyledConv, Upsample, add_map, blur_by_means, load_rosinality, minibatch_stddev, mix_styles, move_pixels, n_styles)
+    Blur, Discriminator, EqualLinear, Generator, ModulatedConv2d, Upsample, add_map, blur_by_means, load_rosinality,
+    mix_styles, move_pixels, n_styles)
 from test_vision import Hostile, listed
-
-
-def naive_modulated(layer, x, style, delta=None):
-    """The paper's equations 1 and 3, a loop over samples, weights modulated and demodulated one by one."""
-    out = []
-    for n in range(len(x)):
-        s = F.linear(style[n], layer.modulation.weight * layer.modulation.scale, layer.modulation.bias)
-        w = layer.weight[0] / math.sqrt(layer.weight[0, 0].numel())
-        if delta is not None:
-            w = w * (1 + delta[n * len(delta) // len(x)])[:, :, None, None]
-        w = w * s[None, :, None, None]
-        if w.shape[-1] == 3:  # toRGB's 1x1 is not demodulated
-            w = w / torch.sqrt(w.square().sum((1, 2, 3), keepdim=True) + 1e-8)
-        if getattr(layer, "up", False):
-            y = F.conv_transpose2d(x[n:n + 1], w.transpose(0, 1), stride=2)
-            k = torch.tensor([1.0, 3, 3, 1], dtype=x.dtype)
-            k = k[:, None] * k / 64 * 4
-            out.append(F.conv2d(F.pad(y, (1, 1, 1, 1)), k.expand(len(w), 1, 4, 4), groups=len(w)))
-        else:
-            out.append(F.conv2d(x[n:n + 1], w, padding=w.shape[-1] // 2))
-    return torch.cat(out)
-
-
-def modulated(layer, x, style, delta=None):
-    """The result of either layer, demodulated"""
-    y = layer(x, style) if delta is None else layer(x, style, delta)
-    return y if torch.is_tensor(y) else y[0] * y[1][:, :, None, None]
-
-
-@pytest.mark.parametrize("layer", [ModulatedConv2d(6, 5, 7), ModulatedConv2d(6, 5, 7, up=True), ModulatedPixels(6, 3, 7)])
-def test_scaled_activations_are_equivalent_to_modulated_weights(layer):
-    torch.manual_seed(0)
-    layer = layer.double()
-    x, style = torch.randn(3, 6, 8, 10).double(), torch.randn(3, 7).double()
-    torch.testing.assert_close(modulated(layer, x, style), naive_modulated(layer, x, style))
 
 
 @pytest.mark.parametrize("up", [False, True])
@@ -55,15 +20,6 @@ def test_grouped_convolution_equals_one_convolution_per_clip(up):
     layer, x, weight = ModulatedConv2d(6, 5, 7, up), torch.randn(6, 6, 8, 10), torch.randn(2, 5, 6, 3, 3)
     grouped, single = (layer.convolve_clips(x, weight, grouped) for grouped in (True, False))
     torch.testing.assert_close(grouped, single, atol=1e-4, rtol=1e-4)
-
-
-def test_weight_changes_apply_to_their_own_clip_only():
-    torch.manual_seed(0)
-    layer = ModulatedConv2d(6, 5, 7).double()
-    x, style = torch.randn(6, 6, 8, 10).double(), torch.randn(6, 7).double()
-    delta = torch.randn(2, 5, 6).double()  # 2 clips of 3 frames
-    torch.testing.assert_close(modulated(layer, x, style, delta), naive_modulated(layer, x, style, delta))
-    torch.testing.assert_close(modulated(layer, x, style, torch.zeros_like(delta)), modulated(layer, x, style))
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
@@ -97,10 +53,6 @@ def test_upsample_equals_zeros_between_pixels_and_a_filter():
     assert up(torch.ones(1, 3, 6, 8))[0, 0, 3:-3, 3:-3].sub(1).abs().max() < 1e-6  # preserves a constant
 
 
-def test_blur_preserves_a_constant():
-    assert Blur(2)(torch.ones(1, 2, 9, 11))[:, :, 4:-4, 4:-4].sub(1).abs().max() < 1e-6
-
-
 @pytest.mark.parametrize("pad", [1, 2])
 def test_blur_has_the_right_first_and_second_derivative(pad):
     x = torch.randn(2, 3, 5, 6).double().requires_grad_()
@@ -111,41 +63,6 @@ def test_blur_has_the_right_first_and_second_derivative(pad):
     torch.testing.assert_close(blur(x), want)
     torch.testing.assert_close(blur_by_means(x, pad, gain=4.0), want)
     torch.testing.assert_close(blur_by_means(x, pad, gain=1.0), want / 4)
-
-
-@pytest.mark.parametrize("up", [False, True])
-def test_styled_conv_equals_convolution_noise_bias_and_activation_in_turn(up):
-    """The gain in factor, noise and bias equals a gain after the activation, as in the paper."""
-    torch.manual_seed(0)
-    layer = StyledConv(6, 5, 7, up).double()
-    torch.nn.init.normal_(layer.activate.bias)
-    torch.nn.init.normal_(layer.noise.weight)
-    x, style = torch.randn(3, 6, 8, 10).double(), torch.randn(3, 7).double()
-    noise = torch.randn(1, 1, 16, 20).double() if up else torch.randn(3, 1, 8, 10).double()
-    y = naive_modulated(layer.conv, x, style) + layer.noise.weight * noise + layer.activate.bias[:, None, None]
-    torch.testing.assert_close(layer(x, style, noise), torch.where(y > 0, y, 0.2 * y) * math.sqrt(2))
-
-
-def naive_conv(layer: ConvLayer, x):
-    """[1,3,3,1] blur, strided convolution with He's constant, bias, leaky ReLU with gain: one after the other."""
-    *blur, conv = [m for m in layer if hasattr(m, "kernel") or hasattr(m, "weight")]
-    for b in blur:
-        k = torch.tensor([1.0, 3, 3, 1], dtype=x.dtype) / 8
-        x = F.conv2d(F.pad(x, (b.pad,) * 4), (k[:, None] * k).expand(x.shape[1], 1, 4, 4), groups=x.shape[1])
-    y = F.conv2d(x, conv.weight / math.sqrt(conv.weight[0].numel()), stride=2 if blur else 1, padding=0 if blur else 1)
-    if not layer.activate:
-        return y
-    return F.leaky_relu(y + layer[-1].bias[:, None, None], 0.2) * math.sqrt(2)
-
-
-def test_residual_block_equals_the_sum_of_two_paths_over_root_two():
-    torch.manual_seed(0)
-    block, x = ResBlock(4, 5).double(), torch.randn(3, 4, 8, 12).double()
-    for layer in (block.conv1, block.conv2):
-        torch.nn.init.normal_(layer[-1].bias)
-    want = (naive_conv(block.conv2, naive_conv(block.conv1, x)) + naive_conv(block.skip, x)) / math.sqrt(2)
-    assert want.shape == (3, 5, 4, 6)
-    torch.testing.assert_close(block(x), want)
 
 
 def test_equal_linear_scales_by_he_and_the_learning_rate():
@@ -162,14 +79,6 @@ def test_default_networks_have_the_published_widths_and_parameter_counts():
     assert [layer.conv.weight.shape[1] for layer in G.styled_convs()] == [512] * 9 + [256] * 2 + [128] * 2
     assert sum(p.numel() for p in G.parameters()) == 30_034_338
     assert sum(p.numel() for p in D.parameters()) == 28_864_129
-
-
-def test_elements_of_a_batch_are_independent():
-    torch.manual_seed(0)
-    G = Generator(32, dim=24, n_mlp=2, base=512, cap=32).eval()
-    w = torch.randn(5, 8, 24)
-    one_by_one = torch.cat([G(x[None]) for x in w])
-    torch.testing.assert_close(G(w), one_by_one, atol=1e-5, rtol=1e-4)
 
 
 def test_each_style_affects_its_own_layer_and_later_ones():
@@ -199,11 +108,6 @@ def test_noise_is_fixed_unless_random():
     assert not torch.equal(G(w, noise=given), G(w))
 
 
-def test_style_mixing_switches_at_the_crossover():
-    w = mix_styles(torch.zeros(2, 5), torch.ones(2, 5), L=6, crossover=4)
-    assert w.shape == (2, 6, 5) and w[:, :4].sum() == 0 and w[:, 4:].min() == 1
-
-
 def test_identity_maps_are_added_to_the_first_channels_only():
     x, m = torch.zeros(2, 5, 4, 4), torch.ones(2, 3, 4, 4)
     assert add_map(x, [m], 0)[:, :3].min() == 1 and add_map(x, [m], 0)[:, 3:].max() == 0 and add_map(x, [m], 1) is x
@@ -225,18 +129,6 @@ def test_a_flow_reads_pixels_at_its_distance_and_moves_the_image_of_its_size():
     torch.testing.assert_close(moved[0], still[0], atol=1e-5, rtol=1e-4)
     inner = slice(6, -6)                                                 # far from edges, 8 px move twice as far at 16 px
     torch.testing.assert_close(moved[1, :, inner, 4:8], still[1, :, 4:8, 8:12], atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 6, 8, 12])
-def test_minibatch_stddev_accepts_every_batch_size(N):
-    x = torch.randn(N, 3, 4, 5)
-    y = minibatch_stddev(x)
-    assert y.shape == (N, 4, 4, 5) and torch.isfinite(y).all() and torch.equal(y[:, :3], x)
-    group = 4 if N % 4 == 0 else 3 if N % 3 == 0 else 2 if N % 2 == 0 else N
-    for n in range(N):  # groups are strided: n, n + N/g, ..
-        members = x[n % (N // group)::N // group].double()
-        want = torch.sqrt(members.var(0, unbiased=False) + 1e-8).mean()
-        assert math.isclose(y[n, 3, 0, 0].item(), want.item(), rel_tol=1e-4, abs_tol=1e-6)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -382,20 +274,20 @@ def test_a_generator_is_the_papers_for_w_and_w_plus_noise_and_mixing():
 
 
 def test_weight_changes_of_whole_kernels_are_hyperstyles():
-    """Relative, on each tap of each kernel of each clip, before modulation and demodulation."""
+    """Relative, on each tap of each kernel of each clip (2 of 3 frames), before modulation and demodulation."""
     G, s = alive(narrow_pair()[0])
     torch.manual_seed(1)
-    codes = torch.randn(2, G.L, 24)
+    codes = torch.randn(6, G.L, 24)
     deltas = [0.3 * torch.randn(2, *layer.conv.weight.shape[1:]) for layer in G.styled_convs()]
     own = [s[f"noises.noise_{i}"] for i in range(G.L - 1)]
-    want = reference_generator(s, codes.double(), own, [d.double() for d in deltas])
+    want = reference_generator(s, codes.double(), own, [d.double().repeat_interleave(3, 0) for d in deltas])
     torch.testing.assert_close(G(codes, deltas=deltas).double(), want, atol=2e-4 * float(want.std()), rtol=1e-3)
     whole = [d.mean((3, 4)) for d in deltas]  # one number for a pair of channels applies to every tap
     spread = [d[..., None, None].expand(-1, -1, -1, 3, 3) for d in whole]
     torch.testing.assert_close(G(codes, deltas=whole), G(codes, deltas=spread))
 
 
-@pytest.mark.parametrize("N", [4, 8, 6, 5])
+@pytest.mark.parametrize("N", [4, 8, 6, 5, 2, 1])
 def test_the_discriminator_equals_a_float64_reference_for_every_batch_size(N):
     D, s = alive(narrow_pair()[1])
     x = torch.randn(N, 3, 32, 32)
