@@ -762,7 +762,6 @@ def reduced_rank_regression(x, y, rank, ridge):
     full = ridge_regression(x, y, ridge)                                               # (i, o)
     fitted = x @ full
     v = torch.linalg.eigh(fitted.t() @ fitted)[1][:, -rank:].flip(1)                   # (o, rank), largest first
-    v = F.pad(v, (0, rank - v.shape[1]))                                               # zeros beyond o directions
     down = full @ v
     std = (x @ down).std(0).clamp_min(1e-6)
     return (down / std).t().float().to(device), (v * std).float().to(device)

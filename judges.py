@@ -246,9 +246,9 @@ class Inception:
     are TensorFlow's of 2015-12-05 under torchvision's names, as ported by pytorch-fid. Average pools do not count their
     padding. The last block has a max pool. Images are resized to 299 px bilinearly, without prefilter."""
 
-    def __init__(self, device, path: str | Path | None = None):
-        """path: a copy of pytorch-fid's file. None downloads it. InputError: another file."""
-        path = fetch("inception", path)
+    def __init__(self, device):
+        """InputError: another file in place of pytorch-fid's."""
+        path = fetch("inception")
         with wrap_errors(path, "not the weights of Inception"):
             self.weights = {name: value.float().to(device) for name, value in read_weights(path).items()}
             self(torch.zeros(1, 3, 299, 299, device=device))
