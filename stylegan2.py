@@ -153,8 +153,8 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x, style, delta=None):
         """x (N, I, H, W), style (N, D) -> result before demodulation (N, O, H', W'), demodulation factors (N, O) in fp32.
-        delta: None, or HyperStyle's relative change of the weights, (B, O, I) or (B, O, I, 3, 3), for B clips of N / B
-        frames each; the weights become W (1 + delta)."""
+        delta: None, or HyperStyle's relative change of the weights, (B, O, I, 3, 3) or (B, O, I, 1, 1), for B clips of
+        N / B frames each; the weights become W (1 + delta)."""
         with torch.autocast(x.device.type, enabled=False):
             s = self.modulation(style.to(self.weight.dtype))                    # (N, I)
             weight = self.weight[0]                                             # (O, I, 3, 3)
@@ -163,8 +163,7 @@ class ModulatedConv2d(nn.Module):
                 power = w.square().sum((2, 3))                                  # (I, O) or (O, I)
                 variance = s.square() @ (power if self.up else power.t())       # (N, O)
             else:
-                delta = delta.to(weight.dtype)                                  # in bf16 1 + 0.003 is 1
-                weight = weight * (1 + (delta if delta.ndim == 5 else delta[..., None, None]))  # (B, O, I, 3, 3)
+                weight = weight * (1 + delta.to(weight.dtype))                  # (B, O, I, 3, 3); in bf16 1 + 0.003 is 1
                 per_clip = s.square().unflatten(0, (len(delta), -1))            # (B, T, I)
                 variance = (per_clip @ weight.square().sum((3, 4)).transpose(1, 2)).flatten(0, 1)
             demodulation = torch.rsqrt(self.scale ** 2 * variance + 1e-8)
@@ -312,7 +311,7 @@ class Generator(StyledLayers):
         noise: "fixed" (the generator's own maps: a clip does not flicker), "random" (training of stage 1), "off", or a
             list of L - 1 maps (1 or N, 1, H, W).
         maps: list of (N, C', H, W), added to the first C' channels at 4x4, 8x8, ..; ours, see fusion.IdentityMaps.
-        deltas: a relative weight change (B, O, I) or (B, O, I, 3, 3) for each layer of styled_convs(), or None.
+        deltas: a relative weight change of each layer of styled_convs(), see ModulatedConv2d, or None.
         coarse: (N, 3, H, H), added to the RGB image of H px, or None; ours, see fusion.IdentityMaps.
         flow: (N, H, H, 2), see move_pixels, moves features and RGB of H px, or None; after StyleHEAT (2022)."""
         assert w_plus.shape[1:] == (self.L, self.dim), f"W+ is {tuple(w_plus.shape)}, expected (N, {self.L}, {self.dim})"

@@ -292,7 +292,7 @@ class SharedBlock(StyleHead):
 
 
 class LayerBlock(nn.Module):
-    """Feature map (B, C, 16, 16) -> changes of one layer, (B, O, I, 3, 3), or (B, O, I) for the form "shared" """
+    """Feature map (B, C, 16, 16) -> changes of one layer, (B, O, I, 3, 3), or (B, O, I, 1, 1) for the form "shared" """
 
     def __init__(self, channels: int, O: int, I: int, form: str):
         super().__init__()
@@ -301,7 +301,7 @@ class LayerBlock(nn.Module):
             self.output = nn.Sequential(SeparableKernel(channels, O, I))
         else:
             last = zero_init(nn.Conv2d(channels, O * I, 1))
-            self.output = nn.Sequential(nn.AdaptiveAvgPool2d(1), last, nn.Flatten(), nn.Unflatten(1, (O, I)))
+            self.output = nn.Sequential(nn.AdaptiveAvgPool2d(1), last, nn.Unflatten(1, (O, I)))
 
     def forward(self, x):
         return self.output(self.convs(x))
@@ -348,7 +348,7 @@ class HyperStyleNet(nn.Module):
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x, y_hat):
-        """x, y_hat (B, 3, H, H) in [-1, 1] -> list of (B, O, I, 3, 3) or (B, O, I), one per 3x3 layer"""
+        """x, y_hat (B, 3, H, H) in [-1, 1] -> list of (B, O, I, 3, 3) or (B, O, I, 1, 1), one per 3x3 layer"""
         x = torch.cat([x, y_hat], 1).contiguous(memory_format=torch.channels_last)
         x = F.adaptive_avg_pool2d(x, 256) if x.shape[2] > 256 else x
         x = self.body(self.relu(self.bn1(self.conv1(x))))                      # (B, C, H/16, W/16)

@@ -327,7 +327,7 @@ def test_the_hypernetwork_learns_the_weight_changes_of_a_generator():
     opt = torch.optim.Adam(model.hyper.train().parameters(), 2e-3)
     with torch.no_grad():
         z = model.encoder(window()[0])
-        deltas = [0.5 * torch.randn(2, *shape) for shape in weight_shapes(model.generator)]
+        deltas = [0.5 * torch.randn(2, *shape, 1, 1) for shape in weight_shapes(model.generator)]
         source = model.decode(z, deltas)
     for _ in range(10):
         error = (model.decode(z, model.refine(source, z)) - source).square().mean()

@@ -195,7 +195,7 @@ def test_hyperstyles_hypernetwork_equals_a_float64_reference(form):
             want = separable_head(s, b, h, O, I)
         else:
             pooled = stack(s, b, h, (2, 2, 2)).mean((2, 3), keepdim=True)
-            want = conv(s, f"{b}.output.1", pooled, padding=0).view(3, O, I)
+            want = conv(s, f"{b}.output.1", pooled, padding=0).view(3, O, I, 1, 1)
         torch.testing.assert_close(delta.double(), want, atol=1e-4, rtol=1e-3)
     alone = network(x[1:2], y[1:2])
     for delta, one in zip(got, alone):
