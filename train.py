@@ -200,8 +200,7 @@ def forward_stage3(model, batch):
             given = mouth - model.motion.appearance_part(model.mouth(source))[:, None]  # z_s2c holds this part
             given[..., model.config.shape_dim:] = 0                                    # appearance
             given[1::2] = torch.nan                                                    # predicted from sound
-    sound = batch.get("sync_sound", middle_frames(mel, 1)[:, 0])                       # of the middle frame
-    out = dict(real=real.flatten(0, 1), mouth=mouth, sound=sound)
+    out = dict(real=real.flatten(0, 1), mouth=mouth, sound=batch.get("sync_sound"))    # for windows: of the middle frame
     if "photo" in batch:
         source, driving, mel, given, target = append_photos(model, batch, given)
         out |= dict(real=torch.cat([out["real"], batch["photo_driving"]]), target_mouth=target)

@@ -344,7 +344,7 @@ def test_every_loss_weight_changes_the_gradient(pack, stages, tmp_path):
     model, D, frozen = start_stage3(args)
     frozen["sync"] = initialise.load_sync(str(stages / "sync.pt"), "cpu")
     initialise.optimizers(model, D, args)
-    data = initialise.Clips(Pack(pack), losses.SYNC_FRAMES, 0, context=model.config.context)
+    data = initialise.Clips(Pack(pack), losses.SYNC_FRAMES, 0, context=model.config.context, sync_sound="mel")
     for p in model.motion.lips[4].parameters():
         torch.nn.init.normal_(p, std=0.1)                                   # connect the sound to the image
     out = train.forward_stage3(model, torch.utils.data.default_collate([data[i] for i in range(2)]))
