@@ -263,30 +263,17 @@ def test_a_hyperstyle_file_loads_in_its_form(tmp_path, form):
         vision.load_hypernet(path, LAYERS[:3])  # for another generator
 
 
-class Hostile:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('code from a file was run')",)
-
-
 def test_unsuitable_files_are_refused_in_one_line(tmp_path):
+    """Other defects of files: see test_checkpoint.py"""
     path, good = tmp_path / "bad.pt", tmp_path / "good.pt"
     psp_file(good)
     state = torch.load(good, weights_only=True)["state_dict"]
-    for content, match in (
-            (dict(state_dict=state | {"encoder.more": torch.ones(1)}), "more is unknown"),
-            (dict(state_dict={k: v for k, v in state.items() if "latlayer1.bias" not in k}), "latlayer1.bias is absent"),
-            (dict(state_dict=state | {"encoder.latlayer1.bias": torch.ones(5)}), r"latlayer1.bias: .*\[5\].*\[128\]"),
-            (dict(state_dict=state, latent_avg=torch.ones(10, 9)), "size mismatch for latent_avg"),
-            (dict(state_dict=[1]), "expected a dict"), (dict(g_ema={}), "not pSp's encoder"), ([state], "holds a list"),
-            (dict(state_dict=state, opts=Hostile()), "holds more than tensors")):
+    for content, match in ((dict(state_dict=state, latent_avg=torch.ones(10, 9)), "latent_avg is"),
+                           (dict(state_dict=[1]), "expected a dict"), (dict(g_ema={}), "not pSp's encoder")):
         torch.save(content, path)
-        with pytest.raises(InputError, match=match) as error:
+        with pytest.raises(InputError, match=f"bad.pt.*{match}"):
             vision.load_encoder(path, 10)
-        assert "bad.pt" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(InputError, match="10, 24.*12, 24"):
+    with pytest.raises(InputError, match="styles.10.convs"):
         vision.load_encoder(good, 12)  # fewer styles than the generator has
     with pytest.raises(InputError, match="not a HyperStyle checkpoint"):
         vision.load_hypernet(good, LAYERS)
-    path.write_bytes(good.read_bytes()[:-4000])
-    with pytest.raises(InputError, match="cut short"):
-        vision.load_encoder(path, 10)
