@@ -109,12 +109,17 @@ class Config:
 # ------------------------------------------------------------------------------------------------------ the two spaces
 
 class Whiten(nn.Module):
-    """(z - mean) / std for each of the L x D numbers of a code. Statistics: see FCTFG.set_statistics."""
+    """(z - mean) / std for each of the L x D numbers of a code"""
 
     def __init__(self, L: int, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(L, dim))
         self.register_buffer("std", torch.ones(L, dim))
+
+    @torch.no_grad()
+    def fit(self, z):  # codes of training frames (n, L, D)
+        self.mean.copy_(z.mean(0))
+        self.std.copy_(z.std(0).clamp_min(0.05 * z.std()))                        # ours: constant numbers stay small
 
     def forward(self, z):  # (.., L, D) -> (.., L * D)
         return ((z - self.mean) / self.std).flatten(-2)
@@ -392,15 +397,6 @@ class FCTFG(nn.Module):
         z_s2d = z_s2c[:, None] + z_c2d                                            # (B, T, L, D)
         frames = self.decode(z_s2d.flatten(0, 1), self.weight_changes(source, z_s))
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
-
-    @torch.no_grad()
-    def set_statistics(self, z, z_masked=None):
-        """Set the whitening from codes of training frames: z (n, L, D); z_masked (n, L, D) with masked mouths, or None"""
-        for whiten, codes in ((self.canonical.whiten, z), (self.motion.whiten, z_masked)):
-            if codes is None:
-                continue
-            whiten.mean.copy_(codes.mean(0))
-            whiten.std.copy_(codes.std(0).clamp_min(0.05 * codes.std()))          # ours: constant numbers stay small
 
     @torch.inference_mode()
     def reconstruct(self, source):

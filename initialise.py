@@ -517,8 +517,9 @@ def fit_motion_space(model, pack, chosen, device, photos=None, clips=300, per_cl
         for i in range(0, clips * per_clip // 2, 64):
             add_images(torch.stack([photos[k]["image"] for k in range(i, i + 64)]), 0)
     z, z_masked, motions = torch.cat(z), torch.cat(z_masked), torch.cat(motions).flatten(1)  # (n, L * D)
-    model.set_statistics(z, z_masked)
     canonical, motion = model.canonical, model.motion
+    canonical.whiten.fit(z)
+    motion.whiten.fit(z_masked)
     down, up = reduced_rank_regression(canonical.whiten(z), -motions, len(canonical.down.weight), ridge)
     canonical.down.weight.copy_(down)
     canonical.up.weight.copy_(up)
@@ -548,7 +549,7 @@ def fit_pose_codes(model, data, device, seed, clips=600, per_clip=20):
     reader.mean.copy_(poses.median(0).values)
     reader.mean[[0, 2, 3]] = torch.tensor([0.0, 0.0, 0.5], device=device)              # of faces and mirror images
     reader.std.copy_(poses.std(0).clamp_min(1e-3))
-    model.set_statistics(torch.cat([model.encode_source(to_tensor(x[::8]).to(device)) for x in batches]))
+    model.canonical.whiten.fit(torch.cat([model.encode_source(to_tensor(x[::8]).to(device)) for x in batches]))
     return images, (poses - reader.mean) / reader.std, np.array(ranges)
 
 

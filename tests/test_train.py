@@ -755,7 +755,6 @@ def test_photos_teach_the_motion_space_which_directions_are_identity(monkeypatch
     class Codes:  # an "image" is its own code
         config = types.SimpleNamespace(motion="direct", pose_dim=2)
         canonical, motion = CanonicalEncoder(L, D, 8, 4), DirectMotion(Config.at(16, dim=D, pose_dim=2))
-        set_statistics = FCTFG.set_statistics
         encode_source = staticmethod(lambda x: x)
         encode_driving = staticmethod(lambda x: x)
 
