@@ -479,20 +479,20 @@ def idle_poses(idle, lo: int, hi: int):
     return idle[clip % n, np.minimum(t, 2 * T - 1 - t)]
 
 
-def extract_blinks(idle, reach: int = 6):
+def extract_blinks(idle):
     """idle (n, T, P) -> its blinks, zero elsewhere. A blink lasts 3 to 7 frames: a running median of 13 frames is
     subtracted, and small deviations are set to 0. Ours: in the toy world the deviation in a blink is 3.5 to 5 times the
     median deviation, in other frames less than 2.5 times."""
-    padded = F.pad(idle.transpose(1, 2), (reach, reach), mode="replicate")
-    brief = idle - padded.unfold(2, 2 * reach + 1, 1).median(-1).values.transpose(1, 2)
+    padded = F.pad(idle.transpose(1, 2), (6, 6), mode="replicate")
+    brief = idle - padded.unfold(2, 13, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)
     return brief * (size / size.median().clamp_min(1e-6) - 2.5).clamp(0, 1)
 
 
 @torch.no_grad()
-def estimate_mean_w(generator: Generator, n: int = 4096):
-    """Mean w (D,) of n random z: the initial output of an encoder"""
-    return generator.mapping(torch.randn(n, generator.dim, device=generator.input.input.device)).mean(0)
+def estimate_mean_w(generator: Generator):
+    """Mean w (D,) of random z: the initial output of an encoder"""
+    return generator.mapping(torch.randn(4096, generator.dim, device=generator.input.input.device)).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

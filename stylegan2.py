@@ -373,11 +373,11 @@ class ResBlock(nn.Module):
         return self.conv2(self.conv1(x), half) + self.skip(x, half)
 
 
-def minibatch_stddev(x, group: int = 4):
-    """Append a map of the mean standard deviation over a group of images: (N, C, H, W) -> (N, C + 1, H, W). Groups are
+def minibatch_stddev(x):
+    """Append a map of the mean standard deviation over a group of 4 images: (N, C, H, W) -> (N, C + 1, H, W). Groups are
     strided, as published. If 4 does not divide N: groups of 3, else of 2, else the whole batch (ours)."""
     N, _, H, W = x.shape
-    group = next(g for g in (group, 3, 2, N) if N % g == 0)
+    group = next(g for g in (4, 3, 2, N) if N % g == 0)
     y = x.float().unflatten(0, (group, N // group))                                   # (g, N/g, C, H, W)
     y = torch.sqrt(y.var(0, unbiased=False) + 1e-8).mean((1, 2, 3))                   # (N/g,)
     y = y.repeat(group)[:, None, None, None].expand(N, 1, H, W)

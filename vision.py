@@ -147,10 +147,10 @@ class MouthEncoder(nn.Module):
 class SqueezeExcite(nn.Module):
     """Scales each channel by a gate in (0, 1), computed from the means of all channels; Hu et al. 2018"""
 
-    def __init__(self, channels: int, reduction: int = 16):
+    def __init__(self, channels: int):
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
 
     def forward(self, x):
         return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))

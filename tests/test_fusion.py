@@ -409,7 +409,7 @@ def test_a_network_is_built_from_published_files(tmp_path):
     changes, parts = load_published(16, None, bare, None)
     assert changes == dict(encoder="psp", encoder_width=16) and set(parts) == {"encoder"}
     assert load_published(16) == ({}, {})
-    w = estimate_mean_w(G, 4096)
+    w = estimate_mean_w(G)
     assert w.shape == (24,) and (w - G.mapping(torch.randn(4096, 24)).mean(0)).abs().max() < 0.05 * w.std() + 0.05
 
 
