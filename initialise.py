@@ -76,7 +76,7 @@ def load_data(args) -> dict:
         pack = open_packs(args.data)
     else:
         from toyfaces import open_toy_pack  # drawn on first use
-        pack = open_toy_pack(Path(args.out), args.size, TOY_PEOPLE, 3.0)
+        pack = open_toy_pack(Path(args.out), args.size, TOY_PEOPLE)
     if pack.size != args.size and args.part != "lips":
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts, packs = split(pack, args), [pack]

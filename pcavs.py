@@ -638,7 +638,7 @@ def train(args, argv=None):
         args = resume_options(parse, argv, args, saved, path)
     device = pick_device(args.device)
     warn_of_slow_bf16(args, device)
-    pack = open_packs(args.data) if args.data else open_toy_pack(path.parent, args.size, args.people, 3.0)
+    pack = open_packs(args.data) if args.data else open_toy_pack(path.parent, args.size, args.people)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     clips = {part: numbers[pack.n_frames[numbers] > 1] for part, numbers in split(pack, args).items()}  # no photos

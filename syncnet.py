@@ -440,8 +440,8 @@ def start_or_resume(args, path: Path, device) -> tuple:
 def load_data(args, folder: Path):
     """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs are drawn in the folder."""
     if not args.data:
-        pack = open_toy_pack(folder, args.size, args.people, 3.0)
-        val_pack = open_toy_pack(folder, args.size, TOY_HELD_OUT, 3.0, "tune")
+        pack = open_toy_pack(folder, args.size, args.people)
+        val_pack = open_toy_pack(folder, args.size, TOY_HELD_OUT, "tune")
         return pack, split(pack, args)["train"], val_pack, np.arange(len(val_pack))
     pack = open_packs(args.data)
     if pack.size < args.size:
@@ -500,7 +500,7 @@ def open_test_clips(data: list | None, expert, path) -> tuple:
     if not data and expert.template != "toy":
         raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
     if not data:
-        pack = open_toy_pack(Path(path).absolute().parent, expert.size, TOY_HELD_OUT, 3.0, "test")
+        pack = open_toy_pack(Path(path).absolute().parent, expert.size, TOY_HELD_OUT, "test")
         return pack, np.arange(len(pack)), "toy people and speech held out for good"
     pack, description = open_packs(data), " ".join(data)
     if not isinstance(expert, SyncNet):

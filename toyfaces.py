@@ -533,18 +533,17 @@ def make_toy_clip(seed: int, seconds: float = 3, size: int = 64):
     return np.stack([draw(who, dict(zip(FACTORS, row)), size) for row in truth.tolist()]), wav, truth
 
 
-def open_toy_pack(folder: Path, size: int, people: int, seconds: float, part: str = "train") -> Pack:
+def open_toy_pack(folder: Path, size: int, people: int, part: str = "train") -> Pack:
     """Opens the pack of a split ("train", "tune" or "test") in `folder` and draws it on first use."""
     path = folder / ("toys" if part == "train" else f"toys_{part}")
-    make_pack(path, size, people, seconds, dict(train=TRAIN_SEED, tune=TUNE_SEED, test=TEST_SEED)[part])
+    make_pack(path, size, people, first_seed=dict(train=TRAIN_SEED, tune=TUNE_SEED, test=TEST_SEED)[part])
     return Pack(path)
 
 
-def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN_SEED,
-              workers: int | None = None):
+def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: int = TRAIN_SEED):
     """Writes a pack with one clip of each person, make_toy_clip(first_seed + i), and truth.npy, float32 (all frames, 10).
-    workers: processes, default one per core; 0: none. A finished pack of the same arguments is kept, an unfinished one
-    drawn anew. InputError: the folder holds anything else, or cannot be written."""
+    A finished pack of the same arguments is kept, an unfinished one drawn anew. InputError: the folder holds anything
+    else, or cannot be written."""
     folder, seeds, truths = make_folder(folder), range(first_seed, first_seed + people), []
     recipe = dict(world=WORLD_VERSION, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
     recipe_file = folder / "toy.json"
@@ -553,7 +552,7 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
             return
     elif any(folder.iterdir()):
         raise InputError(f"{folder}: holds something else than this toy pack; remove it or name another directory")
-    workers = min(people, os.cpu_count() if workers is None else workers)
+    workers = min(people // 8, os.cpu_count())  # ours: a process starts in the time of eight clips
     clips = parallel_map(partial(make_toy_clip, seconds=seconds, size=size), seeds, workers)
     with wrap_os_errors(folder, "written"):
         recipe_file.write_text(json.dumps(recipe))

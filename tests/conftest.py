@@ -19,5 +19,5 @@ def pack(tmp_path_factory):
     """Pack of five toy people at 16 px, 20 frames each"""
     from toyfaces import make_pack
     folder = tmp_path_factory.mktemp("pack") / "toys"
-    make_pack(folder, 16, people=5, seconds=0.8, first_seed=50, workers=0)
+    make_pack(folder, 16, people=5, seconds=0.8, first_seed=50)
     return folder

@@ -86,7 +86,6 @@ def test_measured_factors_have_their_own_units_and_do_not_depend_on_the_batch():
 
 
 def test_a_trained_probe_is_saved_with_the_scale_of_each_factor(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # no processes for four clips
     probe = control.train_probe(16, tmp_path, CPU, people=4, steps=3, batch=6)
     truth = np.load(tmp_path / "probe_toys16" / "truth.npy")
     torch.testing.assert_close(probe.mean, torch.from_numpy(truth.mean(0)))

@@ -109,7 +109,7 @@ def process(folder: Path, cases: list, patch: pytest.MonkeyPatch):
 def folder(tmp_path_factory):
     """A pack, random networks in place of earlier stages, and an untrained sync expert"""
     folder = tmp_path_factory.mktemp("ranks")
-    make_pack(folder / "toys", 16, people=6, seconds=0.6, first_seed=50, workers=0)
+    make_pack(folder / "toys", 16, people=6, seconds=0.6, first_seed=50)
     torch.manual_seed(0)
     net = dict(size=16, dim=32, width=0.125)
     save_checkpoint(folder / "sync.pt", dict(kind="syncnet", format=1, config=dict(net=net, template="toy"),

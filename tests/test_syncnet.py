@@ -839,8 +839,8 @@ def test_a_nan_stops_the_run_with_the_name_of_its_term_and_keeps_the_last_checkp
 def test_without_data_it_trains_on_the_toy_world_of_train_py(tmp_path, monkeypatch):
     drawn = []
 
-    def draw(folder, size, people, seconds, first_seed):
-        drawn.append((folder.name, size, people, seconds, first_seed))
+    def draw(folder, size, people, first_seed):
+        drawn.append((folder.name, size, people, first_seed))
         with PackWriter(folder, size, "toy") as pack:
             for seed in range(3):
                 pack.add(*bar_clip(seed, T=12, size=size), identity=str(seed), source="")
@@ -848,11 +848,11 @@ def test_without_data_it_trains_on_the_toy_world_of_train_py(tmp_path, monkeypat
     monkeypatch.setattr(toyfaces, "make_pack", draw)
     out = tmp_path / "new" / "sync.pt"
     syncnet.main(["train", "--out", str(out), "--device", "cpu", *"--steps 1 --batch 2 --windows 2 --width 0.05".split()])
-    assert drawn == [("toys", 32, 400, 3.0, toyfaces.TRAIN_SEED), ("toys_tune", 32, 40, 3.0, toyfaces.TUNE_SEED)]
+    assert drawn == [("toys", 32, 400, toyfaces.TRAIN_SEED), ("toys_tune", 32, 40, toyfaces.TUNE_SEED)]
     expert = load_sync(out, "cpu", size=32)
     assert expert.template == "toy" and expert.config["size"] == 32
     syncnet.main(["test", "--expert", str(out), "--device", "cpu"])
-    assert drawn[2] == ("toys_test", 32, 40, 3.0, toyfaces.TEST_SEED)
+    assert drawn[2] == ("toys_test", 32, 40, toyfaces.TEST_SEED)
 
 
 # ----------------------------------------------------------- user errors: one line, exit status 2, before anything slow

@@ -266,22 +266,23 @@ def test_a_pack_has_the_clips_and_their_truth(tmp_path, monkeypatch):
     """Two processes, forked because new ones need seconds for imports"""
     folder, get_context, kinds = tmp_path / "pack", multiprocessing.get_context, []
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: kinds.append(kind) or get_context("fork"))
-    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE_SEED, workers=2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    toy.make_pack(folder, 32, people=16, seconds=0.2, first_seed=toy.TUNE_SEED)
     pack, truth = Pack(folder), np.load(folder / "truth.npy")
-    assert kinds == ["forkserver"] and len(pack) == 3 and pack.size == 32 and pack.template == "toy"
-    assert truth.shape == (45, 10) and truth.dtype == np.float32
-    for i in range(3):
-        frames, wav, expected = toy.make_toy_clip(toy.TUNE_SEED + i, 0.6, 32)
-        assert pack.identities[pack.identity[i]] == f"toy{toy.TUNE_SEED + i}" and pack.n_frames[i] == 15
-        assert np.array_equal(truth[15 * i : 15 * (i + 1)], expected)
+    assert kinds == ["forkserver"] and len(pack) == 16 and pack.size == 32 and pack.template == "toy"
+    assert truth.shape == (80, 10) and truth.dtype == np.float32
+    for i in (0, 7, 15):
+        frames, wav, expected = toy.make_toy_clip(toy.TUNE_SEED + i, 0.2, 32)
+        assert pack.identities[pack.identity[i]] == f"toy{toy.TUNE_SEED + i}" and pack.n_frames[i] == 5
+        assert np.array_equal(truth[5 * i : 5 * (i + 1)], expected)
         assert np.abs(pack.sound(i) - wav).max() < 1e-4
-        assert np.abs(pack.frame(i, 14).astype(int) - frames[14]).mean() < 4  # JPEG
+        assert np.abs(pack.frame(i, 4).astype(int) - frames[4]).mean() < 4  # JPEG
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    toy.make_pack(folder, 32, people=3, seconds=0.6, first_seed=toy.TUNE_SEED, workers=0)  # nothing to do
+    toy.make_pack(folder, 32, people=16, seconds=0.2, first_seed=toy.TUNE_SEED)  # nothing to do
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(InputError, match="something else"):
-        toy.make_pack(folder, 32, people=4, seconds=0.6, first_seed=toy.TUNE_SEED, workers=0)
-    assert json.loads((folder / "toy.json").read_text())["people"] == 3
+        toy.make_pack(folder, 32, people=17, seconds=0.2, first_seed=toy.TUNE_SEED)
+    assert json.loads((folder / "toy.json").read_text())["people"] == 16
 
 
 def test_an_interrupted_pack_is_refused_and_then_drawn_anew(tmp_path, monkeypatch):
@@ -295,11 +296,11 @@ def test_an_interrupted_pack_is_refused_and_then_drawn_anew(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(toy, "draw", fails_later)
-        toy.make_pack(tmp_path / "late", 32, people=3, seconds=0.2, workers=0)
+        toy.make_pack(tmp_path / "late", 32, people=3, seconds=0.2)
     with pytest.raises(InputError):
         Pack(tmp_path / "late")
     for name in ("late", "whole"):
-        toy.make_pack(tmp_path / name, 32, people=3, seconds=0.2, workers=0)
+        toy.make_pack(tmp_path / name, 32, people=3, seconds=0.2)
     late, whole = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("late", "whole"))
     assert late == whole and len(late) > 9
 
@@ -338,5 +339,5 @@ def test_a_bad_argument_gets_one_line_and_exit_status_2(args, monkeypatch, capsy
 def test_a_pack_in_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="something else"):
-        toy.make_pack(tmp_path, 32, people=1, seconds=0.2, workers=0)
+        toy.make_pack(tmp_path, 32, people=1, seconds=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
