@@ -258,14 +258,14 @@ def closeness(real: dict, fake: dict) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------- lip sync
 
-def lip_sync_error(face, sound, reach: int = MAX_OFFSET, pad: bool = True):
+def lip_sync_error(face, sound, pad: bool = True):
     """Embeddings (K, E) of face and sound windows -> D, C, and the number of frames by which the sound is late. D is the
     smallest mean distance over the offsets, C the median over the offsets minus D: SyncNet's (2016), LSE-D and LSE-C of
     Wav2Lip (Prajwal et al. 2020). pad: the sound is zero beyond its ends, as published; without, see best_offset."""
     distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    logits = -logits_by_shift(distance, face.float(), sound.float(), reach, 0.0 if pad else math.nan)  # (K, S)
+    logits = -logits_by_shift(distance, face.float(), sound.float(), 0.0 if pad else math.nan)  # (K, S)
     late, confidence, _ = best_offset(logits)
-    return -float(np.nanmean(logits[:, reach + late])), confidence, late
+    return -float(np.nanmean(logits[:, MAX_OFFSET + late])), confidence, late
 
 
 # ------------------------------------------------------------------------------------------------------- the networks
@@ -387,7 +387,7 @@ class Clip:
         toy = net.template == "toy"  # such clips are face crops already
         boxes = map(middle_square, self.frames) if toy else (face_box([face], "face") for face in self.detections)
         crops = (crop_face(frame, box, net.size) for frame, box in zip(self.frames, boxes))
-        face, sound = embed_clip(net, crops, log_mel(self.wav), self.networks.device)
+        face, sound = embed_clip(net, crops, log_mel(self.wav))
         return dict(zip(SYNC_METRICS, lip_sync_error(face[:K], sound[:K], pad=False)))
 
     def lse(self) -> dict:

@@ -87,7 +87,7 @@ def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.nda
     x, y, side = (size * v for v in square_in_crop(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
         crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
-    late, confidence, fit = best_offset(logits_by_shift(expert.logits, *embed_clip(expert, crops, log_mel(wav), "cpu")))
+    late, confidence, fit = best_offset(logits_by_shift(expert.logits, *embed_clip(expert, crops, log_mel(wav))))
     segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
     if fit <= 0:
         segment["reason"] = "mouth and sound do not fit"

@@ -263,10 +263,10 @@ def augment_images(frames, rng):
 # ------------------------------------------------------------------------------- logits of clips, by shift of the sound
 
 @torch.no_grad()
-def embed_clip(expert, images, mel, device, batch: int = 128):
+def embed_clip(expert, images, mel, batch: int = 128):
     """Iterable of uint8 (H, H, 3), mel (80, S) -> embeddings of face (K, E) and sound (K, E) of all K = frames - 4
     windows; window i has frames i .. i+4. At most `batch` images are in memory."""
-    images, overlap, faces = iter(images), [], []
+    images, overlap, faces, device = iter(images), [], [], next(expert.parameters()).device
     while new := list(islice(images, batch)):
         x = torch.cat([*overlap, expert.read(to_tensor(np.stack(new)).to(device))])
         if len(x) >= WINDOW_FRAMES:
@@ -289,13 +289,13 @@ def embed_sound(expert, windows: np.ndarray):
 
 
 @torch.no_grad()
-def logits_by_shift(logits_of, face, sound, reach: int = MAX_OFFSET, beyond: float = math.nan):
-    """An expert's `logits`, embeddings of face and sound (K, E) -> (K, S), S = 2 reach + 1: column reach + d has the
-    logits of face k and sound k + d. beyond: value of sound embeddings outside the clip."""
-    rows, sound = [], F.pad(sound, (0, 0, reach, reach), value=beyond)
+def logits_by_shift(logits_of, face, sound, beyond: float = math.nan):
+    """An expert's `logits`, embeddings of face and sound (K, E) -> (K, S), S = 31: column MAX_OFFSET + d has the logits
+    of face k and sound k + d. beyond: value of sound embeddings outside the clip."""
+    rows, sound = [], F.pad(sound, (0, 0, MAX_OFFSET, MAX_OFFSET), value=beyond)
     for first in range(0, len(face), 256):  # a block of b windows at once
-        logits = logits_of(face[first:][:256], sound[first:][: 256 + 2 * reach])  # (b, b + 2 reach)
-        rows.append(torch.stack([logits.diagonal(d) for d in range(2 * reach + 1)], 1))
+        logits = logits_of(face[first:][:256], sound[first:][: 256 + 2 * MAX_OFFSET])  # (b, b + 30)
+        rows.append(torch.stack([logits.diagonal(d) for d in range(2 * MAX_OFFSET + 1)], 1))
     return torch.cat(rows).cpu().numpy()
 
 
@@ -308,19 +308,19 @@ def best_offset(table):
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
     best = int(np.nanargmax(means))
     fit = means[best] - MATCH_LOGIT * (3 * FPS / len(table)) ** 0.5
-    return best - table.shape[1] // 2, float(means[best] - np.nanmedian(means)), float(fit)
+    return best - MAX_OFFSET, float(means[best] - np.nanmedian(means)), float(fit)
 
 
 @torch.no_grad()
 def measure_clips(expert, windows: Windows, clips) -> list[dict]:
-    """-> for each clip its number; table (K, S) of logits_by_shift; offset_1s, _3s, _clip: errors of offsets in frames"""
+    """-> for each clip its table (K, S) of logits_by_shift; offset_1s, _3s, _clip: errors of offsets in frames"""
     results, device = [], next(expert.parameters()).device
     for c in clips:
         x, mel = windows.read(c)
         face = embed_frames(expert, x.to(device))
         sound = embed_sound(expert, mel_windows(mel, HALF_WINDOW + np.arange(len(face))))
         table = logits_by_shift(expert.logits, face, sound)
-        result = dict(clip=c, table=table, offset_clip=[best_offset(table)[0]])
+        result = dict(table=table, offset_clip=[best_offset(table)[0]])
         for name, seconds in PIECE_SECONDS.items():
             result[name], K = [], seconds * FPS - WINDOW_FRAMES + 1  # K windows of the piece
             for start in range(0, len(face) - K + 1, WINDOW_FRAMES):
@@ -518,10 +518,9 @@ def open_test_clips(data: list | None, expert, path) -> tuple:
 
 def offset(args):
     """Prints the lag of a clip's sound in frames, and the confidence in it; --fix writes the clip in sync."""
-    device = pick_device(args.device)
-    expert, path = load_sync(args.expert, device), check_file(args.clip)
+    expert, path = load_sync(args.expert, pick_device(args.device)), check_file(args.clip)
     out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES, (path,)) if args.fix else None
-    lag, confidence, fit, windows = measure_offset(expert, path, device, args.box)
+    lag, confidence, fit, windows = measure_offset(expert, path, args.box)
     frames = f"{abs(lag)} frame{'s' * (abs(lag) != 1)} ({abs(lag) / FPS:.2f} s) {'late' if lag > 0 else 'early'}"
     print(f"{path}: the sound is {frames if lag else 'in sync'}; confidence {confidence:.1f}, "
           f"{'sure' if fit > 0 else 'a guess'} ({windows} windows)")
@@ -530,13 +529,13 @@ def offset(args):
         print(f"{out}: the same pictures, the sound moved by {-lag / FPS:+.2f} s")
 
 
-def measure_offset(expert, path: Path, device, box: str | None = None):
+def measure_offset(expert, path: Path, box: str | None = None):
     """-> lag of the sound in frames, confidence, fit (see best_offset), number of windows. Needs 8 kB per frame."""
     mel, crops = log_mel(load_audio(path)), crop_faces(path, expert, box)
     first = list(islice(crops, WINDOW_FRAMES + 1))
     if len(first) < WINDOW_FRAMES + 1:
         raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {WINDOW_FRAMES + 1}")
-    face, sound = embed_clip(expert, tqdm(chain(first, crops), "frames", disable=None), mel, device)
+    face, sound = embed_clip(expert, tqdm(chain(first, crops), "frames", disable=None), mel)
     table = logits_by_shift(expert.logits, face, sound)
     return *best_offset(table), len(table)
 

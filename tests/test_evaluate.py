@@ -232,17 +232,16 @@ def test_sound_that_is_k_frames_late_has_offset_k(late, pad):
 
 def test_lip_sync_error_agrees_with_a_loop_over_windows_and_offsets():
     torch.manual_seed(1)
-    face, sound, reach = torch.randn(9, 5), torch.randn(9, 5), 4
+    face, sound = torch.randn(39, 5), torch.randn(39, 5)
     padded, unpadded = [], []  # mean distance by offset
-    for d in range(-reach, reach + 1):
-        inside = [float((face[k] - sound[k + d]).norm()) for k in range(9) if 0 <= k + d < 9]
-        outside = [float(face[k].norm()) for k in range(9) if not 0 <= k + d < 9]
+    for d in range(-15, 16):
+        inside = [float((face[k] - sound[k + d]).norm()) for k in range(39) if 0 <= k + d < 39]
+        outside = [float(face[k].norm()) for k in range(39) if not 0 <= k + d < 39]
         padded.append(np.mean(inside + outside))
         unpadded.append(np.mean(inside))
-    expected = min(padded), np.median(padded) - min(padded), np.argmin(padded) - reach
-    assert lip_sync_error(face, sound, reach) == pytest.approx(expected, abs=1e-4)
-    expected = min(unpadded), np.median(unpadded) - min(unpadded), np.argmin(unpadded) - reach
-    assert lip_sync_error(face, sound, reach, pad=False) == pytest.approx(expected, abs=1e-4)
+    for means, pad in ((padded, True), (unpadded, False)):
+        expected = min(means), np.median(means) - min(means), np.argmin(means) - 15
+        assert lip_sync_error(face, sound, pad) == pytest.approx(expected, abs=1e-4)
 
 
 def clip_of(frames, networks, monkeypatch):
@@ -477,9 +476,9 @@ def test_a_face_box_is_interpolated_between_detections(monkeypatch):
 def test_a_clip_without_a_face_has_reasons_in_place_of_face_metrics(monkeypatch):
     replace_detections(monkeypatch, [])
     monkeypatch.setattr(evaluate, "load_audio", lambda path, normalise: np.zeros(3200, np.float32))
-    expert = SimpleNamespace(template="face", size=16, read=lambda x: x, embed=embed_brightness, sound=embed_loudness)
-    frames = np.zeros((5, 60, 80, 3), np.uint8)
-    clips = [clip_of(frames, all_networks(sync=expert), monkeypatch) for _ in range(2)]
+    networks = all_networks()
+    networks.sync.template = "face"
+    clips = [clip_of(np.zeros((5, 60, 80, 3), np.uint8), networks, monkeypatch) for _ in range(2)]
     reason = "a face in 0 of 2 sampled frames"
     assert clips[0].metrics() == ({}, dict(Sync=reason, motion=reason))
     with pytest.raises(InputError, match=reason):

@@ -311,7 +311,7 @@ class SyncExpert:
 @pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])
 def test_check_sync_shifts_the_sound_and_drops_clips_that_do_not_fit(speaker, tmp_path, monkeypatch, late, fit):
     monkeypatch.setattr(prepare, "sync_expert", lambda path, device: SyncExpert())
-    monkeypatch.setattr(prepare, "embed_clip", lambda expert, crops, mel, device: (len(crops), mel))
+    monkeypatch.setattr(prepare, "embed_clip", lambda expert, crops, mel: (len(crops), mel))
     monkeypatch.setattr(prepare, "logits_by_shift", lambda expert, face, sound: None)
     monkeypatch.setattr(prepare, "best_offset", lambda table: (late, 3.0, fit))
     if fit < 0:
