@@ -66,6 +66,12 @@ def test_training_needs_few_files():
     assert len(needed) <= 13, sorted(needed)
 
 
+def test_every_script_runs_main_by_run_which_reports_errors_in_one_line():
+    scripts = [tree for tree in ROOMS.values() if "main" in {getattr(node, "name", "") for node in tree.body}]
+    assert len(scripts) > 9
+    assert {ast.unparse(tree.body[-1]) for tree in scripts} == {"if __name__ == '__main__':\n    run(main)"}
+
+
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_files_and_functions_are_short(room):
     source = (ROOT / f"{room}.py").read_text().splitlines()

@@ -2,9 +2,7 @@
 
 import json
 import math
-import runpy
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -899,11 +897,3 @@ def test_user_errors_are_one_line(command, message, checkpoint, tmp_path, monkey
         kp.main(arguments)
     assert "\n" not in str(error.value)
     assert (tmp_path / "there.mp4").read_text() == "old" and not (tmp_path / "keypoints.mp4").exists()
-
-
-def test_a_user_error_ends_the_script_with_status_2_and_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [kp.__file__, "sample", str(tmp_path / "no.wav")])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(kp.__file__, run_name="__main__")
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and err.count("\n") == 1 and "keypoints.py:" in err

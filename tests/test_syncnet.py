@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import shutil
 import subprocess
 import sys
@@ -933,14 +932,6 @@ def test_user_errors_are_one_line_and_status_2(world, tmp_path, capsys, monkeypa
             write_clip(name, bar_clip(0, T=T)[0], wav)
     args = [dict(PACK=world[0], SYNC=world[1]).get(a, a) for a in args]
     assert reason in refused(capsys, monkeypatch, *args)
-
-
-def test_as_a_script_it_ends_with_status_2_and_without_a_traceback(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [syncnet.__file__, "test", "--expert", str(tmp_path / "no.pt")])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(syncnet.__file__, run_name="__main__")
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and err.count("\n") == 1 and "no.pt" in err
 
 
 def test_the_logit_of_syncnet_v2_is_a_margin_minus_the_distance():
