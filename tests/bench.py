@@ -1,9 +1,9 @@
 """Speed relative to plain baselines. Each line is the median ratio to a baseline timed alternately in the same run.
 
-    python tests/bench.py                    # all benchmarks: about ten minutes on two idle CPU cores
-    python tests/bench.py forward1 mel       # a selection of forward1 forward8 training r1 mel gpu threads
+    python tests/bench.py                    # all benchmarks: about twelve minutes on two idle CPU cores, 4 GB
+    python tests/bench.py forward1 mel       # a selection of forward1 forward8 training r1 mel pcavs gpu threads
 
-Baselines are the public forms of StyleGAN2 in PyTorch, written out below and checked to give the same images:
+Baselines of the generator: the public forms of StyleGAN2 in PyTorch, written out below and checked for equal images:
 grouped      weights scaled for each image, the batch as groups of one convolution (the public default)
 loop         weights scaled for each image, one convolution after another
 activations  activations scaled, weights shared (the public form without fused modulation)
@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from audio import log_mel  # noqa: E402
+from audio import log_mel, lws_mel, lws_windows  # noqa: E402
 from checkpoint import keep_freed_memory  # noqa: E402
 from losses import discriminator_loss, generator_loss, path_length_penalty, r1_penalty  # noqa: E402
+from media import to_uint8  # noqa: E402
+from motion import ping_pong  # noqa: E402
 from stylegan2 import Blur, Discriminator, Generator, channels_at  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +239,34 @@ def mel(minutes=10, rounds=5):
     print_ratios(f"log-mel of {minutes} minutes", time_alternately(calls, rounds))
 
 
+@torch.inference_mode()
+def pcavs(frames=16, batch=16, rounds=2):
+    """PC-AVS at 224 px, fp32, random weights: photo, sound and a pose clip of half as many frames -> uint8 frames. The
+    authors run for every frame: V and E on the photo, E on the pose frame, A_sync, and G twice, with the photo's pose and
+    with the clip's."""
+    from pcavs import PCAVS, Config  # here, since importing face_alignment takes seconds
+    torch.manual_seed(0)
+    model = PCAVS(Config()).eval()
+    mel = lws_mel(np.random.default_rng(0).uniform(-0.5, 0.5, 640 * frames).astype(np.float32))
+    photo, clip, noise = torch.rand(3, 224, 224), torch.rand(frames // 2, 3, 224, 224), model.G.draw_noise()
+
+    def ours():
+        return np.concatenate([to_uint8(x) for x in model.animate(photo, mel, frames, clip, noise)])
+
+    def as_authors():
+        results = []
+        for ks in torch.arange(frames).split(batch):
+            photos, heads = photo.expand(len(ks), -1, -1, -1), clip[[ping_pong(int(k), len(clip)) for k in ks]]
+            identity, speech = model.V(photos), model.config.mouth_gain * model.A(torch.from_numpy(lws_windows(mel, ks)))
+            to_uint8(model.decode(identity, speech, model.E(photos), noise))
+            results.append(to_uint8(model.decode(identity, speech, model.E(heads), noise)))
+        return np.concatenate(results)
+
+    assert np.abs(ours().astype(int) - as_authors()).max() <= 1, "the two orders of calls give different frames"
+    calls = {"ours": ours, "the authors' order of calls": as_authors}
+    print_ratios(f"PC-AVS 224 px, {frames} frames", time_alternately(calls, rounds))
+
+
 def gpu(device="cuda", size=256, batches=(8, 32), rounds=10, **width):
     """bf16 on a GPU: forward; forward and backward; sixteen complete steps of stage 1"""
     if device == "cuda" and not torch.cuda.is_available():
@@ -344,7 +374,7 @@ def time_steps():
 
 
 BENCHMARKS = dict(forward1=partial(forward, 1, rounds=7), forward8=partial(forward, 8, rounds=3), training=training,
-                  r1=r1, mel=mel, gpu=gpu, threads=threads)
+                  r1=r1, mel=mel, pcavs=pcavs, gpu=gpu, threads=threads)
 
 
 def main():
