@@ -274,13 +274,13 @@ class PCAVS(nn.Module):
         return self.G(style, identity_map.contiguous(memory_format=torch.channels_last), noise)
 
     @torch.inference_mode()
-    def animate(self, photo, mel, n: int, pose=None, noise="off", bf16=False, batch: int = 0):
+    def animate(self, photo, mel, n: int, pose, noise="off", bf16=False, batch: int = 0):
         """Frames 0 .. n-1 of a talking face, as a stream of (b, 3, H, W) in (-1, 1). photo (3, H, W) in [-1, 1]. mel
-        (S, 80) of `lws_mel`. pose: iterable of frames (3, H, W), default the photo; a short clip is played forwards and
-        backwards. batch: frames at once; 0 is what fits into a cache (4 at 224 px), or 16 on a GPU."""
+        (S, 80) of `lws_mel`. pose: iterable of frames (3, H, W); a short clip is played forwards and backwards. batch:
+        frames at once; 0 is what fits into a cache (4 at 224 px), or 16 on a GPU."""
         c, autocast = self.config, torch.autocast(photo.device.type, torch.bfloat16, enabled=bf16)
         batch = batch or (16 if photo.is_cuda else max(4, min(64, (448 // c.size) ** 2)))
-        frames, codes = itertools.islice([photo] if pose is None else pose, n), []
+        frames, codes = itertools.islice(pose, n), []
         with autocast:
             identity = self.V(photo[None])
             while chunk := list(itertools.islice(frames, batch)):
@@ -303,7 +303,6 @@ def load_published(folder: Path, config: Config | None = None, device="cpu") -> 
     for letter, (name, unused_prefixes) in PUBLISHED.items():
         state = {}
         for key, value in read_weights(folder / name).items():
-            key = key.removeprefix("module.")                                   # DataParallel's, in old files
             if key.endswith("activate.bias") and torch.is_tensor(value):
                 value = value.flatten()                                         # (1, C, 1, 1) there, (C,) here
             if not key.startswith(unused_prefixes):

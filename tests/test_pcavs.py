@@ -277,16 +277,13 @@ def four(saved, tmp_path):
 
 
 def test_four_published_files_load_without_their_unused_weights(narrow, four):
-    for prefix in ("", "module."):  # DataParallel's, in old files
-        state = torch.load(four / "latest_net_G.pth", weights_only=True)
-        torch.save({prefix + k: v for k, v in state.items()}, four / "latest_net_G.pth")
-        model = pcavs.load_published(four, NARROW)
-        for letter in "GVEA":
-            net, ours = getattr(model, letter), getattr(narrow, letter).state_dict()
-            loaded = net.state_dict()
-            assert loaded.keys() == ours.keys()
-            assert all(torch.equal(loaded[k], ours[k]) for k in ours)
-            assert not any(p.requires_grad for p in net.parameters()) and not net.training
+    model = pcavs.load_published(four, NARROW)
+    for letter in "GVEA":
+        net, ours = getattr(model, letter), getattr(narrow, letter).state_dict()
+        loaded = net.state_dict()
+        assert loaded.keys() == ours.keys()
+        assert all(torch.equal(loaded[k], ours[k]) for k in ours)
+        assert not any(p.requires_grad for p in net.parameters()) and not net.training
 
 
 def damage(folder, name, how):
@@ -438,9 +435,7 @@ def test_pose_codes_repeat_backwards_and_forwards_at_any_batch_size(tiny):
                                 for i in range(14)])
     torch.testing.assert_close(frames, one_by_one, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat(list(tiny.animate(photo, mel, 14, pose, batch=1))), frames, rtol=1e-4, atol=1e-5)
-    own = torch.cat(list(tiny.animate(photo, mel, 3)))                          # no pose clip: the photo's pose
-    same = torch.cat(list(tiny.animate(photo, mel, 3, [photo])))
-    torch.testing.assert_close(own, same)
+    own = torch.cat(list(tiny.animate(photo, mel, 3, [photo])))                 # the photo's pose
     assert not torch.allclose(own, frames[:3], atol=1e-4)
 
 
