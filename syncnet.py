@@ -47,7 +47,7 @@ from faces import MAX_CLIP_FRAMES, MAX_HEIGHT, crop_face, find_clip_box, middle_
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
 from media import (
-    FPS, READ_ALL_STREAMS, VIDEO_SUFFIXES, InputError, Parser, atomic_write, check_file, check_output, decoder,
+    FPS, READ_ALL_STREAMS, InputError, Parser, atomic_write, check_file, check_output, decoder,
     describe_media, last_error, load_audio, probe, read_video, run, to_tensor, write_original_sound)
 from report import image_grid, markdown_table
 from toyfaces import open_toy_pack
@@ -519,7 +519,7 @@ def open_test_clips(data: list | None, expert, path) -> tuple:
 def offset(args):
     """Prints the lag of a clip's sound in frames, and the confidence in it; --fix writes the clip in sync."""
     expert, path = load_sync(args.expert, pick_device(args.device)), check_file(args.clip)
-    out = check_output(args.fix, args.overwrite, VIDEO_SUFFIXES, (path,)) if args.fix else None
+    out = check_output(args.fix, args.overwrite, (".mp4",), (path,)) if args.fix else None
     lag, confidence, fit, windows = measure_offset(expert, path, args.box)
     frames = f"{abs(lag)} frame{'s' * (abs(lag) != 1)} ({abs(lag) / FPS:.2f} s) {'late' if lag > 0 else 'early'}"
     print(f"{path}: the sound is {frames if lag else 'in sync'}; confidence {confidence:.1f}, "
@@ -563,17 +563,15 @@ def crop_faces(path: Path, expert, box: str | None = None):
 
 
 def write_shifted(path: Path, lag: int, out: Path):
-    """Writes the video with its sound `lag` frames earlier and silence in the gap. H.264 is copied, other codecs are
-    encoded. From MP4 to .mkv H.264 is encoded as well: a copy would show the frames that an edit list hides."""
-    description = describe_media(path)
+    """Writes the video as MP4, its sound `lag` frames earlier and silence in the gap. H.264 is copied, other codecs are
+    encoded."""
     # scale: for sizes that change within the video; players need even sizes
     video_options = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
                       "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]]
-    mp4_to_mkv = "Input #0, mov" in description and out.suffix.lower() == ".mkv"
-    if re.search(r"Stream #.*: Video: h264", description) and not mp4_to_mkv:
+    if re.search(r"Stream #.*: Video: h264", describe_media(path)):
         video_options.insert(0, ["-c:v", "copy"])  # fails without timestamps, as in a .mkv that was cut by copying
     with tempfile.TemporaryDirectory(prefix="talk-") as folder:
-        sound, draft = Path(folder) / "sound.wav", Path(folder) / f"video{out.suffix.lower()}"
+        sound, draft = Path(folder) / "sound.wav", Path(folder) / "video.mp4"
         write_original_sound(path, sound, len(load_audio(path)), lag / FPS)
         for video in video_options:
             options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *video, "-c:a", "aac", "-b:a", "192k",
@@ -608,7 +606,7 @@ def parse(argv=None, saved=None):
     o.add_argument("clip", help="video with sound")
     o.add_argument("--expert", default=SHIPPED_EXPERT, help="checkpoint, wav2lip, or a copy of that (.pth)")
     o.add_argument("--box", help="box around the face, x0,y0,x1,y1 in pixels")
-    o.add_argument("--fix", metavar="OUT", help="write the clip with its sound in sync (mp4, mov or mkv)")
+    o.add_argument("--fix", metavar="OUT", help="write the clip with its sound in sync (.mp4)")
     o.add_argument("--overwrite", action="store_true", help="replace an existing --fix")
     for command in (t, o):
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -520,16 +520,15 @@ def test_other_codecs_become_h264_and_the_sound_keeps_its_rate_and_channels(tmp_
     args = ["-i", tmp_path / "clip.mp4", "-vf", "scale=64:48", "-c:v", "mpeg1video", "-b:v", "2M"]
     args += ["-ac", "2", "-ar", "44100", "-c:a", "mp2"]
     subprocess.run([media.get_ffmpeg_exe(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
-    syncnet.write_shifted(tmp_path / "old.mpg", 3, tmp_path / "new.mkv")
-    text = subprocess.run(media.decoder(tmp_path / "new.mkv"), capture_output=True, text=True).stderr
+    syncnet.write_shifted(tmp_path / "old.mpg", 3, tmp_path / "new.mp4")
+    text = subprocess.run(media.decoder(tmp_path / "new.mp4"), capture_output=True, text=True).stderr
     assert "Video: h264" in text and "44100 Hz, stereo" in text and "64x48" in text
-    moved, old = load_audio(tmp_path / "new.mkv"), load_audio(tmp_path / "old.mpg")
+    moved, old = load_audio(tmp_path / "new.mp4"), load_audio(tmp_path / "old.mpg")
     assert np.corrcoef(moved[5000:25000], old[5000 + 3 * 640 : 25000 + 3 * 640])[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("source, suffix", [
-    ("whole.mp4", ".mp4"), ("cut.mp4", ".mkv"), ("cut.mkv", ".mp4"), ("late.mov", ".mkv"), ("late.ts", ".mov")])
-def test_a_shifted_click_is_within_a_frame_of_where_it_should_be(tmp_path, source, suffix):
+@pytest.mark.parametrize("source", ["whole.mp4", "cut.mp4", "cut.mkv", "late.mov", "late.ts"])
+def test_a_shifted_click_is_within_a_frame_of_where_it_should_be(tmp_path, source):
     frames, wav = np.zeros((50, 32, 32, 3), np.uint8), np.zeros(32000, np.float32)
     frames[35], wav[35 * 640 + 320 : 36 * 640] = 255, 0.5
     write_clip(tmp_path / "whole.mp4", frames, wav)
@@ -541,9 +540,8 @@ def test_a_shifted_click_is_within_a_frame_of_where_it_should_be(tmp_path, sourc
         command = [media.get_ffmpeg_exe(), "-loglevel", "error", *start, "-i", tmp_path / "whole.mp4", *options]
         subprocess.run([*command, tmp_path / source], check=True)
     at, count = flash_and_click(tmp_path / source)
-    out = (tmp_path / "out").with_suffix(suffix)
-    syncnet.write_shifted(tmp_path / source, 3, out)
-    moved, n = flash_and_click(out)
+    syncnet.write_shifted(tmp_path / source, 3, tmp_path / "out.mp4")
+    moved, n = flash_and_click(tmp_path / "out.mp4")
     assert abs(moved - at + 3) < 1 and abs(n - count) <= 1, (at, moved, count, n)
 
 
