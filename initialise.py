@@ -33,7 +33,6 @@ from vision import to_float64, to_small_image, zero_init
 from warp import Face, Warp, enlarge_small_face
 
 PAPERS_JUDGES = 128  # px from which VGG19, ArcFace and a published sync expert are the default
-TOY_PEOPLE = 400  # of the toy world, one clip each, as in syncnet.py
 PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
 FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator: after minutes of stage 1 it is half trained
 LIP_STEPS = 4000  # of train_lips, most in stage 3: 11 minutes of one core. After 3000 unseen people were good as well
@@ -76,7 +75,7 @@ def load_data(args) -> dict:
         pack = open_packs(args.data)
     else:
         from toyfaces import open_toy_pack  # drawn on first use
-        pack = open_toy_pack(Path(args.out), args.size, TOY_PEOPLE)
+        pack = open_toy_pack(Path(args.out), args.size)
     if pack.size != args.size and args.part != "lips":
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     parts, packs = split(pack, args), [pack]

@@ -633,7 +633,7 @@ def train(args, argv=None):
         args = resume_options(parse, argv, args, saved, path)
     device = pick_device(args.device)
     warn_of_slow_bf16(args, device)
-    pack = open_packs(args.data) if args.data else open_toy_pack(path.parent, args.size, args.people)
+    pack = open_packs(args.data) if args.data else open_toy_pack(path.parent, args.size)
     if pack.size != args.size:
         raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
     clips = {part: numbers[pack.n_frames[numbers] > 1] for part, numbers in split(pack, args).items()}  # no photos
@@ -718,7 +718,6 @@ def parse(argv=None, saved=None):
     p_train.add_argument("--data", nargs="+", help="packs of prepare.py; default: the toy world, drawn into --out")
     add_split_options(p_train)
     p_train.add_argument("--size", type=int, default=32, choices=(16, 32, 64, 128), help="edge of the images: the dial")
-    p_train.add_argument("--people", type=int, default=400, help="toy world: number of people (one clip each)")
     p_train.add_argument("--w-adv", type=float, default=0.0, help="weight of the adversary; published 1")
     p_train.add_argument("--w-vgg", type=float, default=0.0, help="weight of VGG19's features (a download); published 10")
     p_align.add_argument("clips", nargs="+", help="videos, or folders of images, each one clip")

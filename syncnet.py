@@ -56,7 +56,6 @@ WINDOW_FRAMES = 5  # as long as the 16 mel steps of the middle frame (Wav2Lip)
 HALF_WINDOW = WINDOW_FRAMES // 2
 MIN_SHIFT = 4  # frames; ours: sounds nearer than this are too alike for a negative pair
 MAX_OFFSET = 15  # frames: offsets are searched in -15 .. 15 (SyncNet)
-TOY_HELD_OUT = 40  # toy people for validation, and as many for the test
 LIP_SCALE = 0.07  # ours: deviation of lip coordinates, in distances of the eyes
 MATCH_LOGIT = 0.65  # ours: for nine of ten other sentences of GRID's grammar the mean logit at every offset is less
 DEVIATION_GAIN = 3.0  # of frames from their mean (ours): brings the variance of motion near that of the mean
@@ -440,8 +439,8 @@ def start_or_resume(args, path: Path, device) -> tuple:
 def load_data(args, folder: Path):
     """-> pack, clips to train on; pack, clips to validate on. Without --data toy packs are drawn in the folder."""
     if not args.data:
-        pack = open_toy_pack(folder, args.size, args.people)
-        val_pack = open_toy_pack(folder, args.size, TOY_HELD_OUT, "tune")
+        pack = open_toy_pack(folder, args.size)
+        val_pack = open_toy_pack(folder, args.size, "tune")
         return pack, split(pack, args)["train"], val_pack, np.arange(len(val_pack))
     pack = open_packs(args.data)
     if pack.size < args.size:
@@ -500,7 +499,7 @@ def open_test_clips(data: list | None, expert, path) -> tuple:
     if not data and expert.template != "toy":
         raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
     if not data:
-        pack = open_toy_pack(Path(path).absolute().parent, expert.size, TOY_HELD_OUT, "test")
+        pack = open_toy_pack(Path(path).absolute().parent, expert.size, "test")
         return pack, np.arange(len(pack)), "toy people and speech held out for good"
     pack, description = open_packs(data), " ".join(data)
     if not isinstance(expert, SyncNet):
@@ -593,7 +592,6 @@ def parse(argv=None, saved=None):
     add_split_options(p)
     add_run_options(p, out=TOY_EXPERT, steps=1000, batch=16, lr=2e-3)
     p.add_argument("--size", type=int, default=32, choices=(16, 32, 48, 64, 96), help="edge of drawn faces; real: 64")
-    p.add_argument("--people", type=int, default=400, help="toy world: number of people, with one clip each")
     p.add_argument("--dim", type=int, default=128, help="length of an embedding (Wav2Lip: 512)")
     p.add_argument("--width", type=float, help="channels, 1 as in Wav2Lip; default: .25 up to 32 px, else .5")
     p.add_argument("--windows", type=int, default=4, help="windows per clip in a batch")

@@ -32,6 +32,7 @@ REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, 
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees, ours: beyond, features leave the silhouette
 TRAIN_SEED, TUNE_SEED, TEST_SEED = 0, 1_000_000, 2_000_000  # first person of each split; splits do not overlap
 EXAMPLE_SEED = TEST_SEED + 500_002  # the person of examples/face.png, at rest, and of examples/speech.wav
+SPLITS = dict(train=(TRAIN_SEED, 400), tune=(TUNE_SEED, 40), test=(TEST_SEED, 40))  # first person, number of people
 WORLD_VERSION = 1  # increased with each change of drawing or sound: packs of another version are refused
 
 # --------------------------------------------------------------------------------------------------------------- people
@@ -533,10 +534,10 @@ def make_toy_clip(seed: int, seconds: float = 3, size: int = 64):
     return np.stack([draw(who, dict(zip(FACTORS, row)), size) for row in truth.tolist()]), wav, truth
 
 
-def open_toy_pack(folder: Path, size: int, people: int, part: str = "train") -> Pack:
-    """Opens the pack of a split ("train", "tune" or "test") in `folder` and draws it on first use."""
-    path = folder / ("toys" if part == "train" else f"toys_{part}")
-    make_pack(path, size, people, first_seed=dict(train=TRAIN_SEED, tune=TUNE_SEED, test=TEST_SEED)[part])
+def open_toy_pack(folder: Path, size: int, part: str = "train") -> Pack:
+    """Opens the pack of one of SPLITS in `folder` and draws it on first use."""
+    path, (first_seed, people) = folder / ("toys" if part == "train" else f"toys_{part}"), SPLITS[part]
+    make_pack(path, size, people, first_seed=first_seed)
     return Pack(path)
 
 
