@@ -30,6 +30,8 @@ from toyfaces import FACTORS, TEST_SEED, WORLD_VERSION, draw, make_pack, make_pe
 
 FACTOR_INDEX = {name: i for i, name in enumerate(FACTORS)}
 GROUPS = dict(pose=("yaw", "pitch", "roll"), eyes=("blink", "gaze_x", "gaze_y"), mouth=("open", "wide", "smile"))
+TEST_PEOPLE = 32  # held-out people, at least 6: change_matrix compares clips c and c + 5
+CACHE = "out/evaluate"  # folder for the probe and these people's clips
 MATRIX_COLUMNS = dict(lips=("open", "wide"), pose=GROUPS["pose"], eyes=GROUPS["eyes"])  # the last column is identity
 
 
@@ -265,7 +267,7 @@ def measure_toy(args, device):
     json_path = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
     models, report = {path: load_network(path, device) for path in args.weights}, {}
     for size in sorted({model.config.size for model in models.values()}):
-        test = prepare_toy_test(size, args.people, args.cache, device)
+        test = prepare_toy_test(size, TEST_PEOPLE, CACHE, device)
         rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(test)}
         animators = {path: animator(m, device) for path, m in models.items() if m.config.size == size}
         rows |= {path: control_table(animate, test) for path, animate in animators.items()}

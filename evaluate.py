@@ -605,12 +605,10 @@ def parse(argv=None):
     pair.add_argument("--skip", default="", help="metrics to leave out, separated by commas: LPIPS,FID")
     pair.add_argument("--bf16", action="store_true", help="bf16 autocast: faster on a GPU or a CPU with AMX, less exact")
     toy.add_argument("weights", nargs="+", help="weights.pt or stage3.pt")
-    toy.add_argument("--people", type=int, default=32, help="number of held-out people")
-    toy.add_argument("--cache", default="out/evaluate", help="folder for the probe and its drawn people")
     for command in (pair, toy):
         command.add_argument("--json", help="write the numbers to this .json, and a page beside it (.html)")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    return p.parse_args(argv, people=(6, 10**6))  # change_matrix compares clips c and c + 5
+    return p.parse_args(argv)
 
 
 def main(argv=None):

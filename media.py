@@ -79,7 +79,7 @@ def run(main):
 
 
 # (lowest, highest) value of number options by name, ours; otherwise integers from 1 and floats from 0 up to 10^9
-LIMITS = dict(seed=(0, 2**62), workers=(0, 256), refine=(0, 100), people=(1, 10**6), batch=(1, 10**5),
+LIMITS = dict(seed=(0, 2**62), workers=(0, 256), refine=(0, 100), batch=(1, 10**5),
               lr=(1e-9, 1e3), lr_gan=(1e-9, 1e3), augment=(-1, 1))
 
 

@@ -274,15 +274,16 @@ def toy_world(world, monkeypatch):
         Pack=lambda folder: world,
         change_matrix=functools.partial(change_matrix, trials=1),
     )
+    monkeypatch.setattr(control, "TEST_PEOPLE", world.people)
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(control, name, stand_in)
     return networks
 
 
-def test_the_toy_report_prints_both_tables_and_writes_the_numbers(toy_world, tmp_path, capsys):
+def test_the_toy_report_prints_both_tables_and_writes_the_numbers(toy_world, tmp_path, monkeypatch, capsys):
     numbers = tmp_path / "numbers.json"
-    places = ["--cache", str(tmp_path / "new" / "cache"), "--json", str(numbers)]
-    evaluate.main(["toy", "good", "deaf", "--people", "7", "--device", "cpu", *places])
+    monkeypatch.setattr(control, "CACHE", tmp_path / "new" / "cache")
+    evaluate.main(["toy", "good", "deaf", "--device", "cpu", "--json", str(numbers)])
     report = json.loads(numbers.read_text())
     assert report["good"]["open"] > 0.99 and abs(report["deaf"]["open"]) < 0.01
     assert report["good matrix"]["sound"]["lips"] > 0.98 and report["deaf matrix"]["sound"]["lips"] < 0.02
@@ -313,8 +314,8 @@ def test_user_errors_are_one_line_with_status_2(toy_world, tmp_path, capsys, mon
     assert "nonsense" in refused(capsys, "good", "--device", "nonsense")
     assert "nowhere" in refused(capsys, "good", "--json", tmp_path / "nowhere" / "a.json")
     monkeypatch.setattr(control, "probe_row", None)  # nothing is measured
-    assert "--people 5" in refused(capsys, "good", "--people", 5, "--cache", tmp_path / "cache")
-    assert "notes.txt" in refused(capsys, "good", "--cache", text / "cache")
+    monkeypatch.setattr(control, "CACHE", text / "cache")
+    assert "notes.txt" in refused(capsys, "good")
 
 
 def test_pc_avs_can_be_measured_by_the_same_table():
