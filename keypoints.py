@@ -504,7 +504,7 @@ VALIDATE_EVERY, SAVE_EVERY = 15, 60  # steps
 def make_model(args, source, clips, words: int):
     """-> network, Mouth, with statistics of training clips and the sound tower of --expert"""
     mouth = Mouth.fit(source, clips, args.codes, 8 if args.face else 0)  # ours: 8 codes as for the mouth
-    options = dict(codes=len(mouth.scale), width=args.width, target=args.target, words=words)
+    options = dict(codes=len(mouth.scale), target=args.target, words=words)
     if args.model == "lstm":
         model, some_clips = Wav2KP(**options), clips[:: max(1, len(clips) // 100)]
         features = np.concatenate([audio_features("lstm", source.clip(c)[0]) for c in some_clips])  # (S, 13)
@@ -803,7 +803,6 @@ def parse(argv=None, saved=None):
     tr.add_argument("--expert", metavar="SYNC.pt", help="transformer: use the sound tower of this sync expert")
     tr.add_argument("--finetune", action="store_true", help="train the sound tower of --expert at a tenth of the rate")
     tr.add_argument("--codes", type=int, default=8, help="principal components of the mouth (Humans: 8)")
-    tr.add_argument("--width", type=int, default=128, help="channels, a multiple of 4, the number of heads")
     ev.add_argument("weights", nargs="+", help="files of train; a row each for best and averaged weights")
     sa.add_argument("speech", help="any sound file, or a video with sound")
     sa.add_argument("--photo", help="move the pixels of this photo by the keypoints, instead of drawing them")
@@ -821,7 +820,7 @@ def parse(argv=None, saved=None):
     for p in (ex, sa, vi, sh):
         p.add_argument("--overwrite", action="store_true", help="replace existing files")
     tr.set_defaults(**saved or {})
-    args = parser.parse_args(argv, codes=(1, 40), width=(4, 4096), clip=(0, 10**9), workers=(1, 256))
+    args = parser.parse_args(argv, codes=(1, 40), clip=(0, 10**9), workers=(1, 256))
     needs_words = args.command == "visemes" or args.command == "train" and args.phones
     if needs_words and args.data and not args.words:
         raise InputError("the words of --data need --words, the folder of its .align files")
@@ -832,8 +831,6 @@ def parse(argv=None, saved=None):
             raise InputError(f"--target {args.target}: --autoregressive and --face need components")
         if args.finetune and not args.expert:
             raise InputError("--finetune needs an --expert")
-        if args.width % 4:
-            raise InputError(f"--width {args.width}: must be a multiple of 4, the number of heads")
     return args
 
 
