@@ -16,7 +16,7 @@ from audio import log_mel, mel_windows
 from control import (
     Probe, ToyTest, change_matrix, control_table, correlation, load_network, animator, markdown_table, probe_row,
     retrieval)
-from media import run, to_tensor, to_uint8
+from media import to_tensor, to_uint8
 from toyfaces import FACTORS, TEST_SEED, make_person
 
 LIPS = [FACTORS.index("open"), FACTORS.index("wide")]
@@ -295,27 +295,20 @@ def test_the_toy_report_prints_both_tables_and_writes_the_numbers(toy_world, tmp
     assert "deaf: change one input" in out
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: evaluate.main(["toy", *map(str, argv)]))
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err and out == ""
-    return err
-
-
-def test_user_errors_are_one_line_with_status_2(toy_world, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line_with_status_2(toy_world, tmp_path, refused, monkeypatch):
+    fails = functools.partial(refused, evaluate.main, "toy")
     text = tmp_path / "notes.txt"
     text.write_text("not weights")
     with monkeypatch.context() as patch:
         patch.setattr(control, "load_network", load_network)
-        assert "nowhere.pt" in refused(capsys, tmp_path / "nowhere.pt")
-        assert "notes.txt" in refused(capsys, text)
-        assert "face.pt: a network of real faces" in refused(capsys, ROOT / "weights" / "face.pt")
-    assert "nonsense" in refused(capsys, "good", "--device", "nonsense")
-    assert "nowhere" in refused(capsys, "good", "--json", tmp_path / "nowhere" / "a.json")
+        assert "nowhere.pt" in fails(tmp_path / "nowhere.pt")
+        assert "notes.txt" in fails(text)
+        assert "face.pt: a network of real faces" in fails(ROOT / "weights" / "face.pt")
+    assert "nonsense" in fails("good", "--device", "nonsense")
+    assert "nowhere" in fails("good", "--json", tmp_path / "nowhere" / "a.json")
     monkeypatch.setattr(control, "probe_row", None)  # nothing is measured
     monkeypatch.setattr(control, "CACHE", text / "cache")
-    assert "notes.txt" in refused(capsys, "good")
+    assert "notes.txt" in fails("good")
 
 
 def test_pc_avs_can_be_measured_by_the_same_table():

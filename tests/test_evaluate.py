@@ -1,5 +1,6 @@
 """Metrics: against independent computations, and on clips whose metrics are known."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from audio import mfcc
 from evaluate import (
     METRICS, Clip, align_face, frechet_distance, head_pose, l1, landmark_distance, lip_sync_error, measure_pair,
     mouth_distance, psnr, ssim_and_ms_ssim)
-from media import InputError, read_video, run, write_video
+from media import InputError, read_video, write_video
 
 CPU = torch.device("cpu")
 NO_NETWORKS = dict(device=CPU, left_out={}, sync=None, landmarks=None, lpips=None, arcface=None, syncnet=None,
@@ -341,31 +342,24 @@ def test_two_clips_are_compared_frame_by_frame(clips, capsys):
     assert "left out: FID" in out or "FID" in row
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: evaluate.main(["pair", *map(str, argv)]))
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err and out == ""
-    return err
-
-
-def test_user_errors_are_one_line_with_status_2(clips, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line_with_status_2(clips, tmp_path, refused, monkeypatch):
+    fails = functools.partial(refused, evaluate.main, "pair")
     real, fake, wide = clips
     text = tmp_path / "notes.txt"
     text.write_text("no clip, no weights")
-    assert "real, fake" in refused(capsys) and "fake" in refused(capsys, real)
-    assert "nowhere.mp4" in refused(capsys, real, tmp_path / "nowhere.mp4")
-    assert "notes.txt" in refused(capsys, text, real)
-    error = refused(capsys, real, wide)
+    assert "real, fake" in fails() and "fake" in fails(real)
+    assert "nowhere.mp4" in fails(real, tmp_path / "nowhere.mp4")
+    assert "notes.txt" in fails(text, real)
+    error = fails(real, wide)
     assert "wide.mp4" in error and "32x24" in error and "24x32" in error
-    assert "--skip SIM" in refused(capsys, real, fake, "--skip", "SIM")
-    assert "notes.txt" in refused(capsys, real, fake, "--expert", text)  # --expert names it, so it is not left out
-    assert "--landmarks eyes" in refused(capsys, real, fake, "--landmarks", "eyes")
+    assert "--skip SIM" in fails(real, fake, "--skip", "SIM")
+    assert "notes.txt" in fails(real, fake, "--expert", text)  # --expert names it, so it is not left out
+    assert "--landmarks eyes" in fails(real, fake, "--landmarks", "eyes")
     monkeypatch.setitem(sys.modules, "mediapipe", None)
-    assert "pip install mediapipe" in refused(capsys, real, fake, "--landmarks", f"mediapipe:{text}")
+    assert "pip install mediapipe" in fails(real, fake, "--landmarks", f"mediapipe:{text}")
     (tmp_path / "empty").mkdir()
-    assert "no clip has the same name" in refused(capsys, tmp_path / "empty", tmp_path / "empty")
-    assert "directory" in refused(capsys, tmp_path / "empty", real)
+    assert "no clip has the same name" in fails(tmp_path / "empty", tmp_path / "empty")
+    assert "directory" in fails(tmp_path / "empty", real)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -854,29 +854,24 @@ def test_without_data_it_trains_on_the_toy_world_of_train_py(tmp_path, monkeypat
 
 # ----------------------------------------------------------- user errors: one line, exit status 2, before anything slow
 
-def refused(capsys, monkeypatch, *args):
-    """-> the line on stderr of a script that ends with status 2 before it draws or trains"""
-    monkeypatch.setattr(sys, "argv", ["syncnet.py"])
-
+@pytest.fixture
+def fails(refused, monkeypatch):
+    """A function that runs syncnet.py with these arguments, which it has to refuse before it draws or trains"""
     def slow(*_, **__):
         raise AssertionError("started something slow")
 
     for module, name in ((toyfaces, "make_pack"), (syncnet, "batches"), (syncnet, "measure_clips")):
         monkeypatch.setattr(module, name, slow)
-    with pytest.raises(SystemExit) as caught:
-        media.run(lambda: syncnet.main([str(a) for a in args]))
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and err.count("\n") == 1 and err.startswith("syncnet.py: ")
-    return err
+    return partial(refused, syncnet.main)
 
 
-def test_an_existing_expert_is_not_overwritten_without_the_option(world, capsys, monkeypatch):
+def test_an_existing_expert_is_not_overwritten_without_the_option(world, fails):
     before = world[1].read_bytes()
-    assert "--resume" in refused(capsys, monkeypatch, "train", "--out", world[1])
+    assert "--resume" in fails("train", "--out", world[1])
     assert world[1].read_bytes() == before and not (world[1].parent / "toys").exists()
 
 
-def test_unsuitable_experts_are_refused(world, tmp_path, capsys, monkeypatch):
+def test_unsuitable_experts_are_refused(world, tmp_path, fails):
     other, broken = tmp_path / "weights.pt", tmp_path / "broken.pt"
     save_checkpoint(other, dict(kind="weights", format=1))
     whole = load_checkpoint(world[1], "syncnet")
@@ -891,13 +886,13 @@ def test_unsuitable_experts_are_refused(world, tmp_path, capsys, monkeypatch):
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(world[1].read_bytes()[:1000])
     shutil.copy(broken, tmp_path / "broken_last.pt")
-    again = refused(capsys, monkeypatch, "train", "--resume", "--out", broken, "--size", 16)
+    again = fails("train", "--resume", "--out", broken, "--size", 16)
     assert "not a run of this version" in again
     missing = tmp_path / "no.pt"
     for path, reason in ((other, "'weights'"), (truncated, "cut short"), (tmp_path, "directory"), (missing, "no such")):
-        assert reason in refused(capsys, monkeypatch, "test", "--expert", path)
-        assert reason in refused(capsys, monkeypatch, "offset", __file__, "--expert", path)
-    assert "no_last.pt: no such file" in refused(capsys, monkeypatch, "train", "--resume", "--out", missing)
+        assert reason in fails("test", "--expert", path)
+        assert reason in fails("offset", __file__, "--expert", path)
+    assert "no_last.pt: no such file" in fails("train", "--resume", "--out", missing)
 
 
 @pytest.mark.parametrize(
@@ -922,14 +917,14 @@ def test_unsuitable_experts_are_refused(world, tmp_path, capsys, monkeypatch):
         (["offset", "short.mp4", "--expert", "file.txt"], "expected a 'syncnet'"),
     ],
 )
-def test_user_errors_are_one_line_and_status_2(world, tmp_path, capsys, monkeypatch, args, reason):
+def test_user_errors_are_one_line_and_status_2(world, tmp_path, fails, monkeypatch, args, reason):
     monkeypatch.chdir(tmp_path)
     Path("file.txt").write_text("not media")
     for name, T, wav in (("mute.mp4", 12, None), ("short.mp4", 4, bar_clip(0)[1][:2560])):
         if name in args:
             write_clip(name, bar_clip(0, T=T)[0], wav)
     args = [dict(PACK=world[0], SYNC=world[1]).get(a, a) for a in args]
-    assert reason in refused(capsys, monkeypatch, *args)
+    assert reason in fails(*args)
 
 
 def test_the_logit_of_syncnet_v2_is_a_margin_minus_the_distance():
