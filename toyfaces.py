@@ -31,7 +31,6 @@ FACTORS = ("yaw", "pitch", "roll", "blink", "gaze_x", "gaze_y", "brow", "smile",
 REST = dict(zip(FACTORS, (0.0,) * 7 + (0.35, 0.0, 0.5)))  # frontal, eyes open, a closed mouth with a slight smile
 MAX_YAW, MAX_PITCH, MAX_ROLL = 22.0, 16.0, 13.0  # degrees, ours: beyond, features leave the silhouette
 TRAIN_SEED, TUNE_SEED, TEST_SEED = 0, 1_000_000, 2_000_000  # first person of each split; splits do not overlap
-EXAMPLE_SEED = TEST_SEED + 500_002  # the person of examples/face.png, at rest, and of examples/speech.wav
 SPLITS = dict(train=(TRAIN_SEED, 400), tune=(TUNE_SEED, 40), test=(TEST_SEED, 40))  # first person, number of people
 WORLD_VERSION = 1  # increased with each change of drawing or sound: packs of another version are refused
 
@@ -518,7 +517,6 @@ def sample_motion(rng, T: int) -> dict:
 
 def make_clip_truth(seed: int, seconds: float, who):
     """A clip before it is drawn -> wav, float32 (n,) at 16 kHz in [-1, 1]; truth, float32 (T, 10) in order of FACTORS"""
-    assert seconds >= 0.04, f"a clip of {seconds} s is shorter than a frame"
     rng, n = np.random.default_rng([seed, 2]), round(seconds * SAMPLE_RATE)
     c = make_controls(sample_syllables(rng, seconds), -(-n // round(STEP * SAMPLE_RATE)))
     wav, middles = synthesise_voice(rng, c, who, n), (np.arange(n_frames(n)) + 0.5) / FPS

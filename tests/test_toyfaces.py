@@ -318,9 +318,10 @@ def test_the_script_writes_images_and_a_clip_with_sound_and_keeps_existing_files
 
 
 def test_the_shipped_example_is_drawn_and_synthesised_by_this_code():
-    who = toy.make_person(toy.EXAMPLE_SEED)
+    seed = toy.TEST_SEED + 500_002
+    who = toy.make_person(seed)
     assert np.array_equal(np.array(Image.open(ROOT / "examples/face.png")), toy.draw(who, toy.REST, 256))
-    spoken = toy.make_clip_truth(toy.EXAMPLE_SEED, 4, who)[0]
+    spoken = toy.make_clip_truth(seed, 4, who)[0]
     shipped = load_audio(ROOT / "examples/speech.wav", normalise=False)
     assert np.abs(shipped - spoken).max() < 1e-4
 
