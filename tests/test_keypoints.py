@@ -862,12 +862,8 @@ def test_a_clip_is_shown_as_a_picture(pack, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("command, message", [
     ("sample nothing.wav", "nothing.wav: no such file"),
-    ("sample empty.wav", "empty.wav: the file is empty"),
-    ("sample .", "is a directory"),
-    ("sample words.txt", "is not a sound file"),
     ("sample good.wav --out there.mp4", "exists; give --overwrite"),
     ("sample good.wav --out new.avi", "must end in .mp4"),
-    ("sample good.wav --out no/where.mp4", "no such directory"),
     ("sample good.wav --weights words.txt", "damaged, cut short"),
     ("sample good.wav --weights other.pt", "is a 'syncnet' checkpoint"),
     ("sample good.wav --weights empty.pt", "do not fit this version"),
@@ -886,7 +882,6 @@ def test_a_clip_is_shown_as_a_picture(pack, checkpoint, tmp_path):
 ])
 def test_user_errors_are_one_line(command, message, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.wav").touch()
     (tmp_path / "there.mp4").write_text("old")
     (tmp_path / "words.txt").write_text("no sound at all")
     write_wav(tmp_path / "good.wav", make_noise(3))

@@ -636,18 +636,12 @@ def test_all_runs_have_the_same_noise_which_is_constant_in_a_clip(narrow, monkey
 
 BAD = [  # (prepared file, arguments, part of the message)
     ("", ["sample", "nobody.png", "speech.wav"], "nobody.png: no such file"),
-    ("", ["sample", ".", "speech.wav"], "is a directory"),
     ("", ["sample", "face.png", "nothing.wav"], "nothing.wav: no such file"),
-    ("empty", ["sample", "face.png", "empty"], "empty: the file is empty"),
-    ("text", ["sample", "face.png", "text"], "text: is not a sound"),
-    ("text", ["sample", "text", "speech.wav"], "text: is not a picture"),
-    ("silent video", ["sample", "face.png", "mute.mp4"], "mute.mp4: has no sound"),
     ("", ["sample", "face.png", "speech.wav", "--pose", "speech.wav"], "speech.wav: has no picture"),
     ("", ["sample", "face.png", "speech.wav", "--pose", "gone.mp4"], "gone.mp4: no such file"),
     ("cut", ["sample", "face.png", "speech.wav", "--pose", "cut.mp4"], "cut.mp4"),
     ("taken", ["sample", "face.png", "speech.wav"], "talk.mp4: exists; give --overwrite"),
     ("", ["sample", "face.png", "speech.wav", "--out", "talk.txt"], "must end in .mp4"),
-    ("", ["sample", "face.png", "speech.wav", "--out", "no/talk.mp4"], "no such directory"),
     ("", ["sample", "face.png", "speech.wav", "--box", "5,5,500,500"], "--box 5,5,500,500: not a box inside"),
     ("", ["sample", "face.png", "speech.wav", "--weights", "."], "latest_net_G.pth: no such file"),
     ("", ["sample", "face.png", "speech.wav", "--weights", "none.pt"], "none.pt: no such file"),
@@ -661,11 +655,8 @@ BAD = [  # (prepared file, arguments, part of the message)
 
 @pytest.mark.parametrize("file, arguments, message", BAD)
 def test_bad_input_is_one_line_and_exit_status_2(folder, weights, monkeypatch, refused, file, arguments, message):
-    Path("empty").touch()
     for name in ("text", "text.csv"):
         Path(name).write_text("this is nothing\n")
-    if file == "silent video":
-        write_video("mute.mp4", iter(np.zeros((1, 16, 16, 3), np.uint8)), 1)
     if file == "cut":
         Path("cut.mp4").write_bytes(Path("pose.mp4").read_bytes()[:700])
     if file == "taken":
