@@ -191,7 +191,10 @@ def load_previous(args, files) -> dict | None:
     names = ["stage2_hyper.pt", *names] if args.stage == 3 else names
     kinds = "weights" if args.part == "lips" else kinds
     paths = [args.init] if args.init else [os.path.join(args.out, name) for name in names]
-    path = next(filter(os.path.exists, paths), paths[-1])
+    if not any(map(os.path.exists, paths)):
+        hint = "" if args.init else f"; train --stage {2 if needs_encoder else 1} first, or give a checkpoint with --init"
+        raise InputError(f"{paths[-1]}: no such file{hint}")
+    path = max(filter(os.path.exists, paths), key=os.path.getmtime)                    # the hypernetwork may be outdated
     previous = load_checkpoint(path, kinds)
     if previous["kind"] == "weights":                                                  # of stage 3, without D and judges
         config = Config(**previous["config"])

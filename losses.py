@@ -31,9 +31,9 @@ def orthogonality_loss(z_s2c, z_c2d):
 
 
 def reconstruction_loss(fake, real, boxes=()):
-    """L1 of the image, plus weighted L1 in boxes, plus half the L1 of the image at a half and a quarter of its size, ours:
-    colour and place settle before edges. boxes: pairs of a box (x0, y0, x1, y1), as fractions, and its weight; ours: mouth
-    and eyes are few pixels, and viewers look at them most."""
+    """L1 of the image, plus weighted L1 in boxes, plus half of the L1 at a half and a quarter of the image's size.
+    boxes: pairs of a box (x0, y0, x1, y1), as fractions, and its weight. Ours: mouth and eyes are few pixels, and viewers
+    look at them most; with the small images colour and place settle before edges."""
     loss = (fake - real).abs().mean()
     for box, weight in boxes:
         rows, cols = box_slices(box, *fake.shape[-2:])

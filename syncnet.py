@@ -347,7 +347,8 @@ def summarise(results: list[dict]) -> dict:
     errors["offset_window"] = np.nanargmax(table, 1) - MAX_OFFSET
     return dict(by_shift={name: rate.tolist() for name, rate in rates.items()}, windows=len(table),
                 loss=float(np.logaddexp(0, -in_sync).mean() + shifted_loss) / 2,
-                **{name: float(np.nanmean(rate[WINDOW_FRAMES:])) for name, rate in rates.items()},
+                **{name: float(np.nanmean(rate[WINDOW_FRAMES:])) if np.isfinite(rate[WINDOW_FRAMES:]).any() else math.nan
+                   for name, rate in rates.items()},
                 **{name: float((abs(e) <= 1).mean()) if len(e) else math.nan for name, e in errors.items()})
 
 

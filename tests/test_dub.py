@@ -111,7 +111,7 @@ def test_frames_of_a_scene_without_a_face_stay_unchanged(clip, net, moves, tmp_p
 
 def test_frames_before_the_first_detection_are_tracked_backwards(clip, net, moves, monkeypatch):
     answers = itertools.chain([[]], itertools.repeat([(*BOX, 0.9)]))   # nothing in frame 0, a face in frame 5
-    monkeypatch.setattr(dub, "detect_faces", lambda frame: next(answers))
+    monkeypatch.setattr(landmarks, "detect_faces", lambda frame: next(answers))
     takes = dub.find_takes(clip, net, moves, T)[1]
     assert [(take.first, take.T) for take in takes] == [(0, T)]
     assert np.corrcoef(takes[0].opening, SOURCE_OPENING)[0, 1] > 0.97

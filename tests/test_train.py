@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 import types
@@ -547,6 +548,18 @@ def test_stages_train_with_both_motion_encoders_on_toys_and_on_real_faces_with_b
     assert torch.cat(list(model.animate(torch.zeros(3, 16, 16), torch.zeros(3, 1, 80, 16)))).isfinite().all()
 
 
+def test_stage_3_starts_from_the_later_one_of_encoder_and_hypernetwork(tmp_path, monkeypatch):
+    args = train.parse(["--stage", "3", "--size", "16", "--out", str(tmp_path)])
+    monkeypatch.setattr(initialise, "load_checkpoint", lambda path, kinds: dict(kind="stage2", config=dict(size=16), path=path))
+    with pytest.raises(InputError, match="stage2.pt: no such file; train --stage 2 first"):
+        initialise.load_previous(args, {})
+    for names in (("stage2.pt", "stage2_hyper.pt"), ("stage2_hyper.pt", "stage2.pt")):
+        for seconds, name in enumerate(names):
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (seconds, seconds))
+        assert initialise.load_previous(args, {})["path"] == str(tmp_path / names[1])
+
+
 def test_the_papers_motion_encoder_has_no_mouth_code_and_refuses_a_stage_2_with_one(real_packs):
     pack = Pack(real_packs[0])
     for first in ("direct", "paper"):
@@ -832,7 +845,7 @@ def refusal(capsys, argv):
 def test_user_errors_give_one_line_and_status_2(pack, stages, tmp_path, capsys):
     new = tmp_path / "new"
     assert "--resume" in refusal(capsys, options(pack, stages, 1))                                   # would overwrite
-    assert "stage1.pt" in refusal(capsys, options(pack, new, 2))                                     # no previous stage
+    assert "stage1.pt: no such file; train --stage 1 first" in refusal(capsys, options(pack, new, 2))
     assert "no such" in refusal(capsys, options(tmp_path / "nowhere", new, 1)).lower()
     assert "--size" in refusal(capsys, [*options(pack, new, 1), "--size", "32"])
     line = refusal(capsys, options(pack, new, 3, "--init", str(stages / "stage2.pt")))               # no sync expert
