@@ -14,7 +14,7 @@ Axes: n samples, T frames, K = 68 points, S pixels of a crop. Everything without
 import itertools
 import json
 from collections import deque
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +126,6 @@ class LandmarkNet(nn.Module):
         return similarity(to_complex(self.mean.numpy()), points)
 
 
-@cache
 def load_landmarks(path: str | Path = WEIGHTS) -> LandmarkNet:
     """The network of a file, frozen, on the CPU. Raises InputError: as load_checkpoint; damaged"""
     checkpoint = load_checkpoint(path, "landmarks")

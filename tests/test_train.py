@@ -550,7 +550,8 @@ def test_stages_train_with_both_motion_encoders_on_toys_and_on_real_faces_with_b
 
 def test_stage_3_starts_from_the_later_one_of_encoder_and_hypernetwork(tmp_path, monkeypatch):
     args = train.parse(["--stage", "3", "--size", "16", "--out", str(tmp_path)])
-    monkeypatch.setattr(initialise, "load_checkpoint", lambda path, kinds: dict(kind="stage2", config=dict(size=16), path=path))
+    monkeypatch.setattr(initialise, "load_checkpoint",
+                        lambda path, kinds: dict(kind="stage2", config=dict(size=16), path=path))
     with pytest.raises(InputError, match="stage2.pt: no such file; train --stage 2 first"):
         initialise.load_previous(args, {})
     for names in (("stage2.pt", "stage2_hyper.pt"), ("stage2_hyper.pt", "stage2.pt")):

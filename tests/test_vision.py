@@ -268,12 +268,12 @@ def test_unsuitable_files_are_refused_in_one_line(tmp_path):
     path, good = tmp_path / "bad.pt", tmp_path / "good.pt"
     psp_file(good)
     state = torch.load(good, weights_only=True)["state_dict"]
-    for content, match in ((dict(state_dict=state, latent_avg=torch.ones(10, 9)), "latent_avg is"),
+    for content, match in ((dict(state_dict=state, latent_avg=torch.ones(10, 9)), "latent_avg"),
                            (dict(state_dict=[1]), "expected a dict"), (dict(g_ema={}), "not pSp's encoder")):
         torch.save(content, path)
         with pytest.raises(InputError, match=f"bad.pt.*{match}"):
             vision.load_encoder(path, 10)
-    with pytest.raises(InputError, match="styles.10.convs"):
+    with pytest.raises(InputError, match="latent_avg"):
         vision.load_encoder(good, 12)  # fewer styles than the generator has
     with pytest.raises(InputError, match="not a HyperStyle checkpoint"):
         vision.load_hypernet(good, LAYERS)
