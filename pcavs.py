@@ -40,10 +40,10 @@ from checkpoint import (
     write_log)
 from data import Pack, add_split_options, balance_people, batches, open_packs, split, to_flipped_tensor
 from faces import (
-    PCAVS_FILE, PCAVS_INPUT, PCAVS_POINTS, TEMPLATES, align_frames, crop_face, detect_faces, eyes_and_mouth, face_box,
-    fill_missing, mask_mouth, middle_square, similarity)
+    PCAVS_FILE, PCAVS_INPUT, PCAVS_POINTS, TEMPLATES, align_frames, crop_face, eyes_and_mouth, fill_missing, mask_mouth,
+    middle_square, similarity)
 from initialise import reduced_rank_regression
-from landmarks import find_landmarks, load_landmarks, track_landmarks
+from landmarks import find_landmarks, load_landmarks, track_scene
 from losses import discriminator_loss, generator_loss, perceptual_loss, r1_penalty, reconstruction_loss
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_file, check_output, is_grey, load_audio, load_photo, make_folder,
@@ -340,15 +340,11 @@ def read_frames(path: Path, n: int | None, height: int | None = None):
 def align_clip(path: Path, n: int | None, size: int, box: tuple = PCAVS_INPUT):
     """align_frames of the first n frames of a clip, which is read twice. InputError: no face, or in less than half."""
     frames = read_frames(path, n, SEARCH_HEIGHT)
-    for first, frame in enumerate(frames):  # noqa: B007
-        faces = detect_faces(frame, margins=(1.2, 1.5))
-        if faces:
-            break
-    else:
+    first = next(frames)
+    landmarks = track_scene(load_landmarks(), itertools.chain([first], frames), 1)              # (T, 68, 2)
+    points = eyes_and_mouth(landmarks) / len(first)                             # (T, 3), complex
+    if np.isnan(points).all():
         raise InputError(f"{path}: no upright face was found; crop the clip and give --aligned")
-    landmarks = track_landmarks(load_landmarks(), itertools.chain([frame], frames), face_box(faces, "face"))
-    landmarks = np.pad(landmarks, ((first, 0), (0, 0), (0, 0)), constant_values=np.nan)         # (T, 68, 2)
-    points = eyes_and_mouth(landmarks) / len(frame)                             # (T, 3), complex
     has_face = ~np.isnan(points[:, 2])
     if 2 * has_face.sum() < len(points):
         raise InputError(f"{path}: a face in {has_face.sum()} of {len(points)} frames")

@@ -492,10 +492,8 @@ def tracked(tmp_path, monkeypatch):
     """A grey clip of seven frames, and the points at which its landmarks are tracked from the second frame on"""
     write_video(tmp_path / "clip.mp4", itertools.repeat(np.full((120, 160, 3), 90, np.uint8), 7), 7)
     positions = [BASE, None, BASE + 10, BASE + 15 + 5j, BASE + 20, BASE + 20]
-    detections = itertools.cycle([[], [(50, 60, 150, 160, 0.9)]])               # no face in the first frame
-    monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: next(detections))
-    monkeypatch.setattr(pcavs, "track_landmarks", lambda net, frames, box: (
-        np.stack([landmarks_at(p) for p, _ in zip(positions, frames)])))
+    monkeypatch.setattr(pcavs, "track_scene", lambda net, frames, number: (
+        np.stack([landmarks_at(p) for p, _ in zip([None, *positions], frames)])))  # no face in the first frame
     return tmp_path / "clip.mp4", positions
 
 
@@ -513,7 +511,7 @@ def test_a_clip_with_few_or_no_faces_is_refused(tracked, monkeypatch):
     positions[:] = [BASE, BASE, None, None, None, None]
     with pytest.raises(InputError, match="a face in 2 of 7 frames"):
         pcavs.align_clip(clip, 99, 32)
-    monkeypatch.setattr(pcavs, "detect_faces", lambda image, margins: [])
+    positions[:] = [None] * 6
     with pytest.raises(InputError, match="clip.mp4: no upright face"):
         pcavs.align_clip(clip, 99, 32)
 
