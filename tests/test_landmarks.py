@@ -156,21 +156,24 @@ def test_each_scene_of_a_video_is_searched_for_its_own_face(net, tmp_path, monke
     image, wide = photo(), np.full((640, 1100, 3), 128, np.uint8)
     left, right, box = wide.copy(), wide[:, :, ::-1] // 3, np.array([40, 60, 600, 620])
     left[60:620, 40:600] = right[60:620, 500:1060] = np.array(Image.fromarray(image).resize((560, 560)))
-    write_video(tmp_path / "a.mp4", iter([left] * 13 + [right] * 12), 25)
+    frames = [(left if k < 13 else right).copy() for k in range(25)]
+    for k, frame in enumerate(frames):
+        frame[:40, 1060:] = 10 * k  # readable in the video
+    write_video(tmp_path / "a.mp4", iter(frames), 25)
     searched = []
 
     def detect_faces(frame):
-        searched.append(frame[10, 10, 0] < 90)  # whether it is the darker scene
-        return [] if searched == [False, True] else [None]
+        searched.append(round(frame[5:20, -20:-5].mean() / 10))
+        return [] if searched[-1] == 13 else [None]
 
     monkeypatch.setattr(landmarks, "detect_faces", detect_faces)
-    monkeypatch.setattr(landmarks, "face_box", lambda *_: (box + searched[-1] * np.array([460, 0, 460, 0])) * 480 / 640)
+    monkeypatch.setattr(
+        landmarks, "face_box", lambda *_: (box + (searched[-1] > 12) * np.array([460, 0, 460, 0])) * 480 / 640)
     points, scene = landmarks.track_video(net, tmp_path / "a.mp4", 25)
-    assert points.shape == (25, 68, 2) and scene.tolist() == [0] * 13 + [1] * 12 and len(searched) == 3
+    assert points.shape == (25, 68, 2) and scene.tolist() == [0] * 13 + [1] * 12 and searched == [0, 13, 18]
     expected = landmarks.find_landmarks(net, left, box)
     assert np.abs(points[:13] - expected).mean() < 4 and np.abs(points[13:] - expected - (460, 0)).mean() < 4
     assert len(landmarks.track_video(net, tmp_path / "a.mp4", 7)[0]) == 7
-    searched[:] = [False]
     monkeypatch.setattr(landmarks, "detect_faces", lambda frame: [None] * 2)
     assert np.isfinite(landmarks.track_video(net, tmp_path / "a.mp4", 2, number=2)[0]).all()
     assert np.isnan(landmarks.track_video(net, tmp_path / "a.mp4", 2, number=3)[0]).all()
