@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import time
+import unicodedata
 from collections import defaultdict
 from itertools import islice
 from pathlib import Path
@@ -492,7 +493,7 @@ def find_clips(folder: Path) -> dict:
     clips = {}
     for path in sorted(folder.rglob("[!.]*")):
         if path.suffix.lower() in CLIP_SUFFIXES and path.is_file():
-            name = str(path.relative_to(folder).with_suffix(""))
+            name = unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))  # macOS decomposes accents
             if name in clips:
                 raise InputError(f"{path}: {clips[name].name} beside it has the same name")
             clips[name] = path

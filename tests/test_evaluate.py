@@ -558,6 +558,14 @@ def test_clips_are_paired_by_name_and_two_of_one_name_are_refused(tmp_path):
         evaluate.pairs_of(tmp_path / "a", tmp_path / "b")
 
 
+def test_clips_pair_by_name_whichever_way_their_accents_are_stored(tmp_path):
+    for folder, name in (("real", "Jos\u00e9.1.mp4"), ("fake", "Jose\u0301.1.mp4")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+    pairs, unpaired = evaluate.pairs_of(tmp_path / "real", tmp_path / "fake")
+    assert [name for name, *_ in pairs] == ["Jos\u00e9.1"] and not unpaired
+
+
 def test_inception_agrees_with_a_restatement_of_tensorflows_network_of_2015(monkeypatch):
     """The restatement draws random weights layer by layer. The network then loads them."""
     torch.manual_seed(0)
