@@ -17,6 +17,7 @@ Axes: B clips, K frames of each, N = B K, P pose numbers, S mel steps.
 
 import copy
 import itertools
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -415,29 +416,32 @@ def align(args):
 
 # ----------------------------------------------------- a photo, speech, a pose clip -> a talking face; and pairs of clips
 
-def render(model, crop, wav, pose_crops, device, bf16):
+def render(model, crop, wav, pose_crops, args, device):
     """crop uint8 (size, size, 3), wav (n,), pose_crops: an iterable -> a stream of frames, uint8 (size, size, 3)."""
-    maps = model.G.draw_noise(torch.Generator().manual_seed(0))
+    maps = model.G.draw_noise(torch.Generator().manual_seed(args.seed))
     noise = [x.to(device) for x in maps] if model.config.noise else "off"
     photo, n = to_tensor(crop).to(device), n_frames(len(wav))
-    for frames in model.animate(photo, lws_mel(wav), n, map(to_tensor, pose_crops), noise, bf16):
-        yield from to_uint8(frames)                                             # (b, size, size, 3)
+    for frames in model.animate(photo, lws_mel(wav), n, map(to_tensor, pose_crops), noise, args.bf16):
+        with wrap_errors(args.weights, "the networks fail"):
+            frames = to_uint8(frames)                                           # (b, size, size, 3)
+        yield from frames
 
 
 def sample(args):
+    start = time.perf_counter()
     out = check_output(args.out, args.overwrite, VIDEO_SUFFIXES, (args.face, args.speech, args.pose))
     photo, wav, device = load_photo(args.face), load_audio(args.speech), pick_device(args.device)
     model = load_pcavs(args.weights, device)
     crop, n = crop_photo(photo, args, model.config), n_frames(len(wav))
     pose = crop_clip(args.pose, n, model.config, args.aligned) if args.pose else [crop]
     pose = list(pose) if args.grid else pose
-    frames = render(model, crop, wav, pose, device, args.bf16)
+    frames = render(model, crop, wav, pose, args, device)
     if is_grey(photo):
         frames = map(to_grey, frames)
     if args.grid:
         frames = (np.hstack([crop, pose[ping_pong(k, len(pose))], frame]) for k, frame in enumerate(frames))
     write_video(out, frames, n, (args.speech, len(wav)), args.overwrite)
-    print(f"{out}: {n} frames, {n / FPS:.2f} s")
+    print(f"{out}: {n} frames, {n / FPS:.2f} s; {n / (time.perf_counter() - start):.1f} frames/s end to end")
 
 
 def read_pairs(path: Path) -> list[list]:
@@ -477,7 +481,7 @@ def generate_pairs(args):
     for name, (photo, pose, speech, real) in zip(names, pairs):
         wav, crop = load_audio(speech), next(crops(photo, 1))
         n, sound = n_frames(len(wav)), (speech, len(wav))
-        frames = render(model, crop, wav, crops(pose, n) if pose else [crop], device, args.bf16)
+        frames = render(model, crop, wav, crops(pose, n) if pose else [crop], args, device)
         write_video(fake_folder / name, frames, n, sound, args.overwrite)
         if real:
             write_video(real_folder / name, crops(real, n), n, sound, args.overwrite)
@@ -708,6 +712,7 @@ def parse(argv=None, saved=None):
     for p in (p_sample, p_pairs):
         p.add_argument("--weights", default=TOY_WEIGHTS, help="folder of published files, or a weights.pt of train")
         p.add_argument("--aligned", action="store_true", help="published weights: images are aligned already")
+        p.add_argument("--seed", type=int, default=0, help="seed of the generator's noise")
         p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     batch_of = f"images, {FRAMES_PER_CLIP} of each clip,"
     add_run_options(p_train, "out/pcavs32", steps=2000, batch=32, lr=2e-3, batch_of=batch_of)
