@@ -418,26 +418,26 @@ class FCTFG(nn.Module):
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
 
     @torch.inference_mode()
-    def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
+    def animate(self, source, mel, driving=None, scene=None, sway: bool = True, batch: int = 16):
         """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
         source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of consecutive pieces of it.
-        driving: iterable of n frames (3, H, W). Real faces start from their own pose. None: the pose of the source with
-        idle motion. sway: idle motion moves the head; if False, only blinks. batch: frames decoded at a time. Memory does
-        not grow with n."""
+        driving: iterable of n frames (3, H, W). None: the pose of the source with idle motion. scene: the scene
+        numbers of the n driving frames, None: no cut; real faces start each scene from their own pose. sway: idle motion
+        moves the head; if False, only blinks. batch: frames decoded at a time. Memory does not grow with n."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
         deltas, z_a = self.weight_changes(source, z_s), self.encode_whole_sound(mel)
-        for z_c2d in self.stream_motion(source, z_a, driving, sway, batch):
+        for z_c2d in self.stream_motion(source, z_a, driving, scene, sway, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
-    def stream_motion(self, source, z_a, driving, sway, batch):
+    def stream_motion(self, source, z_a, driving, scene, sway, batch):
         """Yields z_c2d (b, L, D) in order. Each batch includes the frames within reach of the temporal convolutions."""
         n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
         if direct:
             idle = self.motion.idle if sway else extract_blinks(self.motion.idle)
         z_source = self.encode_driving(source[None])                              # (1, 1, L, D)
         frames = iter(() if driving is None else driving)
-        z_v, first, still = z_source[:, :0], 0, None                              # codes of driving frames from first on
+        z_v, first, start_pose = z_source[:, :0], 0, {}                           # codes of driving frames from first on
         for start in range(0, n, batch):
             stop = min(start + batch, n)
             lo, hi = max(0, start - reach), min(n, stop + reach)
@@ -445,8 +445,10 @@ class FCTFG(nn.Module):
                 while first + z_v.shape[1] < hi:                                  # encode new frames
                     count = min(batch, hi - first - z_v.shape[1])
                     new = self.encode_driving(torch.stack([next(frames).to(source) for _ in range(count)])[None])
-                    if self.pose:  # relative to the first frame, except for the eyelids, the last number
-                        still = new[:, :1] if still is None else still
+                    if self.pose:  # relative to the scene's first frame, except for the eyelids, the last number
+                        at = first + z_v.shape[1]
+                        scenes = [0] * count if scene is None else scene[at:at + count]
+                        still = torch.stack([start_pose.setdefault(k, code) for k, code in zip(scenes, new[0])])
                         turn = soft_limit(new - still, TURN_LIMIT)
                         new = torch.cat([(z_source + turn)[..., :-1], new[..., -1:]], -1)
                     z_v = torch.cat([z_v, new], 1)

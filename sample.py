@@ -30,7 +30,7 @@ from audio import N_MELS, SILENCE, WINDOW, log_mel, mel_windows, n_frames
 from checkpoint import pick_device
 from dub import find_takes, frame_jobs
 from faces import (
-    TEMPLATES, crop_face, detect_faces, face_box, landmark_detector, middle_square, parse_box, turn_upright)
+    TEMPLATES, crop_face, detect_faces, face_box, label_scenes, landmark_detector, middle_square, parse_box, turn_upright)
 from fusion import load_model
 from landmarks import SCATTER_LIMIT, find_landmarks, landmark_scatter, load_landmarks, measure_eyes, track_video
 from media import (
@@ -172,22 +172,26 @@ def limit_size(photo: np.ndarray, box: tuple) -> tuple[np.ndarray, tuple]:
 
 # ----------------------------------------------------------------------------------------------- the driving video
 
-def find_driving_face(path, n: int, template: str) -> tuple[int, list, int]:
-    """Reads up to n frames of a driving video in low resolution -> their number, face boxes in up to 8 of them in order,
-    the height in pixels to which the boxes refer. Raises InputError: no face; the video is damaged"""
-    info = probe(path)
-    height, searched, count = min(info.height, SEARCH_HEIGHT), [], 0
-    length = min(n, round(info.seconds * FPS) or n)  # of a video that states none, n
-    for count, frame in enumerate(itertools.islice(read_video(path, height), n), start=1):
-        if (count - 1) % -(-length // SEARCHED_FRAMES) == 0:
-            searched.append(frame)
-    if template == "toy" and square_box(searched[0]):
-        return count, [square_box(searched[0])], height
-    detections = (detect_faces(frame, margins=(1.2, 1.5)) for frame in searched)
-    boxes = [face_box(faces, template) for faces in detections if faces]
-    if not boxes:
+def find_driving_faces(path, n: int, template: str) -> tuple[np.ndarray, list, int]:
+    """The first n frames of a driving video -> the scene of each (count,), see faces.label_scenes; a box of the face for
+    each scene, the median of up to 8 frames; the height in pixels to which the boxes refer. Raises InputError: no face;
+    the video is damaged"""
+    height = min(probe(path).height, SEARCH_HEIGHT)
+    scene, boxes = label_scenes(itertools.islice(read_video(path, 16), n)), []
+    pairs = zip(scene, read_video(path, height))
+    for _, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        step = -(-np.count_nonzero(scene == len(boxes)) // SEARCHED_FRAMES)
+        searched = [frame for _, frame in itertools.islice(group, 0, None, step)]
+        if template == "toy" and square_box(searched[0]):
+            found = [square_box(searched[0])]
+        else:
+            detections = (detect_faces(frame, margins=(1.2, 1.5)) for frame in searched)
+            found = [face_box(faces, template) for faces in detections if faces]
+        boxes.append(np.median(found, axis=0) if found else boxes[-1] if boxes else None)  # without a face: as before
+    first = next((box for box in boxes if box is not None), None)
+    if first is None:
         raise InputError(f"{path}: no upright face was found")
-    return count, boxes, height
+    return scene, [first if box is None else box for box in boxes], height
 
 
 def play_ping_pong(frames, count: int, n: int):
@@ -203,13 +207,13 @@ def play_ping_pong(frames, count: int, n: int):
 
 
 def driving_crops(path, n: int, size: int, template: str):
-    """Number of frames of a driving video, at most n, and a stream of the face in them, uint8 (size, size, 3)"""
-    count, boxes, box_height = find_driving_face(path, n, template)
-    box = np.median(boxes, axis=0)  # one crop for all frames: the head moves in it
+    """The scene of each frame of a driving video, at most n, and a stream of the face in them, uint8 (size, size, 3)"""
+    scene, boxes, box_height = find_driving_faces(path, n, template)  # one crop for a scene: the head moves in it
     # decoding at twice the crop's resolution is enough: for 4K video it costs a tenth
-    height = min(probe(path).height, max(2, round(2 * size * box_height / (box[3] - box[1]))))
-    box = tuple(v * height / box_height for v in box)
-    return count, (crop_face(frame, box, size) for frame in itertools.islice(read_video(path, height), n))
+    smallest = min(box[3] - box[1] for box in boxes)
+    height = min(probe(path).height, max(2, round(2 * size * box_height / smallest)))
+    boxes = [box * height / box_height for box in boxes]
+    return scene, (crop_face(frame, boxes[k], size) for k, frame in zip(scene, read_video(path, height)))
 
 
 def side_by_side(photo, frames, n: int, args):
@@ -308,13 +312,14 @@ def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
                          "leave out --mouth, --blink and --landmarks, which have no effect there")
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
-    to_picture, turning, driving = to_uint8, bool(args.driving), None
+    to_picture, turning, driving, scene = to_uint8, bool(args.driving), None, None
     if turning:
-        count, crops = driving_crops(args.driving, n, size, model.config.template)
-        driving = map(to_tensor, play_ping_pong(crops, count, n))
+        scene, crops = driving_crops(args.driving, n, size, model.config.template)
+        driving = map(to_tensor, play_ping_pong(crops, len(scene), n))
+        scene = [scene[ping_pong(k, len(scene))] for k in range(n)]
     if whole:
         to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, turning), turning)
-    batches = model.animate(source, mel, driving, sway=not (whole or args.still))  # (b, 3, size, size) each
+    batches = model.animate(source, mel, driving, scene, sway=not (whole or args.still))  # (b, 3, size, size) each
     frames = (to_picture(frame) for batch in batches for frame in batch.cpu())
     return map(to_grey, frames) if is_grey(photo) else frames
 

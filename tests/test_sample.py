@@ -92,7 +92,7 @@ class LoudFrames:
 
     config, mouth = SimpleNamespace(size=16, template="toy", voice_norm=False), None
 
-    def animate(self, source, mel, driving=None, sway=True, batch=7):
+    def animate(self, source, mel, driving=None, scene=None, sway=True, batch=7):
         mel = torch.cat(list(mel))
         assert source.shape == (3, 16, 16) and mel.shape[1:] == (1, 80, 16)
         loud = (mel[:, 0].amax(1) + 4).double() ** 8  # (n, 16)
@@ -321,7 +321,7 @@ class Smiler(LoudFrames):
     def reconstruct(self, source):
         return torch.full_like(source, 0.5)
 
-    def animate(self, source, mel, driving=None, sway=True, batch=7):
+    def animate(self, source, mel, driving=None, scene=None, sway=True, batch=7):
         assert not sway and (mel == -4).all()  # silence
         yield torch.full((len(mel), *source.shape), -0.5)
 
@@ -407,25 +407,36 @@ def numbered_video(path, count, height=40, width=40, rate=25):
     (4, [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]), (30, [*range(15)]), (1, [0] * 15)])
 def test_a_short_driving_video_is_played_back_and_forth_and_a_long_one_is_cut(folder, length, expected):
     numbered_video("d.mp4", length)
-    count, crops = sample.driving_crops("d.mp4", 15, 16, "toy")
-    frames = list(sample.play_ping_pong(crops, count, 15))
+    scene, crops = sample.driving_crops("d.mp4", 15, 16, "toy")
+    frames = list(sample.play_ping_pong(crops, len(scene), 15))
     assert all(f.shape == (16, 16, 3) for f in frames)
     assert [round(frame.mean() / 8) for frame in frames] == expected
 
 
-def test_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeypatch):
-    frames = np.zeros((6, 80, 120, 3), np.uint8)
+def test_each_scene_of_the_driving_video_is_cropped_by_one_box_around_its_face(folder, monkeypatch):
+    frames = np.zeros((30, 80, 120, 3), np.uint8)
     frames[:, 40:60, 70:90] = 255  # the "face"
+    frames[10:20] = 128            # a scene without a face has the box of the one before
+    frames[20:] = 60
+    frames[20:, 10:50, 20:60] = 255
 
     def look(image, margins):
-        scale = image.shape[0] / 80
-        return [(70 * scale, 40 * scale, 90 * scale, 60 * scale, 0.9)]
+        scale, corner = image.shape[0] / 80, image[5, 5, 0]
+        face = (20, 10, 60, 50) if corner > 30 else (70, 40, 90, 60)
+        return [(*(v * scale for v in face), 0.9)] if corner < 100 else []
 
     monkeypatch.setattr(sample, "detect_faces", look)
     media.write_video("d.mp4", iter(frames), len(frames))
-    count, crops = sample.driving_crops("d.mp4", 6, 16, "face")
+    scene, crops = sample.driving_crops("d.mp4", 40, 16, "face")
     crops = np.stack(list(crops))
-    assert count == 6 and crops.shape == (6, 16, 16, 3) and crops[:, 2:-2, 2:-2].min() > 230
+    assert np.bincount(scene).tolist() == [10, 10, 10] and crops.shape == (30, 16, 16, 3)
+    inside = crops[:, 2:-2, 2:-2]
+    assert inside[:10].min() > 230 and inside[20:].min() > 230 and abs(inside[10:20] - 128.0).max() < 5
+    boxes = sample.find_driving_faces("d.mp4", 40, "face")[1]
+    assert (boxes[0] == boxes[1]).all() and (boxes[0] != boxes[2]).any()
+    media.write_video("late.mp4", iter(frames[10:]), 20)
+    boxes = sample.find_driving_faces("late.mp4", 40, "face")[1]
+    assert (boxes[0] == boxes[1]).all()
     monkeypatch.setattr(sample, "detect_faces", lambda image, margins: [])
     with pytest.raises(InputError, match="no upright face"):
         sample.driving_crops("d.mp4", 6, 16, "face")
@@ -532,13 +543,13 @@ def test_the_face_of_a_driving_clip_shorter_than_the_speech_is_searched_in_all_i
 
     monkeypatch.setattr(sample, "detect_faces", detect_faces)
     media.write_video("drive.mp4", iter(np.zeros((6, 48, 64, 3), np.uint8)), 6)
-    count, boxes, _ = sample.find_driving_face("drive.mp4", 1000, "face")
-    assert count == len(searched) == 6 and boxes == [faces.face_box([face], "face")]
+    scene, boxes, _ = sample.find_driving_faces("drive.mp4", 1000, "face")
+    assert len(scene) == len(searched) == 6 and boxes[0].tolist() == list(faces.face_box([face], "face"))
     monkeypatch.setattr(sample, "detect_faces", lambda frame, **_: searched.append(frame) or [face])
     for n in (8, 9, 15, 16, 23):
         searched.clear()
         media.write_video("drive.mp4", iter(np.zeros((n, 48, 64, 3), np.uint8)), n, overwrite=True)
-        sample.find_driving_face("drive.mp4", 1000, "face")
+        sample.find_driving_faces("drive.mp4", 1000, "face")
         assert sample.SEARCHED_FRAMES / 2 < len(searched) <= sample.SEARCHED_FRAMES
 
 
@@ -577,7 +588,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
     """A network that fails halfway leaves the old file as it was, and nothing else."""
 
     class Failing(LoudFrames):
-        def animate(self, source, mel, driving=None, sway=True):
+        def animate(self, source, mel, driving=None, scene=None, sway=True):
             yield torch.zeros(4, 3, 16, 16)
             assert Path("talk.mp4").read_bytes() == b"old"
             yield torch.full((4, 3, 16, 16), float("nan"))
