@@ -434,7 +434,7 @@ class FCTFG(nn.Module):
         """Yields z_c2d (b, L, D) in order. Each batch includes the frames within reach of the temporal convolutions."""
         n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
         if direct:
-            idle = self.motion.idle if sway else extract_blinks(self.motion.idle)
+            idle = self.motion.idle if sway else extract_blinks(self.motion.idle, bool(self.pose))
         z_source = self.encode_driving(source[None])                              # (1, 1, L, D)
         frames = iter(() if driving is None else driving)
         z_v, first, start_pose = z_source[:, :0], 0, {}                           # codes of driving frames from first on
@@ -481,10 +481,12 @@ def idle_poses(idle, lo: int, hi: int):
     return idle[clip % n, np.minimum(t, 2 * T - 1 - t)]
 
 
-def extract_blinks(idle):
-    """idle (n, T, P) -> its blinks, zero elsewhere. A blink lasts 3 to 7 frames: a running median of 13 frames is
-    subtracted, and small deviations are set to 0. Ours: in the toy world the deviation in a blink is 3.5 to 5 times the
-    median deviation, in other frames less than 2.5 times."""
+def extract_blinks(idle, is_pose_code: bool):
+    """idle (n, T, P) -> its blinks, zero elsewhere. Of a pose code, the eyelids, the last number. Else a running median of
+    13 frames is subtracted, as a blink lasts 3 to 7, and small deviations are set to 0. Ours: in the toy world the
+    deviation in a blink is 3.5 to 5 times the median deviation, in other frames less than 2.5 times."""
+    if is_pose_code:
+        return F.pad(idle[..., -1:], (idle.shape[-1] - 1, 0))
     padded = F.pad(idle.transpose(1, 2), (6, 6), mode="replicate")
     brief = idle - padded.unfold(2, 13, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)

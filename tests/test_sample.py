@@ -352,10 +352,22 @@ def test_blinks_are_the_brief_part_of_idle_motion():
     t = torch.arange(75.0)
     idle = torch.stack([torch.sin(t / 12), torch.cos(t / 9), 0.02 * torch.randn(75)], -1)[None].repeat(2, 1, 1)
     idle[1, 40:45, 2] += 3
-    brief = extract_blinks(idle)
+    brief = extract_blinks(idle, is_pose_code=False)
     assert brief[0].abs().max() < 0.5 and brief[1, 41:44, 2].min() > 2
     brief[1, 40:45] = 0
     assert brief[1].abs().max() < 0.5
+    eyelids = extract_blinks(idle, is_pose_code=True)
+    assert eyelids[..., 2].equal(idle[..., 2]) and not eyelids[..., :2].any()
+
+
+def test_between_blinks_a_pasted_photo_keeps_its_eyes():
+    model, photo = load_model(sample.FACE_WEIGHTS), media.load_photo(sample.EXAMPLE_PHOTO)
+    source = media.to_tensor(faces.crop_face(photo, faces.parse_box(sample.EXAMPLE_BOX, *photo.shape[1::-1]), 64))
+    still, _ = sample.still_and_mask(model, source, False)
+    silence = torch.full((30, 1, 80, 16), audio.SILENCE)  # the first blink starts in frame 36
+    frames = torch.cat(list(model.animate(source, silence, sway=False)))
+    eyes = sample.soft_box(64, TEMPLATES["face"].eyes)
+    assert ((frames - still).abs().mean(1) * eyes).sum() / (30 * eyes.sum()) < 0.02
 
 
 def test_the_video_shows_the_whole_photo_and_only_the_face_moves(folder, weights):
