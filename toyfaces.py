@@ -570,10 +570,12 @@ def main():
     p.add_argument("--pack", metavar="DIR", help="write a pack to train on instead")
     p.add_argument("--size", type=int, default=64, help="edge of the images in pixels (default 64)")
     p.add_argument("--people", type=int, default=300, help="clips in the pack, one per person (default 300)")
+    p.add_argument("--seed", type=int, default=TRAIN_SEED,
+                   help=f"first person (default {TRAIN_SEED}: training; tuning {TUNE_SEED}, held out {TEST_SEED})")
     p.add_argument("--overwrite", action="store_true", help="replace existing pictures and videos")
     args = p.parse_args(size=(16, 1024))
     if args.pack:
-        make_pack(args.pack, args.size, args.people)
+        make_pack(args.pack, args.size, args.people, first_seed=args.seed)
         print(f"{args.pack}: {args.people} clips")
         return
     out = make_folder(args.out)
@@ -584,10 +586,10 @@ def main():
         truth = make_clip_truth(seed, 3, who)[1][(10, 26, 42, 58)[seed % 4]]
         return draw(who, dict(zip(FACTORS, truth.tolist())), args.size)
 
-    seeds = np.arange(32).reshape(4, 8).tolist()
+    seeds = np.arange(args.seed, args.seed + 32).reshape(4, 8).tolist()
     rows = [[portrait(seed) for seed in row] for row in seeds]
     image_grid(rows, [[f"toy{seed}" for seed in row] for row in seeds], max(128, args.size)).save(toys)
-    frames, wav, _ = make_toy_clip(TRAIN_SEED, size=args.size)
+    frames, wav, _ = make_toy_clip(args.seed, size=args.size)
     write_video(video, iter(frames), len(frames), wav, args.overwrite)
     print(f"wrote {toys} and {video}")
 

@@ -337,7 +337,7 @@ def main(argv=None):
 
         # lazy regularisation in fp32: R1 in every 16th step of D, path length in every 4th step, on half a batch
         d_step = step // 2 if w.get("sync") else step                                  # with sync every second step has D
-        if adversarial and d_step % 16 == 0:
+        if adversarial and w["r1"] and d_step % 16 == 0:
             D.requires_grad_(True)
             with optimiser_step(opt_d, rate), eager():
                 for real in reals:

@@ -315,6 +315,9 @@ def test_the_script_writes_images_and_a_clip_with_sound_and_keeps_existing_files
     assert np.abs(load_audio(tmp_path / "new/toy.mp4")).max() > 0.1
     with pytest.raises(InputError, match="--overwrite"):
         toy.main()
+    monkeypatch.setattr(sys, "argv", f"toyfaces.py --pack {tmp_path / 'pack'} --size 32 --people 1 --seed 7".split())
+    toy.main()
+    assert Pack(tmp_path / "pack").source(0) == "toyfaces seed 7"
 
 
 def test_the_shipped_example_is_drawn_and_synthesised_by_this_code():
