@@ -482,11 +482,11 @@ def idle_poses(idle, lo: int, hi: int):
 
 
 def extract_blinks(idle, is_pose_code: bool):
-    """idle (n, T, P) -> its blinks, zero elsewhere. Of a pose code: the eyelids, the last number. Else a running median
-    of 13 frames is subtracted, as a blink lasts 3 to 7, and small deviations are set to 0. Ours: in the toy world the
-    deviation in a blink is 3.5 to 5 times the median deviation, in other frames less than 2.5 times."""
+    """idle (n, T, P) -> its blinks, zero elsewhere; of a pose code, those of the eyelids, its last number. A blink lasts 3
+    to 7 frames: a running median of 13 frames is subtracted, and small deviations are set to 0. Ours: in the toy world
+    the deviation in a blink is 3.5 to 5 times the median deviation, in other frames less than 2.5 times."""
     if is_pose_code:
-        return F.pad(idle[..., -1:], (idle.shape[-1] - 1, 0))
+        idle = F.pad(idle[..., -1:], (idle.shape[-1] - 1, 0))
     padded = F.pad(idle.transpose(1, 2), (6, 6), mode="replicate")
     brief = idle - padded.unfold(2, 13, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)
