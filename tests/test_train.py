@@ -244,9 +244,10 @@ def test_each_log_line_times_the_steps_since_the_previous_line(pack, tmp_path, m
     monkeypatch.setattr(initialise, "batches", waiting)
     monkeypatch.setitem(train.STAGES, "stage1", (working, terms))
     monkeypatch.setattr(train, "LOG_EVERY", 3)
-    run_stage(pack, tmp_path, 1, "--w", "path=0", steps=5)
+    run_stage(pack, tmp_path, 1, "--w", "path=0", "r1=0", steps=5)
     lines = [json.loads(line) for line in (tmp_path / "log_stage1.jsonl").read_text().splitlines()[1:]]
     assert [(x["step"], x["ms"], x["images_s"], x["waiting"]) for x in lines] == [(k, 4000, 1.5, 0.25) for k in (0, 3, 4)]
+    assert "d" in lines[0] and not {"r1", "path"} & lines[0].keys()  # terms of weight 0 are not computed
 
 
 def test_published_files_replace_stages_1_and_2(pack, stages, tmp_path, monkeypatch):
