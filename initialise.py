@@ -734,7 +734,8 @@ def fit_warp(model, data, clips=200):
 
 @torch.no_grad()
 def collect_idle_motion(model, pack, chosen, device):
-    """Set DirectMotion.idle: pose deviations from the first frame, of the calmest of 64 training clips."""
+    """Set DirectMotion.idle: pose deviations from the first frame, of the calmest of 64 training clips. The eyelids of a
+    pose code, the last number, are 0 while open: they are kept, so that each blink shuts the eyes."""
     if model.config.motion != "direct":
         return
     n, T, _ = model.motion.idle.shape
@@ -743,10 +744,13 @@ def collect_idle_motion(model, pack, chosen, device):
     for c in chosen[pack.n_frames[chosen] >= T][:64]:
         pieces = to_tensor(pack.frames(c, range(T))).split(16)                         # bounded memory
         pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in pieces])
-        walks.append(pose - pose[:1])                                                  # (T, P)
+        walk = 0.7 * (pose - pose[:1])                                                 # (T, P); ours: less than in clips
+        if model.pose:
+            walk[:, -1] = pose[:, -1]
+        walks.append(walk)
     walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: calm ones first
     for i in range(n if walks else 0):                                                 # few clips repeat
-        model.motion.idle[i] = 0.7 * walks[i % len(walks)]                             # ours: less than in the clips
+        model.motion.idle[i] = walks[i % len(walks)]
 
 
 # ---------------------------------------------------------------------------------------- least squares in float64

@@ -420,6 +420,10 @@ def test_idle_motion_comes_from_training_clips_which_repeat_if_they_are_few(monk
     assert seen == [3, 0]                                                    # 1 is held out, 2 is too short
     ends = model.motion.idle[:, -1, 0]
     assert 0 < ends[0] < ends[1] and torch.equal(ends, ends[:2].repeat(4))
+    idle, model.pose = model.motion.idle.clone(), torch.nn.Identity()        # the last number of a pose code: eyelids
+    initialise.collect_idle_motion(model, pack, np.array([3, 0, 2, 3]), torch.device("cpu"))
+    assert model.motion.idle[..., :-1].equal(idle[..., :-1])
+    torch.testing.assert_close(model.motion.idle[..., -1], idle[..., -1] / 0.7 - 1)  # black frames have -1
 
 
 @pytest.mark.parametrize("stage, sync, due", [(1, 0, [0, 16]), (3, 0, [0, 16]), (3, 1, [1, 33])])
