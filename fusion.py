@@ -485,7 +485,7 @@ def extract_blinks(idle, is_pose_code: bool):
     """idle (n, T, P) -> its blinks, zero elsewhere; of a pose code, those of the eyelids, its last number. A blink lasts
     3 to 7 frames: a running median of 13 frames is subtracted, and small deviations are set to 0. Ours: in the toy world
     the deviation in a blink is 3.5 to 5 times the median deviation, in other frames less than 2.5 times."""
-    if is_pose_code:
+    if is_pose_code:  # without the head: a nod can be as brief as a blink
         idle = F.pad(idle[..., -1:], (idle.shape[-1] - 1, 0))
     padded = F.pad(idle.transpose(1, 2), (6, 6), mode="replicate")
     brief = idle - padded.unfold(2, 13, 1).median(-1).values.transpose(1, 2)

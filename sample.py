@@ -179,8 +179,8 @@ def find_driving_faces(path, n: int, template: str) -> tuple[np.ndarray, list, i
     height = min(probe(path).height, SEARCH_HEIGHT)
     scene, boxes = label_scenes(itertools.islice(read_video(path, 16), n)), []
     pairs = zip(scene, read_video(path, height))
-    for _, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        step = -(-np.count_nonzero(scene == len(boxes)) // SEARCHED_FRAMES)
+    for k, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        step = -(-np.count_nonzero(scene == k) // SEARCHED_FRAMES)
         searched = [frame for _, frame in itertools.islice(group, 0, None, step)]
         if template == "toy" and square_box(searched[0]):
             found = [square_box(searched[0])]
