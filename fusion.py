@@ -26,7 +26,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter1d
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,14 +34,12 @@ from checkpoint import load_checkpoint, load_strictly, wrap_errors
 from faces import mask_mouth
 from landmarks import POSE_DIM, PoseReader
 from media import InputError
-from motion import DRIVE_SIGMA
+from motion import ping_pong
 from stylegan2 import Generator, channels_at, load_rosinality, n_styles
 from vision import (
     GradualStyleEncoder, HyperStyleNet, MouthEncoder, VisualEncoder, load_encoder, load_hypernet, zero_init)
-from warp import soft_limit
 
 REACH = 6  # frames on each side of a convolution of SpeechContext; ours
-TURN_LIMIT = 3.0  # of a driven real face, in deviations of the training frames; ours: beyond it the flow tears
 SPEECH_DIM = 128  # width of z_a in front of SpeechContext; ours
 
 
@@ -213,7 +210,8 @@ class DirectMotion(nn.Module):
         self.mouth_up = nn.Linear(M, L * D, bias=False) if M else nn.Identity()   # mouth code -> W+
         nn.init.normal_(self.lips[4].weight, std=0.01)
         nn.init.zeros_(self.lips[4].bias)
-        self.register_buffer("idle", torch.zeros(8, 75, P))                       # pose deviations of 8 clips of 3 s
+        # pose deviations of 8 clips of 3 s; with a pose code the motion of motion.py is used
+        self.register_buffer("idle", None if config.flow else torch.zeros(8, 75, P))
         self.register_buffer("opening_limits", torch.tensor([-torch.inf, torch.inf]) if M else None)  # of training clips
         # for warp.py, set by initialise.fit_warp: landmark displacements per unit of each shape number; slope and offset
         # from the opening in the mouth code to that in warp.py, whose unit is the distance of the eyes' outer corners
@@ -418,42 +416,43 @@ class FCTFG(nn.Module):
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
 
     @torch.inference_mode()
-    def animate(self, source, mel, driving=None, scene=None, sway: bool = True, batch: int = 16):
+    def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
         """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
         source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of consecutive pieces of it.
-        driving: iterable of n frames (3, H, W). None: the pose of the source with idle motion. scene: the scene
-        numbers of the n driving frames, None: no cut; real faces start each scene from their own pose. sway: idle motion
-        moves the head; if False, only blinks. batch: frames decoded at a time. Memory does not grow with n."""
+        driving: iterable of n frames (3, H, W). None: the pose of the source with idle motion. With a pose code: a
+        motion.Motion relative to the pose of the source. None: the source's own pose. sway: idle motion moves the head;
+        if False, only blinks. batch: frames decoded at a time."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
         deltas, z_a = self.weight_changes(source, z_s), self.encode_whole_sound(mel)
-        for z_c2d in self.stream_motion(source, z_a, driving, scene, sway, batch):
+        for z_c2d in self.stream_motion(source, z_a, driving, sway, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
-    def stream_motion(self, source, z_a, driving, scene, sway, batch):
+    def stream_motion(self, source, z_a, driving, sway, batch):
         """Yields z_c2d (b, L, D) in order. Each batch includes the frames within reach of the temporal convolutions."""
         n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
-        if direct:
-            idle = self.motion.idle if sway else extract_blinks(self.motion.idle, bool(self.pose))
-        z_source = self.encode_driving(source[None])                              # (1, 1, L, D)
-        frames = iter(() if driving is None else driving)
-        z_v, first, start_pose = z_source[:, :0], 0, {}                           # codes of driving frames from first on
+        z_source, first = self.encode_driving(source[None]), 0                    # (1, 1, L, D)
+        if self.pose and driving is None:
+            z_v = z_source.expand(1, n, -1)
+        elif self.pose:  # a motion that is too short is played back and forth
+            at = [ping_pong(k, len(driving.poses)) for k in range(n)]
+            z_v = self.pose.follow(z_source, driving.poses[at], driving.blinks[at])
+        elif driving is not None:
+            frames, z_v = iter(driving), z_source[:, :0]                          # codes of driving frames from first on
+        elif direct:
+            idle = self.motion.idle if sway else extract_blinks(self.motion.idle)
         for start in range(0, n, batch):
             stop = min(start + batch, n)
             lo, hi = max(0, start - reach), min(n, stop + reach)
-            if driving is not None:
+            if self.pose:
+                z_c2d = self.motion(z_a[:, lo:hi], z_v[:, lo:hi])
+            elif driving is not None:
                 while first + z_v.shape[1] < hi:                                  # encode new frames
                     count = min(batch, hi - first - z_v.shape[1])
-                    new = self.encode_driving(torch.stack([next(frames).to(source) for _ in range(count)])[None])
-                    if self.pose:  # relative to the scene's first frame, except for the eyelids, the last number
-                        at = first + z_v.shape[1]
-                        scenes = [0] * count if scene is None else scene[at:at + count]
-                        still = torch.stack([start_pose.setdefault(k, code) for k, code in zip(scenes, new[0])])
-                        turn = soft_limit(new - still, TURN_LIMIT)
-                        new = torch.cat([(z_source + turn)[..., :-1], new[..., -1:]], -1)
-                    z_v = torch.cat([z_v, new], 1)
+                    new = torch.stack([next(frames).to(source) for _ in range(count)])
+                    z_v = torch.cat([z_v, self.encode_driving(new[None])], 1)
                 z_v, first = z_v[:, lo - first:], lo                              # drop old frames
-                z_c2d = self.motion(z_a[:, lo:hi], smooth_turns(z_v) if self.pose else z_v)
+                z_c2d = self.motion(z_a[:, lo:hi], z_v)
             elif direct:
                 pose = self.motion.pose(z_source) + idle_poses(idle, lo, hi)[None]
                 z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[:, lo:hi]))
@@ -468,12 +467,6 @@ def middle_frames(x, T: int):
     return x[:, start:start + T]
 
 
-def smooth_turns(pose):
-    """Pose codes (B, T, P) -> the same, all but the eyelids, the last number, smoothed over time as in motion.py"""
-    turns = gaussian_filter1d(pose[..., :-1].cpu().numpy(), DRIVE_SIGMA, axis=1, mode="nearest")  # reaches 6 frames
-    return torch.cat([torch.from_numpy(turns).to(pose), pose[..., -1:]], -1)
-
-
 def idle_poses(idle, lo: int, hi: int):
     """idle (n, T, P) -> frames lo .. hi - 1 of endless motion, (hi - lo, P): each clip in turn, forwards and backwards"""
     n, T, _ = idle.shape
@@ -481,12 +474,10 @@ def idle_poses(idle, lo: int, hi: int):
     return idle[clip % n, np.minimum(t, 2 * T - 1 - t)]
 
 
-def extract_blinks(idle, is_pose_code: bool):
-    """idle (n, T, P) -> its blinks, zero elsewhere; of a pose code, those of the eyelids, its last number. A blink lasts
-    3 to 7 frames: a running median of 13 frames is subtracted, and small deviations are set to 0. Ours: in the toy world
-    the deviation in a blink is 3.5 to 5 times the median deviation, in other frames less than 2.5 times."""
-    if is_pose_code:  # without the head: a nod can be as brief as a blink
-        idle = F.pad(idle[..., -1:], (idle.shape[-1] - 1, 0))
+def extract_blinks(idle):
+    """idle (n, T, P) -> its blinks, zero elsewhere. A blink lasts 3 to 7 frames: a running median of 13 frames is
+    subtracted, and small deviations are set to 0. Ours: in the toy world the deviation in a blink is 3.5 to 5 times the
+    median deviation, in other frames less than 2.5 times."""
     padded = F.pad(idle.transpose(1, 2), (6, 6), mode="replicate")
     brief = idle - padded.unfold(2, 13, 1).median(-1).values.transpose(1, 2)
     size = brief.norm(dim=-1, keepdim=True)

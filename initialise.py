@@ -733,10 +733,35 @@ def fit_warp(model, data, clips=200):
 
 
 @torch.no_grad()
+def separate_mouth(model, data, frames: int = 100, turns: int = 24):
+    """Take out of the pose's directions in W+ what opens the mouth, ours: in training clips people nod while they speak,
+    and read_pose takes some of a moving jaw for a nod. The MouthEncoder reads the opening in randomly turned training
+    frames. Least squares finds how much of the opening number undoes the effect of each pose number."""
+    motion, rng, x, y = model.motion, np.random.default_rng(5), [], []
+    P, generator = model.config.pose_dim, torch.Generator().manual_seed(5)
+    packs = [(data["pack"], np.unique(data["clips"]))]
+    if data["photos"]:
+        packs.append((data["photos"].pack, data["photos"].order))
+    chosen = [(pack, c) for pack, clips in packs for c in rng.permutation(clips)[:frames // len(packs)]]
+    for pack, c in progress(chosen, "reading turned mouths"):
+        source = to_tensor(pack.frame(c, 0))[None].to(motion.moves.device)
+        numbers = 0.7 * torch.randn(turns, P + 1, generator=generator).to(source)      # of pose and opening
+        numbers[:, P - 1] = numbers[:, P - 1].clamp(-1, 0) * 6                         # eyelids: open to shut
+        mouth = F.pad(numbers[:, P:], (0, motion.M - 1))
+        z_s2d = model.canonical_code(source)[1] + motion.join(model.pose(source) + numbers[:, :P], mouth)
+        opening = model.mouth(model.decode(z_s2d))[:, :1]
+        x.append(numbers - numbers.mean(0))
+        y.append(opening - opening.mean())
+    effect = torch.linalg.lstsq(to_float64(torch.cat(x)), to_float64(torch.cat(y))).solution[:, 0]  # (P + 1,)
+    share = (effect[:P] / effect[P]).to(motion.pose_up.weight)
+    print("opening of the mouth in each number of the pose: " + " ".join(f"{v:.2f}" for v in share))
+    motion.pose_up.weight -= motion.mouth_up.weight[:, :1] * share
+
+
+@torch.no_grad()
 def collect_idle_motion(model, pack, chosen, device):
-    """Set DirectMotion.idle: pose deviations from the first frame, of the calmest of 64 training clips. The eyelids of a
-    pose code, the last number, are 0 while open: they are kept, so that each blink shuts the eyes."""
-    if model.config.motion != "direct":
+    """Set DirectMotion.idle: pose deviations from the first frame, of the calmest of 64 training clips"""
+    if model.config.motion != "direct" or model.pose:
         return
     n, T, _ = model.motion.idle.shape
     walks = []
@@ -744,10 +769,7 @@ def collect_idle_motion(model, pack, chosen, device):
     for c in chosen[pack.n_frames[chosen] >= T][:64]:
         pieces = to_tensor(pack.frames(c, range(T))).split(16)                         # bounded memory
         pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in pieces])
-        walk = 0.7 * (pose - pose[:1])                                                 # (T, P); ours: less than in clips
-        if model.pose:
-            walk[:, -1] = pose[:, -1]
-        walks.append(walk)
+        walks.append(0.7 * (pose - pose[:1]))                                          # (T, P); ours: less than in clips
     walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: calm ones first
     for i in range(n if walks else 0):                                                 # few clips repeat
         model.motion.idle[i] = walks[i % len(walks)]

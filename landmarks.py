@@ -324,6 +324,7 @@ def track_face(net: LandmarkNet, frames, box):
 POSE_DIM = 7  # numbers of read_pose
 # of an eye, in its widths; ours: above the usual opening people differ (.2 to .35), below the other one eyes are shut
 SHUT_OPENING, USUAL_OPENING = 0.07, 0.15
+TURN_LIMIT = 3.0  # of a driven head, in deviations of the training frames; ours: beyond it the generator's flow tears
 
 
 def crops_to_grey(images):
@@ -372,6 +373,19 @@ class PoseReader(nn.Module):
 
     def read(self, images):
         return read_pose(self.landmarks, images, self.template)
+
+    @property
+    def turn_limits(self) -> np.ndarray:
+        """Of yaw and pitch in degrees, for motion.driving_motion"""
+        return TURN_LIMIT * self.std[:2].cpu().numpy()
+
+    def follow(self, code, poses: np.ndarray, blinks: np.ndarray):
+        """Pose code (1, 1, POSE_DIM) of a photo; poses (T, 6) relative to it and blinks (T,), as in motion.Motion -> pose
+        codes (1, T, POSE_DIM)"""
+        *_, unit, opening = (code * self.std + self.mean)[0, 0]
+        poses, blinks = (torch.from_numpy(x).to(code) for x in (poses, blinks[:, None]))
+        moves = torch.cat([poses[:, :3], unit * poses[:, 3:], (SHUT_OPENING - opening) * blinks], 1)
+        return code + moves / self.std
 
 
 LIP_POINTS = np.r_[48:68, 6:11]  # lips and chin

@@ -36,7 +36,7 @@ from landmarks import SCATTER_LIMIT, find_landmarks, landmark_scatter, load_land
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_finite, check_output, is_grey, load_audio, load_photo, photo_size,
     probe, read_video, run, to_tensor, to_uint8, write_video)
-from motion import detect_speech, driving_motion, idle_motion, mouth_motion, ping_pong
+from motion import Motion, detect_speech, driving_motion, idle_motion, mouth_motion, ping_pong
 from warp import MAX_SIDE, Face, Warp, enlarge_small_face, smoothstep
 
 HERE = Path(__file__).resolve().parent
@@ -207,13 +207,13 @@ def play_ping_pong(frames, count: int, n: int):
 
 
 def driving_crops(path, n: int, size: int, template: str):
-    """The scene of each frame of a driving video, at most n, and a stream of the face in them, uint8 (size, size, 3)"""
+    """The number of a driving video's frames, at most n, and a stream of the face in them, uint8 (size, size, 3)"""
     scene, boxes, box_height = find_driving_faces(path, n, template)  # one crop for a scene: the head moves in it
     # decoding at twice the crop's resolution is enough: for 4K video it costs a tenth
     smallest = min(box[3] - box[1] for box in boxes)
     height = min(probe(path).height, max(2, round(2 * size * box_height / smallest)))
     boxes = [box * height / box_height for box in boxes]
-    return scene, (crop_face(frame, boxes[k], size) for k, frame in zip(scene, read_video(path, height)))
+    return len(scene), (crop_face(frame, boxes[k], size) for k, frame in zip(scene, read_video(path, height)))
 
 
 def side_by_side(photo, frames, n: int, args):
@@ -258,15 +258,22 @@ def talking_photo(model, photo, box, mel, speech, args):
     except ValueError as error:
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, warp.lips.rest_opening, args.mouth)
+    motion = head_motion(net, speech, warp.head.turn_limits, args)
+    return compute_ahead(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
+
+
+def head_motion(net, speech, turn_limits, args, still: bool = False) -> Motion:
+    """Motion of head, eyelids and brows, of the driving video or idle. still: the idle head does not move. speech: (T,);
+    turn_limits: see driving_motion. Raises InputError: no face"""
     if args.driving:
-        points, scene = track_video(net, args.driving, T)
+        points, scene = track_video(net, args.driving, len(speech))
         if np.isnan(points).all():
             raise InputError(f"{args.driving}: no upright face was found")
-        motion = driving_motion(points, *measure_eyes(points), mean, warp.head.turn_limits, scene)
+        motion = driving_motion(points, *measure_eyes(points), net.solid.double().numpy(), turn_limits, scene)
     else:
-        motion = idle_motion(T, speech, args.seed, head=not args.still)
+        motion = idle_motion(len(speech), speech, args.seed, head=not (still or args.still))
     motion.blinks *= args.blink
-    return compute_ahead(functools.partial(warp, opening[k], shape[k], **motion[k]) for k in range(T))
+    return motion
 
 
 def dubbed_video(model, mel, speech, args):
@@ -304,22 +311,23 @@ def compute_ahead(jobs, workers: int = 2):
 
 # --------------------------------------------------------- the generator's own frames, alone or pasted into the photo
 
-def network_frames(model, photo, box, mel, n: int, whole: bool, device, args):
-    """Streams n frames of the generator: the crop alone, or pasted into the photo (`whole`). Raises InputError: an option
-    that only moves pixels of a photo"""
-    if args.mouth != 1 or args.blink != 1 or args.landmarks:
+def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
+    """Streams T frames of the generator: the crop alone, or pasted into the photo (`whole`), where an idle head does not
+    move. mel, speech: as in talking_photo. Raises InputError: an option that only moves pixels of a photo"""
+    if args.mouth != 1 or args.landmarks or (args.blink != 1 and not model.pose):
         raise InputError(f"{args.face}: the generator draws its frames (a drawn face, a tiny photo, --crop, --network): "
-                         "leave out --mouth, --blink and --landmarks, which have no effect there")
+                         "leave out --mouth, --landmarks and, for a drawn face, --blink, which have no effect there")
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
-    to_picture, turning, driving, scene = to_uint8, bool(args.driving), None, None
-    if turning:
-        scene, crops = driving_crops(args.driving, n, size, model.config.template)
-        driving = map(to_tensor, play_ping_pong(crops, len(scene), n))
-        scene = [scene[ping_pong(k, len(scene))] for k in range(n)]
+    to_picture, turning, driving = to_uint8, bool(args.driving), None
+    if model.pose:
+        driving = head_motion(load_landmarks(), speech, model.pose.turn_limits, args, still=whole)
+    elif turning:
+        count, crops = driving_crops(args.driving, len(speech), size, model.config.template)
+        driving = map(to_tensor, play_ping_pong(crops, count, len(speech)))
     if whole:
         to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, turning), turning)
-    batches = model.animate(source, mel, driving, scene, sway=not (whole or args.still))  # (b, 3, size, size) each
+    batches = model.animate(source, mel, driving, sway=not (whole or args.still))  # (b, 3, size, size) each
     frames = (to_picture(frame) for batch in batches for frame in batch.cpu())
     return map(to_grey, frames) if is_grey(photo) else frames
 
@@ -433,7 +441,7 @@ def main(argv=None):
     elif whole and has_lip_moves(model) and not args.network:
         frames = talking_photo(model, photo, box, mel, speech, args)
     else:
-        frames = network_frames(model, photo, box, mel, T, whole, device, args)
+        frames = network_frames(model, photo, box, mel, speech, whole, device, args)
     if args.grid:
         frames = side_by_side(photo, frames, T, args)
     try:

@@ -378,6 +378,8 @@ def main(argv=None):
 
 
 def export_weights(model, data, args):
+    if model.pose and not args.part:
+        initialise.separate_mouth(model, data)
     if model.mouth:
         initialise.fit_warp(model, data)
     weights = os.path.join(args.out, "weights.pt")

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter1d
 from torch.nn import functional as F
 
 import vision
@@ -14,7 +14,9 @@ from faces import TEMPLATES
 from fusion import (
     FCTFG, CanonicalEncoder, Config, IdentityMaps, PaperMotion, Whiten, weight_shapes, idle_poses,
     estimate_mean_w, load_model, load_published)
+from landmarks import SHUT_OPENING
 from media import InputError
+from motion import Motion
 from stylegan2 import Discriminator, Generator
 from vision import GradualStyleEncoder, HyperStyleNet
 
@@ -132,22 +134,23 @@ def test_a_face_that_drives_itself_keeps_its_pose_and_other_poses_move_it():
     assert (model(x, x[:, None], mel)[0] - own).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("batch, cut", [(1, 9), (4, 9), (4, 0), (20, 9)])
-def test_a_driven_real_face_starts_each_scene_from_its_own_pose_and_shuts_its_eyes_as_the_driver_does(batch, cut):
-    model, codes = face(), 0.2 * torch.randn(20, 7)
-    codes[19, 0] += 50                                                          # a turn is limited
-    model.pose.forward = lambda images: codes[images[:, 0, 0, 0].long()]        # an "image" holds its number
+@pytest.mark.parametrize("batch", [1, 4, 20])
+def test_a_real_face_follows_a_motion_from_its_own_pose_back_and_forth_if_it_is_short(batch):
+    model, rng, own = face(), np.random.default_rng(0), torch.randn(1, 7)
+    model.pose.forward = lambda images: own
+    torch.nn.init.uniform_(model.pose.std, 0.5, 2)
     torch.nn.init.zeros_(model.motion.mouth_up.weight)
-    images = torch.arange(20.0)[:, None, None, None].expand(-1, 3, 16, 16)
-    z_a = model.encode_whole_sound(torch.zeros(20, 1, 80, 16))
-    scene = [k >= cut for k in range(20)] if cut else None
-    z_c2d = torch.cat(list(model.stream_motion(images[7:8], z_a, iter(images), scene, sway=True, batch=batch)))
-    pose = z_c2d.flatten(1) @ torch.linalg.pinv(model.motion.pose_up.weight).t()
-    starts = torch.where(torch.arange(20)[:, None] < cut, codes[0], codes[cut])
-    want = torch.cat([(codes - starts + codes[7])[:, :6], codes[:, 6:]], 1)
-    want[19, 0] = codes[7, 0] + 3
-    want[:, :6] = torch.from_numpy(gaussian_filter1d(want[:, :6].double().numpy(), 1.5, axis=0, mode="nearest")).float()
-    torch.testing.assert_close(pose, want, atol=1e-3, rtol=1e-3)
+    source, z_a = torch.zeros(1, 3, 16, 16), model.encode_whole_sound(torch.zeros(20, 1, 80, 16))
+    motion = Motion(rng.normal(size=(12, 6)), rng.random(12), np.zeros(12))
+    z_c2d = torch.cat(list(model.stream_motion(source, z_a, motion, sway=True, batch=batch)))
+    pose = z_c2d.flatten(1) @ torch.linalg.pinv(model.motion.pose_up.weight).t() * model.pose.std + model.pose.mean
+    start, ks = own[0] * model.pose.std + model.pose.mean, [*range(12), *range(10, 2, -1)]
+    poses, blinks = (torch.from_numpy(x[ks]).float() for x in (motion.poses, motion.blinks))
+    torch.testing.assert_close(pose[:, :3], start[:3] + poses[:, :3], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pose[:, 3:6], start[3:6] + start[5] * poses[:, 3:], atol=1e-3, rtol=1e-3)  # in units
+    torch.testing.assert_close(pose[:, 6], torch.lerp(start[6], torch.tensor(SHUT_OPENING), blinks), atol=1e-3, rtol=1e-3)
+    still = torch.cat(list(model.stream_motion(source, z_a, None, sway=True, batch=batch)))
+    torch.testing.assert_close(still, model.motion.embed_pose(own).expand(20, -1, -1), atol=1e-4, rtol=1e-3)
 
 
 def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source():

@@ -209,16 +209,20 @@ def test_a_moved_photo_has_another_pose_and_shut_eyes(net, monkeypatch):
     points = (landmarks.find_landmarks(net, big, BOX) - BOX[:2]) * 64 / 247.5
     move = initialise.MovePhotos(SimpleNamespace(clip=lambda c: {3: np.stack([0 * points, points])}[c]))
     photo, read = crop_face(big, BOX, 64), []
-    for yaw, blink in ((0, 0), (9, 0), (0, 1)):
-        motion = Motion(np.array([[yaw, 0, 0, 0, 0, 0]]), np.array([blink]), np.zeros(1))
+    for yaw, blink, *shift in ((0, 0, 0, 0, 0), (9, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 0.08, -0.06, 0.07)):
+        motion = Motion(np.array([[yaw, 0, 0, *shift]]), np.array([blink]), np.zeros(1))
         monkeypatch.setattr(initialise, "random_motion", lambda rng, limits, motion=motion: motion)
         moved = move(photo, 3, 1, None)
         assert moved.shape == photo.shape and moved.dtype == np.uint8
         read.append(landmarks.read_pose(net, to_tensor(moved[None]))[0])
-    still, turned, shut = read
+    still, turned, shut, shifted = read
     torch.testing.assert_close(still, landmarks.read_pose(net, to_tensor(photo[None]))[0], atol=0.6, rtol=0)
     assert turned[0] - still[0] > 4 and abs(shut[0] - still[0]) < 1
     assert still[6] - shut[6] > 0.03 and abs(still[6] - turned[6]) < 0.02
+    reader = landmarks.PoseReader("face")                                       # the numbers that stand for a motion
+    followed = reader.follow(still[None, None], motion.poses, np.ones(1))[0, 0]
+    torch.testing.assert_close(followed[3:6], shifted[3:6], atol=0.015, rtol=0)
+    assert followed[6] == landmarks.SHUT_OPENING and (still[3:6] - shifted[3:6]).abs().min() > 0.02
 
 
 def test_landmarks_scatter_on_noise_and_not_on_a_face(net):

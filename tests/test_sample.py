@@ -1,5 +1,6 @@
 """sample.py: length, synchrony of sound and picture, the face in the photo, refusals in one line before slow work."""
 
+import contextlib
 import os
 import runpy
 import subprocess
@@ -90,9 +91,9 @@ def test_the_script_writes_the_video_and_reports_it_in_one_line(folder, weights,
 class LoudFrames:
     """Replaces the network: a frame is bright when its own mel window is loudest in the middle."""
 
-    config, mouth = SimpleNamespace(size=16, template="toy", voice_norm=False), None
+    config, mouth, pose = SimpleNamespace(size=16, template="toy", voice_norm=False), None, None
 
-    def animate(self, source, mel, driving=None, scene=None, sway=True, batch=7):
+    def animate(self, source, mel, driving=None, sway=True, batch=7):
         mel = torch.cat(list(mel))
         assert source.shape == (3, 16, 16) and mel.shape[1:] == (1, 80, 16)
         loud = (mel[:, 0].amax(1) + 4).double() ** 8  # (n, 16)
@@ -321,7 +322,7 @@ class Smiler(LoudFrames):
     def reconstruct(self, source):
         return torch.full_like(source, 0.5)
 
-    def animate(self, source, mel, driving=None, scene=None, sway=True, batch=7):
+    def animate(self, source, mel, driving=None, sway=True, batch=7):
         assert not sway and (mel == -4).all()  # silence
         yield torch.full((len(mel), *source.shape), -0.5)
 
@@ -352,13 +353,10 @@ def test_blinks_are_the_brief_part_of_idle_motion():
     t = torch.arange(75.0)
     idle = torch.stack([torch.sin(t / 12), torch.cos(t / 9), 0.02 * torch.randn(75)], -1)[None].repeat(2, 1, 1)
     idle[1, 40:45, 2] += 3
-    brief = extract_blinks(idle, is_pose_code=False)
+    brief = extract_blinks(idle)
     assert brief[0].abs().max() < 0.5 and brief[1, 41:44, 2].min() > 2
     brief[1, 40:45] = 0
     assert brief[1].abs().max() < 0.5
-    idle[1, 20:24, 0] += 3                               # of a pose code, a nod is no blink
-    eyelids = extract_blinks(idle, is_pose_code=True)
-    assert eyelids[1, 41:44, 2].min() > 2 and not eyelids[..., :2].any()
 
 
 def test_between_blinks_a_pasted_photo_keeps_its_eyes():
@@ -420,8 +418,8 @@ def numbered_video(path, count, height=40, width=40, rate=25):
     (4, [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]), (30, [*range(15)]), (1, [0] * 15)])
 def test_a_short_driving_video_is_played_back_and_forth_and_a_long_one_is_cut(folder, length, expected):
     numbered_video("d.mp4", length)
-    scene, crops = sample.driving_crops("d.mp4", 15, 16, "toy")
-    frames = list(sample.play_ping_pong(crops, len(scene), 15))
+    count, crops = sample.driving_crops("d.mp4", 15, 16, "toy")
+    frames = list(sample.play_ping_pong(crops, count, 15))
     assert all(f.shape == (16, 16, 3) for f in frames)
     assert [round(frame.mean() / 8) for frame in frames] == expected
 
@@ -440,9 +438,9 @@ def test_each_scene_of_the_driving_video_is_cropped_by_one_box_around_its_face(f
 
     monkeypatch.setattr(sample, "detect_faces", look)
     media.write_video("d.mp4", iter(frames), len(frames))
-    scene, crops = sample.driving_crops("d.mp4", 40, 16, "face")
+    count, crops = sample.driving_crops("d.mp4", 40, 16, "face")
     crops = np.stack(list(crops))
-    assert np.bincount(scene).tolist() == [10, 10, 10] and crops.shape == (30, 16, 16, 3)
+    assert count == 30 and crops.shape == (30, 16, 16, 3)
     inside = crops[:, 2:-2, 2:-2]
     assert inside[:20].min() > 230 and abs(inside[20:] - 128.0).max() < 5
     boxes = sample.find_driving_faces("d.mp4", 40, "face")[1]
@@ -455,14 +453,21 @@ def test_each_scene_of_the_driving_video_is_cropped_by_one_box_around_its_face(f
         sample.driving_crops("d.mp4", 6, 16, "face")
 
 
-def test_the_generator_is_told_the_scene_of_each_driving_frame(folder, weights, monkeypatch):
-    frames, scenes = np.full((12, 40, 40, 3), 20, np.uint8), []
-    frames[8:] = 220
-    media.write_video("d.mp4", iter(frames), 12)
-    animate = FCTFG.animate
-    monkeypatch.setattr(FCTFG, "animate", lambda *args, **more: scenes.extend(args[4:]) or animate(*args, **more))
-    talk("--driving", "d.mp4", weights=weights)
-    assert scenes == [8 * [0] + 7 * [1] + 6 * [0]]  # played back and forth
+def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
+    seen, points = [], np.zeros((9, 68, 2))
+    monkeypatch.setattr(FCTFG, "animate", lambda self, source, mel, driving, sway: seen.append(driving) or iter(()))
+    monkeypatch.setattr(sample, "track_video", lambda net, path, n: seen.append((path, n)) or (points, np.zeros(9)))
+    monkeypatch.setattr(sample, "measure_eyes", lambda points: (np.ones((9, 2)), np.ones((9, 2))))
+    driven = Motion(np.ones((9, 6)), np.ones(9), np.ones(9))
+    monkeypatch.setattr(sample, "driving_motion", lambda *args: seen.append(args[4]) or driven)
+    numbered_video("d.mp4", 9)
+    for options in (["--driving", "d.mp4", "--blink", "0.5"], [], ["--still"]):
+        with contextlib.suppress(StopIteration):  # no frame comes
+            talk("--crop", "--box=4,4,26,26", *options, weights=sample.FACE_WEIGHTS)
+    (path, n), limits, motion, sway, still = seen
+    assert (path, n) == ("d.mp4", 21) and 15 < limits[1] < limits[0] < 30
+    assert (motion.poses == 1).all() and (motion.blinks == 0.5).all()
+    assert sway.poses.any() and not still.poses.any() and sway.poses.shape == (21, 6)
 
 
 def test_a_grid_shows_the_photo_the_driving_clip_and_the_result(folder, weights):
@@ -611,7 +616,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
     """A network that fails halfway leaves the old file as it was, and nothing else."""
 
     class Failing(LoudFrames):
-        def animate(self, source, mel, driving=None, scene=None, sway=True):
+        def animate(self, source, mel, driving=None, sway=True):
             yield torch.zeros(4, 3, 16, 16)
             assert Path("talk.mp4").read_bytes() == b"old"
             yield torch.full((4, 3, 16, 16), float("nan"))

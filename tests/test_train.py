@@ -420,10 +420,25 @@ def test_idle_motion_comes_from_training_clips_which_repeat_if_they_are_few(monk
     assert seen == [3, 0]                                                    # 1 is held out, 2 is too short
     ends = model.motion.idle[:, -1, 0]
     assert 0 < ends[0] < ends[1] and torch.equal(ends, ends[:2].repeat(4))
-    idle, model.pose = model.motion.idle.clone(), torch.nn.Identity()        # the last number of a pose code: eyelids
-    initialise.collect_idle_motion(model, pack, np.array([3, 0, 2, 3]), torch.device("cpu"))
-    assert model.motion.idle[..., :-1].equal(idle[..., :-1])
-    torch.testing.assert_close(model.motion.idle[..., -1], idle[..., -1] / 0.7 - 1)  # black frames have -1
+
+
+def test_a_turn_of_the_head_does_not_open_the_mouth_after_training(monkeypatch):
+    model = FCTFG(Config.at(16, template="face", hyper="none"))
+    L, D, opens = model.config.L, model.config.dim, torch.randn(model.config.L * model.config.dim)
+    monkeypatch.setattr(model, "decode", lambda z_s2d: z_s2d.flatten(1))
+    monkeypatch.setattr(model.pose, "forward", lambda images: torch.randn(1, 7))
+    monkeypatch.setattr(model, "canonical_code", lambda source: (None, torch.randn(1, L, D)))
+    monkeypatch.setattr(model, "mouth", torch.nn.Identity())                # "images" are codes
+    model.mouth.forward = lambda z: (z @ opens)[:, None]
+    pack = types.SimpleNamespace(frame=lambda c, k: np.zeros((16, 16, 3), np.uint8))
+    data = dict(pack=pack, clips=np.array([3, 3, 5, 6]), photos=types.SimpleNamespace(pack=pack, order=np.arange(2)))
+    torch.nn.init.normal_(model.motion.pose_up.weight)
+    torch.nn.init.normal_(model.motion.mouth_up.weight)
+    before = model.motion.pose_up.weight.clone()
+    initialise.separate_mouth(model, data)
+    assert (opens @ before).abs().mean() > 2 and (opens @ model.motion.pose_up.weight).abs().max() < 0.05
+    change = model.motion.pose_up.weight - before                           # along the opening's direction alone
+    assert torch.linalg.matrix_rank(torch.cat([change, model.motion.mouth_up.weight[:, :1]], 1), rtol=1e-4) == 1
 
 
 @pytest.mark.parametrize("stage, sync, due", [(1, 0, [0, 16]), (3, 0, [0, 16]), (3, 1, [1, 33])])
