@@ -538,25 +538,29 @@ class Head:
         # share of a turn, of a shift and of raised brows that each node follows
         chin = ((place[8, :2] - middle) @ upright.T)[1]
         (x0, y0, x1, y1), (H, W) = self.box, face.photo.shape[:2]
-        (left, top), (right, bottom) = (nodes - nodes.min(0)).T, (nodes.max(0) - nodes).T  # distances to the edges
-        fixed_edges = (left, x0 > 0), (top, y0 > 0), (right, x1 < W), (bottom, y1 < H)  # not those of the photo itself
-        inside = np.prod([smoothstep(distance / 0.25) for distance, is_fixed in fixed_edges if is_fixed], 0)
+        # left, top, right, bottom: whether the box ends at the edge of the photo; the gap between that and the outline
+        is_edge = np.array([x0 == 0, y0 == 0, x1 == W, y1 == H])
+        gaps = np.r_[middle, -middle] + np.r_[shift, (W, H) - shift] / scale - np.tile(self.AXES, 2)
+        distances = np.c_[nodes - nodes.min(0), nodes.max(0) - nodes]  # (n, 4)
+        inside = smoothstep(np.where(is_edge, 1, distances / 0.25)).prod(1)
+        # nothing moves across an edge of the photo: mirrored hair or cheeks would appear
+        held = smoothstep(np.where(is_edge, distances / gaps.clip(0.25, self.AIR), 1))
         turns = (1 - smoothstep((v[:, 1] - chin) / self.NECK)) * inside
         shifts = turns * (1 - smoothstep(out * self.AXES[0] / self.AIR))
         fixed = np.r_[0:17, 27:48, 68:len(mean)]
         brows = np.r_[np.ones(10), np.zeros(len(fixed) + len(ring))]
         lift = thin_plate(np.r_[place[17:27, :2], place[fixed, :2], ring], brows, nodes) * turns * (out < 0.2)
-        fields = np.c_[nodes - pivot[:2], z, turns, shifts, np.outer(lift, -upright[1])]
-        self.fields = self.nodes.to_grid(fields)                       # (gh, gw, 7)
+        fields = np.c_[nodes - pivot[:2], z, turns, shifts, np.outer(lift, -upright[1]), held[:, :2] * held[:, 2:]]
+        self.fields = self.nodes.to_grid(fields)                       # (gh, gw, 9)
 
     def displace(self, pose: Pose, brows: float) -> np.ndarray:
         """Backward displacements (gh, gw, 2) in pixels, see Nodes.invert"""
-        xyz, turns, shifts, lift = np.split(self.fields, (3, 4, 5), -1)
+        xyz, turns, shifts, lift, held = np.split(self.fields, (3, 4, 5, 7), -1)
         full = pose.scale * rotation(pose.yaw, pose.pitch, pose.roll)[:2] - np.eye(3)[:2]
         flat = pose.scale * rotation(0, 0, pose.roll)[:2] - np.eye(3)[:2]  # in the plane of the picture
         flat[:, 2] = 0
         bent, rigid = xyz @ (full - flat).T, xyz @ flat.T + pose.shift
-        return self.nodes.invert(np.float32(self.scale * (turns * bent + shifts * rigid + brows * lift)))
+        return self.nodes.invert(np.float32(self.scale * held * (turns * bent + shifts * rigid + brows * lift)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole

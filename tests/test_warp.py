@@ -254,6 +254,18 @@ def test_a_face_at_the_edge_of_its_photo_still_talks():
     assert frame.shape == f.photo.shape
 
 
+@pytest.mark.parametrize("at", [(0, 0), (-60, -40), (70, 0)])
+def test_no_pixel_comes_from_beyond_the_photos_edges(at):
+    f = Face(photo(), points() + at, mean_shape())                     # also where an edge cuts the head
+    head, (H, W) = Warp(f).head, f.photo.shape[:2]
+    for sign in (-1, 1):
+        pose = Pose(8 * sign, 6 * sign, 3, (0.12 * sign, 0.1 * sign), 1 + 0.06 * sign)
+        where = head.nodes.sources(head.displace(pose, 0.05))
+        assert where.min() > -0.5 and where[..., 0].max() < W + 0.5 and where[..., 1].max() < H + 0.5
+    x0, y0, middle = *head.box[:2], where[H // 2 - head.box[1], W // 2 - head.box[0]]
+    assert y0 == 0 and np.abs(middle - (W // 2, H // 2)).max() > 3
+
+
 def test_each_eye_shuts_by_its_own_landmarks():
     left, right = Warp(face()).eyes
     assert left.box[2] < right.box[2] and abs(left.width - right.width) < 1e-6
