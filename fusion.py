@@ -41,6 +41,7 @@ from vision import (
 
 REACH = 6  # frames on each side of a convolution of SpeechContext; ours
 SPEECH_DIM = 128  # width of z_a in front of SpeechContext; ours
+FIT_RATE = 0.02  # first learning rate of fit_weights; ours
 
 
 @dataclasses.dataclass
@@ -396,11 +397,34 @@ class FCTFG(nn.Module):
         frames = self.decode(z_s2d.flatten(0, 1), self.weight_changes(source, z_s))
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
 
+    def fit_weights(self, source, steps: int):
+        """Photo (3, H, W) -> weight changes that bring its reconstruction nearer to it, by gradient descent: pivotal
+        tuning (arXiv 2106.05744), ours of HyperStyle's relative changes, and to two images in each step: the photo, and
+        the photo plus what another opening of the mouth changes in the unfitted face. Without it lips would move less."""
+        openings = torch.linspace(*self.motion.opening_limits.tolist(), 8)
+        with torch.no_grad():
+            mouth = self.mouth(source[None]).repeat(1 + len(openings), 1)
+            mouth[1:, 0] = openings
+            z_s = self.invert(source.expand(len(mouth), -1, -1, -1), mouth)
+            frames = self.decode(z_s)
+            targets = source + frames - frames[:1]
+        deltas = [source.new_zeros(1, *shape, 1, 1, requires_grad=True) for shape in weight_shapes(self.generator)]
+        optimizer = torch.optim.Adam(deltas, betas=(0.9, 0.99))
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / steps)
+            pair = [0, 1 + step % len(openings)]
+            error = self.decode(z_s[pair], deltas) - targets[pair]
+            loss = error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+            optimizer.zero_grad()
+            loss.backward(inputs=deltas)
+            optimizer.step()
+        return [delta.detach() for delta in deltas]
+
     @torch.inference_mode()
-    def reconstruct(self, source):
-        """Photo (3, H, W) -> its reconstruction (3, H, W) in [-1, 1]"""
+    def reconstruct(self, source, deltas=None):
+        """Photo (3, H, W), weight changes of fit_weights, if any -> its reconstruction (3, H, W) in [-1, 1]"""
         z_s = self.invert(source[None])
-        return self.decode(z_s, self.weight_changes(source[None], z_s))[0].clamp(-1, 1)
+        return self.decode(z_s, deltas or self.weight_changes(source[None], z_s))[0].clamp(-1, 1)
 
     def encode_whole_sound(self, mel):
         """mel (n, 1, 80, 16), or an iterable of consecutive pieces of it -> z_a (1, n, D)"""
@@ -416,15 +440,15 @@ class FCTFG(nn.Module):
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
 
     @torch.inference_mode()
-    def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16):
+    def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16, deltas=None):
         """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
         source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of consecutive pieces of it.
         driving: iterable of n frames (3, H, W). None: the pose of the source with idle motion. With a pose code: a
         motion.Motion relative to the pose of the source. None: the source's own pose. sway: idle motion moves the head;
-        if False, only blinks. batch: frames decoded at a time."""
+        if False, only blinks. batch: frames decoded at a time. deltas: weight changes of fit_weights, if any."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
-        deltas, z_a = self.weight_changes(source, z_s), self.encode_whole_sound(mel)
+        deltas, z_a = deltas or self.weight_changes(source, z_s), self.encode_whole_sound(mel)
         for z_c2d in self.stream_motion(source, z_a, driving, sway, batch):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 

@@ -54,6 +54,7 @@ THREADS = torch.get_num_threads()  # of the machine, before anything here change
 MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's cache
 FEATHER = 0.12  # of the crop: width of a seam of Paste
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
+FIT_STEPS = 30  # of FCTFG.fit_weights: 4 s on two slow cores
 SHARPEN = 0.6  # unsharp mask on the generator's frames, radius 1 pixel: more gives rings
 CHANGE_RANGE = 0.06, 0.2  # in [-1, 1]: up to the first change all of the photo's detail stays, from the second on none
 BOX_ADVICE = "give the place of the face with --box x0,y0,x1,y1 (pixels)"
@@ -68,8 +69,8 @@ def parse(argv=None):
     motion.add_argument("--driving", help="video that gives pose, eyes and brows (default: idle motion)")
     motion.add_argument("--still", action="store_true", help="keep the head of a photo still; lips and eyelids move")
     p.add_argument("--weights", help="network (default: weights/face.pt, for drawn portraits weights/toy.pt)")
-    p.add_argument("--refine", type=int, help="refinement steps of the hypernetwork for generated frames, 0 for none "
-                   "(default: as trained)")
+    p.add_argument("--refine", type=int, help="steps that fit the generator's weights to the photo, for generated frames, "
+                   f"0 for none (default: those of the hypernetwork as trained, without one {FIT_STEPS})")
     p.add_argument("--out", default="talk.mp4", help="video to write (default: talk.mp4)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     place = p.add_mutually_exclusive_group()
@@ -319,16 +320,18 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
                          "leave out --mouth, --landmarks and, for a drawn face, --blink, which have no effect there")
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
-    to_picture, turning, driving = to_uint8, bool(args.driving), None
+    to_picture, turning, driving, deltas = to_uint8, bool(args.driving), None, None
     if model.pose:
+        if not model.hyper:
+            deltas = model.fit_weights(source, FIT_STEPS if args.refine is None else args.refine)
         driving = head_motion(load_landmarks(), speech, model.pose.turn_limits, args, still=whole)
     elif turning:
         count, crops = driving_crops(args.driving, len(speech), size, model.config.template)
         driving = map(to_tensor, play_ping_pong(crops, count, len(speech)))
     if whole:
-        to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, turning), turning)
-    batches = model.animate(source, mel, driving, sway=not (whole or args.still))  # (b, 3, size, size) each
-    frames = (to_picture(frame) for batch in batches for frame in batch.cpu())
+        to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, turning, deltas), turning)
+    batches = model.animate(source, mel, driving, sway=not (whole or args.still), deltas=deltas)
+    frames = (to_picture(frame) for batch in batches for frame in batch.cpu())  # of (3, size, size)
     return map(to_grey, frames) if is_grey(photo) else frames
 
 
@@ -385,17 +388,18 @@ def soft_box(size: int, box: tuple):
     return y[:, None] * x
 
 
-def still_and_mask(model, source, turning: bool):
+def still_and_mask(model, source, turning: bool, deltas=None):
     """The generated face at rest (3, S, S) for a photo's crop `source`, and the mask (S, S) of the pixels that may
     change. A turning head: the inversion of the photo, and all of the head. Else the face in silence, and mouth and
-    eyes; its mouth is the least squares mix of silence and inversion: a smile is closed, a shut mouth stays."""
+    eyes; its mouth is the least squares mix of silence and inversion: a smile is closed, a shut mouth stays. deltas:
+    see FCTFG.fit_weights"""
     S, template = source.shape[-1], TEMPLATES[model.config.template]
-    inversion = model.reconstruct(source).cpu()
+    inversion = model.reconstruct(source, deltas).cpu()
     if turning:  # 1 in the middle, 0 from the circle on: the outline of the head stays
         t = (torch.arange(S) + 0.5) / S * 2 - 1
         return inversion, smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
     silence = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=source.device)
-    rest = next(model.animate(source, silence, sway=False))[2].cpu()
+    rest = next(model.animate(source, silence, sway=False, deltas=deltas))[2].cpu()
     mouth = soft_box(S, template.lips if model.mouth else template.mouth)  # a mouth code controls the lips alone
     difference = inversion - rest
     weighted = mouth * difference

@@ -153,6 +153,24 @@ def test_a_real_face_follows_a_motion_from_its_own_pose_back_and_forth_if_it_is_
     torch.testing.assert_close(still, model.motion.embed_pose(own).expand(20, -1, -1), atol=1e-4, rtol=1e-3)
 
 
+def test_fitted_weights_bring_a_photo_nearer_and_keep_the_motion_of_its_mouth():
+    model, (x, _, mel) = face(), window(T=4)
+    model.motion.opening_limits = torch.tensor([-1.0, 1.0])
+    mouth = model.mouth(x[:1]).repeat(2, 1)
+    mouth[:, 0] = torch.tensor([-0.8, 0.8])
+    z_s, source = model.invert(x[:1].expand(2, -1, -1, -1), mouth), 0.5 * x[0]
+    deltas = model.fit_weights(source, 40)
+    assert not any(p.grad is not None for p in model.parameters()) and not deltas[0].requires_grad
+    before, after = ((model.reconstruct(source, d) - source).abs().mean() for d in (None, deltas))
+    assert after < 0.7 * before
+    (shut, opened), (fitted_shut, fitted_opened) = model.decode(z_s), model.decode(z_s, deltas)
+    change, fitted = (opened - shut).flatten(), (fitted_opened - fitted_shut).flatten()
+    assert 0.5 < (change @ fitted) / (change @ change) < 1.5
+    frames = [torch.cat(list(model.animate(source, mel[0], deltas=d))) for d in (None, deltas)]
+    assert (frames[0] - frames[1]).abs().mean() > 0.01
+    assert all((delta == 0).all() for delta in model.fit_weights(source, 0))
+
+
 def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source():
     model, (x, driving, mel) = face(), window()
     mouth = model.mouth(x)                                                      # (B, M)

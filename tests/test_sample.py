@@ -93,7 +93,7 @@ class LoudFrames:
 
     config, mouth, pose = SimpleNamespace(size=16, template="toy", voice_norm=False), None, None
 
-    def animate(self, source, mel, driving=None, sway=True, batch=7):
+    def animate(self, source, mel, driving=None, sway=True, batch=7, deltas=None):
         mel = torch.cat(list(mel))
         assert source.shape == (3, 16, 16) and mel.shape[1:] == (1, 80, 16)
         loud = (mel[:, 0].amax(1) + 4).double() ** 8  # (n, 16)
@@ -319,10 +319,10 @@ class Smiler(LoudFrames):
 
     mouth = None
 
-    def reconstruct(self, source):
+    def reconstruct(self, source, deltas=None):
         return torch.full_like(source, 0.5)
 
-    def animate(self, source, mel, driving=None, sway=True, batch=7):
+    def animate(self, source, mel, driving=None, sway=True, batch=7, deltas=None):
         assert not sway and (mel == -4).all()  # silence
         yield torch.full((len(mel), *source.shape), -0.5)
 
@@ -455,16 +455,18 @@ def test_each_scene_of_the_driving_video_is_cropped_by_one_box_around_its_face(f
 
 def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
     seen, points = [], np.zeros((9, 68, 2))
-    monkeypatch.setattr(FCTFG, "animate", lambda self, source, mel, driving, sway: seen.append(driving) or iter(()))
+    monkeypatch.setattr(FCTFG, "animate", lambda *args, sway, deltas: seen.append((args[3], deltas)) or iter(()))
     monkeypatch.setattr(sample, "track_video", lambda net, path, n: seen.append((path, n)) or (points, np.zeros(9)))
     monkeypatch.setattr(sample, "measure_eyes", lambda points: (np.ones((9, 2)), np.ones((9, 2))))
     driven = Motion(np.ones((9, 6)), np.ones(9), np.ones(9))
     monkeypatch.setattr(sample, "driving_motion", lambda *args: seen.append(args[4]) or driven)
     numbered_video("d.mp4", 9)
-    for options in (["--driving", "d.mp4", "--blink", "0.5"], [], ["--still"]):
+    monkeypatch.setattr(FCTFG, "fit_weights", lambda self, source, steps: [source.shape, steps])
+    for options in (["--driving", "d.mp4", "--blink", "0.5"], ["--refine", "7"], ["--still"]):
         with contextlib.suppress(StopIteration):  # no frame comes
             talk("--crop", "--box=4,4,26,26", *options, weights=sample.FACE_WEIGHTS)
-    (path, n), limits, motion, sway, still = seen
+    (path, n), limits, (motion, fitted), (sway, refined), (still, _) = seen
+    assert fitted == [(3, 64, 64), sample.FIT_STEPS] and refined[1] == 7
     assert (path, n) == ("d.mp4", 21) and 15 < limits[1] < limits[0] < 30
     assert (motion.poses == 1).all() and (motion.blinks == 0.5).all()
     assert sway.poses.any() and not still.poses.any() and sway.poses.shape == (21, 6)
@@ -616,7 +618,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
     """A network that fails halfway leaves the old file as it was, and nothing else."""
 
     class Failing(LoudFrames):
-        def animate(self, source, mel, driving=None, sway=True):
+        def animate(self, source, mel, driving=None, sway=True, deltas=None):
             yield torch.zeros(4, 3, 16, 16)
             assert Path("talk.mp4").read_bytes() == b"old"
             yield torch.full((4, 3, 16, 16), float("nan"))
