@@ -69,8 +69,8 @@ def parse(argv=None):
     motion.add_argument("--driving", help="video that gives pose, eyes and brows (default: idle motion)")
     motion.add_argument("--still", action="store_true", help="keep the head of a photo still; lips and eyelids move")
     p.add_argument("--weights", help="network (default: weights/face.pt, for drawn portraits weights/toy.pt)")
-    p.add_argument("--refine", type=int, help="steps that fit the generator's weights to the photo, for generated frames, "
-                   f"0 for none (default: those of the hypernetwork as trained, without one {FIT_STEPS})")
+    p.add_argument("--refine", type=int, help="steps that fit the generator's weights to a photo for generated frames, 0 "
+                   f"for none (default: of a hypernetwork as trained, without one {FIT_STEPS})")
     p.add_argument("--out", default="talk.mp4", help="video to write (default: talk.mp4)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     place = p.add_mutually_exclusive_group()
