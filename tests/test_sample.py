@@ -1,6 +1,5 @@
 """sample.py: length, synchrony of sound and picture, the face in the photo, refusals in one line before slow work."""
 
-import contextlib
 import os
 import runpy
 import subprocess
@@ -454,22 +453,28 @@ def test_each_scene_of_the_driving_video_is_cropped_by_one_box_around_its_face(f
 
 
 def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
-    seen, points = [], np.zeros((9, 68, 2))
-    monkeypatch.setattr(FCTFG, "animate", lambda *args, sway, deltas: seen.append((args[3], deltas)) or iter(()))
+    seen, points, driven = [], np.zeros((9, 68, 2)), Motion(np.ones((9, 6)), np.ones(9), np.ones(9))
+
+    def animate(self, source, mel, driving=None, sway=True, deltas=None):
+        seen.append((driving, deltas))
+        yield torch.zeros(21, 3, 64, 64)
+
+    monkeypatch.setattr(FCTFG, "animate", animate)
+    monkeypatch.setattr(FCTFG, "reconstruct", lambda self, source, deltas: seen.append((source, deltas)) or source)
+    monkeypatch.setattr(FCTFG, "fit_weights", lambda self, source, steps: [source.shape, steps])
     monkeypatch.setattr(sample, "track_video", lambda net, path, n: seen.append((path, n)) or (points, np.zeros(9)))
     monkeypatch.setattr(sample, "measure_eyes", lambda points: (np.ones((9, 2)), np.ones((9, 2))))
-    driven = Motion(np.ones((9, 6)), np.ones(9), np.ones(9))
     monkeypatch.setattr(sample, "driving_motion", lambda *args: seen.append(args[4]) or driven)
     numbered_video("d.mp4", 9)
-    monkeypatch.setattr(FCTFG, "fit_weights", lambda self, source, steps: [source.shape, steps])
-    for options in (["--driving", "d.mp4", "--blink", "0.5"], ["--refine", "7"], ["--still"]):
-        with contextlib.suppress(StopIteration):  # no frame comes
-            talk("--crop", "--box=4,4,26,26", *options, weights=sample.FACE_WEIGHTS)
-    (path, n), limits, (motion, fitted), (sway, refined), (still, _) = seen
-    assert fitted == [(3, 64, 64), sample.FIT_STEPS] and refined[1] == 7
+    Image.new("RGB", (80, 80), (200, 60, 40)).save("face.png")
+    for options in ("--crop --driving d.mp4 --blink 0.5", "--crop --refine 7", "--crop --still", "--network"):
+        talk("--box=4,4,76,76", "--overwrite", *options.split(), weights=sample.FACE_WEIGHTS)
+    (path, n), limits, (motion, fitted), (sway, refined), (still, _), inverted, rest, pasted = seen
     assert (path, n) == ("d.mp4", 21) and 15 < limits[1] < limits[0] < 30
     assert (motion.poses == 1).all() and (motion.blinks == 0.5).all()
     assert sway.poses.any() and not still.poses.any() and sway.poses.shape == (21, 6)
+    assert rest[0] is None and not pasted[0].poses.any()
+    assert refined[1] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [(3, 64, 64), sample.FIT_STEPS]
 
 
 def test_a_grid_shows_the_photo_the_driving_clip_and_the_result(folder, weights):
