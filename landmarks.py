@@ -30,7 +30,7 @@ from faces import (
     DETECT_EVERY, K, Landmarks, complete_lines, detect_faces, face_box, interpolate_gaps, label_scenes, landmark_detector,
     landmarks_header, similarity, smooth, square_in_crop, to_complex)
 from media import InputError, Parser, check_output, parallel_map, probe, read_video, run, wrap_os_errors
-from warp import LOWER_INNER, UPPER_FACE, UPPER_INNER, angles, fit_pose
+from warp import LOWER_INNER, UPPER_FACE, UPPER_INNER, angles, fit_pose, rotation, turned_place
 
 WEIGHTS = Path(__file__).resolve().parent / "weights/landmarks.pt"
 GREY = torch.tensor([0.299, 0.587, 0.114])  # Rec. 601 luma
@@ -382,10 +382,11 @@ class PoseReader(nn.Module):
     def follow(self, code, poses: np.ndarray, blinks: np.ndarray):
         """Pose code (1, 1, POSE_DIM) of a photo; poses (T, 6) relative to it and blinks (T,), as in motion.Motion -> pose
         codes (1, T, POSE_DIM)"""
-        *_, unit, opening = (code * self.std + self.mean)[0, 0]
-        poses, blinks = (torch.from_numpy(x).to(code) for x in (poses, blinks[:, None]))
-        moves = torch.cat([poses[:, :3], unit * poses[:, 3:], (SHUT_OPENING - opening) * blinks], 1)
-        return code + moves / self.std
+        *turn, _, _, unit, opening = (code * self.std + self.mean)[0, 0].tolist()
+        moves = np.c_[poses, blinks]
+        moves[:, 3:5] += turned_place(poses, rotation(*turn), self.landmarks.solid.cpu().double().numpy())
+        moves[:, 3:] *= np.array([unit, unit, unit, SHUT_OPENING - opening])
+        return code + torch.from_numpy(moves).to(code) / self.std
 
 
 LIP_POINTS = np.r_[48:68, 6:11]  # lips and chin

@@ -17,7 +17,7 @@ from faces import fill_missing
 from landmarks import MIRROR
 from media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from warp import (
-    LOWER_INNER, RIGID, UPPER_FACE, UPPER_INNER, Pose, angles, fit_pose, smoothstep, soft_limit)
+    LOWER_INNER, RIGID, UPPER_FACE, UPPER_INNER, Pose, angles, fit_pose, smoothstep, soft_limit, turned_place)
 
 # all constants are ours
 SILENCE_DEPTH = 30.0  # dB below the 95th percentile of the level: breath lies lower, GRID's noise floor at 40
@@ -129,12 +129,13 @@ def scene_motion(points, lids, brows, mean, limits) -> tuple[np.ndarray, np.ndar
     scale, R, shift = fit_pose(points, mean)                       # (n,), (n, 3, 3), (n, 2)
     nods = angles(fit_pose(points, mean, UPPER_FACE)[1])[:, 1]
     yaws, pitches, rolls = angles(R @ R[0].T).T
-    places = scale[:, None] * (R[:, :2, :2] @ mean[:68, :2].mean(0)) + shift
+    places = scale[:, None] * (R[:, :2] @ mean[UPPER_FACE].mean(0)) + shift
     raised = brows.mean(1) - np.median(brows)
     motion = np.c_[yaws, (pitches + nods) / 2, rolls, places / scale[0], scale / scale[0] - 1, raised]  # (n, 7)
     motion = gaussian_filter1d(motion, DRIVE_SIGMA, axis=0, mode="nearest")
     motion[:, :6] -= motion[0, :6]
     motion[:, :2] *= DRIVE_GAIN
+    motion[:, 3:5] -= turned_place(soft_limit(motion, limits)[:, :6], R[0], mean)  # a head that turns moves its place
     opening = lids.mean(1) / max(np.percentile(lids.mean(1), 80), 1e-6)
     return soft_limit(motion, limits), smoothstep((LID_OPEN - opening) / (LID_OPEN - LID_SHUT))
 

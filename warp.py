@@ -84,14 +84,22 @@ class Pose:
     scale: float = 1.0
 
 
-def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Degrees -> (3, 3): first pitch, then yaw, then roll"""
-    return Rotation.from_euler("xyz", (-pitch, -yaw, roll), degrees=True).as_matrix()
+def rotation(yaw, pitch, roll) -> np.ndarray:
+    """Degrees, numbers or (T,) -> (3, 3) or (T, 3, 3): first pitch, then yaw, then roll"""
+    return Rotation.from_euler("xyz", np.stack((-pitch, -yaw, roll), -1), degrees=True).as_matrix()
 
 
 def angles(R: np.ndarray) -> np.ndarray:
     """(.., 3, 3) -> (.., 3) yaw, pitch, roll in degrees: the inverse of `rotation`"""
     return Rotation.from_matrix(R).as_euler("xyz", degrees=True)[..., [1, 0, 2]] * (-1, -1, 1)
+
+
+def turned_place(poses: np.ndarray, R: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Poses (T, 6), see motion.Motion -> (T, 2) right and down, in units: how far Head moves the middle of nose and eyes
+    of a face in pose R (3, 3) when it turns about the neck's joint, without the shifts in `poses`"""
+    arm = R @ (mean[UPPER_FACE].mean(0) * (1, 1, Head.DEPTH) - Head.PIVOT)
+    turned = rotation(*poses[:, :3].T) @ arm
+    return (1 + poses[:, 5:]) * turned[:, :2] - arm[:2]
 
 
 def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from media import InputError
 from motion import Motion
 from stylegan2 import Discriminator, Generator
 from vision import GradualStyleEncoder, HyperStyleNet
+from warp import rotation, turned_place
 
 SMALL = dict(dim=24, n_mlp=2, base=256, cap=32, encoder_width=8, linear=20, map_code=12, map_channels=(8, 6), pose_dim=5,
              hyper_width=8, refine=1)
@@ -147,6 +148,8 @@ def test_a_real_face_follows_a_motion_from_its_own_pose_back_and_forth_if_it_is_
     start, ks = own[0] * model.pose.std + model.pose.mean, [*range(12), *range(10, 2, -1)]
     poses, blinks = (torch.from_numpy(x[ks]).float() for x in (motion.poses, motion.blinks))
     torch.testing.assert_close(pose[:, :3], start[:3] + poses[:, :3], atol=1e-3, rtol=1e-3)
+    solid = model.pose.landmarks.solid.double().numpy()
+    poses[:, 3:5] += torch.from_numpy(turned_place(motion.poses[ks], rotation(*start[:3].tolist()), solid)).float()
     torch.testing.assert_close(pose[:, 3:6], start[3:6] + start[5] * poses[:, 3:], atol=1e-3, rtol=1e-3)  # in units
     torch.testing.assert_close(pose[:, 6], torch.lerp(start[6], torch.tensor(SHUT_OPENING), blinks), atol=1e-3, rtol=1e-3)
     still = torch.cat(list(model.stream_motion(source, z_a, None, sway=True, batch=batch)))

@@ -10,7 +10,7 @@ import pytest
 import motion
 from media import load_audio
 from motion import Motion, detect_speech, fit_moves, fit_opening, driving_motion, idle_motion, lip_opening, mouth_motion
-from warp import Pose, rotation
+from warp import Head, Pose, rotation, smoothstep, turned_place
 
 ONE = np.zeros(1)  # scene
 ROOT, RATE = Path(__file__).resolve().parents[1], 16000
@@ -96,6 +96,19 @@ def test_driving_motion_has_the_turns_and_blinks_of_the_clip():
     assert (turned.poses[0] == 0).all() and turned.poses[:, 0].min() < -8
     tight = driving_motion(clip, lids, brows, mean_shape(), (3.0, 3.0), ONE)
     assert np.abs(tight.poses[:, :2]).max() < 3.0
+
+
+def test_the_head_goes_where_the_drivers_head_goes_although_turns_move_it_as_well():
+    turns, mean, rest = np.zeros((30, 6)), mean_shape(), rotation(4, 3, 2)
+    start = smoothstep(np.arange(30)[:, None] / 20)
+    turns[:, :2] = start * (10, -10)
+    for shift in (0, 0.1):
+        turns[:, 3:5] = shift * start
+        about_the_neck = (mean[:68] * (1, 1, Head.DEPTH) - Head.PIVOT) @ rest.T @ np.swapaxes(rotation(*turns.T[:3]), 1, 2)
+        clip = SCALE * (about_the_neck[..., :2] + turns[:, None, 3:5])
+        poses = driving_motion(clip, np.full((30, 2), 0.3), np.zeros((30, 2)), mean, (20.0, 20.0), ONE).poses
+        place, truth = (turned_place(x, rest, mean) + x[:, 3:5] for x in (poses, turns))
+        assert np.abs(place - truth).max() < 0.02 < 0.1 < np.abs(truth[-1]).min()
 
 
 def test_each_scene_of_a_driving_clip_starts_at_the_photos_pose_and_has_its_own_usual_eyes():
