@@ -41,7 +41,7 @@ from vision import (
 
 REACH = 6  # frames on each side of a convolution of SpeechContext; ours
 SPEECH_DIM = 128  # width of z_a in front of SpeechContext; ours
-FIT_RATE = 0.02  # first learning rate of fit_weights; ours
+FIT_RATE, FIT_BATCH = 0.02, 3  # of fit_weights: first learning rate, moved faces in a batch; ours
 
 
 @dataclasses.dataclass
@@ -397,23 +397,29 @@ class FCTFG(nn.Module):
         frames = self.decode(z_s2d.flatten(0, 1), self.weight_changes(source, z_s))
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
 
-    def fit_weights(self, source, steps: int):
-        """Photo (3, H, W) -> weight changes that bring its reconstruction nearer to it, by gradient descent: pivotal
-        tuning (arXiv 2106.05744), ours of HyperStyle's relative changes, and to two images in each step: the photo, and
-        the photo plus what another opening of the mouth changes in the unfitted face. Without it lips would move less."""
-        openings = torch.linspace(*self.motion.opening_limits.tolist(), 8)
+    @torch.no_grad()
+    def moved_codes(self, source, motion, openings):
+        """Photo (3, H, W), a motion.Motion of n frames relative to its pose, and openings of the mouth in units of warp.py
+        (n,) -> codes z_s2d (n, L, D)"""
+        slope, offset = self.motion.opening.tolist()
+        mouth = source.new_zeros(len(openings), self.motion.M)
+        mouth[:, 0] = (torch.from_numpy(openings).to(source) - offset) / slope
+        pose = self.pose.follow(self.encode_driving(source[None, None]), motion.poses, motion.blinks)
+        return self.canonical_code(source[None])[1] + self.motion.join(pose[0], mouth)
+
+    def fit_weights(self, source, codes, targets, steps: int):
+        """Photo (3, H, W), codes (n, L, D) and images (n, 3, H, W) of its face in motion -> weight changes that bring its
+        reconstruction nearer to it, and what the codes decode to nearer to the images. Gradient descent as in pivotal
+        tuning (arXiv 2106.05744), ours of HyperStyle's relative changes. With the photo alone, the face would move less."""
         with torch.no_grad():
-            mouth = self.mouth(source[None]).repeat(1 + len(openings), 1)
-            mouth[1:, 0] = openings
-            z_s = self.invert(source.expand(len(mouth), -1, -1, -1), mouth)
-            frames = self.decode(z_s)
-            targets = source + frames - frames[:1]
+            z_s, weight = self.invert(source[None]), self.fit_mask.to(source)
         deltas = [source.new_zeros(1, *shape, 1, 1, requires_grad=True) for shape in weight_shapes(self.generator)]
         optimizer = torch.optim.Adam(deltas, betas=(0.9, 0.99))
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / steps)
-            pair = [0, 1 + step % len(openings)]
-            error = self.decode(z_s[pair], deltas) - targets[pair]
+            i = torch.arange(step * FIT_BATCH, (step + 1) * FIT_BATCH) % len(codes)
+            error = self.decode(torch.cat([z_s, codes[i]]), deltas) - torch.cat([source[None], targets[i]])
+            error = weight * error
             loss = error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
             optimizer.zero_grad()
             loss.backward(inputs=deltas)

@@ -214,11 +214,19 @@ def check_output(path: str | Path, overwrite: bool = False, suffixes: tuple = ()
 READ_ALL_STREAMS = ["-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
 
 
+def find_ffmpeg() -> str:
+    """Path of the program. Raises InputError: there is none"""
+    with contextlib.suppress(RuntimeError):
+        if shutil.which(program := get_ffmpeg_exe()):
+            return program
+    raise InputError("ffmpeg was not found: install it, or set IMAGEIO_FFMPEG_EXE to the path of the program")
+
+
 def decoder(path: str | Path, *output: str, input_options: tuple = ()) -> list[str]:
     """ffmpeg command that reads `path`, a local media file, and no other file."""
     quiet = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
-    return [get_ffmpeg_exe(), *quiet, *local, *input_options, "-i", f"file:{check_file(path)}", *output]
+    return [find_ffmpeg(), *quiet, *local, *input_options, "-i", f"file:{check_file(path)}", *output]
 
 
 def describe_media(path: str | Path) -> str:
@@ -349,7 +357,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
     decode = decoder(path, *args, input_options=("-ignore_length", "1") if is_open else ())
     # A second ffmpeg fills the gaps. Where rate or channels change, the first one builds its filters anew, and they count
     # time from 0 again
-    fill_gaps = [get_ffmpeg_exe(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
+    fill_gaps = [find_ffmpeg(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
     fill_gaps += ["-af", f"aresample=async=1:min_hard_comp={MAX_JITTER}:first_pts=0", "-f", "f32le", "pipe:1"]
     raw = tempfile.TemporaryFile()
     with tempfile.TemporaryFile() as log, subprocess.Popen(decode, stdout=subprocess.PIPE, stderr=log) as process:
@@ -610,7 +618,7 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
 
 def encoder(height: int, width: int, track: Path | None, draft: Path) -> list[str]:
     """ffmpeg command that encodes raw frames from its standard input, with the sound of a WAV file."""
-    command = [get_ffmpeg_exe(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command = [find_ffmpeg(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0"]
     command += ["-i", str(track), "-c:a", "aac", "-b:a", "192k"] if track else []
     # players show untagged video in different colours, so it is tagged as HDTV

@@ -1081,3 +1081,11 @@ def test_run_cleans_up_on_sigterm_and_leaves_other_errors_alone(monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert cleaned
+
+
+def test_a_missing_ffmpeg_is_named_in_one_line(monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/ffmpeg")
+    with pytest.raises(InputError, match="ffmpeg was not found.*IMAGEIO_FFMPEG_EXE"):
+        media.find_ffmpeg()
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    assert os.access(media.find_ffmpeg(), os.X_OK)
