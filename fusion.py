@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from audio import AudioEncoder, WindowEncoder
 from checkpoint import load_checkpoint, load_strictly, wrap_errors
@@ -397,32 +398,30 @@ class FCTFG(nn.Module):
         frames = self.decode(z_s2d.flatten(0, 1), self.weight_changes(source, z_s))
         return frames.unflatten(0, z_c2d.shape[:2]), z_s2c, z_c2d
 
-    @torch.no_grad()
-    def moved_codes(self, source, motion, openings):
-        """Photo (3, H, W), a motion.Motion of n frames relative to its pose, and openings of the mouth in units of warp.py
-        (n,) -> codes z_s2d (n, L, D)"""
+    def moved_codes(self, source, motion, opening, shape):
+        """One photo (1, 3, H, W), or one for each of n frames (n, 3, H, W); a motion.Motion relative to their poses; lips
+        in the units of warp.py, opening (n,) and shape (n, K - 1) -> codes z_s2d (n, L, D)"""
         slope, offset = self.motion.opening.tolist()
-        mouth = source.new_zeros(len(openings), self.motion.M)
-        mouth[:, 0] = (torch.from_numpy(openings).to(source) - offset) / slope
-        pose = self.pose.follow(self.encode_driving(source[None, None]), motion.poses, motion.blinks)
-        return self.canonical_code(source[None])[1] + self.motion.join(pose[0], mouth)
+        lips = torch.from_numpy(np.c_[(opening - offset) / slope, shape]).to(source)
+        with torch.no_grad():
+            pose = self.pose.follow(self.encode_driving(source[:, None])[:, 0], motion.poses, motion.blinks)
+        mouth = F.pad(lips, (0, self.motion.M - lips.shape[1]))
+        return self.canonical_code(source)[1] + self.motion.join(pose, mouth)
 
     def fit_weights(self, source, codes, targets, steps: int):
         """Photo (3, H, W), codes (n, L, D) and images (n, 3, H, W) of its face in motion -> weight changes that bring its
         reconstruction nearer to it, and what the codes decode to nearer to the images. Gradient descent as in pivotal
-        tuning (arXiv 2106.05744), ours of HyperStyle's relative changes. With the photo alone, the face would move less."""
+        tuning (arXiv 2106.05744), ours of HyperStyle's relative changes. With the photo alone, lips would move less."""
         with torch.no_grad():
-            z_s, weight = self.invert(source[None]), self.fit_mask.to(source)
+            z_s = self.invert(source[None])
         deltas = [source.new_zeros(1, *shape, 1, 1, requires_grad=True) for shape in weight_shapes(self.generator)]
         optimizer = torch.optim.Adam(deltas, betas=(0.9, 0.99))
-        for step in range(steps):
+        for step in tqdm(range(steps), "fitting the photo", leave=False, disable=None):
             optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / steps)
             i = torch.arange(step * FIT_BATCH, (step + 1) * FIT_BATCH) % len(codes)
             error = self.decode(torch.cat([z_s, codes[i]]), deltas) - torch.cat([source[None], targets[i]])
-            error = weight * error
-            loss = error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
             optimizer.zero_grad()
-            loss.backward(inputs=deltas)
+            image_loss(error).backward(inputs=deltas)
             optimizer.step()
         return [delta.detach() for delta in deltas]
 
@@ -466,7 +465,7 @@ class FCTFG(nn.Module):
             z_v = z_source.expand(1, n, -1)
         elif self.pose:  # a motion that is too short is played back and forth
             at = [ping_pong(k, len(driving.poses)) for k in range(n)]
-            z_v = self.pose.follow(z_source, driving.poses[at], driving.blinks[at])
+            z_v = self.pose.follow(z_source[0], driving.poses[at], driving.blinks[at])[None]
         elif driving is not None:
             frames, z_v = iter(driving), z_source[:, :0]                          # codes of driving frames from first on
         elif direct:
@@ -489,6 +488,11 @@ class FCTFG(nn.Module):
             else:
                 z_c2d = self.motion(z_a[:, lo:hi], z_source.expand(1, hi - lo, -1, -1))
             yield z_c2d[0, start - lo:stop - lo]
+
+
+def image_loss(error):
+    """Differences of images (N, 3, H, W) -> L1 of them and of their gradients: edges count as much as areas"""
+    return error.abs().mean() + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 def middle_frames(x, T: int):

@@ -1,7 +1,7 @@
 """Initial state of a training stage: data, networks and optimisers, then closed forms and short regressions.
 
 The closed forms and regressions are ours: with them, training takes minutes of a CPU. `start_stage` has their order.
-`fit_warp` and `collect_idle_motion` prepare a trained network for sampling.
+`fit_warp`, `learn_moved_photos` and `collect_idle_motion` prepare a trained network for sampling.
 """
 
 import copy
@@ -21,16 +21,17 @@ import judges
 from audio import add_echo_and_noise, log_mel, make_non_speech, mel_windows, spec_augment
 from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
-from faces import TEMPLATES, Landmarks, crop_face, mask_mouth
-from fusion import FCTFG, Config, enlarge_flow, estimate_mean_w, load_published
+from faces import TEMPLATES, Landmarks, box_slices, crop_face, mask_mouth
+from fusion import FCTFG, Config, enlarge_flow, estimate_mean_w, image_loss, load_published
 from landmarks import MIRROR, load_landmarks
 from losses import SYNC_FRAMES, Augment, reconstruction_loss
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
-from motion import OPENING_GAIN, fit_moves, fit_opening, lip_opening, random_motion, remove_head_motion
+from motion import (
+    OPENING_GAIN, Motion, fit_moves, fit_opening, lip_opening, random_faces, random_motion, remove_head_motion)
 from stylegan2 import Discriminator, move_pixels
 from syncnet import load_sync
 from vision import to_float64, to_small_image, zero_init
-from warp import Face, Warp, enlarge_small_face
+from warp import Warp
 
 PAPERS_JUDGES = 128  # px from which VGG19, ArcFace and a published sync expert are the default
 PHOTO_SHARE = 0.75  # share of photos in stages 1 and 2: the clips show few people
@@ -38,6 +39,7 @@ FINETUNE_GENERATOR = 128  # px up to which stage 2 trains the generator: after m
 LIP_STEPS = 4000  # of train_lips, most in stage 3: 11 minutes of one core. After 3000 unseen people were good as well
 NO_SPEECH = 0.1  # share of items of train_lips that are silence, noise or music, with shut lips
 NOISY = 0.3  # share of its voices that get echo and noise
+MOVED_STEPS, MOVED_PHOTOS = 2400, 3000  # of learn_moved_photos: 40 minutes of a core; photos, in five poses each
 FLOW_STEPS = 2000  # of fit_flow: with its reading of 22,000 poses four minutes of one core
 LIP_GAIN = 1.25  # the regression of lips on sound averages, and the generator paints smaller movements than its input
 progress = functools.partial(tqdm, leave=False, disable=None)
@@ -132,7 +134,7 @@ class MovePhotos:
 
     def __call__(self, photo, c, k, rng):
         try:
-            warp = Warp(Face(*enlarge_small_face(photo, self.landmarks.clip(c)[k], self.mean), self.mean))
+            warp = Warp.of(photo, self.landmarks.clip(c)[k], self.mean)
         except (ValueError, IndexError):                                               # no face; landmarks unfinished
             return photo
         frame = warp(**random_motion(rng, warp.head.turn_limits)[0])
@@ -334,16 +336,18 @@ def rate_shares(args, config) -> dict:
 def train_regression(name, parameters, steps, lr, loss_of, decay=True) -> float:
     """Adam on loss_of(step) -> running mean of the loss. Shows progress, and prints an estimate of the minutes."""
     opt, mean, begin = torch.optim.Adam(parameters, lr), 0.0, time.perf_counter()
+    rates = [group["lr"] for group in opt.param_groups]
     for step in progress(range(steps), name):
         loss = loss_of(step)
-        opt.param_groups[0]["lr"] = lr * (1 - step / steps) if decay else lr
+        for group, rate in zip(opt.param_groups, rates):
+            group["lr"] = rate * (1 - step / steps) if decay else rate
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
         mean += max(0.02, 1 / (step + 1)) * (loss.item() - mean)
         if step + 1 == min(20, steps):
             minutes = (time.perf_counter() - begin) * steps / (60 * (step + 1))
-            tqdm.write(f"before the first step: {steps} steps of the {name}, {minutes:.1f} min")
+            tqdm.write(f"{steps} steps of the {name}, {minutes:.1f} min")
     return mean
 
 
@@ -732,30 +736,56 @@ def fit_warp(model, data, clips=200):
     motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), openings)))
 
 
-@torch.no_grad()
-def separate_mouth(model, data, frames: int = 100, turns: int = 24):
-    """Take out of the pose's directions in W+ what opens the mouth, ours: in training clips people nod while they speak,
-    and read_pose takes some of a moving jaw for a nod. The MouthEncoder reads the opening in randomly turned training
-    frames. Least squares finds how much of the opening number undoes the effect of each pose number."""
-    motion, rng, x, y = model.motion, np.random.default_rng(5), [], []
-    P, generator = model.config.pose_dim, torch.Generator().manual_seed(5)
-    packs = [(data["pack"], np.unique(data["clips"]))]
-    if data["photos"]:
-        packs.append((data["photos"].pack, data["photos"].order))
-    chosen = [(pack, c) for pack, clips in packs for c in rng.permutation(clips)[:frames // len(packs)]]
-    for pack, c in progress(chosen, "reading turned mouths"):
-        source = to_tensor(pack.frame(c, 0))[None].to(motion.moves.device)
-        numbers = 0.7 * torch.randn(turns, P + 1, generator=generator).to(source)      # of pose and opening
-        numbers[:, P - 1] = numbers[:, P - 1].clamp(-1, 0) * 6                         # eyelids: open to shut
-        mouth = F.pad(numbers[:, P:], (0, motion.M - 1))
-        z_s2d = model.canonical_code(source)[1] + motion.join(model.pose(source) + numbers[:, :P], mouth)
-        opening = model.mouth(model.decode(z_s2d))[:, :1]
-        x.append(numbers - numbers.mean(0))
-        y.append(opening - opening.mean())
-    effect = torch.linalg.lstsq(to_float64(torch.cat(x)), to_float64(torch.cat(y))).solution[:, 0]  # (P + 1,)
-    share = (effect[:P] / effect[P]).to(motion.pose_up.weight)
-    print("opening of the mouth in each number of the pose: " + " ".join(f"{v:.2f}" for v in share))
-    motion.pose_up.weight -= motion.mouth_up.weight[:, :1] * share
+def learn_moved_photos(model, data, device):
+    """After stage 3, ours: regression of photos that warp.py moves, with known poses, eyelids and lips. In clips people
+    turn little, blink seldom and nod while they speak: without this a nod opens the mouth, and eyes shut to a blur."""
+    photos, rng, size = data["photos"].pack, np.random.default_rng(5), model.config.size
+    parts = list(photos_in_motion(model, data, rng, device))
+    if not parts:
+        return print("no photo can be moved by its landmarks")
+    clip, poses, blinks, opening, shape, images = map(np.concatenate, zip(*parts))
+    template, weight = TEMPLATES[model.config.template], torch.ones(size, size, device=device)
+    for box, more in ((template.eyes, 4), (template.lips, 2)):                         # small parts of the image
+        weight[box_slices(box, size, size)] += more
+    rates = {"generator": 1e-3, "generator.style": 0.0, "maps.flow": 5e-6, "maps.coarse_rgb": 5e-6, "maps.views": 1.5e-4,
+             "motion.pose_up": 1e-4, "motion.mouth_up": 5e-5}
+    groups = []
+    for name, parameter in model.named_parameters():
+        rate = rates.get(max((p for p in rates if name.startswith(p)), key=len, default=None), 0.0)
+        parameter.requires_grad_(rate > 0)
+        groups += [dict(params=[parameter], lr=rate)] if rate else []
+
+    def loss_of(step):
+        i = rng.choice(len(clip), 6)
+        source = to_tensor(np.stack([photos.frame(c, 0) for c in clip[i]])).to(device)
+        codes = model.moved_codes(source, Motion(poses[i], blinks[i], 0 * blinks[i]), opening[i], shape[i])
+        codes = torch.cat([codes, model.invert(source[:2])])                           # and two photos as they are
+        targets = torch.cat([to_tensor(images[i]).to(device), source[:2]])
+        return image_loss(weight * (model.decode(codes) - targets))
+
+    train_regression(f"faces in motion, {len(clip)} images", groups, MOVED_STEPS, 1e-3, loss_of)
+    model.requires_grad_(False)
+
+
+def photos_in_motion(model, data, rng, device, frames: int = 5):
+    """Photos in random poses with lips of training clips. Yields for each photo the arrays of n = `frames` images: its
+    clip in the pack (n,), poses (n, 6), blinks (n,), opening (n,), shape (n, K - 1), images, uint8 (n, S, S, 3)"""
+    pack, photos, landmarks = data["pack"], data["photos"].pack, data["landmarks"][1]
+    mean, moves = load_landmarks().solid.double().numpy(), model.motion.moves.double().cpu().numpy()
+    usable = np.intersect1d(data["photos"].order, landmarks.usable_clips)
+    for c in progress(rng.permutation(usable)[:MOVED_PHOTOS], "moving photos"):
+        try:
+            warp = Warp.of(photos.frame(c, 0), landmarks.clip(c)[0], mean, moves)
+        except ValueError:                                                             # not an upright face
+            continue
+        spoken = rng.choice(data["clips"])
+        mel = log_mel(pack.sound(spoken), model.config.voice_norm)
+        mel = torch.from_numpy(mel_windows(mel, np.arange(pack.n_frames[spoken]))).to(device)
+        some = rng.integers(len(mel), size=frames)
+        opening, shape = (x[some] for x in model.predict_lips(mel))
+        whole = (0, 0, *warp.face.photo.shape[1::-1])
+        motion, images = random_faces(warp, photos.size, whole, opening, shape, rng)
+        yield np.full(frames, c), motion.poses, motion.blinks, opening, shape, images
 
 
 @torch.no_grad()

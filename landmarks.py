@@ -380,12 +380,11 @@ class PoseReader(nn.Module):
         return TURN_LIMIT * self.std[:2].cpu().numpy()
 
     def follow(self, code, poses: np.ndarray, blinks: np.ndarray):
-        """Pose code (1, 1, POSE_DIM) of a photo; poses (T, 6) relative to it and blinks (T,), as in motion.Motion -> pose
-        codes (1, T, POSE_DIM)"""
-        *turn, _, _, unit, opening = (code * self.std + self.mean)[0, 0].tolist()
-        moves = np.c_[poses, blinks]
-        moves[:, 3:5] += turned_place(poses, rotation(*turn), self.landmarks.solid.cpu().double().numpy())
-        moves[:, 3:] *= np.array([unit, unit, unit, SHUT_OPENING - opening])
+        """Pose code of one photo (1, POSE_DIM), or of a photo for each frame (T, POSE_DIM); poses (T, 6) relative to them
+        and blinks (T,), as in motion.Motion -> pose codes (T, POSE_DIM)"""
+        own, moves = (code * self.std + self.mean).double().cpu().numpy(), np.c_[poses, blinks]
+        moves[:, 3:5] += turned_place(poses, rotation(*own[:, :3].T), self.landmarks.solid.double().cpu().numpy())
+        moves[:, 3:] *= np.c_[own[:, [5, 5, 5]], SHUT_OPENING - own[:, 6]]
         return code + torch.from_numpy(moves).to(code) / self.std
 
 

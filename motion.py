@@ -13,11 +13,11 @@ import numpy as np
 from scipy.fft import irfft, rfft, rfftfreq  # scipy.signal takes a second to import
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 
-from faces import fill_missing
+from faces import crop_face, fill_missing
 from landmarks import MIRROR
 from media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from warp import (
-    LOWER_INNER, RIGID, UPPER_FACE, UPPER_INNER, Pose, angles, fit_pose, smoothstep, soft_limit, turned_place)
+    LOWER_INNER, RIGID, UPPER_FACE, UPPER_INNER, Pose, Warp, angles, fit_pose, smoothstep, soft_limit, turned_place)
 
 # all constants are ours
 SILENCE_DEPTH = 30.0  # dB below the 95th percentile of the level: breath lies lower, GRID's noise floor at 40
@@ -102,10 +102,19 @@ def idle_motion(n: int, speech: np.ndarray, seed: int, head: bool = True) -> Mot
     return Motion(poses, blinks[:n], np.zeros(n))
 
 
-def random_motion(rng: np.random.Generator, turn_limits) -> Motion:
-    """One frame to train on: random pose and brows within the limits of driving_motion, eyes shut in every second one"""
-    motion = soft_limit(rng.normal(0, RANDOM), np.array([*turn_limits, *LIMITS]))
-    return Motion(motion[None, :6], rng.integers(2, size=1), motion[6:])
+def random_motion(rng: np.random.Generator, turn_limits, n: int = 1) -> Motion:
+    """n frames to train on: random poses and brows within the limits of driving_motion, eyes shut in every second one"""
+    motion = soft_limit(rng.normal(0, RANDOM, (n, 7)), np.array([*turn_limits, *LIMITS]))
+    return Motion(motion[:, :6], rng.integers(2, size=n), motion[:, 6])
+
+
+def random_faces(warp: Warp, size: int, box, opening: np.ndarray, shape: np.ndarray, rng) -> tuple[Motion, np.ndarray]:
+    """A photo in n random poses, to train on. box: of the crop, in pixels of warp's photo; opening (n,) and shape
+    (n, K - 1) of the lips -> motion without brows, images uint8 (n, size, size, 3)"""
+    motion = random_motion(rng, warp.head.turn_limits, len(opening))
+    motion.brows[:] = 0
+    frames = (warp(opening[k], shape[k], **motion[k]) for k in range(len(opening)))
+    return motion, np.stack([crop_face(frame, box, size) for frame in frames])
 
 
 def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean: np.ndarray, turn_limits,

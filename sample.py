@@ -36,8 +36,8 @@ from landmarks import SCATTER_LIMIT, find_landmarks, landmark_scatter, load_land
 from media import (
     FPS, VIDEO_SUFFIXES, InputError, Parser, check_finite, check_output, is_grey, load_audio, load_photo, photo_size,
     probe, read_video, run, to_tensor, to_uint8, write_video)
-from motion import Motion, detect_speech, driving_motion, idle_motion, mouth_motion, ping_pong
-from warp import MAX_SIDE, Face, Warp, enlarge_small_face, smoothstep
+from motion import Motion, detect_speech, driving_motion, idle_motion, mouth_motion, ping_pong, random_faces
+from warp import MAX_SIDE, Warp, smoothstep
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE_PHOTO, EXAMPLE_SPEECH = HERE / "examples/astronaut.jpg", HERE / "examples/speech.flac"
@@ -54,7 +54,7 @@ THREADS = torch.get_num_threads()  # of the machine, before anything here change
 MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's cache
 FEATHER = 0.12  # of the crop: width of a seam of Paste
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
-FIT_STEPS = 30  # of FCTFG.fit_weights: 7 s on two slow cores
+FIT_STEPS, FIT_FACES = 30, 40  # of FCTFG.fit_weights: 7 s on two slow cores; different moved faces
 SHARPEN = 0.6  # unsharp mask on the generator's frames, radius 1 pixel: more gives rings
 CHANGE_RANGE = 0.06, 0.2  # in [-1, 1]: up to the first change all of the photo's detail stays, from the second on none
 BOX_ADVICE = "give the place of the face with --box x0,y0,x1,y1 (pixels)"
@@ -252,10 +252,8 @@ def talking_photo(model, photo, box, mel, speech, args):
     """Streams T frames, uint8 (H, W, 3): the network predicts the lips, warp.py moves the photo's pixels. mel: chunks
     (n, 1, 80, 16) of the T windows; speech: (T,), see detect_speech. Raises InputError: no face that can be moved"""
     net, T = load_landmarks(), len(speech)
-    mean = net.solid.double().numpy()
     try:
-        larger, points = enlarge_small_face(photo, photo_landmarks(net, photo, box, args), mean)
-        warp = Warp(Face(larger, points, mean, len(photo) / len(larger)), model.motion.moves.double().cpu().numpy())
+        warp = Warp.of(photo, photo_landmarks(net, photo, box, args), net.solid.double().numpy(), lip_moves(model))
     except ValueError as error:
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, warp.lips.rest_opening, args.mouth)
@@ -286,8 +284,8 @@ def dubbed_video(model, mel, speech, args):
     if not has_lip_moves(model):
         raise InputError(f"{args.weights}: dubbing needs a network of real faces, as weights/face.pt")
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, 0.0, args.mouth)
-    moves, T = model.motion.moves.double().cpu().numpy(), len(speech)
-    count, takes = find_takes(args.face, load_landmarks(), moves, T, args.number or 1)
+    T = len(speech)
+    count, takes = find_takes(args.face, load_landmarks(), lip_moves(model), T, args.number or 1)
     print(f"{args.face}: {sum(take.T for take in takes)} of {count} frames have a face that can be tracked"
           + ("; the speech is longer: the video starts again" if T > count else ""))
     return compute_ahead(frame_jobs(args.face, takes, count, opening, shape))
@@ -296,6 +294,11 @@ def dubbed_video(model, mel, speech, args):
 def has_lip_moves(model) -> bool:
     """Whether a network has the map from lip shapes to landmarks: networks of real faces do"""
     return bool(model.mouth and model.motion.moves.any())
+
+
+def lip_moves(model) -> np.ndarray:
+    """(K, 68, 2), see warp.Lips"""
+    return model.motion.moves.double().cpu().numpy()
 
 
 def compute_ahead(jobs, workers: int = 2):
@@ -323,7 +326,8 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
     to_picture, turning, driving, deltas = to_uint8, bool(args.driving), None, None
     if model.pose:
         if not model.hyper:
-            deltas = model.fit_weights(source, FIT_STEPS if args.refine is None else args.refine)
+            mel = list(mel)
+            deltas = fit_to_photo(model, photo, box, source, mel, FIT_STEPS if args.refine is None else args.refine)
         driving = head_motion(load_landmarks(), speech, model.pose.turn_limits, args, still=whole)
     elif turning:
         count, crops = driving_crops(args.driving, len(speech), size, model.config.template)
@@ -333,6 +337,28 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
     batches = model.animate(source, mel, driving, sway=not (whole or args.still), deltas=deltas)
     frames = (to_picture(frame) for batch in batches for frame in batch.cpu())  # of (3, size, size)
     return map(to_grey, frames) if is_grey(photo) else frames
+
+
+def fit_to_photo(model, photo, box, source, mel, steps: int):
+    """Weight changes for a photo and its crop `source` (3, S, S), see FCTFG.fit_weights; the images are random motions of
+    the photo by warp.py, with lips of the speech. None: no steps, or no landmarks by which warp.py could move it"""
+    net = load_landmarks()
+    points = find_landmarks(net, photo, box)
+    if not steps or landmark_scatter(net, photo, points) > SCATTER_LIMIT:
+        return None
+    try:
+        warp = Warp.of(photo, points, net.solid.double().numpy(), lip_moves(model))
+    except ValueError:
+        return None
+    opening, shape = model.predict_lips(mel)
+    some = opening.argsort()[np.linspace(0, len(opening) - 1, FIT_FACES).astype(int)]  # of all openings
+    rng = np.random.default_rng(0)
+    rng.shuffle(some)
+    box = np.multiply(box, len(warp.face.photo) / len(photo))
+    motion, images = random_faces(warp, source.shape[-1], box, opening[some], shape[some], rng)
+    with torch.no_grad():
+        codes = model.moved_codes(source[None], motion, opening[some], shape[some])
+    return model.fit_weights(source, codes, to_tensor(images).to(source), steps)
 
 
 def to_grey(frame: np.ndarray) -> np.ndarray:

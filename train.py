@@ -258,7 +258,7 @@ def main(argv=None):
     model, D, states = initialise.build_networks(args, data, checkpoint, device)
     frozen |= initialise.start_stage(args, model, D, data, states, device)
     if args.part == "lips":                                                            # start_stage has trained them
-        return export_weights(model.eval().requires_grad_(False), data, args)
+        return export_weights(model.eval().requires_grad_(False), data, args, device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt_g, opt_d = initialise.optimizers(model, D, args)
     augment, mean_path, step0 = losses.Augment(max(args.augment, 0.0)), 0.0, 0
@@ -374,14 +374,14 @@ def main(argv=None):
     log.close()
     write_report(args.out)                                                             # with the last image
     if args.stage == 3:
-        export_weights(ema, data, args)
+        export_weights(ema, data, args, device)
 
 
-def export_weights(model, data, args):
-    if model.pose and not args.part:
-        initialise.separate_mouth(model, data)
+def export_weights(model, data, args, device):
     if model.mouth:
         initialise.fit_warp(model, data)
+    if model.pose and data["photos"] and not args.part:
+        initialise.learn_moved_photos(model, data, device)
     weights = os.path.join(args.out, "weights.pt")
     save_checkpoint(weights, dict(kind="weights", config=vars(model.config), args=vars(args),
                                   networks=dict(model=fp16_state_dict(model))))

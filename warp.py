@@ -96,10 +96,10 @@ def angles(R: np.ndarray) -> np.ndarray:
 
 def turned_place(poses: np.ndarray, R: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Poses (T, 6), see motion.Motion -> (T, 2) right and down, in units: how far Head moves the middle of nose and eyes
-    of a face in pose R (3, 3) when it turns about the neck's joint, without the shifts in `poses`"""
+    of a face in pose R, (3, 3) or (T, 3, 3), when it turns about the neck's joint, without the shifts in `poses`"""
     arm = R @ (mean[UPPER_FACE].mean(0) * (1, 1, Head.DEPTH) - Head.PIVOT)
-    turned = rotation(*poses[:, :3].T) @ arm
-    return (1 + poses[:, 5:]) * turned[:, :2] - arm[:2]
+    turned = (rotation(*poses[:, :3].T) @ arm[..., None])[..., 0]
+    return (1 + poses[:, 5:]) * turned[:, :2] - arm[..., :2]
 
 
 def fit_pose(points: np.ndarray, mean: np.ndarray, used=RIGID) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -580,6 +580,12 @@ class Warp:
         p, self.face, self.head = face.points, face, Head(face)
         self.eyes = Eyelids(face, p[36:42], p[17:22]), Eyelids(face, p[42:48], p[22:27])  # left, right in the picture
         self.lips = None if moves is None else Lips(face, moves)
+
+    @classmethod
+    def of(cls, photo: np.ndarray, points: np.ndarray, mean: np.ndarray, moves: np.ndarray | None = None) -> "Warp":
+        """Of a photo of any size, see enlarge_small_face, and its landmarks. Raises ValueError: see Face"""
+        larger, points = enlarge_small_face(photo, points, mean)
+        return cls(Face(larger, points, mean, len(photo) / len(larger)), moves)
 
     def __call__(self, opening=None, shape=None, blink: float = 0.0, brows: float = 0.0, pose: Pose | None = None):
         """opening, brows: in units, None: as in the photo; shape: (K - 1,), see Lips; blink: 0 to 1"""

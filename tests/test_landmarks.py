@@ -220,7 +220,7 @@ def test_a_moved_photo_has_another_pose_and_shut_eyes(net, monkeypatch):
     assert turned[0] - still[0] > 4 and abs(shut[0] - still[0]) < 1
     assert still[6] - shut[6] > 0.03 and abs(still[6] - turned[6]) < 0.02
     reader = landmarks.PoseReader("face")                                       # the numbers that stand for a motion
-    followed = reader.follow(still[None, None], motion.poses, np.ones(1))[0, 0]
+    followed = reader.follow(still[None], motion.poses, np.ones(1))[0]
     torch.testing.assert_close(followed[3:6], shifted[3:6], atol=0.01, rtol=0)
     assert followed[6] == landmarks.SHUT_OPENING and (still[3:6] - shifted[3:6]).abs().min() > 0.015
 

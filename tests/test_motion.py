@@ -104,8 +104,9 @@ def test_the_head_goes_where_the_drivers_head_goes_although_turns_move_it_as_wel
     turns[:, :2] = start * (10, -10)
     for shift in (0, 0.1):
         turns[:, 3:5] = shift * start
-        about_the_neck = (mean[:68] * (1, 1, Head.DEPTH) - Head.PIVOT) @ rest.T @ np.swapaxes(rotation(*turns.T[:3]), 1, 2)
-        clip = SCALE * (about_the_neck[..., :2] + turns[:, None, 3:5])
+        head = (mean[:68] * (1, 1, Head.DEPTH) - Head.PIVOT) @ rest.T  # about the neck
+        head = head @ np.swapaxes(rotation(*turns.T[:3]), 1, 2)
+        clip = SCALE * (head[..., :2] + turns[:, None, 3:5])
         poses = driving_motion(clip, np.full((30, 2), 0.3), np.zeros((30, 2)), mean, (20.0, 20.0), ONE).poses
         place, truth = (turned_place(x, rest, mean) + x[:, 3:5] for x in (poses, turns))
         assert np.abs(place - truth).max() < 0.02 < 0.1 < np.abs(truth[-1]).min()

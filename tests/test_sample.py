@@ -20,9 +20,9 @@ import landmarks
 import media
 import sample
 from checkpoint import save_checkpoint
-from faces import TEMPLATES
+from faces import TEMPLATES, crop_face, parse_box
 from fusion import FCTFG, Config, extract_blinks, load_model
-from media import InputError, load_audio, read_video
+from media import InputError, load_audio, load_photo, read_video, to_tensor
 from motion import Motion
 from warp import Pose
 
@@ -461,7 +461,7 @@ def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
 
     monkeypatch.setattr(FCTFG, "animate", animate)
     monkeypatch.setattr(FCTFG, "reconstruct", lambda self, source, deltas: seen.append((source, deltas)) or source)
-    monkeypatch.setattr(FCTFG, "fit_weights", lambda self, source, steps: [source.shape, steps])
+    monkeypatch.setattr(sample, "fit_to_photo", lambda model, photo, box, source, mel, steps: [len(mel), steps])
     monkeypatch.setattr(sample, "track_video", lambda net, path, n: seen.append((path, n)) or (points, np.zeros(9)))
     monkeypatch.setattr(sample, "measure_eyes", lambda points: (np.ones((9, 2)), np.ones((9, 2))))
     monkeypatch.setattr(sample, "driving_motion", lambda *args: seen.append(args[4]) or driven)
@@ -474,7 +474,28 @@ def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
     assert (motion.poses == 1).all() and (motion.blinks == 0.5).all()
     assert sway.poses.any() and not still.poses.any() and sway.poses.shape == (21, 6)
     assert rest[0] is None and not pasted[0].poses.any()
-    assert refined[1] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [(3, 64, 64), sample.FIT_STEPS]
+    assert refined[1] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [1, sample.FIT_STEPS]
+
+
+def test_weights_are_fitted_to_the_photo_in_motion_with_lips_of_the_speech(monkeypatch):
+    seen, model, photo = [], load_model(sample.FACE_WEIGHTS), load_photo(sample.EXAMPLE_PHOTO)
+    monkeypatch.setattr(sample, "FIT_FACES", 4)
+    monkeypatch.setattr(FCTFG, "fit_weights", lambda self, *args: seen.append(args) or "deltas")
+    mel = [torch.randn(5, 1, 80, 16), torch.randn(4, 1, 80, 16)]
+    box = parse_box(sample.EXAMPLE_BOX, 512, 512)
+    source = to_tensor(crop_face(photo, box, 64))
+    assert sample.fit_to_photo(model, photo, box, source, mel, 3) == "deltas"
+    (given, codes, targets, steps), = seen
+    assert given is source and codes.shape == (4, model.config.L, model.config.dim) and steps == 3
+    assert targets.shape == (4, 3, 64, 64) and 0.02 < (targets - source).abs().mean() < 0.4
+    with torch.inference_mode():
+        assert (model.decode(codes) - targets).abs().mean() < (model.decode(codes) - targets.flip(0)).abs().mean()
+    assert sample.fit_to_photo(model, photo, box, source, mel, 0) is None
+    monkeypatch.setattr(sample, "landmark_scatter", lambda *_: sample.SCATTER_LIMIT + 0.001)
+    assert sample.fit_to_photo(model, photo, box, source, mel, 3) is None
+    monkeypatch.setattr(sample, "landmark_scatter", lambda *_: 0.0)
+    monkeypatch.setattr(sample, "find_landmarks", lambda *_: np.zeros((68, 2)))
+    assert sample.fit_to_photo(model, photo, box, source, mel, 3) is None and len(seen) == 1
 
 
 def test_a_grid_shows_the_photo_the_driving_clip_and_the_result(folder, weights):

@@ -1,11 +1,13 @@
 """All stages train, resume bit for bit, respond to every loss weight, and refuse bad input before anything slow."""
 
+import copy
 import functools
 import json
 import os
 import re
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +29,10 @@ import train
 import vision
 from checkpoint import freeze, load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
-from faces import TEMPLATES, box_slices, mask_mouth
+from faces import TEMPLATES, box_slices, crop_face, mask_mouth
 from fusion import FCTFG, CanonicalEncoder, Config, DirectMotion, weight_shapes, load_model
-from media import InputError, run, to_tensor
+from landmarks import find_landmarks, load_landmarks, read_pose
+from media import InputError, load_photo, run, to_tensor
 from stylegan2 import ConvLayer, Discriminator, Generator
 from syncnet import SyncNet
 from vision import GradualStyleEncoder, HyperStyleNet
@@ -48,6 +51,7 @@ def narrow_networks():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, "at", classmethod(narrow))
+        patch.setattr(initialise, "MOVED_STEPS", 2)
         patch.setattr(fusion, "MouthEncoder", functools.partial(fusion.MouthEncoder, width=16))
         for name, changes in (("fit_motion_space", dict(clips=8, per_clip=8)), ("fit_encoder", dict(most=200)),
                               ("train_reader", dict(batch=32))):
@@ -422,23 +426,69 @@ def test_idle_motion_comes_from_training_clips_which_repeat_if_they_are_few(monk
     assert 0 < ends[0] < ends[1] and torch.equal(ends, ends[:2].repeat(4))
 
 
-def test_a_turn_of_the_head_does_not_open_the_mouth_after_training(monkeypatch):
-    model = FCTFG(Config.at(16, template="face", hyper="none"))
-    L, D, opens = model.config.L, model.config.dim, torch.randn(model.config.L * model.config.dim)
-    monkeypatch.setattr(model, "decode", lambda z_s2d: z_s2d.flatten(1))
-    monkeypatch.setattr(model.pose, "forward", lambda images: torch.randn(1, 7))
-    monkeypatch.setattr(model, "canonical_code", lambda source: (None, torch.randn(1, L, D)))
-    monkeypatch.setattr(model, "mouth", torch.nn.Identity())                # "images" are codes
-    model.mouth.forward = lambda z: (z @ opens)[:, None]
-    pack = types.SimpleNamespace(frame=lambda c, k: np.zeros((16, 16, 3), np.uint8))
-    data = dict(pack=pack, clips=np.array([3, 3, 5, 6]), photos=types.SimpleNamespace(pack=pack, order=np.arange(2)))
-    torch.nn.init.normal_(model.motion.pose_up.weight)
-    torch.nn.init.normal_(model.motion.mouth_up.weight)
-    before = model.motion.pose_up.weight.clone()
-    initialise.separate_mouth(model, data)
-    assert (opens @ before).abs().mean() > 2 and (opens @ model.motion.pose_up.weight).abs().max() < 0.05
-    change = model.motion.pose_up.weight - before                           # along the opening's direction alone
-    assert torch.linalg.matrix_rank(torch.cat([change, model.motion.mouth_up.weight[:, :1]], 1), rtol=1e-4) == 1
+PORTRAIT, PORTRAIT_BOX = Path(__file__).parents[1] / "examples/astronaut.jpg", (134, 130, 382, 377)
+
+
+def moving_photo(size):
+    """Data of stage 3: two photos, of which the second has landmarks of no face; a clip of 30 frames"""
+    photo = crop_face(load_photo(PORTRAIT), PORTRAIT_BOX, size)
+    net = load_landmarks()
+    points = find_landmarks(net, photo, (0, 0, size, size))
+    photos = types.SimpleNamespace(size=size, frame=lambda c, k: photo)
+    landmarks = types.SimpleNamespace(usable_clips=np.arange(2), clip=lambda c: [points * (1 - c)])
+    sound = np.random.default_rng(0).normal(0, 0.1, 30 * 640).astype(np.float32)
+    pack = types.SimpleNamespace(n_frames=[30], sound=lambda c: sound)
+    return dict(pack=pack, clips=np.array([0]), landmarks=[None, landmarks],
+                photos=types.SimpleNamespace(pack=photos, order=np.arange(3)))
+
+
+def face_network(size):
+    torch.manual_seed(0)
+    model = FCTFG(Config.at(size, template="face", hyper="none", dim=32)).eval()
+    model.motion.opening.copy_(torch.tensor([0.1, 0.05]))
+    model.pose.std.copy_(torch.tensor([5, 5, 5, 0.05, 0.05, 0.05, 0.03]))
+    model.motion.moves[0, 61:68, 1] = torch.tensor([-0.1] * 3 + [0.0] + [0.9] * 3)
+    return model
+
+
+def test_photos_are_moved_with_lips_of_speech_and_the_whole_head_stays_in_the_crop():
+    model, data = face_network(64), moving_photo(64)
+    moved, = initialise.photos_in_motion(model, data, np.random.default_rng(0), "cpu")
+    clip, poses, blinks, opening, shape, images = moved
+    assert clip.tolist() == [0] * 5 and poses.shape == (5, 6) and images.shape == (5, 64, 64, 3)
+    assert opening.shape == (5,) and shape.shape == (5, 5) and 0 < opening.max()
+    read = read_pose(load_landmarks(), to_tensor(np.concatenate([data["photos"].pack.frame(0, 0)[None], images])))
+    assert np.corrcoef(read[1:, 0], poses[:, 0])[0, 1] > 0.9                 # yaw
+    assert (read[1:, 6] < read[0, 6] - 0.02).tolist() == (blinks == 1).tolist() and 0 < blinks.sum() < 5
+    data["landmarks"][1].usable_clips = np.array([1])
+    assert not list(initialise.photos_in_motion(model, data, np.random.default_rng(0), "cpu"))
+
+
+def test_the_generator_learns_faces_that_move_and_keeps_encoder_and_lips(monkeypatch):
+    model, data = face_network(16), moving_photo(64)
+    photo = crop_face(data["photos"].pack.frame(0, 0), (0, 0, 64, 64), 16)
+    data["photos"].pack.frame = lambda c, k: photo
+    rng, n = np.random.default_rng(0), 12
+    poses, blinks, opening = np.zeros((n, 6)), np.arange(n) % 2, rng.uniform(0, 0.2, n)
+    images = np.full((n, 16, 16, 3), 128, np.uint8)
+    images[:, :8] += (60 * blinks - 30).astype(np.uint8)[:, None, None, None]
+    moved = np.zeros(n, int), poses, blinks, opening, np.zeros((n, 5)), images
+    monkeypatch.setattr(initialise, "photos_in_motion", lambda *args: [moved])
+    monkeypatch.setattr(initialise, "MOVED_STEPS", 60)
+    before, source = copy.deepcopy(model.state_dict()), to_tensor(photo)[None]
+
+    def decode():  # mean brightness of the upper half in each image
+        with torch.no_grad():
+            codes = model.moved_codes(source, motion.Motion(poses, blinks, 0 * blinks), opening, np.zeros((n, 5)))
+            return model.decode(codes)[:, :, :8].mean((1, 2, 3))
+
+    initialise.learn_moved_photos(model, data, torch.device("cpu"))
+    assert torch.corrcoef(torch.stack([decode(), torch.from_numpy(blinks).float()]))[0, 1] > 0.8
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"motion.pose_up.weight", "motion.mouth_up.weight", "generator.conv1.conv.weight"} <= changed
+    assert all(k.startswith(("generator.", "maps.", "motion.pose_up", "motion.mouth_up")) for k in changed)
+    assert not any("style" in k or k.startswith("maps.down") for k in changed)
+    assert not any(q.requires_grad for q in model.parameters())
 
 
 @pytest.mark.parametrize("stage, sync, due", [(1, 0, [0, 16]), (3, 0, [0, 16]), (3, 1, [1, 33])])
@@ -626,8 +676,8 @@ def test_the_lip_reader_learns_from_landmarks_and_stages_2_and_3_keep_it(
     run_stage(clips, tmp_path, 2, *more, steps=2)
     run_stage(clips, tmp_path, 3, *more, "--w", "sync=0", "adv=0", steps=2)
     shown = capsys.readouterr().out                                          # minutes, and the held-out error
-    assert re.search(r"before the first step: 120 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
-    assert re.search(r"before the first step: 2 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
+    assert re.search(r"120 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
+    assert re.search(r"2 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
     assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ -> -?\d+ % in [12] held-out", shown)
     two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
                   for k in (2, 3))
@@ -652,7 +702,7 @@ def test_the_lip_reader_learns_from_landmarks_and_stages_2_and_3_keep_it(
     assert abs(targets.mean() - read.mean()) < 0.5 * read.std() and np.corrcoef(targets, true)[0, 1] > 0.6
     monkeypatch.setattr(initialise, "LIP_STEPS", 2)                          # most of stage 3, not of --part lips
     run_stage(clips, tmp_path / "mine", 3, "--part", "lips", "--init", str(tmp_path / "weights.pt"), steps=3)
-    assert "before the first step: 3 steps of the regression of lips on sound" in capsys.readouterr().out
+    assert "3 steps of the regression of lips on sound" in capsys.readouterr().out
     before, mine = model.state_dict(), load_model(str(tmp_path / "mine/weights.pt"))
     changed = {k.rpartition(".")[0] for k, v in mine.state_dict().items() if not torch.equal(v, before[k])}
     assert {"audio.0", "audio.5", "motion.fusion.convs.0", "motion.lips.0"} <= changed  # no generator, no encoder
