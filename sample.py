@@ -329,6 +329,8 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
             mel = list(mel)
             deltas = fit_to_photo(model, photo, box, source, mel, FIT_STEPS if args.refine is None else args.refine)
         driving = head_motion(load_landmarks(), speech, model.pose.turn_limits, args, still=whole)
+        if whole:
+            driving.poses[:, 3:] = 0  # a pasted head turns at its place: hair and neck stay
     elif turning:
         count, crops = driving_crops(args.driving, len(speech), size, model.config.template)
         driving = map(to_tensor, play_ping_pong(crops, count, len(speech)))

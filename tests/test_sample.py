@@ -453,7 +453,11 @@ def test_each_scene_of_the_driving_video_is_cropped_by_one_box_around_its_face(f
 
 
 def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
-    seen, points, driven = [], np.zeros((9, 68, 2)), Motion(np.ones((9, 6)), np.ones(9), np.ones(9))
+    seen, points = [], np.zeros((9, 68, 2))
+
+    def driven(*args):
+        seen.append(args[4])
+        return Motion(np.ones((9, 6)), np.ones(9), np.ones(9))
 
     def animate(self, source, mel, driving=None, sway=True, deltas=None):
         seen.append((driving, deltas))
@@ -464,16 +468,19 @@ def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
     monkeypatch.setattr(sample, "fit_to_photo", lambda model, photo, box, source, mel, steps: [len(mel), steps])
     monkeypatch.setattr(sample, "track_video", lambda net, path, n: seen.append((path, n)) or (points, np.zeros(9)))
     monkeypatch.setattr(sample, "measure_eyes", lambda points: (np.ones((9, 2)), np.ones((9, 2))))
-    monkeypatch.setattr(sample, "driving_motion", lambda *args: seen.append(args[4]) or driven)
+    monkeypatch.setattr(sample, "driving_motion", driven)
     numbered_video("d.mp4", 9)
     Image.new("RGB", (80, 80), (200, 60, 40)).save("face.png")
-    for options in ("--crop --driving d.mp4 --blink 0.5", "--crop --refine 7", "--crop --still", "--network"):
+    for options in ("--crop --driving d.mp4 --blink 0.5", "--crop --refine 7", "--crop --still", "--network",
+                    "--network --driving d.mp4"):
         talk("--box=4,4,76,76", "--overwrite", *options.split(), weights=sample.FACE_WEIGHTS)
-    (path, n), limits, (motion, fitted), (sway, refined), (still, _), inverted, rest, pasted = seen
+    (path, n), limits, (motion, fitted), (sway, refined), (still, _), inverted, rest, pasted = seen[:8]
     assert (path, n) == ("d.mp4", 21) and 15 < limits[1] < limits[0] < 30
     assert (motion.poses == 1).all() and (motion.blinks == 0.5).all()
     assert sway.poses.any() and not still.poses.any() and sway.poses.shape == (21, 6)
     assert rest[0] is None and not pasted[0].poses.any()
+    turned = seen[-1][0].poses
+    assert (turned[:, :3] == 1).all() and not turned[:, 3:].any(), "a pasted head turns at its place"
     assert refined[1] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [1, sample.FIT_STEPS]
 
 
