@@ -164,12 +164,12 @@ def test_fitted_weights_bring_a_photo_and_its_moved_faces_nearer():
     moves = Motion(rng.normal(0, 5, (6, 6)), np.zeros(6), np.zeros(6))
     with torch.no_grad():
         codes = model.moved_codes(source[None], moves, opening, np.zeros((6, model.config.shape_dim - 1)))
-        targets = 0.5 * model.decode(codes) + 0.2
+        targets = 0.5 * model.decode(codes) + torch.tensor([0.2, 0.2, 0.2, -0.2, -0.2, -0.2])[:, None, None, None]
     deltas = model.fit_weights(source, codes, targets, 60)
     assert not any(p.grad is not None for p in model.parameters()) and not deltas[0].requires_grad
     photo, moved = zip(*(((model.reconstruct(source, d) - source).abs().mean(),
-                          (model.decode(codes, d) - targets).abs().mean()) for d in (None, deltas)))
-    assert photo[1] < 0.8 * photo[0] and moved[1] < 0.7 * moved[0]
+                          (model.decode(codes, d) - targets).abs().mean((1, 2, 3))) for d in (None, deltas)))
+    assert photo[1] < 0.8 * photo[0] and (moved[1] < 0.8 * moved[0]).all()
     frames = [torch.cat(list(model.animate(source, mel[0], deltas=d))) for d in (None, deltas)]
     assert (frames[0] - frames[1]).abs().mean() > 0.01
 

@@ -1,6 +1,7 @@
 """motion.py: mouths in silence, blinks, sway, driving clips, and the fits of moves and opening."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from test_warp import SCALE, mean_shape, moves, points
 
@@ -9,7 +10,8 @@ import pytest
 
 import motion
 from media import load_audio
-from motion import Motion, detect_speech, fit_moves, fit_opening, driving_motion, idle_motion, lip_opening, mouth_motion
+from motion import (
+    Motion, detect_speech, driving_motion, fit_moves, fit_opening, idle_motion, lip_opening, mouth_motion, random_faces)
 from warp import Head, Pose, rotation, smoothstep, turned_place
 
 ONE = np.zeros(1)  # scene
@@ -99,7 +101,7 @@ def test_driving_motion_has_the_turns_and_blinks_of_the_clip():
 
 
 def test_the_head_goes_where_the_drivers_head_goes_although_turns_move_it_as_well():
-    turns, mean, rest = np.zeros((30, 6)), mean_shape(), rotation(4, 3, 2)
+    turns, mean, rest = np.zeros((30, 6)), mean_shape(), rotation(15, 10, 25)
     start = smoothstep(np.arange(30)[:, None] / 20)
     turns[:, :2] = start * (10, -10)
     for shift in (0, 0.1):
@@ -110,6 +112,22 @@ def test_the_head_goes_where_the_drivers_head_goes_although_turns_move_it_as_wel
         poses = driving_motion(clip, np.full((30, 2), 0.3), np.zeros((30, 2)), mean, (20.0, 20.0), ONE).poses
         place, truth = (turned_place(x, rest, mean) + x[:, 3:5] for x in (poses, turns))
         assert np.abs(place - truth).max() < 0.02 < 0.1 < np.abs(truth[-1]).min()
+
+
+def test_random_faces_have_the_lips_poses_and_lids_of_their_numbers_and_brows_at_rest():
+    calls, photo = [], np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+
+    def warp(opening, shape, blink, brows, pose):
+        calls.append((opening, shape.tolist(), blink, brows, pose))
+        return photo + np.uint8(len(calls))
+
+    warp.head = SimpleNamespace(turn_limits=(15.0, 12.0))
+    opening, shape = np.array([0.1, 0.2, 0.0]), np.arange(6.0).reshape(3, 2)
+    motion, images = random_faces(warp, 8, (4, 4, 12, 12), opening, shape, np.random.default_rng(0))
+    assert [c[:2] for c in calls] == [(0.1, [0, 1]), (0.2, [2, 3]), (0.0, [4, 5])] and not motion.brows.any()
+    assert [(c[4], c[2], c[3]) for c in calls] == [(motion[k]["pose"], motion.blinks[k], 0) for k in range(3)]
+    assert len({c[4].yaw for c in calls}) == 3 and np.abs(motion.poses[:, 0]).max() < 15
+    assert np.array_equal(images, np.stack([photo[4:12, 4:12] + np.uint8(k) for k in (1, 2, 3)]))
 
 
 def test_each_scene_of_a_driving_clip_starts_at_the_photos_pose_and_has_its_own_usual_eyes():
