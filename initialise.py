@@ -738,12 +738,13 @@ def fit_warp(model, data, clips=200):
 
 def learn_moved_photos(model, data, device):
     """After stage 3, ours: regression of photos that warp.py moves, with known poses, eyelids and lips. In clips people
-    turn little, blink seldom and nod while they speak: without this a nod opens the mouth, and eyes shut to a blur."""
-    photos, rng, size = data["photos"].pack, np.random.default_rng(5), model.config.size
+    turn little, blink seldom and nod while they speak: without this a nod opens the mouth, and eyes shut to a blur.
+    Without --photos the first frames of clips are moved."""
+    rng, size = np.random.default_rng(5), model.config.size
     parts = list(photos_in_motion(model, data, rng, device))
     if not parts:
         return print("no photo can be moved by its landmarks")
-    clip, poses, blinks, opening, shape, images = map(np.concatenate, zip(*parts))
+    photos, poses, blinks, opening, shape, images = map(np.concatenate, zip(*parts))
     template, weight = TEMPLATES[model.config.template], torch.ones(size, size, device=device)
     for box, more in ((template.eyes, 4), (template.lips, 2)):                         # small parts of the image
         weight[box_slices(box, size, size)] += more
@@ -756,26 +757,27 @@ def learn_moved_photos(model, data, device):
         groups += [dict(params=[parameter], lr=rate)] if rate else []
 
     def loss_of(step):
-        i = rng.choice(len(clip), 6)
-        source = to_tensor(np.stack([photos.frame(c, 0) for c in clip[i]])).to(device)
+        i = rng.choice(len(images), 6)
+        source = to_tensor(photos[i // (len(images) // len(photos))]).to(device)
         codes = model.moved_codes(source, Motion(poses[i], blinks[i], 0 * blinks[i]), opening[i], shape[i])
         codes = torch.cat([codes, model.invert(source[:2])])                           # and two photos as they are
         targets = torch.cat([to_tensor(images[i]).to(device), source[:2]])
         return image_loss(weight * (model.decode(codes) - targets))
 
-    train_regression(f"faces in motion, {len(clip)} images", groups, MOVED_STEPS, 1e-3, loss_of)
+    train_regression(f"faces in motion, {len(images)} images", groups, MOVED_STEPS, 1e-3, loss_of)
     model.requires_grad_(False)
 
 
 def photos_in_motion(model, data, rng, device, frames: int = 5):
-    """Photos in random poses with lips of training clips. Yields for each photo the arrays of n = `frames` images: its
-    clip in the pack (n,), poses (n, 6), blinks (n,), opening (n,), shape (n, K - 1), images, uint8 (n, S, S, 3)"""
-    pack, photos, landmarks = data["pack"], data["photos"].pack, data["landmarks"][1]
+    """Photos in random poses with lips of training clips. Yields for each: photo, uint8 (1, S, S, 3), and of n = `frames`
+    images poses (n, 6), blinks (n,), opening (n,), shape (n, K - 1) and the images, uint8 (n, S, S, 3)"""
+    pack, landmarks = data["pack"], data["landmarks"][bool(data["photos"])]
+    photos, clips = (data["photos"].pack, data["photos"].order) if data["photos"] else (pack, data["clips"])
     mean, moves = load_landmarks().solid.double().numpy(), model.motion.moves.double().cpu().numpy()
-    usable = np.intersect1d(data["photos"].order, landmarks.usable_clips)
-    for c in progress(rng.permutation(usable)[:MOVED_PHOTOS], "moving photos"):
+    for c in progress(rng.permutation(np.intersect1d(clips, landmarks.usable_clips))[:MOVED_PHOTOS], "moving photos"):
+        photo = photos.frame(c, 0)
         try:
-            warp = Warp.of(photos.frame(c, 0), landmarks.clip(c)[0], mean, moves)
+            warp = Warp.of(photo, landmarks.clip(c)[0], mean, moves)
         except ValueError:                                                             # not an upright face
             continue
         spoken = rng.choice(data["clips"])
@@ -785,7 +787,7 @@ def photos_in_motion(model, data, rng, device, frames: int = 5):
         opening, shape = (x[some] for x in model.predict_lips(mel))
         whole = (0, 0, *warp.face.photo.shape[1::-1])
         motion, images = random_faces(warp, photos.size, whole, opening, shape, rng)
-        yield np.full(frames, c), motion.poses, motion.blinks, opening, shape, images
+        yield photo[None], motion.poses, motion.blinks, opening, shape, images
 
 
 @torch.no_grad()

@@ -380,7 +380,7 @@ def main(argv=None):
 def export_weights(model, data, args, device):
     if model.mouth:
         initialise.fit_warp(model, data)
-    if model.pose and data["photos"] and not args.part:
+    if model.pose and not args.part:
         initialise.learn_moved_photos(model, data, device)
     weights = os.path.join(args.out, "weights.pt")
     save_checkpoint(weights, dict(kind="weights", config=vars(model.config), args=vars(args),

@@ -455,25 +455,29 @@ def face_network(size):
 def test_photos_are_moved_with_lips_of_speech_and_the_whole_head_stays_in_the_crop():
     model, data = face_network(64), moving_photo(64)
     moved, = initialise.photos_in_motion(model, data, np.random.default_rng(0), "cpu")
-    clip, poses, blinks, opening, shape, images = moved
-    assert clip.tolist() == [0] * 5 and poses.shape == (5, 6) and images.shape == (5, 64, 64, 3)
+    photo, poses, blinks, opening, shape, images = moved
+    assert np.array_equal(photo[0], data["photos"].pack.frame(0, 0)) and len(photo) == 1
+    assert poses.shape == (5, 6) and images.shape == (5, 64, 64, 3)
     assert opening.shape == (5,) and shape.shape == (5, 5) and 0 < opening.max()
-    read = read_pose(load_landmarks(), to_tensor(np.concatenate([data["photos"].pack.frame(0, 0)[None], images])))
+    read = read_pose(load_landmarks(), to_tensor(np.concatenate([photo, images])))
     assert np.corrcoef(read[1:, 0], poses[:, 0])[0, 1] > 0.9                 # yaw
     assert (read[1:, 6] < read[0, 6] - 0.02).tolist() == (blinks == 1).tolist() and 0 < blinks.sum() < 5
     data["landmarks"][1].usable_clips = np.array([1])
     assert not list(initialise.photos_in_motion(model, data, np.random.default_rng(0), "cpu"))
+    data["pack"].frame, data["pack"].size = data["photos"].pack.frame, 64    # without photos: frames of clips
+    data["landmarks"], data["photos"] = [moving_photo(64)["landmarks"][1]], None
+    again, = initialise.photos_in_motion(model, data, np.random.default_rng(0), "cpu")
+    assert np.array_equal(again[0], photo) and again[-1].shape == images.shape
 
 
 def test_the_generator_learns_faces_that_move_and_keeps_encoder_and_lips(monkeypatch):
     model, data = face_network(16), moving_photo(64)
     photo = crop_face(data["photos"].pack.frame(0, 0), (0, 0, 64, 64), 16)
-    data["photos"].pack.frame = lambda c, k: photo
     rng, n = np.random.default_rng(0), 12
     poses, blinks, opening = np.zeros((n, 6)), np.arange(n) % 2, rng.uniform(0, 0.2, n)
     images = np.full((n, 16, 16, 3), 128, np.uint8)
     images[:, :8] += (60 * blinks - 30).astype(np.uint8)[:, None, None, None]
-    moved = np.zeros(n, int), poses, blinks, opening, np.zeros((n, 5)), images
+    moved = photo[None], poses, blinks, opening, np.zeros((n, 5)), images
     monkeypatch.setattr(initialise, "photos_in_motion", lambda *args: [moved])
     monkeypatch.setattr(initialise, "MOVED_STEPS", 60)
     before, source = copy.deepcopy(model.state_dict()), to_tensor(photo)[None]
