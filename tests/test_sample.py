@@ -804,7 +804,9 @@ def test_mouth_and_blink_scale_the_motion_of_lips_and_eyelids(short, monkeypatch
             example(option, value, "--overwrite", "--out", "0.mp4")
 
 
-def test_network_and_crop_show_the_generators_frames(short):
+def test_network_and_crop_show_the_generators_frames(short, monkeypatch):
+    monkeypatch.setattr(sample, "FIT_STEPS", 2)
+    monkeypatch.setattr(sample, "FIT_FACES", 6)
     example("--network", "--out", "whole.mp4")
     example("--crop", "--out", "crop.mp4")
     assert next(read_video("whole.mp4")).shape == (512, 512, 3) and next(read_video("crop.mp4")).shape == (64, 64, 3)
