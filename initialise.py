@@ -773,7 +773,7 @@ def photos_in_motion(model, data, rng, device, frames: int = 5):
     images poses (n, 6), blinks (n,), opening (n,), shape (n, K - 1) and the images, uint8 (n, S, S, 3)"""
     pack, landmarks = data["pack"], data["landmarks"][bool(data["photos"])]
     photos, clips = (data["photos"].pack, data["photos"].order) if data["photos"] else (pack, data["clips"])
-    mean, moves = load_landmarks().solid.double().numpy(), model.motion.moves.double().cpu().numpy()
+    mean, moves = load_landmarks().solid.double().numpy(), model.motion.moves.cpu().double().numpy()
     for c in progress(rng.permutation(np.intersect1d(clips, landmarks.usable_clips))[:MOVED_PHOTOS], "moving photos"):
         photo = photos.frame(c, 0)
         try:

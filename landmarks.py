@@ -353,7 +353,7 @@ def read_pose(net: LandmarkNet, images, template: str = "face"):
     eyes[1::2] = eyes[1::2].flip(-1)
     eyes = torch.view_as_complex(net.eye(eyes)).unflatten(0, (-1, 2))          # (n, 2, 11)
     opening = lid_opening(eyes).mean(1)
-    points, mean = torch.view_as_real(points).double().cpu().numpy(), net.solid.double().cpu().numpy()
+    points, mean = torch.view_as_real(points).cpu().double().numpy(), net.solid.cpu().double().numpy()
     scale, R, _ = fit_pose(points, mean, UPPER_FACE)
     pose = torch.from_numpy(np.c_[angles(R), points[:, UPPER_FACE].mean(1), scale]).float().to(opening)
     return torch.cat([pose, opening.clamp(SHUT_OPENING, USUAL_OPENING)[:, None]], 1)
@@ -382,8 +382,8 @@ class PoseReader(nn.Module):
     def follow(self, code, poses: np.ndarray, blinks: np.ndarray):
         """Pose code of one photo (1, POSE_DIM), or of a photo for each frame (T, POSE_DIM); poses (T, 6) relative to them
         and blinks (T,), as in motion.Motion -> pose codes (T, POSE_DIM)"""
-        own, moves = (code * self.std + self.mean).double().cpu().numpy(), np.c_[poses, blinks]
-        moves[:, 3:5] += turned_place(poses, rotation(*own[:, :3].T), self.landmarks.solid.double().cpu().numpy())
+        own, moves = (code * self.std + self.mean).cpu().double().numpy(), np.c_[poses, blinks]
+        moves[:, 3:5] += turned_place(poses, rotation(*own[:, :3].T), self.landmarks.solid.cpu().double().numpy())
         moves[:, 3:] *= np.c_[own[:, [5, 5, 5]], SHUT_OPENING - own[:, 6]]
         return code + torch.from_numpy(moves).to(code) / self.std
 

@@ -298,7 +298,7 @@ def has_lip_moves(model) -> bool:
 
 def lip_moves(model) -> np.ndarray:
     """(K, 68, 2), see warp.Lips"""
-    return model.motion.moves.double().cpu().numpy()
+    return model.motion.moves.cpu().double().numpy()
 
 
 def compute_ahead(jobs, workers: int = 2):
@@ -344,7 +344,7 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
 def fit_to_photo(model, photo, box, source, mel, steps: int):
     """Weight changes for a photo and its crop `source` (3, S, S), see FCTFG.fit_weights; the images are random motions of
     the photo by warp.py, with lips of the speech. None: no steps, or no landmarks by which warp.py could move it"""
-    net = load_landmarks()
+    net, (photo, box) = load_landmarks(), limit_size(photo, box)
     points = find_landmarks(net, photo, box)
     if not steps or landmark_scatter(net, photo, points) > SCATTER_LIMIT:
         return None
