@@ -436,6 +436,11 @@ class FCTFG(nn.Module):
         pieces = mel.split(256) if torch.is_tensor(mel) else mel
         return torch.cat([self.audio(piece) for piece in pieces])[None]
 
+    @property
+    def lip_moves(self) -> np.ndarray:
+        """Landmark displacements (K, 68, 2) of each shape number, see warp.Lips. Needs a mouth code."""
+        return self.motion.moves.cpu().double().numpy()
+
     @torch.inference_mode()
     def predict_lips(self, mel):
         """mel, as for animate -> NumPy arrays in the units of warp.py: opening (n,), in distances of the outer corners of

@@ -748,6 +748,7 @@ def learn_moved_photos(model, data, device):
     template, weight = TEMPLATES[model.config.template], torch.ones(size, size, device=device)
     for box, more in ((template.eyes, 4), (template.lips, 2)):                         # small parts of the image
         weight[box_slices(box, size, size)] += more
+    # Adam's first rates: 1e-3 of the size of equalised weights; closed forms drift slowly
     rates = {"generator": 1e-3, "generator.style": 0.0, "maps.flow": 5e-6, "maps.coarse_rgb": 5e-6, "maps.views": 1.5e-4,
              "motion.pose_up": 1e-4, "motion.mouth_up": 5e-5}
     groups = []
@@ -773,7 +774,7 @@ def photos_in_motion(model, data, rng, device, frames: int = 5):
     images poses (n, 6), blinks (n,), opening (n,), shape (n, K - 1) and the images, uint8 (n, S, S, 3)"""
     pack, landmarks = data["pack"], data["landmarks"][bool(data["photos"])]
     photos, clips = (data["photos"].pack, data["photos"].order) if data["photos"] else (pack, data["clips"])
-    mean, moves = load_landmarks().solid.double().numpy(), model.motion.moves.cpu().double().numpy()
+    mean, moves = load_landmarks().solid.double().numpy(), model.lip_moves
     for c in progress(rng.permutation(np.intersect1d(clips, landmarks.usable_clips))[:MOVED_PHOTOS], "moving photos"):
         photo = photos.frame(c, 0)
         try:

@@ -253,7 +253,7 @@ def talking_photo(model, photo, box, mel, speech, args):
     (n, 1, 80, 16) of the T windows; speech: (T,), see detect_speech. Raises InputError: no face that can be moved"""
     net, T = load_landmarks(), len(speech)
     try:
-        warp = Warp.of(photo, photo_landmarks(net, photo, box, args), net.solid.double().numpy(), lip_moves(model))
+        warp = Warp.of(photo, photo_landmarks(net, photo, box, args), net.solid.double().numpy(), model.lip_moves)
     except ValueError as error:
         raise InputError(f"{args.face}: {error}; try another photo, --landmarks, or --network") from None
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, warp.lips.rest_opening, args.mouth)
@@ -285,7 +285,7 @@ def dubbed_video(model, mel, speech, args):
         raise InputError(f"{args.weights}: dubbing needs a network of real faces, as weights/face.pt")
     opening, shape = mouth_motion(*model.predict_lips(mel), speech, 0.0, args.mouth)
     T = len(speech)
-    count, takes = find_takes(args.face, load_landmarks(), lip_moves(model), T, args.number or 1)
+    count, takes = find_takes(args.face, load_landmarks(), model.lip_moves, T, args.number or 1)
     print(f"{args.face}: {sum(take.T for take in takes)} of {count} frames have a face that can be tracked"
           + ("; the speech is longer: the video starts again" if T > count else ""))
     return compute_ahead(frame_jobs(args.face, takes, count, opening, shape))
@@ -294,11 +294,6 @@ def dubbed_video(model, mel, speech, args):
 def has_lip_moves(model) -> bool:
     """Whether a network has the map from lip shapes to landmarks: networks of real faces do"""
     return bool(model.mouth and model.motion.moves.any())
-
-
-def lip_moves(model) -> np.ndarray:
-    """(K, 68, 2), see warp.Lips"""
-    return model.motion.moves.cpu().double().numpy()
 
 
 def compute_ahead(jobs, workers: int = 2):
@@ -326,7 +321,7 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
     to_picture, turning, driving, deltas = to_uint8, bool(args.driving), None, None
     if model.pose:
         if not model.hyper:
-            mel = list(mel)
+            mel = list(mel)  # read twice
             deltas = fit_to_photo(model, photo, box, source, mel, FIT_STEPS if args.refine is None else args.refine)
         driving = head_motion(load_landmarks(), speech, model.pose.turn_limits, args, still=whole)
         if whole:
@@ -349,7 +344,7 @@ def fit_to_photo(model, photo, box, source, mel, steps: int):
     if not steps or landmark_scatter(net, photo, points) > SCATTER_LIMIT:
         return None
     try:
-        warp = Warp.of(photo, points, net.solid.double().numpy(), lip_moves(model))
+        warp = Warp.of(photo, points, net.solid.double().numpy(), model.lip_moves)
     except ValueError:
         return None
     opening, shape = model.predict_lips(mel)
