@@ -110,13 +110,13 @@ class Head:
     """Geometry of the turned head, and drawing on an image of S x S pixels"""
 
     def __init__(self, who, state: dict, size: int, supersample: int):
-        self.who, self.state, S = who, state, size * supersample
+        self.who, self.state, S = who, REST | state, size * supersample
         # small: 0 from 64 px on, 1 at 32 px and below. Small portraits have a larger head, larger eyes and a larger mouth
         small = float(np.clip(np.log2(64 / size), 0, 1))
         self.feature = 1 + 0.25 * small  # scale of eyes, brows and mouth
         self.unit = S * 0.305 * (1 + 0.15 * small)
         self.middle = np.array((0.5, 0.497 - 0.018 * small)) * S
-        yaw, pitch, roll = np.deg2rad([state["yaw"], state["pitch"], state["roll"]])
+        yaw, pitch, roll = np.deg2rad([self.state[name] for name in ("yaw", "pitch", "roll")])
         (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
         self.centre = self.middle + (0.15 * sy * self.unit, 0)  # a turn also shifts the head a little
         turn = np.array(((cy, 0, sy), (0, 1, 0), (-sy, 0, cy)))
@@ -204,17 +204,17 @@ def draw(who, state: dict, size: int, supersample: int = 4) -> np.ndarray:
     the picture, pitch > 0 nods down, roll > 0 tilts clockwise, in degrees; blink, open, wide in 0..1; others in -1..1"""
     unknown = set(state) - set(FACTORS)
     assert not unknown and size >= 8, f"draw: unknown factors {sorted(unknown)} or size {size} below 8"
-    head = Head(who, {**REST, **state}, size, supersample)
+    head = Head(who, state, size, supersample)
     head.oval(blend(who.backdrop, WHITE, 0.5), head.body, (0, -0.1), (1.44, 1.44))
     for draw_part in (draw_back_hair, draw_body, draw_face, draw_eyes, draw_nose, draw_mouth, draw_front_hair,
                       draw_brows, draw_glasses):  # from back to front
-        draw_part(head, who, head.state)
+        draw_part(head, who)
     return np.asarray(head.image.reduce(supersample))
 
 
 def compute_landmarks(who, state: dict, size: int) -> np.ndarray:
     """iBUG's 68 landmarks of draw(who, state, size), float32 (68, 2): x, y in pixels, on the drawn curves"""
-    head = Head(who, {**REST, **state}, size, 1)
+    head = Head(who, state, size, 1)
     jaw = head.outline(*head.face_edge(np.pi - np.arange(17) * np.pi / 16))
     x, y = head.brow_curve(np.linspace(1, -1, 5))  # from temple to nose
     brows = head.surface(-x, y), head.surface(x[::-1], y[::-1])
@@ -232,7 +232,7 @@ def compute_landmarks(who, state: dict, size: int) -> np.ndarray:
     return np.concatenate(points).astype(np.float32)
 
 
-def draw_back_hair(head, who, state):
+def draw_back_hair(head, who):
     w, shade, drop = who.width, who.hair * 0.82, {"long": 1.55, "bob": 0.95}.get(who.style)
     if drop:
         x = rounded(COS, 0.6) * (w + 0.17 + 0.05 * np.clip(SIN, 0, 1))
@@ -247,7 +247,7 @@ def draw_back_hair(head, who, state):
         head.oval(who.clothes, head.plane, (side * (w + 0.05), -0.60, -0.2), (0.10, 0.13))
 
 
-def draw_body(head, who, state):
+def draw_body(head, who):
     """Clothes, neck, collar and ears. The neck leans with the head."""
     head.fill(who.clothes, head.body(rounded(COS, 0.7) * 1.42, 2.12 + SIN * 0.86))
     base = head.body(COS[:21] * 0.40, 1.32 + SIN[:21] * 0.20)
@@ -266,7 +266,7 @@ def draw_body(head, who, state):
             head.oval((250, 208, 84), head.outline, (x, 0.33, -0.10), (0.085, 0.085))
 
 
-def draw_face(head, who, state):
+def draw_face(head, who):
     head.fill(who.skin, head.outline(*head.face_edge(ANGLE)))
     for side in SIDES:
         rosy = blend(who.skin, np.array((238.0, 92, 96)), 0.42 * who.blush)
@@ -277,12 +277,12 @@ def draw_face(head, who, state):
     if who.beard == "full":
         a = np.linspace(-0.12, np.pi + 0.12, 28)
         dip = np.sin(a[::-1])
-        y = 0.26 + 0.50 * dip + 0.10 * state["open"] * np.clip(dip, 0, 1) ** 2
+        y = 0.26 + 0.50 * dip + 0.10 * head.state["open"] * np.clip(dip, 0, 1) ** 2
         head.fill(who.hair * 0.88, head.outline(*head.face_edge(a, 0.03)), head.surface(np.cos(a[::-1]) * 0.54, y))
 
 
-def draw_eyes(head, who, state):
-    size, (half_w, half_h, y0) = who.eye_size * head.feature, head.eye_shape()
+def draw_eyes(head, who):
+    size, state, (half_w, half_h, y0) = who.eye_size * head.feature, head.state, head.eye_shape()
     slit, iris = half_h * (1 - state["blink"]), (0.085 * size * state["gaze_x"], 0.06 * size * state["gaze_y"])
     shut = slit <= 0.2 * half_h
     # lashes follow the upper lid; on a shut eye they bend down
@@ -299,14 +299,14 @@ def draw_eyes(head, who, state):
         head.stroke(INK, 0.055 * size, head.surface(x0 + U[::2] * half_w * 1.05, y0 + lash[::2]))
 
 
-def draw_brows(head, who, state):
+def draw_brows(head, who):
     # a mix of hair and a dark skin colour, which is visible on every person
     colour, (x, y) = blend(who.hair * 0.75, who.skin * (0.36, 0.32, 0.32), 0.55), head.brow_curve(U[::2])
     for side in SIDES:
         head.stroke(colour, who.brow * (1 - 0.45 * (U[::2] + 1) / 2), head.surface(side * x, y))
 
 
-def draw_nose(head, who, state):
+def draw_nose(head, who):
     """Nose, and the moustache below it"""
     shade = who.skin * (0.84, 0.76, 0.74)
     head.stroke(shade, 0.06, head.nose_base(U[::3]))
@@ -317,9 +317,9 @@ def draw_nose(head, who, state):
         head.stroke(who.hair * 0.80, 0.035 + 0.085 * (1 - U**2), head.surface(U * 0.30, y, 0.04))
 
 
-def draw_mouth(head, who, state):
+def draw_mouth(head, who):
     """Lips and the line where they meet. In an open mouth: the dark inside, tongue and upper teeth"""
-    gap, f = state["open"], head.feature
+    gap, f = head.state["open"], head.feature
     half, middle, up, down, top, bottom = head.mouth_curves()
     red = blend(who.skin * (0.88, 0.62, 0.62), np.array((208.0, 66, 82)), 0.62)
 
@@ -338,7 +338,7 @@ def draw_mouth(head, who, state):
         fill_between(up, up + np.minimum(0.40 * height, 0.085 * f) * (1 - 0.15 * U**2), (252, 250, 246), 2)  # teeth
 
 
-def draw_front_hair(head, who, state):
+def draw_front_hair(head, who):
     """Hair between the silhouette and a hairline on the face, so that a turn opens no gap; side locks; a highlight"""
     if who.style == "bald":
         return
@@ -362,7 +362,7 @@ def draw_front_hair(head, who, state):
     head.stroke(blend(who.hair, WHITE, 0.28), 0.075 * (1 - 0.8 * U[::3] ** 2), head.surface(t * w, -0.87 + 0.16 * t**2))
 
 
-def draw_glasses(head, who, state):
+def draw_glasses(head, who):
     if who.glasses == "none":
         return
     power, r_x, r_y = dict(round=(1.0, 0.262, 0.25), square=(0.55, 0.25, 0.21))[who.glasses]
@@ -545,8 +545,8 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
     else, or cannot be written."""
     folder, seeds, truths = make_folder(folder), range(first_seed, first_seed + people), []
     recipe = dict(world=WORLD_VERSION, size=size, people=people, seconds=float(seconds), first_seed=first_seed)
-    recipe_file = folder / "toy.json"
-    if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
+    recipe, recipe_file = json.dumps(recipe), folder / "toy.json"
+    if recipe_file.is_file() and recipe_file.read_text() == recipe:
         if (folder / "meta.json").is_file():
             return
     elif any(folder.iterdir()):
@@ -554,7 +554,7 @@ def make_pack(folder, size: int, people: int, seconds: float = 3, first_seed: in
     workers = min(people // 8, os.cpu_count())  # ours: a process starts in the time of eight clips
     clips = parallel_map(partial(make_toy_clip, seconds=seconds, size=size), seeds, workers)
     with wrap_os_errors(folder, "written"):
-        recipe_file.write_text(json.dumps(recipe))
+        recipe_file.write_text(recipe)
         with PackWriter(folder, size, "toy") as pack:
             for (frames, wav, truth), seed in zip(tqdm(clips, "toy clips", people, disable=None), seeds):
                 pack.add(frames, wav, f"toy{seed}", f"toyfaces seed {seed}")
