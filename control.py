@@ -128,15 +128,6 @@ class ToyTest(NamedTuple):
         return self.measure(to_tensor(self.pack.frames(c, range(self.pack.n_frames[c])[frames])).to(self.device))
 
 
-def prepare_toy_test(size: int, people: int, cache: str | Path, device) -> ToyTest:
-    """Probe and held-out clips at this size. They are made in the folder `cache` on first use."""
-    folder = make_folder(cache)
-    probe, pack_folder = train_probe(size, folder, device), folder / f"test_toys{size}_{people}"
-    make_pack(pack_folder, size, people, 3.0, TEST_SEED)
-    truth = np.load(pack_folder / "truth.npy").reshape(people, -1, 10)
-    return ToyTest(probe, Pack(pack_folder), truth, device)
-
-
 def animator(model, device):
     """A network of fusion.py or pcavs.py -> the function that the tables measure: face uint8 (H, W, 3), wav (samples,)
     at 16 kHz, driving uint8 (T, H, W, 3) -> clip (T, 3, H, W) in [-1, 1]. Wrap any other model in the same way."""
@@ -267,7 +258,11 @@ def measure_toy(args, device):
     json_path = args.json and check_output(args.json, True, (".json",))  # fails before minutes of work
     models, report = {path: load_network(path, device) for path in args.weights}, {}
     for size in sorted({model.config.size for model in models.values()}):
-        test = prepare_toy_test(size, TEST_PEOPLE, CACHE, device)
+        folder = make_folder(CACHE)
+        probe, pack_folder = train_probe(size, folder, device), folder / f"test_toys{size}_{TEST_PEOPLE}"
+        make_pack(pack_folder, size, TEST_PEOPLE, 3.0, TEST_SEED)
+        truth = np.load(pack_folder / "truth.npy").reshape(TEST_PEOPLE, -1, 10)
+        test = ToyTest(probe, Pack(pack_folder), truth, device)
         rows = {f"real frames, {size} px (the probe's ceiling)": probe_row(test)}
         animators = {path: animator(m, device) for path, m in models.items() if m.config.size == size}
         rows |= {path: control_table(animate, test) for path, animate in animators.items()}
