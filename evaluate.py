@@ -195,11 +195,10 @@ MIN_PAUSE = 8  # frames; shorter pauses count as speech (THEval: .3 s)
 @functools.cache
 def voice_detector():
     """Silero's network, or None if its package is not installed."""
-    try:
+    with contextlib.suppress(ImportError):
         import silero_vad
-    except ImportError:
-        return None
-    return functools.partial(silero_vad.get_speech_timestamps, model=silero_vad.load_silero_vad())
+
+        return functools.partial(silero_vad.get_speech_timestamps, model=silero_vad.load_silero_vad())
 
 
 def loudness(wav, T: int) -> np.ndarray:
@@ -582,14 +581,14 @@ def explain(args, networks, names, n_features: int) -> list[str]:
 
 def list_problems(left_out, reports, unpaired) -> list[str]:
     """Lines under the table: metrics and clips that are left out, and the notes of pairs."""
-    metrics_of, pairs_of = defaultdict(list), defaultdict(list)  # reason -> metrics, note -> pairs
+    metrics_by_reason, pairs_by_note = defaultdict(list), defaultdict(list)
     for metric, reason in left_out.items():
-        metrics_of[reason].append(metric)
+        metrics_by_reason[reason].append(metric)
     for report in reports:
         for note in [f"left out: {report['error']}"] if "error" in report else report["notes"]:
-            pairs_of[note].append(report["name"])
-    lines = [f"left out: {', '.join(metrics)}: {reason}" for reason, metrics in metrics_of.items()]
-    for note, pairs in pairs_of.items():
+            pairs_by_note[note].append(report["name"])
+    lines = [f"left out: {', '.join(metrics)}: {reason}" for reason, metrics in metrics_by_reason.items()]
+    for note, pairs in pairs_by_note.items():
         lines += [f"{name}: {note}" for name in pairs] if len(pairs) <= 3 else [f"{len(pairs)} pairs: {note}"]
     return lines + [f"without a partner: {path}" for path in unpaired]
 
