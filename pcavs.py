@@ -302,12 +302,11 @@ def load_published(folder: Path, config: Config | None = None, device="cpu") -> 
     """The networks of the authors' bare state_dicts. InputError names the file with a missing or wrong weight."""
     config, networks = config or Config(), {}
     for letter, (name, unused_prefixes) in PUBLISHED.items():
-        state = {}
-        for key, value in read_weights(folder / name).items():
+        state = read_weights(folder / name)
+        state = {key: value for key, value in state.items() if not key.startswith(unused_prefixes)}
+        for key, value in state.items():
             if key.endswith("activate.bias") and torch.is_tensor(value):
-                value = value.flatten()                                         # (1, C, 1, 1) there, (C,) here
-            if not key.startswith(unused_prefixes):
-                state[key] = value
+                state[key] = value.flatten()                                    # (1, C, 1, 1) there, (C,) here
         networks[letter] = load_frozen(partial(PCAVS.NETWORKS[letter], config), state, folder / name, device)
     return PCAVS(config, **networks).eval()
 
@@ -446,19 +445,16 @@ def sample(args):
 
 def read_pairs(path: Path) -> list[list]:
     """The authors' csv -> [photo, pose or None, speech, real frames or None] of each line: fields 0, 2, 4 and 5."""
-    pairs = []
-    for i, line in enumerate(check_file(path).read_text(errors="replace").splitlines(), start=1):
-        fields = line.split()
+    lines, pairs = check_file(path).read_text(errors="replace").splitlines(), []
+    for i, fields in enumerate(map(str.split, lines), start=1):
         if len(fields) not in (0, 8):
             raise InputError(f"{path}: line {i} has {len(fields)} fields, expected 8")
-        pair = []
+        pairs += [[]] if fields else []
         for k in (0, 2, 4, 5) if fields else ():
             candidates = [p for p in (Path(fields[k]), path.parent / fields[k]) if p.exists()]
             if not candidates and (fields[k] != "None" or k in (0, 4)):
                 raise InputError(f"{path}: line {i}: {fields[k]}: no such file or folder")
-            pair.append(candidates[0] if candidates else None)
-        if pair:
-            pairs.append(pair)
+            pairs[-1].append(candidates[0] if candidates else None)
     return pairs
 
 
