@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
+from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
 import judges
@@ -216,11 +217,7 @@ def speech_frames(wav, T: int) -> np.ndarray:
         speech[:] = False
         for segment in detect(torch.from_numpy(wav)):
             speech[segment["start"] // SAMPLES_PER_FRAME : -(-segment["end"] // SAMPLES_PER_FRAME)] = True
-    pauses = np.flatnonzero(np.diff(speech, prepend=True, append=True)).reshape(-1, 2)  # begin and end of each
-    for begin, end in pauses:
-        if end - begin < MIN_PAUSE:
-            speech[begin:end] = True
-    return speech
+    return ~binary_opening(~speech, np.ones(MIN_PAUSE))  # without short pauses
 
 
 def dynamics(points) -> float:
@@ -298,8 +295,7 @@ def load_networks(args, device) -> SimpleNamespace:
     def landmarks():
         """A function: frames (n, H, W, 3), n boxes -> (68, 2) or None for each frame."""
         if args.landmarks:
-            detect = landmark_detector(args.landmarks, "face", device)
-            return lambda frames, boxes: map(detect, frames, boxes)
+            return functools.partial(map, landmark_detector(args.landmarks, "face", device))
         network = load_landmarks()
         return lambda frames, boxes: track_landmarks(network, frames, boxes[0])
 
@@ -316,7 +312,7 @@ def load_networks(args, device) -> SimpleNamespace:
 # ------------------------------------------------------------------------------------------------------------- one clip
 
 class Clip:
-    """A clip in memory. Sound, faces and landmarks are computed on first use. InputError without the path: none."""
+    """A clip in memory. Sound, faces and landmarks are computed on first use. None in it: InputError without the path."""
 
     def __init__(self, path, networks):
         self.path, self.networks, stream = path, networks, read_video(path)
@@ -561,11 +557,11 @@ def measure_pairs(args, device):
 
 
 def explain(args, networks, names, n_features: int) -> list[str]:
-    """Lines under the table: the networks that measured, usual values, and doubts about a number."""
+    """Lines under the table: the networks of the metrics, usual values, and a warning if the FID has few frames."""
     lines = [f"LSE scored by SyncNet v2, as published: {PUBLISHED['syncnet_v2'].file}"] if networks.syncnet else []
     if networks.sync:
         expert = args.expert or f"our expert, {SHIPPED_EXPERT.name}"
-        lines.append(f"Sync scored by {expert}; fakes trained with it get better scores than they deserve")
+        lines.append(f"Sync scored by {expert}; for fakes that were trained with it the scores are too good")
     for name in names:
         if METRICS[name].usual and not (name in SYNC_METRICS and args.expert):  # unknown for other experts
             lines.append(f"{name} of real clips is usually {METRICS[name].usual}")
