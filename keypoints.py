@@ -476,10 +476,9 @@ def predict(model, wav: np.ndarray, device, chunk: int = 500) -> np.ndarray:
     T, rate, hidden = n_frames(len(wav)), RATE[model.kind], []
     features = audio_features(model.kind, wav, model.config.get("voice_norm"))
     for first in range(0, T, chunk):
-        stop = min(T, first + chunk)
-        low, high = max(0, first - model.reach), min(T, stop + model.reach)
+        low, high = max(0, first - model.reach), min(T, first + chunk + model.reach)
         sound = torch.from_numpy(audio_windows(model.kind, features, low, high))[None].to(device)
-        hidden.append(model.encode(sound)[:, (first - low) * rate : (stop - low) * rate])
+        hidden.append(model.encode(sound)[:, (first - low) * rate : (first - low + chunk) * rate])
     codes = model.decode(torch.cat(hidden, 1))[0].float()
     return codes.unflatten(0, (T, rate)).mean(1).cpu().numpy()
 
