@@ -401,8 +401,7 @@ def align(args):
         if out.exists() and not args.overwrite:
             raise InputError(f"{out}: exists; give --overwrite to replace its images")
         frames = align_clip(path, None, 224, PCAVS_FILE)
-        out.mkdir(exist_ok=True)
-        for image in list_images(out):                                          # of an earlier, longer clip
+        for image in list_images(make_folder(out)):                             # of an earlier, longer clip
             image.unlink()
         for k, frame in enumerate(tqdm(frames, path.name, unit="frame", disable=None)):
             Image.fromarray(frame).save(out / f"{k:06d}.jpg", quality=95)
@@ -700,7 +699,7 @@ def parse(argv=None, saved=None):
     p_sample.add_argument("speech", help="sound, or a video with sound")
     p_sample.add_argument("--pose", help="video or folder of aligned images for the head pose; default: the photo's pose")
     p_sample.add_argument("--out", default="talk.mp4", help="the video to write")
-    p_sample.add_argument("--grid", action="store_true", help="photo, pose and result side by side (holds the pose clip)")
+    p_sample.add_argument("--grid", action="store_true", help="photo, pose, result side by side (pose clip in memory)")
     p_sample.add_argument("--box", metavar="x0,y0,x1,y1", help="box of the face in the photo, in pixels")
     p_sample.add_argument("--face", type=int, dest="number", metavar="N", help="the N-th largest face")
     p_pairs.add_argument("clips", nargs="+", help="videos with sound, or the authors' file of pairs (.csv)")
