@@ -205,6 +205,8 @@ class PackSource:
         with wrap_errors(path, "expected lines of start, end and word"):
             rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
             times = [(int(start) / 25000 - begin, int(end) / 25000 - begin, word) for start, end, word in rows]
+        if not times:
+            raise InputError(f"{path}: no words in it")
         return [(start, end, word) for start, end, word in times if end > 0 and start < self.pack.n_frames[c] / FPS]
 
 

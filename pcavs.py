@@ -446,10 +446,12 @@ def read_pairs(path: Path) -> list[list]:
     """The authors' csv -> [photo, pose or None, speech, real frames or None] of each line: fields 0, 2, 4 and 5."""
     lines, pairs = check_file(path).read_text(errors="replace").splitlines(), []
     for i, fields in enumerate(map(str.split, lines), start=1):
-        if len(fields) not in (0, 8):
+        if not fields:
+            continue
+        if len(fields) != 8:
             raise InputError(f"{path}: line {i} has {len(fields)} fields, expected 8")
-        pairs += [[]] if fields else []
-        for k in (0, 2, 4, 5) if fields else ():
+        pairs.append([])
+        for k in (0, 2, 4, 5):
             candidates = [p for p in (Path(fields[k]), path.parent / fields[k]) if p.exists()]
             if not candidates and (fields[k] != "None" or k in (0, 4)):
                 raise InputError(f"{path}: line {i}: {fields[k]}: no such file or folder")

@@ -788,6 +788,9 @@ def test_words_of_a_pack_are_labels_of_its_frames(cut_pack, tmp_path, mouth, mon
         assert set(KeypointDataset(source, [0], mouth, kind, 4, 0, words | dict(sil=7))[0]["labels"]) == {7}
         monkeypatch.setattr(KeypointDataset, "SILENT", 0.0)
         assert "labels" not in KeypointDataset(source, [0], mouth, kind, 40, 0)[3]
+    (tmp_path / "a.align").write_text("\n")
+    with pytest.raises(InputError, match="a.align: no words in it"):
+        source.alignment(0)
 
 
 @pytest.mark.parametrize("options", [["--phones", "--face"], ["--target", "heatmaps"], ["--target", "displacements"]])
