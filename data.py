@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from audio import mfcc, sound_windows
 from checkpoint import FORMAT, wrap_errors
-from faces import TEMPLATES
+from faces import TEMPLATES, complete_lines
 from media import SAMPLES_PER_FRAME, InputError, Parser, atomic_write, check_file, to_int16, to_tensor
 
 # ----------------------------------------------------------------------------------------------------------- packs
@@ -72,12 +72,10 @@ class PackWriter:
 
     def continue_after(self, n_kept: int):
         """Reads the first n_kept clips from the journal and cuts the three files after them."""
-        header, lines = json.dumps(self.header | self.options).encode() + b"\n", []
-        if n_kept:
-            with open(self.journal.name, "rb") as file:
-                lines = list(itertools.islice(file, 1 + n_kept))
-            if len(lines) <= n_kept or lines[0] != header:
-                raise InputError(f"{self.folder}: begun with other options, or its journal is damaged: remove it")
+        header = json.dumps(self.header | self.options).encode() + b"\n"
+        lines = complete_lines(self.folder / "journal.jsonl")[: 1 + n_kept] if n_kept else []
+        if n_kept and (len(lines) <= n_kept or lines[0] != header):
+            raise InputError(f"{self.folder}: begun with other options, or its journal is damaged: remove it")
         for line in lines[1:]:
             self.add_to_index(json.loads(line))
         self.frames.truncate(self.jpeg_start[-1])
@@ -138,8 +136,7 @@ class PackWriter:
 class Pack:
     """A pack, open for reading: .size, .template, .identities (names of the people), and for each clip c: .n_frames[c],
     .identity[c] (index in .identities), .box[c] (x0, y0, x1, y1 in the upright source picture with square pixels),
-    .fps[c] (of the source). .packs: [self], see Packs. InputError: the directory holds no pack, or one with missing or
-    damaged files."""
+    .fps[c] (of the source). .packs: [self], see Packs. InputError: no pack, or missing or damaged files."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.packs = Path(folder).absolute(), [self]
@@ -394,9 +391,8 @@ class Clips(Dataset):
         item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel), clip=c,
                     identity=int(self.pack.identity[c]), frames=torch.from_numpy(driving))
         middle = first + (self.T - 1) // 2
-        if self.sync_sound == "mel":
-            plain = self.pack.windows(c, [middle])[0] if self.voice_norm else mel[self.context + middle - first]
-            item["sync_sound"] = torch.from_numpy(plain)
+        if self.sync_sound == "mel":  # without voice_norm
+            item["sync_sound"] = torch.from_numpy(self.pack.windows(c, [middle])[0])
         elif self.sync_sound == "mfcc":  # five frames of four steps; the frames beside them are context
             wav = cut_sound(self.pack.sound(c), middle - 3, middle + 4)
             item["sync_sound"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()
@@ -413,8 +409,8 @@ class Frames(Dataset):
     Item: image (3, H, W) in [-1, 1], identity. clips: numbers of the clips to draw from, default all. change: a function
     (frame, clip, its number in the clip, rng) -> frame; items get `changed`, the same image, in half of them after it."""
 
-    def __init__(self, pack: Pack, seed: int, flip: bool = True, clips=None, change=None):
-        self.pack, self.seed, self.flip, self.change = pack, seed, flip, change
+    def __init__(self, pack: Pack, seed: int, clips=None, change=None):
+        self.pack, self.seed, self.change = pack, seed, change
         clips = np.arange(len(pack)) if clips is None else np.asarray(clips)
         identity = np.asarray(pack.identity)[clips]
         self.order = clips[np.argsort(identity, kind="stable")]  # clips, person by person
@@ -427,7 +423,7 @@ class Frames(Dataset):
         c = int(self.order[rng.integers(self.first[person], self.first[person + 1])])
         k = int(rng.integers(self.pack.n_frames[c]))
         frame = self.pack.frame(c, k)
-        flip = self.flip and rng.random() < 0.5
+        flip = rng.random() < 0.5
         item = dict(image=to_flipped_tensor(frame, flip), identity=int(self.people[person]))
         if self.change:
             item["changed"] = to_flipped_tensor(self.change(frame, c, k, rng) if rng.random() < 0.5 else frame, flip)

@@ -70,9 +70,8 @@ def start_stage(args, model, D, data, states, device) -> dict:
 # ------------------------------------------------------------------------------------------------------------ data
 
 def load_data(args) -> dict:
-    """-> dict with: pack; photos, Frames or None; images, the dataset of stages 1 and 2; landmarks, a list for pack and
-    photos, or None; and arrays of clip numbers: clips (for training), clips_with_landmarks (of these), held_out, and
-    held_out_photos."""
+    """-> dict: pack; photos (Frames or None); images (dataset of stages 1 and 2); landmarks (of pack, photos; or None);
+    arrays of clip numbers: clips (for training), clips_with_landmarks (of these), held_out, held_out_photos"""
     if args.data:
         pack = open_packs(args.data)
     else:
@@ -287,14 +286,10 @@ def small_judges(args, D, data, states, device) -> dict:
 def optimizers(model, D, args):
     """-> Adam of the trained parameters, at the rates of rate_shares, and Adam of D. Regularisation adds a step to every
     k-th one: rates are multiplied by c = k / (k + 1), and betas are raised to the power of c (StyleGAN2)."""
-    shares, groups = rate_shares(args, model.config), {}
-    for name, parameter in model.named_parameters():
-        prefix = max((p for p in shares if name.startswith(p)), key=len, default=None)
-        share = shares.get(prefix, 0.0)
-        parameter.requires_grad_(share > 0)
-        option = "lr_gan" if name.startswith("generator.") else "lr"
-        if share:                                                                      # --resume may change rates
-            groups.setdefault((option, share), []).append(parameter)
+    groups = {}
+    for name, parameter, share in choose_trained(model, rate_shares(args, model.config)):
+        option = "lr_gan" if name.startswith("generator.") else "lr"                   # --resume may change rates
+        groups.setdefault((option, share), []).append(parameter)
     model.eval()
     if args.stage == 2:                                                                # BatchNorm by batches, as in pSp
         (model.hyper if args.part == "hyper" else model.encoder).train()
@@ -307,8 +302,18 @@ def optimizers(model, D, args):
     return opt_g, opt_d
 
 
+def choose_trained(model, rates: dict):
+    """rates: {prefix of parameter names: learning rate}, the longest prefix counts -> (name, parameter, rate) of each
+    parameter with a rate above 0. Gradients of the others are disabled."""
+    for name, parameter in model.named_parameters():
+        rate = rates.get(max((p for p in rates if name.startswith(p)), key=len, default=None), 0.0)
+        parameter.requires_grad_(rate > 0)
+        if rate > 0:
+            yield name, parameter, rate
+
+
 def rate_shares(args, config) -> dict:
-    """{prefix of parameter names: share of --lr, or, for the generator, of --lr-gan}. The longest prefix counts."""
+    """{prefix of parameter names: share of --lr, or, for the generator, of --lr-gan}, see choose_trained"""
     if args.stage == 1:
         return {"generator": 4 / 5}                                                    # path length: k / (k + 1), k = 4
     small, stage3 = config.encoder == "slim", args.stage == 3                          # else 1e-4, as in pSp, HyperStyle
@@ -336,14 +341,13 @@ def rate_shares(args, config) -> dict:
 def train_regression(name, parameters, steps, lr, loss_of, decay=True) -> float:
     """Adam on loss_of(step) -> running mean of the loss. Shows progress, and prints an estimate of the minutes."""
     opt, mean, begin = torch.optim.Adam(parameters, lr), 0.0, time.perf_counter()
-    rates = [group["lr"] for group in opt.param_groups]
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 - step / steps if decay else 1.0)
     for step in progress(range(steps), name):
         loss = loss_of(step)
-        for group, rate in zip(opt.param_groups, rates):
-            group["lr"] = rate * (1 - step / steps) if decay else rate
-        opt.zero_grad(set_to_none=True)
+        opt.zero_grad()
         loss.backward()
         opt.step()
+        schedule.step()
         mean += max(0.02, 1 / (step + 1)) * (loss.item() - mean)
         if step + 1 == min(20, steps):
             minutes = (time.perf_counter() - begin) * steps / (60 * (step + 1))
@@ -471,9 +475,8 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
 
 
 def train_judge(data, device, seed, steps, batch=48):
-    """Train a small face recogniser on two frames of each clip. Negative pairs are frames of different people, or of
-    different clips if all clips show one person. With photos: on two views of each, shifted and mirrored, one without
-    lips, which vary."""
+    """Train a small face recogniser on two frames of each clip. Negative pairs are of different people, or of different
+    clips if all show one person. With photos: on two augmented views of each, one with masked lips, which vary."""
     photos, label = data["photos"], "identity"
     dataset = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
     if photos is None and len(np.unique(dataset.pack.identity[dataset.clips])) == 1:
@@ -751,11 +754,7 @@ def learn_moved_photos(model, data, device):
     # Adam's first rates: 1e-3 of the size of equalised weights; closed forms drift slowly
     rates = {"generator": 1e-3, "generator.style": 0.0, "maps.flow": 5e-6, "maps.coarse_rgb": 5e-6, "maps.views": 1.5e-4,
              "motion.pose_up": 1e-4, "motion.mouth_up": 5e-5}
-    groups = []
-    for name, parameter in model.named_parameters():
-        rate = rates.get(max((p for p in rates if name.startswith(p)), key=len, default=None), 0.0)
-        parameter.requires_grad_(rate > 0)
-        groups += [dict(params=[parameter], lr=rate)] if rate else []
+    groups = [dict(params=[parameter], lr=rate) for _, parameter, rate in choose_trained(model, rates)]
 
     def loss_of(step):
         i = rng.choice(len(images), 6)
@@ -782,10 +781,9 @@ def photos_in_motion(model, data, rng, device, frames: int = 5):
         except ValueError:                                                             # not an upright face
             continue
         spoken = rng.choice(data["clips"])
-        mel = log_mel(pack.sound(spoken), model.config.voice_norm)
-        mel = torch.from_numpy(mel_windows(mel, np.arange(pack.n_frames[spoken]))).to(device)
+        mel = pack.windows(spoken, range(pack.n_frames[spoken]), model.config.voice_norm)
         some = rng.integers(len(mel), size=frames)
-        opening, shape = (x[some] for x in model.predict_lips(mel))
+        opening, shape = (x[some] for x in model.predict_lips(torch.from_numpy(mel).to(device)))
         whole = (0, 0, *warp.face.photo.shape[1::-1])
         motion, images = random_faces(warp, photos.size, whole, opening, shape, rng)
         yield photo[None], motion.poses, motion.blinks, opening, shape, images

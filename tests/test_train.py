@@ -27,6 +27,7 @@ import syncnet
 import toyfaces
 import train
 import vision
+from audio import sound_windows
 from checkpoint import freeze, load_checkpoint, save_checkpoint
 from data import Pack, PackWriter
 from faces import TEMPLATES, box_slices, crop_face, mask_mouth
@@ -438,7 +439,7 @@ def moving_photo(size):
     photos = types.SimpleNamespace(size=size, frame=lambda c, k: photo)
     landmarks = types.SimpleNamespace(usable_clips=np.arange(2), clip=lambda c: [points * (1 - c)])
     sound = np.random.default_rng(0).normal(0, 0.1, 30 * 640).astype(np.float32)
-    pack = types.SimpleNamespace(n_frames=[30], sound=lambda c: sound)
+    pack = types.SimpleNamespace(n_frames=[30], windows=lambda c, ks, voice_norm: sound_windows(sound, ks, voice_norm))
     return dict(pack=pack, clips=np.array([0]), landmarks=[None, landmarks],
                 photos=types.SimpleNamespace(pack=photos, order=np.arange(3)))
 
