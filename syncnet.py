@@ -227,8 +227,7 @@ class Windows(Dataset):
 
 
 def augment_lips(x, other, rng):
-    """Varies all windows of a clip (K, 5, 50) in the same way, and adds noise. other (T, 50): another clip. Ranges are
-    ours."""
+    """Varies all windows of a clip (K, 5, 50) alike, and adds noise. other (T, 50): another clip. Ranges are ours."""
     mean = x.mean((0, 1))
     to_other = rng.uniform(0, 0.8) * (rng.random() < 0.7) * (other.mean(0) - mean)
     x = (mean + to_other + np.exp(rng.normal(0, 0.15)) * (x - mean)).unflatten(-1, (-1, 2))  # (K, 5, 25, 2)
@@ -241,8 +240,7 @@ def augment_lips(x, other, rng):
 
 
 def augment_images(frames, rng):
-    """Varies each window of a clip (K, 5, 3, H, H), its five frames in the same way. All or no windows are mirrored.
-    Ranges are ours."""
+    """Varies each window of a clip (K, 5, 3, H, H), its five frames alike; mirrors all or none. Ranges are ours."""
     K, H = len(frames), frames.shape[-1]
     turn, zoom = rng.uniform(-0.07, 0.07, K), np.exp(rng.uniform(-0.05, 0.05, K))
     mirror = -1 if rng.random() < 0.5 else 1
@@ -299,10 +297,9 @@ def logits_by_shift(logits_of, face, sound, beyond: float = math.nan):
 
 
 def best_offset(table):
-    """(K, S) of logits_by_shift -> lag of the sound in frames, confidence, fit. Offsets with fewer than half of the
-    windows are left out. confidence: mean logit at the lag minus the median over offsets (SyncNet's, with logits in
-    place of distances). fit: mean logit at the lag minus MATCH_LOGIT * sqrt(3 s / length); above 0 mouth and sound
-    match."""
+    """(K, S) of logits_by_shift -> lag of the sound in frames, confidence, fit. Offsets need half of the windows.
+    confidence: mean logit at the lag minus the median over offsets (SyncNet's, with logits in place of distances). fit:
+    mean logit at the lag minus MATCH_LOGIT * sqrt(3 s / length); above 0 mouth and sound match"""
     counts = np.isfinite(table).sum(0)
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
     best = int(np.nanargmax(means))
@@ -520,24 +517,18 @@ def offset(args):
     """Prints the lag of a clip's sound in frames, and the confidence in it; --fix writes the clip in sync."""
     expert, path = load_sync(args.expert, pick_device(args.device)), check_file(args.clip)
     out = check_output(args.fix, args.overwrite, (".mp4",), (path,)) if args.fix else None
-    lag, confidence, fit, windows = measure_offset(expert, path, args.box)
-    frames = f"{abs(lag)} frame{'s' * (abs(lag) != 1)} ({abs(lag) / FPS:.2f} s) {'late' if lag > 0 else 'early'}"
-    print(f"{path}: the sound is {frames if lag else 'in sync'}; confidence {confidence:.1f}, "
-          f"{'sure' if fit > 0 else 'a guess'} ({windows} windows)")
-    if out:
-        write_shifted(path, lag, out)
-        print(f"{out}: the same pictures, the sound moved by {-lag / FPS:+.2f} s")
-
-
-def measure_offset(expert, path: Path, box: str | None = None):
-    """-> lag of the sound in frames, confidence, fit (see best_offset), number of windows. Needs 8 kB per frame."""
-    mel, crops = log_mel(load_audio(path)), crop_faces(path, expert, box)
+    mel, crops = log_mel(load_audio(path)), crop_faces(path, expert, args.box)
     first = list(islice(crops, WINDOW_FRAMES + 1))
     if len(first) < WINDOW_FRAMES + 1:
         raise InputError(f"{path}: {len(first)} frames are too few, an offset needs {WINDOW_FRAMES + 1}")
-    face, sound = embed_clip(expert, tqdm(chain(first, crops), "frames", disable=None), mel)
-    table = logits_by_shift(expert.logits, face, sound)
-    return *best_offset(table), len(table)
+    face, sound = embed_clip(expert, tqdm(chain(first, crops), "frames", disable=None), mel)  # 8 kB per frame
+    lag, confidence, fit = best_offset(logits_by_shift(expert.logits, face, sound))
+    frames = f"{abs(lag)} frame{'s' * (abs(lag) != 1)} ({abs(lag) / FPS:.2f} s) {'late' if lag > 0 else 'early'}"
+    print(f"{path}: the sound is {frames if lag else 'in sync'}; confidence {confidence:.1f}, "
+          f"{'sure' if fit > 0 else 'a guess'} ({len(face)} windows)")
+    if out:
+        write_shifted(path, lag, out)
+        print(f"{out}: the same pictures, the sound moved by {-lag / FPS:+.2f} s")
 
 
 def crop_faces(path: Path, expert, box: str | None = None):
@@ -563,8 +554,7 @@ def crop_faces(path: Path, expert, box: str | None = None):
 
 
 def write_shifted(path: Path, lag: int, out: Path):
-    """Writes the video as MP4, its sound `lag` frames earlier and silence in the gap. H.264 is copied, other codecs are
-    encoded."""
+    """Writes an MP4 with the sound `lag` frames earlier, silence in the gap. H.264 is copied, other codecs are encoded"""
     # scale: for sizes that change within the video; players need even sizes
     video_options = [["-vf", "scale=iw:ih,bwdif=mode=send_frame:deint=interlaced,pad=ceil(iw/2)*2:ceil(ih/2)*2",
                       "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"]]

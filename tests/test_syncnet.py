@@ -509,7 +509,8 @@ def test_a_clip_is_written_in_sync_with_the_same_pictures(world, tmp_path, capsy
     assert abs(len(sound) - len(wav)) <= 1024  # a block of AAC
     middle = slice(640 * 10, 640 * 45)  # the bar follows the loudness of this sound
     assert np.corrcoef(sound[middle], own[middle])[0, 1] > 0.8
-    assert syncnet.measure_offset(load_sync(world[1], "cpu"), tmp_path / "fixed.mp4")[0] == 0
+    syncnet.main([*command[:1], str(tmp_path / "fixed.mp4"), *command[2:]])
+    assert "the sound is in sync;" in capsys.readouterr().out
     with pytest.raises(InputError, match="--overwrite"):
         syncnet.main([*command, "--fix", str(tmp_path / "fixed.mp4")])
 
