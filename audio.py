@@ -267,14 +267,6 @@ def isolate_piece(wav: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ MFCC, for SyncNet v2
 
-@lru_cache
-def mfcc_filters() -> np.ndarray:
-    """(26, 257): triangles on HTK's mel scale with corners on whole FFT bins, as in python_speech_features"""
-    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
-    hz = 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1)
-    return triangle_filters(np.floor(513 * hz / SAMPLE_RATE), np.arange(257))
-
-
 def mfcc(wav: np.ndarray) -> np.ndarray:
     """Samples (n,) in [-1, 1] -> float64 (13, 1 + ceil((n - 400) / 160)), by the defaults of python_speech_features on
     int16: rectangular windows of 25 ms every 10 ms, 512-point FFT, 26 filters, DCT-II, lifter 22, log energy"""
@@ -285,8 +277,11 @@ def mfcc(wav: np.ndarray) -> np.ndarray:
     x = np.pad(x, (0, max(0, (S - 1) * 160 + 400 - len(x))))
     frames = np.lib.stride_tricks.sliding_window_view(x, 400)[::160]  # (S, 400)
     power = np.abs(np.fft.rfft(frames, 512)) ** 2 / 512  # (S, 257)
+    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
+    hz = 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1)  # HTK's mel scale
+    filters = triangle_filters(np.floor(513 * hz / SAMPLE_RATE), np.arange(257))  # (26, 257), corners on whole FFT bins
     eps = np.finfo(float).eps  # in place of zero energy
-    energy, bands = power.sum(1), power @ mfcc_filters().T  # (S,), (S, 26)
+    energy, bands = power.sum(1), power @ filters.T  # (S,), (S, 26)
     cepstrum = dct(np.log(np.where(bands == 0, eps, bands)), type=2, axis=1, norm="ortho")[:, :13]
     cepstrum *= 1 + 11 * np.sin(np.pi * np.arange(13) / 22)  # lifter
     cepstrum[:, 0] = np.log(np.where(energy == 0, eps, energy))

@@ -86,8 +86,7 @@ def iterate_nested(content):
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds all its numbers. Sparse and meta tensors and those with stride or size 0 need few bytes in
-    a file, but may need any amount of memory later."""
+    """Whether a tensor holds all its numbers. Others (sparse, meta, stride or size 0) may need any amount of memory."""
     return (tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
             and tensor.numel() >= max(tensor.shape, default=0)
             and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
@@ -143,8 +142,7 @@ def load_frozen(make_network, state: dict, source, device) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
-    """Write a dict of tensors, numbers and strings with a "kind", and this FORMAT. `path` is never a partial file.
-    InputError: the disk is full or not writable."""
+    """Write a dict of tensors and plain values with a "kind". `path` is never a partial file. InputError: disk full."""
     assert "kind" in checkpoint, "a checkpoint has a kind"
     path = Path(path).absolute()
     try:
@@ -438,8 +436,7 @@ def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
 
 
 def terms_to_floats(terms: dict, step: int) -> dict:
-    """Scalar tensors -> floats, averaged over processes. A step waits for the device only here. InputError: a term is
-    NaN or infinite in a process; the message names it."""
+    """Scalar tensors -> floats, averaged over processes. A step waits for the device only here. InputError: NaN, inf"""
     values = torch.stack([value.detach().float() for value in terms.values()])
     all_reduce_mean([values])
     terms = dict(zip(terms, values.tolist()))

@@ -81,8 +81,8 @@ def preserve_loss(swapped, real, template: str):
 
 
 def mouth_cycle_loss(read_shape, target):
-    """Squared error of the lip shape (N, K) read from generated images, in units of the target's variance over the batch.
-    The opening, the first number, is half of the loss."""
+    """Squared error of the lip shape (N, K) read from generated images, divided by the target's variance over the batch;
+    half of it for the opening, the first number"""
     variance = target.var(0) if len(target) > 1 else torch.ones_like(target[0])  # 1: that of the training clips
     error = (read_shape - target).square() / variance.clamp_min(0.25)
     return (error[:, 0].mean() + error[:, 1:].mean()) / 2
@@ -127,8 +127,7 @@ class Augment:
         self.p = p
 
     def update(self, sign: float, images: int):
-        """sign: mean sign of the scores of real images. Above 0.6 p rises by images / 500k, below it p falls by as much,
-        within [0, 1]."""
+        """sign: mean sign of D's scores of real images. Above 0.6 p rises by images / 500k, below it falls, in [0, 1]."""
         self.p = min(1.0, max(0.0, self.p + math.copysign(images / 500_000, sign - 0.6)))
 
     def __call__(self, x):

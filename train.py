@@ -33,8 +33,7 @@ import losses
 from checkpoint import (
     RANK, WORLD_SIZE, StepTimer, add_run_options, barrier, claim_output, cosine_warmup, count_parameters,
     fp16_state_dict, init_distributed, load_checkpoint, open_log, optimiser_step, progress_bar, restore_run,
-    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, warn_of_slow_bf16,
-    write_log)
+    resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, warn_of_slow_bf16, write_log)
 from data import add_split_options
 from fusion import middle_frames
 from media import InputError, Parser, atomic_write, run, to_tensor, to_uint8
@@ -144,8 +143,7 @@ def images_per_step(options: dict) -> int:
     return options["batch"] * options["accumulate"] * options["world"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# forward pass of each stage: batch -> images and codes
+# ---------------------------------------------------------------- forward pass of each stage: batch -> images and codes
 
 def forward_stage1(model, batch):
     """z -> w -> image. Nine of ten batches mix the styles of two w (StyleGAN2 default)."""
@@ -234,8 +232,7 @@ STAGES = dict(stage1=(forward_stage1, lambda *_: {}), stage2=(forward_stage2, lo
               stage2_hyper=(forward_stage2_hyper, losses.stage2_losses), stage3=(forward_stage3, losses.stage3_losses))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
+# ------------------------------------------------------------------------------------------------------------- the loop
 
 def main(argv=None):
     args = parse(argv)
@@ -393,8 +390,7 @@ def append_terms(lists, **terms):
         lists[name].append(term.detach())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# example images
+# ------------------------------------------------------------------------------------------------------- example images
 
 @torch.no_grad()
 def save_examples(path, ema, data, args, n=8):
