@@ -146,8 +146,7 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
 
 def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """mel (.., M, S) -> the same words in another voice. The frequency axis is stretched by up to 15 % (vocal tract
-    length perturbation, Jaitly & Hinton 2013). Ours: the level changes by up to 10 dB, the spectrum tilts by up to 5
-    dB at each end, and every third sound gets a hiss."""
+    length perturbation, Jaitly & Hinton 2013). Ours: level +-10 dB, tilt +-5 dB at each end, hiss in every third sound"""
     voice = resample_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
     voice = np.where(voice > SILENCE, voice + 8 * decibel / -FLOOR_DB, SILENCE)  # 8 units are 100 dB
@@ -245,15 +244,12 @@ def isolate_voice(wav: np.ndarray) -> np.ndarray:
     separation (REPET-SIM, Rafii & Pardo, ISMIR 2012): the background of a frame is the median of similar frames that
     are far from it in time. Differences from librosa's example: margin 5, not 10 (read speech loses 2 to 3 dB, not 3 to
     5; a beating chord 17 to 22, not 18 to 24); frames 2 s apart, or less in sounds under 8 s."""
-    check_sound(wav)
-    pieces = np.array_split(wav, -(-len(wav) // (PIECE * SAMPLE_RATE)))  # memory grows with the square of their length
-    return np.concatenate([isolate_piece(piece) for piece in pieces]).astype(np.float32)
-
-
-def isolate_piece(wav: np.ndarray) -> np.ndarray:
-    """isolate_voice of at most PIECE seconds"""
     import librosa                       # here, because it takes 1.5 s
 
+    check_sound(wav)
+    pieces = np.array_split(wav, -(-len(wav) // (PIECE * SAMPLE_RATE)))
+    if len(pieces) > 1:                  # memory grows with the square of their length
+        return np.concatenate([isolate_voice(piece) for piece in pieces])
     if len(wav) < SAMPLE_RATE // 2:      # too short to repeat anything
         return wav
     spectrum = librosa.stft(wav, n_fft=1024, hop_length=256)  # 64 ms; the example's 2048 at 22 kHz are 93 ms
@@ -262,7 +258,7 @@ def isolate_piece(wav: np.ndarray) -> np.ndarray:
     background = librosa.decompose.nn_filter(magnitude, aggregate=np.median, metric="cosine", width=distance)
     background = np.minimum(magnitude, background)
     mask = librosa.util.softmask(magnitude - background, 5 * background, power=2)
-    return librosa.istft(spectrum * mask, hop_length=256, n_fft=1024, length=len(wav))
+    return librosa.istft(spectrum * mask, hop_length=256, n_fft=1024, length=len(wav)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------ MFCC, for SyncNet v2

@@ -125,8 +125,8 @@ def load_batches(args, data, config, mfcc: bool, start: int):
 
 class MovePhotos:
     """Photo, uint8 (H, W, 3), its clip and number in it, rng -> the photo with a random motion of head and eyelids, or,
-    without usable landmarks, the photo. Clips turn little and blink in few frames: the generator learns the heads and
-    lids of strangers from these photos; ours."""
+    without usable landmarks, the photo. Ours: people in clips turn little and blink seldom, so the generator learns
+    turned heads and shut eyes from photos."""
 
     def __init__(self, landmarks):
         self.landmarks, self.mean = landmarks, load_landmarks().solid.double().numpy()
@@ -581,8 +581,8 @@ def fit_flow(model, data, device, seed, steps, batch=64):
     images, codes, ranges = fit_pose_codes(model, data, device, seed)
     rng, maps, edge = np.random.default_rng([seed, 7]), model.maps, model.maps.edge
     is_photo = ranges[:, 1] - ranges[:, 0] == 1
-    shut = (codes[:, -1] < -2).cpu().numpy() & ~is_photo                               # rare, drawn more often
-    groups = [np.flatnonzero(group) for group in (is_photo, ~is_photo, shut) if group.any()]
+    eyes_shut = (codes[:, -1] < -2).cpu().numpy() & ~is_photo                          # rare, drawn more often
+    groups = [np.flatnonzero(group) for group in (is_photo, ~is_photo, eyes_shut) if group.any()]
     f = model.config.flow
     head = similarity_flow(model.pose, f // 2).requires_grad_(True)
     lids = torch.zeros(1, 2, f, f, device=device, requires_grad=True)
@@ -600,8 +600,8 @@ def fit_flow(model, data, device, seed, steps, batch=64):
         j = np.concatenate([rng.choice(group, batch // len(groups)) for group in groups])
         i, flip = rng.integers(*ranges[j].T), rng.random(len(j)) < 0.5
         (x, code), (y, target) = draw(i, flip ^ is_photo[j]), draw(j, flip)
-        made = move_pixels(x, enlarge_flow((target - code) @ flow(), edge))
-        return reconstruction_loss(made, y, ((TEMPLATES[model.config.template].eyes, 3.0),))
+        moved = move_pixels(x, enlarge_flow((target - code) @ flow(), edge))
+        return reconstruction_loss(moved, y, ((TEMPLATES[model.config.template].eyes, 3.0),))
 
     error = train_regression("flow of the pose", [head, lids], steps, 5e-3, loss_of)
     print(f"flow of the pose: error {error:.3f}")
@@ -795,15 +795,15 @@ def collect_idle_motion(model, pack, chosen, device):
     if model.config.motion != "direct" or model.pose:
         return
     n, T, _ = model.motion.idle.shape
-    walks = []
+    deviations = []
     chosen = chosen[np.sort(np.unique(chosen, return_index=True)[1])]                  # --by-person repeats clips
     for c in chosen[pack.n_frames[chosen] >= T][:64]:
         pieces = to_tensor(pack.frames(c, range(T))).split(16)                         # bounded memory
         pose = torch.cat([model.motion.pose(model.encode_driving(x[None].to(device)))[0] for x in pieces])
-        walks.append(0.7 * (pose - pose[:1]))                                          # (T, P); ours: less than in clips
-    walks.sort(key=lambda walk: float(walk.mean(0).norm()))                            # ours: calm ones first
-    for i in range(n if walks else 0):                                                 # few clips repeat
-        model.motion.idle[i] = walks[i % len(walks)]
+        deviations.append(0.7 * (pose - pose[:1]))                                     # (T, P); ours: less than in clips
+    deviations.sort(key=lambda deviation: float(deviation.mean(0).norm()))             # ours: calm ones first
+    for i in range(n if deviations else 0):                                            # few clips repeat
+        model.motion.idle[i] = deviations[i % len(deviations)]
 
 
 # ---------------------------------------------------------------------------------------- least squares in float64

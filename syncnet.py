@@ -498,7 +498,7 @@ def open_test_clips(data: list | None, expert, path) -> tuple:
         raise InputError(f"{path}: not an expert of the toy world; give a pack of held-out clips with --data")
     if not data:
         pack = open_toy_pack(Path(path).absolute().parent, expert.size, "test")
-        return pack, np.arange(len(pack)), "toy people and speech held out for good"
+        return pack, np.arange(len(pack)), "toy people and speech reserved for tests"
     pack, description = open_packs(data), " ".join(data)
     if not isinstance(expert, SyncNet):
         return pack, np.arange(len(pack)), description
@@ -589,7 +589,7 @@ def parse(argv=None, saved=None):
     p.add_argument("--cosine", action="store_true", help="Wav2Lip's loss: the cosine after a ReLU is the probability")
     p.add_argument("--negatives", type=float, default=MIN_SHIFT / FPS, help="seconds apart, sound of a clip is negative")
     p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16: 4 times faster on CPUs with AMX")
-    t.add_argument("--data", nargs="+", help="packs: their held-out clips; default: toy people held out for good")
+    t.add_argument("--data", nargs="+", help="packs: their held-out clips; default: toy people reserved for tests")
     t.add_argument("--out", metavar="PNG", help="a histogram of offset errors")
     t.add_argument("--expert", help=f"see offset; default: weights/sync.pt with --data, {TOY_EXPERT} without")
     o.add_argument("clip", help="video with sound")

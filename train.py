@@ -12,7 +12,7 @@ encode images for that generator (stage 2), and the whole network is trained end
 The default dataset is the toy world, drawn on first use. README lists the time and the expected result of each command.
 Every stage continues with --resume, bit for bit on a CPU: item n of the data depends on the seed and n alone.
 
-The paper prints no loss weights, rates, batch or window sizes: all numbers are ours. Stage 3 starts from a closed-form
+The paper states no loss weights, learning rates, batch or window sizes: all are ours. Stage 3 starts from a closed-form
 motion space (initialise.py). With the sync loss its steps alternate between windows of five frames, for the sync expert,
 and single frames of many clips, which teach identity and pose faster.
 """

@@ -243,9 +243,9 @@ def test_isolate_voice_attenuates_repeating_music_more_than_words():
 
 def test_a_long_sound_is_isolated_in_pieces_and_keeps_its_length(monkeypatch):
     monkeypatch.setattr(audio, "PIECE", 3)
-    monkeypatch.setattr(audio, "isolate_piece", lambda wav: 0.5 * wav)
     wav = noise(int(7.3 * RATE))
-    np.testing.assert_allclose(audio.isolate_voice(wav), 0.5 * wav, atol=1e-6)
+    pieces = [audio.isolate_voice(piece) for piece in np.array_split(wav, 3)]
+    assert np.array_equal(audio.isolate_voice(wav), np.concatenate(pieces))
 
 
 def test_short_and_silent_sounds_can_be_isolated():
