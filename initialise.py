@@ -99,7 +99,7 @@ def load_data(args) -> dict:
 def load_batches(args, data, config, mfcc: bool, start: int):
     """Yields the batches of this process from step `start` on. Stage 3: single frames of many clips; with a sync loss,
     windows of five frames in even steps. With a mouth code and --photos, half of the single frames are photos, each with
-    the same photo as a driving frame, see MovePhotos."""
+    the same photo as a driving frame, see move_photo."""
     def load(dataset, size, first_step):
         return batches(dataset, max(1, size) * args.accumulate, first_step, args.workers, RANK, WORLD_SIZE)
 
@@ -115,7 +115,7 @@ def load_batches(args, data, config, mfcc: bool, start: int):
     singles = load(singles, size, first_step)
     if with_photos:
         photos = copy.copy(data["photos"])
-        photos.change = MovePhotos(data["landmarks"][1])
+        photos.change = functools.partial(move_photo, data["landmarks"][1], load_landmarks().solid.double().numpy())
         photos = load(photos, size, first_step)
         singles = (clips | dict(photo=images["image"], photo_driving=images["changed"])
                    for clips, images in zip(singles, photos))
@@ -123,21 +123,16 @@ def load_batches(args, data, config, mfcc: bool, start: int):
         yield next(windows if with_sync and step % 2 == 0 else singles)
 
 
-class MovePhotos:
-    """Photo, uint8 (H, W, 3), its clip and number in it, rng -> the photo with a random motion of head and eyelids, or,
-    without usable landmarks, the photo. Ours: people in clips turn little and blink seldom, so the generator learns
-    turned heads and shut eyes from photos."""
-
-    def __init__(self, landmarks):
-        self.landmarks, self.mean = landmarks, load_landmarks().solid.double().numpy()
-
-    def __call__(self, photo, c, k, rng):
-        try:
-            warp = Warp.of(photo, self.landmarks.clip(c)[k], self.mean)
-        except (ValueError, IndexError):                                               # no face; landmarks unfinished
-            return photo
-        frame = warp(**random_motion(rng, warp.head.turn_limits)[0])
-        return crop_face(frame, (0, 0, *frame.shape[1::-1]), len(photo))
+def move_photo(landmarks, mean, photo, c, k, rng):
+    """Frame k of clip c, uint8 (H, W, 3) -> the same with a random motion of head and eyelids, or unchanged without
+    usable landmarks. mean: see Warp. Ours: people in clips turn little and blink seldom, so the generator learns turned
+    heads and shut eyes from photos."""
+    try:
+        warp = Warp.of(photo, landmarks.clip(c)[k], mean)
+    except (ValueError, IndexError):                                                   # no face; landmarks unfinished
+        return photo
+    frame = warp(**random_motion(rng, warp.head.turn_limits)[0])
+    return crop_face(frame, (0, 0, *frame.shape[1::-1]), len(photo))
 
 
 def stage3_clips(pack, T, config, seed, **options):

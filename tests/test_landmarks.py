@@ -207,12 +207,12 @@ def test_the_pose_of_crops_follows_turns_shifts_and_blinks(net):
 def test_a_moved_photo_has_another_pose_and_shut_eyes(net, monkeypatch):
     big = load_photo(PORTRAIT)
     points = (landmarks.find_landmarks(net, big, BOX) - BOX[:2]) * 64 / 247.5
-    move = initialise.MovePhotos(SimpleNamespace(clip=lambda c: {3: np.stack([0 * points, points])}[c]))
+    pack, mean = SimpleNamespace(clip=lambda c: {3: np.stack([0 * points, points])}[c]), net.solid.double().numpy()
     photo, read = crop_face(big, BOX, 64), []
     for yaw, pitch, blink, *shift in ((0,) * 6, (9, 0, 0, 0, 0, 0), (0, 0, 1, 0, 0, 0), (7, -14, 0, 0.05, 0.06, 0.07)):
         motion = Motion(np.array([[yaw, pitch, 0, *shift]]), np.array([blink]), np.zeros(1))
         monkeypatch.setattr(initialise, "random_motion", lambda rng, limits, motion=motion: motion)
-        moved = move(photo, 3, 1, None)
+        moved = initialise.move_photo(pack, mean, photo, 3, 1, None)
         assert moved.shape == photo.shape and moved.dtype == np.uint8
         read.append(landmarks.read_pose(net, to_tensor(moved[None]))[0])
     still, turned, shut, shifted = read

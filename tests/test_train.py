@@ -777,7 +777,7 @@ def test_photos_are_driven_by_themselves_half_of_them_moved(packs_with_landmarks
 
     calls, forward = [], FCTFG.forward
     monkeypatch.setattr(FCTFG, "forward", seen)
-    monkeypatch.setattr(initialise.MovePhotos, "__call__", lambda self, photo, c, k, rng: 255 - photo)
+    monkeypatch.setattr(initialise, "move_photo", lambda landmarks, mean, photo, c, k, rng: 255 - photo)
     clips, photos = packs_with_landmarks
     args = train.parse(options(clips, tmp_path, 3, "--photos", str(photos), "--w", "sync=0", steps=1))
     args.batch, data, model = 24, initialise.load_data(args), FCTFG(Config.at(16, **MOUTH)).eval()
@@ -797,8 +797,8 @@ def test_photos_are_driven_by_themselves_half_of_them_moved(packs_with_landmarks
 def test_a_photo_without_usable_landmarks_is_not_moved():
     photo, anywhere = np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0).uniform(0, 64, (1, 68, 2))
     for points in (np.full((1, 68, 2), np.nan), np.zeros((1, 68, 2)), anywhere, np.zeros((0, 68, 2))):
-        move = initialise.MovePhotos(types.SimpleNamespace(clip=lambda c, points=points: points))
-        assert move(photo, 0, 0, np.random.default_rng(0)) is photo
+        landmarks, mean = types.SimpleNamespace(clip=lambda c, points=points: points), load_landmarks().solid.numpy()
+        assert initialise.move_photo(landmarks, mean, photo, 0, 0, np.random.default_rng(0)) is photo
 
 
 def test_a_published_generator_trains_on_real_faces_without_a_coarse_image(packs_with_landmarks, tmp_path):
