@@ -442,7 +442,7 @@ def load_data(args, folder: Path):
         return pack, split(pack, args)["train"], val_pack, np.arange(len(val_pack))
     pack = open_packs(args.data)
     if pack.size < args.size:
-        raise InputError(f"{pack.folder}: images of {pack.size} px, --size is {args.size}")
+        raise InputError(f"{pack.folder}: images of {pack.size} px, this expert needs {args.size} px or more")
     train, valid, _ = (clips[pack.n_frames[clips] >= WINDOW_FRAMES] for clips in split(pack, args).values())
     if not (len(train) and len(valid)):
         raise InputError(f"{pack.folder}: clips of {WINDOW_FRAMES} frames or more are too few to train and validate on")

@@ -899,7 +899,7 @@ def test_unsuitable_experts_are_refused(world, tmp_path, fails):
 @pytest.mark.parametrize(
     "args, reason",
     [
-        (["train", "--data", "PACK", "--size", "32", "--out", "new.pt"], "images of 16 px, --size is 32"),
+        (["train", "--data", "PACK", "--size", "32", "--out", "new.pt"], "images of 16 px, this expert needs 32 px"),
         (["train", "--data", "nowhere", "--out", "new.pt"], "no such directory"),
         (["train", "--out", "."], "exists"),
         (["train", "--out", "file.txt/sync.pt"], "cannot be made a directory"),
