@@ -215,8 +215,7 @@ def refine_parts(net: LandmarkNet, views, a, points) -> np.ndarray:
         refined[:, 1] = 1 - refined[:, 1].conj()
         refined = side[:, None, None] * refined + b[..., None]
         total, count = np.zeros_like(points), np.bincount(part.points.ravel(), minlength=K)  # the mouth is read twice
-        for row in (0, 1):
-            total[:, part.points[row]] += refined[:, row]
+        np.add.at(total, np.s_[:, part.points], refined)
         points = np.where(count, total / count.clip(1), points)
     return points
 
@@ -254,14 +253,12 @@ def measure_eyes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks (.., 68, 2) -> eyelid openings (.., 2), left and right in the image, in widths of the eye (.3 open, below
     .1 shut); heights of the brows above the eyes (.., 2), in distances of the eyes' outer corners"""
     points = to_complex(points)
-    openings, brows = [], []
-    for part, sign in ((LEFT_EYE, 1), (RIGHT_EYE, -1)):
-        p = points[..., part]
-        with np.errstate(invalid="ignore"):  # NaN stays NaN
-            openings.append(sign * lid_opening(p))  # the right eye's corners run from right to left
-            height = (p[..., 5] + p[..., 8]) / 2 - p[..., :5].mean(-1)
-            brows.append((height / (points[..., 45] - points[..., 36])).imag)
-    return np.stack(openings, -1), np.stack(brows, -1)
+    p = points[..., EYE.points]  # (.., 2, 11)
+    heights = (p[..., 5] + p[..., 8]) / 2 - p[..., :5].mean(-1)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        openings, brows = lid_opening(p), (heights / (points[..., 45, None] - points[..., 36, None])).imag
+    openings[..., 1] *= -1  # the right eye's corners run from right to left
+    return openings, brows
 
 
 def track_video(net: LandmarkNet, path, n: int, number: int = 1) -> tuple[np.ndarray, np.ndarray]:
