@@ -53,7 +53,7 @@ TEMPLATES = {
 }
 # eyes, tip of the nose, corners of the mouth in ArcFace's 112-pixel training crops (InsightFace)
 ARCFACE_POINTS = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
-                           (70.7299, 92.2041)])  # fmt: skip
+                           (70.7299, 92.2041)])
 
 
 def square_around(x: float, y: float, side: float) -> tuple:
@@ -378,10 +378,11 @@ def to_complex(points: np.ndarray) -> np.ndarray:
 
 
 def similarity(points: np.ndarray, target: np.ndarray):
-    """Least squares similarity transform a p + b from points (K,) to target (.., K), all complex x + iy -> a, b (..)"""
-    centred = points - points.mean()
-    a = (target * centred.conj()).sum(-1) / (abs(centred) ** 2).sum()
-    return a, target.mean(-1) - a * points.mean()
+    """Least squares similarity transform a p + b from points to target, (K,) or (.., K), complex x + iy -> a, b (..)"""
+    mean = points.mean(-1)
+    centred = points - mean[..., None]
+    a = (target * centred.conj()).sum(-1) / (abs(centred) ** 2).sum(-1)
+    return a, target.mean(-1) - a * mean
 
 
 def warp_face(image: np.ndarray, a: complex, b: complex, size: int) -> np.ndarray:
@@ -530,8 +531,7 @@ def interpolate_gaps(detections: list) -> tuple[np.ndarray, int]:
     points = np.stack([np.full((K, 2), np.nan, np.float32) if p is None else np.float32(p) for p in detections])
     if valid.any():
         span = np.hypot(*(points[:, EYE_CORNERS[1]] - points[:, EYE_CORNERS[0]]).T)  # (T,)
-        change = np.abs(span / np.median(span[valid]) - 1, where=valid, out=np.ones(len(span)))
-        valid &= change <= MAX_SPAN_CHANGE
+        valid &= np.abs(span / np.median(span[valid]) - 1) <= MAX_SPAN_CHANGE  # False for NaN
     missing = int((~valid).sum())
     if missing > MAX_MISSING * len(detections):
         raise InputError(f"a face in {len(detections) - missing} of {len(detections)} frames")

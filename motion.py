@@ -13,7 +13,7 @@ import numpy as np
 from scipy.fft import irfft, rfft, rfftfreq  # scipy.signal takes a second to import
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d
 
-from faces import crop_face, fill_missing
+from faces import crop_face, fill_missing, similarity
 from landmarks import MIRROR
 from media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from warp import (
@@ -123,9 +123,8 @@ def driving_motion(points: np.ndarray, lids: np.ndarray, brows: np.ndarray, mean
     a scene, brows to their median, blinks to the usual opening of the eyes.
 
     points: (T, 68, 2) landmarks in pixels; lids: (T, 2) openings of the eyes; brows: (T, 2) heights above them; all are
-    NaN, and interpolated, in frames without a face (not in all frames). mean: (77, 3) shape; turn_limits: of yaw and
-    pitch in degrees, see warp.Head; scene: (T,) numbers of faces.label_scenes. Blinks are not smoothed: they last three
-    frames."""
+    NaN, and interpolated, in frames without a face (not in all frames). mean: (77, 3) shape; turn_limits: see warp.Head;
+    scene: (T,) numbers of faces.label_scenes. Blinks are not smoothed: they last three frames."""
     has_face = np.isfinite(points).all((1, 2))
     cuts, limits = np.flatnonzero(np.diff(scene)) + 1, np.array([*turn_limits, *LIMITS])
     scenes = zip(*(np.split(fill_missing(x, has_face), cuts) for x in (points, lids, brows)))
@@ -156,11 +155,9 @@ def remove_head_motion(points: np.ndarray, mean: np.ndarray) -> np.ndarray:
     transform of each frame brings its rigid points nearest to the clip's median face."""
     median = np.median(points, 0)
     scale, R, _ = fit_pose(median, mean)
-    rigid, target = points[:, RIGID], median[RIGID]
-    centre = rigid.mean(1, keepdims=True)                              # (T, 1, 2)
-    z_rigid, z_target = (rigid - centre) @ (1, 1j), (target - target.mean(0)) @ (1, 1j)  # (T, n), (n,): x + iy
-    turn = (z_rigid.conj() * z_target).sum(1) / (abs(z_rigid) ** 2).sum(1)  # (T,): scale and rotation
-    z = (points - centre) @ (1, 1j) * turn[:, None]
+    z = points @ (1, 1j)                                               # (T, 68): x + iy
+    a, b = similarity(z[:, RIGID], median[RIGID] @ (1, 1j))            # (T,)
+    z = a[:, None] * z + b[:, None]
     q = np.stack([z.real, z.imag], -1) @ np.linalg.inv(scale * R[:2, :2]).T
     return (q + q[:, MIRROR] * (-1, 1)) / 2
 
