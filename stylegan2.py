@@ -9,7 +9,6 @@ gain, noise and bias follow the blur, in few passes. Generator.forward also take
 `coarse` and `flow` (ours, see fusion.py). The minibatch standard deviation accepts every batch size.
 """
 
-import functools
 import math
 from pathlib import Path
 
@@ -440,7 +439,7 @@ def load_rosinality(path: str | Path, size: int) -> tuple[Generator, Discriminat
     arguments = infer_arguments(content[name], source)
     if arguments["size"] != size:
         raise InputError(f"{source}: a network for {arguments['size']} px, expected {size} px")
-    G = load_strictly(functools.partial(Generator, **arguments), content[name], source)
+    G = load_strictly(lambda: Generator(**arguments), content[name], source)
     if isinstance(content.get("d"), dict):
         D = load_strictly(lambda: Discriminator(size, arguments["base"], arguments["cap"]), content["d"], f"{path}, 'd'")
     return G, D, arguments

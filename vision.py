@@ -370,9 +370,8 @@ def read_part(path: str | Path, part: str) -> tuple[dict, dict]:
 
 def load_encoder(path: str | Path, L: int, dim: int = 512) -> nn.Module:
     """pSp's encoder for L styles from the authors' file; a file with more styles (18 at 1024 px) gives the first L.
-    ArcFace's IR-SE50 gives the trunk alone, which initialises the training of pSp, with new heads for codes of `dim`
-    numbers. latent_avg is NaN if the file has none. InputError: see read_weights; another kind of file; fewer than L
-    styles."""
+    ArcFace's IR-SE50 gives the trunk alone, to start the training of pSp, with new heads for codes of `dim` numbers.
+    latent_avg is NaN if the file has none. InputError: see read_weights; another kind of file; fewer than L styles."""
     content, state = read_part(path, "encoder")
     with wrap_errors(path, "not pSp's encoder, nor ArcFace"):
         width = len(state["input_layer.0.weight"])

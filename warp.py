@@ -135,9 +135,8 @@ def enlarge_small_face(photo: np.ndarray, points: np.ndarray, mean: np.ndarray) 
 class Face:
     """A photo with its landmarks and the pose of its head.
 
-    photo: uint8 (H, W, 3); points: (68, 2) iBUG, in pixels; mean: (77, 3) in units, 68 landmarks and 9 points of the
-    hairline; sharpness: size of the original over that of this photo, below 1 after enlarge_small_face. Raises
-    ValueError: not landmarks of an upright face"""
+    photo: uint8 (H, W, 3); points: (68, 2) in pixels; mean: (77, 3) in units, 68 landmarks and 9 points of the hairline;
+    sharpness: 1 over the factor of enlarge_small_face. Raises ValueError: not landmarks of an upright face"""
 
     def __init__(self, photo: np.ndarray, points: np.ndarray, mean: np.ndarray, sharpness: float = 1.0):
         points = np.asarray(points, np.float64)
