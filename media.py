@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import errno
 import io
-import multiprocessing.connection
+import multiprocessing
 import os
 import re
 import shutil
@@ -55,8 +55,7 @@ class InputError(Exception):
 
 
 def run(main):
-    """Run a script's main(). User errors, lack of memory, a full disk: one line on stderr, status 2. Ctrl-C: 130.
-    SIGTERM: 143."""
+    """Run main(). User errors, lack of memory, a full disk: one line on stderr, status 2. Ctrl-C: 130. SIGTERM: 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit lets `with` and `finally` clean up
     sys.stdout.reconfigure(line_buffering=True)              # lines appear at once in a file or a pipe
     try:
@@ -116,10 +115,9 @@ def start_worker():
     """Set up a worker process: one thread; exit on Ctrl-C and when the parent exits, even by SIGKILL."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
 
     def exit_with_parent():
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -240,8 +238,7 @@ def read_log(log) -> str:
     return log.read().decode(errors="replace")
 
 
-# start of a stream's line in the description: indented by two spaces, or four in a group. Tags have another indent, so a
-# title cannot imitate a stream
+# start of a stream's line in the description: two spaces, or four in a group. Tags, such as titles, have another indent
 STREAM = r"^\[info\]   (?:  )?Stream #0:(\d+).*?: "
 
 
@@ -257,8 +254,8 @@ def stated_duration(log: str) -> float:
     return 3600 * int(duration[1]) + 60 * int(duration[2]) + float(duration[3]) if duration else 0.0
 
 
-def has_open_length(path: Path) -> bool:
-    """Whether the header of a WAV, RF64 or CAF file leaves its length open, as when a program writes to a pipe."""
+def has_open_length(path: Path, formats: tuple = (b"RIFF", b"caff", b"RF64")) -> bool:
+    """Whether the header of a WAV, CAF or RF64 file leaves its length open, as when a program writes to a pipe."""
     with open(path, "rb") as file:
         header = file.read(65536)
     start = header.find(b"data", 12) + 4
@@ -266,7 +263,7 @@ def has_open_length(path: Path) -> bool:
     fields = {b"RIFF": header[start : start + 4][::-1], b"caff": header[start : start + 8], b"RF64": header[28:36][::-1]}
     length = int.from_bytes(fields.get(header[:4], b""), "big")
     # an open length is 0 or near the maximum of its field; the bound is ours
-    return start > 3 and header[:4] in fields and not 0 < length < 1.9e9
+    return start > 3 and header[:4] in formats and not 0 < length < 1.9e9
 
 
 def last_packet_end(path: Path, *streams: str) -> float:
@@ -352,11 +349,9 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
     pan = f",pan={channels}c|" + "|".join(f"c{i}=c{i}" for i in range(channels)) if channels <= 8 else ""
     args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{pan},atrim=start=0", "-c:a", "pcm_f32le"]
     args += ["-f", "nut", "pipe:1", *READ_ALL_STREAMS]
-    with open(path, "rb") as file:                           # ffmpeg takes an RF64 file of open length as empty
-        is_open = file.read(4) == b"RF64" and has_open_length(path)
+    is_open = has_open_length(path, (b"RF64",))              # ffmpeg would take such a file as empty
     decode = decoder(path, *args, input_options=("-ignore_length", "1") if is_open else ())
-    # A second ffmpeg fills the gaps. Where rate or channels change, the first one builds its filters anew, and they count
-    # time from 0 again
+    # a second ffmpeg fills the gaps: where rate or channels change, the first one's new filters count time from 0 again
     fill_gaps = [find_ffmpeg(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
     fill_gaps += ["-af", f"aresample=async=1:min_hard_comp={MAX_JITTER}:first_pts=0", "-f", "f32le", "pipe:1"]
     raw = tempfile.TemporaryFile()
