@@ -19,9 +19,8 @@ from stylegan2 import EqualLinear
 
 def zero_init(layer):
     """layer -> the layer, its weights and bias set to zero"""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -99,9 +98,7 @@ def to_float64(x):
 
 def to_small_image(x):
     """(N, 3, H, H) -> (N, 3 * 32 * 32), the input of the linear path; images below 32 px keep their size"""
-    if x.shape[-1] > 32:
-        x = F.avg_pool2d(x, x.shape[-1] // 32)
-    return x.contiguous().flatten(1)
+    return F.avg_pool2d(x, max(1, x.shape[-1] // 32)).flatten(1)
 
 
 class MouthEncoder(nn.Module):
