@@ -62,9 +62,8 @@ class Take:
         self.points = points = smooth(points.astype(np.float32, copy=False))
         scale, R, shift = fit_pose(points, mean)
         self.planes, depths = smooth(scale[:, None, None] * R[:, :2, :2]), smooth(scale[:, None] * R[:, :2, 2])
-        self.frontal = np.empty_like(points)                           # (T, 68, 2) in units, without the head's motion
-        for t, plane in enumerate(self.planes):
-            self.frontal[t] = FacePlane(plane, shift[t]).local(points[t] - np.outer(mean[:68, 2], depths[t]))
+        flat = points - mean[:68, 2:3] * depths[:, None] - shift[:, None]
+        self.frontal = np.float32(flat @ np.linalg.inv(self.planes).mT)  # (T, 68, 2) in units, without the head's motion
         self.opening = np.maximum(0, lip_opening(self.frontal))        # (T,)
 
         # frontal = shut + opening moves[0] + smile + speech; `smile` is first all but the opening, then without `shut`
@@ -141,7 +140,7 @@ class Take:
         at = np.stack([self.cells, self.cells + (0, self.jaw_drop * self.opening[t])])  # (2, h, w, 2)
         skin = skin_colour(frame, self.points[t], place.scale)
         colours = np.stack([read_photo(frame, where) for where in place.pixels(at)]) / skin
-        inside = np.stack([np.minimum(*inner_lips(s, v)) for v in at])  # (2, h, w)
+        inside = np.minimum(*inner_lips(s, at))                        # (2, h, w)
         weight = smoothstep((inside - 0.013) / 0.019)[..., None] * (self.opening[t] / self.max_opening) ** 10
         self.sums += np.concatenate([weight * colours, weight], -1)
         if (inside[0] > 0.015).any():
