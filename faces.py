@@ -234,7 +234,7 @@ def is_upright(face) -> bool:
 
 
 def largest_first(faces) -> list[tuple]:
-    return sorted((tuple(map(float, face)) for face in faces), key=lambda b: (b[0] - b[2]) * (b[3] - b[1]))
+    return sorted((tuple(map(float, face)) for face in faces), key=lambda b: -(b[2] - b[0]) * (b[3] - b[1]))
 
 
 def detect_faces(image: np.ndarray, margins: tuple = (1.0, 1.2, 1.5, 2.0)) -> list[tuple]:
