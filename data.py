@@ -392,7 +392,8 @@ class Clips(Dataset):
                     identity=int(self.pack.identity[c]), frames=torch.from_numpy(driving))
         middle = first + (self.T - 1) // 2
         if self.sync_sound == "mel":  # without voice_norm
-            item["sync_sound"] = torch.from_numpy(self.pack.windows(c, [middle])[0])
+            plain = self.pack.windows(c, [middle])[0] if self.voice_norm else mel[self.context + middle - first]
+            item["sync_sound"] = torch.from_numpy(plain)
         elif self.sync_sound == "mfcc":  # five frames of four steps; the frames beside them are context
             wav = cut_sound(self.pack.sound(c), middle - 3, middle + 4)
             item["sync_sound"] = torch.from_numpy(mfcc(wav)[:, 4:24]).float()

@@ -312,7 +312,7 @@ def load_networks(args, device) -> SimpleNamespace:
 # ------------------------------------------------------------------------------------------------------------- one clip
 
 class Clip:
-    """A clip in memory. Sound, faces and landmarks are computed on first use. InputError, without the path: it has none."""
+    """A clip in memory. Sound, faces and landmarks are computed on first use. InputError without the path: none in it."""
 
     def __init__(self, path, networks):
         self.path, self.networks, stream = path, networks, read_video(path)

@@ -337,7 +337,7 @@ def read_pose(net: LandmarkNet, images, template: str = "face"):
     grey = F.avg_pool2d(crops_to_grey(images), max(1, images.shape[-1] // 128))
 
     def crop(a, b, size):  # (n,), (n, k), in edges of the image -> (n k, 1, size, size)
-        at = a[:, None, None, None] * torch.from_numpy(unit_square(size)).to(a.device) + b[..., None, None]
+        at = a[:, None, None, None] * torch.from_numpy(unit_square(size)).to(a) + b[..., None, None]
         return read_pixels(grey.repeat_interleave(b.shape[1], 0), grey.shape[-1] * at.flatten(0, 1))
 
     left, top, side = square_in_crop(template, "face")
