@@ -196,8 +196,8 @@ class DirectMotion(nn.Module):
     face: in training, source and driving frames are of one clip.
 
     Mouth code, for real faces: the sound predicts its first K numbers, the shape of the lips. The first number, the
-    opening, replaces that of the source, within `opening_limits`. The other K - 1 numbers are added to those of the
-    source: a wide mouth or a smile stays. The last M - K numbers (colour, teeth, beard) come from the source."""
+    opening, replaces that of the source. The other K - 1 numbers are added to those of the source: a wide mouth or a
+    smile stays. The last M - K numbers (colour, teeth, beard) come from the source."""
 
     def __init__(self, config: Config, hidden: int = 192):
         super().__init__()
@@ -214,7 +214,6 @@ class DirectMotion(nn.Module):
         nn.init.zeros_(self.lips[4].bias)
         # pose deviations of 8 clips of 3 s; with a pose code the motion of motion.py is used
         self.register_buffer("idle", None if config.flow else torch.zeros(8, 75, P))
-        self.register_buffer("opening_limits", torch.tensor([-torch.inf, torch.inf]) if M else None)  # of training clips
         # for warp.py, set by initialise.fit_warp: landmark displacements per unit of each shape number; slope and offset
         # from the opening in the mouth code to that in warp.py, whose unit is the distance of the eyes' outer corners
         self.register_buffer("moves", torch.zeros(K, 68, 2) if M else None)
@@ -229,13 +228,10 @@ class DirectMotion(nn.Module):
         return self.lips(z_a[:, context:z_a.shape[1] - context])
 
     def audio_to_mouth(self, z_a, context=0):
-        """z_a (B, T + 2 context, D) -> mouth code (B, T, M): the opening clamped to the range of the training clips, the
-        last M - K numbers 0. Without a mouth code: as predict_lip_shape."""
+        """z_a (B, T + 2 context, D) -> mouth code (B, T, M), the last M - K numbers 0. Without a mouth code: as
+        predict_lip_shape."""
         lips = self.predict_lip_shape(z_a, context)                               # (B, T, K)
-        if not self.M:
-            return lips
-        opening = lips[..., :1].clamp(*self.opening_limits)
-        return F.pad(torch.cat([opening, lips[..., 1:]], -1), (0, self.M - lips.shape[-1]))
+        return F.pad(lips, (0, self.M - lips.shape[-1])) if self.M else lips
 
     def appearance_part(self, mouth):
         """Mouth code (.., M) -> the same with an opening of 0: the part of the source's code that speech keeps"""
@@ -401,12 +397,15 @@ class FCTFG(nn.Module):
     def moved_codes(self, source, motion, opening, shape):
         """One photo (1, 3, H, W), or one for each of n frames (n, 3, H, W); a motion.Motion relative to their poses; lips
         in the units of warp.py, opening (n,) and shape (n, K - 1) -> codes z_s2d (n, L, D)"""
-        slope, offset = self.motion.opening.tolist()
-        lips = torch.from_numpy(np.c_[(opening - offset) / slope, shape]).to(source)
         with torch.no_grad():
             pose = self.pose.follow(self.encode_driving(source[:, None])[:, 0], motion.poses, motion.blinks)
-        mouth = F.pad(lips, (0, self.motion.M - lips.shape[1]))
-        return self.canonical_code(source)[1] + self.motion.join(pose, mouth)
+        return self.canonical_code(source)[1] + self.motion.join(pose, self.mouth_codes(opening, shape))
+
+    def mouth_codes(self, opening, shape):
+        """Lips in the units of warp.py, opening (n,) and shape (n, K - 1) -> mouth codes (n, M), the last M - K 0"""
+        slope, offset = self.motion.opening.tolist()
+        lips = torch.from_numpy(np.c_[(opening - offset) / slope, shape]).to(self.motion.moves)
+        return F.pad(lips, (0, self.motion.M - lips.shape[1]))
 
     def fit_weights(self, source, codes, targets, steps: int):
         """Photo (3, H, W), codes (n, L, D) and images (n, 3, H, W) of its face in motion -> weight changes that bring its
@@ -450,19 +449,26 @@ class FCTFG(nn.Module):
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
 
     @torch.inference_mode()
-    def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16, deltas=None):
+    def read_opening(self, source) -> float:
+        """Photo (3, H, W) -> opening of its lips in the unit of warp.py. Needs a mouth code."""
+        slope, offset = self.motion.opening.tolist()
+        return max(0.0, slope * float(self.mouth(source[None])[0, 0]) + offset)
+
+    @torch.inference_mode()
+    def animate(self, source, mel, driving=None, sway: bool = True, batch: int = 16, deltas=None, mouth=None):
         """A talking clip, streamed: yields (b, 3, H, W) in [-1, 1], n frames in all.
         source: (3, H, W) in [-1, 1]. mel: (n, 1, 80, 16), one window a frame, or an iterable of consecutive pieces of it.
         driving: iterable of n frames (3, H, W). None: the pose of the source with idle motion. With a pose code: a
         motion.Motion relative to the pose of the source. None: the source's own pose. sway: idle motion moves the head;
-        if False, only blinks. batch: frames decoded at a time. deltas: weight changes of fit_weights, if any."""
+        if False, only blinks. batch: frames decoded at a time. deltas: weight changes of fit_weights, if any. mouth:
+        (n, M), with a mouth code: replaces the prediction from sound."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
         deltas, z_a = deltas or self.weight_changes(source, z_s), self.encode_whole_sound(mel)
-        for z_c2d in self.stream_motion(source, z_a, driving, sway, batch):
+        for z_c2d in self.stream_motion(source, z_a, driving, sway, batch, mouth):
             yield self.decode(z_s2c + z_c2d, deltas).clamp(-1, 1)
 
-    def stream_motion(self, source, z_a, driving, sway, batch):
+    def stream_motion(self, source, z_a, driving, sway, batch, mouth=None):
         """Yields z_c2d (b, L, D) in order. Each batch includes the frames within reach of the temporal convolutions."""
         n, reach, direct = z_a.shape[1], self.config.context, self.config.motion == "direct"
         z_source, first = self.encode_driving(source[None]), 0                    # (1, 1, L, D)
@@ -478,18 +484,19 @@ class FCTFG(nn.Module):
         for start in range(0, n, batch):
             stop = min(start + batch, n)
             lo, hi = max(0, start - reach), min(n, stop + reach)
+            given = None if mouth is None else mouth[None, lo:hi]
             if self.pose:
-                z_c2d = self.motion(z_a[:, lo:hi], z_v[:, lo:hi])
+                z_c2d = self.motion(z_a[:, lo:hi], z_v[:, lo:hi], mouth=given)
             elif driving is not None:
                 while first + z_v.shape[1] < hi:                                  # encode new frames
                     count = min(batch, hi - first - z_v.shape[1])
                     new = torch.stack([next(frames).to(source) for _ in range(count)])
                     z_v = torch.cat([z_v, self.encode_driving(new[None])], 1)
                 z_v, first = z_v[:, lo - first:], lo                              # drop old frames
-                z_c2d = self.motion(z_a[:, lo:hi], z_v)
+                z_c2d = self.motion(z_a[:, lo:hi], z_v, mouth=given)
             elif direct:
                 pose = self.motion.pose(z_source) + idle_poses(idle, lo, hi)[None]
-                z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[:, lo:hi]))
+                z_c2d = self.motion.join(pose, self.motion.audio_to_mouth(z_a[:, lo:hi]) if given is None else given)
             else:
                 z_c2d = self.motion(z_a[:, lo:hi], z_source.expand(1, hi - lo, -1, -1))
             yield z_c2d[0, start - lo:stop - lo]

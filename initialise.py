@@ -40,6 +40,7 @@ LIP_STEPS = 4000  # of train_lips, most in stage 3: 11 minutes of one core. Afte
 NO_SPEECH = 0.1  # share of items of train_lips that are silence, noise or music, with shut lips
 NOISY = 0.3  # share of its voices that get echo and noise
 MOVED_STEPS, MOVED_PHOTOS = 2400, 3000  # of learn_moved_photos: 40 minutes of a core; photos, in five poses each
+LIP_WEIGHT = 0.2  # in learn_moved_photos, of the error of the lips as the MouthEncoder reads them
 FLOW_STEPS = 2000  # of fit_flow: with its reading of 22,000 poses four minutes of one core
 LIP_GAIN = 1.25  # the regression of lips on sound averages, and the generator paints smaller movements than its input
 progress = functools.partial(tqdm, leave=False, disable=None)
@@ -605,8 +606,8 @@ def fit_flow(model, data, device, seed, steps, batch=64):
 
 
 def train_lips(model, data, args, device, most=2000, batch=12, span=16):
-    """Train sound -> shape of the lips, before any image is generated, and set the limits of the opening. A step costs a
-    tenth of one through the generator. A batch holds spans of `span` frames: neighbours share their sound windows."""
+    """Train sound -> shape of the lips, before any image is generated. A step costs a tenth of one through the generator.
+    A batch holds spans of `span` frames: neighbours share their sound windows."""
     pack, landmarks = data["pack"], data["landmarks"][0]
     steps = args.steps if args.part == "lips" else min(LIP_STEPS, args.steps)
     rng, reach = np.random.default_rng([args.seed, 3]), model.config.context
@@ -622,8 +623,7 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
     chosen = [*chosen, *held_out.astype(int)]
     shapes, n_speech = lip_targets(model, pack, landmarks, chosen, device), len(chosen)  # (T, K) each
     train = torch.cat(shapes[:n])
-    openings, variance = train[:, 0], train.var(0).clamp_min(1e-3)
-    shut = train[openings <= openings.quantile(0.05)].mean(0)
+    variance, shut = train.var(0).clamp_min(1e-3), train[train[:, 0] <= train[:, 0].quantile(0.05)].mean(0)
     shapes += [shut.expand(5 * span, -1)] * 199                                        # without speech; ours: 199
     weight = 1 / variance
     weight[0] *= 5                                                                     # ours: the opening shows most
@@ -667,7 +667,6 @@ def train_lips(model, data, args, device, most=2000, batch=12, span=16):
           + f", {before} -> {explained()} % in {len(held_out)} held-out clips" * bool(held_out_spans))
     for q in model.motion.lips[-1].parameters():
         q.data.mul_(LIP_GAIN)
-    model.motion.opening_limits.copy_(openings.quantile(torch.tensor([0.02, 0.9], device=device)))
 
 
 @torch.no_grad()
@@ -751,13 +750,19 @@ def learn_moved_photos(model, data, device):
              "motion.pose_up": 1e-4, "motion.mouth_up": 5e-5}
     groups = [dict(params=[parameter], lr=rate) for _, parameter, rate in choose_trained(model, rates)]
 
+    with torch.no_grad():
+        pieces = np.array_split(images, -(-len(images) // 256))
+        readings = torch.cat([model.mouth(to_tensor(piece).to(device)) for piece in pieces])[:, :model.config.shape_dim]
+    unit = readings.std(0).clamp_min(1e-3)                                             # (K,)
+
     def loss_of(step):
         i = rng.choice(len(images), 6)
         source = to_tensor(photos[i // (len(images) // len(photos))]).to(device)
         codes = model.moved_codes(source, Motion(poses[i], blinks[i], 0 * blinks[i]), opening[i], shape[i])
         codes = torch.cat([codes, model.invert(source[:2])])                           # and two photos as they are
-        targets = torch.cat([to_tensor(images[i]).to(device), source[:2]])
-        return image_loss(weight * (model.decode(codes) - targets))
+        targets, made = torch.cat([to_tensor(images[i]).to(device), source[:2]]), model.decode(codes)
+        lips = (model.mouth(made[:6])[:, :len(unit)] - readings[i]) / unit             # L1 alone paints small openings
+        return image_loss(weight * (made - targets)) + LIP_WEIGHT * lips.square().mean()
 
     train_regression(f"faces in motion, {len(images)} images", groups, MOVED_STEPS, 1e-3, loss_of)
     model.requires_grad_(False)

@@ -54,6 +54,7 @@ THREADS = torch.get_num_threads()  # of the machine, before anything here change
 MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's cache
 FEATHER = 0.12  # of the crop: width of a seam of Paste
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
+PAINTED_GAIN = 1.8  # of the opening: the generator paints about half of the one it is given
 FIT_STEPS, FIT_FACES = 30, 40  # of FCTFG.fit_weights: 12 s on two slow cores; moved faces
 SHARPEN = 0.6  # unsharp mask on the generator's frames, radius 1 pixel: more gives rings
 CHANGE_RANGE = 0.06, 0.2  # in [-1, 1]: up to the first change all of the photo's detail stays, from the second on none
@@ -313,16 +314,20 @@ def compute_ahead(jobs, workers: int = 2):
 def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
     """Streams T frames of the generator: the crop alone, or pasted into the photo (`whole`), where an idle head does not
     move. mel, speech: as in talking_photo. Raises InputError: an option that only moves pixels of a photo"""
-    if args.mouth != 1 or args.landmarks or (args.blink != 1 and not model.pose):
+    if args.landmarks or (not has_lip_moves(model) and (args.mouth != 1 or args.blink != 1)):
         raise InputError(f"{args.face}: the generator draws its frames (a drawn face, a tiny photo, --crop, --network): "
-                         "leave out --mouth, --landmarks and, for a drawn face, --blink, which have no effect there")
+                         "leave out --landmarks and, for a drawn face, --mouth and --blink, which have no effect there")
     size = model.config.size
     source = to_tensor(crop_face(photo, box, size)).to(device)  # (3, size, size)
-    to_picture, turning, driving, deltas = to_uint8, bool(args.driving), None, None
+    to_picture, turning, driving, deltas, mouth = to_uint8, bool(args.driving), None, None, None
+    if has_lip_moves(model):
+        mel = list(mel)  # read twice
+        opening, shape = model.predict_lips(mel)
+        lips = mouth_motion(PAINTED_GAIN * opening, shape, speech, model.read_opening(source), args.mouth)
+        mouth = model.mouth_codes(*lips)
     if model.pose:
         if not model.hyper:
-            mel = list(mel)  # read twice
-            deltas = fit_to_photo(model, photo, box, source, mel, FIT_STEPS if args.refine is None else args.refine)
+            deltas = fit_to_photo(model, photo, box, source, *lips, FIT_STEPS if args.refine is None else args.refine)
         driving = head_motion(load_landmarks(), speech, model.pose.turn_limits, args, still=whole)
         if whole:
             driving.poses[:, 3:] = 0  # a pasted head turns at its place: hair and neck stay
@@ -331,14 +336,15 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
         driving = map(to_tensor, play_ping_pong(crops, count, len(speech)))
     if whole:
         to_picture = Paste(photo, box, source.cpu(), *still_and_mask(model, source, turning, deltas), turning)
-    batches = model.animate(source, mel, driving, sway=not (whole or args.still), deltas=deltas)
+    batches = model.animate(source, mel, driving, sway=not (whole or args.still), deltas=deltas, mouth=mouth)
     frames = (to_picture(frame) for batch in batches for frame in batch.cpu())  # of (3, size, size)
     return map(to_grey, frames) if is_grey(photo) else frames
 
 
-def fit_to_photo(model, photo, box, source, mel, steps: int):
+def fit_to_photo(model, photo, box, source, opening, shape, steps: int):
     """Weight changes for a photo and its crop `source` (3, S, S), see FCTFG.fit_weights; the images are random motions of
-    the photo by warp.py, with lips of the speech. None: no steps, or no landmarks by which warp.py could move it"""
+    the photo by warp.py, with lips of the speech, opening (T,) and shape (T, K - 1). None: no steps, or no landmarks by
+    which warp.py could move it"""
     net, (photo, box) = load_landmarks(), limit_size(photo, box)
     points = find_landmarks(net, photo, box)
     if not steps or landmark_scatter(net, photo, points) > SCATTER_LIMIT:
@@ -347,7 +353,6 @@ def fit_to_photo(model, photo, box, source, mel, steps: int):
         warp = Warp.of(photo, points, net.solid.double().numpy(), model.lip_moves)
     except ValueError:
         return None
-    opening, shape = model.predict_lips(mel)
     some = opening.argsort()[np.linspace(0, len(opening) - 1, FIT_FACES).astype(int)]  # of all openings
     rng = np.random.default_rng(0)
     rng.shuffle(some)
@@ -414,20 +419,23 @@ def soft_box(size: int, box: tuple):
 def still_and_mask(model, source, turning: bool, deltas=None):
     """The generated face at rest (3, S, S) for a photo's crop `source`, and the mask (S, S) of the pixels that may
     change. A turning head: the inversion of the photo, and all of the head. Else the face in silence, and mouth and
-    eyes; its mouth is the least squares mix of silence and inversion: a smile is closed, a shut mouth stays. deltas:
-    see FCTFG.fit_weights"""
+    eyes. deltas: see FCTFG.fit_weights"""
     S, template = source.shape[-1], TEMPLATES[model.config.template]
     inversion = model.reconstruct(source, deltas).cpu()
     if turning:  # 1 in the middle, 0 from the circle on: the outline of the head stays
         t = (torch.arange(S) + 0.5) / S * 2 - 1
         return inversion, smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
-    silence = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=source.device)
-    rest = next(model.animate(source, silence, sway=False, deltas=deltas))[2].cpu()
-    mouth = soft_box(S, template.lips if model.mouth else template.mouth)  # a mouth code controls the lips alone
-    difference = inversion - rest
+    silence, eyes = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=source.device), soft_box(S, template.eyes)
+    if has_lip_moves(model):  # in silence the lips are those of the photo
+        own = model.mouth_codes(np.full(5, model.read_opening(source)), np.zeros((5, model.config.shape_dim - 1)))
+        rest = next(model.animate(source, silence, sway=False, deltas=deltas, mouth=own))[2].cpu()
+        return rest, torch.maximum(soft_box(S, template.lips), eyes)
+    # the least squares mix of the mouths of silence and inversion: a smile is closed, a shut mouth stays
+    rest = next(model.animate(source, silence, sway=False))[2].cpu()
+    mouth, difference = soft_box(S, template.mouth), inversion - rest
     weighted = mouth * difference
     share = float((weighted * (source.cpu() - rest)).sum() / (weighted * difference).sum().clamp_min(1e-6))
-    return rest + min(max(share, 0), 1) * mouth * difference, torch.maximum(mouth, soft_box(S, template.eyes))
+    return rest + min(max(share, 0), 1) * mouth * difference, torch.maximum(mouth, eyes)
 
 
 def main(argv=None):

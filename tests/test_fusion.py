@@ -177,7 +177,6 @@ def test_fitted_weights_bring_a_photo_and_its_moved_faces_nearer():
 def test_codes_of_moved_photos_are_those_that_sampling_uses_for_each_photo_by_itself():
     model, (x, _, mel), rng = face(), window(T=4), np.random.default_rng(0)
     model.motion.opening.copy_(torch.tensor([0.1, 0.05]))
-    model.motion.opening_limits = torch.tensor([-9.0, 9.0])
     torch.nn.init.uniform_(model.pose.std, 0.5, 2)
     moves = Motion(rng.normal(size=(4, 6)), rng.random(4), np.zeros(4))
     numbers = model.motion.predict_lip_shape(model.encode_whole_sound(mel[0]))[0].detach().numpy()
@@ -188,6 +187,10 @@ def test_codes_of_moved_photos_are_those_that_sampling_uses_for_each_photo_by_it
     codes = model.moved_codes(sources, again, np.tile(opening, 2), np.tile(shape, (2, 1)))
     torch.testing.assert_close(codes, two, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.moved_codes(x[:1], moves, opening, shape), two[:4], atol=1e-4, rtol=1e-4)
+    lips = dict(mouth=model.mouth_codes(opening, shape), batch=3)               # with other sound
+    silent, spoken = (torch.cat(list(model.animate(x[0], -mel[0], moves, **kw))) for kw in (dict(batch=3), lips))
+    torch.testing.assert_close(spoken, model.decode(two[:4]).clamp(-1, 1), atol=1e-3, rtol=1e-3)
+    assert (silent - spoken).abs().max() > 0.01
 
 
 def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source():
@@ -207,14 +210,16 @@ def test_speech_replaces_the_opening_and_keeps_all_other_numbers_of_the_source()
     assert kept.abs().max() > 1e-3 and torch.equal(model(x, driving, mel)[1], z_s2c)
 
 
-def test_the_predicted_opening_is_clamped_to_the_range_of_the_training_clips():
-    model, (_, _, mel) = face(), window()
-    free = model.motion.audio_to_mouth(model.encode_sound(mel))
-    low, high = free[..., 0].quantile(torch.tensor([0.2, 0.8]))
-    model.motion.opening_limits.copy_(torch.stack([low, high]))
-    limited = model.motion.audio_to_mouth(model.encode_sound(mel))
-    torch.testing.assert_close(limited[..., 0], free[..., 0].clamp(low, high))
-    assert (free[..., 0] - limited[..., 0]).abs().max() > 0 and torch.equal(limited[..., 1:], free[..., 1:])
+@pytest.mark.parametrize("driven", [False, True])
+def test_without_a_pose_code_given_mouth_codes_replace_the_sound_as_well(driven):
+    model, (x, driving, mel) = face(flow=0, pose_dim=4), window(T=9)
+
+    def animate(sound, mouth):
+        driver = iter(driving[0]) if driven else None
+        return torch.cat(list(model.animate(x[0], sound, driver, batch=4, mouth=mouth)))
+
+    free, given = ([animate(sound, mouth) for sound in (mel[0], -mel[0])] for mouth in (None, torch.ones(9, 3)))
+    assert torch.equal(*given) and (free[0] - free[1]).abs().max() > 1e-3
 
 
 def test_a_given_mouth_code_replaces_the_prediction_from_sound_except_for_nan():

@@ -92,7 +92,7 @@ class LoudFrames:
 
     config, mouth, pose = SimpleNamespace(size=16, template="toy", voice_norm=False), None, None
 
-    def animate(self, source, mel, driving=None, sway=True, batch=7, deltas=None):
+    def animate(self, source, mel, driving=None, sway=True, batch=7, deltas=None, mouth=None):
         mel = torch.cat(list(mel))
         assert source.shape == (3, 16, 16) and mel.shape[1:] == (1, 80, 16)
         loud = (mel[:, 0].amax(1) + 4).double() ** 8  # (n, 16)
@@ -321,7 +321,7 @@ class Smiler(LoudFrames):
     def reconstruct(self, source, deltas=None):
         return torch.full_like(source, 0.5)
 
-    def animate(self, source, mel, driving=None, sway=True, batch=7, deltas=None):
+    def animate(self, source, mel, driving=None, sway=True, batch=7, deltas=None, mouth=None):
         assert not sway and (mel == -4).all()  # silence
         yield torch.full((len(mel), *source.shape), -0.5)
 
@@ -336,16 +336,21 @@ def test_the_still_mixes_rest_and_inversion_to_fit_the_photos_mouth(photo, mouth
     assert (still == 0.5).all() and mask[8, 8] == 1 and mask[0].max() < 0.1 and mask[:, 0].max() < 0.1
 
 
-def test_with_a_mouth_code_the_mask_is_the_box_of_the_lips():
-    model = Smiler()
-    model.config = Config.at(64, template="face")
-    _, wide = sample.still_and_mask(model, torch.zeros(3, 64, 64), False)
-    model.mouth = "a network"
-    _, mask = sample.still_and_mask(model, torch.zeros(3, 64, 64), False)
+def example_crop() -> torch.Tensor:
+    photo = media.load_photo(sample.EXAMPLE_PHOTO)
+    return media.to_tensor(faces.crop_face(photo, faces.parse_box(sample.EXAMPLE_BOX, *photo.shape[1::-1]), 64))
+
+
+def test_with_a_mouth_code_the_still_has_the_lips_of_the_photo_and_the_mask_is_their_box():
+    model, source = load_model(sample.FACE_WEIGHTS), example_crop()
+    still, mask = sample.still_and_mask(model, source, False)
     x0, y0, x1, y1 = (round(64 * v) for v in TEMPLATES["face"].lips)
     below = mask[round(0.45 * 64):]  # without the eyes
     assert below[:, :x0].max() == below[:, x1:].max() == mask[y1:].max() == 0 and mask[50, 32] == 1
-    assert wide[50, x0 - 3] > 0.3
+    shut = next(model.animate(source, torch.full((5, 1, 80, 16), audio.SILENCE), sway=False))[2]
+    of_lips = (slice(None), slice(y0, y1), slice(x0, x1))
+    errors = [(x - model.reconstruct(source))[of_lips].abs().mean() for x in (still, shut)]
+    assert errors[0] < 0.03 and errors[0] < 0.4 * errors[1]  # she smiles
 
 
 def test_blinks_are_the_brief_part_of_idle_motion():
@@ -359,8 +364,7 @@ def test_blinks_are_the_brief_part_of_idle_motion():
 
 
 def test_between_blinks_a_pasted_photo_keeps_its_eyes():
-    model, photo = load_model(sample.FACE_WEIGHTS), media.load_photo(sample.EXAMPLE_PHOTO)
-    source = media.to_tensor(faces.crop_face(photo, faces.parse_box(sample.EXAMPLE_BOX, *photo.shape[1::-1]), 64))
+    model, source = load_model(sample.FACE_WEIGHTS), example_crop()
     still, _ = sample.still_and_mask(model, source, False)
     silence = torch.full((30, 1, 80, 16), audio.SILENCE)  # the first blink starts in frame 36
     frames = torch.cat(list(model.animate(source, silence, sway=False)))
@@ -453,19 +457,20 @@ def test_each_scene_of_the_driving_video_is_cropped_by_one_box_around_its_face(f
 
 
 def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
-    seen, points = [], np.zeros((9, 68, 2))
+    seen, mouths, points = [], [], np.zeros((9, 68, 2))
 
     def driven(*args):
         seen.append(args[4])
         return Motion(np.ones((9, 6)), np.ones(9), np.ones(9))
 
-    def animate(self, source, mel, driving=None, sway=True, deltas=None):
+    def animate(self, source, mel, driving=None, sway=True, deltas=None, mouth=None):
         seen.append((driving, deltas))
+        mouths.append(mouth)
         yield torch.zeros(21, 3, 64, 64)
 
     monkeypatch.setattr(FCTFG, "animate", animate)
     monkeypatch.setattr(FCTFG, "reconstruct", lambda self, source, deltas: seen.append((source, deltas)) or source)
-    monkeypatch.setattr(sample, "fit_to_photo", lambda model, photo, box, source, mel, steps: [len(mel), steps])
+    monkeypatch.setattr(sample, "fit_to_photo", lambda *args: [*map(np.shape, args[4:6]), args[6]])
     monkeypatch.setattr(sample, "track_video", lambda net, path, n: seen.append((path, n)) or (points, np.zeros(9)))
     monkeypatch.setattr(sample, "measure_eyes", lambda points: (np.ones((9, 2)), np.ones((9, 2))))
     monkeypatch.setattr(sample, "driving_motion", driven)
@@ -481,28 +486,38 @@ def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
     assert rest[0] is None and not pasted[0].poses.any()
     turned = seen[-1][0].poses
     assert (turned[:, :3] == 1).all() and not turned[:, 3:].any(), "a pasted head turns at its place"
-    assert refined[1] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [1, sample.FIT_STEPS]
+    assert not mouths[2][:, 1:].any() and len(mouths[2][:, 0].unique()) == 1, "in silence the lips are those of the photo"
+    monkeypatch.setattr(sample, "detect_speech", lambda wav, n: np.ones(n))
+    monkeypatch.setattr(FCTFG, "predict_lips", lambda self, mel: (np.linspace(0, 0.2, 21), np.ones((21, 5))))
+    for strength in "012":
+        talk("--box=4,4,76,76", "--overwrite", "--crop", "--mouth", strength, weights=sample.FACE_WEIGHTS)
+    own, once, twice = mouths[-3:]
+    torch.testing.assert_close(own, mouths[2])
+    torch.testing.assert_close(twice - own, 2 * (once - own), atol=1e-4, rtol=1e-4)
+    slope, offset = load_model(sample.FACE_WEIGHTS).motion.opening.tolist()
+    np.testing.assert_allclose(slope * once[:, 0] + offset, sample.PAINTED_GAIN * np.linspace(0, 0.2, 21), atol=1e-4)
+    assert refined[2] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [(21,), (21, 5), sample.FIT_STEPS]
 
 
 def test_weights_are_fitted_to_the_photo_in_motion_with_lips_of_the_speech(monkeypatch):
     seen, model, photo = [], load_model(sample.FACE_WEIGHTS), load_photo(sample.EXAMPLE_PHOTO)[::4, ::4]
     monkeypatch.setattr(sample, "FIT_FACES", 4)
     monkeypatch.setattr(FCTFG, "fit_weights", lambda self, *args: seen.append(args) or "deltas")
-    mel = [torch.randn(5, 1, 80, 16), torch.randn(4, 1, 80, 16)]
+    lips = model.predict_lips([torch.randn(5, 1, 80, 16), torch.randn(4, 1, 80, 16)])
     box = parse_box(sample.EXAMPLE_BOX, 512, 512, 0.25)  # warp.py enlarges such a small photo
     source = to_tensor(crop_face(photo, box, 64))
-    assert sample.fit_to_photo(model, photo, box, source, mel, 3) == "deltas"
+    assert sample.fit_to_photo(model, photo, box, source, *lips, 3) == "deltas"
     (given, codes, targets, steps), = seen
     assert given is source and codes.shape == (4, model.config.L, model.config.dim) and steps == 3
     assert targets.shape == (4, 3, 64, 64) and 0.02 < (targets - source).abs().mean() < 0.4
     with torch.inference_mode():
         assert (model.decode(codes) - targets).abs().mean() < (model.decode(codes) - targets.flip(0)).abs().mean()
-    assert sample.fit_to_photo(model, photo, box, source, mel, 0) is None
+    assert sample.fit_to_photo(model, photo, box, source, *lips, 0) is None
     monkeypatch.setattr(sample, "landmark_scatter", lambda *_: sample.SCATTER_LIMIT + 0.001)
-    assert sample.fit_to_photo(model, photo, box, source, mel, 3) is None
+    assert sample.fit_to_photo(model, photo, box, source, *lips, 3) is None
     monkeypatch.setattr(sample, "landmark_scatter", lambda *_: 0.0)
     monkeypatch.setattr(sample, "find_landmarks", lambda *_: np.zeros((68, 2)))
-    assert sample.fit_to_photo(model, photo, box, source, mel, 3) is None and len(seen) == 1
+    assert sample.fit_to_photo(model, photo, box, source, *lips, 3) is None and len(seen) == 1
 
 
 def test_a_grid_shows_the_photo_the_driving_clip_and_the_result(folder, weights):
@@ -651,7 +666,7 @@ def test_the_output_is_atomic(folder, monkeypatch, capsys):
     """A network that fails halfway leaves the old file as it was, and nothing else."""
 
     class Failing(LoudFrames):
-        def animate(self, source, mel, driving=None, sway=True, deltas=None):
+        def animate(self, source, mel, driving=None, sway=True, deltas=None, mouth=None):
             yield torch.zeros(4, 3, 16, 16)
             assert Path("talk.mp4").read_bytes() == b"old"
             yield torch.full((4, 3, 16, 16), float("nan"))
