@@ -54,7 +54,8 @@ THREADS = torch.get_num_threads()  # of the machine, before anything here change
 MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's cache
 FEATHER = 0.12  # of the crop: width of a seam of Paste
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
-PAINTED_GAIN = 1.8  # of the opening: the generator paints about half of the one it is given
+# of the opening given to the generator, which paints about half of it. Beyond the limit it paints the mouth green or blue
+PAINTED_GAIN, PAINTED_LIMIT = 1.8, 0.25
 FIT_STEPS, FIT_FACES = 30, 40  # of FCTFG.fit_weights: 12 s on two slow cores; moved faces
 SHARPEN = 0.6  # unsharp mask on the generator's frames, radius 1 pixel: more gives rings
 CHANGE_RANGE = 0.06, 0.2  # in [-1, 1]: up to the first change all of the photo's detail stays, from the second on none
@@ -323,7 +324,8 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
     if has_lip_moves(model):
         mel = list(mel)  # read twice
         opening, shape = model.predict_lips(mel)
-        lips = mouth_motion(PAINTED_GAIN * opening, shape, speech, model.read_opening(source), args.mouth)
+        opening = np.minimum(PAINTED_GAIN * opening, PAINTED_LIMIT)
+        lips = mouth_motion(opening, shape, speech, model.read_opening(source), args.mouth)
         mouth = model.mouth_codes(*lips)
     if model.pose:
         if not model.hyper:
