@@ -86,7 +86,8 @@ def iterate_nested(content):
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds all its numbers. Others (sparse, meta, stride or size 0) may need any amount of memory."""
+    """Whether a tensor holds all its numbers. Sparse and meta tensors and those with stride or size 0 need few bytes in
+    a file, but may need any amount of memory later."""
     return (tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
             and tensor.numel() >= max(tensor.shape, default=0)
             and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
@@ -436,7 +437,8 @@ def cosine_warmup(step: int, steps: int, warmup: int = 20) -> float:
 
 
 def terms_to_floats(terms: dict, step: int) -> dict:
-    """Scalar tensors -> floats, averaged over processes. A step waits for the device only here. InputError: NaN, inf"""
+    """Scalar tensors -> floats, averaged over processes. A step waits for the device only here. InputError: a term is
+    NaN or infinite in a process; the message names it."""
     values = torch.stack([value.detach().float() for value in terms.values()])
     all_reduce_mean([values])
     terms = dict(zip(terms, values.tolist()))

@@ -391,7 +391,7 @@ class Clips(Dataset):
         item = dict(source=images[0], driving=images[1:], mel=torch.from_numpy(mel), clip=c,
                     identity=int(self.pack.identity[c]), frames=torch.from_numpy(driving))
         middle = first + (self.T - 1) // 2
-        if self.sync_sound == "mel":  # without voice_norm
+        if self.sync_sound == "mel":
             plain = self.pack.windows(c, [middle])[0] if self.voice_norm else mel[self.context + middle - first]
             item["sync_sound"] = torch.from_numpy(plain)
         elif self.sync_sound == "mfcc":  # five frames of four steps; the frames beside them are context

@@ -24,7 +24,7 @@ from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same
 from faces import TEMPLATES, Landmarks, box_slices, crop_face, mask_mouth
 from fusion import FCTFG, Config, enlarge_flow, estimate_mean_w, image_loss, load_published
 from landmarks import MIRROR, load_landmarks
-from losses import SYNC_FRAMES, Augment, reconstruction_loss
+from losses import SYNC_FRAMES, Augment, mouth_cycle_loss, reconstruction_loss
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
 from motion import (
     OPENING_GAIN, Motion, fit_moves, fit_opening, lip_opening, random_faces, random_motion, remove_head_motion)
@@ -40,7 +40,7 @@ LIP_STEPS = 4000  # of train_lips, most in stage 3: 11 minutes of one core. Afte
 NO_SPEECH = 0.1  # share of items of train_lips that are silence, noise or music, with shut lips
 NOISY = 0.3  # share of its voices that get echo and noise
 MOVED_STEPS, MOVED_PHOTOS = 2400, 3000  # of learn_moved_photos: 40 minutes of a core; photos, in five poses each
-LIP_WEIGHT = 0.2  # in learn_moved_photos, of the error of the lips as the MouthEncoder reads them
+LIP_WEIGHT = 0.2  # of mouth_cycle_loss in learn_moved_photos
 FLOW_STEPS = 2000  # of fit_flow: with its reading of 22,000 poses four minutes of one core
 LIP_GAIN = 1.25  # the regression of lips on sound averages, and the generator paints smaller movements than its input
 progress = functools.partial(tqdm, leave=False, disable=None)
@@ -750,19 +750,15 @@ def learn_moved_photos(model, data, device):
              "motion.pose_up": 1e-4, "motion.mouth_up": 5e-5}
     groups = [dict(params=[parameter], lr=rate) for _, parameter, rate in choose_trained(model, rates)]
 
-    with torch.no_grad():
-        pieces = np.array_split(images, -(-len(images) // 256))
-        readings = torch.cat([model.mouth(to_tensor(piece).to(device)) for piece in pieces])[:, :model.config.shape_dim]
-    unit = readings.std(0).clamp_min(1e-3)                                             # (K,)
-
     def loss_of(step):
         i = rng.choice(len(images), 6)
         source = to_tensor(photos[i // (len(images) // len(photos))]).to(device)
         codes = model.moved_codes(source, Motion(poses[i], blinks[i], 0 * blinks[i]), opening[i], shape[i])
         codes = torch.cat([codes, model.invert(source[:2])])                           # and two photos as they are
         targets, made = torch.cat([to_tensor(images[i]).to(device), source[:2]]), model.decode(codes)
-        lips = (model.mouth(made[:6])[:, :len(unit)] - readings[i]) / unit             # L1 alone paints small openings
-        return image_loss(weight * (made - targets)) + LIP_WEIGHT * lips.square().mean()
+        # with the lips as the MouthEncoder reads them: L1 alone paints small openings
+        lips, target_lips = (model.mouth(x[:6])[:, :model.config.shape_dim] for x in (made, targets))  # (6, K)
+        return image_loss(weight * (made - targets)) + LIP_WEIGHT * mouth_cycle_loss(lips, target_lips)
 
     train_regression(f"faces in motion, {len(images)} images", groups, MOVED_STEPS, 1e-3, loss_of)
     model.requires_grad_(False)

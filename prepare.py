@@ -120,11 +120,15 @@ def list_files(folder: Path, out: Path | None = None) -> list[Path]:
     return sorted(p for p in paths if p.is_file() and not (inside and out.absolute() in p.absolute().parents))
 
 
+def is_photo(path: Path) -> bool:
+    return path.suffix.lower() in PHOTO_SUFFIXES
+
+
 def read_file(job: tuple[Path, Path], folder: Path, **options) -> dict:
     """job: a file and its spool -> line of the manifest. options: of prepare_video. JPEGs and samples go to the spool
     and their lengths into the segment, so memory does not grow with the length of a video."""
     path, spool = job
-    read = prepare_photo if path.suffix.lower() in PHOTO_SUFFIXES else prepare_video
+    read = prepare_photo if is_photo(path) else prepare_video
     line = dict(path=str(path.relative_to(folder)), segments=[])
     with open(spool, "wb") as file:
         try:
@@ -151,7 +155,7 @@ def write_file(path: Path, spool: Path, line: dict, pack: PackWriter, manifest, 
             if segment["outcome"] == "packed":
                 jpegs = [content.read(length) for length in segment.pop("jpegs")]
                 samples = np.frombuffer(content.read(2 * segment.pop("n_samples")), "<i2")
-                source = str(path) if path.suffix.lower() in PHOTO_SUFFIXES else f"{path}#{segment['begin']}"
+                source = str(path) if is_photo(path) else f"{path}#{segment['begin']}"
                 pack.add(jpegs, samples, identity, source, segment["box"], segment["fps"])
     manifest.write(json.dumps(line).encode() + b"\n")
     manifest.flush()

@@ -315,7 +315,7 @@ def compute_ahead(jobs, workers: int = 2):
 def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
     """Streams T frames of the generator: the crop alone, or pasted into the photo (`whole`), where an idle head does not
     move. mel, speech: as in talking_photo. Raises InputError: an option that only moves pixels of a photo"""
-    if args.landmarks or (not has_lip_moves(model) and (args.mouth != 1 or args.blink != 1)):
+    if args.landmarks or (args.mouth != 1 and not has_lip_moves(model)) or (args.blink != 1 and not model.pose):
         raise InputError(f"{args.face}: the generator draws its frames (a drawn face, a tiny photo, --crop, --network): "
                          "leave out --landmarks and, for a drawn face, --mouth and --blink, which have no effect there")
     size = model.config.size
@@ -327,9 +327,9 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
         opening = np.minimum(PAINTED_GAIN * opening, PAINTED_LIMIT)
         lips = mouth_motion(opening, shape, speech, model.read_opening(source), args.mouth)
         mouth = model.mouth_codes(*lips)
-    if model.pose:
-        if not model.hyper:
+        if model.pose and not model.hyper:
             deltas = fit_to_photo(model, photo, box, source, *lips, FIT_STEPS if args.refine is None else args.refine)
+    if model.pose:
         driving = head_motion(load_landmarks(), speech, model.pose.turn_limits, args, still=whole)
         if whole:
             driving.poses[:, 3:] = 0  # a pasted head turns at its place: hair and neck stay

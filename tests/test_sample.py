@@ -503,6 +503,14 @@ def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
     assert refined[2] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [(21,), (21, 5), sample.FIT_STEPS]
 
 
+def test_a_network_from_the_middle_of_stage_3_which_has_no_lip_moves_yet_paints_the_lips_that_it_predicts(folder):
+    torch.manual_seed(0)
+    model = FCTFG(Config.at(16, template="face", hyper="none", dim=32))
+    save_checkpoint("stage3.pt", dict(kind="stage3", config=asdict(model.config), ema=dict(model=model.state_dict())))
+    talk("--box=2,2,28,28", "--crop", weights="stage3.pt")
+    assert shape_of("talk.mp4") == (21, 16, 16, 3)
+
+
 def test_weights_are_fitted_to_the_photo_in_motion_with_lips_of_the_speech(monkeypatch):
     seen, model, photo = [], load_model(sample.FACE_WEIGHTS), load_photo(sample.EXAMPLE_PHOTO)[::4, ::4]
     monkeypatch.setattr(sample, "FIT_FACES", 4)
