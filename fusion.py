@@ -42,7 +42,9 @@ from vision import (
 
 REACH = 6  # frames on each side of a convolution of SpeechContext; ours
 SPEECH_DIM = 128  # width of z_a in front of SpeechContext; ours
-FIT_RATE, FIT_BATCH = 0.02, 3  # of fit_weights: first learning rate, moved faces in a batch; ours
+# of fit_weights, ours: first learning rate; moved faces in a batch; size in pixels at which images are compared: a fit of
+# finer details would blur them, because those of moved faces are not where the generator can paint them
+FIT_RATE, FIT_BATCH, FIT_EDGE = 0.02, 3, 32
 
 
 @dataclasses.dataclass
@@ -420,7 +422,7 @@ class FCTFG(nn.Module):
             i = torch.arange(step * FIT_BATCH, (step + 1) * FIT_BATCH) % len(codes)
             error = self.decode(torch.cat([z_s, codes[i]]), deltas) - torch.cat([source[None], targets[i]])
             optimizer.zero_grad()
-            image_loss(error).backward(inputs=deltas)
+            image_loss(F.avg_pool2d(error, max(1, error.shape[-1] // FIT_EDGE))).backward(inputs=deltas)
             optimizer.step()
         return [delta.detach() for delta in deltas]
 
@@ -559,6 +561,24 @@ def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple
         networks["hyper"], form = load_hypernet(hyper, weight_shapes(G))
         overrides |= dict(hyper=form, hyper_width=len(networks["hyper"].conv1.weight))
     return overrides, networks
+
+
+@torch.no_grad()
+def enlarge_network(model: FCTFG) -> FCTFG:
+    """The same network for images of twice the size, up to 128 px, to train further (progressive growing, arXiv
+    1710.10196). The codes get two more style layers. At first the image is the old one, enlarged."""
+    large = FCTFG(dataclasses.replace(model.config, size=2 * model.config.size))
+    state = large.state_dict()
+    for name, old in model.state_dict().items():
+        if state[name].shape == old.shape:
+            state[name].copy_(old)
+        else:                                                                     # zeros for the new styles
+            state[name].zero_()[tuple(map(slice, old.shape))] = old
+    L, average = model.config.L, large.encoder.latent_avg
+    average[L:] = average[L - 1]
+    large.canonical.whiten.std[L:] = 1
+    large.generator.to_rgbs[-1].conv.weight.zero_()
+    return large.to(average)
 
 
 def load_model(path: str, device="cpu") -> FCTFG:

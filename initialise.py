@@ -22,7 +22,8 @@ from audio import add_echo_and_noise, log_mel, make_non_speech, mel_windows, spe
 from checkpoint import RANK, WORLD_SIZE, fetch, freeze, load_checkpoint
 from data import Clips, Frames, Mixed, Pack, balance_people, batches, check_same_format, open_packs, split
 from faces import TEMPLATES, Landmarks, box_slices, crop_face, mask_mouth
-from fusion import FCTFG, Config, enlarge_flow, estimate_mean_w, image_loss, load_published
+from fusion import (
+    FCTFG, Config, enlarge_flow, enlarge_network, estimate_mean_w, image_loss, load_model, load_published)
 from landmarks import MIRROR, load_landmarks
 from losses import SYNC_FRAMES, Augment, mouth_cycle_loss, reconstruction_loss
 from media import SAMPLES_PER_FRAME, InputError, to_tensor
@@ -199,6 +200,9 @@ def load_previous(args, files) -> dict | None:
             raise InputError(f"{path}: has no mouth code, --part lips trains networks of real faces")
         if config.motion != args.motion:
             raise InputError(f"{path}: its motion encoder is --motion {config.motion}")
+        if (config.size, args.size) == (64, 128) and args.part != "lips":
+            large = enlarge_network(load_model(path))
+            previous |= dict(config=vars(large.config), networks=dict(model=large.state_dict()))
         previous["ema"] = previous["networks"]
         previous["networks"] = dict(motion=None)                                       # mark for build_networks
     if previous["config"]["size"] != args.size:

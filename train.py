@@ -78,7 +78,8 @@ def parse(argv=None, saved=None):
     add("--photos", help="pack of photos: more people than the clips have; stage 3 trains on it with a mouth code only")
     add("--size", type=int, default=32, choices=(16, 32, 64, 128, 256), help="edge of the images in pixels: the dial")
     add("--motion", default="direct", choices=("direct", "paper"), help="motion encoder, see fusion.py")
-    add("--init", help="checkpoint of the previous stage; default: the one in --out")
+    add("--init", help="checkpoint of the previous stage, default: the one in --out; for stage 3 also weights.pt, which "
+        "--size 128 enlarges from 64 px")
     add("--generator", help="StyleGAN2 checkpoint of rosinality's code (g_ema, d), replaces stage 1")
     add("--encoder", help="checkpoint of pSp (the first styles of a larger one), with --generator: replaces stage 2; or "
         "ArcFace's IR-SE50, for the trunk alone (default in stage 2 at 256 px)")

@@ -42,12 +42,13 @@ class ResDown(nn.Module):
 class VisualEncoder(nn.Module):
     """Image -> W+ code, after pSp: styles 0-2 from the coarse map of a feature pyramid, 3-6 from the middle map, later
     ones from the fine map. Differences: a slim residual trunk, one head per level, and (ours) a parallel linear path,
-    image at 32x32 -> `linear` numbers -> W+. It starts from principal components and soon fits unseen faces."""
+    image at 32x32 -> `linear` numbers -> W+. It starts from principal components and soon fits unseen faces. Images above
+    64 px are shrunk to 64: the finest map that is used would have 16 px or more either way."""
 
     def __init__(self, size: int, dim: int, L: int, width: int = 48, linear: int = 192):
         super().__init__()
         self.size, self.dim, self.L = size, dim, L
-        depth = int(math.log2(size)) - 2                                     # halvings down to 4x4
+        depth = int(math.log2(min(size, 64))) - 2                            # halvings down to 4x4
         ch = [min(width * 2 ** i, width * 4) for i in range(depth + 1)]
         self.stem = nn.Conv2d(3, ch[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResDown(a, b) for a, b in zip(ch, ch[1:]))
@@ -65,7 +66,8 @@ class VisualEncoder(nn.Module):
         """x (N, 3, size, size) in [-1, 1] -> (N, L, D)"""
         assert x.shape[1:] == (3, self.size, self.size), (
             f"image is {tuple(x.shape[1:])}, expected (3, {self.size}, {self.size})")
-        maps = [self.stem(x.contiguous(memory_format=torch.channels_last))]
+        small = F.avg_pool2d(x, max(1, self.size // 64)).contiguous(memory_format=torch.channels_last)
+        maps = [self.stem(small)]
         for block in self.blocks:
             maps.append(block(maps[-1]))
         pyramid = [maps.pop()]                                               # coarse (N, C, 4, 4), middle, fine

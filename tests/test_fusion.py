@@ -13,7 +13,7 @@ from checkpoint import save_checkpoint
 from faces import TEMPLATES
 from fusion import (
     FCTFG, CanonicalEncoder, Config, IdentityMaps, PaperMotion, Whiten, weight_shapes, idle_poses,
-    estimate_mean_w, load_model, load_published)
+    enlarge_network, estimate_mean_w, load_model, load_published)
 from landmarks import SHUT_OPENING
 from media import InputError
 from motion import Motion
@@ -156,7 +156,7 @@ def test_a_real_face_follows_a_motion_from_its_own_pose_back_and_forth_if_it_is_
     torch.testing.assert_close(still, model.motion.embed_pose(own).expand(20, -1, -1), atol=1e-4, rtol=1e-3)
 
 
-def test_fitted_weights_bring_a_photo_and_its_moved_faces_nearer():
+def test_fitted_weights_bring_a_photo_and_its_moved_faces_nearer_but_not_to_their_finest_details(monkeypatch):
     model, (x, _, mel), rng = face(), window(T=4), np.random.default_rng(0)
     model.motion.opening.copy_(torch.tensor([0.1, 0.05]))
     torch.nn.init.uniform_(model.pose.std, 0.5, 2)
@@ -172,6 +172,10 @@ def test_fitted_weights_bring_a_photo_and_its_moved_faces_nearer():
     assert photo[1] < 0.8 * photo[0] and (moved[1] < 0.8 * moved[0]).all()
     frames = [torch.cat(list(model.animate(source, mel[0], deltas=d))) for d in (None, deltas)]
     assert (frames[0] - frames[1]).abs().mean() > 0.01
+    monkeypatch.setattr("fusion.FIT_EDGE", 8)
+    finer = targets + 0.3 * (-1) ** torch.arange(16)                            # columns of one pixel
+    for a, b in zip(*(model.fit_weights(source, codes, images, 3) for images in (targets, finer))):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 def test_codes_of_moved_photos_are_those_that_sampling_uses_for_each_photo_by_itself():
@@ -479,6 +483,28 @@ def test_every_size_of_the_dial_builds_and_the_64_px_network_takes_less_than_12_
     assert 2 * sum(v.numel() for v in shipped.state_dict().values()) < 12_000_000  # bytes of the fp16 file
     with pytest.raises(AssertionError, match="expected one of"):
         Config.at(48)
+
+
+def test_an_enlarged_network_paints_the_same_image_at_twice_the_size():
+    torch.manual_seed(0)
+    small = FCTFG(Config.at(64, template="face", hyper="none", dim=16, cap=8, linear=20, map_code=51, encoder_width=4))
+    with torch.no_grad():
+        for q in small.parameters():
+            q += 0.1 * torch.randn_like(q)
+    small.encoder.latent_avg.normal_()
+    small.canonical.whiten.mean.normal_()
+    large = enlarge_network(small)
+    assert (large.config.size, large.config.L, small.config.L) == (128, 12, 10)
+    image = torch.rand(2, 3, 128, 128) * 2 - 1
+    code, few = large.encoder(image), small.encoder(F.avg_pool2d(image, 2))
+    torch.testing.assert_close(code[:, :10], few)
+    torch.testing.assert_close(code[:, 10:], few.new_zeros(2, 2, 16) + small.encoder.latent_avg[9])
+    torch.testing.assert_close(large.canonical(code)[:, :10], small.canonical(few))
+    pose, mouth = torch.randn(2, 7), torch.randn(2, 24)
+    torch.testing.assert_close(large.motion.join(pose, mouth)[:, :10], small.motion.join(pose, mouth))
+    expected = large.generator.to_rgbs[-1].upsample(small.decode(few))
+    torch.testing.assert_close(large.decode(code), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(large.motion.lips[0].weight, small.motion.lips[0].weight)
 
 
 def test_saved_weights_load_unchanged_and_unsuitable_files_are_refused(tmp_path):

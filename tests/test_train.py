@@ -659,6 +659,22 @@ def test_stage_3_starts_from_the_later_one_of_encoder_and_hypernetwork(tmp_path,
         assert initialise.load_previous(args, {})["path"] == str(tmp_path / names[1])
 
 
+def test_weights_of_64_px_are_enlarged_for_stage_3_at_128_px(tmp_path):
+    args = train.parse(["--stage", "3", "--size", "128", "--init", str(tmp_path / "small.pt"), "--w", "sync=0"])
+    model = FCTFG(Config.at(64, template="face", hyper="none", dim=16, cap=8, linear=20, map_code=51, encoder_width=4))
+    content = dict(kind="weights", config=vars(model.config), networks=dict(model=model.state_dict()))
+    save_checkpoint(args.init, content)
+    large = initialise.load_previous(args, {})
+    assert large["config"] == vars(model.config) | dict(size=128)
+    FCTFG(Config(**large["config"])).load_state_dict(large["ema"]["model"])
+    args.size = 32
+    with pytest.raises(InputError, match="a network of 64 px, --size is 32"):
+        initialise.load_previous(args, {})
+    args.size, args.part = 128, "lips"                                       # does not train the generator
+    with pytest.raises(InputError, match="a network of 64 px, --size is 128"):
+        initialise.load_previous(args, {})
+
+
 def test_the_papers_motion_encoder_has_no_mouth_code_and_refuses_a_stage_2_with_one(real_packs):
     pack = Pack(real_packs[0])
     for first in ("direct", "paper"):
