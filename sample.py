@@ -55,8 +55,8 @@ MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's
 FEATHER = 0.12  # of the crop: width of a seam of Paste
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
 # of the opening given to the generator, which paints about half of it. Beyond the limit it paints the mouth green or blue
-PAINTED_GAIN, PAINTED_LIMIT = 1.8, 0.25
-FIT_STEPS, FIT_FACES = 30, 40  # of FCTFG.fit_weights: 12 s on two slow cores; moved faces
+PAINTED_GAIN, PAINTED_LIMIT = 1.6, 0.22
+FIT_STEPS, FIT_FACES = 30, 40  # of FCTFG.fit_weights: 18 s on two slow cores; moved faces
 SHARPEN = 0.6  # unsharp mask on the generator's frames, radius 1 pixel: more gives rings
 CHANGE_RANGE = 0.06, 0.2  # in [-1, 1]: up to the first change all of the photo's detail stays, from the second on none
 BOX_ADVICE = "give the place of the face with --box x0,y0,x1,y1 (pixels)"

@@ -338,15 +338,15 @@ def test_the_still_mixes_rest_and_inversion_to_fit_the_photos_mouth(photo, mouth
 
 def example_crop() -> torch.Tensor:
     photo = media.load_photo(sample.EXAMPLE_PHOTO)
-    return media.to_tensor(faces.crop_face(photo, faces.parse_box(sample.EXAMPLE_BOX, *photo.shape[1::-1]), 64))
+    return media.to_tensor(faces.crop_face(photo, faces.parse_box(sample.EXAMPLE_BOX, *photo.shape[1::-1]), 128))
 
 
 def test_with_a_mouth_code_the_still_has_the_lips_of_the_photo_and_the_mask_is_their_box():
     model, source = load_model(sample.FACE_WEIGHTS), example_crop()
     still, mask = sample.still_and_mask(model, source, False)
-    x0, y0, x1, y1 = (round(64 * v) for v in TEMPLATES["face"].lips)
-    below = mask[round(0.45 * 64):]  # without the eyes
-    assert below[:, :x0].max() == below[:, x1:].max() == mask[y1:].max() == 0 and mask[50, 32] == 1
+    x0, y0, x1, y1 = (round(128 * v) for v in TEMPLATES["face"].lips)
+    below = mask[round(0.45 * 128):]  # without the eyes
+    assert below[:, :x0].max() == below[:, x1:].max() == mask[y1:].max() == 0 and mask[100, 64] == 1
     shut = next(model.animate(source, torch.full((5, 1, 80, 16), audio.SILENCE), sway=False))[2]
     of_lips = (slice(None), slice(y0, y1), slice(x0, x1))
     errors = [(x - model.reconstruct(source))[of_lips].abs().mean() for x in (still, shut)]
@@ -368,7 +368,7 @@ def test_between_blinks_a_pasted_photo_keeps_its_eyes():
     still, _ = sample.still_and_mask(model, source, False)
     silence = torch.full((30, 1, 80, 16), audio.SILENCE)  # the first blink starts in frame 36
     frames = torch.cat(list(model.animate(source, silence, sway=False)))
-    eyes = sample.soft_box(64, TEMPLATES["face"].eyes)
+    eyes = sample.soft_box(128, TEMPLATES["face"].eyes)
     assert ((frames - still).abs().mean(1) * eyes).sum() / (30 * eyes.sum()) < 0.02
 
 
@@ -466,7 +466,7 @@ def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
     def animate(self, source, mel, driving=None, sway=True, deltas=None, mouth=None):
         seen.append((driving, deltas))
         mouths.append(mouth)
-        yield torch.zeros(21, 3, 64, 64)
+        yield torch.zeros(21, 3, 128, 128)
 
     monkeypatch.setattr(FCTFG, "animate", animate)
     monkeypatch.setattr(FCTFG, "reconstruct", lambda self, source, deltas: seen.append((source, deltas)) or source)
@@ -517,11 +517,11 @@ def test_weights_are_fitted_to_the_photo_in_motion_with_lips_of_the_speech(monke
     monkeypatch.setattr(FCTFG, "fit_weights", lambda self, *args: seen.append(args) or "deltas")
     lips = model.predict_lips([torch.randn(5, 1, 80, 16), torch.randn(4, 1, 80, 16)])
     box = parse_box(sample.EXAMPLE_BOX, 512, 512, 0.25)  # warp.py enlarges such a small photo
-    source = to_tensor(crop_face(photo, box, 64))
+    source = to_tensor(crop_face(photo, box, 128))
     assert sample.fit_to_photo(model, photo, box, source, *lips, 3) == "deltas"
     (given, codes, targets, steps), = seen
     assert given is source and codes.shape == (4, model.config.L, model.config.dim) and steps == 3
-    assert targets.shape == (4, 3, 64, 64) and 0.02 < (targets - source).abs().mean() < 0.4
+    assert targets.shape == (4, 3, 128, 128) and 0.02 < (targets - source).abs().mean() < 0.4
     with torch.inference_mode():
         assert (model.decode(codes) - targets).abs().mean() < (model.decode(codes) - targets.flip(0)).abs().mean()
     assert sample.fit_to_photo(model, photo, box, source, *lips, 0) is None
@@ -836,4 +836,4 @@ def test_network_and_crop_show_the_generators_frames(short, monkeypatch):
     monkeypatch.setattr(sample, "FIT_FACES", 6)
     example("--network", "--out", "whole.mp4")
     example("--crop", "--out", "crop.mp4")
-    assert next(read_video("whole.mp4")).shape == (512, 512, 3) and next(read_video("crop.mp4")).shape == (64, 64, 3)
+    assert next(read_video("whole.mp4")).shape == (512, 512, 3) and next(read_video("crop.mp4")).shape == (128, 128, 3)
