@@ -565,18 +565,17 @@ def load_published(size: int, generator=None, encoder=None, hyper=None) -> tuple
 
 @torch.no_grad()
 def enlarge_network(model: FCTFG) -> FCTFG:
-    """The same network for images of twice the size, up to 128 px, to train further (progressive growing, arXiv
-    1710.10196). The codes get two more style layers. At first the image is the old one, enlarged."""
+    """A network of 64 px -> the same one for 128 px, to train further, ours after progressive growing (arXiv 1710.10196).
+    The codes get two more style layers, and the new toRGB starts at zero: at first the image is the old one, enlarged."""
     large = FCTFG(dataclasses.replace(model.config, size=2 * model.config.size))
     state = large.state_dict()
     for name, old in model.state_dict().items():
         if state[name].shape == old.shape:
             state[name].copy_(old)
-        else:                                                                     # zeros for the new styles
-            state[name].zero_()[tuple(map(slice, old.shape))] = old
+        else:                                                                     # new styles: zeros, deviations of 1
+            state[name].fill_(name.endswith("whiten.std"))[tuple(map(slice, old.shape))] = old
     L, average = model.config.L, large.encoder.latent_avg
     average[L:] = average[L - 1]
-    large.canonical.whiten.std[L:] = 1
     large.generator.to_rgbs[-1].conv.weight.zero_()
     return large.to(average)
 

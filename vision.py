@@ -43,7 +43,7 @@ class VisualEncoder(nn.Module):
     """Image -> W+ code, after pSp: styles 0-2 from the coarse map of a feature pyramid, 3-6 from the middle map, later
     ones from the fine map. Differences: a slim residual trunk, one head per level, and (ours) a parallel linear path,
     image at 32x32 -> `linear` numbers -> W+. It starts from principal components and soon fits unseen faces. Images above
-    64 px are shrunk to 64: the finest map that is used would have 16 px or more either way."""
+    64 px are shrunk to 64, ours: the heads read maps of 4, 8 and 16 px at any size."""
 
     def __init__(self, size: int, dim: int, L: int, width: int = 48, linear: int = 192):
         super().__init__()
