@@ -220,7 +220,7 @@ def find_ffmpeg() -> str:
     raise InputError("ffmpeg was not found: install it, or set IMAGEIO_FFMPEG_EXE to the path of the program")
 
 
-def decoder(path: str | Path, *output: str, input_options: tuple = ()) -> list[str]:
+def decode_command(path: str | Path, *output: str, input_options: tuple = ()) -> list[str]:
     """ffmpeg command that reads `path`, a local media file, and no other file."""
     quiet = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
     local = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS]
@@ -229,7 +229,7 @@ def decoder(path: str | Path, *output: str, input_options: tuple = ()) -> list[s
 
 def describe_media(path: str | Path) -> str:
     """ffmpeg's description of a file: container, duration and streams."""
-    return subprocess.run(decoder(path), capture_output=True).stderr.decode(errors="replace")
+    return subprocess.run(decode_command(path), capture_output=True).stderr.decode(errors="replace")
 
 
 def read_log(log) -> str:
@@ -269,7 +269,7 @@ def has_open_length(path: Path, formats: tuple = (b"RIFF", b"caff", b"RF64")) ->
 def last_packet_end(path: Path, *streams: str) -> float:
     """End of the last packet of these streams in seconds from the start of the file, without decoding."""
     maps = chain(*(("-map", stream) for stream in streams))
-    command = decoder(path, *maps, "-c", "copy", "-f", "framecrc", "pipe:1")
+    command = decode_command(path, *maps, "-c", "copy", "-f", "framecrc", "pipe:1")
     listing = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
     unit = {stream: int(a) / int(b) for stream, a, b in re.findall(r"^#tb (\d+): (\d+)/(\d+)", listing, re.M)}
     packets = re.findall(r"^(\d+),[^,]*, *(-?\d+), *(\d+),", listing, re.M)  # stream, dts, pts, duration
@@ -350,7 +350,7 @@ def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, 
     args = ["-map", f"0:{stream}", "-af", f"aresample={rate}{pan},atrim=start=0", "-c:a", "pcm_f32le"]
     args += ["-f", "nut", "pipe:1", *READ_ALL_STREAMS]
     is_open = has_open_length(path, (b"RF64",))              # ffmpeg would take such a file as empty
-    decode = decoder(path, *args, input_options=("-ignore_length", "1") if is_open else ())
+    decode = decode_command(path, *args, input_options=("-ignore_length", "1") if is_open else ())
     # a second ffmpeg fills the gaps: where rate or channels change, the first one's new filters count time from 0 again
     fill_gaps = [find_ffmpeg(), "-loglevel", "error", "-copyts", "-f", "nut", "-i", "pipe:0"]
     fill_gaps += ["-af", f"aresample=async=1:min_hard_comp={MAX_JITTER}:first_pts=0", "-f", "f32le", "pipe:1"]
@@ -591,7 +591,7 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
     args = ["-map", "0:V:0", "-vf", frame_filters(info, H, W), "-fps_mode", "passthrough"]
     args += ["-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1", *READ_ALL_STREAMS]
     # -reinit_filter 0: where the size changes, ffmpeg would build the filters anew, and fps would count from 0 again
-    command = decoder(path, *args, input_options=("-reinit_filter", "0"))
+    command = decode_command(path, *args, input_options=("-reinit_filter", "0"))
 
     def frames():
         count = 0
@@ -611,7 +611,7 @@ def read_video(path: str | Path, height: int | None = None) -> Iterator[np.ndarr
 
 # ----------------------------------------------------------------------------------------------------------- video out
 
-def encoder(height: int, width: int, track: Path | None, draft: Path) -> list[str]:
+def encode_command(height: int, width: int, track: Path | None, draft: Path) -> list[str]:
     """ffmpeg command that encodes raw frames from its standard input, with the sound of a WAV file."""
     command = [find_ffmpeg(), "-loglevel", "level+error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0"]
@@ -641,7 +641,7 @@ def write_video(path, frames, n: int, sound: np.ndarray | tuple | None = None, o
             write_original_sound(sound[0], track, sound[1])
         elif sound is not None:
             write_wav(track, sound)
-        command = encoder(*first.shape[:2], None if sound is None else track, draft)
+        command = encode_command(*first.shape[:2], None if sound is None else track, draft)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, start_new_session=True) as process:
             try:
                 with contextlib.suppress(BrokenPipeError), process.stdin:  # ffmpeg has stopped: see its status

@@ -47,7 +47,7 @@ from faces import MAX_CLIP_FRAMES, MAX_HEIGHT, crop_face, find_clip_box, middle_
 from judges import wav2lip_expert
 from landmarks import FACE_SIZE, LIP_MIRROR, LIP_POINTS, LandmarkNet, lip_shape, load_landmarks, read_lips
 from media import (
-    FPS, READ_ALL_STREAMS, InputError, Parser, atomic_write, check_file, check_output, decoder,
+    FPS, READ_ALL_STREAMS, InputError, Parser, atomic_write, check_file, check_output, decode_command,
     describe_media, last_error, load_audio, probe, read_video, run, to_tensor, write_original_sound)
 from report import image_grid, markdown_table
 from toyfaces import open_toy_pack
@@ -566,7 +566,7 @@ def write_shifted(path: Path, lag: int, out: Path):
         for video in video_options:
             options = ["-i", str(sound), "-map", "0:V:0", "-map", "1:a:0", *video, "-c:a", "aac", "-b:a", "192k",
                        "-movflags", "+faststart", "-y", str(draft), *READ_ALL_STREAMS]
-            command = decoder(path, *options, input_options=("-reinit_filter", "0"))
+            command = decode_command(path, *options, input_options=("-reinit_filter", "0"))
             done = subprocess.run(command, capture_output=True)
             if not done.returncode:
                 with atomic_write(out) as copy:

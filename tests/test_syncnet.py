@@ -522,7 +522,7 @@ def test_other_codecs_become_h264_and_the_sound_keeps_its_rate_and_channels(tmp_
     args += ["-ac", "2", "-ar", "44100", "-c:a", "mp2"]
     subprocess.run([media.get_ffmpeg_exe(), "-loglevel", "error", *args, tmp_path / "old.mpg"], check=True)
     syncnet.write_shifted(tmp_path / "old.mpg", 3, tmp_path / "new.mp4")
-    text = subprocess.run(media.decoder(tmp_path / "new.mp4"), capture_output=True, text=True).stderr
+    text = subprocess.run(media.decode_command(tmp_path / "new.mp4"), capture_output=True, text=True).stderr
     assert "Video: h264" in text and "44100 Hz, stereo" in text and "64x48" in text
     moved, old = load_audio(tmp_path / "new.mp4"), load_audio(tmp_path / "old.mpg")
     assert np.corrcoef(moved[5000:25000], old[5000 + 3 * 640 : 25000 + 3 * 640])[0, 1] > 0.9
