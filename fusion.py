@@ -22,6 +22,7 @@ Differences from the paper (docs/differences.md gives the reasons):
 """
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from audio import AudioEncoder, WindowEncoder
+from audio import N_MELS, SILENCE, WINDOW, AudioEncoder, WindowEncoder
 from checkpoint import load_checkpoint, load_strictly, wrap_errors
 from faces import mask_mouth
 from landmarks import POSE_DIM, PoseReader
@@ -437,6 +438,14 @@ class FCTFG(nn.Module):
         pieces = mel.split(256) if torch.is_tensor(mel) else mel
         return torch.cat([self.audio(piece) for piece in pieces])[None]
 
+    def predict_lip_shape(self, mel):
+        """mel, as for animate -> shape of the lips (n, K). Silence precedes and follows the sound, as in training: the
+        convolutions would read zeros there. Needs a mouth code."""
+        reach, pieces = self.config.context, mel.split(256) if torch.is_tensor(mel) else mel
+        silence = self.motion.moves.new_full((reach, 1, N_MELS, WINDOW), SILENCE)
+        z_a = self.encode_whole_sound(itertools.chain([silence], pieces, [silence]))
+        return self.motion.predict_lip_shape(z_a, reach)[0]
+
     @property
     def lip_moves(self) -> np.ndarray:
         """Landmark displacements (K, 68, 2) of each shape number, see warp.Lips. Needs a mouth code."""
@@ -446,7 +455,7 @@ class FCTFG(nn.Module):
     def predict_lips(self, mel):
         """mel, as for animate -> NumPy arrays in the units of warp.py: opening (n,), in distances of the outer corners of
         the eyes, and shape (n, K - 1). Needs a mouth code."""
-        numbers = self.motion.predict_lip_shape(self.encode_whole_sound(mel))[0].cpu().numpy()
+        numbers = self.predict_lip_shape(mel).cpu().numpy()
         slope, offset = self.motion.opening.tolist()
         return (slope * numbers[:, 0] + offset).clip(0), numbers[:, 1:]
 

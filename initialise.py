@@ -609,7 +609,7 @@ def fit_flow(model, data, device, seed, steps, batch=64):
     maps.flow.weight.data += (read_pose_code @ flow().data).t()
 
 
-def train_lips(model, data, args, device, most=2000, batch=12, span=16):
+def train_lips(model, data, args, device, most=4000, batch=12, span=16):
     """Train sound -> shape of the lips, before any image is generated. A step costs a tenth of one through the generator.
     A batch holds spans of `span` frames: neighbours share their sound windows."""
     pack, landmarks = data["pack"], data["landmarks"][0]
@@ -725,7 +725,7 @@ def fit_warp(model, data, clips=200):
         points = points.astype(np.float64)
         moving.append((points, shape[:, 1:].cpu().numpy()))
         mel = torch.from_numpy(pack.windows(c, range(len(points)), model.config.voice_norm)).to(shape.device)
-        predicted.append(motion.predict_lip_shape(model.encode_whole_sound(mel))[0, :, 0].cpu().numpy())
+        predicted.append(model.predict_lip_shape(mel)[:, 0].cpu().numpy())
         opening = lip_opening(remove_head_motion(points, solid))
         is_mediapipe = landmarks.detectors[pack.locate(c)[0]] == "mediapipe"           # fit_opening expects dlib's
         openings.append(opening / OPENING_GAIN if is_mediapipe else opening)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import vision
+from audio import SILENCE
 from checkpoint import save_checkpoint
 from faces import TEMPLATES
 from fusion import (
@@ -176,6 +177,14 @@ def test_fitted_weights_bring_a_photo_and_its_moved_faces_nearer_but_not_to_thei
     finer = targets + 0.3 * (-1) ** torch.arange(16)                            # columns of one pixel
     for a, b in zip(*(model.fit_weights(source, codes, images, 3) for images in (targets, finer))):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_lips_from_sound_are_as_if_silence_preceded_and_followed_it():
+    model, mel = face(), window(T=4)[2][0]
+    torch.nn.init.normal_(model.motion.lips[4].weight)
+    silence = torch.full((model.config.context + 1, *mel.shape[1:]), SILENCE)
+    longer = model.predict_lip_shape([silence, mel[:3], mel[3:], silence])
+    torch.testing.assert_close(model.predict_lip_shape(mel), longer[len(silence):-len(silence)], atol=1e-5, rtol=1e-4)
 
 
 def test_codes_of_moved_photos_are_those_that_sampling_uses_for_each_photo_by_itself():
