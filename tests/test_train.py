@@ -722,7 +722,7 @@ def test_the_lip_reader_learns_from_landmarks_and_stages_2_and_3_keep_it(
     shown = capsys.readouterr().out                                          # minutes, and the held-out error
     assert re.search(r"120 steps of the lip reader, \d+ mouths, \d\.\d min", shown)
     assert re.search(r"2 steps of the regression of lips on sound, \d clips, \d\.\d min", shown)
-    assert re.search(r"lips from sound: -?\d+ % of the variance of their shape, -?\d+ -> -?\d+ % in [12] held-out", shown)
+    assert re.search(r"lips from sound: variance explained in [12] held-out clips: -?\d+ % -> -?\d+ %", shown)
     two, three = ([json.loads(line) for line in (tmp_path / f"log_stage{k}.jsonl").read_text().splitlines()[1:]]
                   for k in (2, 3))
     assert all({"preserve", "mouth_cycle", "adv", "d"} <= set(line) for line in two)
