@@ -735,12 +735,24 @@ def fit_warp(model, data, clips=200):
         opening = lip_opening(remove_head_motion(points, solid))
         is_mediapipe = landmarks.detectors[pack.locate(c)[0]] == "mediapipe"           # fit_opening expects dlib's
         openings.append(opening / OPENING_GAIN if is_mediapipe else opening)
-    if not motion.moves.any():                                                         # not loaded from --init
-        motion.moves.copy_(torch.from_numpy(fit_moves(moving, solid)))
     people = pack.identity[chosen]
     shut = {p: np.quantile(np.concatenate([o for o, q in zip(openings, people) if q == p]), 0.05) for p in people}
     openings = np.concatenate([opening - shut[p] for opening, p in zip(openings, people)])  # shut lips: 0
-    motion.opening.copy_(torch.tensor(fit_opening(np.concatenate(predicted), openings)))
+    slope, offset = fit_opening(np.concatenate(predicted), openings)
+    if motion.moves.any():                                                             # loaded from --init
+        set_lip_unit(motion, slope, offset)
+    else:
+        motion.moves.copy_(torch.from_numpy(fit_moves(moving, solid)))
+        motion.opening.copy_(torch.tensor([slope, offset]))
+
+
+def set_lip_unit(motion, slope: float, offset: float):
+    """Scale the lips from sound so that motion.opening stays as it is: the generator was trained with its unit. slope,
+    offset: from the opening that sound predicts to that of the landmarks"""
+    unit, shift = motion.opening.tolist()
+    for q in motion.lips[-1].parameters():
+        q.data.mul_(slope / unit)
+    motion.lips[-1].bias.data[0] += (offset - shift) / unit
 
 
 def learn_moved_photos(model, data, device):

@@ -453,6 +453,16 @@ def face_network(size):
     return model
 
 
+def test_retrained_lips_keep_the_unit_of_the_mouth_code_and_predict_the_fitted_openings():
+    lips, x = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.randn(7, 4)
+    motion = types.SimpleNamespace(opening=torch.tensor([0.05, 0.06]), lips=lips)
+    before = motion.lips(x)
+    initialise.set_lip_unit(motion, 0.075, 0.045)
+    after = motion.lips(x)
+    torch.testing.assert_close(0.05 * after[:, 0] + 0.06, 0.075 * before[:, 0] + 0.045)
+    torch.testing.assert_close(after[:, 1:], 1.5 * before[:, 1:])
+
+
 def test_photos_are_moved_with_lips_of_speech_and_the_whole_head_stays_in_the_crop():
     model, data = face_network(64), moving_photo(64)
     moved, = initialise.photos_in_motion(model, data, np.random.default_rng(0), "cpu")
