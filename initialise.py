@@ -656,21 +656,19 @@ def train_lips(model, data, args, device, most=4000, batch=12, span=16):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             z_a = model.encode_sound(torch.from_numpy(np.stack(sound)).to(device))
             predicted = model.motion.predict_lip_shape(z_a, reach)                     # (B, span, K)
-        return predicted.float() - torch.stack(targets)
-
-    def mean_square(error):
-        return (error.square() * weight).sum(-1).mean()
+        return weight.sqrt() * (predicted.float() - torch.stack(targets))
 
     def loss_of(step):
         error = predict_errors([(i, None) for i in rng.choice(train_items, batch)])
-        return mean_square(error) + LIP_VELOCITY * mean_square(error.diff(dim=1))
+        return error.square().sum(-1).mean() + LIP_VELOCITY * error.diff(dim=1).square().sum(-1).mean()
 
     parameters = itertools.chain(*(m.parameters() for m in (model.audio, model.motion.fusion, model.motion.lips)))
     held_out_spans = [(i, k) for i in range(n, n_speech) for k in range(0, len(shapes[i]) - span + 1, span)]
 
     @torch.no_grad()
     def explained():
-        return f"{100 * (1 - mean_square(predict_errors(held_out_spans))):.0f} %" if held_out_spans else "unknown"
+        error = predict_errors(held_out_spans).square().sum(-1).mean() if held_out_spans else np.nan
+        return f"{100 * (1 - error):.0f} %"
 
     before = explained()
     train_regression(f"regression of lips on sound, {n} clips", parameters, steps, 1e-3, loss_of)
