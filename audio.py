@@ -145,7 +145,7 @@ def spec_augment(mel: np.ndarray, rng: np.random.Generator, bands: int = 16, ste
 
 
 def change_voice(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """mel (.., M, S) -> the same words in another voice. The frequency axis is stretched by up to 15 % (vocal tract
+    """mel (.., M, S) -> the same words in another voice. The frequency axis is scaled by up to 16 % (vocal tract
     length perturbation, Jaitly & Hinton 2013). Ours: level +-10 dB, tilt +-5 dB at each end, hiss in every third sound"""
     voice = resample_bands(mel, band_corners(N_MELS)[1:-1] * np.exp(rng.uniform(-0.15, 0.15)))
     decibel = rng.uniform(-10, 10) + rng.uniform(-5, 5) * np.linspace(-1, 1, N_MELS)[:, None]
@@ -212,7 +212,7 @@ def add_echo_and_noise(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     response *= rng.uniform(0, 1) / np.linalg.norm(response)
     response[0] = 1                                                      # the voice itself
     n = next_fast_len(len(wav) + len(response))                          # importing scipy.signal takes a second
-    wav = irfft(rfft(wav, n) * rfft(response, n))[: len(wav)]
+    wav = irfft(rfft(wav, n) * rfft(response, n), n)[: len(wav)]
     noise = coloured_noise(len(wav), rng) * wav.std() * 10 ** (-rng.uniform(5, 35) / 20)
     return np.clip(wav + noise, -1, 1).astype(np.float32)
 

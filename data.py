@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import sys
 from array import array
 from functools import cached_property
@@ -322,11 +323,11 @@ def balance_people(pack: Pack, clips: np.ndarray, args) -> np.ndarray:
 def read_clip_list(pack: Pack, path: str | Path) -> np.ndarray:
     """Numbers of the clips in a list. Each line is the name of a person, or the end of a file's path, with or without
     its suffix. InputError: a name fits no clip, or several files"""
-    lines = [line.strip() for line in check_file(path).read_text("utf-8-sig", "replace").splitlines()]
+    lines = [line.strip() for line in check_file(path).read_text("utf-8-sig", "surrogateescape").splitlines()]
     matches = {name: {} for name in lines if name}  # name -> {clip: its file}
     for c in range(len(pack)):
         source = pack.source(c)
-        file = source.rpartition("#")[0] or source  # the source of a video's clip ends in #first frame
+        file = re.sub(r"#\d+$", "", source)  # the source of a video's clip ends in #first frame
         names = {pack.identities[pack.identity[c]]}
         for form in (Path(source), Path(file), Path(file).with_suffix("")):
             names |= {"/".join(form.parts[k:]) for k in range(len(form.parts))} | {str(form)}

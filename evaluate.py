@@ -445,7 +445,8 @@ def image_metrics(real: Clip, fake: Clip) -> dict:
     networks, pairs = real.networks, list(zip(real.frames, fake.frames))
     values = dict(PSNR=[psnr(*pair) for pair in pairs], L1=[l1(*pair) for pair in pairs])
     if not networks.left_out.keys() >= {"SSIM", "MS-SSIM"}:
-        values["SSIM"], values["MS-SSIM"] = zip(*(ssim_and_ms_ssim(*pair) for pair in pairs))
+        with torch.autocast("cpu", enabled=False):  # variances of 0..255 need fp32
+            values["SSIM"], values["MS-SSIM"] = zip(*(ssim_and_ms_ssim(*pair) for pair in pairs))
     if networks.lpips:
         side_by_side = np.concatenate([real.frames[::FRAME_STEP], fake.frames[::FRAME_STEP]], 2)
         values["LPIPS"] = real.apply(lambda x: networks.lpips(*x.chunk(2, -1)), side_by_side)

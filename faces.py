@@ -430,8 +430,8 @@ MEDIAPIPE_POINTS = [127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 39
 def landmark_detector(spec: str, template: str = "face", device="cpu"):
     """-> a landmark detector, a function: image uint8 (H, W, 3), box -> (68, 2) in pixels of the image, or None
 
-    spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: x0, y0, x1, y1 in pixels of the crop of `template`; None: the whole
-    image. Raises InputError: a package or weights are missing, a file of another kind"""
+    spec: "mediapipe:FILE", "dlib:FILE" or "fan". box: x0, y0, x1, y1 in pixels of the image, a crop of `template`;
+    None: the whole image. Raises InputError: a package or weights are missing, a file of another kind"""
     kind, _, file = spec.partition(":")
     make = dict(mediapipe=mediapipe_landmarks, dlib=dlib_landmarks, fan=fan_landmarks).get(kind)
     if make is None or bool(file) != (kind != "fan"):

@@ -22,7 +22,6 @@ Differences from the paper (docs/differences.md gives the reasons):
 """
 
 import dataclasses
-import itertools
 import math
 
 import numpy as np
@@ -441,9 +440,9 @@ class FCTFG(nn.Module):
     def predict_lip_shape(self, mel):
         """mel, as for animate -> shape of the lips (n, K). Silence precedes and follows the sound, as in training: the
         convolutions would read zeros there. Needs a mouth code."""
-        reach, pieces = self.config.context, mel.split(256) if torch.is_tensor(mel) else mel
-        silence = self.motion.moves.new_full((reach, 1, N_MELS, WINDOW), SILENCE)
-        z_a = self.encode_whole_sound(itertools.chain([silence], pieces, [silence]))
+        reach = self.config.context
+        silence = self.audio(self.motion.moves.new_full((reach, 1, N_MELS, WINDOW), SILENCE))[None]  # (1, reach, D)
+        z_a = torch.cat([silence, self.encode_whole_sound(mel), silence], 1)
         return self.motion.predict_lip_shape(z_a, reach)[0]
 
     @property
@@ -472,7 +471,7 @@ class FCTFG(nn.Module):
         driving: iterable of n frames (3, H, W). None: the pose of the source with idle motion. With a pose code: a
         motion.Motion relative to the pose of the source. None: the source's own pose. sway: idle motion moves the head;
         if False, only blinks. batch: frames decoded at a time. deltas: weight changes of fit_weights, if any. mouth:
-        (n, M), with a mouth code: replaces the prediction from sound."""
+        (n, M), with a mouth code: replaces the prediction from sound, whose convolutions read zeros beyond both ends."""
         source = source[None]
         z_s, z_s2c = self.canonical_code(source)
         deltas, z_a = deltas or self.weight_changes(source, z_s), self.encode_whole_sound(mel)

@@ -74,7 +74,8 @@ def start_stage(args, model, D, data, states, device) -> dict:
 
 def load_data(args) -> dict:
     """-> dict: pack; photos (Frames or None); images (dataset of stages 1 and 2); landmarks (of pack, photos; or None);
-    arrays of clip numbers: clips (for training), clips_with_landmarks (of these), held_out, held_out_photos"""
+    arrays of clip numbers: clips (for training), clips_with_landmarks (of these), held_out (without --data: all),
+    held_out_photos"""
     if args.data:
         pack = open_packs(args.data)
     else:
@@ -458,7 +459,7 @@ def train_reader(model, data, device, seed, steps, batch=128, clips=400, per_cli
             add_frames(data["photos"].pack, landmarks, c, np.arange(1))
     boxes, target = torch.cat(boxes), (to_shape(np.concatenate(features)) - mean) / std
     target = torch.from_numpy(target).float().clamp(-8, 8).to(device)                  # landmarks have outliers
-    weight = 1 / target.cpu().var(0).to(device)
+    weight = 1 / target.var(0)
 
     def loss_of(step):
         i = torch.randint(n_frames, (batch // 2,))                                     # half clips, half photos
@@ -479,6 +480,8 @@ def train_judge(data, device, seed, steps, batch=48):
     """Train a small face recogniser on two frames of each clip. Negative pairs are of different people, or of different
     clips if all show one person. With photos: on two augmented views of each, one with masked lips, which vary."""
     photos, label = data["photos"], "identity"
+    if photos is None and data["pack"].n_frames[data["clips"]].max() == 1:             # a pack of photos alone
+        photos = Frames(data["pack"], seed + 1, data["clips"])
     dataset = photos or Clips(data["pack"], T=1, seed=seed + 1, clips=data["clips"])
     if photos is None and len(np.unique(dataset.pack.identity[dataset.clips])) == 1:
         label = "clip"

@@ -238,7 +238,7 @@ class Wav2LipExpert(nn.Module):
 
     def logits(self, face, sound):
         """(B, 512), (B2, 512) -> (B, B2). The sigmoid of a logit is the cosine, Wav2Lip's probability."""
-        return torch.logit(face @ sound.t(), eps=1e-4)  # ours: at most +-9.2, finite where a cosine is 0 or 1
+        return torch.logit((face @ sound.t()).float(), eps=1e-4)  # ours: at most +-9.2, finite where a cosine is 0 or 1
 
 
 class Inception:

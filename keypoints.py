@@ -534,7 +534,7 @@ def make_optimiser(model, args):
     """AdamW. The sound tower of --expert is frozen, or fine-tuned at a tenth of the learning rate (ours)."""
     tower = [p.requires_grad_(args.finetune) for name, p in model.named_parameters() if name.startswith("front.tower.")]
     others = [p for name, p in model.named_parameters() if not name.startswith("front.tower.")]
-    groups = [dict(params=others, initial_lr=args.lr), dict(params=tower, initial_lr=0.1 * args.lr)]
+    groups = [dict(params=others), dict(params=tower, lr=0.1 * args.lr)]
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
 
@@ -774,8 +774,7 @@ def sample(args):
         photo, box = photos.limit_size(*photos.find_photo_face(load_photo(args.photo), options, "face")[:2])
         shape = codes - mouth.rest  # (T, D + E)
         opening = shape @ lip_opening(mouth.face[1:].reshape(-1, K, 2))
-        moves = SimpleNamespace(moves=torch.from_numpy(mouth.moves()))
-        animator = SimpleNamespace(predict_lips=lambda mel: (opening, shape), motion=moves)
+        animator = SimpleNamespace(predict_lips=lambda mel: (opening, shape), lip_moves=mouth.moves())
         frames = photos.talking_photo(animator, photo, box, None, detect_speech(wav, len(codes)), options)
     write_video(out, iter(frames), len(faces), (args.speech, len(wav)), args.overwrite)
     with wrap_errors(npy, "cannot be written"):
@@ -837,9 +836,8 @@ def parse(argv=None, saved=None):
 
 def main(argv=None):
     args = parse(argv)
-    commands = dict(extract=extract, train=partial(train, argv=argv), evaluate=evaluate, sample=sample, visemes=visemes,
-                    show=show)
-    commands[args.command](args)
+    dict(extract=extract, train=partial(train, argv=argv), evaluate=evaluate, sample=sample, visemes=visemes,
+         show=show)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ def reconstruction_loss(fake, real, boxes=()):
     """L1 of the image, plus weighted L1 in boxes, plus half of the L1 at a half and a quarter of the image's size.
     boxes: pairs of a box (x0, y0, x1, y1), as fractions, and its weight. Ours: mouth and eyes are few pixels, and viewers
     look at them most; with the small images colour and place settle before edges."""
-    loss = (fake - real).abs().mean()
+    error = fake - real
+    loss = error.abs().mean()
     for box, weight in boxes:
-        rows, cols = box_slices(box, *fake.shape[-2:])
-        loss = loss + weight * (fake[..., rows, cols] - real[..., rows, cols]).abs().mean()
+        rows, cols = box_slices(box, *error.shape[-2:])
+        loss = loss + weight * error[..., rows, cols].abs().mean()
     for factor in (2, 4):
-        loss = loss + 0.5 * (F.avg_pool2d(fake, factor) - F.avg_pool2d(real, factor)).abs().mean()
+        loss = loss + 0.5 * F.avg_pool2d(error, factor).abs().mean()
     return loss
 
 
@@ -59,15 +60,16 @@ def sync_loss(expert, frames, mel):
     """(absolute + contrast) / scale. absolute: -log sigmoid of the logit of each face and its own sound; it vanishes at
     high logits. contrast: -log softmax of this logit among all sounds of the batch, as in StyleTalker.
     expert: a frozen SyncNet, or another network with its methods face, sound and logits. frames: (B, 5, 3, H, W) in
-    [-1, 1], with gradient. mel: (B, 1, 80, 16), the window of each middle frame. scale (ours): the logits of an expert
-    grow throughout its training. Without the division, at a scale of 45, the gradient was 2800 times that of L1."""
+    [-1, 1], with gradient. mel: (B, 1, 80, 16), the window of each middle frame; MFCC (B, 13, 20) for SyncNet v2.
+    scale (ours): the logits of an expert grow throughout its training. Without the division, at a scale of 45, the
+    gradient was 2800 times that of L1."""
     assert len(frames) == len(mel), f"{len(frames)} windows of frames, {len(mel)} of sound"
     with torch.no_grad():
         sound = expert.sound(mel.float())
     logits = expert.logits(expert.face(frames.float()), sound)  # (B, B) of faces and sounds; pairs on the diagonal
     absolute = F.softplus(-logits.diagonal()).mean()
     contrast = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    scale = expert.log_scale.exp() if hasattr(expert, "log_scale") else 1.0
+    scale = 1.0 if getattr(expert, "cosine", True) else expert.log_scale.exp()  # published experts have none
     return (absolute + contrast) / scale
 
 
@@ -159,7 +161,7 @@ class Augment:
 
 def stage2_losses(model, frozen, out, w):
     """Reconstruction, perceptual and identity terms. With swapped mouths also preserve and mouth_cycle.
-    frozen: networks by name. w: weights of the terms by name; terms of weight 0 are not computed."""
+    frozen: networks by name. w: weights of the terms by name; at weight 0 other networks are not run."""
     template = TEMPLATES[model.config.template]
     boxes = ((template.lips if model.mouth else template.mouth, w["mouth"]), (template.eyes, w["eyes"]))
     real, fake = out["real"], out["fake"]

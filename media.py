@@ -57,7 +57,8 @@ class InputError(Exception):
 def run(main):
     """Run main(). User errors, lack of memory, a full disk: one line on stderr, status 2. Ctrl-C: 130. SIGTERM: 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit lets `with` and `finally` clean up
-    sys.stdout.reconfigure(line_buffering=True)              # lines appear at once in a file or a pipe
+    # lines appear at once in a file or a pipe; names of files may not be UTF-8
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -155,7 +156,7 @@ def wrap_os_errors(path: Path, action: str):
 @contextlib.contextmanager
 def atomic_write(path: Path):
     """Yield a temporary path for the block to write, then rename it. `path` is never a partial file."""
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    draft = path.with_name(f".{os.getpid()}-{path.name[-40:]}")  # not longer than a name may be
     try:
         with wrap_os_errors(path, "written"):
             yield draft
@@ -334,14 +335,15 @@ def find_sound_track(path: Path) -> tuple[int, int, int]:
         raise InputError(f"{path}: has no sound")
     stream, rate, layout, _ = next((track for track in tracks if "(default)" in track[-1]), tracks[0])
     layout = layout.split("(")[0]                            # mono, stereo, 5.1(side), 7.1, 3 channels
-    channels = {"mono": 1, "stereo": 2}.get(layout) or sum(map(int, re.findall(r"\d+", layout))) or 8
+    named = {"mono": 1, "stereo": 2, "quad": 4, "hexagonal": 6}
+    channels = named.get(layout) or sum(map(int, re.findall(r"\d+", layout))) or 8
     return int(stream), channels, int(rate)
 
 
 def decode_sound(path: str | Path, rate: int | None = None, mono: bool = False, channels: int | None = None) -> tuple:
     """Decode a file's sound track from the file's time 0 on, at `rate` Hz or its own rate. -> samples per channel,
     channels, Hz, and an iterator of blocks, float32 (up to MIX_BLOCK, channels). Gaps in the track, also at its start,
-    become silence. Channels are mixed to one if `mono`, if there are more than 8, or if their number changes."""
+    become silence. Channels are mixed to one if `mono`, if there are more than 8, or if a number below 8 changes."""
     path = check_file(path)
     stream, track_channels, track_rate = find_sound_track(path)
     channels, rate = channels or track_channels, rate or track_rate

@@ -23,7 +23,7 @@ from warp import (
 SILENCE_DEPTH = 30.0  # dB below the 95th percentile of the level: breath lies lower, GRID's noise floor at 40
 SPEECH_RISE = 6.0  # dB above the quietest tenth: noise alone varies less, speech in noise of the same level more
 VOICE_BAND = 250, 3400  # Hz, in which noise of any colour is steady
-PAUSE = 25  # frames: in shorter pauses the lips stay shut, in longer ones the photo's own mouth returns
+PAUSE = 25  # frames by which speech is extended on both sides. In longer silence the photo's own mouth returns
 BLINK = (0.35, 0.85, 1.0, 0.85, 0.5, 0.2)  # closure of the lids in each frame: .24 s, faster down than up
 BLINK_EVERY = 2.5, 6.0  # seconds between two blinks: 14 a minute on average
 SWAY = 1.3, 0.8, 0.7  # standard deviations of yaw, pitch, roll in degrees: more looks like floating, less like a still

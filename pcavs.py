@@ -613,13 +613,11 @@ def build_networks(args, pack, device) -> tuple[dict, dict]:
                 teacher=nn.utils.skip_init(nn.Linear, 768, model.config.pose).to(device).requires_grad_(False),
                 people=nn.Linear(32 * model.config.v_base, len(pack.identities)).to(device))
     encoders = [p for net in (model.V, model.E, model.A, nets["people"]) for p in net.parameters()]
-    groups = [dict(params=encoders, initial_lr=args.lr),
-              dict(params=model.G.parameters(), initial_lr=G_LR_FACTOR * args.lr)]
+    groups = [dict(params=encoders), dict(params=model.G.parameters(), lr=G_LR_FACTOR * args.lr)]
     opts = dict(g=torch.optim.Adam(groups, args.lr, betas=(0.9, 0.99)))         # ours: L1 leads
     if args.w_adv:
         nets["D"] = Discriminator(args.size, base=2048).to(device)              # 64 channels at 32 px
-        group = dict(params=nets["D"].parameters(), initial_lr=args.lr)
-        opts["d"] = torch.optim.Adam([group], args.lr, betas=(0.0, 0.99))
+        opts["d"] = torch.optim.Adam(nets["D"].parameters(), args.lr, betas=(0.0, 0.99))
     return nets, opts
 
 
@@ -653,6 +651,7 @@ def train(args, argv=None):
           f"{count_parameters(model)}")
     weights = LOSS_WEIGHTS | dict(vgg=args.w_vgg, adv=args.w_adv)
     log, timer = open_log(path.with_name("log_pcavs.jsonl"), args), StepTimer(device)
+    line = {}  # latest value of each term
     for step in (bar := progress_bar("PC-AVS", saved["step"], args.steps)):
         batch = timer.next_batch(stream)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -660,7 +659,7 @@ def train(args, argv=None):
             losses = dict(g={k: weights[k] * v for k, v in terms.items()})
             if args.w_adv:
                 losses["d"] = discriminator_losses(nets["D"], real, fake, step)
-        line = dict(step=step)
+        line["step"] = step
         for name, opt in opts.items():
             line |= terms_to_floats(losses[name], step)
             with optimiser_step(opt, cosine_warmup(step, args.steps)):
@@ -687,7 +686,7 @@ def save_samples(path, model, pack, clips, device, n=8):
     source, frames, mel = (torch.stack([item[k] for item in items]).to(device) for k in ("source", "frames", "mel"))
     pose, spoken = frames[:, 0].roll(1, 0), frames[:, 0].roll(2, 0)
     fake = model.decode(model.V(source), model.A(mel[:, 0].roll(2, 0)), model.E(pose), "off")
-    titles = f"photo; held out: {len(clips)} clips", "pose", "result", "frame of the speech: lips as in the result"
+    titles = f"photo; {len(clips)} clips", "pose", "result", "frame of the speech: lips as in the result"
     image_grid([to_uint8(row.clamp(-1, 1)) for row in (source, pose, fake, spoken)], titles, 128).save(path)
 
 
@@ -730,8 +729,7 @@ def parse(argv=None, saved=None):
 
 def main(argv=None):
     args = parse(argv)
-    command = dict(sample=sample, pairs=generate_pairs, train=partial(train, argv=argv), align=align)[args.command]
-    command(args)
+    dict(sample=sample, pairs=generate_pairs, train=partial(train, argv=argv), align=align)[args.command](args)
 
 
 if __name__ == "__main__":

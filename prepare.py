@@ -36,26 +36,25 @@ from media import (
     FPS, InputError, Parser, load_audio, load_photo, normalise_loudness, parallel_map, probe, read_video, run, to_int16,
     wrap_os_errors)
 from report import image_grid, markdown_table
-from syncnet import best_offset, embed_clip, load_sync, logits_by_shift
+from syncnet import MAX_OFFSET, best_offset, embed_clip, load_sync, logits_by_shift
 
 sync_expert = lru_cache(1)(load_sync)  # loaded once per process
 
+OFFSETS = 2, MAX_OFFSET  # frames, ours: on a clip of three seconds a sync expert is off by one at most
 MAX_CROP_ERROR = 0.12  # share of the crop, ours: a square photo whose face box is this close to its edges is used whole
-OFFSET_TOLERANCE = 1  # frame, ours: the error of a sync expert on a clip of three seconds
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
                   ".heic", ".heif")  # the last two cannot be read; the manifest then gives the reason
 
 
 def prepare_video(path: Path, size: int, template: str, expert: Path | None = None, isolate: bool = False,
-                  lag: int = 0):
+                  lag: int = 0, offsets: tuple[int, int] = OFFSETS):
     """Decodes a video once. Yields (segment, JPEGs, int16 samples) in order. segment: dict for the manifest with begin,
     frames (their number), outcome and reason. A skipped segment has no JPEGs. lag: frames by which the sound is late.
+    offsets: the smallest and the largest lag, either way, that the expert corrects.
     InputError: not a video, no sound, damaged sound. If only the pictures break off, earlier segments are kept."""
     info, wav = probe(path), load_audio(path)
     if isolate:
         wav = normalise_loudness(isolate_voice(wav))  # again, because load_audio's level included the music
-    if lag:
-        wav = cut_sound(wav, lag, lag + n_frames(len(wav)))
     height, total, first = min(info.height, MAX_HEIGHT), n_frames(len(wav)), 0
     length = math.ceil(total / math.ceil(total / MAX_CLIP_FRAMES))  # equal lengths: no remainder of a few frames
     stream = read_video(path, height=height)
@@ -64,12 +63,16 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
             segment = dict(begin=first + begin, frames=end - begin, outcome="skipped", reason=reason)
             jpegs, samples = [], None
             if box is not None:
-                crops, offset = [crop_face(frame, box, size) for frame in frames[begin:end]], 0
+                crops, sound = [crop_face(frame, box, size) for frame in frames[begin:end]], first + begin + lag
                 if expert:
-                    offset = sound_offset(expert, crops, template, cut_sound(wav, first + begin, first + end), segment)
+                    heard = cut_sound(wav, sound, sound + len(crops))
+                    late = sound_offset(expert, crops, template, heard, segment, offsets[1])
+                    sound += late if abs(late) >= offsets[0] else 0
+                crops, sound = crops[max(0, -sound) : max(0, total - sound)], max(0, sound)  # frames that have sound
+                segment["reason"] = segment["reason"] or ("" if crops else "no sound at this offset")
                 if not segment["reason"]:
                     jpegs = [encode_jpeg(crop, size) for crop in crops]
-                    samples = to_int16(cut_sound(wav, first + begin + offset, first + end + offset))
+                    samples = to_int16(cut_sound(wav, sound, sound + len(crops)))
                     box = [round(v * info.height / height, 2) for v in box]
                     segment |= dict(outcome="packed", box=box, fps=info.fps)
             yield segment, jpegs, samples
@@ -80,18 +83,20 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
         yield dict(begin=first, frames=rest, outcome="skipped", reason="picture without sound"), [], None
 
 
-def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict) -> int:
-    """Number of frames by which a clip's sound is late, by the sync expert in the file `path`; 0 up to OFFSET_TOLERANCE.
+def sound_offset(path: Path, crops: list[np.ndarray], template: str, wav: np.ndarray, segment: dict,
+                 largest: int) -> int:
+    """Number of frames, from -largest to largest, by which a clip's sound is late, by the sync expert in the file `path`.
     Adds the measurement to the segment, and a reason to skip it if mouth and sound fit at no offset."""
     expert, size = sync_expert(path, "cpu"), len(crops[0])
     x, y, side = (size * v for v in square_in_crop(template, expert.template))
     if (x, y, side) != (0, 0, expert.size):
         crops = [crop_face(crop, (x, y, x + side, y + side), expert.size) for crop in crops]
-    late, confidence, fit = best_offset(logits_by_shift(expert.logits, *embed_clip(expert, crops, log_mel(wav))))
+    table = logits_by_shift(expert.logits, *embed_clip(expert, crops, log_mel(wav)))
+    late, confidence, fit = best_offset(table, largest)
     segment |= dict(late=late, confidence=round(confidence, 2), fit=round(fit, 2))
     if fit <= 0:
         segment["reason"] = "mouth and sound do not fit"
-    return late if abs(late) > OFFSET_TOLERANCE else 0
+    return late
 
 
 def prepare_photo(path: Path, size: int, template: str, **_):
@@ -115,8 +120,13 @@ def prepare_photo(path: Path, size: int, template: str, **_):
 
 def list_files(folder: Path, out: Path | None = None) -> list[Path]:
     """All files below a folder, sorted, also those in linked folders, without those below an `out` inside of it"""
-    inside = out and folder.absolute() in out.absolute().parents
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    inside, paths, seen = out and folder.absolute() in out.absolute().parents, [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # a link to a folder above it would be followed forever
+            folders.clear()
+        else:
+            paths += [Path(parent, name) for name in names]
+        seen.add(os.path.realpath(parent))
     return sorted(p for p in paths if p.is_file() and not (inside and out.absolute() in p.absolute().parents))
 
 
@@ -207,7 +217,7 @@ def contact_sheet(pack: Pack, columns: int = 10, rows: int = 6) -> Image.Image:
     return image_grid(frames, [[pack.source(c) for c in row] for row in grid], max(96, pack.size))
 
 
-def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
+def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path, smallest: int):
     """Prints the share of frames and files that were used, the offsets of the sound, and the speed."""
     segments = [segment for outcome in outcomes for segment in outcome["segments"]]
     used = sum(any(segment["outcome"] == "packed" for segment in outcome["segments"]) for outcome in outcomes)
@@ -217,8 +227,8 @@ def report(pack: Pack, outcomes: list[dict], seconds: float, out: Path):
           "for the others")
     offsets = np.array([segment["late"] for segment in segments if "late" in segment])
     if len(offsets):
-        print(f"sound late by {np.median(offsets):+.0f} frames at the median; off by more than {OFFSET_TOLERANCE}, so "
-              f"corrected, in {np.mean(np.abs(offsets) > OFFSET_TOLERANCE):.0%} of {len(offsets)} clips")
+        print(f"sound late by {np.median(offsets):+.0f} frames at the median; off by {smallest} or more, so "
+              f"corrected, in {np.mean(np.abs(offsets) >= smallest):.0%} of {len(offsets)} clips")
     print(f"{seconds:.0f} s; look at {out}/sheet.png")
 
 
@@ -270,10 +280,14 @@ def main():
     add("--one-person", action="store_true", help="all files show one person, named after the folder")
     add("--check-sync", type=Path, metavar="EXPERT", help="checkpoint of a sync expert (syncnet.py): corrects the "
         "offset of each clip, drops clips that fit at no offset")
+    add("--offsets", type=int, nargs=2, metavar=("MIN", "MAX"), default=OFFSETS, help="offsets in frames that "
+        "--check-sync corrects (2 15); 1 4 if each short clip of a source has a small offset of its own")
     add("--lag", type=int, default=0, help="frames (25 a second) by which the sound of these files is late")
     add("--isolate-voice", action="store_true", help="attenuate repeating music and noise (librosa's vocal separation; "
         "0.2 s per second of sound)")
     args = p.parse_args(workers=(1, 256), lag=(-25, 25))
+    if not 1 <= args.offsets[0] <= args.offsets[1] <= MAX_OFFSET:
+        raise InputError(f"--offsets {args.offsets[0]} {args.offsets[1]}: expected 1 <= MIN <= MAX <= {MAX_OFFSET}")
     if not args.videos.is_dir():
         raise InputError(f"{args.videos}: no such directory (a file? name the folder that holds it)")
     if args.census:
@@ -288,10 +302,10 @@ def main():
     start, person = time.time(), args.videos.absolute().name if args.one_person else None
     with wrap_os_errors(args.out, "written"):  # an input that cannot be read is a line of the manifest instead
         outcomes = prepare(args.videos, args.out, args.size, args.workers, person, (i, n), args.template,
-                           expert=args.check_sync, isolate=args.isolate_voice, lag=args.lag)
+                           expert=args.check_sync, isolate=args.isolate_voice, lag=args.lag, offsets=tuple(args.offsets))
         pack = Pack(args.out)
         contact_sheet(pack).save(args.out / "sheet.png")
-    report(pack, outcomes, time.time() - start, args.out)
+    report(pack, outcomes, time.time() - start, args.out, args.offsets[0])
 
 
 if __name__ == "__main__":

@@ -324,8 +324,9 @@ def network_frames(model, photo, box, mel, speech, whole: bool, device, args):
     if has_lip_moves(model):
         mel = list(mel)  # read twice
         opening, shape = model.predict_lips(mel)
-        opening = np.minimum(PAINTED_GAIN * opening, PAINTED_LIMIT)
-        lips = mouth_motion(opening, shape, speech, model.read_opening(source), args.mouth)
+        rest, opening = model.read_opening(source), np.minimum(PAINTED_GAIN * opening, PAINTED_LIMIT)
+        opening, shape = mouth_motion(opening, shape, speech, rest, args.mouth)
+        lips = np.minimum(opening, max(rest, PAINTED_LIMIT)), shape  # again, because --mouth may enlarge it
         mouth = model.mouth_codes(*lips)
         if model.pose and not model.hyper:
             deltas = fit_to_photo(model, photo, box, source, *lips, FIT_STEPS if args.refine is None else args.refine)

@@ -147,7 +147,7 @@ class SyncNet(nn.Module):
     def logits(self, face, sound):
         """(B, E), (B2, E) of unit length -> (B, B2), log odds of "in sync" """
         cosine = face @ sound.t()
-        return torch.logit(cosine, eps=1e-4) if self.cosine else self.log_scale.exp() * cosine + self.bias
+        return torch.logit(cosine.float(), eps=1e-4) if self.cosine else self.log_scale.exp() * cosine + self.bias
 
 
 def load_sync(path: str | Path, device, size: int | None = None) -> nn.Module:
@@ -296,13 +296,13 @@ def logits_by_shift(logits_of, face, sound, beyond: float = math.nan):
     return torch.cat(rows).cpu().numpy()
 
 
-def best_offset(table):
-    """(K, S) of logits_by_shift -> lag of the sound in frames, confidence, fit. Offsets need half of the windows.
-    confidence: mean logit at the lag minus the median over offsets (SyncNet's, with logits in place of distances). fit:
-    mean logit at the lag minus MATCH_LOGIT * sqrt(3 s / length); above 0 mouth and sound match"""
+def best_offset(table, largest: int = MAX_OFFSET):
+    """(K, S) of logits_by_shift -> lag of the sound in frames, up to `largest`; confidence; fit. Offsets need half of
+    the windows. confidence: mean logit at the lag minus the median over offsets (SyncNet's, with logits in place of
+    distances). fit: mean logit at the lag minus MATCH_LOGIT * sqrt(3 s / length); above 0 mouth and sound match"""
     counts = np.isfinite(table).sum(0)
     means = np.where(2 * counts >= len(table), np.nansum(table, 0) / np.maximum(counts, 1), np.nan)  # (S,)
-    best = int(np.nanargmax(means))
+    best = MAX_OFFSET - largest + int(np.nanargmax(means[MAX_OFFSET - largest : MAX_OFFSET + largest + 1]))
     fit = means[best] - MATCH_LOGIT * (3 * FPS / len(table)) ** 0.5
     return best - MAX_OFFSET, float(means[best] - np.nanmedian(means)), float(fit)
 
@@ -424,9 +424,8 @@ def start_or_resume(args, path: Path, device) -> tuple:
     if lips:
         expert.landmarks.requires_grad_(False)
     towers, scale = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()], [expert.log_scale, expert.bias]
-    groups = [dict(params=towers, initial_lr=args.lr),
-              dict(params=scale, weight_decay=0.0, initial_lr=10 * args.lr)]  # ours: 10, as it grows from 5 to 40
-    opt = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.02)
+    groups = [dict(params=towers), dict(params=scale, weight_decay=0.0, lr=10 * args.lr)]  # ours: grows from 5 to 40
+    opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.99), weight_decay=0.02)
     if not args.resume:
         return expert, opt, 0, math.inf
     saved = load_checkpoint(path, "syncnet")

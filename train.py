@@ -34,13 +34,13 @@ from checkpoint import (
     RANK, WORLD_SIZE, StepTimer, add_run_options, barrier, claim_output, cosine_warmup, count_parameters,
     fp16_state_dict, init_distributed, load_checkpoint, open_log, optimiser_step, progress_bar, restore_run,
     resume_options, save_checkpoint, save_run, terms_to_floats, update_ema, warn_of_slow_bf16, write_log)
-from data import add_split_options
+from data import Frames, add_split_options
 from fusion import middle_frames
 from media import InputError, Parser, atomic_write, run, to_tensor, to_uint8
 from report import image_grid, write_report
 from stylegan2 import mix_styles
 
-STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: a quarter of an hour on two cores
+STEPS = {1: 700, 2: 2000, 3: 1400}  # the documented run at 32 px: half an hour on two slow cores
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 JUDGE_FILES = ("vgg19", "vgg16", "lpips_heads", "arcface")  # names for --path
 
@@ -402,14 +402,19 @@ def save_examples(path, ema, data, args, n=8):
         w = ema.generator.mapping(z)[:, None].expand(-1, ema.generator.L, -1)
         rows = dict(zip(("samples", "more samples", "and more"), ema.generator(w).unflatten(0, (3, n))))
     else:
-        clips = initialise.stage3_clips(data["pack"], 1, ema.config, seed=12345, flip=False, clips=data["held_out"])
-        items, held_out = [clips[i] for i in range(n)], f"held out: {len(data['held_out'])} clips"
+        options = dict(seed=12345, clips=data["held_out"])
+        if args.stage == 2:                                                            # the pack may hold photos alone
+            key, images = "image", Frames(data["pack"], **options)
+        else:
+            key, images = "source", initialise.stage3_clips(data["pack"], 1, ema.config, flip=False, **options)
+        items = [images[i] for i in range(n)]
+        held_out = f"held out: {len(data['held_out'])} clips" if args.data else "clips of the training set"
         if args.photos:
             held_out += f", {len(data['held_out_photos'])} photos (from the third column on)"
             for item, c in zip(items[2:], data["held_out_photos"]):
-                item["source"] = to_tensor(data["photos"].pack.frame(c, 0))
-        batch = default_collate(items)
-        source, driving, mel = (batch[key].to(device) for key in ("source", "driving", "mel"))
+                item[key] = to_tensor(data["photos"].pack.frame(c, 0))
+        batch = {name: x.to(device) for name, x in default_collate(items).items()}
+        source = batch[key]
     if args.stage == 2:
         z = ema.invert(source)
         rows = {f"image; {held_out}": source, "inversion": ema.decode(z)}
@@ -419,7 +424,7 @@ def save_examples(path, ema, data, args, n=8):
             swapped = ema.invert(source, ema.mouth(source).roll(1, 0))
             rows["inversion with the mouth of the column to the left"] = ema.decode(swapped)
     elif args.stage == 3:
-        driving, mel = driving.roll(1, 0), mel.roll(1, 0)                              # of another person
+        driving, mel = batch["driving"].roll(1, 0), batch["mel"].roll(1, 0)            # of another person
         rows = {f"source; {held_out}": source,
                 "driving frame and its sound: of the column to the left": middle_frames(driving, 1)[:, 0],
                 "result": ema(source, driving, mel, ema.config.context)[0][:, 0]}

@@ -357,6 +357,14 @@ def test_normalised_windows_equal_those_of_the_whole_sound():
     assert not np.array_equal(sound_windows(wav, range(20, 24), True), sound_windows(wav, range(20, 24)))
 
 
+def test_an_echo_does_not_stretch_the_voice(monkeypatch):
+    monkeypatch.setattr(audio, "next_fast_len", lambda n: n + 1 - n % 2)  # always odd
+    voice = 0.1 * np.random.default_rng(1).standard_normal(30000)
+    for seed in range(3):
+        noisy = audio.add_echo_and_noise(voice, np.random.default_rng(seed))
+        assert np.corrcoef(voice[-1000:], noisy[-1000:])[0, 1] > 0.5
+
+
 def test_echo_and_noise_follow_the_voice_and_do_not_shift_it():
     click = np.zeros(RATE, np.float32)
     click[4000] = 0.9

@@ -337,6 +337,15 @@ def test_lists_of_clips_and_people_replace_the_rule_for_their_part(tmp_path):
     assert parts["test"].tolist() == [3] and len(parts["valid"]) == 10 and len(parts["train"]) == 20
 
 
+def test_lists_name_photos_with_a_number_sign_and_files_whose_names_are_not_utf_8(tmp_path):
+    with PackWriter(tmp_path / "pack", 8, "toy") as writer:
+        for i, name in enumerate(("cat#1.jpg", "cat#2.jpg", "f\udcff.mp4#0")):
+            writer.add(gradient_frames(2, 8), noise(2, i), f"p{i}", "/photos/" + name)
+    for i, line in enumerate((b"cat#1", b"cat#2.jpg", b"f\xff.mp4")):
+        (tmp_path / "list").write_bytes(line)
+        assert data.read_clip_list(Pack(tmp_path / "pack"), tmp_path / "list").tolist() == [i]
+
+
 @pytest.mark.parametrize("text, message", [
     ("p1\nnobody", "'nobody' fits no clip and no person"),
     ("00001.mp4", "'00001.mp4' is the name of several files"),

@@ -245,6 +245,16 @@ def test_lip_sync_error_agrees_with_a_loop_over_windows_and_offsets():
         assert lip_sync_error(face, sound, pad) == pytest.approx(expected, abs=1e-4)
 
 
+def test_ssim_is_computed_in_fp32_under_bf16(monkeypatch):
+    real = pictures(3, 3, 180, 200, 3)[0]
+    fake = np.clip(real.astype(int) + np.random.default_rng(0).integers(-9, 10, real.shape), 0, 255).astype(np.uint8)
+    networks = SimpleNamespace(**NO_NETWORKS)
+    clips = [clip_of(frames, networks, monkeypatch) for frames in (real, fake)]
+    plain = evaluate.image_metrics(*clips)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluate.image_metrics(*clips) == plain and 0 < plain["SSIM"] < 1
+
+
 def clip_of(frames, networks, monkeypatch):
     monkeypatch.setattr(evaluate, "read_video", lambda path: iter(frames))
     return Clip("a.mp4", networks)

@@ -344,6 +344,8 @@ def test_the_wav2lip_expert_embeds_bgr_lower_halves_as_published(frozen):
     logits = judge.logits(judge.face(frames), judge.sound(mel))
     assert logits.shape == (2, 3)
     assert torch.allclose(torch.sigmoid(logits), judge.face(frames) @ judge.sound(mel).T, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert judge.logits(judge.face(frames), judge.face(frames)).isfinite().all()
 
 
 def test_the_sync_judges_accept_crops_of_any_size(frozen):

@@ -517,6 +517,18 @@ def test_read_video_resizes_to_a_given_height(tmp_path):
     assert frame.shape == (20, 30, 3) and abs(frame[inside].astype(int) - picture(20, 30)[inside]).max() < 8
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_channels_are_counted_by_the_name_of_their_layout(tmp_path, channels):
+    soundfile.write(tmp_path / "a.flac", np.zeros((RATE, channels)), RATE)  # FLAC's layout of four is "quad"
+    assert media.find_sound_track(tmp_path / "a.flac")[1:] == (channels, RATE)
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    with media.atomic_write(tmp_path / ("n" * 255)) as draft:
+        draft.write_text("x")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
 @pytest.mark.parametrize("rate, channels", [(48000, 2), (22050, 6), (8000, 8)])
 def test_a_video_gets_the_users_sound_with_its_rate_and_channels(tmp_path, rate, channels):
     sound = 0.3 * np.sin(2 * np.pi * 300 * np.arange(rate)[:, None] / rate) * np.ones(channels)

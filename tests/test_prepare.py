@@ -17,6 +17,7 @@ from PIL import Image
 import faces
 import media
 import prepare
+from audio import n_frames
 from data import Clips, Frames, Pack, PackWriter, open_packs
 from faces import TEMPLATES
 from media import InputError, write_video
@@ -139,6 +140,13 @@ def test_a_shard_is_i_of_n():
             prepare.parse_shard(wrong)
 
 
+@pytest.mark.parametrize("given", ["0 3", "3 2", "2 16"])
+def test_offsets_run_from_min_to_max(tmp_path, monkeypatch, given):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path), str(tmp_path / "out"), "--offsets", *given.split()])
+    with pytest.raises(InputError, match=f"--offsets {given}: expected 1 <= MIN <= MAX <= 15"):
+        prepare.main()
+
+
 def test_the_census_counts_sizes_frame_rates_and_lengths(videos, capsys):
     (videos / "cut.mp4").unlink()
     prepare.census(prepare.list_files(videos), 2)
@@ -161,11 +169,13 @@ def test_lag_shifts_the_sound_against_the_frames(speakers, tmp_path):
     (speakers / "bob.mkv").unlink()
     for lag in (0, 2, -3):
         prepare.prepare(speakers, tmp_path / str(lag), 32, lag=lag)
-    (asis, late, early), step = (Pack(tmp_path / str(lag)).sound(0) for lag in (0, 2, -3)), 16000 // 25
-    assert len(late) == len(early) == len(asis)
-    np.testing.assert_array_equal(late[: -2 * step], asis[2 * step :])
-    np.testing.assert_array_equal(early[3 * step :], asis[: -3 * step])
-    assert not late[-2 * step :].any() and not early[: 3 * step].any() and asis.any()
+    (asis, late, early), step = (Pack(tmp_path / str(lag)) for lag in (0, 2, -3)), 16000 // 25
+    n = asis.n_frames[0]
+    np.testing.assert_array_equal(late.sound(0), asis.sound(0)[2 * step :])  # the last two frames have no sound
+    np.testing.assert_array_equal(late.frames(0, range(n - 2)), asis.frames(0, range(n - 2)))
+    np.testing.assert_array_equal(early.sound(0), asis.sound(0)[: -3 * step])  # nor have the first three
+    np.testing.assert_array_equal(early.frames(0, range(n - 3)), asis.frames(0, range(3, n)))
+    assert (late.n_frames[0], early.n_frames[0]) == (n - 2, n - 3) and asis.sound(0).any()
 
 
 def test_isolate_voice_packs_the_isolated_voice(speaker, tmp_path, monkeypatch):
@@ -308,24 +318,26 @@ class SyncExpert:
     size, template, logits = 32, "face", None
 
 
-@pytest.mark.parametrize("late, fit", [(2, 1.5), (-3, 1.5), (1, 1.5), (0, -1.0)])
-def test_check_sync_shifts_the_sound_and_drops_clips_that_do_not_fit(speaker, tmp_path, monkeypatch, late, fit):
+@pytest.mark.parametrize("late, fit, smallest", [(2, 1.5, 2), (-3, 1.5, 2), (1, 1.5, 2), (1, 1.5, 1), (0, -1.0, 2)])
+def test_check_sync_shifts_the_sound_and_drops_clips_that_do_not_fit(
+        speaker, tmp_path, monkeypatch, late, fit, smallest):
     monkeypatch.setattr(prepare, "sync_expert", lambda path, device: SyncExpert())
     monkeypatch.setattr(prepare, "embed_clip", lambda expert, crops, mel: (len(crops), mel))
     monkeypatch.setattr(prepare, "logits_by_shift", lambda expert, face, sound: None)
-    monkeypatch.setattr(prepare, "best_offset", lambda table: (late, 3.0, fit))
+    monkeypatch.setattr(prepare, "best_offset", lambda table, largest: (late, 3.0, fit))
     if fit < 0:
         with pytest.raises(InputError, match="no clip in 1 files"):
             prepare.prepare(speaker, tmp_path / "out", 32, expert=Path("sync.pt"))
         assert reason(manifest(tmp_path / "out")["bob.mkv"]) == "mouth and sound do not fit"
         return
-    prepare.prepare(speaker, tmp_path / "out", 32, expert=Path("sync.pt"))
+    prepare.prepare(speaker, tmp_path / "out", 32, expert=Path("sync.pt"), offsets=(smallest, 7))
     pack, whole = Pack(tmp_path / "out"), media.load_audio(speaker / "bob.mkv")
-    shifted = pack.sound(0)
-    assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late and len(shifted) == 20 * 640
-    begin = 640 * late * (abs(late) > 1)  # sound of frame k + late moves to frame k; one frame is within the tolerance
-    expected = np.pad(whole, 20 * 640)[20 * 640 + begin : 40 * 640 + begin]
-    assert np.abs(shifted - expected).max() < 1e-4
+    assert manifest(tmp_path / "out")["bob.mkv"]["segments"][0]["late"] == late
+    begin = late * (abs(late) >= smallest)  # sound of frame k + late moves to frame k; frames without sound are left out
+    first, stop = max(0, begin), min(20 + begin, n_frames(len(whole)))  # the codec adds a fraction of a frame
+    assert len(pack.sound(0)) == 640 * pack.n_frames[0] == 640 * (stop - first)
+    expected = np.pad(whole, (0, 640))[640 * first : 640 * stop]
+    assert np.abs(pack.sound(0) - expected).max() < 1e-4
 
 
 def test_the_script_refuses_a_missing_folder_in_one_line(tmp_path, monkeypatch, capsys):
@@ -353,6 +365,8 @@ def test_all_files_are_listed_but_those_of_the_run_itself(tmp_path):
     (videos / "b").symlink_to(tmp_path / "elsewhere")
     assert prepare.list_files(videos, videos / "packs") == [videos / "a/1.mp4", videos / "b/2.mp4"]
     assert len(prepare.list_files(videos, tmp_path)) == 3  # `out` is above: it holds nothing of the run there
+    (videos / "a" / "up").symlink_to(videos)
+    assert len(prepare.list_files(videos, tmp_path)) == 3
 
 
 @pytest.mark.parametrize("out, shard", [("videos", (0, 1)), ("videos/shard", (0, 2))])

@@ -494,12 +494,13 @@ def test_the_networks_own_frames_move_as_the_photo_does(folder, monkeypatch):
     for strength in "012":
         talk("--box=4,4,76,76", "--overwrite", "--crop", "--mouth", strength, weights=sample.FACE_WEIGHTS)
     own, once, twice = mouths[-3:]
-    torch.testing.assert_close(twice - own, 2 * (once - own), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((twice - own)[:, 1:], 2 * (once - own)[:, 1:], atol=1e-4, rtol=1e-4)
     slope, offset = load_model(sample.FACE_WEIGHTS).motion.opening.tolist()
     expected = np.minimum(sample.PAINTED_GAIN * np.linspace(0, 0.2, 21), sample.PAINTED_LIMIT)
     np.testing.assert_allclose(slope * once[:, 0] + offset, expected, atol=1e-4)
     np.testing.assert_allclose(slope * own[:, 0] + offset, 0.07, atol=1e-4)
-    np.testing.assert_allclose(seen[-1][1][0], 2 * expected - 0.07, atol=1e-6)  # fitted with these lips
+    expected = np.minimum(2 * expected - 0.07, sample.PAINTED_LIMIT)
+    np.testing.assert_allclose(seen[-1][1][0], expected, atol=1e-6)  # fitted with these lips
     assert refined[2] == 7 and fitted == inverted[1] == rest[1] == pasted[1] == [(21,), (21, 5), sample.FIT_STEPS]
 
 

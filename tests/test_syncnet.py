@@ -329,6 +329,12 @@ def test_the_gradient_of_the_sync_loss_does_not_grow_with_the_experts_scale():
     assert norms[0] > 0 and torch.allclose(norms[0], norms[1], rtol=1e-3)
 
 
+def test_the_sync_loss_of_an_expert_without_a_scale_is_not_divided():
+    net, (frames, mel) = SyncNet(16, 24, 0.25, cosine=True).eval(), random_batch(3)
+    given = FixedLogits(net.logits(net.face(frames), net.sound(mel)).tolist())
+    assert sync_loss(net, frames, mel).item() == pytest.approx(sync_loss(given, frames, mel).item(), rel=1e-4)
+
+
 def test_the_sync_loss_has_a_gradient_in_every_frame_and_does_not_change_the_expert(world):
     expert = load_sync(world[1], "cpu", size=16)
     frames, mel = random_batch(3, 16)
@@ -457,7 +463,8 @@ def test_an_offset_of_few_windows_is_not_chosen():
         table[[k for k in range(8) if not 0 <= k + d < 8], 15 + d] = np.nan
     table[0, 15 + 7] = 100  # one window of eight
     table[:, 15 + 2] += 1
-    assert best_offset(table)[0] == 2
+    table[:, 15 - 1] += 0.5
+    assert best_offset(table)[0] == 2 and best_offset(table, largest=1)[0] == -1
 
 
 def test_a_streamed_clip_has_the_embeddings_of_its_windows():

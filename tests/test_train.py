@@ -39,6 +39,7 @@ from syncnet import SyncNet
 from vision import GradualStyleEncoder, HyperStyleNet
 
 TRAIN_JUDGE = initialise.train_judge  # most tests replace it by an untrained judge
+SAVE_EXAMPLES = train.save_examples  # most tests skip it
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -398,6 +399,19 @@ def test_the_face_judge_learns_from_clips_without_photos(pack):
         return float((alike[0, 1] + alike[2, 3] + alike[4, 5]) / 3 - (alike[0, 2] + alike[2, 4] + alike[4, 0]) / 3)
 
     assert margin(judge) > margin(before) + 0.1
+
+
+def test_stages_1_and_2_train_on_a_pack_of_photos_alone(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save_examples", SAVE_EXAMPLES)
+    photos, toys = tmp_path / "photos", Pack(pack)
+    with PackWriter(photos, 16, "toy") as writer:
+        for i in range(12):
+            writer.add([toys.frame(i % 5, i)], np.zeros(0, np.float32), str(i), str(i))
+    data = dict(pack=Pack(photos), photos=None, clips=np.arange(12))
+    assert TRAIN_JUDGE(data, torch.device("cpu"), seed=0, steps=2, batch=4)
+    for stage in (1, 2):
+        run_stage(photos, tmp_path / "out", stage, steps=1)
+    assert (tmp_path / "out" / "stage2.pt").exists() and (tmp_path / "out" / "stage2.png").exists()
 
 
 def test_with_one_person_the_face_judge_distinguishes_clips_and_uses_no_held_out_clips(pack, monkeypatch):

@@ -139,6 +139,12 @@ def test_the_gap_between_the_lips_equals_the_opening(gap):
             assert np.abs(gaps - opening).max() < 0.006, (opening, gaps)
 
 
+def test_an_opening_beyond_the_limit_opens_to_the_limit():
+    warp = Warp(face(gap=0.03), moves())
+    limited = moved_landmarks(warp, 0.03 + W.MAX_OPENING)
+    assert all(np.allclose(a, b) for a, b in zip(moved_landmarks(warp, 0.5), limited))
+
+
 def test_shape_numbers_move_the_corners():
     warp = Warp(face(), moves())
     upper, _ = moved_landmarks(warp, 0.0, (1.0, 0.0))
