@@ -4,7 +4,7 @@ The face of person A gets the speech of B and the head and eyes of C, three peop
 small network trained on drawn frames of other people, measures every factor in the frames. The first row of the table is
 the probe on real frames, the upper bound for generated frames.
 
-    python evaluate.py toy weights/toy.pt          # both tables, about 3 minutes on 2 cores
+    python evaluate.py toy weights/toy.pt          # both tables, 10 minutes on two slow cores
 
 Axes: n people (one clip and one trial each), T frames, N images, 10 factors in the order of toyfaces.FACTORS.
 """

@@ -2,7 +2,7 @@
 
     python evaluate.py pair real/ fake/       # clips of two folders, paired by name: one table  (a second a pair, 1 core)
     python evaluate.py pair real.mp4 fake.mp4 --landmarks mediapipe:face_landmarker.task --json numbers.json
-    python evaluate.py toy weights/toy.pt     # the control table of the toy world, see control.py    (3 minutes, 2 cores)
+    python evaluate.py toy weights/toy.pt     # the control table of the toy world, see control.py    (10 minutes, two slow cores)
 
 METRICS lists each metric with its unit and source. Metrics whose weights are missing are left out and listed. Differs
 from the published metrics: the face is detected every three seconds and its box is interpolated, while SyncNet's scripts
@@ -93,8 +93,8 @@ METRICS = {
                     "6.9 to 7.8 (Wav2Lip's table: LRW, LRS2, LRS3)"),
     "LSE offset": Metric("frames", "lower", None, 2, "absolute value of the best offset, which LSE does not penalise"),
     "Sync-D": Metric("", "lower", None, 3, "LSE-D by our expert, whose embeddings have unit length",
-                     "1.15 to 1.19 (GRID, seven speakers)"),
-    "Sync-C": Metric("", "higher", None, 3, "LSE-C by our expert", "0.15 to 0.21 (GRID, seven speakers)"),
+                     "1.02 to 1.09 (GRID, seven speakers)"),
+    "Sync-C": Metric("", "higher", None, 3, "LSE-C by our expert", "0.27 to 0.34 (GRID, seven speakers)"),
     "Sync offset": Metric("frames", "lower", None, 2, "absolute value of the best offset by our expert"),
 }  # fmt: skip
 MOTION_METRICS = ("lip dynamics", "silent lips", "lip-sync", "brow dynamics", "head motion")

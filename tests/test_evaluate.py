@@ -540,7 +540,7 @@ def test_problems_of_a_pair_are_printed_below_the_table_of_the_other_pairs(tmp_p
 
 def test_usual_values_are_printed_for_our_expert_only():
     args = SimpleNamespace(expert=None, landmarks=None)
-    assert "Sync-C of real clips is usually 0.15" in "\n".join(evaluate.explain(args, all_networks(), METRICS, 0))
+    assert "Sync-C of real clips is usually 0.27" in "\n".join(evaluate.explain(args, all_networks(), METRICS, 0))
     args.expert = "wav2lip"
     assert "Sync-C of" not in "\n".join(evaluate.explain(args, all_networks(), METRICS, 0))
 
