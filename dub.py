@@ -38,7 +38,7 @@ CANVAS, CELLS = (-0.58, -0.16, 0.58, 0.42), 110  # of the bank: x0, y0, x1, y1 a
 BANK_OPENING = 0.75  # least opening of the bank's frames, as a share of the widest; their weight is the share ** 10
 # 28 points on the edges of the unit square
 BORDER = np.array([(x, y) for x in np.linspace(0, 1, 8) for y in np.linspace(0, 1, 8) if {x, y} & {0, 1}])
-VISIBLE_OPENING = 0.058  # if a take opens no wider, its teeth are painted
+TEETH_OPENING = 0.058  # if a take opens no wider, its teeth are painted
 
 
 def skin_colour(frame: np.ndarray, points: np.ndarray, scale: float) -> np.ndarray:
@@ -157,7 +157,7 @@ class Take:
 
     def render_inside(self, v, q, d, e, opening: float) -> np.ndarray:
         """Inside of the mouth at v (h, w, 2), d below the upper and e above the lower lip of q -> (h, w, 3), skin is 1"""
-        if not self.dark_colours or self.max_opening < VISIBLE_OPENING:  # painted teeth (photos: warp.lip_layers)
+        if not self.dark_colours or self.max_opening < TEETH_OPENING:  # painted teeth (photos: warp.lip_layers)
             half_width = (q[64, 0] - q[60, 0]) / 2
             x = v[..., 0] / half_width
             tall = 0.16 * half_width * np.sqrt(np.clip(1 - (x / 0.9) ** 2, 0, 1)) + 1e-6
@@ -169,7 +169,7 @@ class Take:
         jaw = read_grid(self.canvases[1], v - (0, self.jaw_drop * opening), CANVAS)
         colour = jaw + smoothstep((e - d) / np.maximum(d + e, 0.02) + 0.5)[..., None] * (skull - jaw)
         shade = 0.72 + 0.28 * smoothstep(np.minimum(d, 0.6 * e + 0.02) / 0.038)  # darker under the lip
-        light = 0.35 + 0.65 * smoothstep(np.float64(opening / VISIBLE_OPENING))  # a narrow gap is dark and red
+        light = 0.35 + 0.65 * smoothstep(np.float64(opening / TEETH_OPENING))  # a narrow gap is dark and red
         return colour * shade[..., None] * light ** np.array([1, 1.3, 1.25])
 
     def render(self, t: int, frame: np.ndarray, shut_frames: list, opening: float, shape: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ SQUARE_TOLERANCE = 0.05  # relative difference of the sides of a square portrait
 SEARCHED_FRAMES, SEARCH_HEIGHT = 8, 360  # number, and height in pixels, of the frames in which a driving face is searched
 THREADS = torch.get_num_threads()  # of the machine, before anything here changes it
 MEL_CHUNK = 32  # frames of sound encoded at once: larger chunks leave the CPU's cache
-FEATHER = 0.12  # of the crop: width of a seam of Paste
+SEAM = 0.12  # of the crop: width of the seam around a pasted face
 TONE_SIGMA = 0.1  # of the crop: blur that leaves the tone of the skin, wider than lips, narrower than a cheek
 # of the opening given to the generator, which paints about half of it. Beyond the limit it paints the mouth green or blue
 PAINTED_GAIN, PAINTED_LIMIT = 1.6, 0.22
@@ -413,9 +413,9 @@ class Paste:
 
 
 def soft_box(size: int, box: tuple):
-    """(size, size): 1 inside a box (fractions of the crop), falling to 0 at its edges within FEATHER"""
+    """(size, size): 1 inside a box (fractions of the crop), falling to 0 at its edges within SEAM"""
     t = (torch.arange(size) + 0.5) / size
-    x, y = (smoothstep((t - low) / FEATHER) * smoothstep((high - t) / FEATHER) for low, high in (box[::2], box[1::2]))
+    x, y = (smoothstep((t - low) / SEAM) * smoothstep((high - t) / SEAM) for low, high in (box[::2], box[1::2]))
     return y[:, None] * x
 
 
@@ -427,7 +427,7 @@ def still_and_mask(model, source, turning: bool, deltas=None):
     inversion = model.reconstruct(source, deltas).cpu()
     if turning:  # 1 in the middle, 0 from the circle on: the outline of the head stays
         t = (torch.arange(S) + 0.5) / S * 2 - 1
-        return inversion, smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * FEATHER))
+        return inversion, smoothstep((1 - (t[:, None] ** 2 + t**2).sqrt()) / (3 * SEAM))
     silence, eyes = torch.full((5, 1, N_MELS, WINDOW), SILENCE, device=source.device), soft_box(S, template.eyes)
     if has_lip_moves(model):  # in silence the lips are those of the photo
         own = model.mouth_codes(np.full(5, model.read_opening(source)), np.zeros((5, model.config.shape_dim - 1)))
