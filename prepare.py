@@ -63,16 +63,16 @@ def prepare_video(path: Path, size: int, template: str, expert: Path | None = No
             segment = dict(begin=first + begin, frames=end - begin, outcome="skipped", reason=reason)
             jpegs, samples = [], None
             if box is not None:
-                crops, sound = [crop_face(frame, box, size) for frame in frames[begin:end]], first + begin + lag
+                crops, start = [crop_face(frame, box, size) for frame in frames[begin:end]], first + begin + lag
                 if expert:
-                    heard = cut_sound(wav, sound, sound + len(crops))
-                    late = sound_offset(expert, crops, template, heard, segment, offsets[1])
-                    sound += late if abs(late) >= offsets[0] else 0
-                crops, sound = crops[max(0, -sound) : max(0, total - sound)], max(0, sound)  # frames that have sound
+                    sound = cut_sound(wav, start, start + len(crops))
+                    late = sound_offset(expert, crops, template, sound, segment, offsets[1])
+                    start += late if abs(late) >= offsets[0] else 0
+                crops, start = crops[max(0, -start) : max(0, total - start)], max(0, start)  # frames that have sound
                 segment["reason"] = segment["reason"] or ("" if crops else "no sound at this offset")
                 if not segment["reason"]:
                     jpegs = [encode_jpeg(crop, size) for crop in crops]
-                    samples = to_int16(cut_sound(wav, sound, sound + len(crops)))
+                    samples = to_int16(cut_sound(wav, start, start + len(crops)))
                     box = [round(v * info.height / height, 2) for v in box]
                     segment |= dict(outcome="packed", box=box, fps=info.fps)
             yield segment, jpegs, samples
