@@ -949,9 +949,9 @@ def test_every_term_is_nonzero_and_every_parameter_of_inference_gets_a_gradient(
 
 
 def test_one_batch_can_be_over_fitted(pack):
-    nets, opts, batch, args = prepare_step(pack, "--lr", "0.004")
+    nets, opts, batch, args = prepare_step(pack, "--lr", "0.002")
     curve = []
-    for _ in range(40):
+    for _ in range(30):
         terms, _, _ = pcavs.generator_losses(nets, batch, 49, args)
         opts["g"].zero_grad()
         sum(pcavs.LOSS_WEIGHTS[k] * v for k, v in terms.items()).backward()
