@@ -2,7 +2,7 @@
 
     python evaluate.py pair real/ fake/       # clips of two folders, paired by name: one table  (a second a pair, 1 core)
     python evaluate.py pair real.mp4 fake.mp4 --landmarks mediapipe:face_landmarker.task --json numbers.json
-    python evaluate.py toy weights/toy.pt     # the control table of the toy world, see control.py    (10 minutes, two slow cores)
+    python evaluate.py toy weights/toy.pt     # the control table of the toy world, control.py  (10 minutes, 2 slow cores)
 
 METRICS lists each metric with its unit and source. Metrics whose weights are missing are left out and listed. Differs
 from the published metrics: the face is detected every three seconds and its box is interpolated, while SyncNet's scripts
