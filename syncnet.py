@@ -361,7 +361,8 @@ def accuracy_by_shift(table):
 # ---------------------------------------------------------------------------------------------------------------- train
 
 def train(args, argv=None):
-    """Writes --out, the weights with the least held-out loss, and OUT_last.pt for --resume, which is exact on a CPU."""
+    """Writes --out, the weights with the least held-out loss, and OUT_last.pt for --resume, which is exact on a CPU, but
+    for `average` in the log, which starts anew."""
     out = claim_output(args.out, args)
     last = out.with_stem(f"{out.stem}_last")
     if args.resume:
