@@ -425,7 +425,7 @@ def start_or_resume(args, path: Path, device) -> tuple:
     if lips:
         expert.landmarks.requires_grad_(False)
     towers, scale = [*expert.face_tower.parameters(), *expert.sound_tower.parameters()], [expert.log_scale, expert.bias]
-    groups = [dict(params=towers), dict(params=scale, weight_decay=0.0, lr=10 * args.lr)]  # ours: grows from 5 to 40
+    groups = [dict(params=towers), dict(params=scale, weight_decay=0.0, lr=10 * args.lr)]  # 10: it grows from 5 to 40
     opt = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.99), weight_decay=0.02)
     if not args.resume:
         return expert, opt, 0, math.inf

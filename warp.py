@@ -53,7 +53,7 @@ MAX_SHAPE_ERROR = 0.12  # 45 people and paintings had .03 to .06
 VISIBLE_OPENING = 0.024  # opening from which a photo shows the inside of its mouth
 OUTER_LIP_SHARE = 0.8  # of a closing inner lip: lips that a smile stretches thin get thicker as they close
 RELAX = 0.5  # share of a smile's extra width and raised corners that is removed while the mouth is shut
-MAX_OPENING = 0.22  # beyond the photo's own; in wider mouths the field folds, and its sides become vertical
+MAX_OPENING = 0.22  # beyond the photo's own: what the box of the lips has room for. In wider mouths the field folds
 # filter between pixels: moved photos keep .8 to 1.1 of their Laplacian's variance (film grain .8); cubic: .5 to .9
 BETWEEN_PIXELS = np.float32([[0.05, -0.25, 0.7, 0.7, -0.25, 0.05]])
 MAX_SIDE = 1280  # pixels of the video: the window of a player, and 25 frames/s on a CPU
@@ -587,7 +587,7 @@ class Warp:
         return cls(Face(larger, points, mean, len(photo) / len(larger)), moves)
 
     def __call__(self, opening=None, shape=None, blink: float = 0.0, brows: float = 0.0, pose: Pose | None = None):
-        """opening, brows: in units; shape: (K - 1,), see Lips; both None: as in the photo; blink: 0 to 1"""
+        """opening, brows: in units; shape: (K - 1,), see Lips; opening or shape None: as in the photo; blink: 0 to 1"""
         lips, frame = self.lips, self.face.photo.copy()
         moved = lips and lips.displace(opening, shape)
         layers = self.layers(moved, min(float(blink), 1.0))
